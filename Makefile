@@ -1,0 +1,53 @@
+# Every target works on a fresh clone with nothing installed but Python 3.11 or later: it makes .venv itself.
+PYTHON ?= python3
+DEVICE ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# A torch that the machine already has (a CUDA build, say) is used as it is; otherwise exactly the constrained one comes.
+HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
+VENV_FLAGS := $(if $(HAS_TORCH),--system-site-packages,)
+CONSTRAINTS := $(if $(HAS_TORCH),,--constraint constraints.txt)
+
+.PHONY: help install demo test test-all lint format proto bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+install: $(STAMP) ## Make .venv with the server, the examples and the tools
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[server,examples,dev]'
+	# What engines pin today, for the test that the generated code loads with it.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/protobuf-5.29 'protobuf==5.29.6' 'googleapis-common-protos==1.66.0'
+	touch $@
+
+demo: $(STAMP) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda)
+	$(BIN)/python -m examples.transformers_engine --device $(DEVICE)
+
+test: $(STAMP) ## The tests (two cores, no GPU, minutes)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(STAMP) ## The tests, and those that take longer
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## Formatting, lints, types, the protobuf style rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python proto/generate.py --lint
+
+format: $(STAMP) ## Reformat and fix what can be fixed by itself
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: $(STAMP) ## Generate service/blockdex/v1 from proto/
+	$(BIN)/python proto/generate.py
+
+bench: $(STAMP) ## Client latency beside a bare gRPC echo; writes JSON and PNG to benchmarks/results
+	$(BIN)/python -m benchmarks.client
+
+clean: ## Remove the virtual environments and caches
+	rm -rf $(VENV) .venv-proto .mypy_cache .ruff_cache .pytest_cache .hypothesis

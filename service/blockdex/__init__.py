@@ -1,0 +1,1 @@
+"""Block selection for block-sparse attention, served from a sidecar."""
