@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from blockdex.engine.messages import Spans
+from blockdex.messages import Spans
 from blockdex.errors import InvalidArgumentError, Reason, ResourceExhaustedError
 from blockdex_kernels import IndexSpec
 

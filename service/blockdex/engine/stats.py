@@ -1,0 +1,78 @@
+"""What the engine counts and times: plain numbers that a front door turns into metrics."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+SECONDS_BUCKETS = (
+    *(1e-6 * step for step in (10, 25, 50, 100, 250, 500)),
+    *(1e-3 * step for step in (1, 2.5, 5, 10, 25, 50, 100, 250, 500)),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+SIZE_BUCKETS = tuple(float(2**power) for power in range(15))
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Counts of observations by bucket: `counts[i]` were at most `bounds[i]`, the last one above them all."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.counts:
+            self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Counts one observation."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+def _seconds() -> Histogram:
+    return Histogram(SECONDS_BUCKETS)
+
+
+def _sizes() -> Histogram:
+    return Histogram(SIZE_BUCKETS)
+
+
+@dataclass(slots=True)
+class Stats:
+    """Written by the engine's thread alone; readers get a copy (`snapshot`).
+
+    Attributes:
+        stage_seconds: per stage of a request or a batch (`queue`: arrival until taken up; `plan`: checking and forming
+            one batch; `append`, `decode`, `prefill`: kernels of one batch; `reply`: handing one batch's answers over).
+        batch_requests: requests of one batch.
+        batch_tokens: tokens of one launch, by phase.
+        tokens: tokens in all, by phase (`append`, `decode`, `prefill`).
+        batches: batches run.
+        dropped: requests that were never worked on, by why (`cancelled`, `deadline`).
+        busy_seconds: time in which the engine was not waiting for work.
+        waiting: selections that wait for keys now.
+        queued: requests taken over and not yet begun, now.
+    """
+
+    stage_seconds: dict[str, Histogram] = field(
+        default_factory=lambda: {
+            name: _seconds() for name in ("queue", "plan", "append", "decode", "prefill", "reply")
+        }
+    )
+    batch_requests: Histogram = field(default_factory=_sizes)
+    batch_tokens: dict[str, Histogram] = field(
+        default_factory=lambda: {name: _sizes() for name in ("append", "decode", "prefill")}
+    )
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("append", "decode", "prefill"), 0))
+    batches: int = 0
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("cancelled", "deadline"), 0))
+    busy_seconds: float = 0.0
+    waiting: int = 0
+    queued: int = 0
+
+    def snapshot(self) -> Stats:
+        """A copy that no longer changes."""
+        return deepcopy(self)
