@@ -1,1 +1,1 @@
-
+"""The engine: one loop that owns the cache and the kernels. Plain messages in, plain messages out."""

@@ -58,9 +58,7 @@ class Stats:
     """
 
     stage_seconds: dict[str, Histogram] = field(
-        default_factory=lambda: {
-            name: _seconds() for name in ("queue", "plan", "append", "decode", "prefill", "reply")
-        }
+        default_factory=lambda: {name: _seconds() for name in ("queue", "plan", "append", "decode", "prefill", "reply")}
     )
     batch_requests: Histogram = field(default_factory=_sizes)
     batch_tokens: dict[str, Histogram] = field(

@@ -1,1 +1,1 @@
-
+"""The channel between front door and engine."""

@@ -1,0 +1,144 @@
+"""Forming a batch: which requests may run together, in an order that no sequence can tell from arrival order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockdex.cache import Cache, PageCopy
+from blockdex.engine.entry import Entry, Outcome, SequenceKey
+from blockdex.errors import BlockdexError, Reason
+from blockdex.messages import (
+    Answer,
+    CloseSequence,
+    ForkSequence,
+    GetSequence,
+    OpenSequence,
+    SequenceRequest,
+    SequenceState,
+    TokenAnswer,
+    TokenRequest,
+    TruncateSequence,
+)
+
+_WORTH_WAITING = frozenset({Reason.KEYS_NOT_APPENDED, Reason.FUTURE_REVISION})
+
+
+class Batch:
+    """Requests that run together: page copies first, then all appends, then all selections.
+
+    Entries are admitted in order of arrival. The cache's books change at admission, its pages when the batch runs. What
+    would tell that order from arrival order is a conflict: an append to a layer of a sequence that the batch appends to
+    or reads already, or a fork, truncation or closing of such a sequence. Such an entry is held back for a later batch,
+    and so is every later one that names one of its sequences; the others overtake it.
+
+    Attributes:
+        copies: whole pages to copy, in order, before anything is written.
+        appends: entries that write, each with the rows of its spans that apply.
+        selections: entries that read.
+        outcomes: entries that are answered without any kernel.
+        waiting: selections whose keys are not there yet, and whose callers wait for them.
+        changed: whether anything changed that a waiting selection may have waited for.
+    """
+
+    def __init__(self, cache: Cache, reading: Iterable[tuple[SequenceKey, int]]) -> None:
+        """`reading`: the (sequence, layer) pairs that earlier batches' prefills still read."""
+        self._cache = cache
+        self._layers_in_use = set(reading)
+        self._sequences_in_use = {sequence for sequence, _ in self._layers_in_use}
+        self._held_back: set[SequenceKey] = set()
+        self.copies: list[PageCopy] = []
+        self.appends: list[tuple[Entry, NDArray[np.bool_]]] = []
+        self.selections: list[Entry] = []
+        self.outcomes: list[Outcome] = []
+        self.waiting: list[Entry] = []
+        self.changed = False
+
+    def admit(self, entry: Entry) -> bool:
+        """Takes an entry into the batch, or answers it, or has it wait; False if it must be held back."""
+        if self._conflicts(entry):
+            self._held_back.update(entry.sequences)
+            return False
+        self._do(entry)
+        return True
+
+    def admit_waiting(self, entry: Entry) -> None:
+        """Tries a selection again that waited for keys: it is taken, answered, or waits on."""
+        self._do(entry)
+
+    def _conflicts(self, entry: Entry) -> bool:
+        if self._held_back and not self._held_back.isdisjoint(entry.sequences):
+            return True
+        request = entry.request
+        if isinstance(request, TokenRequest):
+            if request.keys is None:
+                return False
+            return any((sequence, request.layer) in self._layers_in_use for sequence in entry.sequences)
+        if isinstance(request, OpenSequence | GetSequence):
+            return False
+        return not self._sequences_in_use.isdisjoint(entry.sequences)
+
+    def _do(self, entry: Entry) -> None:
+        request = entry.request
+        try:
+            self._cache.check_epoch(request.epoch)
+            if isinstance(request, TokenRequest):
+                self._do_tokens(entry, request)
+            else:
+                self.outcomes.append((entry, self._do_sequence(request)))
+        except BlockdexError as error:
+            if _may_wait(request) and error.reason in _WORTH_WAITING:
+                self.waiting.append(entry)
+            else:
+                self.outcomes.append((entry, error))
+
+    def _do_tokens(self, entry: Entry, request: TokenRequest) -> None:
+        tenant, layer, spans = request.tenant, request.layer, request.spans
+        plan = None if request.keys is None else self._cache.plan_append(tenant, layer, spans)
+        if request.queries is not None:
+            self._cache.check_selection(tenant, layer, spans, plan)
+        if plan is not None and plan.applies.any():
+            self.copies += self._cache.apply_append(plan)
+            self.appends.append((entry, plan.applies))
+            self.changed = True
+        elif request.queries is None:
+            self.outcomes.append((entry, TokenAnswer(self._cache.epoch)))
+            return
+        if request.queries is not None:
+            self.selections.append(entry)
+        self._layers_in_use.update((sequence, layer) for sequence in entry.sequences)
+        self._sequences_in_use.update(entry.sequences)
+
+    def _do_sequence(self, request: SequenceRequest) -> Answer:
+        cache, tenant = self._cache, request.tenant
+        match request:
+            case GetSequence(sequence_id=sequence_id):
+                sequence = cache.get_sequence(tenant, sequence_id)
+                return SequenceState(cache.epoch, sequence.lengths.copy(), sequence.revisions.copy())
+            case OpenSequence(sequence_id=sequence_id, lease_seconds=lease_seconds):
+                cache.open_sequence(tenant, sequence_id, lease_seconds)
+                return SequenceState(cache.epoch)
+            case ForkSequence(parent_id=parent_id, child_id=child_id, length=length):
+                child, copies = cache.fork_sequence(tenant, parent_id, child_id, length)
+                self.copies += copies
+                self.changed = True
+                return SequenceState(cache.epoch, child.lengths.copy(), child.revisions.copy())
+            case TruncateSequence(sequence_id=sequence_id, length=length):
+                sequence = cache.truncate_sequence(tenant, sequence_id, length)
+                self.changed = True
+                return SequenceState(cache.epoch, sequence.lengths.copy(), sequence.revisions.copy())
+            case CloseSequence(sequence_id=sequence_id):
+                cache.close_sequence(tenant, sequence_id)
+                self.changed = True
+                return SequenceState(cache.epoch)
+
+
+def _may_wait(request: object) -> bool:
+    return (
+        isinstance(request, TokenRequest)
+        and request.keys is None
+        and request.queries is not None
+        and request.queries.wait_for_keys
+    )

@@ -1,0 +1,218 @@
+"""The loop: take what has queued up, form a batch, run it, answer; one slice of prefill between two batches."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from blockdex.cache import Cache
+from blockdex.engine.batch import Batch
+from blockdex.engine.entry import Entry, Outcome, too_late
+from blockdex.engine.launcher import Launcher
+from blockdex.engine.stats import Stats
+from blockdex.errors import InternalError, Reason, ResourceExhaustedError
+from blockdex.messages import Info, Limits
+from blockdex_kernels import IndexSpec
+from blockdex_kernels.backend import Backend
+
+logger = logging.getLogger(__name__)
+
+Deliver = Callable[[Sequence[Outcome]], None]
+
+_STOP_SECONDS = 30.0
+
+
+class Engine:
+    """Owns the cache and the kernels; one thread runs everything, so that no request needs a lock.
+
+    A batch is whatever has queued up while the one before ran: there is no waiting window. Requests that conflict with
+    the batch are held back for the next one; selections that wait for keys are tried again whenever something changed.
+
+    Args:
+        backend: the kernels and their pages.
+        limits: bounds on requests; `max_queued_requests` is kept here.
+        lease_seconds: lease of a sequence that names none.
+        decode_queries: a span of at most so many queries is decode, a longer one prefill.
+        prefill_slice_seconds: time that one slice of a prefill may take, about.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        limits: Limits,
+        lease_seconds: float = 600.0,
+        decode_queries: int = 16,
+        prefill_slice_seconds: float = 0.02,
+    ) -> None:
+        self.limits = limits
+        self._backend = backend
+        self._lease_seconds = lease_seconds
+        self._decode_queries = decode_queries
+        self._prefill_slice_seconds = prefill_slice_seconds
+        self._inbox: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._backlog: list[Entry] = []
+        self._waiting: list[Entry] = []
+        self._unanswered: set[Entry] = set()
+        self._stats = Stats()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._deliver: Deliver = lambda outcomes: None
+        self._be_born()
+
+    def _be_born(self) -> None:
+        self._cache = Cache(self.spec, len(self._backend.pages), default_lease_seconds=self._lease_seconds)
+        self._launcher = Launcher(
+            self._backend,
+            self._stats,
+            decode_queries=self._decode_queries,
+            prefill_slice_seconds=self._prefill_slice_seconds,
+        )
+
+    @property
+    def spec(self) -> IndexSpec:
+        """The indexer."""
+        return self._backend.spec
+
+    def start(self, deliver: Deliver) -> None:
+        """Starts the loop; `deliver` is called on its thread, once a batch, with the answers."""
+        self._deliver = deliver
+        self._thread = threading.Thread(target=self._run, name="blockdex-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the loop after the batch that runs; what is still queued is not answered."""
+        self._stopping = True
+        self._inbox.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout=_STOP_SECONDS)
+
+    def submit(self, entry: Entry) -> None:
+        """Queues an entry; from any thread.
+
+        Raises:
+            ResourceExhaustedError: `max_queued_requests` are queued already.
+        """
+        queued = self._inbox.qsize() + len(self._backlog) + len(self._waiting)
+        if queued >= self.limits.max_queued_requests:
+            raise ResourceExhaustedError(
+                f"queue: at most {self.limits.max_queued_requests} requests may wait, {queued} do", Reason.OVERLOADED
+            )
+        self._inbox.put(entry)
+
+    def notice(self) -> None:
+        """Has the loop look round: an entry was cancelled."""
+        self._inbox.put(None)
+
+    def info(self) -> Info:
+        """What the engine is, holds and can do, now; from any thread."""
+        return Info(
+            spec=self.spec,
+            limits=self.limits,
+            cache=self._cache.usage(),
+            epoch=self._cache.epoch,
+            device=str(self._backend.device),
+            kernels=self._backend.kernels,
+        )
+
+    def stats(self) -> Stats:
+        """What was counted and timed since the start; from any thread."""
+        self._stats.queued = self._inbox.qsize() + len(self._backlog)
+        self._stats.waiting = len(self._waiting)
+        return self._stats.snapshot()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._take()
+            began = time.monotonic()
+            try:
+                self._step(began)
+            except Exception:
+                logger.exception("a batch failed: the cache is given up and starts anew")
+                self._start_anew()
+            self._stats.busy_seconds += time.monotonic() - began
+
+    def _take(self) -> None:
+        """Moves what has queued up to the backlog; blocks while there is nothing to do at all."""
+        block = not self._launcher.prefills and not self._backlog
+        try:
+            while True:
+                entry = self._inbox.get(block=block, timeout=self._patience() if block else None)
+                block = False
+                if entry is not None:
+                    self._backlog.append(entry)
+                    self._unanswered.add(entry)
+        except queue.Empty:
+            return
+
+    def _patience(self) -> float | None:
+        """Seconds until the first waiting selection is too late."""
+        if not self._waiting:
+            return None
+        return max(min(entry.deadline for entry in self._waiting) - time.monotonic(), 0.0)
+
+    def _step(self, began: float) -> None:
+        launcher, cache = self._launcher, self._cache
+        launcher.keep_alive(cache)
+        outcomes = launcher.drop_gone(began)
+        batch = self._form(began)
+        self._stats.stage_seconds["plan"].observe(time.monotonic() - began)
+        launcher.copy_pages(batch.copies)
+        outcomes += launcher.append(cache, batch.appends)
+        outcomes += launcher.decode(cache, batch.selections)
+        self._reply(outcomes + batch.outcomes)
+        if launcher.prefills:
+            self._reply(launcher.prefill_slice(cache))
+
+    def _form(self, now: float) -> Batch:
+        batch = Batch(self._cache, self._launcher.reading())
+        late: list[Outcome] = []
+        held_back: list[Entry] = []
+        for entry in self._backlog:
+            if self._is_gone(entry, now, late):
+                continue
+            if not batch.admit(entry):
+                held_back.append(entry)
+            elif not entry.taken_up:
+                entry.taken_up = True
+                self._stats.stage_seconds["queue"].observe(now - entry.received)
+        admitted = len(self._backlog) - len(held_back)
+        self._backlog = held_back
+        for entry in self._waiting:
+            if not self._is_gone(entry, now, late):
+                batch.admit_waiting(entry)
+        self._waiting = batch.waiting
+        batch.outcomes += late
+        if admitted:
+            self._stats.batches += 1
+            self._stats.batch_requests.observe(admitted)
+        return batch
+
+    def _is_gone(self, entry: Entry, now: float, late: list[Outcome]) -> bool:
+        if entry.cancelled:
+            self._stats.dropped["cancelled"] += 1
+            self._unanswered.discard(entry)
+            return True
+        if entry.deadline <= now:
+            self._stats.dropped["deadline"] += 1
+            late.append((entry, too_late(entry)))
+            return True
+        return False
+
+    def _reply(self, outcomes: Sequence[Outcome]) -> None:
+        if not outcomes:
+            return
+        began = time.monotonic()
+        self._unanswered.difference_update(entry for entry, _ in outcomes)
+        self._deliver(outcomes)
+        self._stats.stage_seconds["reply"].observe(time.monotonic() - began)
+
+    def _start_anew(self) -> None:
+        """After a fault nobody knows what the pages hold: everything is refused, and a new epoch begins."""
+        fault = InternalError("engine: a batch failed; every sequence is gone, a new epoch begins", Reason.INTERNAL)
+        self._backlog, self._waiting = [], []
+        self._be_born()
+        self._reply([(entry, fault) for entry in self._unanswered])

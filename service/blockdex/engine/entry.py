@@ -1,0 +1,64 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from blockdex.errors import DeadlineExceededError, Reason
+from blockdex.messages import Answer, ForkSequence, Request, TokenRequest
+
+SequenceKey = tuple[str, int]
+"""(tenant, sequence id)."""
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A request, its deadline, its time stamps, and the place where its answer goes.
+
+    Attributes:
+        request: what to do.
+        deadline: `time.monotonic` seconds after which it is dropped.
+        ticket: the channel's own note of who asked.
+        received: `time.monotonic` seconds of its arrival.
+        cancelled: set by the channel, from any thread, when the caller is gone.
+        taken_up: whether the engine has looked at it.
+    """
+
+    request: Request
+    deadline: float
+    ticket: object
+    received: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+    taken_up: bool = False
+    sequences: tuple[SequenceKey, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sequences = _sequences(self.request)
+
+
+Outcome = tuple[Entry, "Answer | Exception"]
+"""An entry and its answer; an exception is a `BlockdexError`."""
+
+
+def selects(entry: Entry) -> bool:
+    """Whether the entry asks for blocks."""
+    return isinstance(entry.request, TokenRequest) and entry.request.queries is not None
+
+
+def too_late(entry: Entry) -> DeadlineExceededError:
+    """What an entry past its deadline is answered."""
+    allowed = entry.deadline - entry.received
+    waited = time.monotonic() - entry.received
+    return DeadlineExceededError(
+        f"timeout: {allowed:.3f} s were allowed, {waited:.3f} s have passed", Reason.DEADLINE_EXCEEDED
+    )
+
+
+def _sequences(request: Request) -> tuple[SequenceKey, ...]:
+    tenant = request.tenant
+    if isinstance(request, TokenRequest):
+        return tuple((tenant, sequence) for sequence in request.spans.sequence_ids.tolist())
+    if isinstance(request, ForkSequence):
+        return ((tenant, request.parent_id), (tenant, request.child_id))
+    return ((tenant, request.sequence_id),)

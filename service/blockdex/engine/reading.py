@@ -1,0 +1,135 @@
+"""Selections that share one read of the keys, and what they hand to the kernels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockdex.cache import Cache
+from blockdex.engine.entry import Entry, Outcome
+from blockdex.messages import Queries, Spans, TensorData, TokenAnswer, TokenRequest
+from blockdex_kernels.backend import Selection
+from blockdex_kernels.backend import Spans as KernelSpans
+
+# Received bytes are read-only; nothing here writes through these views.
+warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable", category=UserWarning)
+
+TORCH_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+
+
+def view(tensor: TensorData, *shape: int) -> torch.Tensor:
+    """The received bytes as a tensor, not copied."""
+    return torch.frombuffer(tensor.data, dtype=TORCH_DTYPES[tensor.dtype]).view(shape)
+
+
+def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`[T, heads, D]` of several callers as one tensor; as bytes, since torch joins no fp8."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=1).view(parts[0].dtype)
+
+
+def rows_of(spans: Spans, chosen: NDArray[np.bool_]) -> torch.Tensor:
+    """int64, the rows of the packed tensor beside `spans` that belong to the chosen spans."""
+    return torch.from_numpy(np.flatnonzero(np.repeat(chosen, spans.lengths)))
+
+
+def subset(spans: Spans, chosen: NDArray[np.bool_]) -> Spans:
+    """The chosen rows of the columns."""
+    return Spans(spans.sequence_ids[chosen], spans.starts[chosen], spans.lengths[chosen], spans.revisions[chosen])
+
+
+def kernel_spans(cache: Cache, device: torch.device, parts: Sequence[tuple[str, int, Spans]]) -> KernelSpans:
+    """Spans of several requests (tenant, layer, columns), one after another, with their page tables as of now."""
+    tables = [cache.page_table(tenant, spans) for tenant, _, spans in parts]
+    width = max(table.shape[1] for table in tables)
+    table = np.zeros((sum(len(table) for table in tables), width), np.int32)
+    row = 0
+    for part in tables:
+        table[row : row + len(part), : part.shape[1]] = part
+        row += len(part)
+    layers = np.repeat([layer for _, layer, _ in parts], [len(part) for part in tables])
+    starts = np.concatenate([spans.starts for _, _, spans in parts])
+    lengths = np.concatenate([spans.lengths for _, _, spans in parts])
+    columns = (torch.from_numpy(column.astype(np.int32)).to(device) for column in (layers, starts, lengths))
+    return KernelSpans(*columns, page_table=torch.from_numpy(table).to(device))
+
+
+class Reading:
+    """Selections of the same tokens of one layer, by one caller or by several that hold different heads.
+
+    Attributes:
+        request: the first caller's; tenant, layer and spans are the same for all.
+        queries: `[T, heads, D]`, the callers' heads side by side.
+        order, return_scores: how all of them are to be answered.
+        unread: tokens that no kernel has answered yet.
+    """
+
+    def __init__(self, entries: Sequence[Entry], head_dim: int, topk: int) -> None:
+        self.entries = entries
+        halves = [_queries(entry) for entry in entries]
+        request = entries[0].request
+        assert isinstance(request, TokenRequest)
+        self.request = request
+        self.order = halves[0].order
+        self.return_scores = halves[0].return_scores
+        self._heads = [half.num_heads for half in halves]
+        tokens = request.spans.num_tokens
+        parts = [view(half.tensor, tokens, half.num_heads, head_dim) for half in halves]
+        self.queries = side_by_side(parts)
+        shape = (tokens, sum(self._heads), topk)
+        self._block_ids = np.empty(shape, np.int32)
+        self._scores = np.empty(shape, np.float32) if self.return_scores else None
+        self.unread = tokens
+
+    def is_gone(self, now: float) -> bool:
+        """Whether every caller has gone or is past its deadline."""
+        return all(entry.cancelled or entry.deadline <= now for entry in self.entries)
+
+    def write(self, rows: slice | torch.Tensor, selection: Selection) -> None:
+        """Takes a kernel's answer for some of the tokens."""
+        index = rows if isinstance(rows, slice) else rows.numpy()
+        self._block_ids[index] = selection.block_ids.cpu().numpy()
+        if self._scores is not None and selection.scores is not None:
+            self._scores[index] = selection.scores.cpu().numpy()
+        self.unread -= len(selection.block_ids)
+
+    def outcomes(self, epoch: int) -> list[Outcome]:
+        """Every caller's share of the answer; to be called once nothing is unread."""
+        result: list[Outcome] = []
+        first = 0
+        for entry, heads in zip(self.entries, self._heads, strict=True):
+            own = slice(first, first + heads)
+            scores = None if self._scores is None else self._scores[:, own]
+            result.append((entry, TokenAnswer(epoch, self._block_ids[:, own], scores)))
+            first += heads
+        return result
+
+
+def readings(entries: Iterable[Entry], head_dim: int, topk: int) -> list[Reading]:
+    """Groups selections whose tokens, order and dtype are the same, so that they share one read of the keys."""
+    groups: dict[tuple[object, ...], list[Entry]] = {}
+    for entry in entries:
+        request, half = entry.request, _queries(entry)
+        assert isinstance(request, TokenRequest)
+        spans = request.spans
+        what = (request.tenant, request.layer, half.order, half.return_scores, half.tensor.dtype)
+        where = (spans.sequence_ids.tobytes(), spans.starts.tobytes(), spans.lengths.tobytes())
+        groups.setdefault((*what, *where), []).append(entry)
+    return [Reading(group, head_dim, topk) for group in groups.values()]
+
+
+def _queries(entry: Entry) -> Queries:
+    request = entry.request
+    assert isinstance(request, TokenRequest)
+    assert request.queries is not None
+    return request.queries

@@ -1,0 +1,97 @@
+"""The channel inside one process: the engine's thread on one side, an asyncio loop on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from blockdex.engine.engine import Engine
+from blockdex.engine.entry import Entry, Outcome
+from blockdex.engine.stats import Stats
+from blockdex.errors import Reason, UnavailableError
+from blockdex.messages import Answer, Info, Limits, Request
+from blockdex_kernels import IndexSpec
+
+
+class LocalChannel:
+    """`Channel` to an engine in a thread of this process; made and used on one asyncio loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._in_flight = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def spec(self) -> IndexSpec:
+        """The indexer that requests are checked against."""
+        return self._engine.spec
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds that requests are checked against."""
+        return self._engine.limits
+
+    def start(self) -> None:
+        """Starts the engine."""
+        self._engine.start(self._deliver)
+
+    async def drain(self, grace: float) -> None:
+        """Refuses new requests and waits until those in flight are answered, for `grace` seconds at most."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout=grace)
+        except TimeoutError:
+            return
+
+    def stop(self) -> None:
+        """Ends the engine; what it has not answered stays unanswered."""
+        self._engine.stop()
+
+    def submit(self, request: Request, timeout: float) -> asyncio.Future[Answer]:
+        """As `Channel.submit`."""
+        if self._draining:
+            raise UnavailableError("server: shutting down, takes no new requests", Reason.SHUTTING_DOWN)
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        entry = Entry(request, deadline=time.monotonic() + timeout, ticket=future)
+        self._engine.submit(entry)
+        self._in_flight += 1
+        self._idle.clear()
+        future.add_done_callback(lambda done: self._finished(entry, done))
+        return future
+
+    def info(self) -> Info:
+        """As `Channel.info`."""
+        return self._engine.info()
+
+    def stats(self) -> Stats:
+        """As `Channel.stats`."""
+        return self._engine.stats()
+
+    def _finished(self, entry: Entry, future: asyncio.Future[Answer]) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
+        if future.cancelled():
+            entry.cancelled = True
+            self._engine.notice()
+
+    def _deliver(self, outcomes: Sequence[Outcome]) -> None:
+        # One wake-up of the loop for a whole batch. After the loop has closed nobody is left to answer.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_resolve, outcomes)
+
+
+def _resolve(outcomes: Sequence[Outcome]) -> None:
+    for entry, outcome in outcomes:
+        future = entry.ticket
+        assert isinstance(future, asyncio.Future)
+        if future.done():
+            continue
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
