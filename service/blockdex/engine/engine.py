@@ -60,7 +60,7 @@ class Engine:
         self._stats = Stats()
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._deliver: Deliver = lambda outcomes: None
+        self._deliver: Deliver | None = None
         self._be_born()
 
     def _be_born(self) -> None:
@@ -205,6 +205,7 @@ class Engine:
     def _reply(self, outcomes: Sequence[Outcome]) -> None:
         if not outcomes:
             return
+        assert self._deliver is not None
         began = time.monotonic()
         self._unanswered.difference_update(entry for entry, _ in outcomes)
         self._deliver(outcomes)

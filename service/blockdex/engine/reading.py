@@ -60,8 +60,8 @@ def kernel_spans(cache: Cache, device: torch.device, parts: Sequence[tuple[str, 
     layers = np.repeat([layer for _, layer, _ in parts], [len(part) for part in tables])
     starts = np.concatenate([spans.starts for _, _, spans in parts])
     lengths = np.concatenate([spans.lengths for _, _, spans in parts])
-    columns = (torch.from_numpy(column.astype(np.int32)).to(device) for column in (layers, starts, lengths))
-    return KernelSpans(*columns, page_table=torch.from_numpy(table).to(device))
+    columns = (layers.astype(np.int32), starts.astype(np.int32), lengths.astype(np.int32), table)
+    return KernelSpans(*(torch.from_numpy(column).to(device) for column in columns))
 
 
 class Reading:

@@ -7,8 +7,8 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 SECONDS_BUCKETS = (
-    *(1e-6 * step for step in (10, 25, 50, 100, 250, 500)),
-    *(1e-3 * step for step in (1, 2.5, 5, 10, 25, 50, 100, 250, 500)),
+    *(step / 1e6 for step in (10, 25, 50, 100, 250, 500)),
+    *(step / 1e3 for step in (1, 2.5, 5, 10, 25, 50, 100, 250, 500)),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
 )
 SIZE_BUCKETS = tuple(float(2**power) for power in range(15))

@@ -1,4 +1,4 @@
-"""What a front door sees of the engine, whatever lies between them: a queue in one process, later a ring between two."""
+"""What a front door sees of the engine, whatever lies between them: a queue in one process or a ring between two."""
 
 from __future__ import annotations
 

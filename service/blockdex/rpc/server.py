@@ -1,0 +1,74 @@
+"""The gRPC server: the indexer, health and reflection on one port."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from blockdex.rpc.service import IndexerService, Observe
+from blockdex.transport.channel import Channel
+from blockdex.v1 import indexer_pb2 as pb
+from blockdex.v1 import indexer_pb2_grpc as pb_grpc
+
+SERVICE = pb.DESCRIPTOR.services_by_name["IndexerService"].full_name
+
+
+class RpcServer:
+    """A running gRPC server.
+
+    Attributes:
+        address: `host:port` it listens on, with the real port.
+    """
+
+    def __init__(self, channel: Channel, address: str, observe: Observe) -> None:
+        # Room above the limit, so that a request beyond it is refused in words and not cut off by the transport.
+        receive = 2 * channel.limits.max_message_bytes
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", min(receive, 2**31 - 1)),
+                ("grpc.max_send_message_length", -1),
+            ]
+        )
+        self._service = IndexerService(channel, observe)
+        self._health = health.aio.HealthServicer()
+        pb_grpc.add_IndexerServiceServicer_to_server(self._service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        host, _, _ = address.rpartition(":")
+        try:
+            self.address = f"{host}:{self._server.add_insecure_port(address)}"
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from error
+
+    async def start(self) -> None:
+        """Serves, and says so to health probes."""
+        await self._server.start()
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop_being_ready(self) -> None:
+        """Health probes hear NOT_SERVING from now on."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace: float) -> None:
+        """Ends the streams once they are answered, then the server, within `grace` seconds."""
+        self._service.finish_streams()
+        await self._server.stop(grace)
+
+
+async def start_rpc_server(channel: Channel, address: str, *, observe: Observe) -> RpcServer:
+    """Starts a server.
+
+    Args:
+        channel: the engine.
+        address: `host:port`; port 0 takes a free one.
+        observe: told of every answered request.
+
+    Raises:
+        OSError: the address cannot be bound, for instance since the port is in use.
+    """
+    server = RpcServer(channel, address, observe)
+    await server.start()
+    return server
