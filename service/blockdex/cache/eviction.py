@@ -1,0 +1,54 @@
+"""Which idle sequences go when pages run out."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockdex.cache.sequence import Sequences
+
+
+def choose_victims(
+    sequences: Sequences,
+    readers: NDArray[np.int32],
+    shortage: int,
+    named: NDArray[np.intp],
+    now: float,
+) -> tuple[list[int], int]:
+    """Idle sequences past their lease that free enough pages, oldest last call first, none that is not needed.
+
+    A page comes free with the last of its readers, so a sequence that shares all its pages with live ones frees none,
+    and two idle ones that share with each other free theirs together.
+
+    Args:
+        sequences: all open sequences.
+        readers: int32 `[num_pages]`, holders of each page that stay on it; counted down as sequences go.
+        shortage: pages to free, at least 1.
+        named: slots that must stay.
+        now: clock reading.
+
+    Returns:
+        Slots to evict and the pages that this frees: fewer than `shortage` where all idle ones together do not suffice.
+    """
+    past_lease = now - sequences.last_calls >= sequences.leases
+    past_lease[named] = False
+    idle = np.flatnonzero(past_lease & (sequences.held > 0))
+    victims: list[int] = []
+    freed = 0
+    for slot in idle[np.argsort(sequences.last_calls[idle], kind="stable")].tolist():
+        pages = sequences.pages(slot)
+        readers[pages] -= 1
+        freed += int(np.count_nonzero(readers[pages] == 0))
+        victims.append(slot)
+        if freed >= shortage:
+            break
+    if freed < shortage:
+        return victims, freed
+    for slot in victims[::-1]:
+        pages = sequences.pages(slot)
+        kept = int(np.count_nonzero(readers[pages] == 0))
+        if freed - kept >= shortage:
+            readers[pages] += 1
+            freed -= kept
+            victims.remove(slot)
+    return victims, freed

@@ -1,0 +1,116 @@
+"""The open sequences: page table, per-layer lengths and revisions, lease."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FIRST_SLOTS = 64
+_FIRST_BLOCKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """What a sequence held when it was asked for: `lengths` int64 `[L]` and `revisions` uint64 `[L]`."""
+
+    lengths: NDArray[np.int64]
+    revisions: NDArray[np.uint64]
+
+
+class Sequences:
+    """The open sequences of all tenants as columns, so that a request of many rows costs a few array operations.
+
+    A sequence keeps one of S slots from open to close. S and W, the widest page table, double as needed.
+
+    Attributes:
+        lengths: int64 `[L, S]`, tokens.
+        revisions: uint64 `[L, S]`.
+        held: int64 `[S]`, pages: as many as the longest layer reaches.
+        page_tables: int32 `[S, W]`, page of each block, 0 from `held` on.
+        forked: int64 `[S]`, blocks that a fork reached: pages behind them were never shared.
+        last_calls: float64 `[S]`, clock reading of the last call that succeeded.
+        leases: float64 `[S]`, seconds; infinite for a free slot, which is thus never past its lease.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.lengths: NDArray[np.int64] = np.zeros((num_layers, _FIRST_SLOTS), np.int64)
+        self.revisions: NDArray[np.uint64] = np.zeros((num_layers, _FIRST_SLOTS), np.uint64)
+        self.held: NDArray[np.int64] = np.zeros(_FIRST_SLOTS, np.int64)
+        self.page_tables: NDArray[np.int32] = np.zeros((_FIRST_SLOTS, _FIRST_BLOCKS), np.int32)
+        self.forked: NDArray[np.int64] = np.zeros(_FIRST_SLOTS, np.int64)
+        self.last_calls: NDArray[np.float64] = np.zeros(_FIRST_SLOTS, np.float64)
+        self.leases: NDArray[np.float64] = np.full(_FIRST_SLOTS, np.inf)
+        self._free = list(reversed(range(_FIRST_SLOTS)))
+        self._slots: dict[str, dict[int, int]] = {}
+        self._names: dict[int, tuple[str, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def slots(self, tenant: str, sequence_ids: NDArray[np.uint64]) -> NDArray[np.intp]:
+        """Slots of sequences `[N]`.
+
+        Raises:
+            KeyError: the tenant holds no sequence of the id that is the key.
+        """
+        slots = self._slots.get(tenant, {})
+        return np.fromiter(map(slots.__getitem__, sequence_ids.tolist()), np.intp, len(sequence_ids))
+
+    def slot(self, tenant: str, sequence_id: int) -> int | None:
+        """Slot of one sequence, None where the tenant holds no such one."""
+        return self._slots.get(tenant, {}).get(sequence_id)
+
+    def pages(self, slot: int) -> NDArray[np.int32]:
+        """Pages of a sequence, a view `[held]`."""
+        return self.page_tables[slot, : self.held[slot]]
+
+    def state(self, slot: int) -> Sequence:
+        """Lengths and revisions as of now."""
+        return Sequence(self.lengths[:, slot].copy(), self.revisions[:, slot].copy())
+
+    def add(self, tenant: str, sequence_id: int, lease: float, now: float) -> int:
+        """Opens an empty sequence, whose id the tenant does not have open, and answers its slot."""
+        if not self._free:
+            self._double_slots()
+        slot = self._free.pop()
+        self._slots.setdefault(tenant, {})[sequence_id] = slot
+        self._names[slot] = (tenant, sequence_id)
+        self.leases[slot] = lease
+        self.last_calls[slot] = now
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """Closes a sequence; its pages are the caller's to release, before."""
+        tenant, sequence_id = self._names.pop(slot)
+        del self._slots[tenant][sequence_id]
+        if not self._slots[tenant]:
+            del self._slots[tenant]
+        self.lengths[:, slot] = 0
+        self.revisions[:, slot] = 0
+        self.set_pages(slot, 0, np.zeros(0, np.int32))
+        self.forked[slot] = 0
+        self.leases[slot] = np.inf
+        self._free.append(slot)
+
+    def set_pages(self, slot: int, block: int, pages: NDArray[np.int32]) -> None:
+        """Makes `pages` all that a page table holds from `block` on."""
+        held = block + len(pages)
+        width = self.page_tables.shape[1]
+        if held > width:
+            self.page_tables = np.pad(self.page_tables, ((0, 0), (0, max(held - width, width))))
+        self.page_tables[slot, block:held] = pages
+        self.page_tables[slot, held : self.held[slot]] = 0
+        self.held[slot] = held
+
+    def _double_slots(self) -> None:
+        old = len(self.held)
+        self.lengths = np.pad(self.lengths, ((0, 0), (0, old)))
+        self.revisions = np.pad(self.revisions, ((0, 0), (0, old)))
+        self.held = np.pad(self.held, (0, old))
+        self.page_tables = np.pad(self.page_tables, ((0, old), (0, 0)))
+        self.forked = np.pad(self.forked, (0, old))
+        self.last_calls = np.pad(self.last_calls, (0, old))
+        self.leases = np.pad(self.leases, (0, old), constant_values=np.inf)
+        self._free = list(reversed(range(old, 2 * old)))

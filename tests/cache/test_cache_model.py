@@ -1,0 +1,349 @@
+"""The cache against a model that stores plain lists of keys, over long random runs of requests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from numpy.typing import NDArray
+
+from blockdex.cache import AppendPlan, Cache
+from blockdex.errors import BlockdexError, Reason
+from blockdex_kernels import IndexSpec
+from cache_state import Clock, Name, PageStore, check_integrity, held_pages, snapshot, spans
+
+SPEC = IndexSpec(num_layers=3, head_dim=1, block_size=4, topk=2, max_sequence_tokens=64)
+NUM_PAGES = 9
+DEFAULT_LEASE = 10.0
+
+TENANTS = st.sampled_from(("red", "blue"))
+IDS = st.sampled_from((1, 2, 3, 2**64 - 1))
+LAYERS = st.integers(0, SPEC.num_layers - 1)
+LENGTHS = st.integers(1, 9)
+REVISION_STEPS = st.sampled_from((None, None, None, 1, 1, 0, 2, -1))
+APPEND_ROWS = st.lists(
+    st.tuples(IDS, st.one_of(st.just(0), st.integers(-9, 1)), LENGTHS, REVISION_STEPS),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda row: row[0],
+)
+SELECT_ROWS = st.lists(
+    st.tuples(IDS, st.integers(0, 12), st.integers(1, 6), st.sampled_from((None, None, 0, 0, 1, -1))),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda row: row[0],
+)
+Rows = list[tuple[int, int, int, int | None]]
+Row = tuple[int, int, int, int]
+
+
+@dataclass
+class ModelSequence:
+    """One sequence: a list of keys and a revision a layer."""
+
+    layers: list[list[int]]
+    revisions: list[int]
+    lease: float
+    last_call: float
+
+
+@dataclass
+class Effect:
+    """What an append does to a sequence, in blocks: how many it has afterwards and which are written."""
+
+    held: int
+    written: range
+
+
+def blocks(length: int) -> int:
+    return -(-length // SPEC.block_size)
+
+
+def pages_in_use(held: dict[Name, list[int]], effects: dict[Name, Effect], gone: set[Name], copies: int) -> int:
+    """Pages in use once `gone` are evicted, then appends done one after another, then `copies` fresh pages taken."""
+    tables = {name: pages for name, pages in held.items() if name not in gone}
+    tables |= {name: tables[name][: effect.held] for name, effect in effects.items()}
+    holders = Counter(page for pages in tables.values() for page in pages)
+    fresh = copies
+    for name, effect in effects.items():
+        for page in tables[name][effect.written.start : effect.written.stop]:
+            if holders[page] > 1:
+                holders[page] -= 1
+                fresh += 1
+        fresh += effect.held - len(tables[name])
+    return len(holders) + fresh
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Every request goes to the cache and to the model; keys are written to pages as an engine would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.cache = Cache(SPEC, NUM_PAGES, default_lease_seconds=DEFAULT_LEASE, clock=self.clock)
+        self.store = PageStore(NUM_PAGES, SPEC.num_layers, SPEC.block_size)
+        self.model: dict[Name, ModelSequence] = {}
+        self.evictions = 0
+        self.next_key = 0
+
+    # Requests.
+
+    @rule(tenant=TENANTS, sequence_id=IDS, lease=st.sampled_from((0.0, 0.0, 4.0, 30.0)))
+    def open(self, tenant: str, sequence_id: int, lease: float) -> None:
+        name = (tenant, sequence_id)
+        if name in self.model:
+            self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.open_sequence(tenant, sequence_id, lease))
+            return
+        self.cache.open_sequence(tenant, sequence_id, lease)
+        layers: list[list[int]] = [[] for _ in range(SPEC.num_layers)]
+        self.model[name] = ModelSequence(layers, [0] * SPEC.num_layers, lease or DEFAULT_LEASE, self.clock.now)
+
+    @rule(tenant=TENANTS, parent_id=IDS, child_id=IDS, length=st.integers(0, 14))
+    def fork(self, tenant: str, parent_id: int, child_id: int, length: int) -> None:
+        parent, child = (tenant, parent_id), (tenant, child_id)
+        reason = None
+        copies = 0
+        if parent not in self.model:
+            reason = Reason.UNKNOWN_SEQUENCE
+        elif child in self.model:
+            reason = Reason.SEQUENCE_EXISTS
+        else:
+            ends = {min(len(keys), length) for keys in self.model[parent].layers}
+            copies = len({end // SPEC.block_size for end in ends if end % SPEC.block_size})
+            if not self.room({parent}, {}, copies):
+                reason = Reason.OUT_OF_PAGES
+        if reason:
+            self.expect(reason, lambda: self.cache.fork_sequence(tenant, parent_id, child_id, length))
+            return
+        held = held_pages(self.cache)
+        state, page_copies = self.cache.fork_sequence(tenant, parent_id, child_id, length)
+        assert len(page_copies) == copies
+        self.store.copy(page_copies)
+        self.settle_evictions(held, {parent}, {}, copies)
+        layers = [keys[:length] for keys in self.model[parent].layers]
+        self.model[child] = ModelSequence(layers, [0] * SPEC.num_layers, self.model[parent].lease, self.clock.now)
+        self.touch(parent)
+        assert state.lengths.tolist() == [len(keys) for keys in layers]
+        assert not state.revisions.any()
+
+    @rule(tenant=TENANTS, sequence_id=IDS, length=st.integers(0, 12))
+    def truncate(self, tenant: str, sequence_id: int, length: int) -> None:
+        name = (tenant, sequence_id)
+        if name not in self.model:
+            self.expect(Reason.UNKNOWN_SEQUENCE, lambda: self.cache.truncate_sequence(tenant, sequence_id, length))
+            return
+        state = self.cache.truncate_sequence(tenant, sequence_id, length)
+        sequence = self.model[name]
+        sequence.layers = [keys[:length] for keys in sequence.layers]
+        self.touch(name)
+        assert state.lengths.tolist() == [len(keys) for keys in sequence.layers]
+        assert state.revisions.tolist() == sequence.revisions
+
+    @rule(tenant=TENANTS, sequence_id=IDS)
+    def close(self, tenant: str, sequence_id: int) -> None:
+        before = snapshot(self.cache)
+        self.cache.close_sequence(tenant, sequence_id)
+        if self.model.pop((tenant, sequence_id), None) is None:
+            assert snapshot(self.cache) == before
+
+    @rule(tenant=TENANTS, sequence_id=IDS)
+    def get(self, tenant: str, sequence_id: int) -> None:
+        name = (tenant, sequence_id)
+        if name not in self.model:
+            self.expect(Reason.UNKNOWN_SEQUENCE, lambda: self.cache.get_sequence(tenant, sequence_id))
+            return
+        state = self.cache.get_sequence(tenant, sequence_id)
+        assert state.lengths.tolist() == [len(keys) for keys in self.model[name].layers]
+        assert state.revisions.tolist() == self.model[name].revisions
+        self.touch(name)
+
+    @rule(tenant=TENANTS, layer=LAYERS, rows=APPEND_ROWS, select=st.booleans())
+    def append(self, tenant: str, layer: int, rows: Rows, select: bool) -> None:
+        request = self.resolve(tenant, layer, rows, from_end=True)
+        named = {(tenant, row[0]) for row in request}
+        reason = self.refusal_of_append(tenant, layer, request)
+        applying = [] if reason else [row for row in request if self.applies(tenant, layer, row)]
+        effects = {(tenant, row[0]): self.effect(tenant, layer, row) for row in applying}
+        if reason is None and not self.room(named, effects, 0):
+            reason = Reason.OUT_OF_PAGES
+        if reason is None and select:
+            ends = {row[0]: (row[1] + row[2], row[3] or self.revision(tenant, layer, row)) for row in applying}
+            reason = self.refusal_of_selection(tenant, layer, request, ends)
+        if reason:
+            self.expect(reason, lambda: self.plan(tenant, layer, request, select))
+            return
+
+        held, before = held_pages(self.cache), snapshot(self.cache)
+        plan = self.plan(tenant, layer, request, select)
+        assert snapshot(self.cache) == before
+        assert plan.applies.tolist() == [row in applying for row in request]
+        self.store.copy(self.cache.apply_append(plan))
+        self.settle_evictions(held, named, effects)
+        table = self.cache.page_table(tenant, spans(*request))
+        for row, pages in zip(request, table, strict=True):
+            if row in applying:
+                self.write(tenant, layer, row, pages)
+        self.touch(*named)
+
+    @rule(tenant=TENANTS, layer=LAYERS, rows=SELECT_ROWS)
+    def select(self, tenant: str, layer: int, rows: Rows) -> None:
+        request = self.resolve(tenant, layer, rows, from_end=False)
+        reason = self.refusal_of_selection(tenant, layer, request, {})
+        if reason:
+            self.expect(reason, lambda: self.cache.check_selection(tenant, layer, spans(*request)))
+            return
+        self.cache.check_selection(tenant, layer, spans(*request))
+        self.touch(*((tenant, row[0]) for row in request))
+
+    @rule(seconds=st.sampled_from((1.0, 3.0, 11.0)))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule(other=st.integers(1, 2**64 - 1))
+    def name_an_epoch(self, other: int) -> None:
+        self.cache.check_epoch(0)
+        self.cache.check_epoch(self.cache.epoch)
+        if other != self.cache.epoch:
+            self.expect(Reason.EPOCH_MISMATCH, lambda: self.cache.check_epoch(other))
+
+    # What holds after every step.
+
+    @invariant()
+    def every_key_is_where_it_belongs(self) -> None:
+        for (tenant, sequence_id), sequence in self.model.items():
+            for layer, keys in enumerate(sequence.layers):
+                if keys:
+                    (table,) = self.cache.page_table(tenant, spans((sequence_id, 0, len(keys))))
+                    assert self.store.read(table, layer, len(keys)) == keys
+
+    @invariant()
+    def the_counts_are_right(self) -> None:
+        check_integrity(self.cache)
+        assert set(held_pages(self.cache)) == set(self.model)
+        assert self.cache.usage().evictions == self.evictions
+
+    def teardown(self) -> None:
+        for tenant, sequence_id in self.model:
+            self.cache.close_sequence(tenant, sequence_id)
+        check_integrity(self.cache)
+        usage = self.cache.usage()
+        assert (usage.pages_used, usage.pages_shared, usage.sequences) == (0, 0, 0)
+
+    # What the model expects, and how requests are made.
+
+    def expect(self, reason: Reason, call: Callable[[], object]) -> None:
+        """The call is refused for that reason and changes nothing."""
+        before = snapshot(self.cache)
+        with pytest.raises(BlockdexError) as refusal:
+            call()
+        assert refusal.value.reason == reason
+        assert snapshot(self.cache) == before
+
+    def plan(self, tenant: str, layer: int, request: list[Row], select: bool) -> AppendPlan:
+        plan = self.cache.plan_append(tenant, layer, spans(*request))
+        if select:
+            self.cache.check_selection(tenant, layer, spans(*request), plan)
+        return plan
+
+    def write(self, tenant: str, layer: int, row: Row, table: NDArray[np.int32]) -> None:
+        """Writes keys never used before, to the pages and to the model."""
+        sequence_id, start, count, revision = row
+        sequence = self.model[tenant, sequence_id]
+        keys = list(range(self.next_key, self.next_key + count))
+        self.next_key += count
+        self.store.write(table, layer, start, keys)
+        sequence.layers[layer][start:] = keys
+        sequence.revisions[layer] = revision or sequence.revisions[layer]
+
+    def touch(self, *names: Name) -> None:
+        for name in names:
+            self.model[name].last_call = self.clock.now
+
+    def resolve(self, tenant: str, layer: int, rows: Rows, *, from_end: bool) -> list[Row]:
+        """Rows as a request has them: starts counted from the layer's end where asked for, revisions from its own."""
+        request = []
+        for sequence_id, start, count, step in rows:
+            sequence = self.model.get((tenant, sequence_id))
+            end = len(sequence.layers[layer]) if sequence and from_end else 0
+            revision = sequence.revisions[layer] if sequence else 1
+            request.append((sequence_id, max(end + start, 0), count, 0 if step is None else max(revision + step, 0)))
+        return request
+
+    def revision(self, tenant: str, layer: int, row: Row) -> int:
+        return self.model[tenant, row[0]].revisions[layer]
+
+    def applies(self, tenant: str, layer: int, row: Row) -> bool:
+        return row[3] == 0 or row[3] != self.revision(tenant, layer, row)
+
+    def refusal_of_append(self, tenant: str, layer: int, request: list[Row]) -> Reason | None:
+        if any((tenant, row[0]) not in self.model for row in request):
+            return Reason.UNKNOWN_SEQUENCE
+        if any(0 < row[3] < self.revision(tenant, layer, row) for row in request):
+            return Reason.STALE_REVISION
+        for row in request:
+            if self.applies(tenant, layer, row) and row[1] > len(self.model[tenant, row[0]].layers[layer]):
+                return Reason.APPEND_BEYOND_LENGTH
+        return None
+
+    def refusal_of_selection(
+        self, tenant: str, layer: int, request: list[Row], after: dict[int, tuple[int, int]]
+    ) -> Reason | None:
+        """`after`: length and revision of the sequences that an append of the same request changes."""
+        if any((tenant, row[0]) not in self.model for row in request):
+            return Reason.UNKNOWN_SEQUENCE
+        state = {
+            row[0]: (len(self.model[tenant, row[0]].layers[layer]), self.revision(tenant, layer, row))
+            for row in request
+        }
+        state |= after
+        if any(0 < revision < state[sequence_id][1] for sequence_id, _, _, revision in request):
+            return Reason.STALE_REVISION
+        if any(revision > state[sequence_id][1] for sequence_id, _, _, revision in request):
+            return Reason.FUTURE_REVISION
+        if any(start + count > state[sequence_id][0] for sequence_id, start, count, _ in request):
+            return Reason.KEYS_NOT_APPENDED
+        return None
+
+    def effect(self, tenant: str, layer: int, row: Row) -> Effect:
+        sequence_id, start, count, _ = row
+        lengths = [len(keys) for keys in self.model[tenant, sequence_id].layers]
+        lengths[layer] = start + count
+        return Effect(blocks(max(lengths)), range(start // SPEC.block_size, blocks(start + count)))
+
+    def idle(self, named: set[Name]) -> set[Name]:
+        """Sequences that may be evicted."""
+        return {
+            name
+            for name, sequence in self.model.items()
+            if name not in named and self.clock.now - sequence.last_call >= sequence.lease
+        }
+
+    def room(self, named: set[Name], effects: dict[Name, Effect], copies: int) -> bool:
+        return pages_in_use(held_pages(self.cache), effects, self.idle(named), copies) <= NUM_PAGES
+
+    def settle_evictions(
+        self, held: dict[Name, list[int]], named: set[Name], effects: dict[Name, Effect], copies: int = 0
+    ) -> None:
+        """Checks that those which the last call evicted had to go, the oldest first, and takes them from the model."""
+        gone = set(held) - set(held_pages(self.cache))
+        idle = self.idle(named)
+        assert gone <= idle, "evicted one that was named or within its lease"
+        for name in gone:
+            assert pages_in_use(held, effects, gone - {name}, copies) > NUM_PAGES, "evicted for nothing"
+        if gone:
+            youngest = max(self.model[name].last_call for name in gone)
+            older = {name for name in idle if self.model[name].last_call < youngest}
+            assert pages_in_use(held, effects, older, copies) > NUM_PAGES, "evicted a younger one than needed"
+        for name in gone:
+            del self.model[name]
+        self.evictions += len(gone)
+
+
+TestCache = CacheMachine.TestCase
+TestCache.settings = settings(max_examples=150, stateful_step_count=50, derandomize=True, deadline=None, database=None)

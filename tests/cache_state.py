@@ -1,0 +1,119 @@
+"""What the cache tests share: requests in short, a cache laid open, and pages that really hold something."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockdex.cache import Cache, PageCopy
+from blockdex.messages import Spans
+
+Name = tuple[str, int]
+
+
+class Clock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def spans(*rows: tuple[int, ...]) -> Spans:
+    """Spans of rows (sequence id, start, length[, revision])."""
+    padded = [(*row, 0)[:4] for row in rows]
+    ids, starts, lengths, revisions = zip(*padded, strict=True)
+    return Spans(
+        np.array(ids, np.uint64),
+        np.array(starts, np.int64),
+        np.array(lengths, np.int64),
+        np.array(revisions, np.uint64),
+    )
+
+
+def append(cache: Cache, tenant: str, layer: int, *rows: tuple[int, ...]) -> list[PageCopy]:
+    """Plans and applies an append."""
+    return cache.apply_append(cache.plan_append(tenant, layer, spans(*rows)))
+
+
+def pages(cache: Cache, tenant: str, sequence_id: int) -> list[int]:
+    """All pages of a sequence."""
+    return held_pages(cache)[tenant, sequence_id]
+
+
+def held_pages(cache: Cache) -> dict[Name, list[int]]:
+    """Pages of every open sequence, without a call that the cache would notice."""
+    sequences = cache._sequences
+    return {name: sequences.pages(slot).tolist() for slot, name in sequences._names.items()}
+
+
+def snapshot(cache: Cache) -> dict[str, Any]:
+    """All that a cache holds, to be compared before and after a call that must change nothing."""
+    state: dict[str, Any] = {"evictions": cache._evictions, "epoch": cache.epoch}
+    for part in (cache._pool, cache._sequences):
+        for name, value in vars(part).items():
+            state[name] = value.tolist() if isinstance(value, np.ndarray) else deepcopy(value)
+    return state
+
+
+def check_integrity(cache: Cache) -> None:
+    """Recounts everything that the cache counts, and checks that no page and no slot is in two places."""
+    pool, sequences, held = cache._pool, cache._sequences, held_pages(cache)
+    free = list(pool._free)
+    holders = Counter(page for pages in held.values() for page in pages)
+    assert all(len(set(pages)) == len(pages) for pages in held.values()), "a page twice in one sequence"
+    assert len(set(free)) == len(free), "a page freed twice"
+    assert set(free).isdisjoint(holders), "a page both free and held"
+    assert set(free) | set(holders) == set(range(pool.total)), "a page lost"
+    assert pool.holders.tolist() == [holders[page] for page in range(pool.total)]
+    tenants = {(page, tenant) for (tenant, _), pages in held.items() for page in pages}
+    assert len(tenants) == len(holders), "a page held by two tenants"
+
+    usage = cache.usage()
+    assert (usage.pages_total, usage.pages_used) == (pool.total, len(holders))
+    assert usage.pages_shared == sum(count > 1 for count in holders.values())
+    assert usage.sequences == len(held)
+
+    for slot, (tenant, sequence_id) in sequences._names.items():
+        assert sequences._slots[tenant][sequence_id] == slot
+        longest = int(sequences.lengths[:, slot].max())
+        assert sequences.held[slot] == -(-longest // cache.spec.block_size), "pages that no layer reaches, or too few"
+        assert not sequences.page_tables[slot, sequences.held[slot] :].any(), "a page behind the last one"
+        shared = [block for block, page in enumerate(held[tenant, sequence_id]) if holders[page] > 1]
+        assert all(block < sequences.forked[slot] for block in shared)
+    assert sum(map(len, sequences._slots.values())) == len(sequences._names)
+    assert all(sequences._slots.values()), "a tenant without sequences is remembered"
+    free_slots = sequences._free
+    assert sorted([*free_slots, *sequences._names]) == list(range(len(sequences.held)))
+    for column in (sequences.lengths.T, sequences.revisions.T, sequences.held, sequences.forked, sequences.page_tables):
+        assert not column[free_slots].any(), "a free slot that remembers"
+
+
+class PageStore:
+    """Pages `[num_pages, L, block_size]` that hold one integer a key, moved and written as an engine would."""
+
+    def __init__(self, num_pages: int, num_layers: int, block_size: int) -> None:
+        self.pages: NDArray[np.int64] = np.full((num_pages, num_layers, block_size), -1, np.int64)
+
+    def copy(self, copies: Iterable[PageCopy]) -> None:
+        """Copies pages, in order."""
+        for source, destination in copies:
+            self.pages[destination] = self.pages[source]
+
+    def write(self, table: NDArray[np.int32], layer: int, start: int, keys: Sequence[int]) -> None:
+        """Writes keys from position `start` on."""
+        block_size = self.pages.shape[2]
+        for position, key in enumerate(keys, start):
+            self.pages[table[position // block_size], layer, position % block_size] = key
+
+    def read(self, table: NDArray[np.int32], layer: int, length: int) -> list[int]:
+        """The first `length` keys."""
+        keys: list[int] = self.pages[table, layer].reshape(-1)[:length].tolist()
+        return keys
