@@ -1,0 +1,9 @@
+"""`python -m blockdex`."""
+
+from __future__ import annotations
+
+import sys
+
+from blockdex.cli import main
+
+sys.exit(main())

@@ -1,0 +1,57 @@
+"""Where a server listens: HOST:PORT, checked and claimed before anything is started."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A host (a name, an IPv4 or an IPv6 address) and a port; port 0 stands for any free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Reads `HOST:PORT`, with an IPv6 host in brackets.
+
+        Raises:
+            ValueError: the text is something else, or the port is beyond 65535.
+        """
+        host, colon, port = text.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        if not colon or not host.strip("[]") or (":" in host and not bracketed):
+            raise ValueError(f"must be HOST:PORT, got {text!r}")
+        if not (port.isascii() and port.isdigit()) or int(port) > 65535:
+            raise ValueError(f"port must be 0 to 65535, got {port!r}")
+        return cls(host.strip("[]"), int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def bind(self) -> socket.socket:
+        """A TCP socket bound to the address and shared with nobody; it does not listen yet.
+
+        Raises:
+            OSError: the port is in use, or the host is not one of this machine's; the message names the address.
+        """
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(
+                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            bound = socket.socket(family, kind, protocol)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on {self}: {error.strerror}") from error
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(place)
+        except OSError as error:
+            bound.close()
+            raise OSError(error.errno, f"cannot listen on {self}: {error.strerror}") from error
+        return bound
+
+    def at_port_of(self, bound: socket.socket) -> Address:
+        """The address with the port that a socket bound to it really has."""
+        return Address(self.host, bound.getsockname()[1])

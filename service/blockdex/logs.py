@@ -1,0 +1,75 @@
+"""Log lines on stderr, for people or for machines: an event, its fields, and never what a tensor holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Literal
+
+LogFormat = Literal["human", "json"]
+Field = str | int | float
+
+_FIELDS = "blockdex_fields"
+
+
+def log_event(logger: logging.Logger, level: int, event: str, **fields: Field) -> None:
+    """Logs one event with its fields."""
+    logger.log(level, event, extra={_FIELDS: fields})
+
+
+def configure_logging(log_format: LogFormat, level: str) -> None:
+    """Sends every logger of the process to stderr, one line a record.
+
+    Args:
+        log_format: `human`: time, level, event, then `field=value`; `json`: an object of the same.
+        level: least level that is logged, as `logging` names it, in any case.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else HumanFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # uvicorn tells of its own start and stop at INFO; the server's lines say it already.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+class HumanFormatter(logging.Formatter):
+    """`2026-11-23T12:00:00.000Z INFO serving grpc=127.0.0.1:50051`; a traceback follows on its own lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line."""
+        words = [_moment(record), record.levelname, record.getMessage()]
+        words += [f"{name}={_quoted(value)}" for name, value in _fields(record).items()]
+        line = " ".join(words)
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class JsonFormatter(logging.Formatter):
+    """An object with `time`, `level`, `logger`, `event`, the event's fields, and `exception` where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line."""
+        line: dict[str, Field] = {
+            "time": _moment(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Field]:
+    fields: dict[str, Field] = getattr(record, _FIELDS, {})
+    return fields
+
+
+def _moment(record: logging.LogRecord) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
+
+
+def _quoted(value: Field) -> str:
+    text = str(value)
+    return text if text and not any(letter.isspace() or letter in '"=' for letter in text) else json.dumps(text)

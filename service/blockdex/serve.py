@@ -1,0 +1,154 @@
+"""The process behind `blockdex serve`: engine, gRPC and HTTP, from the settings to the last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+from blockdex import __version__
+from blockdex.addresses import Address
+from blockdex.config import ServeSettings
+from blockdex.logs import configure_logging, log_event
+from blockdex.messages import Info
+from blockdex.rpc.server import start_rpc_server
+from blockdex.web.app import create_app
+from blockdex.web.metrics import RequestMetrics
+from blockdex.web.readiness import Readiness
+from blockdex.web.server import HttpServer
+from blockdex_kernels import IndexSpec, SpecError
+
+if TYPE_CHECKING:
+    from blockdex.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_FREE_SHARE = 0.9
+_WRITE_SECONDS = 2.0
+"""How long answers that are there may take to be written."""
+
+
+class StartError(Exception):
+    """The server cannot start: one line that says why."""
+
+
+def serve(settings: ServeSettings) -> int:
+    """Runs a server until SIGTERM or SIGINT; then finishes what is in flight. A second signal ends it at once.
+
+    Returns:
+        The exit status: 0 after a signal, 2 if the server could not start.
+    """
+    configure_logging(settings.log_format, settings.log_level)
+    try:
+        spec = settings.index_spec()
+        # Claimed before torch is loaded: a port in use is told at once. gRPC itself would only say that it failed.
+        Address.parse(settings.grpc_address).bind().close()
+        with Address.parse(settings.http_address).bind() as http_socket:
+            engine = _build_engine(settings, spec)
+            asyncio.run(_run(settings, engine, http_socket))
+    except (StartError, SpecError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        log_event(logger, logging.ERROR, "refused to start", reason=reason)
+        return 2
+    return 0
+
+
+def _build_engine(settings: ServeSettings, spec: IndexSpec) -> Engine:
+    cache_bytes = _cache_bytes(settings)
+    num_pages = cache_bytes // spec.bytes_per_page
+    if num_pages < 1:
+        raise StartError(f"cache_bytes: one page takes {spec.bytes_per_page} bytes, got {cache_bytes}")
+    # torch takes seconds to load: what can be refused without it has been.
+    from blockdex.engine.engine import Engine  # noqa: PLC0415
+    from blockdex_kernels.backend import choose_backend  # noqa: PLC0415
+
+    try:
+        backend = choose_backend(settings.device, spec, num_pages, fp8_scoring=settings.fp8_scoring)
+    except ValueError as error:
+        raise StartError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        raise StartError(f"cache_bytes: {cache_bytes} bytes cannot be had on device {settings.device}") from error
+    return Engine(
+        backend,
+        limits=settings.limits,
+        lease_seconds=settings.lease_seconds,
+        decode_queries=1 + settings.num_speculative_tokens,
+        prefill_slice_seconds=settings.prefill_slice_seconds,
+    )
+
+
+def _cache_bytes(settings: ServeSettings) -> int:
+    if settings.cache_bytes != "auto":
+        return settings.cache_bytes
+    if not settings.device.startswith("cuda"):
+        raise StartError(f"cache_bytes: auto needs --device cuda, got device {settings.device}; name a size instead")
+    import torch  # noqa: PLC0415 - as above
+
+    if not torch.cuda.is_available():
+        raise StartError(f"device {settings.device}: there is no CUDA device")
+    free, _ = torch.cuda.mem_get_info(settings.device)
+    return int(free * _FREE_SHARE)
+
+
+async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.socket) -> None:
+    from blockdex.transport.local import LocalChannel  # noqa: PLC0415 - brings the engine, and with it torch
+
+    told_to_stop = _listen_to_signals()
+    requests, readiness = RequestMetrics(), Readiness()
+    channel = LocalChannel(engine)
+    channel.start()
+    try:
+        http = HttpServer(create_app(channel, requests, readiness), http_socket)
+        try:
+            rpc = await start_rpc_server(channel, settings.grpc_address, observe=requests.observe)
+            readiness.obstacle = ""
+            http_address = Address.parse(settings.http_address).at_port_of(http_socket)
+            _log_start(channel.info(), rpc.address, str(http_address))
+            await told_to_stop.wait()
+            log_event(logger, logging.INFO, "stopping", grace_seconds=settings.shutdown_grace_seconds)
+            readiness.obstacle = "shutting down"
+            await rpc.stop_being_ready()
+            await channel.drain(settings.shutdown_grace_seconds)
+            await rpc.stop(_WRITE_SECONDS)
+        finally:
+            await http.stop()
+    finally:
+        channel.stop()
+    log_event(logger, logging.INFO, "stopped")
+
+
+def _listen_to_signals() -> asyncio.Event:
+    told = asyncio.Event()
+
+    def on_signal() -> None:
+        if told.is_set():
+            log_event(logger, logging.WARNING, "told to stop twice: ends at once")
+            os._exit(1)
+        told.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return told
+
+
+def _log_start(info: Info, grpc_address: str, http_address: str) -> None:
+    kernels = {f"{phase}_kernel": f"{kernel} ({reason})" for phase, (kernel, reason) in info.kernels.items()}
+    log_event(
+        logger,
+        logging.INFO,
+        "serving",
+        grpc=grpc_address,
+        http=http_address,
+        version=__version__,
+        device=info.device,
+        capacity_tokens=info.cache.capacity_tokens,
+        capacity_bytes=info.cache.pages_total * info.cache.page_bytes,
+        epoch=info.epoch,
+        **kernels,
+        **dataclasses.asdict(info.spec),
+    )

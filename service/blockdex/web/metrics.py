@@ -1,0 +1,152 @@
+"""What `/metrics` exports; `docs/metrics.md` has the table. No series is named by a sequence, a tenant or a client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from blockdex import __version__
+from blockdex.engine.stats import SECONDS_BUCKETS, Histogram
+from blockdex.errors import Code
+from blockdex.transport.channel import Channel
+from blockdex.web.readiness import Readiness
+
+TOKEN_RPCS = ("AppendKeys", "SelectBlocks", "AppendAndSelect")
+RPCS = (
+    "GetInfo",
+    "OpenSequence",
+    "GetSequence",
+    "ForkSequence",
+    "TruncateSequence",
+    "CloseSequence",
+    *TOKEN_RPCS,
+    "Stream",
+    *(f"Stream/{name}" for name in TOKEN_RPCS),
+)
+OTHER_RPC = "other"
+CODES = ("OK", *(code.name for code in Code))
+
+
+class RequestMetrics:
+    """Counts and times the requests that the front door answered; used on its loop alone."""
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(((rpc, "OK") for rpc in RPCS), 0)
+        self.seconds = {rpc: Histogram(SECONDS_BUCKETS) for rpc in RPCS}
+
+    def observe(self, rpc: str, code: str, seconds: float) -> None:
+        """Counts one answered request.
+
+        Args:
+            rpc: the method's name; one on a stream as `Stream/AppendKeys`. A name that is not in `RPCS` counts as
+                `other`, so that no caller can make series.
+            code: name of the canonical code it was answered with; one that is not in `CODES` counts as `UNKNOWN`.
+            seconds: from its arrival to its answer.
+        """
+        if rpc not in self.seconds:
+            rpc = OTHER_RPC
+            self.seconds.setdefault(rpc, Histogram(SECONDS_BUCKETS))
+        key = (rpc, code if code in CODES else Code.UNKNOWN.name)
+        self.counts[key] = self.counts.get(key, 0) + 1
+        self.seconds[rpc].observe(seconds)
+
+
+class ServerCollector:
+    """Turns what channel, front door and readiness say now into metrics."""
+
+    def __init__(self, channel: Channel, requests: RequestMetrics, readiness: Readiness) -> None:
+        self._channel = channel
+        self._requests = requests
+        self._readiness = readiness
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric of the server, each family once."""
+        yield from self._of_server()
+        yield from self._of_requests()
+        yield from self._of_engine()
+        yield from self._of_cache()
+
+    def _of_server(self) -> Iterator[Metric]:
+        info = self._channel.info()
+        labels = {"version": __version__, "device": info.device, "key_dtype": info.spec.key_dtype}
+        labels |= {f"{phase}_kernel": info.kernels[phase][0] for phase in ("append", "decode", "prefill")}
+        build = GaugeMetricFamily("blockdex_build_info", "What runs; the value is always 1.", labels=list(labels))
+        build.add_metric(list(labels.values()), 1)
+        yield build
+        yield GaugeMetricFamily(
+            "blockdex_ready", "1 while requests are served, as /readyz says.", value=float(self._readiness.ready)
+        )
+
+    def _of_requests(self) -> Iterator[Metric]:
+        total = CounterMetricFamily("blockdex_requests", "Requests answered.", labels=["rpc", "code"])
+        for (rpc, code), count in self._requests.counts.items():
+            total.add_metric([rpc, code], count)
+        yield total
+        yield _histograms(
+            "blockdex_request_seconds", "From a request's arrival to its answer.", "rpc", self._requests.seconds
+        )
+
+    def _of_engine(self) -> Iterator[Metric]:
+        stats = self._channel.stats()
+        yield _histograms(
+            "blockdex_stage_seconds", "Time of a request or a batch in each stage.", "stage", stats.stage_seconds
+        )
+        yield _histogram("blockdex_batch_requests", "Requests taken into one batch.", stats.batch_requests)
+        yield _histograms("blockdex_batch_tokens", "Tokens of one launch.", "phase", stats.batch_tokens)
+        yield _counters("blockdex_tokens", "Tokens worked on.", "phase", stats.tokens)
+        yield _counters("blockdex_dropped_requests", "Requests given up before any work.", "why", stats.dropped)
+        yield CounterMetricFamily(
+            "blockdex_engine_busy_seconds", "Time in which the engine was not waiting for work.", stats.busy_seconds
+        )
+        yield GaugeMetricFamily("blockdex_waiting_requests", "Selections that wait for keys.", stats.waiting)
+        yield GaugeMetricFamily("blockdex_queued_requests", "Requests taken over and not yet begun.", stats.queued)
+
+    def _of_cache(self) -> Iterator[Metric]:
+        cache = self._channel.info().cache
+        pages = GaugeMetricFamily(
+            "blockdex_pages", "Pages, by how many sequences reach them: none, one, or several.", labels=["state"]
+        )
+        pages.add_metric(["free"], cache.pages_total - cache.pages_used)
+        pages.add_metric(["private"], cache.pages_used - cache.pages_shared)
+        pages.add_metric(["shared"], cache.pages_shared)
+        yield pages
+        yield GaugeMetricFamily("blockdex_page_bytes", "Bytes of one page.", cache.page_bytes)
+        yield GaugeMetricFamily("blockdex_sequences", "Open sequences, all tenants together.", cache.sequences)
+        yield CounterMetricFamily(
+            "blockdex_evictions", "Sequences evicted, idle past their lease when pages ran out.", cache.evictions
+        )
+
+
+def metrics_registry(channel: Channel, requests: RequestMetrics, readiness: Readiness) -> CollectorRegistry:
+    """The registry of one server, with what the operating system knows of the process; not the global one."""
+    registry = CollectorRegistry()
+    registry.register(ServerCollector(channel, requests, readiness))
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    bounds = [*map(str, histogram.bounds), "+Inf"]
+    return list(zip(bounds, accumulate(histogram.counts), strict=True))
+
+
+def _histogram(name: str, documentation: str, histogram: Histogram) -> Metric:
+    return HistogramMetricFamily(name, documentation, buckets=_buckets(histogram), sum_value=histogram.total)
+
+
+def _histograms(name: str, documentation: str, label: str, histograms: dict[str, Histogram]) -> Metric:
+    family = HistogramMetricFamily(name, documentation, labels=[label])
+    for value, histogram in histograms.items():
+        family.add_metric([value], _buckets(histogram), histogram.total)
+    return family
+
+
+def _counters(name: str, documentation: str, label: str, counts: dict[str, int]) -> Metric:
+    family = CounterMetricFamily(name, documentation, labels=[label])
+    for value, count in counts.items():
+        family.add_metric([value], count)
+    return family

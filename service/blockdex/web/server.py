@@ -1,0 +1,42 @@
+"""The HTTP server: uvicorn on the loop, the socket and the signals of the process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+_STOP_SECONDS = 5
+
+
+class HttpServer:
+    """Serves an application on a socket that is bound already; made and used on one asyncio loop."""
+
+    def __init__(self, app: FastAPI, bound: socket.socket) -> None:
+        self._server = _Uvicorn(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                timeout_graceful_shutdown=_STOP_SECONDS,
+            )
+        )
+        self._task = asyncio.create_task(self._server.serve(sockets=[bound]))
+
+    async def stop(self) -> None:
+        """Answers what has been asked and ends; takes seconds at most."""
+        self._server.should_exit = True
+        await self._task
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves the signals to the process."""
+        yield

@@ -1,0 +1,138 @@
+"""A server as a process: what it says at the start, and how it ends."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from blockdex.v1 import indexer_pb2 as pb
+from blockdex.v1 import indexer_pb2_grpc as pb_grpc
+from serving import SMALL, Serving, serve
+
+TOKENS = 24 * 1024
+
+
+def stub(channel: grpc.Channel) -> pb_grpc.IndexerServiceStub:
+    return pb_grpc.IndexerServiceStub(channel)
+
+
+def tensor(*shape: int) -> pb.Tensor:
+    values = np.random.default_rng(7).standard_normal(shape).astype("<f2")
+    return pb.Tensor(dtype=pb.DTYPE_FP16, data=values.tobytes())
+
+
+def span(start: int, length: int) -> pb.Spans:
+    return pb.Spans(sequence_ids=[1], starts=[start], lengths=[length])
+
+
+def waiting_selection() -> pb.SelectBlocksRequest:
+    """A selection whose keys never come."""
+    return pb.SelectBlocksRequest(layer=1, spans=span(0, 1), queries=tensor(1, 4, 128), wait_for_keys=True)
+
+
+def eventually(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.02)
+
+
+def sample(serving: Serving, name: str, **labels: str) -> float:
+    text = httpx.get(f"http://{serving.http_address}/metrics").text
+    for family in text_string_to_metric_families(text):
+        for found in family.samples:
+            if found.name == name and found.labels == labels:
+                return found.value
+    raise AssertionError(f"no sample {name} {labels}")
+
+
+@pytest.fixture
+def channel_to() -> Iterator[Callable[[Serving], grpc.Channel]]:
+    channels: list[grpc.Channel] = []
+
+    def connect(serving: Serving) -> grpc.Channel:
+        channels.append(grpc.insecure_channel(serving.grpc_address))
+        return channels[-1]
+
+    yield connect
+    for channel in channels:
+        channel.close()
+
+
+def test_start_says_where_it_listens_and_what_it_is(server: Serving) -> None:
+    said = server.event("serving")
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        info = stub(channel).GetInfo(pb.GetInfoRequest())
+    assert said["device"] == info.device == "cpu"
+    assert said["epoch"] == info.epoch
+    assert said["capacity_tokens"] == info.cache.capacity_tokens == 16 * 2**20 // (3 * 128 * 2)
+    assert said["capacity_bytes"] == info.cache.pages_total * info.cache.page_bytes
+    assert (said["num_layers"], said["topk"], said["key_dtype"]) == (3, 16, "bf16")
+    for kernel in info.kernels:
+        assert said[f"{kernel.phase}_kernel"] == f"{kernel.kernel} ({kernel.reason})"
+    assert len(server.output) == 1
+
+
+def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
+    channel_to: Callable[[Serving], grpc.Channel],
+) -> None:
+    with serve(*SMALL[:2], "--cache-bytes", "64MiB", "--device", "cpu") as serving:
+        calls = stub(channel_to(serving))
+        calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1))
+        calls.AppendKeys(pb.AppendKeysRequest(layer=0, spans=span(0, TOKENS), keys=tensor(TOKENS, 128)))
+        prefill: Future[pb.SelectBlocksResponse] = calls.SelectBlocks.future(
+            pb.SelectBlocksRequest(layer=0, spans=span(TOKENS - 4096, 4096), queries=tensor(4096, 4, 128))
+        )
+        waiting = calls.SelectBlocks.future(waiting_selection(), timeout=4)
+        eventually(lambda: sample(serving, "blockdex_waiting_requests") == 1, "the selection waits")
+        eventually(lambda: sample(serving, "blockdex_stage_seconds_count", stage="queue") == 4, "the prefill began")
+
+        serving.process.send_signal(signal.SIGTERM)
+        eventually(lambda: httpx.get(f"http://{serving.http_address}/readyz").status_code == 503, "not ready")
+        assert httpx.get(f"http://{serving.http_address}/readyz").text == "shutting down\n"
+        assert httpx.get(f"http://{serving.http_address}/healthz").status_code == 200
+        assert sample(serving, "blockdex_ready") == 0
+        with pytest.raises(grpc.RpcError) as refused:
+            calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=2))
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+
+        assert len(prefill.result(timeout=60).block_ids.data) == 4096 * 4 * 16 * 4
+        with pytest.raises(grpc.RpcError) as late:
+            waiting.result(timeout=60)
+        assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert serving.wait() == 0
+        assert [serving.event(name)["level"] for name in ("serving", "stopping", "stopped")] == ["info"] * 3
+
+
+def test_the_grace_is_bounded(channel_to: Callable[[Serving], grpc.Channel]) -> None:
+    with serve(*SMALL, BLOCKDEX_SHUTDOWN_GRACE_SECONDS="0.5") as serving:
+        calls = stub(channel_to(serving))
+        calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1))
+        waiting = calls.SelectBlocks.future(waiting_selection(), timeout=60)
+        eventually(lambda: sample(serving, "blockdex_waiting_requests") == 1, "the selection waits")
+        began = time.monotonic()
+        assert serving.stop() == 0
+        assert time.monotonic() - began < 8
+        assert waiting.exception(timeout=10) is not None
+
+
+def test_a_second_signal_ends_it_at_once(channel_to: Callable[[Serving], grpc.Channel]) -> None:
+    with serve() as serving:
+        calls = stub(channel_to(serving))
+        calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1))
+        calls.SelectBlocks.future(waiting_selection(), timeout=60)
+        eventually(lambda: sample(serving, "blockdex_waiting_requests") == 1, "the selection waits")
+        serving.process.send_signal(signal.SIGINT)
+        eventually(lambda: any("stopping" in line for line in serving.output), "it stops")
+        began = time.monotonic()
+        serving.process.send_signal(signal.SIGTERM)
+        assert serving.wait() == 1
+        assert time.monotonic() - began < 5
