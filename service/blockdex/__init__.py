@@ -1,5 +1,75 @@
-"""Block selection for block-sparse attention, served from a sidecar."""
+"""Block selection for block-sparse attention, served from a sidecar.
 
+    with blockdex.Client("127.0.0.1:50051") as client:
+        client.open_sequence(7)
+        client.append_keys(layer=0, sequences=7, keys=keys)
+
+`Client` and `AsyncClient` are the way in; what they raise is in `blockdex.errors` and listed here too.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from blockdex.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    BlockdexError,
+    CancelledError,
+    Code,
+    DataLossError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    OutOfRangeError,
+    PermissionDeniedError,
+    Reason,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnimplementedError,
+    UnknownError,
+)
+
+if TYPE_CHECKING:
+    from blockdex.client import AsyncClient, Client, Info, SequenceState
+
+__all__ = [
+    "AbortedError",
+    "AlreadyExistsError",
+    "AsyncClient",
+    "BlockdexError",
+    "CancelledError",
+    "Client",
+    "Code",
+    "DataLossError",
+    "DeadlineExceededError",
+    "FailedPreconditionError",
+    "Info",
+    "InternalError",
+    "InvalidArgumentError",
+    "NotFoundError",
+    "OutOfRangeError",
+    "PermissionDeniedError",
+    "Reason",
+    "ResourceExhaustedError",
+    "SequenceState",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnimplementedError",
+    "UnknownError",
+    "__version__",
+]
 
 __version__ = version("blockdex")
+
+
+def __getattr__(name: str) -> Any:
+    # The engine imports this package too, and must not get gRPC with it.
+    if name in {"AsyncClient", "Client", "Info", "SequenceState"}:
+        return getattr(import_module("blockdex.client"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

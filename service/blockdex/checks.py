@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from blockdex.messages import Spans
 from blockdex.errors import InvalidArgumentError, Reason, ResourceExhaustedError
+from blockdex.messages import Spans
 from blockdex_kernels import IndexSpec
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8_e4m3": 1}
@@ -89,12 +90,23 @@ def _check_positions(spec: IndexSpec, spans: Spans) -> None:
 
 def check_tensor_bytes(name: str, dtype: str, num_bytes: int, shape: tuple[int, ...]) -> None:
     """Refuses a tensor whose byte count is not what its shape and dtype give."""
-    expected = int(np.prod(shape, dtype=np.int64)) * DTYPE_BYTES[dtype]
+    expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if num_bytes != expected:
-        dims = ", ".join(map(str, shape))
         raise InvalidArgumentError(
-            f"{name}: [{dims}] of {dtype} takes {expected} bytes, got {num_bytes}", Reason.INVALID_TENSOR
+            f"{name}: {_dims(shape)} of {dtype} takes {expected} bytes, got {num_bytes}", Reason.INVALID_TENSOR
         )
+
+
+def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuses a tensor that has the right size in another shape, which only a client can see."""
+    if shape != expected:
+        raise InvalidArgumentError(
+            f"{name}: shape must be {_dims(expected)}, got {_dims(shape)}", Reason.INVALID_TENSOR
+        )
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def check_message_bytes(num_bytes: int, max_message_bytes: int) -> None:

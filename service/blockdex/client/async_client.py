@@ -1,0 +1,214 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Concatenate, Literal, ParamSpec, Unpack, overload
+
+from blockdex.client.answers import Info, SequenceState
+from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
+from blockdex.client.async_transports import AsyncStreamTransport, AsyncTransport, AsyncUnaryTransport
+from blockdex.client.call import Call, Result
+from blockdex.client.core import DEFAULT_TIMEOUT, Core
+from blockdex.client.ledger import Ledger
+from blockdex.client.requests import Integers, Queries, spans_of
+from blockdex.client.tensors import Array
+from blockdex.errors import BlockdexError
+from blockdex.messages import Order
+
+Arguments = ParamSpec("Arguments")
+
+_TRANSPORTS: dict[str, Callable[[Core], AsyncTransport]] = {
+    "unary": AsyncUnaryTransport,
+    "stream": AsyncStreamTransport,
+}
+
+
+class AsyncClient:
+    """A blockdex server, for asyncio: `Client` with `await`.
+
+    A client belongs to the loop of its first call, whose tasks may share it; neither another loop nor a forked process
+    may use it. Cancelling a task gives up its request, whose outcome is then unknown.
+
+    Everything else is as `Client` says, each method included.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        tenant: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        transport: Literal["unary", "stream"] = "unary",
+    ) -> None:
+        if transport not in _TRANSPORTS:
+            raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
+        self._core = Core(address, tenant, timeout)
+        self._transport = _TRANSPORTS[transport](self._core)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Fails what is in flight, and every later call, with `CancelledError`. Sequences stay open."""
+        await self._transport.close()
+
+    async def info(self, *, timeout: float | None = None) -> Info:
+        """What the server is, holds and can do, asked anew."""
+        return (await self._complete(self._core.get_info(self._core.deadline(timeout)))).info
+
+    async def open_sequence(
+        self, sequence_id: int, *, lease_seconds: int = 0, epoch: int | None = None, timeout: float | None = None
+    ) -> None:
+        """Opens an empty sequence."""
+        await self._run(timeout, self._core.open_sequence, sequence_id, lease_seconds, epoch)
+
+    async def get_sequence(
+        self, sequence_id: int, *, epoch: int | None = None, timeout: float | None = None
+    ) -> SequenceState:
+        """Length and revision of every layer; settles what the client does not know."""
+        return await self._run(timeout, self._core.get_sequence, sequence_id, epoch)
+
+    async def fork_sequence(
+        self, parent_id: int, child_id: int, length: int, *, epoch: int | None = None, timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """Opens a child that starts as the first `length` tokens of its parent; the answer is its length by layer."""
+        return await self._run(timeout, self._core.fork_sequence, parent_id, child_id, length, epoch)
+
+    async def truncate_sequence(
+        self, sequence_id: int, length: int, *, epoch: int | None = None, timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """Cuts every layer to at most `length` tokens; the answer is the length by layer."""
+        return await self._run(timeout, self._core.truncate_sequence, sequence_id, length, epoch)
+
+    async def close_sequence(self, sequence_id: int, *, epoch: int | None = None, timeout: float | None = None) -> None:
+        """Gives up a sequence; closing what is closed already is fine."""
+        await self._run(timeout, self._core.close_sequence, sequence_id, epoch)
+
+    async def append_keys(
+        self,
+        layer: int,
+        *,
+        sequences: Integers,
+        lengths: Integers | None = None,
+        keys: Array,
+        starts: Integers | None = None,
+        revisions: Integers | None = None,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Writes index keys of one layer for one or many sequences: all of them, or, on any error, none."""
+        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=keys)
+        await self._run(timeout, self._core.append_keys, spans, keys)
+
+    @overload
+    async def select_blocks(
+        self,
+        layer: int,
+        *,
+        queries: Array,
+        return_scores: Literal[False] = ...,
+        **others: Unpack[SelectArguments],
+    ) -> Array: ...
+
+    @overload
+    async def select_blocks(
+        self, layer: int, *, queries: Array, return_scores: Literal[True], **others: Unpack[SelectArguments]
+    ) -> tuple[Array, Array]: ...
+
+    async def select_blocks(
+        self,
+        layer: int,
+        *,
+        sequences: Integers,
+        lengths: Integers | None = None,
+        queries: Any,
+        starts: Integers | None = None,
+        order: Order = "ascending",
+        return_scores: bool = False,
+        revisions: Integers | None = None,
+        first_head: int = 0,
+        num_heads: int = 0,
+        wait_for_keys: bool = False,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Selects the key blocks that each query reads."""
+        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=queries)
+        selection = Queries(queries, first_head, num_heads, order, return_scores, wait_for_keys)
+        return await self._run(timeout, self._core.select_blocks, spans, selection)
+
+    @overload
+    async def append_and_select(
+        self,
+        layer: int,
+        *,
+        queries: Array,
+        return_scores: Literal[False] = ...,
+        **others: Unpack[AppendAndSelectArguments],
+    ) -> Array: ...
+
+    @overload
+    async def append_and_select(
+        self,
+        layer: int,
+        *,
+        queries: Array,
+        return_scores: Literal[True],
+        **others: Unpack[AppendAndSelectArguments],
+    ) -> tuple[Array, Array]: ...
+
+    async def append_and_select(
+        self,
+        layer: int,
+        *,
+        sequences: Integers,
+        lengths: Integers | None = None,
+        keys: Any,
+        queries: Any,
+        starts: Integers | None = None,
+        order: Order = "ascending",
+        return_scores: bool = False,
+        revisions: Integers | None = None,
+        first_head: int = 0,
+        num_heads: int = 0,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """`append_keys`, then `select_blocks`, for the same tokens: what an engine does once a layer.
+
+        Arguments and answer are theirs; the queries are those of the tokens appended.
+        """
+        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=keys)
+        selection = Queries(queries, first_head, num_heads, order, return_scores)
+        return await self._run(timeout, self._core.append_and_select, spans, keys, selection)
+
+    async def _run(
+        self,
+        timeout: float | None,
+        build: Callable[Concatenate[Ledger, float, Arguments], Call[Result]],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Result:
+        deadline = self._core.deadline(timeout)
+        ledger = self._core.ledger
+        if ledger is None:
+            ledger = await self._complete(self._core.get_info(deadline))
+        return await self._complete(build(ledger, deadline, *args, **kwargs))
+
+    async def _complete(self, call: Call[Result]) -> Result:
+        with call:
+            while True:
+                try:
+                    response = await self._transport.send(call)
+                except BlockdexError as error:
+                    await asyncio.sleep(call.retry_after(error))
+                else:
+                    return call.finish(response)

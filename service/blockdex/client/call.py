@@ -1,0 +1,92 @@
+"""One call from its first attempt to its end, in the same steps for both clients."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from blockdex.client.failures import changed_nothing
+from blockdex.client.ledger import Ledger
+from blockdex.errors import BlockdexError, Code, DeadlineExceededError, Reason
+from blockdex.v1 import indexer_pb2 as pb
+
+Result = TypeVar("Result")
+
+_FIRST_BACKOFF = 0.02
+_LONGEST_BACKOFF = 1.0
+
+
+def _nothing_to_settle(changed_nothing: bool) -> None:
+    """What a failure means to a call that writes nothing."""
+
+
+@dataclass(slots=True)
+class Call(Generic[Result]):
+    """A request, what its answer means and what its failure means. Entered before its first attempt, left at its end.
+
+    Attributes:
+        rpc: name of the RPC.
+        request: its request.
+        deadline: `time.monotonic()` at which the caller stops waiting.
+        finish: makes the caller's answer of the response.
+        repeatable: whether sending it twice has the effect of sending it once.
+        ledger: what the request was built from; None for the question what the server is.
+        fail: told, when the call fails for good, whether it is certain that it changed nothing.
+        envelope: the message of a stream that holds the request, where a stream takes it.
+    """
+
+    rpc: str
+    request: Any
+    deadline: float
+    finish: Callable[[Any], Result]
+    repeatable: bool
+    ledger: Ledger | None = None
+    fail: Callable[[bool], None] = _nothing_to_settle
+    envelope: pb.StreamRequest | None = None
+    _backoff: float = field(default=_FIRST_BACKOFF, init=False)
+    _certain: bool = field(default=True, init=False)
+
+    def remaining(self) -> float:
+        """Seconds until the deadline.
+
+        Raises:
+            DeadlineExceededError: it has passed.
+        """
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            raise self.late()
+        return seconds
+
+    def late(self) -> DeadlineExceededError:
+        """What the caller gets once the deadline has passed."""
+        return DeadlineExceededError(f"{self.rpc}: no answer within the timeout", Reason.DEADLINE_EXCEEDED)
+
+    def retry_after(self, error: BlockdexError) -> float:
+        """Seconds to wait before the next attempt.
+
+        Raises:
+            BlockdexError: the error, where there is no next attempt. There is one for a repeatable call that found
+                the server unavailable, as long as it begins inside the deadline.
+        """
+        self._certain = self._certain and changed_nothing(error)
+        pause = self._backoff * random.uniform(0.5, 1.0)
+        if not self.repeatable or error.code is not Code.UNAVAILABLE or time.monotonic() + pause >= self.deadline:
+            raise error
+        self._backoff = min(2 * self._backoff, _LONGEST_BACKOFF)
+        return pause
+
+    def __enter__(self) -> Call[Result]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if failure is None:
+            return
+        self.fail(self._certain and changed_nothing(failure))
+        if self.ledger is not None and getattr(failure, "reason", None) == Reason.EPOCH_MISMATCH:
+            self.ledger.over |= self.request.epoch == self.ledger.info.epoch

@@ -1,0 +1,266 @@
+"""The client for threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Concatenate, Literal, ParamSpec, Unpack, overload
+
+from blockdex.client.answers import Info, SequenceState
+from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
+from blockdex.client.call import Call, Result
+from blockdex.client.core import DEFAULT_TIMEOUT, Core
+from blockdex.client.ledger import Ledger
+from blockdex.client.requests import Integers, Queries, spans_of
+from blockdex.client.tensors import Array
+from blockdex.client.transports import StreamTransport, Transport, UnaryTransport
+from blockdex.errors import BlockdexError
+from blockdex.messages import Order
+
+Arguments = ParamSpec("Arguments")
+
+_TRANSPORTS: dict[str, Callable[[Core], Transport]] = {"unary": UnaryTransport, "stream": StreamTransport}
+
+
+class Client:
+    """A blockdex server, for code that blocks.
+
+    Threads may share a client. A forked process may not use its parent's: make it after the fork.
+
+    The client counts what it appends, so `starts` may be left out: an append then goes to the end of its layer, and a
+    selection asks for the last positions. It cannot count for a sequence that it did not open, nor after a write whose
+    outcome it did not learn (deadline, lost connection, fault of the server): such calls raise
+    `FailedPreconditionError` (OUTCOME_UNKNOWN) until `get_sequence` was asked or an append named its start. Calls on
+    one sequence and layer that overlap in time should name theirs.
+
+    Every call ends inside its timeout. Calls that change nothing, `close_sequence`, and appends whose spans all carry
+    a revision are repeated while the server is unavailable; nothing else is.
+
+    Every method raises the exceptions of `blockdex.errors`.
+
+    Args:
+        address: `HOST:PORT`, or any gRPC target, such as `unix:/path`.
+        tenant: whose sequences these are, where the transport proves no identity; None leaves it to the server.
+        timeout: seconds that a call may take when it names no timeout.
+        transport: `unary` (an RPC a call) or `stream` (data calls share one stream).
+
+    Raises:
+        ValueError: the timeout is not a positive, finite number, or the transport is unknown.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        tenant: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        transport: Literal["unary", "stream"] = "unary",
+    ) -> None:
+        if transport not in _TRANSPORTS:
+            raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
+        self._core = Core(address, tenant, timeout)
+        self._transport = _TRANSPORTS[transport](self._core)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Fails what is in flight, and every later call, with `CancelledError`. Sequences stay open."""
+        self._transport.close()
+
+    def info(self, *, timeout: float | None = None) -> Info:
+        """What the server is, holds and can do, asked anew."""
+        return self._complete(self._core.get_info(self._core.deadline(timeout))).info
+
+    def open_sequence(
+        self, sequence_id: int, *, lease_seconds: int = 0, epoch: int | None = None, timeout: float | None = None
+    ) -> None:
+        """Opens an empty sequence.
+
+        Args:
+            sequence_id: unique inside the tenant and never used again; 64 bits.
+            lease_seconds: seconds without a call after which it may be evicted when pages run out; 0 = the server's.
+            epoch: None = the one that the client knows, 0 = any.
+            timeout: seconds; None = the client's.
+        """
+        self._run(timeout, self._core.open_sequence, sequence_id, lease_seconds, epoch)
+
+    def get_sequence(
+        self, sequence_id: int, *, epoch: int | None = None, timeout: float | None = None
+    ) -> SequenceState:
+        """Length and revision of every layer; settles what the client does not know."""
+        return self._run(timeout, self._core.get_sequence, sequence_id, epoch)
+
+    def fork_sequence(
+        self, parent_id: int, child_id: int, length: int, *, epoch: int | None = None, timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """Opens a child that starts as the first `length` tokens of its parent; the answer is its length by layer."""
+        return self._run(timeout, self._core.fork_sequence, parent_id, child_id, length, epoch)
+
+    def truncate_sequence(
+        self, sequence_id: int, length: int, *, epoch: int | None = None, timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """Cuts every layer to at most `length` tokens; the answer is the length by layer."""
+        return self._run(timeout, self._core.truncate_sequence, sequence_id, length, epoch)
+
+    def close_sequence(self, sequence_id: int, *, epoch: int | None = None, timeout: float | None = None) -> None:
+        """Gives up a sequence; closing what is closed already is fine."""
+        self._run(timeout, self._core.close_sequence, sequence_id, epoch)
+
+    def append_keys(
+        self,
+        layer: int,
+        *,
+        sequences: Integers,
+        lengths: Integers | None = None,
+        keys: Array,
+        starts: Integers | None = None,
+        revisions: Integers | None = None,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Writes index keys of one layer for one or many sequences: all of them, or, on any error, none.
+
+        Args:
+            layer: 0 to L-1.
+            sequences: `[N]`, no two alike.
+            lengths: `[N]`, tokens of each; may be left out for a single sequence. T is their sum.
+            keys: `[T, D]`, sequence after sequence: numpy or torch, bfloat16, float16, float32 or float8_e4m3fn.
+            starts: `[N]`, position of the first token of each, which cuts off what lies behind; None = at the end.
+            revisions: `[N]`, 0 = unchecked; None = all unchecked.
+            epoch: None = the one that the client knows, 0 = any.
+            timeout: seconds; None = the client's.
+        """
+        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=keys)
+        self._run(timeout, self._core.append_keys, spans, keys)
+
+    @overload
+    def select_blocks(
+        self,
+        layer: int,
+        *,
+        queries: Array,
+        return_scores: Literal[False] = ...,
+        **others: Unpack[SelectArguments],
+    ) -> Array: ...
+
+    @overload
+    def select_blocks(
+        self, layer: int, *, queries: Array, return_scores: Literal[True], **others: Unpack[SelectArguments]
+    ) -> tuple[Array, Array]: ...
+
+    def select_blocks(
+        self,
+        layer: int,
+        *,
+        sequences: Integers,
+        lengths: Integers | None = None,
+        queries: Any,
+        starts: Integers | None = None,
+        order: Order = "ascending",
+        return_scores: bool = False,
+        revisions: Integers | None = None,
+        first_head: int = 0,
+        num_heads: int = 0,
+        wait_for_keys: bool = False,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Selects the key blocks that each query reads.
+
+        Args:
+            layer: 0 to L-1.
+            sequences: `[N]`, no two alike.
+            lengths: `[N]`, queries of each; may be left out for a single sequence. T is their sum.
+            queries: `[T, num_heads, D]`, sequence after sequence, as `keys` of `append_keys` otherwise.
+            starts: `[N]`, position of the first query of each; None = the last `lengths[i]` positions.
+            order: of a row: `ascending` (by block id) or `score` (init blocks, local blocks, then by falling score).
+            return_scores: answer with scores as well.
+            revisions: `[N]`, must be the layer's; 0 = unchecked, None = all unchecked.
+            first_head: first head that `queries` holds.
+            num_heads: heads that `queries` holds; 0 = all from `first_head`.
+            wait_for_keys: wait for the revision (without one: for the keys) until the timeout, instead of failing.
+            epoch: None = the one that the client knows, 0 = any.
+            timeout: seconds; None = the client's.
+
+        Returns:
+            Block ids, int32 `[T, num_heads, topk]`, -1 in unused places at the end of a row; with `return_scores` also
+            float32 scores of that shape. Of the kind of `queries`, and on their device.
+        """
+        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=queries)
+        selection = Queries(queries, first_head, num_heads, order, return_scores, wait_for_keys)
+        return self._run(timeout, self._core.select_blocks, spans, selection)
+
+    @overload
+    def append_and_select(
+        self,
+        layer: int,
+        *,
+        queries: Array,
+        return_scores: Literal[False] = ...,
+        **others: Unpack[AppendAndSelectArguments],
+    ) -> Array: ...
+
+    @overload
+    def append_and_select(
+        self,
+        layer: int,
+        *,
+        queries: Array,
+        return_scores: Literal[True],
+        **others: Unpack[AppendAndSelectArguments],
+    ) -> tuple[Array, Array]: ...
+
+    def append_and_select(
+        self,
+        layer: int,
+        *,
+        sequences: Integers,
+        lengths: Integers | None = None,
+        keys: Any,
+        queries: Any,
+        starts: Integers | None = None,
+        order: Order = "ascending",
+        return_scores: bool = False,
+        revisions: Integers | None = None,
+        first_head: int = 0,
+        num_heads: int = 0,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """`append_keys`, then `select_blocks`, for the same tokens: what an engine does once a layer.
+
+        Arguments and answer are theirs; the queries are those of the tokens appended.
+        """
+        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=keys)
+        selection = Queries(queries, first_head, num_heads, order, return_scores)
+        return self._run(timeout, self._core.append_and_select, spans, keys, selection)
+
+    def _run(
+        self,
+        timeout: float | None,
+        build: Callable[Concatenate[Ledger, float, Arguments], Call[Result]],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Result:
+        deadline = self._core.deadline(timeout)
+        ledger = self._core.ledger
+        if ledger is None:
+            ledger = self._complete(self._core.get_info(deadline))
+        return self._complete(build(ledger, deadline, *args, **kwargs))
+
+    def _complete(self, call: Call[Result]) -> Result:
+        with call:
+            while True:
+                try:
+                    response = self._transport.send(call)
+                except BlockdexError as error:
+                    time.sleep(call.retry_after(error))
+                else:
+                    return call.finish(response)

@@ -1,0 +1,74 @@
+"""What went wrong on the wire, as the exceptions of `blockdex.errors`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
+
+from blockdex.errors import BlockdexError, Code, Reason, UnavailableError, error_of
+
+_DOMAIN = "blockdex"
+_DETAILS_KEY = "grpc-status-details-bin"
+
+# Why a call fails that no blockdex server answered; a code that is not here names itself.
+_TRANSPORT_REASONS = {
+    Code.CANCELLED: Reason.CANCELLED,
+    Code.DEADLINE_EXCEEDED: Reason.DEADLINE_EXCEEDED,
+    Code.INTERNAL: Reason.INTERNAL,
+    Code.UNAVAILABLE: Reason.UNREACHABLE,
+}
+_OUTCOME_UNKNOWN = frozenset(
+    {Code.CANCELLED, Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS}
+)
+_STREAM_REFUSED = frozenset({Code.INVALID_ARGUMENT, Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.UNIMPLEMENTED})
+
+
+def error_of_status(status: Status) -> BlockdexError:
+    """The exception that a `google.rpc.Status` stands for; where it names no reason, the code's name is one."""
+    for detail in status.details:
+        info = ErrorInfo()
+        if detail.Unpack(info) and info.domain == _DOMAIN:
+            return error_of(status.code, status.message, _reason_of(info.reason))
+    name = Code(status.code).name if status.code in Code else str(status.code)
+    return error_of(status.code, status.message, _reason_of(name))
+
+
+def error_of_call(failure: Any, target: str) -> BlockdexError:
+    """The exception that a failed gRPC call stands for, whichever of gRPC's two APIs it came from.
+
+    Args:
+        failure: a `grpc.RpcError` with `code`, `details` and `trailing_metadata`.
+        target: the call and the address, for the message of a failure that gRPC made itself.
+    """
+    for key, value in failure.trailing_metadata() or ():
+        if key == _DETAILS_KEY:
+            try:
+                return error_of_status(Status.FromString(value))
+            except DecodeError:
+                break
+    number, name = failure.code().value[0], failure.code().name
+    message = f"{target}: {failure.details() or name}"
+    if number == Code.RESOURCE_EXHAUSTED and "larger than max" in message:
+        return error_of(number, message, Reason.MESSAGE_TOO_LARGE)
+    return error_of(number, message, _TRANSPORT_REASONS.get(number, name))
+
+
+def error_of_stream(failure: BlockdexError) -> BlockdexError:
+    """What each request in flight fails with when its stream ends: the refusal of the stream, else unreachable."""
+    if failure.code in _STREAM_REFUSED:
+        return error_of(failure.code, failure.message, failure.reason)
+    return UnavailableError(f"the stream broke: {failure.message}", Reason.UNREACHABLE)
+
+
+def changed_nothing(failure: BaseException) -> bool:
+    """Whether a request that failed so is certain to have had no effect."""
+    if not isinstance(failure, BlockdexError):
+        return False
+    return failure.code not in _OUTCOME_UNKNOWN or failure.reason == Reason.SHUTTING_DOWN
+
+
+def _reason_of(word: str) -> Reason | str:
+    return Reason(word) if word in Reason.__members__ else word

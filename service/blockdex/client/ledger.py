@@ -1,0 +1,185 @@
+"""What a client knows of one epoch of a server: above all, how long it made each layer of each sequence."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from blockdex.client.answers import Info
+from blockdex.errors import FailedPreconditionError, Reason
+
+_UNKNOWN = -1
+_OVERLAPPED = -1
+
+
+class _Layers:
+    """One sequence, by layer: its length, the writes begun so far, and those in flight."""
+
+    __slots__ = ("in_flight", "lengths", "writes")
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self.writes = [0] * len(lengths)
+        self.in_flight = [0] * len(lengths)
+
+
+@dataclass(slots=True)
+class Append:
+    """An append in flight. The ledger counts it from its beginning, so that the next one follows it.
+
+    Attributes:
+        starts: `[N]`, where each run goes.
+        changes: `[N]`, each sequence with its length before and after; empty once the append has ended.
+    """
+
+    layer: int
+    starts: list[int]
+    changes: list[tuple[_Layers, int, int]]
+
+
+@dataclass(slots=True)
+class Watch:
+    """A request on a whole sequence in flight.
+
+    Attributes:
+        writes: `[L]`, writes begun up to it, `_OVERLAPPED` where one was still in flight.
+    """
+
+    sequence: int
+    writes: list[int]
+
+
+class Ledger:
+    """Lengths by sequence and layer, as this client's own calls made them. Safe to share between threads.
+
+    A length is unknown for a sequence that this client did not open, and after a write of unknown outcome, until the
+    server was asked or an append named its own start.
+
+    Attributes:
+        info: the server's answer to GetInfo.
+        over: whether the server has said that its epoch is another one.
+    """
+
+    def __init__(self, info: Info) -> None:
+        self.info = info
+        self.over = False
+        self._sequences: dict[int, _Layers] = {}
+        self._lock = threading.Lock()
+
+    def open(self, sequence: int, lengths: Sequence[int]) -> None:
+        """Takes up a sequence of known lengths."""
+        with self._lock:
+            self._sequences[sequence] = _Layers(list(lengths))
+
+    def close(self, sequence: int) -> None:
+        """Lets go of a sequence."""
+        with self._lock:
+            self._sequences.pop(sequence, None)
+
+    def last_positions(self, layer: int, sequences: list[int], lengths: list[int]) -> list[int]:
+        """Where the last `lengths[i]` positions of each sequence start.
+
+        Raises:
+            FailedPreconditionError: a length is unknown (OUTCOME_UNKNOWN).
+        """
+        with self._lock:
+            return [self._length(sequence, layer) - rows for sequence, rows in zip(sequences, lengths, strict=False)]
+
+    def begin_append(self, layer: int, sequences: list[int], lengths: list[int], starts: list[int] | None) -> Append:
+        """Counts an append that is about to be sent; without starts it goes to the ends of the sequences.
+
+        Raises:
+            FailedPreconditionError: starts are left out and a length is unknown (OUTCOME_UNKNOWN).
+        """
+        with self._lock:
+            if starts is None:
+                starts = [self._length(sequence, layer) for sequence in sequences]
+            changes = []
+            for sequence, start, rows in zip(sequences, starts, lengths, strict=False):
+                layers = self._layers(sequence)
+                changes.append((layers, layers.lengths[layer], start + rows))
+                layers.lengths[layer] = start + rows
+                layers.writes[layer] += 1
+                layers.in_flight[layer] += 1
+            return Append(layer, starts, changes)
+
+    def end_append(self, append: Append) -> None:
+        """The append took effect."""
+        with self._lock:
+            for layers, _, _ in append.changes:
+                layers.in_flight[append.layer] -= 1
+            append.changes = []
+
+    def fail_append(self, append: Append, changed_nothing: bool) -> None:
+        """The append failed: lengths are what they were where that is certain, else unknown."""
+        layer = append.layer
+        with self._lock:
+            for layers, before, after in reversed(append.changes):
+                layers.in_flight[layer] -= 1
+                certain = changed_nothing and layers.lengths[layer] == after
+                layers.lengths[layer] = before if certain else _UNKNOWN
+            append.changes = []
+
+    def begin_question(self, sequence: int) -> Watch:
+        """The lengths of a sequence are about to be asked for."""
+        with self._lock:
+            return self._watch(sequence)
+
+    def end_question(self, watch: Watch, lengths: Sequence[int]) -> None:
+        """What the server said; a layer that was written meanwhile stays as it is."""
+        with self._lock:
+            layers = self._layers(watch.sequence)
+            for layer, length in enumerate(lengths):
+                if layers.writes[layer] == watch.writes[layer]:
+                    layers.lengths[layer] = length
+
+    def begin_truncation(self, sequence: int) -> Watch:
+        """All layers of a sequence are about to be cut."""
+        with self._lock:
+            watch = self._watch(sequence)
+            layers = self._layers(sequence)
+            layers.writes = [writes + 1 for writes in layers.writes]
+            layers.in_flight = [in_flight + 1 for in_flight in layers.in_flight]
+            return watch
+
+    def end_truncation(self, watch: Watch, lengths: Sequence[int]) -> None:
+        """The sequence is cut; a layer that was written meanwhile has an unknown length."""
+        with self._lock:
+            layers = self._layers(watch.sequence)
+            layers.in_flight = [in_flight - 1 for in_flight in layers.in_flight]
+            for layer, length in enumerate(lengths):
+                alone = layers.writes[layer] == watch.writes[layer] + 1
+                layers.lengths[layer] = length if alone else _UNKNOWN
+
+    def fail_truncation(self, watch: Watch, changed_nothing: bool) -> None:
+        """The truncation failed: lengths stay where it is certain that it changed nothing, else they are unknown."""
+        with self._lock:
+            layers = self._layers(watch.sequence)
+            layers.in_flight = [in_flight - 1 for in_flight in layers.in_flight]
+            if not changed_nothing:
+                layers.lengths = [_UNKNOWN] * len(layers.lengths)
+
+    def _layers(self, sequence: int) -> _Layers:
+        layers = self._sequences.get(sequence)
+        if layers is None:
+            layers = self._sequences[sequence] = _Layers([_UNKNOWN] * self.info.spec.num_layers)
+        return layers
+
+    def _watch(self, sequence: int) -> Watch:
+        layers = self._sequences.get(sequence)
+        if layers is None:
+            return Watch(sequence, [0] * self.info.spec.num_layers)
+        pairs = zip(layers.writes, layers.in_flight, strict=True)
+        return Watch(sequence, [_OVERLAPPED if in_flight else writes for writes, in_flight in pairs])
+
+    def _length(self, sequence: int, layer: int) -> int:
+        layers = self._sequences.get(sequence)
+        length = _UNKNOWN if layers is None else layers.lengths[layer]
+        if length == _UNKNOWN:
+            raise FailedPreconditionError(
+                f"sequence {sequence}, layer {layer}: its length is not known to this client; "
+                "ask get_sequence, or name the starts",
+                Reason.OUTCOME_UNKNOWN,
+            )
+        return length

@@ -1,0 +1,196 @@
+"""The arguments of the three data calls, checked with the server's own words and written into a request."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockdex import checks
+from blockdex.client.answers import Info
+from blockdex.client.tensors import elements_of
+from blockdex.errors import InvalidArgumentError, Reason
+from blockdex.messages import FloatDtype, Order
+from blockdex.v1 import indexer_pb2 as pb
+
+Integers = int | Sequence[int] | NDArray[Any]
+"""One integer, or one for each sequence of a request."""
+
+Request = pb.AppendKeysRequest | pb.SelectBlocksRequest | pb.AppendAndSelectRequest
+
+_DTYPES: dict[FloatDtype, pb.Dtype] = {
+    "bf16": pb.DTYPE_BF16,
+    "fp16": pb.DTYPE_FP16,
+    "fp32": pb.DTYPE_FP32,
+    "fp8_e4m3": pb.DTYPE_FP8_E4M3,
+}
+_ORDERS = {"ascending": pb.SELECTION_ORDER_ASCENDING, "score": pb.SELECTION_ORDER_SCORE}
+
+
+@dataclass(slots=True)
+class Spans:
+    """The runs of a request as the caller named them: columns of Python integers.
+
+    Attributes:
+        starts: None where they are the client's to count.
+        revisions: empty where unchecked.
+        epoch: None for the one that the client knows.
+    """
+
+    layer: int
+    sequences: list[int]
+    lengths: list[int]
+    starts: list[int] | None
+    revisions: list[int]
+    epoch: int | None
+
+
+@dataclass(slots=True)
+class Queries:
+    """The selecting half of a request, as the caller named it."""
+
+    tensor: Any
+    first_head: int
+    num_heads: int
+    order: Order
+    return_scores: bool
+    wait_for_keys: bool = False
+
+
+@dataclass(slots=True)
+class _Part:
+    """A tensor on its way into a request: where it goes, what it is, and the shape that it must have."""
+
+    name: str
+    target: Any
+    dtype: FloatDtype
+    array: NDArray[Any]
+    shape: tuple[int, ...]
+
+
+def spans_of(
+    layer: int,
+    sequences: Integers,
+    lengths: Integers | None,
+    starts: Integers | None,
+    revisions: Integers | None,
+    epoch: int | None,
+    *,
+    tensor: Any,
+) -> Spans:
+    """The spans of a data call; the length of a single sequence may be left to the rows of its tensor.
+
+    Raises:
+        InvalidArgumentError: an integer that the wire cannot carry, or lengths left out for several sequences
+            (INVALID_SPANS).
+        TypeError: not integers.
+    """
+    columns = integers("sequences", sequences, bits=64)
+    if lengths is not None:
+        rows = integers("lengths", lengths, bits=32)
+    elif len(columns) == 1 and len(tensor.shape) > 0:
+        rows = [int(tensor.shape[0])]
+    else:
+        raise InvalidArgumentError(
+            f"lengths: may be left out for 1 sequence only, got {len(columns)}", Reason.INVALID_SPANS
+        )
+    return Spans(
+        layer=layer,
+        sequences=columns,
+        lengths=rows,
+        starts=None if starts is None else integers("starts", starts, bits=32),
+        revisions=[] if revisions is None else integers("revisions", revisions, bits=64),
+        epoch=epoch,
+    )
+
+
+def integers(name: str, value: Integers, *, bits: int) -> list[int]:
+    """One integer or several, as a list that the wire can carry.
+
+    Raises:
+        InvalidArgumentError: one of them is below 0 or takes more bits (INVALID_SPANS).
+        TypeError: not integers.
+    """
+    plain = value.tolist() if isinstance(value, np.ndarray | np.integer) else value
+    try:
+        column = [plain] if isinstance(plain, int) else list(map(operator.index, plain))
+    except TypeError:
+        raise TypeError(f"{name} must be integers, got {value!r}") from None
+    if column and not (min(column) >= 0 and max(column) >> bits == 0):
+        beyond = next(number for number in column if not 0 <= number < 1 << bits)
+        raise InvalidArgumentError(f"{name} must be 0 to {(1 << bits) - 1}, got {beyond}", Reason.INVALID_SPANS)
+    return column
+
+
+def fill(
+    request: Any, info: Info, spans: Spans, starts: list[int], keys: Any | None, queries: Queries | None
+) -> tuple[int, int, int]:
+    """Checks everything that needs no cache, in the server's order, and writes it into the request.
+
+    Args:
+        request: empty, of the kind that takes keys, queries or both.
+        info: what the server is.
+        spans: the runs.
+        starts: `[N]`, where they start.
+        keys: `[T, D]` or None.
+        queries: `[T, num_heads, D]` or None.
+
+    Returns:
+        The shape of the answer, `[T, num_heads, topk]`; num_heads is 0 without queries.
+
+    Raises:
+        BlockdexError: a field is out of bounds.
+    """
+    spec = info.spec
+    checks.check_spans(spec, info.limits.max_spans, spans.sequences, starts, spans.lengths, spans.revisions)
+    tokens, num_heads = sum(spans.lengths), 0
+    parts = []
+    if keys is not None:
+        parts.append(_Part("keys", request.keys, *elements_of("keys", keys), (tokens, spec.head_dim)))
+    if queries is not None:
+        num_heads = checks.check_heads(spec, queries.first_head, queries.num_heads)
+        _fill_selection(request, queries)
+        elements = elements_of("queries", queries.tensor)
+        parts.append(_Part("queries", request.queries, *elements, (tokens, num_heads, spec.head_dim)))
+    checks.check_message_bytes(sum(part.array.nbytes for part in parts), info.limits.max_message_bytes)
+    for part in parts:
+        checks.check_tensor_bytes(part.name, part.dtype, part.array.nbytes, part.shape)
+        checks.check_shape(part.name, part.array.shape, part.shape)
+        part.target.dtype = _DTYPES[part.dtype]
+        part.target.data = part.array.tobytes()
+    _fill_spans(request, info, spans, starts)
+    return tokens, num_heads, spec.topk
+
+
+def _fill_spans(request: Any, info: Info, spans: Spans, starts: list[int]) -> None:
+    request.layer = spans.layer
+    request.epoch = info.epoch if spans.epoch is None else spans.epoch
+    columns = request.spans
+    columns.sequence_ids.extend(spans.sequences)
+    columns.starts.extend(starts)
+    columns.lengths.extend(spans.lengths)
+    if spans.revisions:
+        columns.revisions.extend(spans.revisions)
+        request.required_features.append(pb.FEATURE_REVISIONS)
+
+
+def _fill_selection(request: Any, queries: Queries) -> None:
+    if queries.order not in _ORDERS:
+        raise InvalidArgumentError(
+            f"order must be one of {', '.join(_ORDERS)}, got {queries.order}", Reason.INVALID_ORDER
+        )
+    if queries.first_head or queries.num_heads:
+        request.first_head = queries.first_head
+        request.num_heads = queries.num_heads
+        request.required_features.append(pb.FEATURE_HEAD_RANGES)
+    if queries.order != "ascending" or queries.return_scores:
+        request.order = _ORDERS[queries.order]
+        request.return_scores = queries.return_scores
+        request.required_features.append(pb.FEATURE_SCORES)
+    if queries.wait_for_keys:
+        request.wait_for_keys = True
+        request.required_features.append(pb.FEATURE_WAIT_FOR_KEYS)

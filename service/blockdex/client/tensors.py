@@ -1,0 +1,91 @@
+"""The caller's tensors to the wire and back. torch is touched only where a tensor is torch's own."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from blockdex.errors import DataLossError, InvalidArgumentError, Reason
+from blockdex.messages import FloatDtype
+from blockdex.v1 import indexer_pb2 as pb
+
+if TYPE_CHECKING:
+    import torch
+
+Array = TypeVar("Array", NDArray[Any], "torch.Tensor")
+"""numpy or torch: what goes in comes out."""
+
+_NUMPY_DTYPES: dict[np.dtype[Any], FloatDtype] = {
+    np.dtype(ml_dtypes.bfloat16): "bf16",
+    np.dtype("<f2"): "fp16",
+    np.dtype("<f4"): "fp32",
+    np.dtype(ml_dtypes.float8_e4m3fn): "fp8_e4m3",
+}
+_TORCH_DTYPES: dict[str, FloatDtype] = {
+    "torch.bfloat16": "bf16",
+    "torch.float16": "fp16",
+    "torch.float32": "fp32",
+    "torch.float8_e4m3fn": "fp8_e4m3",
+}
+# numpy has no such types of its own: the same bits under another name.
+_TORCH_BITS = {"torch.bfloat16": "int16", "torch.float8_e4m3fn": "uint8"}
+_ANSWER_DTYPES = {pb.DTYPE_INT32: "int32", pb.DTYPE_FP32: "float32"}
+
+
+def elements_of(name: str, tensor: Any) -> tuple[FloatDtype, NDArray[Any]]:
+    """A tensor's dtype, and its elements on the host, little-endian, in its shape; copied only where they must be.
+
+    Raises:
+        InvalidArgumentError: a dtype that the wire does not have (INVALID_TENSOR).
+        TypeError: neither a numpy array nor a torch tensor.
+    """
+    if isinstance(tensor, np.ndarray):
+        array = tensor if tensor.dtype.byteorder != ">" else tensor.astype(tensor.dtype.newbyteorder("<"))
+        if array.dtype not in _NUMPY_DTYPES:
+            raise _unknown_dtype(name, tensor.dtype)
+        return _NUMPY_DTYPES[array.dtype], array
+    torch = _torch_of(tensor)
+    if torch is None:
+        raise TypeError(f"{name} must be a numpy array or a torch tensor, got {type(tensor).__name__}")
+    dtype = str(tensor.dtype)
+    if dtype not in _TORCH_DTYPES:
+        raise _unknown_dtype(name, dtype)
+    host = tensor.detach().cpu()
+    if dtype in _TORCH_BITS:
+        host = host.view(getattr(torch, _TORCH_BITS[dtype]))
+    return _TORCH_DTYPES[dtype], host.numpy()
+
+
+def tensor_like(tensor: Any, name: str, answer: pb.Tensor, shape: tuple[int, ...]) -> Any:
+    """An answer of the shape, of the same kind (and on the same device) as the caller's tensor, and writable.
+
+    Raises:
+        DataLossError: the answer does not have that many elements.
+    """
+    dtype = _ANSWER_DTYPES.get(answer.dtype)
+    expected = 4 * shape[0] * shape[1] * shape[2]
+    buffer = bytearray(answer.data)
+    if dtype is None or len(buffer) != expected:
+        raise DataLossError(
+            f"{name}: [{', '.join(map(str, shape))}] takes {expected} bytes, the answer has {len(buffer)}",
+            Reason.INTERNAL,
+        )
+    torch = _torch_of(tensor)
+    if torch is None:
+        return np.frombuffer(buffer, dtype).reshape(shape)
+    return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).reshape(shape).to(tensor.device)
+
+
+def _torch_of(tensor: object) -> Any:
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and isinstance(tensor, torch.Tensor) else None
+
+
+def _unknown_dtype(name: str, dtype: object) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{name}: dtype must be one of {', '.join(_TORCH_DTYPES.values())}, got {dtype}", Reason.INVALID_TENSOR
+    )

@@ -1,0 +1,160 @@
+"""How the blocking client's calls reach the server: one RPC each, or data calls together on a stream."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import grpc
+
+from blockdex.client.call import Call
+from blockdex.client.core import CHANNEL_OPTIONS, Core
+from blockdex.client.failures import error_of_call, error_of_stream
+from blockdex.client.frames import answer_of, cancel_of, closed, frame_of
+from blockdex.errors import BlockdexError, Reason, UnavailableError
+from blockdex.v1 import indexer_pb2 as pb
+from blockdex.v1.indexer_pb2_grpc import IndexerServiceStub
+
+_JOIN_SECONDS = 5.0
+
+
+class Transport(Protocol):
+    """Sends calls; safe to share between threads."""
+
+    def send(self, call: Call[Any]) -> Any:
+        """The response to one attempt.
+
+        Raises:
+            BlockdexError: the attempt failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what is in flight and lets go of the connection."""
+        ...
+
+
+class UnaryTransport:
+    """Every call is an RPC of its own."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._closed = False
+        self._channel = grpc.insecure_channel(core.address, options=CHANNEL_OPTIONS)
+        self.stub: Any = IndexerServiceStub(self._channel)
+
+    def send(self, call: Call[Any]) -> Any:
+        """The response to one attempt."""
+        if self._closed:
+            raise closed()
+        method = getattr(self.stub, call.rpc)
+        try:
+            return method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
+        except grpc.RpcError as failure:
+            raise error_of_call(failure, f"{call.rpc} at {self._core.address}") from failure
+
+    def close(self) -> None:
+        """Ends what is in flight and closes the channel."""
+        self._closed = True
+        self._channel.close()
+
+
+class StreamTransport:
+    """Data calls share one stream, reopened by the next call after it broke; the others are RPCs of their own."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._unary = UnaryTransport(core)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._exchange: _Exchange | None = None
+
+    def send(self, call: Call[Any]) -> Any:
+        """The response to one attempt."""
+        if call.envelope is None:
+            return self._unary.send(call)
+        return self._open_exchange().send(call)
+
+    def close(self) -> None:
+        """Ends what is in flight, then stream and channel."""
+        with self._lock:
+            self._closed = True
+        if self._exchange is not None:
+            self._exchange.close()
+        self._unary.close()
+
+    def _open_exchange(self) -> _Exchange:
+        with self._lock:
+            if self._closed:
+                raise closed()
+            if self._exchange is None or self._exchange.broken:
+                self._exchange = _Exchange(self._unary.stub.Stream, self._core)
+            return self._exchange
+
+
+class _Exchange:
+    """One stream, from its opening until it breaks. A thread reads the answers and drops them into inboxes."""
+
+    def __init__(self, open_stream: Callable[..., Any], core: Core) -> None:
+        self.broken = False
+        self._address = core.address
+        self._closing = False
+        self._lock = threading.Lock()
+        self._request_ids = itertools.count(1)
+        self._outbox: queue.SimpleQueue[pb.StreamRequest | None] = queue.SimpleQueue()
+        self._inboxes: dict[int, queue.SimpleQueue[pb.StreamResponse | BlockdexError]] = {}
+        self._responses = open_stream(self._requests(), metadata=core.metadata)
+        self._reader = threading.Thread(target=self._read, name="blockdex-stream", daemon=True)
+        self._reader.start()
+
+    def send(self, call: Call[Any]) -> Any:
+        inbox: queue.SimpleQueue[pb.StreamResponse | BlockdexError] = queue.SimpleQueue()
+        timeout = call.remaining()
+        with self._lock:
+            if self.broken:
+                raise UnavailableError(f"{call.rpc} at {self._address}: the stream broke", Reason.UNREACHABLE)
+            request_id = next(self._request_ids)
+            self._inboxes[request_id] = inbox
+        self._outbox.put(frame_of(call, request_id, timeout))
+        try:
+            frame = inbox.get(timeout=timeout)
+        except BaseException as failure:
+            del self._inboxes[request_id]
+            self._outbox.put(cancel_of(request_id))
+            if isinstance(failure, queue.Empty):
+                raise call.late() from None
+            raise
+        del self._inboxes[request_id]
+        if isinstance(frame, BlockdexError):
+            raise frame
+        return answer_of(frame)
+
+    def close(self) -> None:
+        self._closing = True
+        self._responses.cancel()
+        self._reader.join(_JOIN_SECONDS)
+
+    def _requests(self) -> Iterator[pb.StreamRequest]:
+        while (frame := self._outbox.get()) is not None:
+            # A caller that has gone while its request was queued here leaves nothing to send.
+            if frame.request_id in self._inboxes or frame.HasField("cancel"):
+                yield frame
+
+    def _read(self) -> None:
+        try:
+            for frame in self._responses:
+                inbox = self._inboxes.get(frame.request_id)
+                if inbox is not None:
+                    inbox.put(frame)
+            failure: BlockdexError = UnavailableError(f"{self._address} ended it", Reason.UNREACHABLE)
+        except grpc.RpcError as error:
+            failure = error_of_call(error, self._address)
+        with self._lock:
+            self.broken = True
+            inboxes = list(self._inboxes.values())
+        for inbox in inboxes:
+            inbox.put(closed() if self._closing else error_of_stream(failure))
+        self._outbox.put(None)
