@@ -5,39 +5,50 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from blockdex.cache import AppendPlan, Cache
+from blockdex.cache import AppendPlan, Cache, Sequence
 from blockdex.errors import BlockdexError, Reason
 from blockdex_kernels import IndexSpec
 from cache_state import Clock, Name, PageStore, check_integrity, held_pages, snapshot, spans
 
 SPEC = IndexSpec(num_layers=3, head_dim=1, block_size=4, topk=2, max_sequence_tokens=64)
-NUM_PAGES = 9
-DEFAULT_LEASE = 10.0
+NUM_PAGES = 10
+DEFAULT_LEASE = 5.0
 
-TENANTS = st.sampled_from(("red", "blue"))
-IDS = st.sampled_from((1, 2, 3, 2**64 - 1))
+TENANTS = ("red", "blue")
+IDS = (1, 2, 3, 2**64 - 1)
+NAMES = list(product(TENANTS, IDS))
+NTH = st.integers(0, len(NAMES) - 1)
 LAYERS = st.integers(0, SPEC.num_layers - 1)
-LENGTHS = st.integers(1, 9)
-REVISION_STEPS = st.sampled_from((None, None, None, 1, 1, 0, 2, -1))
+IDLE_SECONDS = st.sampled_from((0.0, 1.0, 1.0, 6.0, 40.0))
+# Sequence, start from the layer's end, tokens, revision from the layer's (None: unchecked).
 APPEND_ROWS = st.lists(
-    st.tuples(IDS, st.one_of(st.just(0), st.integers(-9, 1)), LENGTHS, REVISION_STEPS),
+    st.tuples(
+        NTH,
+        st.sampled_from((0, 0, 0, -1, -3, -6, -12, 1)),
+        st.integers(1, 9),
+        st.sampled_from((None, None, 1, 1, 3, 0, -1)),
+    ),
     min_size=1,
-    max_size=3,
-    unique_by=lambda row: row[0],
+    max_size=4,
 )
 SELECT_ROWS = st.lists(
-    st.tuples(IDS, st.integers(0, 12), st.integers(1, 6), st.sampled_from((None, None, 0, 0, 1, -1))),
+    st.tuples(
+        NTH,
+        st.sampled_from((-1, -1, -2, -5, -9, 0)),
+        st.integers(1, 3),
+        st.sampled_from((None, None, 0, 0, 0, 1, -1)),
+    ),
     min_size=1,
     max_size=3,
-    unique_by=lambda row: row[0],
 )
 Rows = list[tuple[int, int, int, int | None]]
 Row = tuple[int, int, int, int]
@@ -94,32 +105,30 @@ class CacheMachine(RuleBasedStateMachine):
 
     # Requests.
 
-    @rule(tenant=TENANTS, sequence_id=IDS, lease=st.sampled_from((0.0, 0.0, 4.0, 30.0)))
-    def open(self, tenant: str, sequence_id: int, lease: float) -> None:
-        name = (tenant, sequence_id)
-        if name in self.model:
-            self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.open_sequence(tenant, sequence_id, lease))
-            return
-        self.cache.open_sequence(tenant, sequence_id, lease)
-        layers: list[list[int]] = [[] for _ in range(SPEC.num_layers)]
-        self.model[name] = ModelSequence(layers, [0] * SPEC.num_layers, lease or DEFAULT_LEASE, self.clock.now)
+    @initialize()
+    def start(self) -> None:
+        for name in (("red", 1), ("red", 2), ("blue", 1)):
+            self.model_open(*name, 0.0)
 
-    @rule(tenant=TENANTS, parent_id=IDS, child_id=IDS, length=st.integers(0, 14))
-    def fork(self, tenant: str, parent_id: int, child_id: int, length: int) -> None:
-        parent, child = (tenant, parent_id), (tenant, child_id)
-        reason = None
-        copies = 0
-        if parent not in self.model:
-            reason = Reason.UNKNOWN_SEQUENCE
-        elif child in self.model:
-            reason = Reason.SEQUENCE_EXISTS
-        else:
-            ends = {min(len(keys), length) for keys in self.model[parent].layers}
-            copies = len({end // SPEC.block_size for end in ends if end % SPEC.block_size})
-            if not self.room({parent}, {}, copies):
-                reason = Reason.OUT_OF_PAGES
-        if reason:
-            self.expect(reason, lambda: self.cache.fork_sequence(tenant, parent_id, child_id, length))
+    @precondition(lambda self: len(self.model) < len(NAMES))
+    @rule(nth=NTH, lease=st.sampled_from((0.0, 0.0, 2.0, 30.0)))
+    def open(self, nth: int, lease: float) -> None:
+        absent = [name for name in NAMES if name not in self.model]
+        self.model_open(*absent[nth % len(absent)], lease)
+
+    @precondition(lambda self: self.model)
+    @rule(nth=NTH, length=st.sampled_from((99, 99, 12, 8, 7, 5, 4, 0)), idle=IDLE_SECONDS)
+    def fork(self, nth: int, length: int, idle: float) -> None:
+        self.clock.now += idle
+        tenant, parent_id = parent = self.pick(nth)
+        absent = [sequence_id for sequence_id in IDS if (tenant, sequence_id) not in self.model]
+        if not absent:
+            return
+        child_id = absent[nth % len(absent)]
+        ends = {min(len(keys), length) for keys in self.model[parent].layers}
+        copies = len({end // SPEC.block_size for end in ends if end % SPEC.block_size})
+        if not self.room({parent}, {}, copies):
+            self.expect(Reason.OUT_OF_PAGES, lambda: self.cache.fork_sequence(tenant, parent_id, child_id, length))
             return
         held = held_pages(self.cache)
         state, page_copies = self.cache.fork_sequence(tenant, parent_id, child_id, length)
@@ -127,45 +136,55 @@ class CacheMachine(RuleBasedStateMachine):
         self.store.copy(page_copies)
         self.settle_evictions(held, {parent}, {}, copies)
         layers = [keys[:length] for keys in self.model[parent].layers]
-        self.model[child] = ModelSequence(layers, [0] * SPEC.num_layers, self.model[parent].lease, self.clock.now)
+        lease = self.model[parent].lease
+        self.model[tenant, child_id] = ModelSequence(layers, [0] * SPEC.num_layers, lease, self.clock.now)
         self.touch(parent)
-        assert state.lengths.tolist() == [len(keys) for keys in layers]
-        assert not state.revisions.any()
+        self.same(state, (tenant, child_id))
 
-    @rule(tenant=TENANTS, sequence_id=IDS, length=st.integers(0, 12))
-    def truncate(self, tenant: str, sequence_id: int, length: int) -> None:
-        name = (tenant, sequence_id)
-        if name not in self.model:
-            self.expect(Reason.UNKNOWN_SEQUENCE, lambda: self.cache.truncate_sequence(tenant, sequence_id, length))
-            return
-        state = self.cache.truncate_sequence(tenant, sequence_id, length)
-        sequence = self.model[name]
-        sequence.layers = [keys[:length] for keys in sequence.layers]
+    @precondition(lambda self: self.model)
+    @rule(nth=NTH, length=st.integers(0, 12))
+    def truncate(self, nth: int, length: int) -> None:
+        name = self.pick(nth)
+        self.model[name].layers = [keys[:length] for keys in self.model[name].layers]
+        self.same(self.cache.truncate_sequence(*name, length), name)
         self.touch(name)
-        assert state.lengths.tolist() == [len(keys) for keys in sequence.layers]
-        assert state.revisions.tolist() == sequence.revisions
 
-    @rule(tenant=TENANTS, sequence_id=IDS)
-    def close(self, tenant: str, sequence_id: int) -> None:
+    @rule(nth=NTH)
+    def close(self, nth: int) -> None:
         before = snapshot(self.cache)
-        self.cache.close_sequence(tenant, sequence_id)
-        if self.model.pop((tenant, sequence_id), None) is None:
+        self.cache.close_sequence(*NAMES[nth])
+        if self.model.pop(NAMES[nth], None) is None:
             assert snapshot(self.cache) == before
 
-    @rule(tenant=TENANTS, sequence_id=IDS)
-    def get(self, tenant: str, sequence_id: int) -> None:
-        name = (tenant, sequence_id)
-        if name not in self.model:
-            self.expect(Reason.UNKNOWN_SEQUENCE, lambda: self.cache.get_sequence(tenant, sequence_id))
-            return
-        state = self.cache.get_sequence(tenant, sequence_id)
-        assert state.lengths.tolist() == [len(keys) for keys in self.model[name].layers]
-        assert state.revisions.tolist() == self.model[name].revisions
+    @precondition(lambda self: self.model)
+    @rule(nth=NTH)
+    def get(self, nth: int) -> None:
+        name = self.pick(nth)
+        self.same(self.cache.get_sequence(*name), name)
         self.touch(name)
 
-    @rule(tenant=TENANTS, layer=LAYERS, rows=APPEND_ROWS, select=st.booleans())
-    def append(self, tenant: str, layer: int, rows: Rows, select: bool) -> None:
-        request = self.resolve(tenant, layer, rows, from_end=True)
+    @precondition(lambda self: self.model)
+    @rule(layer=LAYERS, nth=NTH, count=st.integers(1, 12), idle=IDLE_SECONDS)
+    def prefill(self, layer: int, nth: int, count: int, idle: float) -> None:
+        self.clock.now += idle
+        self.append(layer, [(nth, 0, count, None)], select=True)
+
+    @precondition(lambda self: self.model)
+    @rule(nth=NTH, back=st.integers(0, 2), count=st.integers(1, 3))
+    def decode(self, nth: int, back: int, count: int) -> None:
+        """One step of all sequences of a tenant in every layer, drafts rolled back."""
+        for layer in range(SPEC.num_layers):
+            if self.model:
+                self.append(layer, [(nth, -back, count, 1)] * len(IDS), select=True)
+
+    @precondition(lambda self: self.model)
+    @rule(layer=LAYERS, rows=APPEND_ROWS, select=st.booleans(), idle=IDLE_SECONDS)
+    def append_any(self, layer: int, rows: Rows, select: bool, idle: float) -> None:
+        self.clock.now += idle
+        self.append(layer, rows, select=select)
+
+    def append(self, layer: int, rows: Rows, *, select: bool) -> None:
+        tenant, request = self.resolve(layer, rows)
         named = {(tenant, row[0]) for row in request}
         reason = self.refusal_of_append(tenant, layer, request)
         applying = [] if reason else [row for row in request if self.applies(tenant, layer, row)]
@@ -173,8 +192,8 @@ class CacheMachine(RuleBasedStateMachine):
         if reason is None and not self.room(named, effects, 0):
             reason = Reason.OUT_OF_PAGES
         if reason is None and select:
-            ends = {row[0]: (row[1] + row[2], row[3] or self.revision(tenant, layer, row)) for row in applying}
-            reason = self.refusal_of_selection(tenant, layer, request, ends)
+            after = {row[0]: (row[1] + row[2], row[3] or self.revision(tenant, layer, row)) for row in applying}
+            reason = self.refusal_of_selection(tenant, layer, request, after)
         if reason:
             self.expect(reason, lambda: self.plan(tenant, layer, request, select))
             return
@@ -191,9 +210,10 @@ class CacheMachine(RuleBasedStateMachine):
                 self.write(tenant, layer, row, pages)
         self.touch(*named)
 
-    @rule(tenant=TENANTS, layer=LAYERS, rows=SELECT_ROWS)
-    def select(self, tenant: str, layer: int, rows: Rows) -> None:
-        request = self.resolve(tenant, layer, rows, from_end=False)
+    @precondition(lambda self: self.model)
+    @rule(layer=LAYERS, rows=SELECT_ROWS)
+    def select(self, layer: int, rows: Rows) -> None:
+        tenant, request = self.resolve(layer, rows)
         reason = self.refusal_of_selection(tenant, layer, request, {})
         if reason:
             self.expect(reason, lambda: self.cache.check_selection(tenant, layer, spans(*request)))
@@ -201,16 +221,29 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check_selection(tenant, layer, spans(*request))
         self.touch(*((tenant, row[0]) for row in request))
 
-    @rule(seconds=st.sampled_from((1.0, 3.0, 11.0)))
-    def wait(self, seconds: float) -> None:
-        self.clock.now += seconds
-
-    @rule(other=st.integers(1, 2**64 - 1))
-    def name_an_epoch(self, other: int) -> None:
+    @rule(nth=NTH, layer=LAYERS, other=st.integers(1, 2**64 - 1))
+    def misuse(self, nth: int, layer: int, other: int) -> None:
+        """Opens what is open, asks for what the tenant does not hold (others may), names an epoch that is not."""
+        tenant, sequence_id = name = NAMES[nth]
+        own = [sequence for owner, sequence in self.model if owner == tenant]
         self.cache.check_epoch(0)
         self.cache.check_epoch(self.cache.epoch)
-        if other != self.cache.epoch:
-            self.expect(Reason.EPOCH_MISMATCH, lambda: self.cache.check_epoch(other))
+        self.expect(Reason.EPOCH_MISMATCH, lambda: self.cache.check_epoch(other ^ self.cache.epoch or 1))
+        if name in self.model:
+            parent_id = own[0]
+            self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.open_sequence(tenant, sequence_id, 0))
+            self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.fork_sequence(tenant, parent_id, sequence_id, 0))
+            return
+        request = spans(*((sequence, 0, 1) for sequence in own), (sequence_id, 0, 1))
+        for call in (
+            lambda: self.cache.get_sequence(tenant, sequence_id),
+            lambda: self.cache.fork_sequence(tenant, sequence_id, 9, 8),
+            lambda: self.cache.truncate_sequence(tenant, sequence_id, 0),
+            lambda: self.cache.plan_append(tenant, layer, request),
+            lambda: self.cache.check_selection(tenant, layer, request),
+            lambda: self.cache.page_table(tenant, request),
+        ):
+            self.expect(Reason.UNKNOWN_SEQUENCE, call)
 
     # What holds after every step.
 
@@ -265,15 +298,32 @@ class CacheMachine(RuleBasedStateMachine):
         for name in names:
             self.model[name].last_call = self.clock.now
 
-    def resolve(self, tenant: str, layer: int, rows: Rows, *, from_end: bool) -> list[Row]:
-        """Rows as a request has them: starts counted from the layer's end where asked for, revisions from its own."""
+    def pick(self, nth: int) -> Name:
+        """One of the open sequences."""
+        return sorted(self.model)[nth % len(self.model)]
+
+    def resolve(self, layer: int, rows: Rows) -> tuple[str, list[Row]]:
+        """Rows as a request has them, each for another sequence of the tenant whose the first one is."""
+        tenant, _ = self.pick(rows[0][0])
         request = []
-        for sequence_id, start, count, step in rows:
-            sequence = self.model.get((tenant, sequence_id))
-            end = len(sequence.layers[layer]) if sequence and from_end else 0
-            revision = sequence.revisions[layer] if sequence else 1
-            request.append((sequence_id, max(end + start, 0), count, 0 if step is None else max(revision + step, 0)))
-        return request
+        ids = sorted(sequence_id for owner, sequence_id in self.model if owner == tenant)
+        for (nth, start, count, step), _ in zip(rows, tuple(ids), strict=False):
+            sequence_id = ids.pop(nth % len(ids))
+            sequence = self.model[tenant, sequence_id]
+            revision = 0 if step is None else max(sequence.revisions[layer] + step, 0)
+            request.append((sequence_id, max(len(sequence.layers[layer]) + start, 0), count, revision))
+        return tenant, request
+
+    def model_open(self, tenant: str, sequence_id: int, lease: float) -> None:
+        self.cache.open_sequence(tenant, sequence_id, lease)
+        layers: list[list[int]] = [[] for _ in range(SPEC.num_layers)]
+        self.model[tenant, sequence_id] = ModelSequence(
+            layers, [0] * SPEC.num_layers, lease or DEFAULT_LEASE, self.clock.now
+        )
+
+    def same(self, state: Sequence, name: Name) -> None:
+        assert state.lengths.tolist() == [len(keys) for keys in self.model[name].layers]
+        assert state.revisions.tolist() == self.model[name].revisions
 
     def revision(self, tenant: str, layer: int, row: Row) -> int:
         return self.model[tenant, row[0]].revisions[layer]
@@ -282,8 +332,6 @@ class CacheMachine(RuleBasedStateMachine):
         return row[3] == 0 or row[3] != self.revision(tenant, layer, row)
 
     def refusal_of_append(self, tenant: str, layer: int, request: list[Row]) -> Reason | None:
-        if any((tenant, row[0]) not in self.model for row in request):
-            return Reason.UNKNOWN_SEQUENCE
         if any(0 < row[3] < self.revision(tenant, layer, row) for row in request):
             return Reason.STALE_REVISION
         for row in request:
@@ -295,8 +343,6 @@ class CacheMachine(RuleBasedStateMachine):
         self, tenant: str, layer: int, request: list[Row], after: dict[int, tuple[int, int]]
     ) -> Reason | None:
         """`after`: length and revision of the sequences that an append of the same request changes."""
-        if any((tenant, row[0]) not in self.model for row in request):
-            return Reason.UNKNOWN_SEQUENCE
         state = {
             row[0]: (len(self.model[tenant, row[0]].layers[layer]), self.revision(tenant, layer, row))
             for row in request
@@ -346,4 +392,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=150, stateful_step_count=50, derandomize=True, deadline=None, database=None)
+TestCache.settings = settings(max_examples=250, stateful_step_count=50, derandomize=True, deadline=None, database=None)

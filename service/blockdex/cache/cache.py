@@ -314,8 +314,8 @@ class Cache:
         victims, freed = choose_victims(self._sequences, readers, shortage, named, self._clock())
         if freed < shortage:
             raise ResourceExhaustedError(
-                f"{subject} needs {pool.free + shortage} pages, {pool.free} are free and {freed} evictable, "
-                f"of {pool.total}",
+                f"{subject} is out of pages: {pool.free + shortage} needed, {pool.free} free, {freed} evictable, "
+                f"{pool.total} in all",
                 Reason.OUT_OF_PAGES,
             )
         return victims
