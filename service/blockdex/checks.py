@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
+from operator import add
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from blockdex.errors import InvalidArgumentError, Reason, ResourceExhaustedError
 from blockdex.messages import Spans
@@ -39,52 +40,51 @@ def check_heads(spec: IndexSpec, first_head: int, num_heads: int) -> int:
 def check_spans(
     spec: IndexSpec,
     max_spans: int,
-    sequence_ids: ArrayLike,
-    starts: ArrayLike,
-    lengths: ArrayLike,
-    revisions: Sequence[int] | NDArray[np.uint64] | None,
+    sequence_ids: Iterable[int],
+    starts: Iterable[int],
+    lengths: Iterable[int],
+    revisions: Iterable[int],
 ) -> Spans:
     """The columns as one message; refuses uneven or empty columns, duplicates, and positions out of bounds."""
-    ids = np.asarray(sequence_ids, dtype=np.uint64)
-    first = np.asarray(starts, dtype=np.int64)
-    count = np.asarray(lengths, dtype=np.int64)
-    revision = np.zeros(len(ids), np.uint64) if revisions is None else np.asarray(revisions, dtype=np.uint64)
-    if not revision.size:
-        revision = np.zeros(len(ids), np.uint64)
-    if not len(ids) == len(first) == len(count) == len(revision):
+    # Lists, since requests are mostly a few spans, where each numpy operation costs more than a pass over them.
+    ids, first, count, revision = list(sequence_ids), list(starts), list(lengths), list(revisions)
+    num_spans = len(ids)
+    if not revision:
+        revision = [0] * num_spans
+    if not num_spans == len(first) == len(count) == len(revision):
         raise InvalidArgumentError(
             "spans: columns must be equally long, got "
-            f"{len(ids)} sequence_ids, {len(first)} starts, {len(count)} lengths, {len(revision)} revisions",
+            f"{num_spans} sequence_ids, {len(first)} starts, {len(count)} lengths, {len(revision)} revisions",
             Reason.INVALID_SPANS,
         )
-    if not 1 <= len(ids) <= max_spans:
-        raise InvalidArgumentError(f"spans: must be 1 to {max_spans}, got {len(ids)}", Reason.INVALID_SPANS)
-    spans = Spans(ids, first, count, revision)
-    _check_positions(spec, spans)
-    if len(ids) > 1 and len(np.unique(ids)) != len(ids):
-        values, counts = np.unique(ids, return_counts=True)
+    if not 1 <= num_spans <= max_spans:
+        raise InvalidArgumentError(f"spans: must be 1 to {max_spans}, got {num_spans}", Reason.INVALID_SPANS)
+    if min(count) < 1 or min(first) < 0 or max(map(add, first, count)) > spec.max_sequence_tokens:
+        raise _misplaced(spec, zip(ids, first, count, strict=True))
+    if len(set(ids)) != num_spans:
+        sequence, times = Counter(ids).most_common(1)[0]
         raise InvalidArgumentError(
-            f"spans: sequence {values[counts > 1][0]} is named {counts.max()} times, at most 1 is allowed",
-            Reason.DUPLICATE_SEQUENCE,
+            f"spans: sequence {sequence} is named {times} times, at most 1 is allowed", Reason.DUPLICATE_SEQUENCE
         )
-    return spans
+    return Spans(
+        np.array(ids, dtype=np.uint64),
+        np.array(first, dtype=np.int64),
+        np.array(count, dtype=np.int64),
+        np.array(revision, dtype=np.uint64),
+    )
 
 
-def _check_positions(spec: IndexSpec, spans: Spans) -> None:
-    bad = (spans.starts < 0) | (spans.lengths < 1) | (spans.starts + spans.lengths > spec.max_sequence_tokens)
-    if not bad.any():
-        return
-    row = int(np.argmax(bad))
-    sequence, start, length = int(spans.sequence_ids[row]), int(spans.starts[row]), int(spans.lengths[row])
+def _misplaced(spec: IndexSpec, spans: Iterable[tuple[int, int, int]]) -> InvalidArgumentError:
+    limit = spec.max_sequence_tokens
+    sequence, start, length = next(span for span in spans if span[2] < 1 or span[1] < 0 or span[1] + span[2] > limit)
     if length < 1:
-        raise InvalidArgumentError(
+        return InvalidArgumentError(
             f"sequence {sequence}: length must be at least 1, got {length}", Reason.INVALID_SPANS
         )
     if start < 0:
-        raise InvalidArgumentError(f"sequence {sequence}: start must be at least 0, got {start}", Reason.INVALID_SPANS)
-    raise InvalidArgumentError(
-        f"sequence {sequence}: start + length must be at most {spec.max_sequence_tokens}, got {start} + {length}",
-        Reason.INVALID_SPANS,
+        return InvalidArgumentError(f"sequence {sequence}: start must be at least 0, got {start}", Reason.INVALID_SPANS)
+    return InvalidArgumentError(
+        f"sequence {sequence}: start + length must be at most {limit}, got {start} + {length}", Reason.INVALID_SPANS
     )
 
 

@@ -21,8 +21,8 @@ from blockdex.messages import Order
 Arguments = ParamSpec("Arguments")
 
 _TRANSPORTS: dict[str, Callable[[Core], AsyncTransport]] = {
-    "unary": AsyncUnaryTransport,
     "stream": AsyncStreamTransport,
+    "unary": AsyncUnaryTransport,
 }
 
 
@@ -41,7 +41,7 @@ class AsyncClient:
         *,
         tenant: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
-        transport: Literal["unary", "stream"] = "unary",
+        transport: Literal["stream", "unary"] = "stream",
     ) -> None:
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")

@@ -13,7 +13,7 @@ from blockdex.client.call import Call
 from blockdex.client.core import CHANNEL_OPTIONS, Core
 from blockdex.client.failures import error_of_call, error_of_stream
 from blockdex.client.frames import answer_of, cancel_of, closed, frame_of
-from blockdex.errors import BlockdexError, Reason, UnavailableError
+from blockdex.errors import BlockdexError, DeadlineExceededError, Reason, UnavailableError
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1.indexer_pb2_grpc import IndexerServiceStub
 
@@ -114,17 +114,15 @@ class _Exchange:
         request_id = next(self._request_ids)
         future = self._waiting[request_id] = self._loop.create_future()
         self._outbox.put_nowait(frame_of(call, request_id, timeout))
+        alarm = self._loop.call_later(timeout, _expire, future, call)
         try:
-            async with asyncio.timeout(timeout):
-                frame = await future
-        except (asyncio.CancelledError, TimeoutError) as failure:
+            return answer_of(await future)
+        except (asyncio.CancelledError, DeadlineExceededError):
             self._outbox.put_nowait(cancel_of(request_id))
-            if isinstance(failure, TimeoutError):
-                raise call.late() from None
             raise
         finally:
+            alarm.cancel()
             del self._waiting[request_id]
-        return answer_of(frame)
 
     async def close(self) -> None:
         self._closing = True
@@ -155,3 +153,8 @@ class _Exchange:
                 if not future.done():
                     future.set_exception(closed() if self._closing else error_of_stream(failure))
             self._outbox.put_nowait(None)
+
+
+def _expire(future: asyncio.Future[pb.StreamResponse], call: Call[Any]) -> None:
+    if not future.done():
+        future.set_exception(call.late())

@@ -92,17 +92,17 @@ class Ledger:
         Raises:
             FailedPreconditionError: starts are left out and a length is unknown (OUTCOME_UNKNOWN).
         """
+        changes = []
         with self._lock:
             if starts is None:
                 starts = [self._length(sequence, layer) for sequence in sequences]
-            changes = []
             for sequence, start, rows in zip(sequences, starts, lengths, strict=False):
-                layers = self._layers(sequence)
+                layers = self._sequences.get(sequence) or self._layers(sequence)
                 changes.append((layers, layers.lengths[layer], start + rows))
                 layers.lengths[layer] = start + rows
                 layers.writes[layer] += 1
                 layers.in_flight[layer] += 1
-            return Append(layer, starts, changes)
+        return Append(layer, starts, changes)
 
     def end_append(self, append: Append) -> None:
         """The append took effect."""

@@ -28,6 +28,7 @@ _DTYPES: dict[FloatDtype, pb.Dtype] = {
     "fp32": pb.DTYPE_FP32,
     "fp8_e4m3": pb.DTYPE_FP8_E4M3,
 }
+_NUMPY = (np.ndarray, np.integer)
 _ORDERS = {"ascending": pb.SELECTION_ORDER_ASCENDING, "score": pb.SELECTION_ORDER_SCORE}
 
 
@@ -115,7 +116,7 @@ def integers(name: str, value: Integers, *, bits: int) -> list[int]:
         InvalidArgumentError: one of them is below 0 or takes more bits (INVALID_SPANS).
         TypeError: not integers.
     """
-    plain = value.tolist() if isinstance(value, np.ndarray | np.integer) else value
+    plain = value.tolist() if isinstance(value, _NUMPY) else value
     try:
         column = [plain] if isinstance(plain, int) else list(map(operator.index, plain))
     except TypeError:
