@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 START_SECONDS = 60.0
-STOP_SECONDS = 20.0
+STOP_SECONDS = 45.0
 
 SMALL = ("--num-layers", "3", "--cache-bytes", "16MiB", "--device", "cpu")
 

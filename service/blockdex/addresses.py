@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from dataclasses import dataclass
 
@@ -31,8 +32,8 @@ class Address:
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def bind(self) -> socket.socket:
-        """A TCP socket bound to the address and shared with nobody; it does not listen yet.
+    def listen(self) -> socket.socket:
+        """A TCP socket that listens on the address and shares it with nobody.
 
         Raises:
             OSError: the port is in use, or the host is not one of this machine's; the message names the address.
@@ -41,17 +42,21 @@ class Address:
             family, kind, protocol, _, place = socket.getaddrinfo(
                 self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
-            bound = socket.socket(family, kind, protocol)
+            listening = socket.socket(family, kind, protocol)
+        except UnicodeError as error:
+            raise OSError(errno.EINVAL, f"cannot listen on {self}: not a host name") from error
         except OSError as error:
             raise OSError(error.errno, f"cannot listen on {self}: {error.strerror}") from error
         try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(place)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(place)
+            # Until one of them listens, several sockets can be bound to the port.
+            listening.listen()
         except OSError as error:
-            bound.close()
+            listening.close()
             raise OSError(error.errno, f"cannot listen on {self}: {error.strerror}") from error
-        return bound
+        return listening
 
-    def at_port_of(self, bound: socket.socket) -> Address:
-        """The address with the port that a socket bound to it really has."""
-        return Address(self.host, bound.getsockname()[1])
+    def at_port_of(self, listening: socket.socket) -> Address:
+        """The address with the port that a socket on it really has."""
+        return Address(self.host, listening.getsockname()[1])

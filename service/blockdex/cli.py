@@ -25,8 +25,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 1: a server does not answer, or does not serve. 2: refused, with one line on stderr that says why.
     """
-    # What gRPC's core would print beside our own line; whoever wants it sets the variable.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["serve"]:

@@ -15,7 +15,8 @@ from blockdex.addresses import Address
 from blockdex.config import ServeSettings
 from blockdex.logs import configure_logging, log_event
 from blockdex.messages import Info
-from blockdex.rpc.server import start_rpc_server
+from blockdex.rpc.server import RpcServer, start_rpc_server
+from blockdex.transport.channel import Channel
 from blockdex.web.app import create_app
 from blockdex.web.metrics import RequestMetrics
 from blockdex.web.readiness import Readiness
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FREE_SHARE = 0.9
-_WRITE_SECONDS = 2.0
+_WRITE_SECONDS = 1.0
 """How long answers that are there may take to be written."""
 
 
@@ -46,15 +47,21 @@ def serve(settings: ServeSettings) -> int:
     try:
         spec = settings.index_spec()
         # Claimed before torch is loaded: a port in use is told at once. gRPC itself would only say that it failed.
-        Address.parse(settings.grpc_address).bind().close()
-        with Address.parse(settings.http_address).bind() as http_socket:
+        _claim(settings.grpc_address).close()
+        with _claim(settings.http_address) as http_socket:
             engine = _build_engine(settings, spec)
             asyncio.run(_run(settings, engine, http_socket))
-    except (StartError, SpecError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        log_event(logger, logging.ERROR, "refused to start", reason=reason)
+    except (StartError, SpecError) as error:
+        log_event(logger, logging.ERROR, "refused to start", reason=str(error))
         return 2
     return 0
+
+
+def _claim(address: str) -> socket.socket:
+    try:
+        return Address.parse(address).listen()
+    except OSError as error:
+        raise StartError(str(error.strerror)) from error
 
 
 def _build_engine(settings: ServeSettings, spec: IndexSpec) -> Engine:
@@ -104,7 +111,7 @@ async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.sock
     try:
         http = HttpServer(create_app(channel, requests, readiness), http_socket)
         try:
-            rpc = await start_rpc_server(channel, settings.grpc_address, observe=requests.observe)
+            rpc = await _start_rpc(channel, settings.grpc_address, requests)
             readiness.obstacle = ""
             http_address = Address.parse(settings.http_address).at_port_of(http_socket)
             _log_start(channel.info(), rpc.address, str(http_address))
@@ -119,6 +126,13 @@ async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.sock
     finally:
         channel.stop()
     log_event(logger, logging.INFO, "stopped")
+
+
+async def _start_rpc(channel: Channel, address: str, requests: RequestMetrics) -> RpcServer:
+    try:
+        return await start_rpc_server(channel, address, observe=requests.observe)
+    except OSError as error:
+        raise StartError(str(error)) from error
 
 
 def _listen_to_signals() -> asyncio.Event:

@@ -17,7 +17,7 @@ from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from serving import SMALL, Serving, serve
 
-TOKENS = 24 * 1024
+TOKENS, QUERIES = 8192, 512
 
 
 def stub(channel: grpc.Channel) -> pb_grpc.IndexerServiceStub:
@@ -73,7 +73,7 @@ def test_start_says_where_it_listens_and_what_it_is(server: Serving) -> None:
         info = stub(channel).GetInfo(pb.GetInfoRequest())
     assert said["device"] == info.device == "cpu"
     assert said["epoch"] == info.epoch
-    assert said["capacity_tokens"] == info.cache.capacity_tokens == 16 * 2**20 // (3 * 128 * 2)
+    assert said["capacity_tokens"] == info.cache.capacity_tokens == 16 * 2**20 // (3 * 128 * 128 * 2) * 128
     assert said["capacity_bytes"] == info.cache.pages_total * info.cache.page_bytes
     assert (said["num_layers"], said["topk"], said["key_dtype"]) == (3, 16, "bf16")
     for kernel in info.kernels:
@@ -84,14 +84,14 @@ def test_start_says_where_it_listens_and_what_it_is(server: Serving) -> None:
 def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
     channel_to: Callable[[Serving], grpc.Channel],
 ) -> None:
-    with serve(*SMALL[:2], "--cache-bytes", "64MiB", "--device", "cpu") as serving:
+    with serve() as serving:
         calls = stub(channel_to(serving))
         calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1))
         calls.AppendKeys(pb.AppendKeysRequest(layer=0, spans=span(0, TOKENS), keys=tensor(TOKENS, 128)))
         prefill: Future[pb.SelectBlocksResponse] = calls.SelectBlocks.future(
-            pb.SelectBlocksRequest(layer=0, spans=span(TOKENS - 4096, 4096), queries=tensor(4096, 4, 128))
+            pb.SelectBlocksRequest(layer=0, spans=span(TOKENS - QUERIES, QUERIES), queries=tensor(QUERIES, 4, 128))
         )
-        waiting = calls.SelectBlocks.future(waiting_selection(), timeout=4)
+        waiting = calls.SelectBlocks.future(waiting_selection(), timeout=3)
         eventually(lambda: sample(serving, "blockdex_waiting_requests") == 1, "the selection waits")
         eventually(lambda: sample(serving, "blockdex_stage_seconds_count", stage="queue") == 4, "the prefill began")
 
@@ -104,7 +104,7 @@ def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
             calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=2))
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
 
-        assert len(prefill.result(timeout=60).block_ids.data) == 4096 * 4 * 16 * 4
+        assert len(prefill.result(timeout=60).block_ids.data) == QUERIES * 4 * 16 * 4
         with pytest.raises(grpc.RpcError) as late:
             waiting.result(timeout=60)
         assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -128,7 +128,7 @@ def test_a_second_signal_ends_it_at_once(channel_to: Callable[[Serving], grpc.Ch
     with serve() as serving:
         calls = stub(channel_to(serving))
         calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1))
-        calls.SelectBlocks.future(waiting_selection(), timeout=60)
+        waiting = calls.SelectBlocks.future(waiting_selection(), timeout=60)
         eventually(lambda: sample(serving, "blockdex_waiting_requests") == 1, "the selection waits")
         serving.process.send_signal(signal.SIGINT)
         eventually(lambda: any("stopping" in line for line in serving.output), "it stops")
@@ -136,3 +136,4 @@ def test_a_second_signal_ends_it_at_once(channel_to: Callable[[Serving], grpc.Ch
         serving.process.send_signal(signal.SIGTERM)
         assert serving.wait() == 1
         assert time.monotonic() - began < 5
+        assert waiting.exception(timeout=10) is not None

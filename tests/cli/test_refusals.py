@@ -61,6 +61,10 @@ def test_address_of_another_machine() -> None:
     )
 
 
+def test_address_that_is_no_name() -> None:
+    assert "cannot listen on a..b:5000: not a host name" in refused("--http-address", "a..b:5000")
+
+
 def test_forced_blocks_beyond_topk(tmp_path: Path) -> None:
     path = config(tmp_path, sparse_topk_blocks=4, sparse_init_block=3, sparse_local_block=2)
     line = refused("--model-config", path)

@@ -14,9 +14,9 @@ _STOP_SECONDS = 5
 
 
 class HttpServer:
-    """Serves an application on a socket that is bound already; made and used on one asyncio loop."""
+    """Serves an application on a socket that listens already; made and used on one asyncio loop."""
 
-    def __init__(self, app: FastAPI, bound: socket.socket) -> None:
+    def __init__(self, app: FastAPI, listening: socket.socket) -> None:
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -27,7 +27,7 @@ class HttpServer:
                 timeout_graceful_shutdown=_STOP_SECONDS,
             )
         )
-        self._task = asyncio.create_task(self._server.serve(sockets=[bound]))
+        self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
 
     async def stop(self) -> None:
         """Answers what has been asked and ends; takes seconds at most."""
