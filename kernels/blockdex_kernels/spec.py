@@ -172,12 +172,14 @@ def _fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
         fields = {ours: place[theirs] for theirs, ours in _FLAT_FIELDS.items() if theirs in place}
         if fields:
             if "layer_types" in place:
-                fields["num_layers"] = list(place["layer_types"]).count(_SPARSE_LAYER_TYPE)
+                if not isinstance(place["layer_types"], list):
+                    raise SpecError(f"layer_types must be a list, got {place['layer_types']!r}")
+                fields["num_layers"] = place["layer_types"].count(_SPARSE_LAYER_TYPE)
             return fields
     raise SpecError("no sparse_attention_config and no index_* field, at the top or under text_config")
 
 
 def _count(frequencies: Any, name: str) -> int:
-    if not isinstance(frequencies, list) or any(entry not in {0, 1} for entry in frequencies):
+    if not isinstance(frequencies, list) or any(entry not in (0, 1) for entry in frequencies):
         raise SpecError(f"{name} must be a list of zeros and ones, got {frequencies!r}")
     return sum(frequencies)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from blockdex.config import ConfigError, ServeSettings, load_settings, parse_size, settings_table
-from blockdex_kernels import IndexSpec
+from blockdex_kernels import IndexSpec, SpecError
 
 
 @pytest.fixture(autouse=True)
@@ -176,3 +176,31 @@ def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"^BLOCKDEX_MAX_SPANS: input should be .* got '0'$"):
         load_settings([])
     assert load_settings(["--max-spans", "1"]).max_spans == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "not a JSON object"),
+        ('{"hidden_size": 8}', "no sparse_attention_config and no index_\\* field"),
+        ('{"index_topk_blocks": 4, "layer_types": 5}', "layer_types must be a list, got 5"),
+        (
+            '{"sparse_attention_config": {"sparse_attention_freq": [[]]}}',
+            "sparse_attention_freq must be a list of zeros",
+        ),
+    ],
+)
+def test_a_model_config_of_something_else_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SpecError, match=f"^{path}: {message}"):
+        load_settings(["--model-config", str(path)]).index_spec()
+
+
+def test_the_layers_of_the_model_give_way_to_the_operators(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"sparse_attention_config": {"sparse_attention_freq": [0, 1, 1]}}', encoding="utf-8")
+    flags = ["--model-config", str(path), "--key-dtype", "fp8_e4m3"]
+    assert load_settings(flags).index_spec() == IndexSpec(num_layers=2, key_dtype="fp8_e4m3")
+    assert load_settings([*flags, "--num-layers", "3"]).index_spec().num_layers == 3
+    assert load_settings(["--num-layers", "3"]).index_spec() == IndexSpec(num_layers=3)
