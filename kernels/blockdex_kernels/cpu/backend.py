@@ -1,0 +1,138 @@
+"""Index-key pages in host memory, and the kernels over them in torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockdex_kernels import door
+from blockdex_kernels.backend import Backend, Fp8Scoring, Order, Selection, Spans
+from blockdex_kernels.casts import TORCH_DTYPES, cast_keys, scale_to_fp8
+from blockdex_kernels.cpu import ranking, tiles
+from blockdex_kernels.cpu.scoring import BlockScorer
+from blockdex_kernels.spec import IndexSpec
+
+TEMPORARY_BYTES = 64 << 20
+"""Most that a call holds beside its arguments and its answer, however long the sequences."""
+
+_APPEND_ROWS = 1 << 15
+
+
+class CpuBackend(Backend):
+    """Pages in host memory, of which the system commits only what is written. Calls must not overlap.
+
+    Keys are gathered and upcast to fp32 in chunks that stay in the processor's cache; one batched product scores a
+    chunk for all heads of a run. Decode and prefill are the same code.
+
+    Args:
+        spec: the indexer.
+        num_pages: pages to reserve.
+        reason: why this backend was chosen.
+        fp8_scoring: `native` or `upcast`; read for an fp8 cache only.
+
+    Raises:
+        ValueError: `num_pages` is below 1, or `fp8_scoring` is unknown.
+    """
+
+    def __init__(self, spec: IndexSpec, num_pages: int, *, reason: str, fp8_scoring: Fp8Scoring = "native") -> None:
+        if num_pages < 1:
+            raise ValueError(f"num_pages: must be at least 1, got {num_pages}")
+        if fp8_scoring not in {"native", "upcast"}:
+            raise ValueError(f"fp8_scoring: must be native or upcast, got {fp8_scoring!r}")
+        self.spec = spec
+        self.device = torch.device("cpu")
+        self.pages = torch.empty(
+            (num_pages, spec.num_layers, spec.block_size, spec.head_dim), dtype=TORCH_DTYPES[spec.key_dtype]
+        )
+        self.kernels = dict.fromkeys(("append", "decode", "prefill"), ("torch-cpu", reason))
+        fp8 = spec.key_dtype == "fp8_e4m3"
+        self._scale_queries = fp8 and fp8_scoring == "native"
+        # Copies and gathers move bytes: not every torch build indexes fp8.
+        self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
+        self._scorer = BlockScorer(self._bytes.view(num_pages * spec.num_layers, -1), spec)
+
+    def append(self, keys: torch.Tensor, spans: Spans) -> None:
+        """See `Backend.append`; page ids and positions out of bounds are a ValueError too."""
+        door.check_keys(keys, spans, self.spec, self.device)
+        runs = door.read_runs(spans, self.spec, num_pages=len(self.pages), num_tokens=len(keys), writing=True)
+        run = np.repeat(np.arange(len(runs.lengths)), runs.lengths)
+        first = np.cumsum(runs.lengths) - runs.lengths
+        position = np.arange(len(run)) + (runs.starts - first)[run]
+        block, offset = np.divmod(position, self.spec.block_size)
+        page = runs.page_table[run, block].astype(np.int64)
+        rows = (page * self.spec.num_layers + runs.layers[run]) * self.spec.block_size + offset
+        cache = self._bytes.view(-1, self.spec.head_dim)
+        for top in range(0, len(rows), _APPEND_ROWS):
+            part = slice(top, top + _APPEND_ROWS)
+            cast = cast_keys(keys[part], self.spec.key_dtype)
+            cache.index_copy_(0, torch.from_numpy(rows[part]), cast.view(cache.dtype))
+
+    def decode(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
+        """See `Backend.decode`; page ids and positions out of bounds are a ValueError too."""
+        return self._select(queries, spans, order, return_scores)
+
+    def prefill(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
+        """See `Backend.prefill`; page ids and positions out of bounds are a ValueError too."""
+        return self._select(queries, spans, order, return_scores)
+
+    def copy_pages(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
+        """See `Backend.copy_pages`.
+
+        Raises:
+            ValueError: columns of different length, or a page id out of bounds; nothing is copied.
+        """
+        for name, ids in (("sources", sources), ("destinations", destinations)):
+            door.check_page_ids(name, ids, self.device, len(self.pages))
+        if len(sources) != len(destinations):
+            raise ValueError(f"destinations: must be as many as sources, got {len(destinations)} and {len(sources)}")
+        for source, destination in zip(sources.tolist(), destinations.tolist(), strict=True):
+            self._bytes[destination] = self._bytes[source]
+
+    def _select(self, queries: torch.Tensor, spans: Spans, order: Order, return_scores: bool) -> Selection:
+        door.check_queries(queries, spans, self.spec, self.device)
+        num_tokens, num_heads, _ = queries.shape
+        runs = door.read_runs(spans, self.spec, num_pages=len(self.pages), num_tokens=num_tokens, writing=False)
+        rows = queries.reshape(-1, self.spec.head_dim)
+        block_ids = np.empty((len(rows), self.spec.topk), np.int32)
+        scores = np.empty(block_ids.shape, np.float32) if return_scores else None
+        for piece in tiles.cut(runs, self.spec, num_heads):
+            ids, values = self._select_piece(rows, piece, runs, order, return_scores)
+            index = piece.rows.reshape(-1)
+            block_ids[index] = ids
+            if scores is not None and values is not None:
+                scores[index] = values
+        shape = (num_tokens, num_heads, self.spec.topk)
+        return Selection(
+            torch.from_numpy(block_ids).view(shape), None if scores is None else torch.from_numpy(scores).view(shape)
+        )
+
+    def _select_piece(
+        self, rows: torch.Tensor, piece: tiles.Tiles, runs: door.Runs, order: Order, return_scores: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+        """Block ids and scaled scores of the rows of a piece, `[G * M, topk]`."""
+        spec = self.spec
+        queries, unscale = self._cast_queries(rows[torch.from_numpy(piece.rows)])
+        last_blocks = piece.positions // spec.block_size
+        open_places = spec.topk - spec.init_blocks - spec.local_blocks
+        # Where all candidates find a place, only their order and their scores can ask for a product.
+        unscored = 0 if return_scores or order == "score" else open_places
+        best = np.full((*piece.rows.shape, open_places), ranking.EMPTY)
+        for block_ids, items in tiles.segments(piece, spec, unscored=unscored) if open_places else ():
+            run = piece.runs[items.tiles]
+            cells = runs.page_table[run, items.blocks].astype(np.int64) * spec.num_layers + runs.layers[run]
+            maxima = self._scorer.maxima(queries, piece.positions, items, cells, len(piece.runs) * len(block_ids))
+            scores = maxima.numpy().reshape(len(piece.runs), len(block_ids), -1)
+            best = ranking.merge(best, scores, block_ids, last_blocks + 1 - spec.local_blocks)
+        rows_last = last_blocks.reshape(-1, 1)
+        ids, values = ranking.arrange(
+            best.reshape(len(rows_last), open_places), rows_last, spec, order, return_scores=return_scores
+        )
+        return ids, None if values is None else values * (unscale * np.float32(spec.score_scale))
+
+    def _cast_queries(self, queries: torch.Tensor) -> tuple[torch.Tensor, NDArray[np.float32]]:
+        """fp32 `[G, M, D]`: the queries as they are scored, and what undoes the scale of their rows."""
+        if not self._scale_queries:
+            return queries.bfloat16().float(), np.ones((1, 1), np.float32)
+        scaled, unscale = scale_to_fp8(queries)
+        return scaled.float(), unscale.numpy().reshape(-1, 1)

@@ -1,0 +1,148 @@
+"""Checks at the door to the kernels: every backend refuses wrong arguments with the same words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockdex_kernels.backend import Spans
+from blockdex_kernels.spec import IndexSpec
+
+_PAGES_PER_CHECK = 1 << 20
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The columns of `Spans` on the host, checked against spec and cache; R = runs.
+
+    Attributes:
+        layers: int64 `[R]`.
+        starts: int64 `[R]`.
+        lengths: int64 `[R]`.
+        page_table: int32 `[R, max_blocks]`.
+    """
+
+    layers: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    page_table: NDArray[np.int32]
+
+
+def check_keys(keys: torch.Tensor, spans: Spans, spec: IndexSpec, device: torch.device) -> None:
+    """Refuses keys that are not `[tokens, head_dim]` of a float dtype on the device, and spans of a wrong form.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    _check_tensor("keys", keys, device, FLOAT_DTYPES)
+    if keys.ndim != 2 or keys.shape[1] != spec.head_dim:
+        raise ValueError(f"keys: shape must be [tokens, {spec.head_dim}], got {list(keys.shape)}")
+    _check_spans(spans, device)
+
+
+def check_queries(queries: torch.Tensor, spans: Spans, spec: IndexSpec, device: torch.device) -> None:
+    """Refuses queries that are not `[tokens, heads, head_dim]` of a float dtype on the device, and such spans.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    _check_tensor("queries", queries, device, FLOAT_DTYPES)
+    if queries.ndim != 3 or queries.shape[1] < 1 or queries.shape[2] != spec.head_dim:
+        raise ValueError(f"queries: shape must be [tokens, heads, {spec.head_dim}], got {list(queries.shape)}")
+    _check_spans(spans, device)
+
+
+def check_page_ids(name: str, page_ids: torch.Tensor, device: torch.device, num_pages: int) -> None:
+    """Refuses page ids that are not int64 `[pages]` on the device, or not below `num_pages`.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    _check_tensor(name, page_ids, device, (torch.int64,))
+    if page_ids.ndim != 1:
+        raise ValueError(f"{name}: shape must be [pages], got {list(page_ids.shape)}")
+    bad = (page_ids < 0) | (page_ids >= num_pages)
+    if bad.any():
+        raise ValueError(f"{name}: page must be 0 to {num_pages - 1}, got {int(page_ids[bad][0])}")
+
+
+def read_runs(spans: Spans, spec: IndexSpec, *, num_pages: int, num_tokens: int, writing: bool) -> Runs:
+    """The spans on the host, their numbers checked too. Costs a copy where they are on a GPU.
+
+    Args:
+        spans: of the right form (`check_keys`, `check_queries`).
+        spec: the indexer.
+        num_pages: pages of the cache.
+        num_tokens: rows of the packed tensor beside the spans.
+        writing: whether only the pages of the runs' own positions are used, or all up to them.
+
+    Raises:
+        ValueError: names the argument, the run and both numbers.
+    """
+    columns = (spans.layers, spans.starts, spans.lengths)
+    layers, starts, lengths = (column.cpu().numpy().astype(np.int64) for column in columns)
+    runs = Runs(layers, starts, lengths, spans.page_table.cpu().numpy())
+    room = min(runs.page_table.shape[1] * spec.block_size, spec.max_sequence_tokens)
+    wrong = (layers < 0) | (layers >= spec.num_layers) | (starts < 0) | (lengths < 1) | (starts + lengths > room)
+    if wrong.any():
+        _refuse_run(runs, int(wrong.argmax()), spec, room)
+    if lengths.sum() != num_tokens:
+        raise ValueError(f"spans.lengths: must sum to the {num_tokens} rows beside them, got {lengths.sum()}")
+    _check_pages(runs, spec.block_size, num_pages, writing=writing)
+    return runs
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: must be on {device}, got {tensor.device}")
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name}: dtype must be one of {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def _check_spans(spans: Spans, device: torch.device) -> None:
+    num_runs = spans.layers.shape[0] if spans.layers.ndim else 0
+    for name in ("layers", "starts", "lengths"):
+        column: torch.Tensor = getattr(spans, name)
+        _check_tensor(f"spans.{name}", column, device, (torch.int32,))
+        if column.shape != (num_runs,):
+            raise ValueError(f"spans.{name}: shape must be [{num_runs}], got {list(column.shape)}")
+    _check_tensor("spans.page_table", spans.page_table, device, (torch.int32,))
+    if spans.page_table.ndim != 2 or spans.page_table.shape[0] != num_runs:
+        raise ValueError(f"spans.page_table: shape must be [{num_runs}, blocks], got {list(spans.page_table.shape)}")
+
+
+def _refuse_run(runs: Runs, run: int, spec: IndexSpec, room: int) -> NoReturn:
+    layer, start, length = int(runs.layers[run]), int(runs.starts[run]), int(runs.lengths[run])
+    if not 0 <= layer < spec.num_layers:
+        raise ValueError(f"spans.layers: run {run}: must be 0 to {spec.num_layers - 1}, got {layer}")
+    if start < 0:
+        raise ValueError(f"spans.starts: run {run}: must be at least 0, got {start}")
+    if length < 1:
+        raise ValueError(f"spans.lengths: run {run}: must be at least 1, got {length}")
+    raise ValueError(f"spans.lengths: run {run}: start + length must be at most {room}, got {start} + {length}")
+
+
+def _check_pages(runs: Runs, block_size: int, num_pages: int, *, writing: bool) -> None:
+    last = (runs.starts + runs.lengths - 1) // block_size
+    first = runs.starts // block_size if writing else np.zeros_like(last)
+    columns = np.arange(last.max(initial=0) + 1)
+    step = max(1, _PAGES_PER_CHECK // len(columns))
+    for top in range(0, len(last), step):
+        rows = slice(top, top + step)
+        pages = runs.page_table[rows, : len(columns)]
+        wrong = (pages < 0) | (pages >= num_pages)
+        if not wrong.any():
+            continue
+        wrong &= (columns >= first[rows, None]) & (columns <= last[rows, None])
+        if wrong.any():
+            run, block = np.argwhere(wrong)[0]
+            raise ValueError(
+                f"spans.page_table: run {top + run}, block {block}: must be 0 to {num_pages - 1}, got {pages[run, block]}"
+            )
