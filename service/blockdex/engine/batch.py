@@ -23,8 +23,6 @@ from blockdex.messages import (
     TruncateSequence,
 )
 
-_WORTH_WAITING = frozenset({Reason.KEYS_NOT_APPENDED, Reason.FUTURE_REVISION})
-
 
 class Batch:
     """Requests that run together: page copies first, then all appends, then all selections.
@@ -64,9 +62,11 @@ class Batch:
         self._do(entry)
         return True
 
-    def admit_waiting(self, entry: Entry) -> None:
-        """Tries a selection again that waited for keys: it is taken, answered, or waits on."""
-        self._do(entry)
+    def try_waiting(self) -> None:
+        """Tries the selections that wait for keys again: each is taken, answered, or waits on."""
+        waiting, self.waiting = self.waiting, []
+        for entry in waiting:
+            self._do(entry)
 
     def _conflicts(self, entry: Entry) -> bool:
         if self._held_back and not self._held_back.isdisjoint(entry.sequences):
@@ -89,7 +89,7 @@ class Batch:
             else:
                 self.outcomes.append((entry, self._do_sequence(request)))
         except BlockdexError as error:
-            if _may_wait(request) and error.reason in _WORTH_WAITING:
+            if isinstance(request, TokenRequest) and _waits(request, error):
                 self.waiting.append(entry)
             else:
                 self.outcomes.append((entry, error))
@@ -99,8 +99,10 @@ class Batch:
         plan = None if request.keys is None else self._cache.plan_append(tenant, layer, spans)
         if request.queries is not None:
             self._cache.check_selection(tenant, layer, spans, plan)
-        if plan is not None and plan.applies.any():
+        if plan is not None:
+            # A repeated append too, which writes nothing: it is a call, and calls renew leases.
             self.copies += self._cache.apply_append(plan)
+        if plan is not None and plan.applies.any():
             self.appends.append((entry, plan.applies))
             self.changed = True
         elif request.queries is None:
@@ -135,10 +137,11 @@ class Batch:
                 return SequenceState(cache.epoch)
 
 
-def _may_wait(request: object) -> bool:
-    return (
-        isinstance(request, TokenRequest)
-        and request.keys is None
-        and request.queries is not None
-        and request.queries.wait_for_keys
-    )
+def _waits(request: TokenRequest, error: BlockdexError) -> bool:
+    """Whether a refused selection waits instead: for revisions, or, where it names none, for keys."""
+    if request.keys is not None or request.queries is None or not request.queries.wait_for_keys:
+        return False
+    if error.reason == Reason.KEYS_NOT_APPENDED:
+        # Revisions are checked first, so they are all there: a row that names none is what may yet come.
+        return not request.spans.revisions.all()
+    return error.reason == Reason.FUTURE_REVISION

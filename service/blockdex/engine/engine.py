@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from blockdex.cache import Cache
 from blockdex.engine.batch import Batch
-from blockdex.engine.entry import Entry, Outcome, too_late
+from blockdex.engine.entry import Entry, Outcome, shutting_down, too_late
 from blockdex.engine.launcher import Launcher
 from blockdex.engine.stats import Stats
 from blockdex.errors import InternalError, Reason, ResourceExhaustedError
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[Outcome]], None]
 
 _STOP_SECONDS = 30.0
+_LONGEST_SLEEP_SECONDS = 3600.0
 
 
 class Engine:
@@ -58,6 +59,7 @@ class Engine:
         self._waiting: list[Entry] = []
         self._unanswered: set[Entry] = set()
         self._stats = Stats()
+        self._no_more = False
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._deliver: Deliver | None = None
@@ -94,14 +96,19 @@ class Engine:
         """Queues an entry; from any thread.
 
         Raises:
-            ResourceExhaustedError: `max_queued_requests` are queued already.
+            ResourceExhaustedError: `max_queued_requests` are unanswered already.
         """
-        queued = self._inbox.qsize() + len(self._backlog) + len(self._waiting)
+        queued = self._inbox.qsize() + len(self._unanswered)
         if queued >= self.limits.max_queued_requests:
             raise ResourceExhaustedError(
                 f"queue: at most {self.limits.max_queued_requests} requests may wait, {queued} do", Reason.OVERLOADED
             )
         self._inbox.put(entry)
+
+    def expect_no_more(self) -> None:
+        """No entry will come any more: selections whose keys are not queued already are refused, not kept waiting."""
+        self._no_more = True
+        self.notice()
 
     def notice(self) -> None:
         """Has the loop look round: an entry was cancelled."""
@@ -149,10 +156,11 @@ class Engine:
             return
 
     def _patience(self) -> float | None:
-        """Seconds until the first waiting selection is too late."""
+        """Seconds until the first waiting selection is too late, of which a queue may not be able to wait them all."""
         if not self._waiting:
             return None
-        return max(min(entry.deadline for entry in self._waiting) - time.monotonic(), 0.0)
+        left = min(entry.deadline for entry in self._waiting) - time.monotonic()
+        return min(max(left, 0.0), _LONGEST_SLEEP_SECONDS)
 
     def _step(self, began: float) -> None:
         launcher, cache = self._launcher, self._cache
@@ -171,25 +179,32 @@ class Engine:
         batch = Batch(self._cache, self._launcher.reading())
         late: list[Outcome] = []
         held_back: list[Entry] = []
+        admitted = 0
         for entry in self._backlog:
             if self._is_gone(entry, now, late):
                 continue
-            if not batch.admit(entry):
-                held_back.append(entry)
-            elif not entry.taken_up:
-                entry.taken_up = True
+            if batch.admit(entry):
+                admitted += 1
                 self._stats.stage_seconds["queue"].observe(now - entry.received)
-        admitted = len(self._backlog) - len(held_back)
+            else:
+                held_back.append(entry)
         self._backlog = held_back
-        for entry in self._waiting:
-            if not self._is_gone(entry, now, late):
-                batch.admit_waiting(entry)
-        self._waiting = batch.waiting
+        batch.waiting[:0] = [entry for entry in self._waiting if not self._is_gone(entry, now, late)]
+        self._waiting = self._still_waiting(batch)
         batch.outcomes += late
         if admitted:
             self._stats.batches += 1
             self._stats.batch_requests.observe(admitted)
         return batch
+
+    def _still_waiting(self, batch: Batch) -> list[Entry]:
+        """Selections whose keys this batch did not bring either; refused where no more requests will come."""
+        if batch.changed:
+            batch.try_waiting()
+        if not self._no_more or self._backlog or not self._inbox.empty():
+            return batch.waiting
+        batch.outcomes += [(entry, shutting_down("the keys it waits for cannot come")) for entry in batch.waiting]
+        return []
 
     def _is_gone(self, entry: Entry, now: float, late: list[Outcome]) -> bool:
         if entry.cancelled:

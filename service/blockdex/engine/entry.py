@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from blockdex.errors import DeadlineExceededError, Reason
+from blockdex.errors import DeadlineExceededError, Reason, UnavailableError
 from blockdex.messages import Answer, ForkSequence, Request, TokenRequest
 
 SequenceKey = tuple[str, int]
@@ -22,7 +22,6 @@ class Entry:
         ticket: the channel's own note of who asked.
         received: `time.monotonic` seconds of its arrival.
         cancelled: set by the channel, from any thread, when the caller is gone.
-        taken_up: whether the engine has looked at it.
     """
 
     request: Request
@@ -30,7 +29,6 @@ class Entry:
     ticket: object
     received: float = field(default_factory=time.monotonic)
     cancelled: bool = False
-    taken_up: bool = False
     sequences: tuple[SequenceKey, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +51,11 @@ def too_late(entry: Entry) -> DeadlineExceededError:
     return DeadlineExceededError(
         f"timeout: {allowed:.3f} s were allowed, {waited:.3f} s have passed", Reason.DEADLINE_EXCEEDED
     )
+
+
+def shutting_down(why: str) -> UnavailableError:
+    """What an entry is answered that can no longer be done."""
+    return UnavailableError(f"server: shutting down, {why}", Reason.SHUTTING_DOWN)
 
 
 def _sequences(request: Request) -> tuple[SequenceKey, ...]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex.cache import Cache, PageCopy
-from blockdex.engine.entry import Entry, Outcome, SequenceKey, selects, too_late
+from blockdex.engine.entry import Entry, Outcome, SequenceKey, selects
 from blockdex.engine.reading import Reading, kernel_spans, readings, rows_of, subset, view
 from blockdex.engine.stats import Stats
 from blockdex.messages import Spans, TokenAnswer, TokenRequest
@@ -168,12 +168,11 @@ class Launcher:
             cache.get_sequence(*prefill.sequence[0])
 
     def drop_gone(self, now: float) -> list[Outcome]:
-        """Gives up prefills that nobody waits for any more; returns what those past their deadline are answered."""
-        gone = {id(prefill.reading): prefill.reading for prefill in self.prefills if prefill.reading.is_gone(now)}
-        if not gone:
-            return []
-        self.prefills = deque(prefill for prefill in self.prefills if id(prefill.reading) not in gone)
-        return [(entry, too_late(entry)) for reading in gone.values() for entry in reading.entries]
+        """Gives up prefills that nobody waits for any more; returns what the callers that are gone are answered."""
+        outcomes = [outcome for prefill in self.prefills for outcome in prefill.reading.drop_gone(now)]
+        if outcomes:
+            self.prefills = deque(prefill for prefill in self.prefills if prefill.reading.callers)
+        return outcomes
 
     @contextmanager
     def _timed(self, phase: str, tokens: int) -> Iterator[None]:

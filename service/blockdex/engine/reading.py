@@ -10,13 +10,16 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex.cache import Cache
-from blockdex.engine.entry import Entry, Outcome
+from blockdex.engine.entry import Entry, Outcome, too_late
 from blockdex.messages import Queries, Spans, TensorData, TokenAnswer, TokenRequest
 from blockdex_kernels.backend import Selection
 from blockdex_kernels.backend import Spans as KernelSpans
 
-# Received bytes are read-only; nothing here writes through these views.
-warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable", category=UserWarning)
+# Received bytes are read-only, and nothing here writes through a view of them. torch says so once a process: let it be
+# here, whatever the process makes of warnings.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 TORCH_DTYPES = {
     "bf16": torch.bfloat16,
@@ -69,31 +72,36 @@ class Reading:
 
     Attributes:
         request: the first caller's; tenant, layer and spans are the same for all.
+        callers: who still waits for the answer, each with its own heads.
         queries: `[T, heads, D]`, the callers' heads side by side.
         order, return_scores: how all of them are to be answered.
         unread: tokens that no kernel has answered yet.
     """
 
     def __init__(self, entries: Sequence[Entry], head_dim: int, topk: int) -> None:
-        self.entries = entries
         halves = [_queries(entry) for entry in entries]
         request = entries[0].request
         assert isinstance(request, TokenRequest)
         self.request = request
         self.order = halves[0].order
         self.return_scores = halves[0].return_scores
-        self._heads = [half.num_heads for half in halves]
+        ends = np.cumsum([half.num_heads for half in halves]).tolist()
+        heads = [slice(end - half.num_heads, end) for end, half in zip(ends, halves, strict=True)]
+        self.callers = list(zip(entries, heads, strict=True))
         tokens = request.spans.num_tokens
         parts = [view(half.tensor, tokens, half.num_heads, head_dim) for half in halves]
         self.queries = side_by_side(parts)
-        shape = (tokens, sum(self._heads), topk)
+        shape = (tokens, ends[-1], topk)
         self._block_ids = np.empty(shape, np.int32)
         self._scores = np.empty(shape, np.float32) if self.return_scores else None
         self.unread = tokens
 
-    def is_gone(self, now: float) -> bool:
-        """Whether every caller has gone or is past its deadline."""
-        return all(entry.cancelled or entry.deadline <= now for entry in self.entries)
+    def drop_gone(self, now: float) -> list[Outcome]:
+        """Forgets the callers that have gone or are past their deadline; returns what they are answered."""
+        gone = [entry for entry, _ in self.callers if entry.cancelled or entry.deadline <= now]
+        if gone:
+            self.callers = [(entry, heads) for entry, heads in self.callers if entry not in gone]
+        return [(entry, too_late(entry)) for entry in gone]
 
     def write(self, rows: slice | torch.Tensor, selection: Selection) -> None:
         """Takes a kernel's answer for some of the tokens."""
@@ -106,12 +114,9 @@ class Reading:
     def outcomes(self, epoch: int) -> list[Outcome]:
         """Every caller's share of the answer; to be called once nothing is unread."""
         result: list[Outcome] = []
-        first = 0
-        for entry, heads in zip(self.entries, self._heads, strict=True):
-            own = slice(first, first + heads)
-            scores = None if self._scores is None else self._scores[:, own]
-            result.append((entry, TokenAnswer(epoch, self._block_ids[:, own], scores)))
-            first += heads
+        for entry, heads in self.callers:
+            scores = None if self._scores is None else self._scores[:, heads]
+            result.append((entry, TokenAnswer(epoch, self._block_ids[:, heads], scores)))
         return result
 
 

@@ -7,9 +7,8 @@ import time
 from collections.abc import Sequence
 
 from blockdex.engine.engine import Engine
-from blockdex.engine.entry import Entry, Outcome
+from blockdex.engine.entry import Entry, Outcome, shutting_down
 from blockdex.engine.stats import Stats
-from blockdex.errors import Reason, UnavailableError
 from blockdex.messages import Answer, Info, Limits, Request
 from blockdex_kernels import IndexSpec
 
@@ -20,7 +19,7 @@ class LocalChannel:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        self._in_flight = 0
+        self._in_flight: set[asyncio.Future[Answer]] = set()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -40,12 +39,15 @@ class LocalChannel:
         self._engine.start(self._deliver)
 
     async def drain(self, grace: float) -> None:
-        """Refuses new requests and waits until those in flight are answered, for `grace` seconds at most."""
+        """Refuses new requests and waits until those in flight are answered; after `grace` seconds they are refused."""
         self._draining = True
+        self._engine.expect_no_more()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout=grace)
         except TimeoutError:
-            return
+            for future in list(self._in_flight):
+                if not future.done():
+                    future.set_exception(shutting_down(f"the request was not done within {grace:g} s"))
 
     def stop(self) -> None:
         """Ends the engine; what it has not answered stays unanswered."""
@@ -54,11 +56,11 @@ class LocalChannel:
     def submit(self, request: Request, timeout: float) -> asyncio.Future[Answer]:
         """As `Channel.submit`."""
         if self._draining:
-            raise UnavailableError("server: shutting down, takes no new requests", Reason.SHUTTING_DOWN)
+            raise shutting_down("takes no new requests")
         future: asyncio.Future[Answer] = self._loop.create_future()
         entry = Entry(request, deadline=time.monotonic() + timeout, ticket=future)
         self._engine.submit(entry)
-        self._in_flight += 1
+        self._in_flight.add(future)
         self._idle.clear()
         future.add_done_callback(lambda done: self._finished(entry, done))
         return future
@@ -72,7 +74,7 @@ class LocalChannel:
         return self._engine.stats()
 
     def _finished(self, entry: Entry, future: asyncio.Future[Answer]) -> None:
-        self._in_flight -= 1
+        self._in_flight.discard(future)
         if not self._in_flight:
             self._idle.set()
         if future.cancelled():

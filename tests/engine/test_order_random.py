@@ -1,0 +1,158 @@
+"""Hundreds of random requests queued at once, compared with doing one after another."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+
+from blockdex.errors import BlockdexError
+from blockdex.messages import Answer, FloatDtype, Order, Request
+from blockdex_kernels.spec import KeyDtype
+from cache_state import check_integrity
+from naive_engine import NaiveEngine, check_same
+from running_engine import (
+    DECODE_QUERIES,
+    SPEC,
+    TENANT,
+    close,
+    fork,
+    get,
+    open_sequence,
+    running,
+    tokens,
+    truncate,
+    values,
+)
+
+REQUESTS = 300
+TENANTS = (TENANT, "other")
+DTYPES: tuple[FloatDtype, ...] = ("bf16", "fp16", "fp32", "fp8_e4m3")
+ORDERS: tuple[Order, ...] = ("ascending", "score")
+
+
+class Caller:
+    """Draws requests that mostly make sense: it follows the sequences' lengths as they will be when each is done."""
+
+    def __init__(self, seed: int, naive: NaiveEngine, *, waits: bool) -> None:
+        self._random = np.random.default_rng(seed)
+        self._naive = naive
+        self._waits = waits
+        self._fresh = 1
+
+    def request(self) -> Request:
+        """The next request."""
+        random = self._random
+        tenant = TENANTS[random.integers(len(TENANTS))]
+        match random.choice(
+            ["open", "get", "fork", "truncate", "close", "append", "select", "both"],
+            p=[0.08, 0.06, 0.06, 0.05, 0.03, 0.22, 0.25, 0.25],
+        ):
+            case "open":
+                return open_sequence(self._new_id(), tenant=tenant)
+            case "get":
+                return get(self._some_id(tenant), tenant=tenant)
+            case "fork":
+                return fork(self._some_id(tenant), self._new_id(), int(random.integers(60)), tenant=tenant)
+            case "truncate":
+                return truncate(self._some_id(tenant), int(random.integers(60)), tenant=tenant)
+            case "close":
+                return close(self._some_id(tenant), tenant=tenant)
+            case kind:
+                return self._tokens(tenant, appends=kind != "select", selects=kind != "append")
+
+    def _tokens(self, tenant: str, *, appends: bool, selects: bool) -> Request:
+        random = self._random
+        layer = int(random.integers(SPEC.num_layers))
+        wait = self._waits and not appends and bool(random.random() < 0.4)
+        # One sequence where it waits: of several it might see one before, another after what came in between.
+        count = 1 if wait else int(random.choice([1, 1, 2, 3]))
+        ids = {self._some_id(tenant) for _ in range(count)}
+        rows = [self._row(tenant, sequence_id, layer, appends=appends, wait=wait) for sequence_id in sorted(ids)]
+        total = sum(length for _, _, length, _ in rows)
+        first_head = int(random.integers(SPEC.num_index_heads))
+        heads = int(random.integers(1, SPEC.num_index_heads - first_head + 1))
+        return tokens(
+            layer,
+            rows,
+            keys=values(random, total, SPEC.head_dim) if appends else None,
+            queries=values(random, total, heads, SPEC.head_dim) if selects else None,
+            first_head=first_head,
+            order=ORDERS[random.integers(len(ORDERS))],
+            scores=bool(random.random() < 0.3),
+            wait=wait,
+            dtype=DTYPES[random.integers(len(DTYPES))],
+            tenant=tenant,
+            epoch=self._naive.epoch if random.random() < 0.98 else 3,
+        )
+
+    def _row(
+        self, tenant: str, sequence_id: int, layer: int, *, appends: bool, wait: bool
+    ) -> tuple[int, int, int, int]:
+        random = self._random
+        layers = self._naive.sequences.get((tenant, sequence_id))
+        held, revision = (len(layers[layer].keys), layers[layer].revision) if layers else (0, 0)
+        length = int(random.choice([1, 2, DECODE_QUERIES, DECODE_QUERIES + 1, 25, 40]))
+        if appends:
+            start = held if random.random() < 0.6 else int(random.integers(held + 2))
+            revisions, odds = (
+                [0, revision + 1, revision + 2, revision, max(revision - 1, 0)],
+                [0.3, 0.4, 0.1, 0.15, 0.05],
+            )
+        elif wait:
+            start = int(random.integers(held + 10))
+            revisions, odds = [0, revision, revision + 1, max(revision - 1, 0)], [0.5, 0.2, 0.25, 0.05]
+        else:
+            length = min(length, max(held, 1))
+            start = int(random.integers(max(held - length, 0) + 1)) + (random.random() < 0.05)
+            revisions, odds = [0, revision, revision + 1, max(revision - 1, 0)], [0.6, 0.34, 0.03, 0.03]
+        return sequence_id, int(start), length, int(random.choice(revisions, p=odds))
+
+    def _new_id(self) -> int:
+        self._fresh += int(self._random.random() < 0.9)
+        return self._fresh
+
+    def _some_id(self, tenant: str) -> int:
+        held = [sequence_id for owner, sequence_id in self._naive.sequences if owner == tenant]
+        return int(self._random.choice(held[-6:])) if held and self._random.random() < 0.98 else self._fresh
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["", "waiting"])
+@pytest.mark.parametrize(("seed", "key_dtype"), [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "fp8_e4m3")])
+async def test_answers_are_those_of_one_request_after_another(seed: int, key_dtype: KeyDtype, waits: bool) -> None:
+    spec = dataclasses.replace(SPEC, key_dtype=key_dtype)
+    async with running(spec, start=False, num_pages=4096) as run:
+        naive = NaiveEngine(spec, run.engine.info().epoch)
+        caller = Caller(seed, naive, waits=waits)
+        futures: list[asyncio.Future[Answer]] = []
+        requests: list[Request] = []
+        expected: list[Answer | BlockdexError | None] = []
+        waiting: list[int] = []
+        for number in range(REQUESTS):
+            request = caller.request()
+            requests.append(request)
+            futures.append(run.submit(request, timeout=60))
+            expected.append(naive.answer(request))
+            if expected[number] is None:
+                waiting.append(number)
+            for earlier in waiting:
+                expected[earlier] = naive.answer(requests[earlier])
+            waiting = [earlier for earlier in waiting if expected[earlier] is None]
+        run.channel.start()
+        answered = [future for future, answer in zip(futures, expected, strict=True) if answer is not None]
+        await asyncio.wait_for(asyncio.gather(*answered, return_exceptions=True), 60)
+        await run.settled()
+        for number, (future, answer) in enumerate(zip(futures, expected, strict=True)):
+            if answer is None:
+                assert not future.done(), f"request {number} waits for nothing that came: {requests[number]}"
+                future.cancel()
+                continue
+            actual = future.exception() or future.result()
+            check_same(actual, answer, f"request {number}: {requests[number]}")
+        check_integrity(run.engine._cache)
+        refusals = sum(isinstance(answer, BlockdexError) for answer in expected)
+        assert REQUESTS // 20 < refusals < REQUESTS // 2, "neither all refused nor all easy"
+        assert run.channel.stats().batches < REQUESTS // 3, "most ran together"
+        assert {call.phase for call in run.backend.calls} == {"append", "decode", "prefill"}

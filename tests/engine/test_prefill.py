@@ -1,0 +1,238 @@
+"""Long selections run in slices: others get in between, and what nobody waits for any more is dropped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from blockdex.errors import Code, Reason
+from blockdex.messages import Answer, Request
+from naive_engine import NaiveEngine, check_same
+from running_engine import (
+    DECODE_QUERIES,
+    SPEC,
+    Running,
+    close,
+    fork,
+    get,
+    open_sequence,
+    refusal,
+    running,
+    tokens,
+    truncate,
+    values,
+)
+
+A, B = 1, 2
+LONG = 200
+SLICE = 16
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    """Numbers that are the same in every run."""
+    return np.random.default_rng(13)
+
+
+def keys_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
+    """Random keys."""
+    return values(random, length, SPEC.head_dim)
+
+
+def queries_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
+    """Random queries."""
+    return values(random, length, SPEC.num_index_heads, SPEC.head_dim)
+
+
+async def fill(run: Running, naive: NaiveEngine, random: np.random.Generator, *sequences: int) -> None:
+    """Opens sequences and gives layers 0 and 1 of each `LONG` keys."""
+    for sequence in sequences:
+        requests: list[Request] = [open_sequence(sequence)]
+        requests += [tokens(layer, [(sequence, 0, LONG)], keys=keys_of(random, LONG)) for layer in (0, 1)]
+        for request in requests:
+            await run.ask(request)
+            naive.answer(request)
+
+
+async def while_prefilling(run: Running, prefill: Request, behind: Sequence[Request]) -> tuple[list[Answer], list[int]]:
+    """Queues requests while the first slice of a prefill runs: all answers, and the order in which they came."""
+    finished: list[int] = []
+    with run.backend.held("prefill") as entered:
+        futures = [run.submit(prefill)]
+        await run.reached(entered)
+        futures += map(run.submit, behind)
+        for future in futures:
+            future.add_done_callback(lambda done: finished.append(futures.index(done)))
+    answers = await asyncio.wait_for(asyncio.gather(*futures), 60)
+    return answers, finished
+
+
+def check_all(naive: NaiveEngine, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+    """Compares answers with those of one request after another."""
+    for request, answer in zip(requests, answers, strict=True):
+        expected = naive.answer(request)
+        assert expected is not None
+        check_same(answer, expected, str(request))
+
+
+@pytest.mark.parametrize("order", ["ascending", "score"])
+async def test_decode_and_prefill_in_one_request(random: np.random.Generator, order: str) -> None:
+    rows = [(3, 0, 1), (4, 10, DECODE_QUERIES), (5, 0, LONG), (6, 2, 2), (7, 20, DECODE_QUERIES + 1)]
+    total = sum(length for *_, length in rows)
+    select = tokens(
+        1, rows, queries=queries_of(random, total), order="score" if order == "score" else "ascending", scores=True
+    )
+    async with running() as run:
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, *(sequence for sequence, *_ in rows))
+        check_all(naive, [select], [await run.ask(select)])
+        assert run.backend.tokens("decode") == 1 + DECODE_QUERIES + 2
+        slices = [call.tokens for call in run.backend.calls if call.phase == "prefill"]
+        assert max(slices) == SLICE
+        assert sum(slices) == LONG + DECODE_QUERIES + 1
+
+
+async def test_a_prefill_appends_its_own_keys(random: np.random.Generator) -> None:
+    both = tokens(0, [(A, 150, 170, 3)], keys=keys_of(random, 170), queries=queries_of(random, 170))
+    async with running() as run:
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, A)
+        check_all(naive, [both, both, get(A)], [await run.ask(both), await run.ask(both), await run.ask(get(A))])
+
+
+async def test_decodes_get_in_between(random: np.random.Generator) -> None:
+    prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
+    decode = tokens(0, [(B, LONG - 1, 1)], queries=queries_of(random, 1))
+    same = tokens(0, [(A, LONG - 2, 2)], queries=queries_of(random, 2))
+    async with running() as run:
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, A, B)
+        answers, finished = await while_prefilling(run, prefill, [decode, same])
+        check_all(naive, [prefill, decode, same], answers)
+        assert finished[-1] == 0
+        slices = [call.phase for call in run.backend.calls if call.phase != "append"]
+        assert slices == ["prefill", "decode", *["prefill"] * (-(-LONG // SLICE) - 1)]
+
+
+async def test_prefills_take_turns(random: np.random.Generator) -> None:
+    long = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
+    short = tokens(0, [(B, 0, 2 * SLICE)], queries=queries_of(random, 2 * SLICE))
+    async with running() as run:
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, A, B)
+        answers, finished = await while_prefilling(run, long, [short])
+        check_all(naive, [long, short], answers)
+        assert finished == [1, 0]
+
+
+async def test_a_prefill_sees_no_later_keys(random: np.random.Generator) -> None:
+    """What would change the keys that it reads waits for its end; what does not, overtakes it."""
+    prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
+    behind: list[Request] = [
+        tokens(1, [(A, 100, 3)], keys=keys_of(random, 3)),
+        tokens(0, [(B, 5, 9)], keys=keys_of(random, 9), queries=queries_of(random, 9)),
+        tokens(0, [(A, 3, LONG)], keys=keys_of(random, LONG), queries=queries_of(random, LONG)),
+        get(A),
+        fork(A, 9, 50),
+        truncate(A, 40),
+        tokens(0, [(9, 40, 10)], queries=queries_of(random, 10)),
+        close(A),
+    ]
+    async with running() as run:
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, A, B)
+        answers, finished = await while_prefilling(run, prefill, behind)
+        check_all(naive, [prefill, *behind], answers)
+        assert set(finished[:2]) == {1, 2}
+        assert finished[2] == 0
+
+
+async def test_pages_that_a_prefill_reads_move_under_it(random: np.random.Generator) -> None:
+    """An append to another layer copies a page that is shared; the rest of the prefill reads the copy."""
+    prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
+    copying = tokens(1, [(A, 0, LONG)], keys=keys_of(random, LONG))
+    writing = [tokens(layer, [(9, 0, LONG)], keys=keys_of(random, LONG)) for layer in (0, 1)]
+    async with running() as run:
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, A)
+        check_all(naive, [fork(A, 9, LONG)], [await run.ask(fork(A, 9, LONG))])
+        answers, _ = await while_prefilling(run, prefill, [copying, *writing])
+        check_all(naive, [prefill, copying, *writing], answers)
+
+
+async def test_a_cancelled_prefill_is_dropped(random: np.random.Generator) -> None:
+    async with running() as run:
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, A)
+        with run.backend.held("prefill") as entered:
+            prefill = run.submit(tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG)))
+            await run.reached(entered)
+            closed = run.submit(close(A))
+            prefill.cancel()
+        await asyncio.wait_for(closed, 20)
+        assert run.backend.tokens("prefill") == SLICE
+
+
+async def test_an_overdue_prefill_is_dropped(random: np.random.Generator) -> None:
+    async with running() as run:
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, A)
+        with run.backend.held("prefill") as entered:
+            prefill = run.submit(tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG)), timeout=0.5)
+            await run.reached(entered)
+            await asyncio.sleep(0.6)
+        error = await refusal(prefill)
+        assert (error.code, error.reason) == (Code.DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED)
+        await run.ask(close(A))
+        assert run.backend.tokens("prefill") == SLICE
+
+
+async def test_a_shared_prefill_goes_on_for_those_who_still_wait(random: np.random.Generator) -> None:
+    queries = queries_of(random, LONG)
+    async with running() as run:
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, A)
+        decode = tokens(1, [(A, 5, 1)], queries=queries[:1])
+        with run.backend.held("decode") as deciding:
+            first = run.submit(decode)
+            await run.reached(deciding)
+            ranks = [
+                run.submit(tokens(0, [(A, 0, LONG)], queries=queries[:, head : head + 1], first_head=head), timeout)
+                for head, timeout in enumerate((20.0, 20.0, 0.5))
+            ]
+        await asyncio.wait_for(first, 20)
+        with run.backend.held("prefill") as entered:
+            await run.reached(entered)
+            ranks[1].cancel()
+            await asyncio.sleep(0.6)
+        overdue = await refusal(ranks[2])
+        assert overdue.reason == Reason.DEADLINE_EXCEEDED
+        assert not ranks[0].done(), "told when its deadline passed, not at the end"
+        answer = await asyncio.wait_for(ranks[0], 20)
+        check_all(naive, [tokens(0, [(A, 0, LONG)], queries=queries[:, :1])], [answer])
+
+
+async def test_a_prefill_keeps_its_pages_beyond_the_lease(random: np.random.Generator) -> None:
+    pages = LONG // SPEC.block_size
+    prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
+    greedy = tokens(0, [(B, 0, 2 * SPEC.block_size)], keys=keys_of(random, 2 * SPEC.block_size))
+    async with running(num_pages=pages + 1, lease_seconds=1.0) as run:
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, A)
+        await run.ask(open_sequence(B, lease=600))
+        with run.backend.held("prefill") as entered:
+            reading = run.submit(prefill)
+            await run.reached(entered)
+            refused = run.submit(greedy)
+            await asyncio.sleep(1.1)
+        error = await refusal(refused)
+        assert (error.reason, run.engine.info().cache.evictions) == (Reason.OUT_OF_PAGES, 0)
+        check_all(naive, [prefill], [await asyncio.wait_for(reading, 20)])
+        await asyncio.sleep(1.1)
+        await run.ask(greedy)
+        assert run.engine.info().cache.evictions == 1
+        assert (await run.refusal(get(A))).reason == Reason.UNKNOWN_SEQUENCE
