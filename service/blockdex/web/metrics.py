@@ -80,6 +80,12 @@ class ServerCollector:
         yield GaugeMetricFamily(
             "blockdex_ready", "1 while requests are served, as /readyz says.", value=float(self._readiness.ready)
         )
+        yield GaugeMetricFamily(
+            "blockdex_epoch",
+            "Upper 53 bits of the cache's epoch: another number is another, empty cache.",
+            # A sample is a double: of 64 bits it would round some away.
+            value=info.epoch >> 11,
+        )
 
     def _of_requests(self) -> Iterator[Metric]:
         total = CounterMetricFamily("blockdex_requests", "Requests answered.", labels=["rpc", "code"])
