@@ -35,9 +35,6 @@ from blockdex.errors import (
     UnknownError,
 )
 
-if TYPE_CHECKING:
-    from blockdex.client import AsyncClient, Client, Info, SequenceState
-
 __all__ = [
     "AbortedError",
     "AlreadyExistsError",
@@ -68,8 +65,12 @@ __all__ = [
 __version__ = version("blockdex")
 
 
-def __getattr__(name: str) -> Any:
-    # The engine imports this package too, and must not get gRPC with it.
-    if name in {"AsyncClient", "Client", "Info", "SequenceState"}:
-        return getattr(import_module("blockdex.client"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from blockdex.client import AsyncClient, Client, Info, SequenceState
+else:
+
+    def __getattr__(name: str) -> Any:
+        # The engine imports this package too, and must not get gRPC with it.
+        if name in {"AsyncClient", "Client", "Info", "SequenceState"}:
+            return getattr(import_module("blockdex.client"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

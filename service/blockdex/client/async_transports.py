@@ -11,7 +11,7 @@ import grpc
 
 from blockdex.client.call import Call
 from blockdex.client.core import CHANNEL_OPTIONS, Core
-from blockdex.client.failures import error_of_call, error_of_stream
+from blockdex.client.failures import another, error_of_call, error_of_stream
 from blockdex.client.frames import answer_of, cancel_of, closed, frame_of
 from blockdex.errors import BlockdexError, DeadlineExceededError, Reason, UnavailableError
 from blockdex.v1 import indexer_pb2 as pb
@@ -60,6 +60,12 @@ class AsyncUnaryTransport:
             return await method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
         except grpc.RpcError as failure:
             raise error_of_call(failure, f"{call.rpc} at {self._core.address}") from failure
+        except asyncio.CancelledError:
+            # gRPC says of a closed channel that its callers were cancelled; they were not.
+            task = asyncio.current_task()
+            if self._closed and task is not None and not task.cancelling():
+                raise closed() from None
+            raise
 
     async def close(self) -> None:
         """Ends what is in flight and closes the channel."""
@@ -136,22 +142,23 @@ class _Exchange:
                 yield frame
 
     async def _read(self) -> None:
-        failure: BlockdexError = UnavailableError(f"{self._address} ended it", Reason.UNREACHABLE)
+        end: BlockdexError = UnavailableError(f"{self._address} ended it", Reason.UNREACHABLE)
         try:
             async for frame in self._responses:
                 future = self._waiting.get(frame.request_id)
                 if future is not None and not future.done():
                     future.set_result(frame)
-        except grpc.RpcError as error:
-            failure = error_of_call(error, self._address)
+        except grpc.RpcError as failure:
+            end = error_of_call(failure, self._address)
         except asyncio.CancelledError:
             if not self._closing:
                 raise
         finally:
             self.broken = True
+            failed = closed() if self._closing else error_of_stream(end)
             for future in self._waiting.values():
                 if not future.done():
-                    future.set_exception(closed() if self._closing else error_of_stream(failure))
+                    future.set_exception(another(failed))
             self._outbox.put_nowait(None)
 
 

@@ -24,7 +24,7 @@ def _nothing_to_settle(changed_nothing: bool) -> None:
     """What a failure means to a call that writes nothing."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Call(Generic[Result]):
     """A request, what its answer means and what its failure means. Entered before its first attempt, left at its end.
 

@@ -57,10 +57,15 @@ def error_of_call(failure: Any, target: str) -> BlockdexError:
 
 
 def error_of_stream(failure: BlockdexError) -> BlockdexError:
-    """What each request in flight fails with when its stream ends: the refusal of the stream, else unreachable."""
+    """What a stream that ended so means to its requests: the server's refusal of the stream, else unreachable."""
     if failure.code in _STREAM_REFUSED:
-        return error_of(failure.code, failure.message, failure.reason)
+        return failure
     return UnavailableError(f"the stream broke: {failure.message}", Reason.UNREACHABLE)
+
+
+def another(error: BlockdexError) -> BlockdexError:
+    """The same error once more, for another caller to raise."""
+    return error_of(error.code, error.message, error.reason)
 
 
 def changed_nothing(failure: BaseException) -> bool:

@@ -12,7 +12,7 @@ import grpc
 
 from blockdex.client.call import Call
 from blockdex.client.core import CHANNEL_OPTIONS, Core
-from blockdex.client.failures import error_of_call, error_of_stream
+from blockdex.client.failures import another, error_of_call, error_of_stream
 from blockdex.client.frames import answer_of, cancel_of, closed, frame_of
 from blockdex.errors import BlockdexError, Reason, UnavailableError
 from blockdex.v1 import indexer_pb2 as pb
@@ -99,7 +99,7 @@ class _Exchange:
     """One stream, from its opening until it breaks. A thread reads the answers and drops them into inboxes."""
 
     def __init__(self, open_stream: Callable[..., Any], core: Core) -> None:
-        self.broken = False
+        self._failure: BlockdexError | None = None
         self._address = core.address
         self._closing = False
         self._lock = threading.Lock()
@@ -110,12 +110,16 @@ class _Exchange:
         self._reader = threading.Thread(target=self._read, name="blockdex-stream", daemon=True)
         self._reader.start()
 
+    @property
+    def broken(self) -> bool:
+        return self._failure is not None
+
     def send(self, call: Call[Any]) -> Any:
         inbox: queue.SimpleQueue[pb.StreamResponse | BlockdexError] = queue.SimpleQueue()
         timeout = call.remaining()
         with self._lock:
-            if self.broken:
-                raise UnavailableError(f"{call.rpc} at {self._address}: the stream broke", Reason.UNREACHABLE)
+            if self._failure is not None:
+                raise another(self._failure)
             request_id = next(self._request_ids)
             self._inboxes[request_id] = inbox
         self._outbox.put(frame_of(call, request_id, timeout))
@@ -144,17 +148,17 @@ class _Exchange:
                 yield frame
 
     def _read(self) -> None:
+        end: BlockdexError = UnavailableError(f"{self._address} ended it", Reason.UNREACHABLE)
         try:
             for frame in self._responses:
                 inbox = self._inboxes.get(frame.request_id)
                 if inbox is not None:
                     inbox.put(frame)
-            failure: BlockdexError = UnavailableError(f"{self._address} ended it", Reason.UNREACHABLE)
-        except grpc.RpcError as error:
-            failure = error_of_call(error, self._address)
+        except grpc.RpcError as failure:
+            end = error_of_call(failure, self._address)
         with self._lock:
-            self.broken = True
+            self._failure = closed() if self._closing else error_of_stream(end)
             inboxes = list(self._inboxes.values())
         for inbox in inboxes:
-            inbox.put(closed() if self._closing else error_of_stream(failure))
+            inbox.put(another(self._failure))
         self._outbox.put(None)

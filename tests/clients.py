@@ -1,0 +1,60 @@
+"""Both clients behind one face, so that a test is written once and runs on each of them and each transport."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import blockdex
+
+Transport = Literal["stream", "unary"]
+
+FLAVOURS: list[tuple[type[Any], Transport]] = [
+    (blockdex.Client, "stream"),
+    (blockdex.Client, "unary"),
+    (blockdex.AsyncClient, "stream"),
+    (blockdex.AsyncClient, "unary"),
+]
+FLAVOUR_NAMES = [f"{flavour.__name__}-{transport}" for flavour, transport in FLAVOURS]
+
+_sequence_ids = itertools.count(1_000_000)
+
+
+def new_sequence() -> int:
+    """An id that no other test of this process uses."""
+    return next(_sequence_ids)
+
+
+class _Awaited:
+    """An asyncio client whose calls are run to their end on a loop of its own."""
+
+    def __init__(self, client: blockdex.AsyncClient, runner: asyncio.Runner) -> None:
+        self._client = client
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        return functools.partial(self._run, method) if asyncio.iscoroutinefunction(method) else method
+
+    def _run(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._runner.run(method(*args, **kwargs))
+
+
+@contextlib.contextmanager
+def connect(flavour: tuple[type[Any], Transport], address: str, **settings: Any) -> Iterator[blockdex.Client]:
+    """A client of a flavour, with the methods of the blocking one."""
+    kind, transport = flavour
+    if kind is blockdex.Client:
+        with blockdex.Client(address, transport=transport, **settings) as client:
+            yield client
+        return
+    with asyncio.Runner() as runner:
+        awaited = _Awaited(blockdex.AsyncClient(address, transport=transport, **settings), runner)
+        try:
+            yield cast(blockdex.Client, awaited)
+        finally:
+            awaited.close()
