@@ -1,0 +1,63 @@
+"""`python -m examples.transformers_engine`: a MiniMax-M3 model on blockdex, checked against its own indexer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from examples.transformers_engine.demo import run_demo
+from examples.transformers_engine.model import build_model
+from examples.transformers_engine.report import print_report
+from examples.transformers_engine.server import ServerError, running_server
+from rich.console import Console
+from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
+
+import blockdex
+from blockdex_kernels import SpecError
+from blockdex_kernels.reference import SelectionMismatchError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demo; 0: every token and every selection agrees, 1: one does not, or a server or client failed."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    model = build_model(options.device)
+    try:
+        with _server(options, model) as address, blockdex.Client(address) as client:
+            outcome = run_demo(model, client, console, small=options.small)
+    except (SelectionMismatchError, ServerError, SpecError, blockdex.BlockdexError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print_report(outcome, console)
+    return 0 if outcome.agrees else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m examples.transformers_engine", description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where model and server run")
+    parser.add_argument("--key-dtype", choices=["bf16", "fp8_e4m3"], default="bf16", help="the server's cache")
+    parser.add_argument("--address", metavar="HOST:PORT", help="use this server instead of starting one")
+    parser.add_argument("--small", action="store_true", help="shorter prompts")
+    return parser
+
+
+@contextmanager
+def _server(options: argparse.Namespace, model: MiniMaxM3VLForCausalLM) -> Iterator[str]:
+    """The address of the server that was named, or of one started for the model."""
+    if options.address is not None:
+        yield options.address
+        return
+    with TemporaryDirectory() as folder:
+        config = Path(folder, "config.json")
+        model.config.to_json_file(config)
+        flags = ["--model-config", str(config), "--device", options.device, "--key-dtype", options.key_dtype]
+        with running_server([*flags, "--cache-bytes", "32MiB"]) as address:
+            yield address
+
+
+if __name__ == "__main__":
+    sys.exit(main())

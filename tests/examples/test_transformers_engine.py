@@ -1,0 +1,107 @@
+"""The demo in small on a real server, and that it notices wrong selections and wrong tokens."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from serving import Serving, serve
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 110
+
+# In the 20th call, a decode step, one block of one row is not the one that was selected: the smallest lie there is.
+ONE_WRONG_ROW = """
+answer, calls = blockdex.Client.append_and_select, []
+def lie(self, layer, **request):
+    block_ids = answer(self, layer, **request)
+    calls.append(layer)
+    if len(calls) == 20:
+        row = block_ids[0, 0]
+        assert row[-1] > 15, row
+        row[0] = next(block for block in range(16) if block not in row)
+    return block_ids
+blockdex.Client.append_and_select = lie
+"""
+# Nobody compares the selections, and every query reads its own block alone.
+ONLY_LOCAL_BLOCKS = """
+from examples.transformers_engine.compare import CheckedIndexer
+CheckedIndexer._compare = lambda *arguments: None
+answer = blockdex.Client.append_and_select
+def lie(self, layer, **request):
+    block_ids = answer(self, layer, **request)
+    local = block_ids.amax(dim=2, keepdim=True)
+    block_ids.fill_(-1)
+    block_ids[..., :1] = local
+    return block_ids
+blockdex.Client.append_and_select = lie
+"""
+
+
+def run_demo(*flags: str, lie: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the demo in a process of its own, in small, on a client that may lie."""
+    program = f"import sys, blockdex\n{lie}\nfrom examples.transformers_engine.__main__ import main\nsys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", program, "--small", *flags],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+def figures(output: str) -> dict[str, str]:
+    """The rows of the printed tables: the first cell and the last."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
+    return {row[0]: row[-1] for row in rows}
+
+
+def test_small_demo_starts_a_server_and_agrees() -> None:
+    finished = run_demo()
+    assert finished.returncode == 0, finished.stderr
+    table = figures(finished.stdout)
+    assert [table[name] for name in table if re.match(r"[123]: ", name)] == ["16", "16", "16"]
+    compared, equal, flips = (
+        int(table[name].replace(",", "")) for name in ("selections compared", "equal", "flips within the bound")
+    )
+    # 2,200 + 120 + 200 prompt tokens, 3 x 15 generated ones that went in again, 3 drafts; 3 layers of 4 heads.
+    assert compared == (2_200 + 120 + 200 + 45 + 3) * 12
+    assert equal + flips == compared
+    # 3 + 1 + 1 chunks, 15 decode steps, one of them split for the drafts; 3 layers.
+    assert table["calls"] == str((5 + 16) * 3)
+    assert re.fullmatch(r"\d+\.\d ms, \d+\.\d ms", table["decode call, p50 and p99"])
+    # The first takes 18 blocks, the last 2; of the forked one's 18, the first 16 are its parent's.
+    assert table["pages used"].startswith("22 of ")
+    assert table["pages used"].endswith(", 16 shared")
+
+
+def test_one_wrong_block_ends_the_demo(server: Serving) -> None:
+    finished = run_demo("--address", server.grpc_address, lie=ONE_WRONG_ROW)
+    assert finished.returncode == 1
+    assert re.search(
+        r"layer \d, sequence \d+, positions from \d+: query \d+, head 0: \[\d+\] in place of", finished.stderr
+    )
+
+
+def test_other_tokens_end_the_demo_with_a_failure(server: Serving) -> None:
+    finished = run_demo("--address", server.grpc_address, lie=ONLY_LOCAL_BLOCKS)
+    assert finished.returncode == 1, finished.stderr
+    assert "16" not in [value for name, value in figures(finished.stdout).items() if re.match(r"[12]: ", name)]
+
+
+def test_server_of_another_indexer_is_refused() -> None:
+    with serve("--num-layers", "2", "--cache-bytes", "16MiB", "--device", "cpu") as server:
+        finished = run_demo("--address", server.grpc_address)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("SpecError: the server serves IndexSpec(num_layers=2, ")
+
+
+def test_server_that_does_not_start_shows_its_log() -> None:
+    finished = run_demo(lie="from examples.transformers_engine import server; server.START_SECONDS = 0")
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("ServerError: the server does not serve")
