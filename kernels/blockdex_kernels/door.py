@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from blockdex_kernels.backend import Spans
 from blockdex_kernels.spec import IndexSpec
 
-_PAGES_PER_CHECK = 1 << 20
-
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+
+_LEAST = np.array([[0], [0], [1]])  # Layer, start, length.
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +85,14 @@ def read_runs(spans: Spans, spec: IndexSpec, *, num_pages: int, num_tokens: int,
     Raises:
         ValueError: names the argument, the run and both numbers.
     """
-    columns = (spans.layers, spans.starts, spans.lengths)
-    layers, starts, lengths = (column.cpu().numpy().astype(np.int64) for column in columns)
-    runs = Runs(layers, starts, lengths, spans.page_table.cpu().numpy())
+    columns = torch.stack((spans.layers, spans.starts, spans.lengths)).cpu().numpy().astype(np.int64)
+    runs = Runs(columns[0], columns[1], columns[2], spans.page_table.cpu().numpy())
     room = min(runs.page_table.shape[1] * spec.block_size, spec.max_sequence_tokens)
-    wrong = (layers < 0) | (layers >= spec.num_layers) | (starts < 0) | (lengths < 1) | (starts + lengths > room)
+    wrong = (columns < _LEAST).any(axis=0) | (runs.layers >= spec.num_layers) | (runs.starts + runs.lengths > room)
     if wrong.any():
         _refuse_run(runs, int(wrong.argmax()), spec, room)
-    if lengths.sum() != num_tokens:
-        raise ValueError(f"spans.lengths: must sum to the {num_tokens} rows beside them, got {lengths.sum()}")
+    if runs.lengths.sum() != num_tokens:
+        raise ValueError(f"spans.lengths: must sum to the {num_tokens} rows beside them, got {runs.lengths.sum()}")
     _check_pages(runs, spec.block_size, num_pages, writing=writing)
     return runs
 
@@ -131,18 +130,15 @@ def _refuse_run(runs: Runs, run: int, spec: IndexSpec, room: int) -> NoReturn:
 
 def _check_pages(runs: Runs, block_size: int, num_pages: int, *, writing: bool) -> None:
     last = (runs.starts + runs.lengths - 1) // block_size
+    width = int(last.max(initial=-1)) + 1
+    if runs.page_table[:, :width].view(np.uint32).max(initial=0) < num_pages:
+        return
     first = runs.starts // block_size if writing else np.zeros_like(last)
-    columns = np.arange(last.max(initial=0) + 1)
-    step = max(1, _PAGES_PER_CHECK // len(columns))
-    for top in range(0, len(last), step):
-        rows = slice(top, top + step)
-        pages = runs.page_table[rows, : len(columns)]
-        wrong = (pages < 0) | (pages >= num_pages)
-        if not wrong.any():
-            continue
-        wrong &= (columns >= first[rows, None]) & (columns <= last[rows, None])
+    for run, (begin, end) in enumerate(zip(first.tolist(), (last + 1).tolist(), strict=True)):
+        pages = runs.page_table[run, begin:end]
+        wrong = pages.view(np.uint32) >= num_pages
         if wrong.any():
-            run, block = np.argwhere(wrong)[0]
+            block = int(wrong.argmax())
             raise ValueError(
-                f"spans.page_table: run {top + run}, block {block}: must be 0 to {num_pages - 1}, got {pages[run, block]}"
+                f"spans.page_table: run {run}, block {begin + block}: must be 0 to {num_pages - 1}, got {pages[block]}"
             )

@@ -1,4 +1,4 @@
-"""The oracle: block selection in float64, written to be checked by eye, and the rule by which others may differ from it.
+"""The oracle: block selection in float64, to be checked by eye, and the rule by which others may differ from it.
 
 The selection of one query, in words: its visible keys are those up to its own position; a block's score is the greatest
 product with a visible key of the block, a NaN product counting as -inf; the first `init_blocks` and the last
@@ -129,8 +129,8 @@ def _block_scores(keys: torch.Tensor, queries: torch.Tensor, start: int, spec: I
 
 def _tolerance(keys: torch.Tensor, queries: torch.Tensor, start: int) -> torch.Tensor:
     """float64 `[T, H]`: `FLIP_TOLERANCE` times |query| times the greatest |key| that the query sees."""
-    key_norms = keys.norm(dim=1).nan_to_num(nan=0.0, posinf=0.0).cummax(dim=0).values[start:]
-    query_norms = queries.norm(dim=2).nan_to_num(nan=0.0, posinf=0.0)
+    key_norms = torch.linalg.vector_norm(keys, dim=1).nan_to_num(nan=0.0, posinf=0.0).cummax(dim=0).values[start:]
+    query_norms = torch.linalg.vector_norm(queries, dim=2).nan_to_num(nan=0.0, posinf=0.0)
     return FLIP_TOLERANCE * query_norms * key_norms[:, None]
 
 

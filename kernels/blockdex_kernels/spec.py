@@ -72,21 +72,21 @@ class IndexSpec:
     """Longest sequence, in tokens."""
 
     def __post_init__(self) -> None:
-        if self.scale is None:
-            object.__setattr__(self, "scale", 1.0 / math.sqrt(max(self.head_dim, 1)))
         for name in ("num_layers", "num_index_heads", "head_dim", "block_size", "topk", "max_sequence_tokens"):
             self._require_integer(name, minimum=1)
         for name in ("init_blocks", "local_blocks"):
             self._require_integer(name, minimum=0)
         if self.init_blocks + self.local_blocks > self.topk:
-            raise SpecError(
-                f"init_blocks + local_blocks must not exceed topk: {self.init_blocks} + {self.local_blocks} > {self.topk}"
-            )
+            forced = f"{self.init_blocks} + {self.local_blocks}"
+            raise SpecError(f"init_blocks + local_blocks must not exceed topk: {forced} > {self.topk}")
         if self.score != "max":
             raise SpecError(f"score must be 'max', got {self.score!r}")
         if self.key_dtype not in KEY_DTYPE_BYTES:
             raise SpecError(f"key_dtype must be one of {', '.join(KEY_DTYPE_BYTES)}, got {self.key_dtype!r}")
-        if not (math.isfinite(self.score_scale) and self.score_scale > 0):
+        if self.scale is None:
+            object.__setattr__(self, "scale", 1.0 / math.sqrt(self.head_dim))
+        is_number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+        if not (is_number and math.isfinite(self.score_scale) and self.score_scale > 0):
             raise SpecError(f"scale must be a positive finite number, got {self.scale!r}")
         if self.max_sequence_tokens >= 2**31:
             raise SpecError(f"max_sequence_tokens must be below 2^31, got {self.max_sequence_tokens}")
@@ -167,7 +167,7 @@ def _fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(nested, Mapping):
             fields = {ours: nested[theirs] for theirs, ours in _NESTED_FIELDS.items() if theirs in nested}
             if "sparse_attention_freq" in nested:
-                fields["num_layers"] = _count(nested["sparse_attention_freq"], "sparse_attention_freq")
+                fields["num_layers"] = _sum_of_flags("sparse_attention_freq", nested["sparse_attention_freq"])
             return fields
         fields = {ours: place[theirs] for theirs, ours in _FLAT_FIELDS.items() if theirs in place}
         if fields:
@@ -179,7 +179,13 @@ def _fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     raise SpecError("no sparse_attention_config and no index_* field, at the top or under text_config")
 
 
-def _count(frequencies: Any, name: str) -> int:
-    if not isinstance(frequencies, list) or any(entry not in (0, 1) for entry in frequencies):
-        raise SpecError(f"{name} must be a list of zeros and ones, got {frequencies!r}")
-    return sum(frequencies)
+def _sum_of_flags(name: str, flags: Any) -> int:
+    if not isinstance(flags, list) or any(flag not in (0, 1) for flag in flags):
+        raise SpecError(f"{name} must be a list of zeros and ones, got {flags!r}")
+    return sum(flags)
+
+
+def _count_sparse(name: str, layer_types: Any) -> int:
+    if not isinstance(layer_types, list):
+        raise SpecError(f"{name} must be a list of names, got {layer_types!r}")
+    return layer_types.count(_SPARSE_LAYER_TYPE)

@@ -122,7 +122,7 @@ class CpuBackend(Backend):
             run = piece.runs[items.tiles]
             cells = runs.page_table[run, items.blocks].astype(np.int64) * spec.num_layers + runs.layers[run]
             maxima = self._scorer.maxima(queries, piece.positions, items, cells, len(piece.runs) * len(block_ids))
-            scores = maxima.numpy().reshape(len(piece.runs), len(block_ids), -1)
+            scores = maxima.reshape(len(piece.runs), len(block_ids), -1)
             best = ranking.merge(best, scores, block_ids, last_blocks + 1 - spec.local_blocks)
         rows_last = last_blocks.reshape(-1, 1)
         ids, values = ranking.arrange(

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.cpu.tiles import CHUNK_BYTES, ROW_QUANTUM, Items, blocks_per_chunk
+from blockdex_kernels.spec import IndexSpec
 
 # What the bits of an e4m3 number, shifted into a float16's places, have to be multiplied by.
-_FP8_UNIT = 2.0**8
+_FP8_UNIT = np.float32(2.0**8)
 
 
 class BlockScorer:
@@ -40,7 +40,7 @@ class BlockScorer:
         items: Items,
         cell_ids: NDArray[np.int64],
         num_places: int,
-    ) -> torch.Tensor:
+    ) -> NDArray[np.float32]:
         """The greatest product of each row with the keys of each block; a NaN product counts as -inf.
 
         A block that a row sees in part is right for the row only where `local_blocks` is 0; elsewhere the row is
@@ -56,19 +56,20 @@ class BlockScorer:
         Returns:
             float32 `[num_places, M]`, 0 where no pair stands.
         """
-        maxima = torch.zeros(num_places, queries.shape[1])
-        owners, places, ids = (torch.from_numpy(column) for column in (items.tiles, items.places, cell_ids))
+        maxima = np.zeros((num_places, queries.shape[1]), np.float32)
         chunk = blocks_per_chunk(self._spec, queries.shape[1])
         for begin in range(0, len(cell_ids), chunk):
             part = slice(begin, begin + chunk)
-            owner = owners[part]
-            alone = items.tiles[begin] == items.tiles[part][-1]
-            chosen = queries[owner[:1]].expand(len(owner), -1, -1) if alone else queries[owner]
-            products = self._multiply(chosen, self._read(ids[part]))
+            keys = self._read(torch.from_numpy(cell_ids[part]))
+            owners = items.tiles[part]
+            if owners[0] == owners[-1]:
+                products = self._multiply(queries[owners[0]].expand(len(keys), -1, -1), keys)
+            else:
+                products = self._multiply(queries[torch.from_numpy(owners)], keys)
             if not self._spec.local_blocks:
-                _hide_later_keys(products, items.tiles[part], items.blocks[part], positions)
-            maxima[places[part]] = _amax(products)
-        return maxima.mul_(_FP8_UNIT) if self._fp8 else maxima
+                _hide_later_keys(products, owners, items.blocks[part], positions)
+            maxima[items.places[part]] = _amax(products).numpy()
+        return maxima * _FP8_UNIT if self._fp8 else maxima
 
     def _multiply(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         shape = (len(keys), queries.shape[1], keys.shape[1])

@@ -40,6 +40,10 @@ class Tiles:
     num_blocks: NDArray[np.int64]
 
 
+_Slice = tuple[int, int, int, int, int, int]
+"""Rows, blocks to score, run, the run's start, first row inside the run, the run's first row among all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Items:
     """The (slice, block) pairs of a segment, slice after slice; N = pairs.
@@ -72,25 +76,40 @@ def blocks_per_chunk(spec: IndexSpec, num_rows: int) -> int:
 def cut(runs: Runs, spec: IndexSpec, num_heads: int) -> Iterator[Tiles]:
     """Cuts the runs into slices and yields those of equal size together, all rows exactly once."""
     max_rows = max_tile_rows(spec)
-    run_rows = runs.lengths * num_heads
-    num_slices = -(-run_rows // max_rows)
-    run = np.repeat(np.arange(len(run_rows)), num_slices)
-    first = (np.arange(len(run)) - np.repeat(np.cumsum(num_slices) - num_slices, num_slices)) * max_rows
-    num_rows = np.minimum(run_rows[run] - first, max_rows)
-    last_position = runs.starts[run] + (first + num_rows - 1) // num_heads
-    num_blocks = np.maximum(last_position // spec.block_size + 1 - spec.local_blocks - spec.init_blocks, 0)
-    order = np.lexsort((num_blocks, num_rows))
-    offset = np.cumsum(run_rows) - run_rows
-    for group in _groups(order, num_rows, num_blocks + spec.topk):
-        last_row = num_rows[group[0]] - 1
-        padded = np.arange(last_row // ROW_QUANTUM * ROW_QUANTUM + ROW_QUANTUM)
-        inside = first[group, None] + np.minimum(padded, last_row)
+    slices: list[_Slice] = []
+    packed_row = 0
+    for run, (start, length) in enumerate(zip(runs.starts.tolist(), runs.lengths.tolist(), strict=True)):
+        for first in range(0, length * num_heads, max_rows):
+            rows = min(length * num_heads - first, max_rows)
+            last_block = (start + (first + rows - 1) // num_heads) // spec.block_size
+            blocks = max(last_block + 1 - spec.local_blocks - spec.init_blocks, 0)
+            slices.append((rows, blocks, run, start, first, packed_row))
+        packed_row += length * num_heads
+    for group in _groups(sorted(slices), spec.topk):
+        _, num_blocks, run, start, first, packed = np.array(group).T
+        rows = group[0][0]
+        inside = first[:, None] + np.minimum(np.arange(-(-rows // ROW_QUANTUM) * ROW_QUANTUM), rows - 1)
         yield Tiles(
-            runs=run[group],
-            rows=offset[run[group], None] + inside,
-            positions=runs.starts[run[group], None] + inside // num_heads,
-            num_blocks=num_blocks[group],
+            runs=run,
+            rows=packed[:, None] + inside,
+            positions=start[:, None] + inside // num_heads,
+            num_blocks=num_blocks,
         )
+
+
+def _groups(slices: list[_Slice], topk: int) -> Iterator[list[_Slice]]:
+    """Neighbours that have equally many rows, as many as can be ranked at once."""
+    group: list[_Slice] = []
+    for piece in slices:
+        rows, blocks = piece[:2]
+        all_rows = (len(group) + 1) * rows
+        full = all_rows > MAX_BATCH_ROWS or all_rows * (blocks + topk) > MAX_RANKED
+        if group and (full or rows != group[0][0]):
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group
 
 
 def segments(tiles: Tiles, spec: IndexSpec, *, unscored: int) -> Iterator[tuple[NDArray[np.int64], Items]]:
@@ -102,29 +121,11 @@ def segments(tiles: Tiles, spec: IndexSpec, *, unscored: int) -> Iterator[tuple[
         unscored: slices of at most so many blocks have nothing scored.
     """
     num_blocks = int(tiles.num_blocks.max())
-    scored = np.where(tiles.num_blocks > unscored, tiles.num_blocks, 0)
+    scored = tiles.num_blocks * (tiles.num_blocks > unscored)
     step = max(1, MAX_RANKED // tiles.rows.size - spec.topk)
     for begin in range(0, num_blocks, step):
-        end = min(begin + step, num_blocks)
-        counts = np.clip(scored, begin, end) - begin
-        owners = np.repeat(np.arange(len(counts)), counts)
-        inside = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
-        first = spec.init_blocks + begin
-        items = Items(tiles=owners, blocks=first + inside, places=owners * (end - begin) + inside)
-        yield np.arange(first, spec.init_blocks + end), items
-
-
-def _groups(
-    order: NDArray[np.int64], num_rows: NDArray[np.int64], width: NDArray[np.int64]
-) -> Iterator[NDArray[np.int64]]:
-    """Neighbours in the order that have equally many rows, as many as can be ranked at once."""
-    group: list[int] = []
-    for index in order.tolist():
-        rows = (len(group) + 1) * int(num_rows[index])
-        full = rows > MAX_BATCH_ROWS or rows * int(width[index]) > MAX_RANKED
-        if group and (full or num_rows[index] != num_rows[group[0]]):
-            yield np.array(group)
-            group = []
-        group.append(index)
-    if group:
-        yield np.array(group)
+        block_ids = np.arange(begin, min(begin + step, num_blocks))
+        places = np.flatnonzero(block_ids < scored[:, None])
+        owners, inside = np.divmod(places, len(block_ids))
+        block_ids += spec.init_blocks
+        yield block_ids, Items(tiles=owners, blocks=block_ids[inside], places=places)
