@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["serve"]:
             return _serve(words[1:])
+        if words[:1] == ["loadtest"]:
+            return _loadtest(words[1:])
         options = _parser().parse_args(words)
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
@@ -41,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"blockdex {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="run a server; `blockdex serve --help` lists its settings")
+    commands.add_parser("loadtest", help="load on a server; `blockdex loadtest --help` lists its settings")
     health = commands.add_parser("health", help="exit with 0 if a server serves, with 1 if not")
     health.set_defaults(run=_health)
     info = commands.add_parser("info", help="what a server is, holds and can do")
@@ -77,6 +80,12 @@ def _serve(words: Sequence[str]) -> int:
         return serve(settings)
     except ModuleNotFoundError as error:
         return _refuse_without("serve", error)
+
+
+def _loadtest(words: Sequence[str]) -> int:
+    from blockdex.loadtest.command import loadtest  # noqa: PLC0415 - only here, as above
+
+    return loadtest(words)
 
 
 def _health(options: argparse.Namespace) -> int:

@@ -1,0 +1,158 @@
+"""The arguments of `blockdex loadtest`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from blockdex.loadtest.comparison import read_result
+from blockdex.loadtest.settings import SCENARIOS, Settings, Target
+from blockdex.loadtest.slo import Objective
+
+_MOST_CLIENTS = 4096
+_TINY = 1e-6
+_EPILOG = """
+exit status: 0 done; 1 a wrong answer, no call that succeeded, or a server that does not answer; 2 refused;
+3 a missed objective; 130 interrupted: Ctrl-C ends the run early, with a report of what was measured."""
+
+
+class RefusedError(Exception):
+    """Arguments that cannot be: one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What a load test is told, checked.
+
+    Attributes:
+        settings: what shapes the load.
+        target: where it goes.
+        objectives: what the result is held against.
+        old: the result of an earlier run, to be compared with.
+        output: the result is written to this path with `.json` and `.html` behind it.
+    """
+
+    settings: Settings
+    target: Target
+    objectives: tuple[Objective, ...]
+    old: dict[str, Any] | None
+    output: Path
+
+
+def parse(words: Sequence[str]) -> Arguments:
+    """The arguments that the words behind `blockdex loadtest` say.
+
+    Raises:
+        RefusedError: one of them is unknown or out of bounds.
+        ObjectiveError: an objective cannot be read.
+        ComparisonError: the earlier result cannot be read.
+    """
+    options = _parser().parse_args(words)
+    if options.processes > options.clients:
+        raise RefusedError(f"--processes must be at most --clients, got {options.processes} and {options.clients}")
+    if options.scenario == "mixed" and options.clients < 2:
+        raise RefusedError("--clients must be at least 2 for mixed, got 1")
+    if not os.access(options.output.parent, os.W_OK):
+        raise RefusedError(f"--output: {options.output.parent} is not a folder that can be written to")
+    return Arguments(
+        settings=Settings(**{name: getattr(options, name) for name in Settings.__dataclass_fields__}),
+        target=Target(options.address, options.http_address, options.tenant),
+        objectives=tuple(map(Objective.parse, options.slo)),
+        old=None if options.compare is None else read_result(options.compare),
+        output=options.output,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RefusedError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    scenarios = "\n".join(f"  {name:<14} {what}" for name, what in SCENARIOS.items())
+    parser = _Parser(
+        prog="blockdex loadtest",
+        description="Load on a server through the Python client: its answers checked, its latency told.",
+        epilog=f"scenarios:\n{scenarios}\n{_EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_target(parser.add_argument_group("where"))
+    _add_load(parser.add_argument_group("load"))
+    _add_shapes(parser.add_argument_group("shapes"))
+    _add_outcome(parser.add_argument_group("outcome"))
+    return parser
+
+
+def _add_target(group: Any) -> None:
+    grpc_address = os.environ.get("BLOCKDEX_GRPC_ADDRESS") or "127.0.0.1:50051"
+    http_address = os.environ.get("BLOCKDEX_HTTP_ADDRESS", "")
+    _add(group, "--address", grpc_address, str, "HOST:PORT", "the server's gRPC")
+    _add(group, "--http-address", http_address, str, "HOST:PORT", "its HTTP, for its own account of the run")
+    _add(group, "--tenant", "loadtest", str, "NAME", "whose sequences they are, so that nobody else's are touched")
+    group.add_argument(
+        "--transport", default="stream", choices=("stream", "unary"), help="of the clients; default: stream"
+    )
+
+
+def _add_load(group: Any) -> None:
+    group.add_argument("--scenario", required=True, choices=SCENARIOS, help="what the clients do, see below")
+    clients = _number(int, 1, _MOST_CLIENTS)
+    _add(group, "--clients", 8, clients, "N", "each has a connection, its own sequences and one call in flight")
+    _add(group, "--processes", 1, _number(int, 1), "N", "that share the clients")
+    open_loop = "calls a second, however slow the server; without it a client calls again once it is answered"
+    _add(group, "--rate", None, _number(float, _TINY), "R", open_loop)
+    group.add_argument(
+        "--spacing", default="poisson", choices=("poisson", "fixed"), help="of the calls of --rate; default: poisson"
+    )
+    _add(group, "--warm-up", 3.0, _number(float, 0), "SECONDS", "before measuring")
+    _add(group, "--duration", 30.0, _number(float, _TINY), "SECONDS", "of measuring")
+    _add(group, "--timeout", 30.0, _number(float, _TINY), "SECONDS", "of a call")
+    _add(group, "--seed", 0, _number(int, 0), "N", "of everything that is drawn")
+
+
+def _add_shapes(group: Any) -> None:
+    _add(group, "--layers", 0, _number(int, 0), "N", "that a step goes to; 0 for all of the server's")
+    scaling = "most that published token counts are multiplied by; less where the server has less room"
+    _add(group, "--scale", 1.0, _number(float, _TINY), "F", scaling)
+    _add(group, "--draft-tokens", 0, _number(int, 0), "N", "that a decode appends beside the one that is certain")
+    _add(group, "--chunk", 2048, _number(int, 1), "TOKENS", "most of a prefill's call")
+
+
+def _add_outcome(group: Any) -> None:
+    share = _number(float, 0, 1)
+    _add(group, "--check-share", 0.01, share, "SHARE", "of the answers to hold against the reference; 0 for none")
+    _add(group, "--ceiling", 2.0, _number(float, 0), "SECONDS", "for measuring the load test's own; 0 for not at all")
+    group.add_argument(
+        "--slo",
+        default=[],
+        action="append",
+        metavar="TEXT",
+        help="'p99<20ms', 'decode.p50<5ms', 'errors<0.1%%', 'rate>100/s'; may be given several times",
+    )
+    _add(group, "--compare", None, Path, "FILE", "the JSON of an earlier run")
+    _add(group, "--output", Path("loadtest"), Path, "PATH", "writes PATH.json and PATH.html")
+
+
+def _add(group: Any, flag: str, default: object, kind: Callable[[str], object], metavar: str, description: str) -> None:
+    words = description if default in {None, ""} else f"{description}; default: {default}"
+    group.add_argument(flag, default=default, type=kind, metavar=metavar, help=words)
+
+
+def _number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        if not (math.isfinite(value) and least <= value <= most):
+            bound = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return read

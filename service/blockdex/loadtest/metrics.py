@@ -1,0 +1,124 @@
+"""The server's own account: its `/metrics` before and after, and what lies between."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+_ANSWER_SECONDS = 5.0
+_LARGEST_ANSWER = 16 << 20
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)", re.MULTILINE)
+_TYPE = re.compile(r"^# TYPE (\S+) (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_PREFIX = "blockdex_"
+
+
+class MetricsError(Exception):
+    """`/metrics` does not answer: one line that says why."""
+
+
+@dataclass(slots=True)
+class HistogramState:
+    """A histogram's buckets, as cumulated counts by upper bound, and the sum of its observations."""
+
+    buckets: dict[float, float] = field(default_factory=dict)
+    total: float = 0.0
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """The server's own metrics at one moment, by the series' name with its labels."""
+
+    counters: dict[str, float] = field(default_factory=dict)
+    gauges: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, HistogramState] = field(default_factory=dict)
+
+
+def scrape(http_address: str) -> Snapshot:
+    """What `/metrics` says now.
+
+    Raises:
+        MetricsError: it does not answer, or with something else.
+    """
+    url = f"http://{http_address}/metrics"
+    try:
+        with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as response:
+            text = response.read(_LARGEST_ANSWER).decode()
+    except (OSError, ValueError) as error:
+        raise MetricsError(f"{url}: {error}") from error
+    return parse(text)
+
+
+def parse(text: str) -> Snapshot:
+    """The blockdex metrics in a text of the Prometheus exposition format."""
+    kinds = dict(_TYPE.findall(text))
+    snapshot = Snapshot()
+    for name, labels, value in _SAMPLE.findall(text):
+        if not name.startswith(_PREFIX):
+            continue
+        pairs = dict(_LABEL.findall(labels))
+        family, _, part = name.rpartition("_")
+        if kinds.get(family) == "histogram":
+            bound = pairs.pop("le", "")
+            state = snapshot.histograms.setdefault(_series(family, pairs), HistogramState())
+            if part == "bucket":
+                state.buckets[float(bound)] = float(value)
+            elif part == "sum":
+                state.total = float(value)
+        elif kinds.get(name) == "counter":
+            snapshot.counters[_series(name, pairs)] = float(value)
+        elif kinds.get(name) == "gauge":
+            snapshot.gauges[_series(name, pairs)] = float(value)
+    return snapshot
+
+
+def difference(before: Snapshot, after: Snapshot) -> dict[str, Any]:
+    """What happened between two moments.
+
+    Returns:
+        `counters`: by how much they rose; `histograms`: of what was observed; both without series that did not move.
+        `gauges`: as they stand at the end.
+    """
+    counters = {name: value - before.counters.get(name, 0.0) for name, value in after.counters.items()}
+    histograms = {
+        name: _observed(before.histograms.get(name, HistogramState()), state, whole="_seconds" not in name)
+        for name, state in after.histograms.items()
+    }
+    return {
+        "counters": {name: rise for name, rise in counters.items() if rise},
+        "histograms": {name: observed for name, observed in histograms.items() if observed["count"]},
+        "gauges": after.gauges,
+    }
+
+
+def _observed(before: HistogramState, after: HistogramState, *, whole: bool) -> dict[str, float]:
+    counts = {bound: count - before.buckets.get(bound, 0.0) for bound, count in sorted(after.buckets.items())}
+    count = max(counts.values(), default=0.0)
+    if not count:
+        return {"count": 0.0}
+    return {
+        "count": count,
+        "mean": (after.total - before.total) / count,
+        "p50": _percentile(counts, 50, whole=whole),
+        "p99": _percentile(counts, 99, whole=whole),
+    }
+
+
+def _percentile(counts: dict[float, float], percent: float, *, whole: bool) -> float:
+    """No finer than the buckets are: interpolated inside one, or its upper bound for whole numbers."""
+    rank = max(counts.values()) * percent / 100
+    lower, seen = 0.0, 0.0
+    for bound, count in counts.items():
+        if count >= rank:
+            if bound == float("inf"):
+                return lower
+            return bound if whole else lower + (bound - lower) * (rank - seen) / (count - seen)
+        lower, seen = bound, count
+    return lower
+
+
+def _series(name: str, labels: dict[str, str]) -> str:
+    words = ",".join(f'{label}="{value}"' for label, value in labels.items())
+    return f"{name}{{{words}}}" if words else name

@@ -1,0 +1,72 @@
+"""What a load test is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from blockdex.loadtest.schedule import Spacing
+
+SCENARIOS = {
+    "decode-fleet": "engines that decode: one token (and drafts) of every sequence of a batch, layer by layer",
+    "prefill-storm": "engines that prefill: prompts on top of prefixes of a long context, in chunks",
+    "mixed": "a quarter of the clients prefill while the others decode",
+    "forks": "prefix sharing: fork anywhere, append to both, truncate, close",
+    "churn": "short lives: open, append a prompt, select, decode a little, close",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What shapes the load; two runs are alike where these are.
+
+    Attributes:
+        scenario: one of `SCENARIOS`.
+        clients: each has a connection, sequences of its own, and one call in flight.
+        processes: that share the clients.
+        rate: arrivals a second; None for a closed loop, in which a client calls again once it is answered.
+        spacing: of the arrivals.
+        warm_up: seconds before measuring begins.
+        duration: seconds that are measured.
+        seed: of everything that is drawn.
+        transport: of the clients.
+        layers: how many the calls of a step go to; 0 for all.
+        scale: most that published token counts are multiplied by.
+        draft_tokens: that a decode appends beside the one that is certain.
+        chunk: most tokens of a prefill's call.
+        timeout: seconds that a call may take.
+        check_share: share of the answers that are checked.
+        ceiling: seconds for which the load test's own ceiling is measured; 0 leaves it out.
+    """
+
+    scenario: str
+    clients: int
+    processes: int
+    rate: float | None
+    spacing: Spacing
+    warm_up: float
+    duration: float
+    seed: int
+    transport: Literal["unary", "stream"]
+    layers: int
+    scale: float
+    draft_tokens: int
+    chunk: int
+    timeout: float
+    check_share: float
+    ceiling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the load goes.
+
+    Attributes:
+        address: of the server's gRPC.
+        http_address: of its HTTP, for its metrics; empty where they are not asked for.
+        tenant: whose sequences they are.
+    """
+
+    address: str
+    http_address: str
+    tenant: str
