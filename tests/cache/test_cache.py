@@ -113,7 +113,8 @@ class TestAppend:
         append(cache, "red", 1, (1, 0, 1))
         assert cache.usage().pages_used == 2
 
-    def test_planning_changes_nothing(self, cache: Cache) -> None:
+    def test_planning_changes_nothing(self, cache: Cache, clock: Clock) -> None:
+        clock.now = 5.0
         before = snapshot(cache)
         plan = cache.plan_append("red", 0, spans((1, 0, 9, 4)))
         assert snapshot(cache) == before
@@ -329,6 +330,7 @@ class TestEviction:
     @pytest.mark.parametrize("refresh", ["get", "append", "done already", "select", "truncate", "fork"])
     def test_a_call_refreshes_the_lease(self, cache: Cache, clock: Clock, refresh: str) -> None:
         self.fill(cache, clock)
+        clock.now = 2.0
         append(cache, "red", 1, (2, 0, 1, 1))
         clock.now = 11.0
         match refresh:

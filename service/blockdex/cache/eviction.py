@@ -30,9 +30,9 @@ def choose_victims(
     Returns:
         Slots to evict and the pages that this frees: fewer than `shortage` where all idle ones together do not suffice.
     """
-    past_lease = now - sequences.last_calls >= sequences.leases
-    past_lease[named] = False
-    idle = np.flatnonzero(past_lease & (sequences.held > 0))
+    evictable = (now - sequences.last_calls >= sequences.leases) & (sequences.held > 0)
+    evictable[named] = False
+    idle = np.flatnonzero(evictable)
     victims: list[int] = []
     freed = 0
     for slot in idle[np.argsort(sequences.last_calls[idle], kind="stable")].tolist():
@@ -44,11 +44,13 @@ def choose_victims(
             break
     if freed < shortage:
         return victims, freed
-    for slot in victims[::-1]:
+    needed: list[int] = []
+    for slot in reversed(victims):
         pages = sequences.pages(slot)
         kept = int(np.count_nonzero(readers[pages] == 0))
-        if freed - kept >= shortage:
+        if freed - kept < shortage:
+            needed.append(slot)
+        else:
             readers[pages] += 1
             freed -= kept
-            victims.remove(slot)
-    return victims, freed
+    return needed, freed

@@ -31,7 +31,7 @@ class Sequences:
         page_tables: int32 `[S, W]`, page of each block, 0 from `held` on.
         forked: int64 `[S]`, blocks that a fork reached: pages behind them were never shared.
         last_calls: float64 `[S]`, clock reading of the last call that succeeded.
-        leases: float64 `[S]`, seconds; infinite for a free slot, which is thus never past its lease.
+        leases: float64 `[S]`, seconds.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -41,7 +41,7 @@ class Sequences:
         self.page_tables: NDArray[np.int32] = np.zeros((_FIRST_SLOTS, _FIRST_BLOCKS), np.int32)
         self.forked: NDArray[np.int64] = np.zeros(_FIRST_SLOTS, np.int64)
         self.last_calls: NDArray[np.float64] = np.zeros(_FIRST_SLOTS, np.float64)
-        self.leases: NDArray[np.float64] = np.full(_FIRST_SLOTS, np.inf)
+        self.leases: NDArray[np.float64] = np.zeros(_FIRST_SLOTS, np.float64)
         self._free = list(reversed(range(_FIRST_SLOTS)))
         self._slots: dict[str, dict[int, int]] = {}
         self._names: dict[int, tuple[str, int]] = {}
@@ -61,6 +61,10 @@ class Sequences:
     def slot(self, tenant: str, sequence_id: int) -> int | None:
         """Slot of one sequence, None where the tenant holds no such one."""
         return self._slots.get(tenant, {}).get(sequence_id)
+
+    def open_slots(self) -> NDArray[np.intp]:
+        """Slots of all open sequences; also from another thread, since a list of a dict is made in one step."""
+        return np.array(list(self._names), np.intp)
 
     def pages(self, slot: int) -> NDArray[np.int32]:
         """Pages of a sequence, a view `[held]`."""
@@ -91,7 +95,6 @@ class Sequences:
         self.revisions[:, slot] = 0
         self.set_pages(slot, 0, np.zeros(0, np.int32))
         self.forked[slot] = 0
-        self.leases[slot] = np.inf
         self._free.append(slot)
 
     def set_pages(self, slot: int, block: int, pages: NDArray[np.int32]) -> None:
@@ -112,5 +115,5 @@ class Sequences:
         self.page_tables = np.pad(self.page_tables, ((0, old), (0, 0)))
         self.forked = np.pad(self.forked, (0, old))
         self.last_calls = np.pad(self.last_calls, (0, old))
-        self.leases = np.pad(self.leases, (0, old), constant_values=np.inf)
+        self.leases = np.pad(self.leases, (0, old))
         self._free = list(reversed(range(old, 2 * old)))
