@@ -129,9 +129,13 @@ def _block_scores(keys: torch.Tensor, queries: torch.Tensor, start: int, spec: I
 
 def _tolerance(keys: torch.Tensor, queries: torch.Tensor, start: int) -> torch.Tensor:
     """float64 `[T, H]`: `FLIP_TOLERANCE` times |query| times the greatest |key| that the query sees."""
-    key_norms = torch.linalg.vector_norm(keys, dim=1).nan_to_num(nan=0.0, posinf=0.0).cummax(dim=0).values[start:]
-    query_norms = torch.linalg.vector_norm(queries, dim=2).nan_to_num(nan=0.0, posinf=0.0)
-    return FLIP_TOLERANCE * query_norms * key_norms[:, None]
+    key_norms = _finite_norms(keys).cummax(dim=0).values[start:]
+    return FLIP_TOLERANCE * _finite_norms(queries) * key_norms[:, None]
+
+
+def _finite_norms(vectors: torch.Tensor) -> torch.Tensor:
+    """The length of each vector; 0 for one that holds an infinity or NaN."""
+    return vectors.square().sum(dim=-1).sqrt().nan_to_num(nan=0.0, posinf=0.0)
 
 
 def cast_keys(keys: torch.Tensor, spec: IndexSpec) -> torch.Tensor:

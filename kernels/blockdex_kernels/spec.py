@@ -183,9 +183,3 @@ def _sum_of_flags(name: str, flags: Any) -> int:
     if not isinstance(flags, list) or any(flag not in (0, 1) for flag in flags):
         raise SpecError(f"{name} must be a list of zeros and ones, got {flags!r}")
     return sum(flags)
-
-
-def _count_sparse(name: str, layer_types: Any) -> int:
-    if not isinstance(layer_types, list):
-        raise SpecError(f"{name} must be a list of names, got {layer_types!r}")
-    return layer_types.count(_SPARSE_LAYER_TYPE)
