@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import blockdex
+from blockdex.messages import CacheUsage, Limits
+from blockdex_kernels import IndexSpec
 
 Transport = Literal["stream", "unary"]
 
@@ -27,6 +29,31 @@ _sequence_ids = itertools.count(1_000_000)
 def new_sequence() -> int:
     """An id that no other test of this process uses."""
     return next(_sequence_ids)
+
+
+def some_info(num_layers: int = 57) -> blockdex.Info:
+    """What a client may know of a server, without one."""
+    return blockdex.Info(
+        spec=IndexSpec(num_layers=num_layers),
+        limits=Limits(
+            max_message_bytes=2**20, max_spans=4, max_queued_requests=1, max_stream_requests=1, max_wait_ms=1
+        ),
+        cache=CacheUsage(
+            pages_total=0,
+            pages_used=0,
+            pages_shared=0,
+            capacity_tokens=0,
+            page_bytes=0,
+            sequences=0,
+            evictions=0,
+        ),
+        epoch=17,
+        device="cpu",
+        kernels={},
+        version="",
+        features=frozenset(),
+        transports=(),
+    )
 
 
 class _Awaited:

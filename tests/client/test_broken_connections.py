@@ -39,13 +39,20 @@ def sequence(client: blockdex.Client, other: blockdex.Client) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def answer_lost(proxy: TcpProxy, other: blockdex.Client, sequence: int, length: int) -> Iterator[None]:
+def answer_lost(
+    proxy: TcpProxy,
+    other: blockdex.Client,
+    sequence: int,
+    length: int,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
     """The connection is cut once the sequence has that length and before the client has heard of it."""
 
     def watch() -> None:
         deadline = time.monotonic() + 10
         while other.get_sequence(sequence).lengths[0] != length and time.monotonic() < deadline:
             time.sleep(0.01)
+        meanwhile()
         proxy.cut()
         proxy.answers = True
 
@@ -132,6 +139,17 @@ def test_one_span_without_a_revision_keeps_all_from_being_repeated(
     client.append_keys(0, sequences=second, keys=KEYS)
     assert client.get_sequence(second).lengths[0] == 13
     client.close_sequence(second)
+
+
+def test_a_refusal_does_not_make_certain_what_an_earlier_attempt_left_open(
+    client: blockdex.Client, other: blockdex.Client, proxy: TcpProxy, sequence: int
+) -> None:
+    def close() -> None:
+        other.close_sequence(sequence)
+
+    with answer_lost(proxy, other, sequence, 5, meanwhile=close), pytest.raises(NotFoundError):
+        client.append_keys(0, sequences=sequence, keys=KEYS, revisions=1)
+    assert_unknown(client, sequence)
 
 
 def test_what_changes_nothing_is_repeated_until_the_server_is_back(

@@ -5,26 +5,13 @@ from __future__ import annotations
 import pytest
 
 from blockdex import FailedPreconditionError
-from blockdex.client.answers import Info
 from blockdex.client.ledger import Ledger
-from blockdex.messages import CacheUsage, Limits
-from blockdex_kernels import IndexSpec
+from clients import some_info
 
 
 @pytest.fixture
 def ledger() -> Ledger:
-    info = Info(
-        spec=IndexSpec(num_layers=2),
-        limits=Limits(1, 1, 1, 1, 1),
-        cache=CacheUsage(0, 0, 0, 0, 0, 0, 0),
-        epoch=1,
-        device="cpu",
-        kernels={},
-        version="",
-        features=frozenset(),
-        transports=(),
-    )
-    ledger = Ledger(info)
+    ledger = Ledger(some_info(num_layers=2))
     ledger.open(7, [10, 10])
     return ledger
 

@@ -17,6 +17,7 @@ from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1.indexer_pb2_grpc import IndexerServiceStub
 from clients import connect, new_sequence
 from serving import Serving
+from tcp_proxy import proxy_to
 
 Words = tuple[str, str, str]
 """Code, reason and message of a refusal."""
@@ -25,6 +26,19 @@ Words = tuple[str, str, str]
 @pytest.fixture
 def client(flavour: Any, small_server: Serving) -> Iterator[blockdex.Client]:
     with connect(flavour, small_server.grpc_address) as client:
+        yield client
+
+
+@pytest.fixture(params=[blockdex.Client, blockdex.AsyncClient])
+def lone_client(request: pytest.FixtureRequest, small_server: Serving) -> Iterator[blockdex.Client]:
+    """A client that knows the server and can no longer reach it."""
+    with (
+        proxy_to(small_server.grpc_address) as proxy,
+        connect((request.param, "stream"), proxy.address, timeout=2) as client,
+    ):
+        client.info()
+        proxy.accepts = False
+        proxy.cut()
         yield client
 
 
@@ -116,15 +130,16 @@ RPCS: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_client_and_server_refuse_with_the_same_words(client: blockdex.Client, stub: Any, name: str) -> None:
+def test_client_and_server_refuse_with_the_same_words(lone_client: blockdex.Client, stub: Any, name: str) -> None:
     method, arguments, reason = WRONG[name]
     rpc, kind = RPCS[method]
-    words = client_words(lambda: getattr(client, method)(**arguments))
+    words = client_words(lambda: getattr(lone_client, method)(**arguments))
     assert words == server_words(getattr(stub, rpc), request_of(kind, arguments))
     assert words[1] == reason
 
 
-def test_lengths_of_forks_and_truncations_too(client: blockdex.Client, stub: Any) -> None:
+def test_lengths_of_forks_and_truncations_too(lone_client: blockdex.Client, stub: Any) -> None:
+    client = lone_client
     fork = pb.ForkSequenceRequest(parent_id=7, child_id=8, length=2**20 + 1)
     assert client_words(lambda: client.fork_sequence(7, 8, 2**20 + 1)) == server_words(stub.ForkSequence, fork)
     cut = pb.TruncateSequenceRequest(sequence_id=7, length=2**20 + 1)
