@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from examples.transformers_engine.demo import run_demo
-from examples.transformers_engine.model import build_model
-from examples.transformers_engine.report import print_report
-from examples.transformers_engine.server import ServerError, running_server
 from rich.console import Console
 from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
 
 import blockdex
 from blockdex_kernels import SpecError
 from blockdex_kernels.reference import SelectionMismatchError
+from examples.transformers_engine.demo import run_demo
+from examples.transformers_engine.model import build_model
+from examples.transformers_engine.report import print_report
+from examples.transformers_engine.server import ServerError, running_server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,9 @@ def _server(options: argparse.Namespace, model: MiniMaxM3VLForCausalLM) -> Itera
     with TemporaryDirectory() as folder:
         config = Path(folder, "config.json")
         model.config.to_json_file(config)
-        flags = ["--model-config", str(config), "--device", options.device, "--key-dtype", options.key_dtype]
+        # `auto` is a GPU wherever the server has kernels for it.
+        device = "auto" if options.device == "cuda" else "cpu"
+        flags = ["--model-config", str(config), "--device", device, "--key-dtype", options.key_dtype]
         with running_server([*flags, "--cache-bytes", "32MiB"]) as address:
             yield address
 

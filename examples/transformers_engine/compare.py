@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from examples.transformers_engine.engine import BatchCache, History
-from examples.transformers_engine.indexer import BlockdexIndexer, replace_indexers
-from examples.transformers_engine.model import sparse_attentions
 from torch import nn
 from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLIndexer
 
 import blockdex
 from blockdex_kernels import IndexSpec, reference
+from examples.transformers_engine.engine import BatchCache, History
+from examples.transformers_engine.indexer import BlockdexIndexer, replace_indexers
+from examples.transformers_engine.model import sparse_attentions
 
 MAX_DECODE_TOKENS = 16
 

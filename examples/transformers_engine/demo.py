@@ -5,17 +5,17 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
-from examples.transformers_engine.compare import OwnIndexCache, Tally, use_checked_blockdex
-from examples.transformers_engine.engine import Engine
-from examples.transformers_engine.indexer import BlockdexEngine
-from examples.transformers_engine.model import sparse_attentions
-from examples.transformers_engine.requests import Request, generate, licence_requests
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
 
 import blockdex
 from blockdex_kernels import IndexSpec, SpecError
+from examples.transformers_engine.compare import OwnIndexCache, Tally, use_checked_blockdex
+from examples.transformers_engine.engine import Engine
+from examples.transformers_engine.indexer import BlockdexEngine
+from examples.transformers_engine.model import sparse_attentions
+from examples.transformers_engine.requests import Request, generate, licence_requests
 
 NEW_TOKENS = 32
 SMALL_NEW_TOKENS = 16

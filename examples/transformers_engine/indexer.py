@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from examples.transformers_engine.engine import BatchCache, Engine
-from examples.transformers_engine.model import sparse_attentions
 from torch import nn
 from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLIndexer, apply_rotary_pos_emb
 
 import blockdex
+from examples.transformers_engine.engine import BatchCache, Engine
+from examples.transformers_engine.model import sparse_attentions
 
 
 class BlockdexIndexer(nn.Module):

@@ -24,7 +24,7 @@ def build_model(device: str) -> MiniMaxM3VLForCausalLM:
         head_dim=64,
         rope_parameters={"rope_type": "default", "rope_theta": 5_000_000.0, "partial_rotary_factor": 0.5},
         max_position_embeddings=16_384,
-        mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+        mlp_layer_types=["dense"] + ["sparse"] * (len(LAYER_TYPES) - 1),
         dense_intermediate_size=512,
         num_local_experts=4,
         num_experts_per_tok=2,

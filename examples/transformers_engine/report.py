@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from examples.transformers_engine.demo import Outcome
-from examples.transformers_engine.requests import DRAFTS, Request
 from rich.console import Console
 from rich.table import Table
+
+from examples.transformers_engine.demo import Outcome
+from examples.transformers_engine.requests import DRAFTS, Request
 
 
 def print_report(outcome: Outcome, console: Console) -> None:

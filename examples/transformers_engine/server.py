@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from blockdex import BlockdexError
+
 START_SECONDS = 120
 STOP_SECONDS = 45
 
 
 class ServerError(Exception):
-    """The server did not start, or did not end as it should; the message ends with its log."""
+    """The server did not start, failed, or did not end as it should; the message ends with its log."""
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def running_server(flags: Sequence[str]) -> Iterator[str]:
         Its gRPC address.
 
     Raises:
-        ServerError: it does not serve within two minutes, or does not exit with 0 when told to stop.
+        ServerError: it does not serve in time, fails a call, or does not exit with 0 when told to stop.
     """
     command = [sys.executable, "-m", "blockdex", "serve", *flags, "--log-format", "json"]
     ports = ["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]
@@ -41,13 +43,22 @@ def running_server(flags: Sequence[str]) -> Iterator[str]:
             process = subprocess.Popen(command + ports, stdin=subprocess.DEVNULL, stderr=stderr)
         try:
             yield _address(process, log)
-            process.send_signal(signal.SIGTERM)
-            status = process.wait(timeout=STOP_SECONDS)
-            if status != 0:
-                raise ServerError(f"the server exited with {status}\n{log.read_text()}")
+            _stop(process, log)
+        except BlockdexError as error:
+            raise ServerError(f"{error}\n{log.read_text()}") from error
         finally:
             process.kill()
             process.wait()
+
+
+def _stop(process: subprocess.Popen[bytes], log: Path) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        status = process.wait(timeout=STOP_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise ServerError(f"the server does not stop\n{log.read_text()}") from error
+    if status != 0:
+        raise ServerError(f"the server exited with {status}\n{log.read_text()}")
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:

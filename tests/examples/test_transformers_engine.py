@@ -8,10 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serving import Serving, serve
+import pytest
+
+from serving import Serving
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 110
+
+# 2,200 + 120 + 200 prompt tokens, 3 x 15 generated ones that went in again, 3 drafts; 3 layers of 4 heads.
+COMPARED = (2_200 + 120 + 200 + 45 + 3) * 12
 
 # In the 20th call, a decode step, one block of one row is not the one that was selected: the smallest lie there is.
 ONE_WRONG_ROW = """
@@ -47,7 +52,8 @@ def run_demo(*flags: str, lie: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", program, "--small", *flags],
         cwd=ROOT,
-        env=os.environ | {"COLUMNS": "120"},
+        # One thread: tests may share their cores with other work.
+        env=os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -69,8 +75,7 @@ def test_small_demo_starts_a_server_and_agrees() -> None:
     compared, equal, flips = (
         int(table[name].replace(",", "")) for name in ("selections compared", "equal", "flips within the bound")
     )
-    # 2,200 + 120 + 200 prompt tokens, 3 x 15 generated ones that went in again, 3 drafts; 3 layers of 4 heads.
-    assert compared == (2_200 + 120 + 200 + 45 + 3) * 12
+    assert compared == COMPARED
     assert equal + flips == compared
     # 3 + 1 + 1 chunks, 15 decode steps, one of them split for the drafts; 3 layers.
     assert table["calls"] == str((5 + 16) * 3)
@@ -94,14 +99,22 @@ def test_other_tokens_end_the_demo_with_a_failure(server: Serving) -> None:
     assert "16" not in [value for name, value in figures(finished.stdout).items() if re.match(r"[12]: ", name)]
 
 
-def test_server_of_another_indexer_is_refused() -> None:
-    with serve("--num-layers", "2", "--cache-bytes", "16MiB", "--device", "cpu") as server:
-        finished = run_demo("--address", server.grpc_address)
+def test_server_of_another_indexer_is_refused(server: Serving) -> None:
+    one_more = 'from examples.transformers_engine import model; model.LAYER_TYPES.append("minimax_m3_sparse")'
+    finished = run_demo("--address", server.grpc_address, lie=one_more)
     assert finished.returncode == 1
-    assert finished.stderr.startswith("SpecError: the server serves IndexSpec(num_layers=2, ")
+    assert finished.stderr.startswith("SpecError: the server serves IndexSpec(num_layers=3, ")
 
 
 def test_server_that_does_not_start_shows_its_log() -> None:
     finished = run_demo(lie="from examples.transformers_engine import server; server.START_SECONDS = 0")
     assert finished.returncode == 1
     assert finished.stderr.startswith("ServerError: the server does not serve")
+
+
+@pytest.mark.slow
+def test_fp8_selections_are_the_reference_s() -> None:
+    finished = run_demo("--key-dtype", "fp8_e4m3")
+    assert finished.returncode == 0, finished.stderr
+    table = figures(finished.stdout)
+    assert int(table["equal"].replace(",", "")) + int(table["flips within the bound"]) == COMPARED

@@ -1,0 +1,6 @@
+"""A small inference engine on blockdex; README.md beside this file says where to look."""
+
+import os
+
+# Model and server take turns on the same cores: the threads of the one that waits must not spin. Both get it from here.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
