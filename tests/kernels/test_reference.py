@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,9 +21,9 @@ def spec_of(**fields: Any) -> IndexSpec:
     return IndexSpec(**({"head_dim": 1, "block_size": 2, "topk": 2, "scale": 1.0} | fields))
 
 
-def select_last(keys: list[float], order: Order = "ascending", query: float = 1.0, **fields: Any) -> Reference:
+def select_last(keys: Sequence[float], order: Order = "ascending", query: float = 1.0, **fields: Any) -> Reference:
     """The selection of one query with one head at the last position."""
-    rows = torch.tensor(keys)[:, None]
+    rows = torch.tensor(list(keys), dtype=torch.float32)[:, None]
     return select(rows, torch.tensor([[[query]]]), len(keys) - 1, spec_of(**fields), order=order)
 
 
@@ -104,7 +105,7 @@ def test_infinity_times_zero_is_nan() -> None:
 
 def test_init_and_local_blocks_are_selected_whatever_they_score() -> None:
     keys = [-9, -9, 1, 1, 5, 5, 3, 3, -8, -8, -7, -7]
-    forced = {"topk": 4, "init_blocks": 1, "local_blocks": 2}
+    forced: dict[str, Any] = {"topk": 4, "init_blocks": 1, "local_blocks": 2}
 
     assert ids(select_last(keys, **forced)) == [0, 2, 4, 5]
     by_score = select_last(keys, order="score", **forced)
@@ -115,7 +116,7 @@ def test_init_and_local_blocks_are_selected_whatever_they_score() -> None:
 
 @pytest.mark.parametrize("order", ["ascending", "score"])
 def test_init_and_local_blocks_that_meet_count_once(order: Order) -> None:
-    forced = {"topk": 6, "init_blocks": 2, "local_blocks": 3}
+    forced: dict[str, Any] = {"topk": 6, "init_blocks": 2, "local_blocks": 3}
 
     assert ids(select_last([1], order, **forced)) == [0, -1, -1, -1, -1, -1]
     assert ids(select_last([1, 2, 3], order, **forced)) == [0, 1, -1, -1, -1, -1]
@@ -242,7 +243,7 @@ def test_a_block_that_the_query_does_not_see_is_a_mismatch() -> None:
     wrong = reference.block_ids.clone()
     wrong[1, 0] = torch.tensor([1, 2])
 
-    with pytest.raises(SelectionMismatchError, match="query 1, head 0.*block 2 is not one that the query sees"):
+    with pytest.raises(SelectionMismatchError, match=r"query 1, head 0.*block 2 is not one that the query sees"):
         count_flips(wrong, reference.block_ids, reference)
 
 
