@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockdex.cache import Cache, PageCopy
+from blockdex.cache.page_table import PageTables
 from blockdex.messages import Spans
 
 Name = tuple[str, int]
@@ -57,9 +58,10 @@ def held_pages(cache: Cache) -> dict[Name, list[int]]:
 def snapshot(cache: Cache) -> dict[str, Any]:
     """All that a cache holds, to be compared before and after a call that must change nothing."""
     state: dict[str, Any] = {"evictions": cache._evictions, "epoch": cache.epoch}
-    for part in (cache._pool, cache._sequences):
+    for part in (cache._pool, cache._sequences, cache._sequences.tables):
         for name, value in vars(part).items():
-            state[name] = value.tolist() if isinstance(value, np.ndarray) else deepcopy(value)
+            if name != "tables":
+                state[f"{type(part).__name__}.{name}"] = pickle.dumps(value)
     return state
 
 
@@ -81,19 +83,30 @@ def check_integrity(cache: Cache) -> None:
     assert usage.pages_shared == sum(count > 1 for count in holders.values())
     assert usage.sequences == len(held)
 
+    tables = check_tables(sequences.tables, sequences.held)
     for slot, (tenant, sequence_id) in sequences._names.items():
         assert sequences._slots[tenant][sequence_id] == slot
         longest = int(sequences.lengths[:, slot].max())
         assert sequences.held[slot] == -(-longest // cache.spec.block_size), "pages that no layer reaches, or too few"
-        assert not sequences.page_tables[slot, sequences.held[slot] :].any(), "a page behind the last one"
+        assert not tables[slot, sequences.held[slot] :].any(), "a page behind the last one"
         shared = [block for block, page in enumerate(held[tenant, sequence_id]) if holders[page] > 1]
         assert all(block < sequences.forked[slot] for block in shared)
     assert sum(map(len, sequences._slots.values())) == len(sequences._names)
     assert all(sequences._slots.values()), "a tenant without sequences is remembered"
     free_slots = sequences._free
     assert sorted([*free_slots, *sequences._names]) == list(range(len(sequences.held)))
-    for column in (sequences.lengths.T, sequences.revisions.T, sequences.held, sequences.forked, sequences.page_tables):
+    for column in (sequences.lengths.T, sequences.revisions.T, sequences.held, sequences.forked, tables):
         assert not column[free_slots].any(), "a free slot that remembers"
+
+
+def check_tables(tables: PageTables, held: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Checks that every piece is in one place, and answers all page tables in full."""
+    pieces = tables._directory[tables._directory > 0].tolist()
+    assert sorted([0, *tables._free, *pieces]) == list(range(len(tables._pages) // 64)), (
+        "a piece lost, or in two places"
+    )
+    assert ((tables._directory > 0).sum(axis=1) == -(-held // 64)).all()
+    return tables.rows(np.arange(len(held)), 64 * tables._directory.shape[1])
 
 
 class PageStore:

@@ -392,4 +392,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=250, stateful_step_count=50, derandomize=True, deadline=None, database=None)
+TestCache.settings = settings(max_examples=200, stateful_step_count=50, derandomize=True, deadline=None, database=None)

@@ -102,7 +102,7 @@ class Cache:
         parent = self._slot(tenant, parent_id)
         self._check_absent(tenant, child_id)
         lengths = np.minimum(sequences.lengths[:, parent], length)
-        pages = sequences.page_tables[parent, : self._blocks(lengths).max()].copy()
+        pages = sequences.pages(parent)[: self._blocks(lengths).max()]
         partial = np.unique(lengths[lengths % block_size != 0] // block_size)
         if len(partial) > pool.free:
             subject = f"sequence {child_id}: fork of sequence {parent_id}"
@@ -224,8 +224,8 @@ class Cache:
         Raises:
             NotFoundError: UNKNOWN_SEQUENCE.
         """
-        width = self._blocks(spans.starts + spans.lengths).max()
-        return self._sequences.page_tables[self._slots(tenant, spans), :width]
+        width = int(self._blocks(spans.starts + spans.lengths).max())
+        return self._sequences.tables.rows(self._slots(tenant, spans), width)
 
     def usage(self) -> CacheUsage:
         """Pages and sequences, now."""
@@ -284,7 +284,7 @@ class Cache:
         counts = np.minimum(self._blocks(ends), self._sequences.held[slots]) - first
         blocks = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - first, counts)
         writers = np.repeat(slots, counts)
-        shared = self._pool.holders[self._sequences.page_tables[writers, blocks]] > 1
+        shared = self._pool.holders[self._sequences.tables.get(writers, blocks)] > 1
         return np.stack((writers[shared], blocks[shared]), axis=1)
 
     def _readers_after(
@@ -295,7 +295,7 @@ class Cache:
         for slot, kept in zip(slots.tolist(), held.tolist(), strict=True):
             readers[self._sequences.pages(slot)[kept:]] -= 1
         writers, blocks = shared_writes.T
-        np.subtract.at(readers, self._sequences.page_tables[writers, blocks], 1)
+        np.subtract.at(readers, self._sequences.tables.get(writers, blocks), 1)
         return readers
 
     def _find_room(self, subject: str, named: NDArray[np.intp], readers: NDArray[np.int32], writes: int) -> list[int]:
@@ -337,14 +337,16 @@ class Cache:
 
     def _unshare(self, writes: NDArray[np.intp]) -> list[PageCopy]:
         """Gives each slot and block `[M, 2]` a page of its own, where others still hold the one it has."""
+        tables, pool = self._sequences.tables, self._pool
         copies: list[PageCopy] = []
-        for slot, block in writes.tolist():
-            shared = self._sequences.page_tables[slot, block : block + 1]
-            if self._pool.holders[shared] > 1:
-                fresh = self._pool.allocate(1)
+        for write in writes:
+            slot, block = write[:1], write[1:]
+            shared = tables.get(slot, block)
+            if pool.holders[shared] > 1:
+                fresh = pool.allocate(1)
                 copies.append(PageCopy(int(shared[0]), int(fresh[0])))
-                self._pool.release(shared)
-                shared[:] = fresh
+                pool.release(shared)
+                tables.set(slot, block, fresh)
         return copies
 
 

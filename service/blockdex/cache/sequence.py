@@ -1,4 +1,4 @@
-"""The open sequences: page table, per-layer lengths and revisions, lease."""
+"""The open sequences: pages, per-layer lengths and revisions, lease."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from blockdex.cache.page_table import PageTables
+
 _FIRST_SLOTS = 64
-_FIRST_BLOCKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +23,13 @@ class Sequence:
 class Sequences:
     """The open sequences of all tenants as columns, so that a request of many rows costs a few array operations.
 
-    A sequence keeps one of S slots from open to close. S and W, the widest page table, double as needed.
+    A sequence keeps one of S slots from open to close; S doubles as needed.
 
     Attributes:
         lengths: int64 `[L, S]`, tokens.
         revisions: uint64 `[L, S]`.
         held: int64 `[S]`, pages: as many as the longest layer reaches.
-        page_tables: int32 `[S, W]`, page of each block, 0 from `held` on.
+        tables: page of each block of each slot, 0 from `held` on.
         forked: int64 `[S]`, blocks that a fork reached: pages behind them were never shared.
         last_calls: float64 `[S]`, clock reading of the last call that succeeded.
         leases: float64 `[S]`, seconds.
@@ -38,7 +39,7 @@ class Sequences:
         self.lengths: NDArray[np.int64] = np.zeros((num_layers, _FIRST_SLOTS), np.int64)
         self.revisions: NDArray[np.uint64] = np.zeros((num_layers, _FIRST_SLOTS), np.uint64)
         self.held: NDArray[np.int64] = np.zeros(_FIRST_SLOTS, np.int64)
-        self.page_tables: NDArray[np.int32] = np.zeros((_FIRST_SLOTS, _FIRST_BLOCKS), np.int32)
+        self.tables = PageTables(_FIRST_SLOTS)
         self.forked: NDArray[np.int64] = np.zeros(_FIRST_SLOTS, np.int64)
         self.last_calls: NDArray[np.float64] = np.zeros(_FIRST_SLOTS, np.float64)
         self.leases: NDArray[np.float64] = np.zeros(_FIRST_SLOTS, np.float64)
@@ -67,8 +68,8 @@ class Sequences:
         return np.array(list(self._names), np.intp)
 
     def pages(self, slot: int) -> NDArray[np.int32]:
-        """Pages of a sequence, a view `[held]`."""
-        return self.page_tables[slot, : self.held[slot]]
+        """Pages of a sequence `[held]`."""
+        return self.tables.get(slot, np.arange(self.held[slot]))
 
     def state(self, slot: int) -> Sequence:
         """Lengths and revisions as of now."""
@@ -100,11 +101,8 @@ class Sequences:
     def set_pages(self, slot: int, block: int, pages: NDArray[np.int32]) -> None:
         """Makes `pages` all that a page table holds from `block` on."""
         held = block + len(pages)
-        width = self.page_tables.shape[1]
-        if held > width:
-            self.page_tables = np.pad(self.page_tables, ((0, 0), (0, max(held - width, width))))
-        self.page_tables[slot, block:held] = pages
-        self.page_tables[slot, held : self.held[slot]] = 0
+        self.tables.resize(slot, int(self.held[slot]), held)
+        self.tables.set(slot, np.arange(block, held), pages)
         self.held[slot] = held
 
     def _double_slots(self) -> None:
@@ -112,7 +110,7 @@ class Sequences:
         self.lengths = np.pad(self.lengths, ((0, 0), (0, old)))
         self.revisions = np.pad(self.revisions, ((0, 0), (0, old)))
         self.held = np.pad(self.held, (0, old))
-        self.page_tables = np.pad(self.page_tables, ((0, old), (0, 0)))
+        self.tables.double_slots()
         self.forked = np.pad(self.forked, (0, old))
         self.last_calls = np.pad(self.last_calls, (0, old))
         self.leases = np.pad(self.leases, (0, old))
