@@ -32,7 +32,8 @@ def loadtest(words: Sequence[str]) -> int:
             raise RefusedError(f"{why}: pip install 'blockdex[server]', or --check-share 0")
         return _run(arguments)
     except ModuleNotFoundError as error:
-        return _tell(REFUSED, f"package {error.name!r} is missing: pip install 'blockdex[loadtest]'")
+        package = (error.name or "").partition(".")[0]
+        return _tell(REFUSED, f"package {package!r} is missing: pip install 'blockdex[loadtest]'")
     except (RefusedError, ObjectiveError, ComparisonError, ShapeError) as error:
         return _tell(REFUSED, str(error))
     except (BlockdexError, MetricsError, FleetError) as error:
@@ -88,5 +89,6 @@ def _interrupting(screen: Screen) -> Iterator[None]:
 
 
 def _tell(status: int, why: str) -> int:
-    print(f"blockdex loadtest: {why}", file=sys.stderr)
+    """Says why in one line, however many a server's own message has."""
+    print(f"blockdex loadtest: {' '.join(why.split())}", file=sys.stderr)
     return status

@@ -158,13 +158,13 @@ class ForkScript(Script):
 
     def __init__(self, numbers: Numbers, bounds: Bounds, shape: ForkShape) -> None:
         super().__init__(numbers, bounds)
-        self._tokens = shape.tokens
+        self._shape = shape
         self._live = [numbers.sequence()]
 
     def set_up(self) -> Iterator[Step]:
         """The first sequence."""
         yield self.open(self._live[0])
-        yield from self.fill([(self._live[0], self._tokens)])
+        yield from self.fill([(self._live[0], self._shape.tokens)])
 
     def steps(self) -> Iterator[Step]:
         """Fork, append to both, and sometimes truncate or close."""
@@ -176,9 +176,10 @@ class ForkScript(Script):
             self._live.append(child)
             rows = chance.randint(1, FORK_APPEND)
             yield from self.select_appended("decode", [part.write(part.length, rows) for part in (parent, child)])
-            if parent.length >= 2 * self._tokens - FORK_APPEND:
-                parent.truncate(self._tokens)
-                yield SequenceStep("truncate", parent.id, length=self._tokens)
+            for part in (parent, child):
+                if part.length > self._shape.longest - FORK_APPEND:
+                    part.truncate(self._shape.tokens)
+                    yield SequenceStep("truncate", part.id, length=self._shape.tokens)
             if len(self._live) > LIVE_FORKS:
                 # The first one stays: forks of forks get shorter and shorter.
                 yield self.close(self._live.pop(chance.randrange(1, len(self._live))))

@@ -132,9 +132,15 @@ class PrefillShape:
 
 @dataclass(frozen=True, slots=True)
 class ForkShape:
-    """Sequences of up to twice as many tokens as the first one begins with, forked from one another."""
+    """Sequences forked from one another, the first of which is truncated whenever it has grown enough.
+
+    Attributes:
+        tokens: that the first one begins with.
+        growth: most tokens that a sequence grows by.
+    """
 
     tokens: int
+    growth: int
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -144,10 +150,10 @@ class ForkShape:
     @property
     def longest(self) -> int:
         """Before it is truncated."""
-        return 2 * self.tokens
+        return self.tokens + self.growth
 
     def __str__(self) -> str:
-        return f"forks: {LIVE_FORKS} sequences of up to {2 * self.tokens} tokens"
+        return f"forks: {LIVE_FORKS} sequences of up to {self.longest} tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +242,8 @@ def _shapes(scenario: str, clients: int, scale: float, seed: int, bounds: Bounds
                 *_prefill_shapes(prefilling, scale, bounds),
             ]
         case "forks":
-            return [ForkShape(max(round(_FORK_TOKENS * min(scale, 1.0)), bounds.block_size))] * clients
+            tokens = max(round(_FORK_TOKENS * min(scale, 1.0)), bounds.block_size)
+            return [ForkShape(tokens, bounds.block_size // 2 + FORK_APPEND)] * clients
         case "churn":
             return [ChurnShape(max(round(_CHURN_TOKENS * min(scale, 1.0)), bounds.block_size))] * clients
     raise ValueError(f"scenario: unknown {scenario!r}")
