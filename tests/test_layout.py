@@ -1,0 +1,172 @@
+"""Rooms and arrows: who may import whom, by the words of the source and when the modules are really loaded."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"blockdex": ROOT / "service" / "blockdex", "blockdex_kernels": ROOT / "kernels" / "blockdex_kernels"}
+
+MAY_IMPORT = {
+    "kernels": set(),
+    "words": {"kernels"},
+    "v1": set(),
+    "cache": {"words", "kernels"},
+    "engine": {"words", "cache", "kernels"},
+    "transport": {"words", "engine", "kernels"},
+    "rpc": {"words", "transport", "engine", "v1", "kernels"},
+    "web": {"words", "transport", "engine", "kernels", "rpc"},
+    "client": {"words", "v1", "kernels"},
+}
+"""Rooms that a room may import, besides itself. What is not listed here puts the rooms together, and may import all.
+
+`/v1/info` says what `GetInfo` says, hence web -> rpc.
+"""
+
+WORDS = {"messages", "errors", "checks", "logs", "addresses"}
+"""Modules that every room of the service may use; the package itself, for its version, is one of them."""
+
+FRONT = {"grpc", "google", "grpc_health", "grpc_reflection", "fastapi", "starlette", "uvicorn", "prometheus_client"}
+TENSORS = {"torch", "triton"}
+MAY_NOT_LOAD = {
+    "kernels": FRONT | {"blockdex"},
+    "words": FRONT | TENSORS,
+    "v1": TENSORS,
+    "cache": FRONT | TENSORS,
+    "engine": FRONT,
+    "transport": FRONT,
+    "rpc": TENSORS,
+    "web": TENSORS,
+    "client": TENSORS,
+}
+"""What no module of a room may bring into the process, however indirectly."""
+
+BRINGS_THE_ENGINE = "blockdex.transport.local"
+"""The channel to an engine in the same process; nothing else of its room does."""
+
+
+class Module(NamedTuple):
+    """A module of the two packages."""
+
+    name: str
+    path: Path
+
+    @property
+    def room(self) -> str:
+        """The room it is in; `house` for what puts the rooms together."""
+        package, *rest = self.name.split(".")
+        if package == "blockdex_kernels":
+            return "kernels"
+        if not rest or (len(rest) == 1 and rest[0] in WORDS):
+            return "words"
+        return rest[0] if rest[0] in MAY_IMPORT else "house"
+
+    @property
+    def tree(self) -> ast.Module:
+        """Its source."""
+        return ast.parse(self.path.read_text(encoding="utf-8"))
+
+
+def _modules() -> Iterator[Module]:
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield Module(".".join((package, *(part for part in parts if part != "__init__"))), path)
+
+
+MODULES = {module.name: module for module in _modules()}
+
+
+def _imports(module: Module, *, types_too: bool) -> Iterator[str]:
+    """Full names of what a module imports, anywhere in it, functions included."""
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            skipped.update(inner for statement in node.body for inner in ast.walk(statement))
+        if node in skipped and not types_too:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{module.name}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _ours(name: str) -> Module | None:
+    """The module of ours that an imported name is, or is defined in."""
+    while name:
+        if name in MODULES:
+            return MODULES[name]
+        name = name.rpartition(".")[0]
+    return None
+
+
+def test_the_tree_is_seen() -> None:
+    assert set(MAY_IMPORT) == {module.room for module in MODULES.values()} - {"house"}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_arrows_run_one_way(room: str) -> None:
+    for module in MODULES.values():
+        if module.room != room or module.name == "blockdex":
+            continue
+        for name in _imports(module, types_too=True):
+            target = _ours(name)
+            if target is not None:
+                assert target.room in {room, *MAY_IMPORT[room]}, f"{module.name} imports {name}"
+
+
+@pytest.mark.parametrize("room", MAY_NOT_LOAD)
+def test_rooms_name_no_library_that_is_not_theirs(room: str) -> None:
+    for module in MODULES.values():
+        if module.room == room:
+            for name in _imports(module, types_too=False):
+                assert name.split(".")[0] not in MAY_NOT_LOAD[room], f"{module.name} imports {name}"
+
+
+LOADER = """
+import importlib, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in refused:
+            raise ImportError(f"{name} must not be loaded here")
+
+refused, modules = set(sys.argv[1].split(",")), sys.argv[2].split(",")
+sys.meta_path.insert(0, Refuse())
+for module in modules:
+    importlib.import_module(module)
+"""
+
+
+def _load(names: list[str], *, refused: set[str]) -> subprocess.CompletedProcess[str]:
+    """Imports modules in a new process that cannot load some libraries."""
+    command = [sys.executable, "-c", LOADER, ",".join(refused), ",".join(names)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("room", MAY_NOT_LOAD)
+def test_rooms_load_without_the_libraries_of_others(room: str) -> None:
+    loaded = _load([module.name for module in MODULES.values() if module.room == room], refused=MAY_NOT_LOAD[room])
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_only_the_local_channel_brings_torch_to_the_front() -> None:
+    names = [module.name for module in MODULES.values() if module.room == "transport"]
+    names.remove(BRINGS_THE_ENGINE)
+    assert _load(names, refused=TENSORS).returncode == 0
+    loaded = _load([BRINGS_THE_ENGINE], refused=TENSORS)
+    assert loaded.returncode != 0, "so what refuses does refuse"
+    assert "torch must not be loaded here" in loaded.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("blockdex.v1.indexer_pb2")])
+def test_every_module_says_what_it_is(name: str) -> None:
+    assert ast.get_docstring(MODULES[name].tree), f"{MODULES[name].path}: no docstring"
