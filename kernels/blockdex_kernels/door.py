@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex_kernels.backend import Spans
+from blockdex_kernels.backend import Order, Spans
 from blockdex_kernels.spec import IndexSpec
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
@@ -46,8 +46,8 @@ def check_keys(keys: torch.Tensor, spans: Spans, spec: IndexSpec, device: torch.
     _check_spans(spans, device)
 
 
-def check_queries(queries: torch.Tensor, spans: Spans, spec: IndexSpec, device: torch.device) -> None:
-    """Refuses queries that are not `[tokens, heads, head_dim]` of a float dtype on the device, and such spans.
+def check_queries(queries: torch.Tensor, spans: Spans, order: str, spec: IndexSpec, device: torch.device) -> None:
+    """Refuses queries that are not `[tokens, heads, head_dim]` of a float dtype on the device, such spans and orders.
 
     Raises:
         ValueError: names the argument.
@@ -55,6 +55,8 @@ def check_queries(queries: torch.Tensor, spans: Spans, spec: IndexSpec, device: 
     _check_tensor("queries", queries, device, FLOAT_DTYPES)
     if queries.ndim != 3 or queries.shape[1] < 1 or queries.shape[2] != spec.head_dim:
         raise ValueError(f"queries: shape must be [tokens, heads, {spec.head_dim}], got {list(queries.shape)}")
+    if order not in get_args(Order):
+        raise ValueError(f"order: must be {' or '.join(get_args(Order))}, got {order!r}")
     _check_spans(spans, device)
 
 
@@ -106,14 +108,16 @@ def _check_tensor(name: str, tensor: torch.Tensor, device: torch.device, dtypes:
 
 
 def _check_spans(spans: Spans, device: torch.device) -> None:
-    num_runs = spans.layers.shape[0] if spans.layers.ndim else 0
-    for name in ("layers", "starts", "lengths"):
-        column: torch.Tensor = getattr(spans, name)
-        _check_tensor(f"spans.{name}", column, device, (torch.int32,))
-        if column.shape != (num_runs,):
-            raise ValueError(f"spans.{name}: shape must be [{num_runs}], got {list(column.shape)}")
-    _check_tensor("spans.page_table", spans.page_table, device, (torch.int32,))
-    if spans.page_table.ndim != 2 or spans.page_table.shape[0] != num_runs:
+    for name in ("layers", "starts", "lengths", "page_table"):
+        _check_tensor(f"spans.{name}", getattr(spans, name), device, (torch.int32,))
+    if spans.layers.ndim != 1:
+        raise ValueError(f"spans.layers: shape must be [runs], got {list(spans.layers.shape)}")
+    num_runs = len(spans.layers)
+    for name in ("starts", "lengths"):
+        shape = getattr(spans, name).shape
+        if shape != (num_runs,):
+            raise ValueError(f"spans.{name}: shape must be [{num_runs}], got {list(shape)}")
+    if spans.page_table.ndim != 2 or len(spans.page_table) != num_runs:
         raise ValueError(f"spans.page_table: shape must be [{num_runs}, blocks], got {list(spans.page_table.shape)}")
 
 

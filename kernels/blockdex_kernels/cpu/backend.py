@@ -56,17 +56,16 @@ class CpuBackend(Backend):
         """See `Backend.append`; page ids and positions out of bounds are a ValueError too."""
         door.check_keys(keys, spans, self.spec, self.device)
         runs = door.read_runs(spans, self.spec, num_pages=len(self.pages), num_tokens=len(keys), writing=True)
-        run = np.repeat(np.arange(len(runs.lengths)), runs.lengths)
-        first = np.cumsum(runs.lengths) - runs.lengths
-        position = np.arange(len(run)) + (runs.starts - first)[run]
-        block, offset = np.divmod(position, self.spec.block_size)
-        page = runs.page_table[run, block].astype(np.int64)
-        rows = (page * self.spec.num_layers + runs.layers[run]) * self.spec.block_size + offset
+        ends = np.cumsum(runs.lengths)
+        shifts = runs.starts + runs.lengths - ends
         cache = self._bytes.view(-1, self.spec.head_dim)
-        for top in range(0, len(rows), _APPEND_ROWS):
-            part = slice(top, top + _APPEND_ROWS)
-            cast = cast_keys(keys[part], self.spec.key_dtype)
-            cache.index_copy_(0, torch.from_numpy(rows[part]), cast.view(cache.dtype))
+        for top in range(0, len(keys), _APPEND_ROWS):
+            token = np.arange(top, min(top + _APPEND_ROWS, len(keys)))
+            run = np.searchsorted(ends, token, side="right")
+            block, offset = np.divmod(token + shifts[run], self.spec.block_size)
+            cell = runs.page_table[run, block].astype(np.int64) * self.spec.num_layers + runs.layers[run]
+            cast = cast_keys(keys[top : top + len(token)], self.spec.key_dtype)
+            cache.index_copy_(0, torch.from_numpy(cell * self.spec.block_size + offset), cast.view(cache.dtype))
 
     def decode(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
         """See `Backend.decode`; page ids and positions out of bounds are a ValueError too."""
@@ -90,7 +89,7 @@ class CpuBackend(Backend):
             self._bytes[destination] = self._bytes[source]
 
     def _select(self, queries: torch.Tensor, spans: Spans, order: Order, return_scores: bool) -> Selection:
-        door.check_queries(queries, spans, self.spec, self.device)
+        door.check_queries(queries, spans, order, self.spec, self.device)
         num_tokens, num_heads, _ = queries.shape
         runs = door.read_runs(spans, self.spec, num_pages=len(self.pages), num_tokens=num_tokens, writing=False)
         rows = queries.reshape(-1, self.spec.head_dim)
