@@ -135,6 +135,9 @@ class ServeSettings(BaseSettings):
     shutdown_grace_seconds: float = _setting(
         30.0, "SECONDS", "How long SIGTERM waits for requests in flight.", ge=0, le=3600
     )
+    slow_request_seconds: float = _setting(
+        1.0, "SECONDS", "A request that takes longer is logged, with its time in each stage.", gt=0, le=86400
+    )
     log_format: Literal["human", "json"] = _setting("human", "FORMAT", "Lines on stderr: human or json.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "LEVEL", "Least level that is logged: debug, info, warning or error."

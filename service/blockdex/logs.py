@@ -19,6 +19,35 @@ def log_event(logger: logging.Logger, level: int, event: str, **fields: Field) -
     logger.log(level, event, extra={_FIELDS: fields})
 
 
+def log_fault(logger: logging.Logger, event: str, fault: BaseException, **fields: Field) -> None:
+    """Logs a fault of the server with its traceback."""
+    logger.error(event, exc_info=fault, extra={_FIELDS: fields})
+
+
+class RateLimit:
+    """Lets so many lines of a kind through in each second, and counts the others."""
+
+    def __init__(self, lines_per_second: int) -> None:
+        self._lines_per_second = lines_per_second
+        self._second = 0
+        self._lines = 0
+        self._withheld = 0
+
+    def allows(self, now: float) -> bool:
+        """Whether one more line may be written at a reading of a monotonic clock; if not, it counts as withheld."""
+        if int(now) != self._second:
+            self._second, self._lines = int(now), 0
+        self._lines += 1
+        if self._lines > self._lines_per_second:
+            self._withheld += 1
+        return self._lines <= self._lines_per_second
+
+    def withheld(self) -> int:
+        """Lines withheld since this was asked last."""
+        withheld, self._withheld = self._withheld, 0
+        return withheld
+
+
 def configure_logging(log_format: LogFormat, level: str) -> None:
     """Sends every logger of the process to stderr, one line a record.
 

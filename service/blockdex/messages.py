@@ -177,6 +177,36 @@ class CacheUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheOverview:
+    """What the pages and sequences are like, without saying whose they are.
+
+    The pages are drawn as C cells of `pages_per_cell` consecutive page ids, the last one of the rest. A page that is
+    neither idle nor private nor shared is free.
+
+    Attributes:
+        pages_total: pages there are.
+        pages_per_cell: pages of a cell.
+        private: int64 `[C]`, pages that one sequence holds.
+        shared: int64 `[C]`, pages that several sequences hold.
+        idle: int64 `[C]`, pages that only sequences past their lease hold, one or several; counted nowhere else.
+        idle_sequences: sequences past their lease.
+        tokens: tokens of all sequences, each as long as its longest layer; a shared prefix counts once for each.
+        lengths: int64 `[B]`, sequences by length: `lengths[b]` are at most `length_bounds[b]` long.
+        length_bounds: tokens.
+    """
+
+    pages_total: int
+    pages_per_cell: int
+    private: NDArray[np.int64]
+    shared: NDArray[np.int64]
+    idle: NDArray[np.int64]
+    idle_sequences: int
+    tokens: int
+    lengths: NDArray[np.int64]
+    length_bounds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Info:
     """What the engine is, holds and can do."""
 

@@ -78,7 +78,7 @@ def test_start_says_where_it_listens_and_what_it_is(server: Serving) -> None:
     assert (said["num_layers"], said["topk"], said["key_dtype"]) == (3, 16, "bf16")
     for kernel in info.kernels:
         assert said[f"{kernel.phase}_kernel"] == f"{kernel.kernel} ({kernel.reason})"
-    assert len(server.output) == 1
+    assert '"event": "serving"' in server.output[0]
 
 
 def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
@@ -107,7 +107,7 @@ def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
         assert len(prefill.result(timeout=60).block_ids.data) == QUERIES * 4 * 16 * 4
         with pytest.raises(grpc.RpcError) as late:
             waiting.result(timeout=60)
-        assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert late.value.code() == grpc.StatusCode.UNAVAILABLE  # its keys cannot come any more
         assert serving.wait() == 0
         assert [serving.event(name)["level"] for name in ("serving", "stopping", "stopped")] == ["info"] * 3
 

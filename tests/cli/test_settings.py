@@ -71,6 +71,7 @@ SAMPLES = {
     "num_speculative_tokens": "0",
     "prefill_slice_seconds": "0.5",
     "shutdown_grace_seconds": "0",
+    "slow_request_seconds": "0.25",
     "log_format": "json",
     "log_level": "debug",
 }

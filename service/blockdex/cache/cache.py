@@ -1,7 +1,7 @@
 """The cache's verbs: how long each layer of a sequence is, which pages hold it, and what a request may do to that.
 
 The cache knows page ids, not pages: it says where keys go and which pages must be copied first; its caller moves the
-data. It belongs to one thread; only `usage` may be called from another.
+data. It belongs to one thread; only `usage` and `overview` may be called from another.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from blockdex.cache.checks import check_appended, check_no_gap, check_not_future, check_not_stale
 from blockdex.cache.eviction import choose_victims
+from blockdex.cache.overview import overview
 from blockdex.cache.pages import PageCopy, PagePool
 from blockdex.cache.plan import AppendPlan
 from blockdex.cache.sequence import Sequence, Sequences
@@ -25,7 +26,7 @@ from blockdex.errors import (
     Reason,
     ResourceExhaustedError,
 )
-from blockdex.messages import CacheUsage, Spans
+from blockdex.messages import CacheOverview, CacheUsage, Spans
 from blockdex_kernels import IndexSpec
 
 _NO_WRITES = np.zeros((0, 2), np.intp)
@@ -239,6 +240,13 @@ class Cache:
             sequences=len(self._sequences),
             evictions=self._evictions,
         )
+
+    def overview(self, max_cells: int) -> CacheOverview:
+        """What every page and sequence is like, the pages in `max_cells` cells at most.
+
+        Takes time by the pages, and by those of the sequences past their lease: milliseconds.
+        """
+        return overview(self._pool, self._sequences, self.spec, max_cells, self._clock())
 
     def _blocks(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         return -(-lengths // self.spec.block_size)

@@ -14,7 +14,7 @@ from blockdex.engine.entry import Entry, Outcome, shutting_down, too_late
 from blockdex.engine.launcher import Launcher
 from blockdex.engine.stats import Stats
 from blockdex.errors import InternalError, Reason, ResourceExhaustedError
-from blockdex.messages import Info, Limits
+from blockdex.messages import CacheOverview, Info, Limits
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.backend import Backend
 
@@ -67,6 +67,7 @@ class Engine:
 
     def _be_born(self) -> None:
         self._cache = Cache(self.spec, len(self._backend.pages), default_lease_seconds=self._lease_seconds)
+        self._stats.epoch_started = time.time()
         self._launcher = Launcher(
             self._backend,
             self._stats,
@@ -124,6 +125,10 @@ class Engine:
             device=str(self._backend.device),
             kernels=self._backend.kernels,
         )
+
+    def overview(self, max_cells: int) -> CacheOverview:
+        """What pages and sequences are like, now; from any thread, also while a batch runs or hangs."""
+        return self._cache.overview(max_cells)
 
     def stats(self) -> Stats:
         """What was counted and timed since the start; from any thread."""
@@ -185,6 +190,7 @@ class Engine:
                 continue
             if batch.admit(entry):
                 admitted += 1
+                entry.spent("queue", now - entry.received)
                 self._stats.stage_seconds["queue"].observe(now - entry.received)
             else:
                 held_back.append(entry)

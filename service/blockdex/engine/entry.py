@@ -22,6 +22,7 @@ class Entry:
         ticket: the channel's own note of who asked.
         received: `time.monotonic` seconds of its arrival.
         cancelled: set by the channel, from any thread, when the caller is gone.
+        stage_seconds: seconds in `queue` and in each kernel phase, those of others in the same launch included.
     """
 
     request: Request
@@ -29,10 +30,15 @@ class Entry:
     ticket: object
     received: float = field(default_factory=time.monotonic)
     cancelled: bool = False
+    stage_seconds: dict[str, float] = field(default_factory=dict)
     sequences: tuple[SequenceKey, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.sequences = _sequences(self.request)
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Notes time that the request took in a stage."""
+        self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + seconds
 
 
 Outcome = tuple[Entry, "Answer | Exception"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -90,7 +90,7 @@ class Launcher:
         Returns:
             The answers of those that only append.
         """
-        by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, tuple[str, int, Spans]]]] = {}
+        by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, tuple[str, int, Spans], Entry]]] = {}
         for entry, applies in appends:
             request = entry.request
             assert isinstance(request, TokenRequest)
@@ -99,11 +99,11 @@ class Launcher:
             keys = view(request.keys.tensor, spans.num_tokens, self._backend.spec.head_dim)
             if not applies.all():
                 keys, spans = _take_rows(keys, rows_of(spans, applies)), subset(spans, applies)
-            by_dtype.setdefault(keys.dtype, []).append((keys, (request.tenant, request.layer, spans)))
+            by_dtype.setdefault(keys.dtype, []).append((keys, (request.tenant, request.layer, spans), entry))
         for parts in by_dtype.values():
-            keys = _concatenate([part for part, _ in parts]).to(self._backend.device)
-            targets = kernel_spans(cache, self._backend.device, [part for _, part in parts])
-            with self._timed("append", len(keys)):
+            keys = _concatenate([part for part, _, _ in parts]).to(self._backend.device)
+            targets = kernel_spans(cache, self._backend.device, [part for _, part, _ in parts])
+            with self._timed("append", len(keys), [entry for _, _, entry in parts]):
                 self._backend.append(keys, targets)
         return [(entry, TokenAnswer(cache.epoch)) for entry, _ in appends if not selects(entry)]
 
@@ -133,7 +133,8 @@ class Launcher:
         queries = _concatenate([_take_rows(reading.queries, rows) for reading, _, rows in group]).to(device)
         parts = [(reading.request.tenant, reading.request.layer, spans) for reading, spans, _ in group]
         places = kernel_spans(cache, device, parts)
-        with self._timed("decode", len(queries)):
+        callers = [entry for reading, _, _ in group for entry, _ in reading.callers]
+        with self._timed("decode", len(queries), callers):
             selection = self._backend.decode(queries, places, order=first.order, return_scores=first.return_scores)
         row = 0
         for reading, spans, rows in group:
@@ -152,7 +153,7 @@ class Launcher:
         request = reading.request
         places = kernel_spans(cache, self._backend.device, [(request.tenant, request.layer, spans)])
         began = time.monotonic()
-        with self._timed("prefill", len(queries)):
+        with self._timed("prefill", len(queries), [entry for entry, _ in reading.callers]):
             selection = self._backend.prefill(queries, places, order=reading.order, return_scores=reading.return_scores)
         reading.write(rows, selection)
         rate = len(queries) * prefill.products_per_token / max(time.monotonic() - began, 1e-6)
@@ -175,10 +176,13 @@ class Launcher:
         return outcomes
 
     @contextmanager
-    def _timed(self, phase: str, tokens: int) -> Iterator[None]:
+    def _timed(self, phase: str, tokens: int, entries: Iterable[Entry]) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self._stats.stage_seconds[phase].observe(time.monotonic() - began)
+        seconds = time.monotonic() - began
+        for entry in entries:
+            entry.spent(phase, seconds)
+        self._stats.stage_seconds[phase].observe(seconds)
         self._stats.batch_tokens[phase].observe(tokens)
         self._stats.tokens[phase] += tokens
 

@@ -26,10 +26,34 @@ class Histogram:
         if not self.counts:
             self.counts = [0] * (len(self.bounds) + 1)
 
+    @property
+    def count(self) -> int:
+        """Observations in all."""
+        return sum(self.counts)
+
     def observe(self, value: float) -> None:
         """Counts one observation."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
+
+    def since(self, earlier: Histogram) -> Histogram:
+        """What was observed after an earlier state of this histogram."""
+        counts = [now - then for now, then in zip(self.counts, earlier.counts, strict=True)]
+        return Histogram(self.bounds, counts, self.total - earlier.total)
+
+    def quantile(self, share: float) -> float | None:
+        """The value that a share of the observations, 0 to 1, do not exceed; None without any.
+
+        Interpolated evenly within its bucket, as PromQL's `histogram_quantile` does; above the last bound, that bound.
+        """
+        rank, below = share * self.count, 0
+        if not self.count:
+            return None
+        for lower, upper, count in zip((0.0, *self.bounds), self.bounds, self.counts, strict=False):
+            if count and below + count >= rank:
+                return lower + (upper - lower) * (rank - below) / count
+            below += count
+        return self.bounds[-1]
 
 
 def _seconds() -> Histogram:
@@ -53,6 +77,7 @@ class Stats:
         batches: batches run.
         dropped: requests that were never worked on, by why (`cancelled`, `deadline`).
         busy_seconds: time in which the engine was not waiting for work.
+        epoch_started: Unix seconds at which the cache was born.
         waiting: selections that wait for keys now.
         queued: requests taken over and not yet begun, now.
     """
@@ -68,6 +93,7 @@ class Stats:
     batches: int = 0
     dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("cancelled", "deadline"), 0))
     busy_seconds: float = 0.0
+    epoch_started: float = 0.0
     waiting: int = 0
     queued: int = 0
 

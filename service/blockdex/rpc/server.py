@@ -6,7 +6,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from blockdex.rpc.service import IndexerService, Observe
+from blockdex.rpc.caller import Observe, RequestLog
+from blockdex.rpc.service import IndexerService
 from blockdex.transport.channel import Channel
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
@@ -21,7 +22,7 @@ class RpcServer:
         address: `host:port` it listens on, with the real port.
     """
 
-    def __init__(self, channel: Channel, address: str, observe: Observe) -> None:
+    def __init__(self, channel: Channel, address: str, log: RequestLog) -> None:
         # Room above the limit, so that a request beyond it is refused in words and not cut off by the transport.
         receive = 2 * channel.limits.max_message_bytes
         self._server = grpc.aio.server(
@@ -31,7 +32,7 @@ class RpcServer:
                 ("grpc.max_send_message_length", -1),
             ]
         )
-        self._service = IndexerService(channel, observe)
+        self._service = IndexerService(channel, log)
         self._health = health.aio.HealthServicer()
         pb_grpc.add_IndexerServiceServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -58,17 +59,20 @@ class RpcServer:
         await self._server.stop(grace)
 
 
-async def start_rpc_server(channel: Channel, address: str, *, observe: Observe) -> RpcServer:
+async def start_rpc_server(
+    channel: Channel, address: str, *, observe: Observe, slow_request_seconds: float = 1.0
+) -> RpcServer:
     """Starts a server.
 
     Args:
         channel: the engine.
         address: `host:port`; port 0 takes a free one.
         observe: told of every answered request.
+        slow_request_seconds: a request that takes longer is logged.
 
     Raises:
         OSError: the address cannot be bound, for instance since the port is in use.
     """
-    server = RpcServer(channel, address, observe)
+    server = RpcServer(channel, address, RequestLog(observe, slow_request_seconds))
     await server.start()
     return server

@@ -4,50 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
 
 import grpc
 
 from blockdex import __version__
-from blockdex.errors import BlockdexError, InvalidArgumentError, Reason
+from blockdex.errors import BlockdexError
 from blockdex.rpc import convert
+from blockdex.rpc.caller import REQUEST_ID_KEY, Context, RequestLog, caller_of
 from blockdex.rpc.status import DETAILS_KEY, as_blockdex_error, status_of
 from blockdex.rpc.stream import StreamSession
-from blockdex.transport.channel import Channel
+from blockdex.transport.channel import Channel, PendingAnswer
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 
-Observe = Callable[[str, str, float], None]
-"""Called once per answered request with the RPC's name, the code's name and the seconds it took."""
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-TENANT_KEY = "blockdex-tenant"
-DEFAULT_TENANT = "default"
 TRANSPORTS = ("grpc",)
-_MAX_TENANT_CHARACTERS = 256
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-
-def tenant_of(context: Context) -> str:
-    """The caller's identity as its transport proved it, else what its metadata says, else `default`.
-
-    Raises:
-        InvalidArgumentError: the metadata entry is empty or too long.
-    """
-    identities = context.peer_identities()
-    if identities:
-        return str(next(iter(identities)), "utf-8")
-    for key, value in context.invocation_metadata() or ():
-        if key == TENANT_KEY:
-            if not 1 <= len(value) <= _MAX_TENANT_CHARACTERS:
-                raise InvalidArgumentError(
-                    f"{TENANT_KEY}: must have 1 to {_MAX_TENANT_CHARACTERS} characters, got {len(value)}",
-                    Reason.INVALID_TENANT,
-                )
-            return str(value)
-    return DEFAULT_TENANT
 
 
 class IndexerService(pb_grpc.IndexerServiceServicer):
@@ -55,12 +28,12 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
 
     Args:
         channel: the engine.
-        observe: told of every answered request.
+        log: told of every answered request and of streams.
     """
 
-    def __init__(self, channel: Channel, observe: Observe) -> None:
+    def __init__(self, channel: Channel, log: RequestLog) -> None:
         self._channel = channel
-        self._observe = observe
+        self._log = log
         self._sessions: set[StreamSession] = set()
 
     def finish_streams(self) -> None:
@@ -70,9 +43,10 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
         """What the server is, holds and can do."""
-        began = time.monotonic()
+        began, caller = time.monotonic(), caller_of(context)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
         response = convert.info_response(self._channel.info(), __version__, TRANSPORTS)
-        self._observe("GetInfo", "OK", time.monotonic() - began)
+        self._log.answered("GetInfo", "OK", began, caller)
         return response
 
     async def OpenSequence(self, request: pb.OpenSequenceRequest, context: Context) -> Any:
@@ -111,34 +85,41 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
         self, request_iterator: AsyncIterator[pb.StreamRequest], context: Context
     ) -> AsyncIterator[pb.StreamResponse]:
         """Any of the three token calls, many in flight."""
+        began, caller = time.monotonic(), caller_of(context)
         try:
-            tenant = tenant_of(context)
+            caller.checked_tenant()
         except BlockdexError as error:
-            await _abort(context, error)
-        session = StreamSession(self._channel, tenant, request_iterator, self._observe)
+            await _abort(context, error, caller.request_id)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
+        session = StreamSession(self._channel, caller, request_iterator, self._log)
         self._sessions.add(session)
+        self._log.stream_opened(caller)
         try:
             async for response in session.responses():
                 yield response
         finally:
             self._sessions.discard(session)
             await session.close()
+            self._log.stream_closed(caller, time.monotonic() - began, session.requests, session.errors)
 
     async def _answer(self, rpc: str, request: convert.WireRequest, context: Context) -> Any:
-        began = time.monotonic()
+        began, caller = time.monotonic(), caller_of(context)
+        channel = self._channel
+        pending: PendingAnswer | None = None
         try:
-            channel = self._channel
-            message = convert.message_of(channel.spec, channel.limits, tenant_of(context), request)
-            answer = await channel.submit(message, self._timeout(context))
-            response = convert.response_of(request, answer)
+            message = convert.message_of(channel.spec, channel.limits, caller.checked_tenant(), request)
+            pending = channel.submit(message, self._timeout(context))
+            response = convert.response_of(request, await pending)
         except asyncio.CancelledError:
-            self._observe(rpc, "CANCELLED", time.monotonic() - began)
+            self._log.answered(rpc, "CANCELLED", began, caller)
             raise
         except Exception as fault:
-            error = as_blockdex_error(fault, rpc)
-            self._observe(rpc, error.code.name, time.monotonic() - began)
-            await _abort(context, error)
-        self._observe(rpc, "OK", time.monotonic() - began)
+            error = as_blockdex_error(fault, rpc, caller.request_id)
+            stages = {} if pending is None else pending.stage_seconds
+            self._log.answered(rpc, error.code.name, began, caller, stages)
+            await _abort(context, error, caller.request_id)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
+        self._log.answered(rpc, "OK", began, caller, pending.stage_seconds)
         return response
 
     def _timeout(self, context: Context) -> float:
@@ -146,6 +127,7 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
         return self._channel.limits.max_wait_ms / 1000 if remaining is None else float(remaining)
 
 
-async def _abort(context: Context, error: BlockdexError) -> None:
+async def _abort(context: Context, error: BlockdexError, request_id: str) -> NoReturn:
     details = (DETAILS_KEY, status_of(error).SerializeToString())
-    await context.abort(_STATUS_CODES[int(error.code)], error.message, trailing_metadata=(details,))
+    trailing = (details, (REQUEST_ID_KEY, request_id))
+    await context.abort(_STATUS_CODES[int(error.code)], error.message, trailing_metadata=trailing)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from blockdex.errors import BlockdexError, CancelledError, InvalidArgumentError, Reason
-from blockdex.messages import Answer
 from blockdex.rpc import convert
+from blockdex.rpc.caller import Caller, RequestLog
 from blockdex.rpc.status import as_blockdex_error, status_of
-from blockdex.transport.channel import Channel
+from blockdex.transport.channel import Channel, PendingAnswer
 from blockdex.v1 import indexer_pb2 as pb
 
 _RPCS = {"append_keys": "AppendKeys", "select_blocks": "SelectBlocks", "append_and_select": "AppendAndSelect"}
@@ -25,23 +25,29 @@ class StreamSession:
 
     Args:
         channel: the engine.
-        tenant: whose sequences the requests name.
+        caller: whose sequences the requests name.
         requests: what comes off the wire.
-        observe: told of every answered request, as `Stream/AppendKeys` and so on.
+        log: told of every answered request, as `Stream/AppendKeys` and so on.
+
+    Attributes:
+        requests: requests so far, cancellations not counted.
+        errors: how many of them were not answered OK.
     """
 
     def __init__(
         self,
         channel: Channel,
-        tenant: str,
+        caller: Caller,
         requests: AsyncIterator[pb.StreamRequest],
-        observe: Callable[[str, str, float], None],
+        log: RequestLog,
     ) -> None:
+        self.requests = 0
+        self.errors = 0
         self._channel = channel
-        self._tenant = tenant
+        self._caller = caller
         self._requests = requests
-        self._observe = observe
-        self._in_flight: dict[int, asyncio.Future[Answer]] = {}
+        self._log = log
+        self._in_flight: dict[int, PendingAnswer] = {}
         self._outbox: asyncio.Queue[pb.StreamResponse | None] = asyncio.Queue()
         self._places = asyncio.Semaphore(channel.limits.max_stream_requests)
         self._no_more = False
@@ -86,6 +92,7 @@ class StreamSession:
         began = time.monotonic()
         kind = request.WhichOneof("request")
         rpc = f"Stream/{_RPCS[kind]}" if kind else "Stream"
+        self.requests += 1
         try:
             if request.request_id in self._in_flight:
                 raise InvalidArgumentError(
@@ -94,38 +101,42 @@ class StreamSession:
             if kind is None:
                 raise InvalidArgumentError(f"request {request.request_id}: is empty", Reason.EMPTY_REQUEST)
             body = getattr(request, kind)
-            channel = self._channel
-            message = convert.message_of(channel.spec, channel.limits, self._tenant, body)
+            channel, tenant = self._channel, self._caller.tenant
+            message = convert.message_of(channel.spec, channel.limits, tenant, body)
             timeout_ms = request.timeout_ms or channel.limits.max_wait_ms
             future = channel.submit(message, timeout_ms / 1000)
         except Exception as error:
             self._fail(request.request_id, rpc, error, began)
             return
         self._in_flight[request.request_id] = future
-        future.add_done_callback(lambda done: self._end(request.request_id, kind, body, done, began))
+        future.add_done_callback(lambda _: self._end(request.request_id, kind, body, future, began))
 
     def _end(
         self,
         request_id: int,
         kind: str,
         body: convert.TokenWireRequest,
-        future: asyncio.Future[Answer],
+        future: PendingAnswer,
         began: float,
     ) -> None:
         del self._in_flight[request_id]
         rpc = f"Stream/{_RPCS[kind]}"
         if future.cancelled():
             cancelled = CancelledError(f"request {request_id}: cancelled by its caller", Reason.CANCELLED)
-            self._fail(request_id, rpc, cancelled, began)
+            self._fail(request_id, rpc, cancelled, began, future)
             return
         if fault := future.exception():
-            self._fail(request_id, rpc, fault, began)
+            self._fail(request_id, rpc, fault, began, future)
             return
         answered: dict[str, Any] = {kind: convert.response_of(body, future.result())}
         self._outbox.put_nowait(pb.StreamResponse(request_id=request_id, **answered))
-        self._observe(rpc, "OK", time.monotonic() - began)
+        self._log.answered(rpc, "OK", began, self._caller, future.stage_seconds, request_id)
 
-    def _fail(self, request_id: int, rpc: str, fault: BaseException, began: float) -> None:
-        error: BlockdexError = as_blockdex_error(fault, rpc)
+    def _fail(
+        self, request_id: int, rpc: str, fault: BaseException, began: float, future: PendingAnswer | None = None
+    ) -> None:
+        error: BlockdexError = as_blockdex_error(fault, rpc, f"{self._caller.request_id}/{request_id}")
         self._outbox.put_nowait(pb.StreamResponse(request_id=request_id, error=status_of(error)))
-        self._observe(rpc, error.code.name, time.monotonic() - began)
+        self.errors += 1
+        stages = {} if future is None else future.stage_seconds
+        self._log.answered(rpc, error.code.name, began, self._caller, stages, request_id)

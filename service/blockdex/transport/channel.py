@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 from blockdex.engine.stats import Stats
-from blockdex.messages import Answer, Info, Limits, Request
+from blockdex.messages import Answer, CacheOverview, Info, Limits, Request
 from blockdex_kernels import IndexSpec
+
+
+class PendingAnswer(asyncio.Future[Answer]):
+    """An answer to come, or a `BlockdexError`. Cancelling it gives the request up.
+
+    Attributes:
+        stage_seconds: once it is there, the seconds in the engine's `queue` and in each kernel phase, as far as the
+            request got; the rest of its time it waited for keys or its turn, or was at the front door.
+    """
+
+    stage_seconds: Mapping[str, float] = MappingProxyType({})
 
 
 class Channel(Protocol):
@@ -23,8 +36,8 @@ class Channel(Protocol):
         """Bounds that requests are checked against."""
         ...
 
-    def submit(self, request: Request, timeout: float) -> asyncio.Future[Answer]:
-        """Hands a request over; the future gets the answer or a `BlockdexError`. Cancelling it gives the request up.
+    def submit(self, request: Request, timeout: float) -> PendingAnswer:
+        """Hands a request over.
 
         Args:
             request: checked against spec and limits.
@@ -38,6 +51,10 @@ class Channel(Protocol):
 
     def info(self) -> Info:
         """What the engine is, holds and can do, now."""
+        ...
+
+    async def overview(self, max_cells: int) -> CacheOverview:
+        """What pages and sequences are like, now, the pages in `max_cells` cells at most."""
         ...
 
     def stats(self) -> Stats:

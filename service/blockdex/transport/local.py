@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from blockdex.engine.engine import Engine
 from blockdex.engine.entry import Entry, Outcome, shutting_down
 from blockdex.engine.stats import Stats
-from blockdex.messages import Answer, Info, Limits, Request
+from blockdex.messages import CacheOverview, Info, Limits, Request
+from blockdex.transport.channel import PendingAnswer
 from blockdex_kernels import IndexSpec
 
 
@@ -19,7 +20,7 @@ class LocalChannel:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        self._in_flight: set[asyncio.Future[Answer]] = set()
+        self._in_flight: set[PendingAnswer] = set()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -53,27 +54,32 @@ class LocalChannel:
         """Ends the engine; what it has not answered stays unanswered."""
         self._engine.stop()
 
-    def submit(self, request: Request, timeout: float) -> asyncio.Future[Answer]:
+    def submit(self, request: Request, timeout: float) -> PendingAnswer:
         """As `Channel.submit`."""
         if self._draining:
             raise shutting_down("takes no new requests")
-        future: asyncio.Future[Answer] = self._loop.create_future()
+        future = PendingAnswer(loop=self._loop)
         entry = Entry(request, deadline=time.monotonic() + timeout, ticket=future)
         self._engine.submit(entry)
         self._in_flight.add(future)
         self._idle.clear()
-        future.add_done_callback(lambda done: self._finished(entry, done))
+        future.add_done_callback(lambda _: self._finished(entry, future))
         return future
 
     def info(self) -> Info:
         """As `Channel.info`."""
         return self._engine.info()
 
+    async def overview(self, max_cells: int) -> CacheOverview:
+        """As `Channel.overview`."""
+        # Beside the engine's thread, not on it: batches do not wait, and a page is drawn even while one hangs.
+        return await asyncio.to_thread(self._engine.overview, max_cells)
+
     def stats(self) -> Stats:
         """As `Channel.stats`."""
         return self._engine.stats()
 
-    def _finished(self, entry: Entry, future: asyncio.Future[Answer]) -> None:
+    def _finished(self, entry: Entry, future: PendingAnswer) -> None:
         self._in_flight.discard(future)
         if not self._in_flight:
             self._idle.set()
@@ -90,9 +96,10 @@ class LocalChannel:
 def _resolve(outcomes: Sequence[Outcome]) -> None:
     for entry, outcome in outcomes:
         future = entry.ticket
-        assert isinstance(future, asyncio.Future)
+        assert isinstance(future, PendingAnswer)
         if future.done():
             continue
+        future.stage_seconds = entry.stage_seconds
         if isinstance(outcome, Exception):
             future.set_exception(outcome)
         else:

@@ -1,0 +1,60 @@
+"""What pages and sequences are like, for people to look at."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockdex.cache.pages import PagePool
+from blockdex.cache.sequence import Sequences
+from blockdex.messages import CacheOverview
+from blockdex_kernels import IndexSpec
+
+
+def overview(pool: PagePool, sequences: Sequences, spec: IndexSpec, max_cells: int, now: float) -> CacheOverview:
+    """The pages in `max_cells` cells at most, and the sequences by length; from any thread.
+
+    The cache may change meanwhile, and nothing is locked: its thread must not wait for onlookers. That does no harm.
+    The columns of the sequences are replaced only by longer ones, and before a slot beyond the shorter one is in use,
+    so every slot read first is found in them. Page ids in them are always ids of pages. Where a sequence comes or goes
+    while it is read, its pages may be drawn in the wrong colour, until the next look. All states are told from one copy
+    of the holders, so they add up to all pages whatever happens.
+    """
+    slots = sequences.open_slots()
+    lengths = sequences.lengths[:, slots].max(axis=0, initial=0)
+    idle_slots = slots[now - sequences.last_calls[slots] >= sequences.leases[slots]]
+    holders = pool.holders.copy()
+    idle = (holders > 0) & (_holders_among(sequences, idle_slots, len(holders)) >= holders)
+    pages_per_cell = max(1, -(-len(holders) // max_cells))
+    first_pages = np.arange(0, len(holders), pages_per_cell)
+
+    def cells(pages: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return np.add.reduceat(pages, first_pages, dtype=np.int64)
+
+    bounds = _length_bounds(spec)
+    return CacheOverview(
+        pages_total=len(holders),
+        pages_per_cell=pages_per_cell,
+        private=cells((holders == 1) & ~idle),
+        shared=cells((holders > 1) & ~idle),
+        idle=cells(idle),
+        idle_sequences=len(idle_slots),
+        tokens=int(lengths.sum()),
+        lengths=np.bincount(np.searchsorted(bounds, lengths), minlength=len(bounds)),
+        length_bounds=bounds,
+    )
+
+
+def _holders_among(sequences: Sequences, slots: NDArray[np.intp], num_pages: int) -> NDArray[np.int32]:
+    holders = np.zeros(num_pages, np.int32)
+    for slot in slots.tolist():
+        holders[sequences.pages(slot)] += 1
+    return holders
+
+
+def _length_bounds(spec: IndexSpec) -> tuple[int, ...]:
+    """One block, and so on in doubles, up to the longest sequence."""
+    bounds = [spec.block_size]
+    while bounds[-1] < spec.max_sequence_tokens:
+        bounds.append(2 * bounds[-1])
+    return tuple(bounds)

@@ -1,0 +1,145 @@
+"""Who calls, and what is told of it: metrics hear of every request, the log of slow ones and of streams."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import grpc
+
+from blockdex.errors import InvalidArgumentError, Reason
+from blockdex.logs import RateLimit, log_event
+
+Observe = Callable[[str, str, float], None]
+"""Called once per answered request with the RPC's name, the code's name and the seconds it took."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+TENANT_KEY = "blockdex-tenant"
+DEFAULT_TENANT = "default"
+REQUEST_ID_KEY = "x-request-id"
+
+_MAX_TENANT_CHARACTERS = 256
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_SLOW_LINES_PER_SECOND = 10
+_UNTIMED: Mapping[str, float] = MappingProxyType({})
+
+logger = logging.getLogger(__name__)
+
+
+class Caller(NamedTuple):
+    """Who makes a call.
+
+    Attributes:
+        peer: address, as gRPC writes it.
+        tenant: the identity as its transport proved it, else what its metadata says, else `default`; to be checked.
+        request_id: what its metadata says, if that is 1 to 128 visible ASCII characters, else drawn.
+    """
+
+    peer: str
+    tenant: str
+    request_id: str
+
+    def checked_tenant(self) -> str:
+        """The tenant.
+
+        Raises:
+            InvalidArgumentError: it is empty or too long.
+        """
+        if not 1 <= len(self.tenant) <= _MAX_TENANT_CHARACTERS:
+            raise InvalidArgumentError(
+                f"{TENANT_KEY}: must have 1 to {_MAX_TENANT_CHARACTERS} characters, got {len(self.tenant)}",
+                Reason.INVALID_TENANT,
+            )
+        return self.tenant
+
+
+def caller_of(context: Context) -> Caller:
+    """Who makes the call; where an entry comes twice, the first one counts."""
+    tenant = request_id = None
+    for key, value in context.invocation_metadata() or ():
+        if key == TENANT_KEY and tenant is None:
+            tenant = str(value)
+        elif key == REQUEST_ID_KEY and request_id is None:
+            request_id = str(value)
+    if identities := context.peer_identities():
+        tenant = str(next(iter(identities)), "utf-8")
+    if request_id is None or not _REQUEST_ID.fullmatch(request_id):
+        request_id = f"{random.getrandbits(64):016x}"
+    return Caller(context.peer(), DEFAULT_TENANT if tenant is None else tenant, request_id)
+
+
+class RequestLog:
+    """Tells of requests and streams; used on one asyncio loop.
+
+    Args:
+        observe: told of every answered request.
+        slow_seconds: a request that takes longer is logged.
+    """
+
+    def __init__(self, observe: Observe, slow_seconds: float) -> None:
+        self._observe = observe
+        self._slow_seconds = slow_seconds
+        self._limit = RateLimit(_SLOW_LINES_PER_SECOND)
+
+    def answered(
+        self,
+        rpc: str,
+        code: str,
+        began: float,
+        caller: Caller,
+        stage_seconds: Mapping[str, float] = _UNTIMED,
+        number: int | None = None,
+    ) -> None:
+        """Tells of one answered request.
+
+        Args:
+            rpc: the method's name; one on a stream as `Stream/AppendKeys`.
+            code: name of the canonical code it was answered with.
+            began: `time.monotonic` seconds of its arrival.
+            caller: who made it.
+            stage_seconds: what the engine says of its time.
+            number: on a stream, the request's own id in it: its lines are named by both.
+        """
+        ended = time.monotonic()
+        self._observe(rpc, code, ended - began)
+        if ended - began > self._slow_seconds and self._limit.allows(ended):
+            if number is not None:
+                caller = caller._replace(request_id=f"{caller.request_id}/{number}")
+            stages = {f"{stage}_ms": _milliseconds(seconds) for stage, seconds in stage_seconds.items()}
+            log_event(
+                logger,
+                logging.WARNING,
+                "slow request",
+                rpc=rpc,
+                code=code,
+                **caller._asdict(),
+                ms=_milliseconds(ended - began),
+                **stages,
+                withheld=self._limit.withheld(),
+            )
+
+    def stream_opened(self, caller: Caller) -> None:
+        """Tells of a new stream."""
+        log_event(logger, logging.INFO, "stream opened", **caller._asdict())
+
+    def stream_closed(self, caller: Caller, seconds: float, requests: int, errors: int) -> None:
+        """Tells of a stream's end: how long it was, its requests, and how many of them were not answered OK."""
+        log_event(
+            logger,
+            logging.INFO,
+            "stream closed",
+            **caller._asdict(),
+            seconds=round(seconds, 3),
+            requests=requests,
+            errors=errors,
+        )
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 3)
