@@ -118,7 +118,7 @@ class Batch:
         match request:
             case GetSequence(sequence_id=sequence_id):
                 sequence = cache.get_sequence(tenant, sequence_id)
-                return SequenceState(cache.epoch, sequence.lengths.copy(), sequence.revisions.copy())
+                return SequenceState(cache.epoch, sequence.lengths, sequence.revisions)
             case OpenSequence(sequence_id=sequence_id, lease_seconds=lease_seconds):
                 cache.open_sequence(tenant, sequence_id, lease_seconds)
                 return SequenceState(cache.epoch)
@@ -126,11 +126,11 @@ class Batch:
                 child, copies = cache.fork_sequence(tenant, parent_id, child_id, length)
                 self.copies += copies
                 self.changed = True
-                return SequenceState(cache.epoch, child.lengths.copy(), child.revisions.copy())
+                return SequenceState(cache.epoch, child.lengths, child.revisions)
             case TruncateSequence(sequence_id=sequence_id, length=length):
                 sequence = cache.truncate_sequence(tenant, sequence_id, length)
                 self.changed = True
-                return SequenceState(cache.epoch, sequence.lengths.copy(), sequence.revisions.copy())
+                return SequenceState(cache.epoch, sequence.lengths, sequence.revisions)
             case CloseSequence(sequence_id=sequence_id):
                 cache.close_sequence(tenant, sequence_id)
                 self.changed = True
