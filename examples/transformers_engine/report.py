@@ -28,7 +28,7 @@ def _requests(outcome: Outcome) -> Table:
 def _story(number: int, request: Request) -> str:
     if request.parent is not None:
         return f"{number}: forked from 1 at token {request.shared:,}"
-    return f"{number}: {len(DRAFTS)} drafts rolled back" if request.drafted else f"{number}: chunk by chunk"
+    return f"{number}: {len(DRAFTS)} drafts rolled back" if request.drafted else f"{number}"
 
 
 def _figures(outcome: Outcome) -> Table:

@@ -39,18 +39,18 @@ class Request:
 
 
 def licence_requests(first_sequence: int, *, small: bool) -> list[Request]:
-    """A long request, one that forks from it in the middle of a block, and one whose drafts are rolled back.
+    """A long request whose drafts are rolled back, one that forks from it in the middle of a block, and a third.
 
     Args:
         first_sequence: id of the first; the others follow.
         small: shorter prompts, still of more blocks than are selected.
     """
     text = TEXT.read_bytes()
-    long, shared, own, drafted = (2_200, 2_100, 120, 200) if small else (6_200, 2_500, 700, 2_600)
+    long, shared, own, third = (2_200, 2_100, 120, 200) if small else (6_200, 2_500, 700, 2_600)
     return [
-        Request(first_sequence, text[:long]),
+        Request(first_sequence, text[:long], drafted=True),
         Request(first_sequence + 1, text[:shared] + text[-own:], parent=first_sequence, shared=shared),
-        Request(first_sequence + 2, text[long : long + drafted], drafted=True),
+        Request(first_sequence + 2, text[long : long + third]),
     ]
 
 
