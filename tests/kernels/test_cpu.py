@@ -275,8 +275,8 @@ def test_append_writes_its_positions_and_nothing_else(generator: torch.Generator
 
 
 def test_append_of_more_rows_than_are_cast_at_once(generator: torch.Generator) -> None:
-    spec = small_spec(head_dim=2, num_layers=1)
-    runs = [Run(torch.randn(70_000, 2, generator=generator), torch.randn(1, 2, 2, generator=generator))]
+    spec = small_spec(head_dim=130, block_size=64, num_layers=1)
+    runs = [random_run(generator, spec, length, 1) for length in (33_000, 40_000)]
 
     check(backend_for(spec, runs), runs, generator)
 

@@ -16,7 +16,7 @@ from blockdex_kernels.spec import IndexSpec
 TEMPORARY_BYTES = 64 << 20
 """Most that a call holds beside its arguments and its answer, however long the sequences."""
 
-_APPEND_ROWS = 1 << 15
+_APPEND_ELEMENTS = 1 << 22  # Cast at once.
 
 
 class CpuBackend(Backend):
@@ -59,8 +59,9 @@ class CpuBackend(Backend):
         ends = np.cumsum(runs.lengths)
         shifts = runs.starts + runs.lengths - ends
         cache = self._bytes.view(-1, self.spec.head_dim)
-        for top in range(0, len(keys), _APPEND_ROWS):
-            token = np.arange(top, min(top + _APPEND_ROWS, len(keys)))
+        step = max(1, _APPEND_ELEMENTS // self.spec.head_dim)
+        for top in range(0, len(keys), step):
+            token = np.arange(top, min(top + step, len(keys)))
             run = np.searchsorted(ends, token, side="right")
             block, offset = np.divmod(token + shifts[run], self.spec.block_size)
             cell = runs.page_table[run, block].astype(np.int64) * self.spec.num_layers + runs.layers[run]
