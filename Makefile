@@ -10,7 +10,11 @@ HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
 VENV_FLAGS := $(if $(HAS_TORCH),--system-site-packages,)
 CONSTRAINTS := $(if $(HAS_TORCH),,--constraint constraints.txt)
 
-.PHONY: help install demo test test-all lint format proto bench clean
+# Programs of the tests that pip does not bring, each with the Debian package that does.
+TOOLS := prometheus=prometheus promtool=prometheus kubectl=kubernetes-client
+IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
+
+.PHONY: help install tools demo test test-all lint format proto lock bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -24,13 +28,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/protobuf-5.29 'protobuf==5.29.6' 'googleapis-common-protos==1.66.0'
 	touch $@
 
+tools: ## Install what the tests run beside Python, where it is missing (as root on Debian)
+	@tests/tools.sh $(TOOLS)
+
 demo: $(STAMP) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda)
 	$(BIN)/python -m examples.transformers_engine --device $(DEVICE)
 
-test: $(STAMP) ## The tests (two cores, no GPU, minutes)
+test: $(STAMP) tools ## The tests (two cores, no GPU, minutes)
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: $(STAMP) ## The tests, and those that take longer
+test-all: $(STAMP) tools ## The tests, and those that take longer: images are built and run, as root
+	@tests/tools.sh $(IMAGE_TOOLS)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP) ## Formatting, lints, types, the protobuf style rules
@@ -45,6 +53,9 @@ format: $(STAMP) ## Reformat and fix what can be fixed by itself
 
 proto: $(STAMP) ## Generate service/blockdex/v1 from proto/
 	$(BIN)/python proto/generate.py
+
+lock: $(STAMP) ## Pin what the images hold: deploy/requirements
+	$(BIN)/python deploy/requirements/lock.py
 
 bench: $(STAMP) ## Client latency beside a bare gRPC echo; writes JSON and PNG to benchmarks/results
 	$(BIN)/python -m benchmarks.client

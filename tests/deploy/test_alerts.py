@@ -1,0 +1,32 @@
+"""Prometheus's configuration and alerts, in the hands of promtool."""
+
+from __future__ import annotations
+
+from deployed import DEPLOY, read_yaml
+from programs import REPOSITORY, program, run
+
+PROMETHEUS = DEPLOY / "prometheus"
+CASES = REPOSITORY / "tests" / "deploy" / "alerts_test.yml"
+
+
+def promtool(*arguments: object) -> None:
+    run(program("promtool", "prometheus"), *map(str, arguments))
+
+
+def test_configuration_and_rules_are_valid() -> None:
+    promtool("check", "config", PROMETHEUS / "prometheus.yml")
+    promtool("check", "rules", PROMETHEUS / "alerts.yml")
+
+
+def test_alerts_fire_when_they_should_and_not_when_they_should_not() -> None:
+    promtool("test", "rules", CASES)
+
+
+def test_every_alert_is_tested_both_ways() -> None:
+    (group,) = read_yaml(PROMETHEUS / "alerts.yml")["groups"]
+    tested = {
+        (check["alertname"], bool(check["exp_alerts"]))
+        for case in read_yaml(CASES)["tests"]
+        for check in case["alert_rule_test"]
+    }
+    assert tested == {(rule["alert"], fires) for rule in group["rules"] for fires in (True, False)}
