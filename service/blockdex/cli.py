@@ -1,4 +1,4 @@
-"""The command line: `blockdex serve`, `blockdex health`, `blockdex info`."""
+"""The command line: `blockdex serve`, `blockdex plan`, `blockdex loadtest`, `blockdex health`, `blockdex info`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _serve(words[1:])
         if words[:1] == ["loadtest"]:
             return _loadtest(words[1:])
+        if words[:1] == ["plan"]:
+            return _plan(words[1:])
         options = _parser().parse_args(words)
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
@@ -44,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="run a server; `blockdex serve --help` lists its settings")
     commands.add_parser("loadtest", help="load on a server; `blockdex loadtest --help` lists its settings")
+    commands.add_parser("plan", help="memory of so many tokens; `blockdex plan --help` lists what to say")
     health = commands.add_parser("health", help="exit with 0 if a server serves, with 1 if not")
     health.set_defaults(run=_health)
     info = commands.add_parser("info", help="what a server is, holds and can do")
@@ -86,6 +89,14 @@ def _loadtest(words: Sequence[str]) -> int:
     from blockdex.loadtest.command import loadtest  # noqa: PLC0415 - only here, as above
 
     return loadtest(words)
+
+
+def _plan(words: Sequence[str]) -> int:
+    try:
+        from blockdex.plan import plan  # noqa: PLC0415 - sizes are read as the server's settings read them
+    except ModuleNotFoundError as error:
+        return _refuse_without("plan", error)
+    return plan(words)
 
 
 def _health(options: argparse.Namespace) -> int:
