@@ -38,10 +38,10 @@ class TcpProxy:
 
     def cut(self) -> None:
         """Closes every connection there is."""
+        threads, self._threads = self._threads, []
         self._cut.set()
-        for thread in self._threads:
+        for thread in threads:
             thread.join()
-        self._threads.clear()
         self._cut.clear()
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class TcpProxy:
 
     def _forward(self, client: socket.socket) -> None:
         host, _, port = self.target.rpartition(":")
-        with client, socket.create_connection((host, int(port))) as server, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), client, socket.create_connection((host, int(port))) as server:
             while not self._cut.is_set():
                 readable, _, _ = select.select((client, server), (), (), _TICK_SECONDS)
                 for source in readable:

@@ -71,7 +71,7 @@ def counted(server: Serving) -> Callable[..., int]:
 
 
 def _counters(server: Serving) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    text = httpx.get(f"http://{server.http_address}/metrics").text
+    text = httpx.get(f"http://{server.http_address}/metrics", timeout=30).text
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)

@@ -176,16 +176,18 @@ async def test_everything_in_flight_fails_with_its_stream(proxy: TcpProxy) -> No
             await client.close_sequence(sequence)
 
 
-def test_closing_fails_what_is_in_flight_and_what_comes_after(server: Serving, transport: Transport) -> None:
-    client = blockdex.Client(server.grpc_address, transport=transport)
+def test_closing_fails_what_is_in_flight_and_what_comes_after(proxy: TcpProxy, transport: Transport) -> None:
+    client = blockdex.Client(proxy.address, transport=transport)
     sequence = new_sequence()
     client.open_sequence(sequence)
+    client.append_keys(1, sequences=sequence, keys=block(0))
+    proxy.answers = False
     closing = threading.Timer(0.2, client.close)
     closing.start()
     began = time.monotonic()
     for _ in range(2):
         with pytest.raises(CancelledError) as refused:
-            client.select_blocks(0, sequences=sequence, queries=ways(0), starts=0, wait_for_keys=True)
+            client.append_keys(0, sequences=sequence, keys=block(0), starts=0)
         assert refused.value.reason == Reason.CANCELLED
     assert time.monotonic() - began < 5
     closing.join()
