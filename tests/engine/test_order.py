@@ -133,7 +133,7 @@ async def test_a_selection_sees_the_append_before_it_and_not_the_one_behind(rand
 
 
 async def test_fork_truncate_and_close_are_barriers(random: np.random.Generator) -> None:
-    select = tokens(0, [(A, 10, 4)], queries=queries_of(random, 4))
+    select = tokens(0, [(A, 26, 4)], queries=queries_of(random, 4))
     async with running() as run:
         await answer_together(
             run,
@@ -141,15 +141,16 @@ async def test_fork_truncate_and_close_are_barriers(random: np.random.Generator)
                 open_sequence(A),
                 tokens(0, [(A, 0, 30)], keys=keys_of(random, 30)),
                 select,
+                # Both cut a page in two, which the fork copies and the truncation keeps.
                 fork(A, B, 21),
-                tokens(0, [(A, 9, 5)], keys=keys_of(random, 5)),
-                tokens(0, [(B, 12, 9)], keys=keys_of(random, 9), queries=queries_of(random, 9)),
+                tokens(0, [(B, 21, 40)], keys=keys_of(random, 40)),
+                tokens(0, [(B, 57, 4)], queries=queries_of(random, 4)),
+                tokens(0, [(A, 3, 27)], keys=keys_of(random, 27)),
                 select,
-                tokens(0, [(B, 17, 4)], queries=queries_of(random, 4)),
                 truncate(A, 13),
                 select,
                 get(A),
-                tokens(0, [(A, 13, 1)], keys=keys_of(random, 1)),
+                tokens(0, [(A, 13, 30)], keys=keys_of(random, 30), queries=queries_of(random, 30)),
                 select,
                 close(A),
                 select,
@@ -157,7 +158,7 @@ async def test_fork_truncate_and_close_are_barriers(random: np.random.Generator)
                 open_sequence(A),
                 get(A),
                 select,
-                tokens(0, [(B, 17, 4)], queries=queries_of(random, 4)),
+                tokens(0, [(B, 57, 4)], queries=queries_of(random, 4)),
             ],
         )
 

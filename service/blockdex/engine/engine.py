@@ -117,11 +117,12 @@ class Engine:
 
     def info(self) -> Info:
         """What the engine is, holds and can do, now; from any thread."""
+        cache = self._cache
         return Info(
             spec=self.spec,
             limits=self.limits,
-            cache=self._cache.usage(),
-            epoch=self._cache.epoch,
+            cache=cache.usage(),
+            epoch=cache.epoch,
             device=str(self._backend.device),
             kernels=self._backend.kernels,
         )
