@@ -214,6 +214,7 @@ def test_ctrl_c_ends_early_with_a_report(runs: Runs) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_sequences_are_closed_even_when_the_load_test_is_killed(runs: Runs) -> None:
     open_before = runs.sequences()
     words = runs.words("decode-fleet", duration=600, scale=0.001)

@@ -60,6 +60,12 @@ async def test_arrivals_that_nobody_took_are_unsent() -> None:
     assert taken + loop.unsent() == 10
 
 
+async def test_the_end_is_not_told_before_it_has_come() -> None:
+    span = window(0.15)
+    assert await OpenLoop(span, iter([span.end + 1])).turn() is None
+    assert span.over()
+
+
 async def test_stopping_ends_a_wait_soon() -> None:
     span = window(60)
     loop = OpenLoop(span, iter([span.end - 1]))

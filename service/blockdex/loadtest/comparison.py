@@ -11,7 +11,7 @@ from blockdex.loadtest.result import FORMAT, PERCENTILES
 
 _CONDITIONS = (
     ("settings", None),
-    ("shapes", ("scale", "layers", "chunk", "clients")),
+    ("shapes", ("scale", "layers", "chunk")),
     ("server", ("version", "device", "kernels", "spec", "limits")),
     ("environment", None),
 )

@@ -22,6 +22,7 @@ from blockdex.loadtest.wording import NONE, duration, figure, share, significant
 
 _RECENT_SECONDS = 2.0
 _PLAIN_SECONDS = 5.0
+_ERROR_LETTERS = 120
 
 
 class Display:
@@ -36,12 +37,13 @@ class Display:
         self._console = console
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
         self._task = self._bar.add_task("", total=None)
-        self._live = Live(console=console, get_renderable=self._render, transient=True) if console.is_terminal else None
         self._window: Window | None = None
         self._recent: deque[tuple[float, Report]] = deque()
         self._last_error = ""
         self._errors = 0
         self._plain_due = 0.0
+        # Last: it draws at once.
+        self._live = Live(console=console, get_renderable=self._render, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Display:
         if self._live:
@@ -104,7 +106,7 @@ class Display:
             f"p50 {duration(latencies.percentile(50))}",
             f"p99 {duration(latencies.percentile(99))}",
             f"{self._errors} errors",
-            self._last_error,
+            " ".join(self._last_error.split())[:_ERROR_LETTERS],
         )
         return "   ".join(filter(None, words))
 

@@ -18,7 +18,7 @@ Format = Callable[[float], str]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: a name, and points (x, y) by rising x."""
+    """One line: a name for the legend, which may be empty, and points (x, y) by rising x."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -80,9 +80,10 @@ def percentile_axis(title: str, high: float) -> Axis:
 
 def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Series]) -> str:
     """A figure with a legend; hovering over a point names its values."""
-    names = [line.name for line in lines] if len(lines) > 1 else []
     legend = "".join(
-        f'<span><i class="swatch s{number}"></i>{escape(name)}</span>' for number, name in enumerate(names)
+        f'<span><i class="swatch s{number}"></i>{escape(line.name)}</span>'
+        for number, line in enumerate(lines)
+        if line.name
     )
     body = "".join(_grid(x, y)) + "".join(_line(number, line, x, y) for number, line in enumerate(lines))
     if not any(line.points for line in lines):
@@ -134,7 +135,7 @@ def _line(number: int, line: Series, x: Axis, y: Axis) -> str:
     radius = 2.5 if len(places) <= _MOST_DOTS else 0.0
     dots = "".join(
         f'<circle class="s{number}" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="{radius}">'
-        f"<title>{escape(f'{line.name}: {y.form(point[1])} at {x.form(point[0])}')}</title></circle>"
+        f"<title>{escape(f'{line.name} {y.form(point[1])} at {x.form(point[0])}'.strip())}</title></circle>"
         for place, point in zip(places, line.points, strict=True)
         if radius
     )

@@ -77,7 +77,7 @@ def verdicts(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _heading(result: dict[str, Any]) -> str:
     settings, server = result["settings"], result["server"]
     rate = settings["rate"]
-    loop = "closed loop" if rate is None else f"{significant(rate)} calls/s, {settings['spacing']}"
+    loop = "closed loop" if rate is None else f"{rate:g} calls/s, {settings['spacing']}"
     line = (
         f"{result['date']} · {settings['clients']} clients in {settings['processes']} processes, {loop}, "
         f"{settings['transport']} · measured for {duration(result['window']['seconds'])} after "
@@ -122,7 +122,7 @@ def _charts(result: dict[str, Any]) -> Iterator[str]:
     percent = percentile_axis("per cent of calls", 100 - 100 / most)
     yield line_chart("Latency by percentile", percent, _latency_axis(curves), curves)
     for title, name in (("Calls answered", "calls"), ("Tokens appended", "tokens")):
-        rates = Series(name, [(_middle(second), second[name] / second["length"]) for second in seconds])
+        rates = Series("", [(_middle(second), second[name] / second["length"]) for second in seconds])
         yield line_chart(f"{title} a second", time, _count_axis([rates]), [rates])
     codes = sorted({code for second in seconds for code in second["errors"]})
     errors = [

@@ -115,10 +115,10 @@ class OpenLoop:
         if self._window.over():
             return None
         moment = next(self._moments)
-        while (delay := moment - time.monotonic()) > 0:
-            if moment >= self._window.end:
+        while (now := time.monotonic()) < moment:
+            if self._window.over():
                 return None
-            await asyncio.sleep(min(delay, _NAP))
+            await asyncio.sleep(min(moment - now, max(self._window.end - now, 0.0), _NAP))
         return moment
 
     def unsent(self) -> int:

@@ -94,7 +94,8 @@ class DecodeShape:
 
     def __str__(self) -> str:
         mean = sum(self.lengths) // len(self.lengths)
-        return f"decode: {len(self.lengths)} sequences of about {mean} tokens ({self.case.batch} of {self.case.tokens})"
+        published = f"{self.case.batch} x {self.case.tokens:,}"
+        return f"decode: {len(self.lengths)} x about {mean:,} tokens (published: {published})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ class PrefillShape:
     def __str__(self) -> str:
         queries = [case.queries for case in self.cases]
         tokens = [case.tokens for case in self.cases]
-        return f"prefill: {min(queries)} to {max(queries)} tokens at the end of {min(tokens)} to {max(tokens)}"
+        return f"prefill: {min(queries):,} to {max(queries):,} tokens at the end of {min(tokens):,} to {max(tokens):,}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ class ForkShape:
         return self.tokens + self.growth
 
     def __str__(self) -> str:
-        return f"forks: {LIVE_FORKS} sequences of up to {self.longest} tokens"
+        return f"forks: {LIVE_FORKS} sequences of up to {self.longest:,} tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ class ChurnShape:
         return self.tokens + CHURN_DECODES
 
     def __str__(self) -> str:
-        return f"churn: prompts of 1 to {self.tokens} tokens, then 1 to {CHURN_DECODES} decodes"
+        return f"churn: prompts of 1 to {self.tokens:,} tokens, then 1 to {CHURN_DECODES} decodes"
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,4 +43,4 @@ def figure(value: float | None, kind: str) -> str:
             return share(value)
         case "per_second":
             return f"{significant(value)}/s"
-    return significant(value)
+    return f"{value:,.0f}" if float(value).is_integer() else significant(value)
