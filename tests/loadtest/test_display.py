@@ -14,7 +14,6 @@ from blockdex.loadtest.histogram import Histogram
 from blockdex.loadtest.jobs import Progress
 from blockdex.loadtest.schedule import Window
 
-
 LIVE = ("50.0 calls/s", "400 tokens/s", "p50 4.", "3 errors", "refused: [RESOURCE_EXHAUSTED]", "closing")
 PLAIN = ("setting up\nwarming up\n0 calls/s", "measuring\nclosing\n")
 
