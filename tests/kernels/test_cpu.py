@@ -225,6 +225,17 @@ def test_every_e4m3_number_is_scored_as_it_is() -> None:
     assert torch.equal(scores.flatten(), codes.float().nan_to_num(nan=-math.inf))
 
 
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_lone_fp8_nan_of_either_sign_counts_as_one(code: int, generator: torch.Generator) -> None:
+    spec = small_spec(key_dtype="fp8_e4m3")
+    run = random_run(generator, spec, 160, 4)
+    keys = run.keys.to(torch.float8_e4m3fn)
+    keys.view(torch.uint8)[20, 3] = code
+    runs = [Run(keys, run.queries.to(torch.float8_e4m3fn))]
+
+    check(backend_for(spec, runs), runs, generator)
+
+
 @pytest.mark.parametrize("key_dtype", ["bf16", "fp8_e4m3"])
 def test_a_row_is_answered_to_the_bit_alike_alone_and_in_a_batch(key_dtype: Any, generator: torch.Generator) -> None:
     spec = IndexSpec(num_layers=2, key_dtype=key_dtype)
