@@ -193,14 +193,13 @@ def measure(
 
 def run(rounds: int) -> list[Row]:
     """Starts both servers and measures every case."""
-    blockdex = str(Path(sys.executable).with_name("blockdex"))
     flags = (
         "--num-layers=1 --cache-bytes=256MiB --grpc-address=127.0.0.1:0 --http-address=127.0.0.1:0 --log-format=json"
     )
     serving = r'"grpc": "([^"]+)".*"http": "([^"]+)"'
     rows: list[Row] = []
     with (
-        process(blockdex, "serve", *flags.split(), ready=serving) as server,
+        process(sys.executable, "-m", "blockdex", "serve", *flags.split(), ready=serving) as server,
         process(sys.executable, "-m", "benchmarks.echo", ready=r"^(\d+)$") as echo,
         grpc.insecure_channel(f"127.0.0.1:{echo[1]}") as channel,
         Client(server[1], transport="unary") as unary,
@@ -229,14 +228,13 @@ def run(rounds: int) -> list[Row]:
 
 def show(rows: list[Row]) -> None:
     """The table on the screen."""
-    table = Table(title="AppendAndSelect, one token of every sequence, one layer (ms)")
-    for heading in ("sequences", "tokens", "transport", "p50", "p99", "echo p50", "echo p99", "kernels", "p50 / floor"):
+    table = Table(title="AppendAndSelect of sequences x tokens, one layer (ms); ratio: p50 / (echo p50 + kernels)")
+    for heading in ("case", "", "p50", "p99", "echo p50", "echo p99", "kernels", "ratio"):
         table.add_column(heading, justify="right")
     for row in rows:
         numbers = (row.p50_ms, row.p99_ms, row.echo_p50_ms, row.echo_p99_ms, row.kernel_ms)
         table.add_row(
-            str(row.sequences),
-            str(row.tokens),
+            f"{row.sequences} x {row.tokens}",
             row.transport,
             *(f"{number:.2f}" for number in numbers),
             f"{row.over_echo_and_kernel:.2f}",

@@ -34,7 +34,9 @@ def _module() -> str:
 
 
 def _commit() -> str:
-    """The commit; `-dirty` where the tree differs from it."""
+    """The commit, `-dirty` where the tree differs from it; of a tree without a repository, what `GIT_COMMIT` says."""
+    if commit := os.environ.get("GIT_COMMIT"):
+        return commit
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
