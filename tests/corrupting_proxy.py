@@ -1,4 +1,4 @@
-"""A server between client and server that hands on every call, and spoils one block id in some of the answers."""
+"""A server between client and server that hands on every call, and spoils some of the answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import numpy as np
 
 from blockdex.v1 import indexer_pb2 as pb
 
 _SPOILED = "/blockdex.v1.IndexerService/AppendAndSelect"
 _SECONDS = 10.0
+_TOPK = 16
 
 
 class _Handler(grpc.GenericRpcHandler):
@@ -39,12 +41,11 @@ class _Handler(grpc.GenericRpcHandler):
 
 
 def spoiled(response: bytes) -> bytes:
-    """The answer with its very first block id one too low: a block twice, none at all, or one that scores less."""
+    """The answer with the first block id of every row one too low: no block at all, or one that scores less."""
     message = pb.AppendAndSelectResponse.FromString(response)
-    data = bytearray(message.block_ids.data)
-    first = int.from_bytes(data[:4], "little", signed=True)
-    data[:4] = (first - 1).to_bytes(4, "little", signed=True)
-    message.block_ids.data = bytes(data)
+    block_ids = np.frombuffer(message.block_ids.data, "<i4").reshape(-1, _TOPK).copy()
+    block_ids[:, 0] -= 1
+    message.block_ids.data = block_ids.tobytes()
     return message.SerializeToString()
 
 

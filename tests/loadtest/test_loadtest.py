@@ -171,8 +171,8 @@ def test_an_open_loop_counts_from_the_intended_moment(runs: Runs) -> None:
 
 
 def test_a_wrong_answer_is_caught(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    with corrupting_proxy(runs.server.grpc_address, every=5) as address:
-        result = runs.run("decode-fleet", status=1, address=address, transport="unary", check_share=0.2)
+    with corrupting_proxy(runs.server.grpc_address, every=2) as address:
+        result = runs.run("decode-fleet", status=1, address=address, transport="unary", check_share=1)
     wrong, checks = result["checks"]["wrong"], result["checks"]
     assert 0 < len(wrong) < checks["checked"]
     assert {entry["operation"] for entry in wrong} == {"decode"}

@@ -58,6 +58,7 @@ class Display:
         """What is done from now on."""
         self._window = None
         self._recent.clear()
+        self._plain_due = time.monotonic() + _PLAIN_SECONDS
         self._bar.reset(self._task, description=words, total=None)
         if not self._live:
             self._console.print(words, highlight=False)
@@ -79,7 +80,7 @@ class Display:
         if self._window is not None:
             total = self._window.end - self._window.begin
             self._bar.update(self._task, total=total, completed=time.monotonic() - self._window.begin)
-        if not self._live and time.monotonic() >= self._plain_due and self._window is not None:
+        if not self._live and time.monotonic() >= self._plain_due:
             self._plain_due = time.monotonic() + _PLAIN_SECONDS
             self._console.print(self._now(), highlight=False)
 
