@@ -62,14 +62,16 @@ def process(*command: str, ready: str) -> Iterator[re.Match[str]]:
         assert running.stdout is not None
         try:
             deadline = time.monotonic() + _START_SECONDS
+            said: list[str] = []
             for line in running.stdout:
+                said.append(line)
                 if match := re.search(ready, line):
                     yield match
                     break
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{command[0]}: not ready after {_START_SECONDS} s")
             else:
-                raise RuntimeError(f"{' '.join(command)}: ended before it was ready")
+                raise RuntimeError(f"{' '.join(command)}: ended before it was ready\n{''.join(said)}")
         finally:
             running.terminate()
             try:
