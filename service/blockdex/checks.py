@@ -13,7 +13,22 @@ from blockdex.errors import InvalidArgumentError, Reason, ResourceExhaustedError
 from blockdex.messages import Spans
 from blockdex_kernels import IndexSpec
 
+TENANT_KEY = "blockdex-tenant"
+"""Metadata entry that names the tenant."""
+
+_MAX_TENANT_CHARACTERS = 256
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8_e4m3": 1}
+
+
+def check_tenant(tenant: str) -> None:
+    """Refuses a tenant that is empty, too long, or not printable ASCII, which metadata cannot carry."""
+    if not 1 <= len(tenant) <= _MAX_TENANT_CHARACTERS:
+        raise InvalidArgumentError(
+            f"{TENANT_KEY}: must have 1 to {_MAX_TENANT_CHARACTERS} characters, got {len(tenant)}",
+            Reason.INVALID_TENANT,
+        )
+    if not (tenant.isascii() and tenant.isprintable()):
+        raise InvalidArgumentError(f"{TENANT_KEY}: must be printable ASCII, got {tenant!r}", Reason.INVALID_TENANT)
 
 
 def check_layer(spec: IndexSpec, layer: int) -> None:
@@ -45,33 +60,39 @@ def check_spans(
     lengths: Iterable[int],
     revisions: Iterable[int],
 ) -> Spans:
-    """The columns as one message; refuses uneven or empty columns, duplicates, and positions out of bounds."""
-    # Lists, since requests are mostly a few spans, where each numpy operation costs more than a pass over them.
+    """The columns as one message, or what `check_columns` raises."""
     ids, first, count, revision = list(sequence_ids), list(starts), list(lengths), list(revisions)
+    check_columns(spec, max_spans, ids, first, count, revision)
+    return Spans(
+        np.array(ids, dtype=np.uint64),
+        np.array(first, dtype=np.int64),
+        np.array(count, dtype=np.int64),
+        np.array(revision, dtype=np.uint64) if revision else np.zeros(len(ids), dtype=np.uint64),
+    )
+
+
+def check_columns(
+    spec: IndexSpec, max_spans: int, ids: list[int], starts: list[int], lengths: list[int], revisions: list[int]
+) -> None:
+    """Refuses uneven or empty columns (revisions may be left out), duplicates, and positions out of bounds."""
+    # Lists, since requests are mostly a few spans, where each numpy operation costs more than a pass over them.
     num_spans = len(ids)
-    if not revision:
-        revision = [0] * num_spans
-    if not num_spans == len(first) == len(count) == len(revision):
+    num_revisions = len(revisions) or num_spans
+    if not num_spans == len(starts) == len(lengths) == num_revisions:
         raise InvalidArgumentError(
             "spans: columns must be equally long, got "
-            f"{num_spans} sequence_ids, {len(first)} starts, {len(count)} lengths, {len(revision)} revisions",
+            f"{num_spans} sequence_ids, {len(starts)} starts, {len(lengths)} lengths, {num_revisions} revisions",
             Reason.INVALID_SPANS,
         )
     if not 1 <= num_spans <= max_spans:
         raise InvalidArgumentError(f"spans: must be 1 to {max_spans}, got {num_spans}", Reason.INVALID_SPANS)
-    if min(count) < 1 or min(first) < 0 or max(map(add, first, count)) > spec.max_sequence_tokens:
-        raise _misplaced(spec, zip(ids, first, count, strict=True))
+    if min(lengths) < 1 or min(starts) < 0 or max(map(add, starts, lengths)) > spec.max_sequence_tokens:
+        raise _misplaced(spec, zip(ids, starts, lengths, strict=True))
     if len(set(ids)) != num_spans:
         sequence, times = Counter(ids).most_common(1)[0]
         raise InvalidArgumentError(
             f"spans: sequence {sequence} is named {times} times, at most 1 is allowed", Reason.DUPLICATE_SEQUENCE
         )
-    return Spans(
-        np.array(ids, dtype=np.uint64),
-        np.array(first, dtype=np.int64),
-        np.array(count, dtype=np.int64),
-        np.array(revision, dtype=np.uint64),
-    )
 
 
 def _misplaced(spec: IndexSpec, spans: Iterable[tuple[int, int, int]]) -> InvalidArgumentError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 import blockdex
-from blockdex import InvalidArgumentError, Reason, ResourceExhaustedError
+from blockdex import Reason, ResourceExhaustedError
+from blockdex.checks import TENANT_KEY
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1.indexer_pb2_grpc import IndexerServiceStub
 from clients import connect, new_sequence
@@ -146,17 +148,18 @@ def test_lengths_of_forks_and_truncations_too(lone_client: blockdex.Client, stub
     assert client_words(lambda: client.truncate_sequence(7, 2**20 + 1)) == server_words(stub.TruncateSequence, cut)
 
 
-def test_a_tenant_that_cannot_be(flavour: Any, small_server: Serving) -> None:
-    with connect(flavour, small_server.grpc_address, tenant="x" * 257) as client:
-        calls: list[Callable[[], None]] = [
-            lambda: client.open_sequence(1),
-            lambda: client.append_keys(0, sequences=1, keys=zeros(1, 128), starts=0),
-        ]
-        for call in calls:
-            with pytest.raises(InvalidArgumentError) as refused:
-                call()
-            assert refused.value.reason == Reason.INVALID_TENANT
-            assert refused.value.message == "blockdex-tenant: must have 1 to 256 characters, got 257"
+@pytest.mark.parametrize("tenant", ["", "x" * 257])
+def test_a_tenant_that_cannot_be(flavour: Any, stub: Any, tenant: str) -> None:
+    method = functools.partial(stub.CloseSequence, metadata=((TENANT_KEY, tenant),))
+    assert client_words(lambda: flavour[0]("127.0.0.1:1", tenant=tenant)) == server_words(
+        method, pb.CloseSequenceRequest(sequence_id=1)
+    )
+
+
+@pytest.mark.parametrize("tenant", ["ä", "a\nb"])
+def test_a_tenant_that_metadata_cannot_carry(flavour: Any, tenant: str) -> None:
+    words = client_words(lambda: flavour[0]("127.0.0.1:1", tenant=tenant))
+    assert words == ("INVALID_ARGUMENT", "INVALID_TENANT", f"blockdex-tenant: must be printable ASCII, got {tenant!r}")
 
 
 def test_tenants_do_not_see_each_other(flavour: Any, small_server: Serving) -> None:
@@ -213,6 +216,19 @@ def test_what_only_the_client_can_see(
 def test_integers_that_the_wire_cannot_carry(client: blockdex.Client, arguments: dict[str, Any], message: str) -> None:
     code, reason, words = client_words(lambda: client.append_keys(**(KEYS | arguments)))
     assert (code, reason, words) == ("INVALID_ARGUMENT", "INVALID_SPANS", message)
+
+
+def test_ids_that_the_wire_cannot_carry(client: blockdex.Client) -> None:
+    calls: dict[str, Callable[[], object]] = {
+        "sequence_id must be 0 to 18446744073709551615, got -1": lambda: client.open_sequence(-1),
+        "sequence_id must be 0 to 18446744073709551615, got 18446744073709551616": lambda: client.get_sequence(2**64),
+        "sequence_id must be 0 to 18446744073709551615, got -2": lambda: client.close_sequence(-2),
+        "sequence_id must be 0 to 18446744073709551615, got -3": lambda: client.truncate_sequence(-3, 0),
+        "child_id must be 0 to 18446744073709551615, got -4": lambda: client.fork_sequence(1, -4, 0),
+        "lease_seconds must be 0 to 4294967295, got -5": lambda: client.open_sequence(1, lease_seconds=-5),
+    }
+    for message, call in calls.items():
+        assert client_words(call) == ("INVALID_ARGUMENT", "INVALID_SPANS", message)
 
 
 def test_what_is_no_tensor_and_no_integer(client: blockdex.Client) -> None:

@@ -34,6 +34,9 @@ class Client:
     `FailedPreconditionError` (OUTCOME_UNKNOWN) until `get_sequence` was asked or an append named its start. Calls on
     one sequence and layer that overlap in time should name theirs.
 
+    A server that has lost its cache says so once, by `FailedPreconditionError` (EPOCH_MISMATCH): its sequences are
+    gone, and the client forgets them too.
+
     Every call ends inside its timeout. Calls that change nothing, `close_sequence`, and appends whose spans all carry
     a revision are repeated while the server is unavailable; nothing else is.
 
@@ -43,10 +46,11 @@ class Client:
         address: `HOST:PORT`, or any gRPC target, such as `unix:/path`.
         tenant: whose sequences these are, where the transport proves no identity; None leaves it to the server.
         timeout: seconds that a call may take when it names no timeout.
-        transport: `stream` (data calls share one stream; the default, since a call then takes about two thirds of the
-            time) or `unary` (each is an RPC of its own, which a large prefill on another thread does not hold up).
+        transport: `stream` (data calls share one stream; the default, since its calls were measured to be the faster
+            ones) or `unary` (each is an RPC of its own, which no large request of another thread holds up).
 
     Raises:
+        InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
         ValueError: the timeout is not a positive, finite number, or the transport is unknown.
     """
 

@@ -11,7 +11,7 @@ from blockdex import checks
 from blockdex.client.answers import SequenceState, info_of
 from blockdex.client.call import Call
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import Queries, Spans, fill
+from blockdex.client.requests import Queries, Spans, fill, integer
 from blockdex.client.tensors import tensor_like
 from blockdex.v1 import indexer_pb2 as pb
 
@@ -42,12 +42,15 @@ class Core:
         timeout: seconds that a call may take that names none.
 
     Raises:
+        InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
         ValueError: the timeout is not a positive, finite number.
     """
 
     def __init__(self, address: str, tenant: str | None, timeout: float) -> None:
+        if tenant is not None:
+            checks.check_tenant(tenant)
         self.address = address
-        self.metadata = () if tenant is None else (("blockdex-tenant", tenant),)
+        self.metadata = () if tenant is None else ((checks.TENANT_KEY, tenant),)
         self._timeout = _checked(timeout)
         self._lock = threading.Lock()
         self._ledger: Ledger | None = None
@@ -84,6 +87,8 @@ class Core:
         self, ledger: Ledger, deadline: float, sequence_id: int, lease_seconds: int, epoch: int | None
     ) -> Call[None]:
         """OpenSequence; from the answer on, every length is 0."""
+        sequence_id = integer("sequence_id", sequence_id)
+        lease_seconds = integer("lease_seconds", lease_seconds, bits=32)
         request = pb.OpenSequenceRequest(
             sequence_id=sequence_id, lease_seconds=lease_seconds, epoch=_epoch(ledger, epoch)
         )
@@ -95,6 +100,7 @@ class Core:
 
     def get_sequence(self, ledger: Ledger, deadline: float, sequence_id: int, epoch: int | None) -> Call[SequenceState]:
         """GetSequence; the answer settles lengths that are unknown."""
+        sequence_id = integer("sequence_id", sequence_id)
         request = pb.GetSequenceRequest(sequence_id=sequence_id, epoch=_epoch(ledger, epoch))
         watch = ledger.begin_question(sequence_id)
 
@@ -109,6 +115,7 @@ class Core:
         self, ledger: Ledger, deadline: float, parent_id: int, child_id: int, length: int, epoch: int | None
     ) -> Call[tuple[int, ...]]:
         """ForkSequence; the answer is the child's lengths."""
+        parent_id, child_id = integer("parent_id", parent_id), integer("child_id", child_id)
         checks.check_length(ledger.info.spec, parent_id, length)
         request = pb.ForkSequenceRequest(
             parent_id=parent_id, child_id=child_id, length=length, epoch=_epoch(ledger, epoch)
@@ -125,6 +132,7 @@ class Core:
         self, ledger: Ledger, deadline: float, sequence_id: int, length: int, epoch: int | None
     ) -> Call[tuple[int, ...]]:
         """TruncateSequence; the answer is the sequence's lengths."""
+        sequence_id = integer("sequence_id", sequence_id)
         checks.check_length(ledger.info.spec, sequence_id, length)
         request = pb.TruncateSequenceRequest(sequence_id=sequence_id, length=length, epoch=_epoch(ledger, epoch))
         watch = ledger.begin_truncation(sequence_id)
@@ -141,6 +149,7 @@ class Core:
 
     def close_sequence(self, ledger: Ledger, deadline: float, sequence_id: int, epoch: int | None) -> Call[None]:
         """CloseSequence; closing what is closed already is fine, so it may be repeated."""
+        sequence_id = integer("sequence_id", sequence_id)
         request = pb.CloseSequenceRequest(sequence_id=sequence_id, epoch=_epoch(ledger, epoch))
 
         def finish(_: pb.CloseSequenceResponse) -> None:

@@ -109,6 +109,11 @@ def spans_of(
     )
 
 
+def integer(name: str, value: int, *, bits: int = 64) -> int:
+    """One integer that the wire can carry; raises as `integers`."""
+    return integers(name, [value], bits=bits)[0]
+
+
 def integers(name: str, value: Integers, *, bits: int) -> list[int]:
     """One integer or several, as a list that the wire can carry.
 
@@ -147,7 +152,7 @@ def fill(
         BlockdexError: a field is out of bounds.
     """
     spec = info.spec
-    checks.check_spans(spec, info.limits.max_spans, spans.sequences, starts, spans.lengths, spans.revisions)
+    checks.check_columns(spec, info.limits.max_spans, spans.sequences, starts, spans.lengths, spans.revisions)
     tokens, num_heads = sum(spans.lengths), 0
     parts = []
     if keys is not None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from blockdex.errors import InvalidArgumentError, Reason
+from blockdex.checks import TENANT_KEY, check_tenant
 from blockdex.logs import RateLimit, log_event
 
 Observe = Callable[[str, str, float], None]
@@ -20,11 +20,9 @@ Observe = Callable[[str, str, float], None]
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-TENANT_KEY = "blockdex-tenant"
 DEFAULT_TENANT = "default"
 REQUEST_ID_KEY = "x-request-id"
 
-_MAX_TENANT_CHARACTERS = 256
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _SLOW_LINES_PER_SECOND = 10
 _UNTIMED: Mapping[str, float] = MappingProxyType({})
@@ -49,13 +47,9 @@ class Caller(NamedTuple):
         """The tenant.
 
         Raises:
-            InvalidArgumentError: it is empty or too long.
+            InvalidArgumentError: it is empty, too long, or not printable ASCII.
         """
-        if not 1 <= len(self.tenant) <= _MAX_TENANT_CHARACTERS:
-            raise InvalidArgumentError(
-                f"{TENANT_KEY}: must have 1 to {_MAX_TENANT_CHARACTERS} characters, got {len(self.tenant)}",
-                Reason.INVALID_TENANT,
-            )
+        check_tenant(self.tenant)
         return self.tenant
 
 
