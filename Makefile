@@ -11,10 +11,10 @@ VENV_FLAGS := $(if $(HAS_TORCH),--system-site-packages,)
 CONSTRAINTS := $(if $(HAS_TORCH),,--constraint constraints.txt)
 
 # Programs of the tests that pip does not bring, each with the Debian package that does.
-TOOLS := prometheus=prometheus promtool=prometheus kubectl=kubernetes-client
+TOOLS := prometheus=prometheus promtool=prometheus kubectl=kubernetes-client chromium=chromium
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
 
-.PHONY: help install tools demo test test-all lint format proto lock bench clean
+.PHONY: help install tools demo test test-all lint format proto lock bench docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -59,6 +59,11 @@ lock: $(STAMP) ## Pin what the images hold: deploy/requirements
 
 bench: $(STAMP) ## Client latency beside a bare gRPC echo; writes JSON and PNG to benchmarks/results
 	$(BIN)/python -m benchmarks.client
+	$(BIN)/python -m benchmarks.tables
+
+docs: $(STAMP) ## Build the documentation into site/
+	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m zensical build --strict
 
 clean: ## Remove the virtual environments and caches
-	rm -rf $(VENV) .venv-proto .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-proto site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,131 @@
+"""What the documentation lists, held against the code that it speaks of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from benchmarks import tables
+
+from blockdex import config
+from blockdex.cli import main
+from blockdex.errors import Code, Reason
+from blockdex.v1 import indexer_pb2 as pb
+from blockdex_kernels import IndexSpec
+from blockdex_kernels.spec import KeyDtype
+from built_site import DOCS, ROOT
+
+
+def _page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def _rows(name: str) -> list[list[str]]:
+    """The cells of every row of every table of a page, headings included."""
+    lines = re.findall(r"^\| (.*) \|$", _page(name), re.MULTILINE)
+    return [[cell.strip() for cell in line.split(" | ")] for line in lines]
+
+
+def _told_reasons() -> dict[str, set[str]]:
+    rows = [row for row in _rows("errors.md") if row[0].startswith("`")]
+    assert all(len(row) == 4 and row[2] and row[3] for row in rows), "each has a cause and a remedy"
+    names = [row[0].strip("`") for row in rows]
+    assert len(set(names)) == len(names)
+    return {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in rows}
+
+
+def test_every_reason_is_told() -> None:
+    told = _told_reasons()
+    assert set(told) == {reason.value for reason in Reason}
+    assert {code for codes in told.values() for code in codes} <= set(Code.__members__)
+
+
+def test_reasons_have_the_codes_of_the_contract() -> None:
+    contract = (ROOT / "proto" / "blockdex" / "v1" / "indexer.proto").read_text(encoding="utf-8")
+    words = re.sub(r"\s*//\s*", " ", contract)
+    pairs = re.findall(r"\b([A-Z_]{5,}) \(([A-Z_]+(?:, [A-Z_]+)*)\)", words)
+    assert len(pairs) > 20
+    told = _told_reasons()
+    for code, reasons in pairs:
+        for reason in reasons.split(", "):
+            assert code in told[reason], f"{reason} comes with {code}"
+
+
+def test_every_rpc_is_told() -> None:
+    service = pb.DESCRIPTOR.services_by_name["IndexerService"]
+    assert re.findall(r"^\| `(\w+)` \| (?:unary|bidirectional) \|", _page("protocol.md"), re.MULTILINE) == [
+        method.name for method in service.methods
+    ]
+
+
+def test_every_setting_is_told() -> None:
+    expected = [
+        [
+            f"`--{name.replace('_', '-')} {metavar}`",
+            f"`{config._variable(name)}`",
+            "" if default is None else f"`{default}`",
+            description,
+        ]
+        for name, metavar, default, description in config._described()
+    ]
+    told = re.findall(r"^\| (`--.*?`) \| (`\w+`) \| (`.*?`)? ?\| (.*) \|$", _page("settings.md"), re.MULTILINE)
+    assert [list(row) for row in told] == expected
+
+
+def test_the_file_of_settings_is_one(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", _page("settings.md"), re.DOTALL)
+    path = tmp_path / "blockdex.toml"
+    path.write_text(example, encoding="utf-8")
+    settings = config.load_settings(["--config", str(path)])
+    assert settings.cache_bytes == 64 * 2**30
+
+
+def test_every_alert_is_told() -> None:
+    alerts = re.findall(r"- alert: (\w+)", (ROOT / "deploy" / "prometheus" / "alerts.yml").read_text("utf-8"))
+    assert alerts
+    assert re.findall(r"^### (Blockdex\w+)$", _page("operations.md"), re.MULTILINE) == alerts
+
+
+def test_every_event_of_the_log_is_told() -> None:
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "service" / "blockdex").rglob("*.py"))
+    levelled = re.findall(r"log_event\(\s*logger,\s*logging\.(\w+),\s*\"([^\"]+)\"", source)
+    faults = re.findall(r"log_fault\(\s*logger,\s*\"([^\"]+)\"", source)
+    assert len(levelled) + len(faults) == len(re.findall(r"(?<!def )log_(?:event|fault)\(", source))
+    logged = {(event, level.lower()) for level, event in levelled} | {(event, "error") for event in faults}
+    section = _page("operations.md").partition("## Logs")[2]
+    assert set(re.findall(r"^\| `([^`]+)` \| (\w+) \|", section, re.MULTILINE)) == logged
+
+
+def test_every_target_is_told() -> None:
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    told = re.findall(r"^\| `make ([a-z-]+)` \|", _page("contributing.md"), re.MULTILINE)
+    assert sorted(told) == sorted(set(targets) - {"help"})
+
+
+@pytest.mark.parametrize("num_layers", [57, 58])
+@pytest.mark.parametrize("key_dtype", ["bf16", "fp8_e4m3"])
+def test_the_sizes(num_layers: int, key_dtype: KeyDtype) -> None:
+    spec = IndexSpec(num_layers=num_layers, key_dtype=key_dtype)
+    tokens = 2**30 // spec.bytes_per_page * spec.block_size
+    (row,) = [row for row in _rows("sizing.md") if row[0].startswith(f"{num_layers} (") and row[1:2] == [key_dtype]]
+    assert row[2:] == [f"{spec.bytes_per_token:,}", f"{spec.bytes_per_page:,}", f"{tokens:,}"]
+
+
+def test_the_plan_is_what_the_calculator_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    ((words, printed),) = re.findall(r"\$ blockdex (plan .*)\n```\n+```text\n(.*?)```", _page("sizing.md"), re.DOTALL)
+    assert main(words.split()) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_the_flags_of_the_calculator_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    flags = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    told = {flag for row in _rows("sizing.md") for flag in re.findall(r"--[a-z-]+", row[0])}
+    assert told == flags
+
+
+def test_the_measured_figures_are_those_of_the_results() -> None:
+    page = _page("performance.md")
+    assert tables.with_results(page) == page, "make docs brings them in"
