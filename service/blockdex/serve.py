@@ -18,7 +18,10 @@ from blockdex.messages import Info
 from blockdex.rpc.server import RpcServer, start_rpc_server
 from blockdex.transport.channel import Channel
 from blockdex.web.app import create_app
-from blockdex.web.metrics import RequestMetrics
+from blockdex.web.gpu import GpuCollector, open_gpu
+from blockdex.web.history import History
+from blockdex.web.live import LiveView
+from blockdex.web.metrics import Metrics, RequestMetrics, ServerCollector
 from blockdex.web.readiness import Readiness
 from blockdex.web.server import HttpServer
 from blockdex_kernels import IndexSpec, SpecError
@@ -109,9 +112,13 @@ async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.sock
     channel = LocalChannel(engine)
     channel.start()
     try:
-        http = HttpServer(create_app(channel, requests, readiness), http_socket)
+        history = History(channel, requests)
+        metrics = Metrics(ServerCollector(channel, requests, readiness), _gpu_of(channel.info().device))
+        live = LiveView(channel, history, readiness)
+        http = HttpServer(create_app(channel, metrics, live, readiness), http_socket)
+        watching = asyncio.create_task(history.run())
         try:
-            rpc = await _start_rpc(channel, settings.grpc_address, requests)
+            rpc = await _start_rpc(channel, settings, requests)
             readiness.obstacle = ""
             http_address = Address.parse(settings.http_address).at_port_of(http_socket)
             _log_start(channel.info(), rpc.address, str(http_address))
@@ -122,15 +129,30 @@ async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.sock
             await channel.drain(settings.shutdown_grace_seconds)
             await rpc.stop(_WRITE_SECONDS)
         finally:
+            watching.cancel()
             await http.stop()
     finally:
         channel.stop()
     log_event(logger, logging.INFO, "stopped")
 
 
-async def _start_rpc(channel: Channel, address: str, requests: RequestMetrics) -> RpcServer:
+def _gpu_of(device: str) -> GpuCollector | None:
+    if not device.startswith("cuda"):
+        return None
+    import torch  # noqa: PLC0415 - as above
+
+    # NVML numbers the GPUs in another order than CUDA does; the UUID is the same for both.
+    return open_gpu(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+
+async def _start_rpc(channel: Channel, settings: ServeSettings, requests: RequestMetrics) -> RpcServer:
     try:
-        return await start_rpc_server(channel, address, observe=requests.observe)
+        return await start_rpc_server(
+            channel,
+            settings.grpc_address,
+            observe=requests.observe,
+            slow_request_seconds=settings.slow_request_seconds,
+        )
     except OSError as error:
         raise StartError(str(error)) from error
 

@@ -1,31 +1,49 @@
-"""The HTTP side: is it alive, does it serve, what does it count, what is it."""
+"""The HTTP side: is it alive, does it serve, what does it count, what is it, and a page to look at."""
 
 from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from google.protobuf.json_format import MessageToJson
-from prometheus_client.exposition import choose_encoder
 
 from blockdex import __version__
 from blockdex.rpc.convert import info_response
 from blockdex.rpc.service import TRANSPORTS
 from blockdex.transport.channel import Channel
-from blockdex.web.metrics import RequestMetrics, metrics_registry
+from blockdex.web.live import LiveView
+from blockdex.web.metrics import Metrics
 from blockdex.web.readiness import Readiness
 
+PAGE_FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+PAGE_HEADERS = {
+    # The page is its own files and talks to its own server: nothing else, from nowhere else, in nobody's frame.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
 
-def create_app(channel: Channel, requests: RequestMetrics, readiness: Readiness) -> FastAPI:
+
+def create_app(channel: Channel, metrics: Metrics, live: LiveView, readiness: Readiness) -> FastAPI:
     """The application of one server.
 
     Args:
         channel: the engine.
-        requests: what the gRPC side counts its requests in.
+        metrics: what `/metrics` answers.
+        live: what the page shows.
         readiness: whether the server takes requests.
     """
     # The pages with the API's documentation would load scripts from elsewhere.
     app = FastAPI(title="blockdex", docs_url=None, redoc_url=None)
-    registry = metrics_registry(channel, requests, readiness)
 
     # All of them are coroutines, so that the channel is only ever used on its loop.
     @app.get("/healthz", response_class=PlainTextResponse)
@@ -41,10 +59,10 @@ def create_app(channel: Channel, requests: RequestMetrics, readiness: Readiness)
         return PlainTextResponse(f"{readiness.obstacle}\n", status_code=503)
 
     @app.get("/metrics")
-    async def metrics(request: Request) -> Response:
+    async def exposition(request: Request) -> Response:
         """Prometheus text, or OpenMetrics where the caller accepts it."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"content-type": content_type})
+        body, content_type = await metrics.exposition(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
 
     @app.get("/v1/info")
     async def info() -> Response:
@@ -54,4 +72,22 @@ def create_app(channel: Channel, requests: RequestMetrics, readiness: Readiness)
             MessageToJson(message, always_print_fields_with_no_presence=True), media_type="application/json"
         )
 
+    @app.get("/v1/live")
+    async def live_view() -> Response:
+        """What the page shows, as of the last second."""
+        headers = PAGE_HEADERS | {"cache-control": "no-store"}
+        return Response(await live.body(), media_type="application/json", headers=headers)
+
+    for path, (name, content_type) in PAGE_FILES.items():
+        app.get(path, include_in_schema=False)(_page_file(name, content_type))
     return app
+
+
+def _page_file(name: str, content_type: str) -> Callable[[], Awaitable[Response]]:
+    body = (files("blockdex.web") / "page" / name).read_bytes()
+    headers = PAGE_HEADERS | {"content-type": content_type}
+
+    async def answer() -> Response:
+        return Response(body, headers=headers)
+
+    return answer

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
 from blockdex import __version__
 from blockdex.engine.stats import SECONDS_BUCKETS, Histogram
 from blockdex.errors import Code
+from blockdex.messages import CacheOverview
 from blockdex.transport.channel import Channel
+from blockdex.web.gpu import GpuCollector
 from blockdex.web.readiness import Readiness
 
 TOKEN_RPCS = ("AppendKeys", "SelectBlocks", "AppendAndSelect")
@@ -62,6 +66,11 @@ class ServerCollector:
         self._channel = channel
         self._requests = requests
         self._readiness = readiness
+        self._overview: CacheOverview | None = None
+
+    async def refresh(self) -> None:
+        """Asks the channel for what it does not know at once; to be called before `collect`."""
+        self._overview = await self._channel.overview(max_cells=1)
 
     def collect(self) -> Iterator[Metric]:
         """Every metric of the server, each family once."""
@@ -85,6 +94,11 @@ class ServerCollector:
             "Upper 53 bits of the cache's epoch: another number is another, empty cache.",
             # A sample is a double: of 64 bits it would round some away.
             value=info.epoch >> 11,
+        )
+        yield GaugeMetricFamily(
+            "blockdex_epoch_started_timestamp_seconds",
+            "Unix time at which the cache was born.",
+            self._channel.stats().epoch_started,
         )
 
     def _of_requests(self) -> Iterator[Metric]:
@@ -125,14 +139,31 @@ class ServerCollector:
         yield CounterMetricFamily(
             "blockdex_evictions", "Sequences evicted, idle past their lease when pages ran out.", cache.evictions
         )
+        assert self._overview is not None, "refresh() goes before collect()"
+        yield GaugeMetricFamily(
+            "blockdex_idle_pages",
+            "Pages that only sequences past their lease hold: eviction can free them.",
+            int(self._overview.idle.sum()),
+        )
+        yield GaugeMetricFamily("blockdex_idle_sequences", "Sequences past their lease.", self._overview.idle_sequences)
 
 
-def metrics_registry(channel: Channel, requests: RequestMetrics, readiness: Readiness) -> CollectorRegistry:
-    """The registry of one server, with what the operating system knows of the process; not the global one."""
-    registry = CollectorRegistry()
-    registry.register(ServerCollector(channel, requests, readiness))
-    ProcessCollector(registry=registry)
-    return registry
+class Metrics:
+    """What `/metrics` answers: the server, what the operating system knows of the process, and its GPU."""
+
+    def __init__(self, server: ServerCollector, gpu: GpuCollector | None) -> None:
+        # Not the global registry, which other libraries write to.
+        self._registry = CollectorRegistry()
+        self._fresh: list[ServerCollector | GpuCollector] = [server] if gpu is None else [server, gpu]
+        for collector in self._fresh:
+            self._registry.register(collector)
+        ProcessCollector(registry=self._registry)
+
+    async def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The metrics now and their content type: Prometheus text, or OpenMetrics where `accept` names it."""
+        await asyncio.gather(*(collector.refresh() for collector in self._fresh))
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
