@@ -17,6 +17,7 @@ class TcpProxy:
     Attributes:
         address: `host:port` that it listens on.
         target: `host:port` of the server that new connections lead to.
+        requests: whether the clients' bytes are taken; while not, they wait.
         answers: whether the server's bytes reach the client; while not, they are dropped.
         accepts: whether new connections lead anywhere; while not, they are closed at once.
         connections: connections accepted so far.
@@ -24,6 +25,7 @@ class TcpProxy:
 
     def __init__(self, target: str) -> None:
         self.target = target
+        self.requests = True
         self.answers = True
         self.accepts = True
         self.connections = 0
@@ -67,7 +69,8 @@ class TcpProxy:
         host, _, port = self.target.rpartition(":")
         with contextlib.suppress(OSError), client, socket.create_connection((host, int(port))) as server:
             while not self._cut.is_set():
-                readable, _, _ = select.select((client, server), (), (), _TICK_SECONDS)
+                sources = (client, server) if self.requests else (server,)
+                readable, _, _ = select.select(sources, (), (), _TICK_SECONDS)
                 for source in readable:
                     data = source.recv(65536)
                     if not data:

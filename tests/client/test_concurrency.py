@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 import blockdex
-from blockdex import CancelledError, FailedPreconditionError, Reason, UnavailableError
+from blockdex import CancelledError, DeadlineExceededError, FailedPreconditionError, Reason, UnavailableError
 from clients import FLAVOURS, Transport, new_sequence
 from serving import Serving
 from tcp_proxy import TcpProxy
@@ -174,6 +174,28 @@ async def test_everything_in_flight_fails_with_its_stream(proxy: TcpProxy) -> No
             await client.get_sequence(sequence)
             await client.append_keys(0, sequences=sequence, keys=block(0))
             await client.close_sequence(sequence)
+
+
+def test_a_request_that_was_not_sent_when_its_caller_left_is_never_sent(
+    proxy: TcpProxy, other: blockdex.Client
+) -> None:
+    with blockdex.Client(proxy.address, transport="stream", timeout=30) as client, ThreadPoolExecutor(1) as pool:
+        large, small = new_sequence(), new_sequence()
+        for sequence in (large, small):
+            client.open_sequence(sequence)
+            client.append_keys(1, sequences=sequence, keys=block(0))
+        proxy.requests = False
+        keys = np.zeros((8000, 128), np.float32)
+        appending = pool.submit(lambda: client.append_keys(0, sequences=large, keys=keys))
+        time.sleep(0.2)
+        with pytest.raises(DeadlineExceededError):
+            client.append_keys(0, sequences=small, keys=block(0), timeout=0.2)
+        proxy.requests = True
+        appending.result()
+        client.append_keys(2, sequences=small, keys=block(0))
+        assert other.get_sequence(small).lengths == (0, 128, 128)
+        for sequence in (large, small):
+            client.close_sequence(sequence)
 
 
 def test_closing_fails_what_is_in_flight_and_what_comes_after(proxy: TcpProxy, transport: Transport) -> None:
