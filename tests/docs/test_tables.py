@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
-from benchmarks import tables
+from benchmarks import client, cpu_kernels, tables
+from benchmarks.environment import environment
 
 from blockdex import config
 from blockdex.cli import main
@@ -63,13 +66,12 @@ def test_every_setting_is_told() -> None:
     expected = [
         [
             f"`--{name.replace('_', '-')} {metavar}`",
-            f"`{config._variable(name)}`",
             "" if default is None else f"`{default}`",
             description,
         ]
         for name, metavar, default, description in config._described()
     ]
-    told = re.findall(r"^\| (`--.*?`) \| (`\w+`) \| (`.*?`)? ?\| (.*) \|$", _page("settings.md"), re.MULTILINE)
+    told = re.findall(r"^\| (`--.*?`) \| (`.*?`)? ?\| (.*) \|$", _page("settings.md"), re.MULTILINE)
     assert [list(row) for row in told] == expected
 
 
@@ -124,6 +126,24 @@ def test_the_flags_of_the_calculator_are_told(capsys: pytest.CaptureFixture[str]
     flags = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
     told = {flag for row in _rows("sizing.md") for flag in re.findall(r"--[a-z-]+", row[0])}
     assert told == flags
+
+
+def test_a_result_becomes_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = client.Row(64, 8192, "stream", 82_000, 4_096, 12.345, 23.456, 1.234, 2.345, 9.876, 1.111)
+    facts = environment("numpy")
+    result = {**facts, "rows": [dataclasses.asdict(measured)]}
+    (tmp_path / "client.json").write_text(json.dumps(result), encoding="utf-8")
+    row = cpu_kernels.Row(8, 1, 8192, "fp8_e4m3", 9, ours_ms=2.0, bare_ms=3.0, bare_from_bf16_ms=5.0)
+    ratios = {"ratio": row.ratio, "ratio_from_bf16": row.ratio_from_bf16}
+    result = {**facts, "rows": [dataclasses.asdict(row) | ratios]}
+    (tmp_path / "cpu_kernels.json").write_text(json.dumps(result), encoding="utf-8")
+    (tmp_path / "client.png").touch()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    made = tables.measured()
+    assert "| 64 | 8,192 | stream | 12.35 | 23.46 | 1.23 | 2.35 | 9.88 | 1.11 |\n" in made
+    assert "| 8 | 1 | 8,192 | fp8_e4m3 | 2.00 | 3.00 | 1.50 | 5.00 | 2.50 |\n" in made
+    assert "plots/client.png" in made and "plots/cpu_kernels.png" not in made
+    assert str(facts["commit"]) in made
 
 
 def test_the_measured_figures_are_those_of_the_results() -> None:
