@@ -91,9 +91,6 @@ class Images:
     def remove(self) -> None:
         """Removes every image, so that the folder can be removed."""
         self.buildah("rmi", "--all", "--force", seconds=300)
-        for mounted in self._folder.glob("store/overlay"):
-            # The overlay driver mounts its own folder on itself.
-            subprocess.run(["umount", mounted], check=False)
 
 
 def _pip_settings() -> dict[str, str]:

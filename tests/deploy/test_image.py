@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +103,12 @@ def server(images: Images, cpu: str, folder: Path) -> Iterator[Container]:
         yield container
 
 
+def tell_size(images: Images, image: str) -> None:
+    with images.root_of(image) as root:
+        size = run("du", "--summarize", "--block-size=MB", str(root / "opt" / "blockdex")).split()[0]
+    print(f"{image}: {size} of packages")
+
+
 def test_the_cpu_image_says_how_it_is_run(images: Images, cpu: str) -> None:
     configuration = images.configuration(cpu)
     assert configuration["User"] == f"{USER}:{USER}"
@@ -111,8 +116,7 @@ def test_the_cpu_image_says_how_it_is_run(images: Images, cpu: str) -> None:
     assert configuration["Cmd"] == ["serve"]
     assert configuration["ExposedPorts"].keys() == {"50051/tcp", "9051/tcp"}
     assert configuration["Healthcheck"]["Test"] == ["CMD", "blockdex", "health", "--timeout", "4"]
-    with images.root_of(cpu) as root:
-        print("megabytes beside its base:", run("du", "--summarize", "--block-size=MB", str(root / "opt" / "blockdex")))
+    tell_size(images, cpu)
 
 
 def test_a_container_answers_a_real_selection(server: Container) -> None:
@@ -152,7 +156,7 @@ def test_the_load_test_runs_against_the_server_and_leaves_its_report(
     with running(images, cpu, service | {"command": short}, folder / "loadtest", network=server.network()) as loadtest:
         assert loadtest.process.wait(120) == 0, loadtest.output.read_text(encoding="utf-8")
     reports = folder / "loadtest" / "reports"
-    assert json.loads((reports / "loadtest.json").read_text(encoding="utf-8"))["checks"]["wrong"] == 0
+    assert json.loads((reports / "loadtest.json").read_text(encoding="utf-8"))["checks"]["wrong"] == []
     assert (reports / "loadtest.html").exists()
 
 
@@ -160,6 +164,7 @@ def test_the_engine_image_runs_the_example_against_the_server(
     images: Images, torch_arguments: list[str], server: Container, folder: Path
 ) -> None:
     image = images.build("engine", *torch_arguments)
+    tell_size(images, image)
     service = SERVICES["engine"] | {"command": ["--address", "127.0.0.1:50051", "--small"]}
     with running(images, image, service, folder / "engine", network=server.network()) as engine:
         assert engine.process.wait(600) == 0, engine.output.read_text(encoding="utf-8")
@@ -185,8 +190,3 @@ def test_a_container_stops_when_told(server: Container) -> None:
         json.loads(line) for line in server.output.read_text(encoding="utf-8").splitlines() if line.startswith("{")
     ]
     assert lines == [] or lines[-1]["event"] == "stopped"
-
-
-def test_nothing_is_left_running() -> None:
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert "runc --root" not in listed
