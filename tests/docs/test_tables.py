@@ -92,9 +92,10 @@ def test_every_alert_is_told() -> None:
 def test_every_event_of_the_log_is_told() -> None:
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "service" / "blockdex").rglob("*.py"))
     levelled = re.findall(r"log_event\(\s*logger,\s*logging\.(\w+),\s*\"([^\"]+)\"", source)
-    faults = re.findall(r"log_fault\(\s*logger,\s*\"([^\"]+)\"", source)
-    assert len(levelled) + len(faults) == len(re.findall(r"(?<!def )log_(?:event|fault)\(", source))
-    logged = {(event, level.lower()) for level, event in levelled} | {(event, "error") for event in faults}
+    faults = re.findall(r"log_fault\(\s*logger,\s*\"([^\"]+)\"|logger\.exception\(\"([^\"]+)\"", source)
+    calls = re.findall(r"(?<!def )log_(?:event|fault)\(|logger\.(?:exception|info|warning|critical)\(", source)
+    assert len(levelled) + len(faults) == len(calls)
+    logged = {(event, level.lower()) for level, event in levelled} | {("".join(names), "error") for names in faults}
     section = _page("operations.md").partition("## Logs")[2]
     assert set(re.findall(r"^\| `([^`]+)` \| (\w+) \|", section, re.MULTILINE)) == logged
 
