@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 
-from blockdex.logs import HumanFormatter, JsonFormatter
+from blockdex.logs import HumanFormatter, JsonFormatter, RateLimit
 
 
 def record(event: str, **fields: str | int | float) -> logging.LogRecord:
@@ -50,3 +50,11 @@ def test_an_exception_stays_on_the_line_of_its_record() -> None:
     line = JsonFormatter().format(failed)
     assert "\n" not in line
     assert "RuntimeError: broken" in json.loads(line)["exception"]
+
+
+def test_lines_beyond_the_limit_are_counted_until_somebody_asks() -> None:
+    limit = RateLimit(2)
+    assert [limit.allows(7.0 + step / 10) for step in range(4)] == [True, True, False, False]
+    assert [limit.allows(8.0), limit.allows(8.9), limit.allows(8.99)] == [True, True, False]
+    assert (limit.withheld(), limit.withheld()) == (3, 0)
+    assert limit.allows(9.0)
