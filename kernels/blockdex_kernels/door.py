@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NoReturn, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -14,24 +13,13 @@ from blockdex_kernels.spec import IndexSpec
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 
-_LEAST = np.array([[0], [0], [1]])  # Layer, start, length.
 
+class Run(NamedTuple):
+    """One row of `Spans`."""
 
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """The columns of `Spans` on the host, checked against spec and cache; R = runs.
-
-    Attributes:
-        layers: int64 `[R]`.
-        starts: int64 `[R]`.
-        lengths: int64 `[R]`.
-        page_table: int32 `[R, max_blocks]`.
-    """
-
-    layers: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    page_table: NDArray[np.int32]
+    layer: int
+    start: int
+    length: int
 
 
 def check_keys(keys: torch.Tensor, spans: Spans, spec: IndexSpec, device: torch.device) -> None:
@@ -74,7 +62,9 @@ def check_page_ids(name: str, page_ids: torch.Tensor, device: torch.device, num_
         raise ValueError(f"{name}: page must be 0 to {num_pages - 1}, got {int(page_ids[bad][0])}")
 
 
-def read_runs(spans: Spans, spec: IndexSpec, *, num_pages: int, num_tokens: int, writing: bool) -> Runs:
+def read_runs(
+    spans: Spans, spec: IndexSpec, *, num_pages: int, num_tokens: int, writing: bool
+) -> tuple[list[Run], NDArray[np.int32]]:
     """The spans on the host, their numbers checked too. Costs a copy where they are on a GPU.
 
     Args:
@@ -84,19 +74,30 @@ def read_runs(spans: Spans, spec: IndexSpec, *, num_pages: int, num_tokens: int,
         num_tokens: rows of the packed tensor beside the spans.
         writing: whether only the pages of the runs' own positions are used, or all up to them.
 
+    Returns:
+        The runs, and the page table.
+
     Raises:
         ValueError: names the argument, the run and both numbers.
     """
-    columns = torch.stack((spans.layers, spans.starts, spans.lengths)).cpu().numpy().astype(np.int64)
-    runs = Runs(columns[0], columns[1], columns[2], spans.page_table.cpu().numpy())
-    room = min(runs.page_table.shape[1] * spec.block_size, spec.max_sequence_tokens)
-    wrong = (columns < _LEAST).any(axis=0) | (runs.layers >= spec.num_layers) | (runs.starts + runs.lengths > room)
-    if wrong.any():
-        _refuse_run(runs, int(wrong.argmax()), spec, room)
-    if runs.lengths.sum() != num_tokens:
-        raise ValueError(f"spans.lengths: must sum to the {num_tokens} rows beside them, got {runs.lengths.sum()}")
-    _check_pages(runs, spec.block_size, num_pages, writing=writing)
-    return runs
+    page_table: NDArray[np.int32] = spans.page_table.cpu().numpy()
+    room = min(page_table.shape[1] * spec.block_size, spec.max_sequence_tokens)
+    runs = list(map(Run, spans.layers.tolist(), spans.starts.tolist(), spans.lengths.tolist()))
+    total = 0
+    for row, (layer, start, length) in enumerate(runs):
+        if not 0 <= layer < spec.num_layers:
+            raise ValueError(f"spans.layers: run {row}: must be 0 to {spec.num_layers - 1}, got {layer}")
+        if start < 0:
+            raise ValueError(f"spans.starts: run {row}: must be at least 0, got {start}")
+        if length < 1:
+            raise ValueError(f"spans.lengths: run {row}: must be at least 1, got {length}")
+        if start + length > room:
+            raise ValueError(f"spans.lengths: run {row}: start + length must be at most {room}, got {start} + {length}")
+        total += length
+    if total != num_tokens:
+        raise ValueError(f"spans.lengths: must sum to the {num_tokens} rows beside them, got {total}")
+    _check_pages(runs, page_table, spec.block_size, num_pages, writing=writing)
+    return runs, page_table
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -121,28 +122,18 @@ def _check_spans(spans: Spans, device: torch.device) -> None:
         raise ValueError(f"spans.page_table: shape must be [{num_runs}, blocks], got {list(spans.page_table.shape)}")
 
 
-def _refuse_run(runs: Runs, run: int, spec: IndexSpec, room: int) -> NoReturn:
-    layer, start, length = int(runs.layers[run]), int(runs.starts[run]), int(runs.lengths[run])
-    if not 0 <= layer < spec.num_layers:
-        raise ValueError(f"spans.layers: run {run}: must be 0 to {spec.num_layers - 1}, got {layer}")
-    if start < 0:
-        raise ValueError(f"spans.starts: run {run}: must be at least 0, got {start}")
-    if length < 1:
-        raise ValueError(f"spans.lengths: run {run}: must be at least 1, got {length}")
-    raise ValueError(f"spans.lengths: run {run}: start + length must be at most {room}, got {start} + {length}")
-
-
-def _check_pages(runs: Runs, block_size: int, num_pages: int, *, writing: bool) -> None:
-    last = (runs.starts + runs.lengths - 1) // block_size
-    width = int(last.max(initial=-1)) + 1
-    if runs.page_table[:, :width].view(np.uint32).max(initial=0) < num_pages:
+def _check_pages(
+    runs: list[Run], page_table: NDArray[np.int32], block_size: int, num_pages: int, *, writing: bool
+) -> None:
+    width = max((-(-(run.start + run.length) // block_size) for run in runs), default=0)
+    if page_table[:, :width].view(np.uint32).max(initial=0) < num_pages:
         return
-    first = runs.starts // block_size if writing else np.zeros_like(last)
-    for run, (begin, end) in enumerate(zip(first.tolist(), (last + 1).tolist(), strict=True)):
-        pages = runs.page_table[run, begin:end]
+    for row, run in enumerate(runs):
+        first = run.start // block_size if writing else 0
+        pages = page_table[row, first : -(-(run.start + run.length) // block_size)]
         wrong = pages.view(np.uint32) >= num_pages
         if wrong.any():
             block = int(wrong.argmax())
             raise ValueError(
-                f"spans.page_table: run {run}, block {begin + block}: must be 0 to {num_pages - 1}, got {pages[block]}"
+                f"spans.page_table: run {row}, block {first + block}: must be 0 to {num_pages - 1}, got {pages[block]}"
             )

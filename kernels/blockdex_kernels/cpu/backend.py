@@ -47,6 +47,7 @@ class CpuBackend(Backend):
         )
         self.kernels = dict.fromkeys(("append", "decode", "prefill"), ("torch-cpu", reason))
         fp8 = spec.key_dtype == "fp8_e4m3"
+        self._open_places = spec.topk - spec.init_blocks - spec.local_blocks
         self._scale_queries = fp8 and fp8_scoring == "native"
         # Copies and gathers move bytes: not every torch build indexes fp8.
         self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
@@ -55,16 +56,19 @@ class CpuBackend(Backend):
     def append(self, keys: torch.Tensor, spans: Spans) -> None:
         """See `Backend.append`; page ids and positions out of bounds are a ValueError too."""
         door.check_keys(keys, spans, self.spec, self.device)
-        runs = door.read_runs(spans, self.spec, num_pages=len(self.pages), num_tokens=len(keys), writing=True)
-        ends = np.cumsum(runs.lengths)
-        shifts = runs.starts + runs.lengths - ends
+        runs, page_table = door.read_runs(
+            spans, self.spec, num_pages=len(self.pages), num_tokens=len(keys), writing=True
+        )
+        layers, starts, lengths = np.array(runs, np.int64).reshape(-1, 3).T
+        ends = np.cumsum(lengths)
+        shifts = starts + lengths - ends
         cache = self._bytes.view(-1, self.spec.head_dim)
         step = max(1, _APPEND_ELEMENTS // self.spec.head_dim)
         for top in range(0, len(keys), step):
             token = np.arange(top, min(top + step, len(keys)))
             run = np.searchsorted(ends, token, side="right")
             block, offset = np.divmod(token + shifts[run], self.spec.block_size)
-            cell = runs.page_table[run, block].astype(np.int64) * self.spec.num_layers + runs.layers[run]
+            cell = page_table[run, block].astype(np.int64) * self.spec.num_layers + layers[run]
             cast = cast_keys(keys[top : top + len(token)], self.spec.key_dtype)
             cache.index_copy_(0, torch.from_numpy(cell * self.spec.block_size + offset), cast.view(cache.dtype))
 
@@ -91,48 +95,35 @@ class CpuBackend(Backend):
 
     def _select(self, queries: torch.Tensor, spans: Spans, order: Order, return_scores: bool) -> Selection:
         door.check_queries(queries, spans, order, self.spec, self.device)
-        num_tokens, num_heads, _ = queries.shape
-        runs = door.read_runs(spans, self.spec, num_pages=len(self.pages), num_tokens=num_tokens, writing=False)
-        rows = queries.reshape(-1, self.spec.head_dim)
+        num_tokens, num_heads, head_dim = queries.shape
+        runs, page_table = door.read_runs(
+            spans, self.spec, num_pages=len(self.pages), num_tokens=num_tokens, writing=False
+        )
+        rows = queries.reshape(-1, head_dim)
         block_ids = np.empty((len(rows), self.spec.topk), np.int32)
         scores = np.empty(block_ids.shape, np.float32) if return_scores else None
-        for piece in tiles.cut(runs, self.spec, num_heads):
-            ids, values = self._select_piece(rows, piece, runs, order, return_scores)
-            index = piece.rows.reshape(-1)
-            block_ids[index] = ids
+        # Where all candidates find a place, only their order and their scores can ask for a product.
+        unscored = 0 if return_scores or order == "score" else self._open_places
+        for batch in tiles.cut(runs, self.spec, num_heads):
+            batch_queries, unscale = self._cast_queries(rows[torch.from_numpy(batch.rows)])
+            best = np.empty((*batch.rows.shape, 0), np.int64)
+            last_blocks = batch.positions // self.spec.block_size
+            limits = last_blocks + (1 - self.spec.local_blocks)
+            for segment in tiles.segments(batch, runs, page_table, self.spec, unscored=unscored):
+                maxima = self._scorer.maxima(batch_queries, batch, segment)
+                best = ranking.merge(best, maxima, segment.block_ids, limits, self._open_places)
+            ids, values = ranking.arrange(best, last_blocks, self.spec, order, return_scores=return_scores)
+            block_ids[batch.rows] = ids
             if scores is not None and values is not None:
-                scores[index] = values
+                scores[batch.rows] = values * (unscale * np.float32(self.spec.score_scale))
         shape = (num_tokens, num_heads, self.spec.topk)
         return Selection(
             torch.from_numpy(block_ids).view(shape), None if scores is None else torch.from_numpy(scores).view(shape)
         )
 
-    def _select_piece(
-        self, rows: torch.Tensor, piece: tiles.Tiles, runs: door.Runs, order: Order, return_scores: bool
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-        """Block ids and scaled scores of the rows of a piece, `[G * M, topk]`."""
-        spec = self.spec
-        queries, unscale = self._cast_queries(rows[torch.from_numpy(piece.rows)])
-        last_blocks = piece.positions // spec.block_size
-        open_places = spec.topk - spec.init_blocks - spec.local_blocks
-        # Where all candidates find a place, only their order and their scores can ask for a product.
-        unscored = 0 if return_scores or order == "score" else open_places
-        best = np.full((*piece.rows.shape, open_places), ranking.EMPTY)
-        for block_ids, items in tiles.segments(piece, spec, unscored=unscored) if open_places else ():
-            run = piece.runs[items.tiles]
-            cells = runs.page_table[run, items.blocks].astype(np.int64) * spec.num_layers + runs.layers[run]
-            maxima = self._scorer.maxima(queries, piece.positions, items, cells, len(piece.runs) * len(block_ids))
-            scores = maxima.reshape(len(piece.runs), len(block_ids), -1)
-            best = ranking.merge(best, scores, block_ids, last_blocks + 1 - spec.local_blocks)
-        rows_last = last_blocks.reshape(-1, 1)
-        ids, values = ranking.arrange(
-            best.reshape(len(rows_last), open_places), rows_last, spec, order, return_scores=return_scores
-        )
-        return ids, None if values is None else values * (unscale * np.float32(spec.score_scale))
-
     def _cast_queries(self, queries: torch.Tensor) -> tuple[torch.Tensor, NDArray[np.float32]]:
         """fp32 `[G, M, D]`: the queries as they are scored, and what undoes the scale of their rows."""
         if not self._scale_queries:
-            return queries.bfloat16().float(), np.ones((1, 1), np.float32)
+            return queries.bfloat16().float(), np.ones(1, np.float32)
         scaled, unscale = scale_to_fp8(queries)
-        return scaled.float(), unscale.numpy().reshape(-1, 1)
+        return scaled.float(), unscale.numpy()

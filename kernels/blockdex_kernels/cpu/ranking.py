@@ -17,7 +17,11 @@ NONE = _LOW
 
 
 def merge(
-    best: NDArray[np.int64], scores: NDArray[np.float32], block_ids: NDArray[np.int64], limits: NDArray[np.int64]
+    best: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    block_ids: NDArray[np.int64],
+    limits: NDArray[np.int64],
+    places: int,
 ) -> NDArray[np.int64]:
     """The best candidates of each row, of those so far and of new blocks.
 
@@ -25,25 +29,27 @@ def merge(
     block id: no two are equal, so whatever picks the largest picks the same.
 
     Args:
-        best: int64 `[G, M, K]`, candidates so far, K at least 1.
+        best: int64 `[G, M, any]`, candidates so far.
         scores: float32 `[G, W, M]`, no NaN; -0 ranks as +0.
         block_ids: int64 `[W]`, rising.
         limits: int64 `[G, M]`; a row is not offered blocks from its limit on.
+        places: how many to keep.
 
     Returns:
-        int64 `[G, M, K]`, in no order.
+        int64 `[G, M, at most places]`, in no order; `EMPTY` for a block that the row was not offered.
     """
-    places = best.shape[-1]
-    candidates = np.empty((*limits.shape, places + len(block_ids)), np.int64)
-    candidates[..., :places] = best
-    fresh = candidates[..., places:]
-    fresh[...] = _ordered((scores + np.float32(0.0)).view(np.int32)).swapaxes(1, 2)
-    fresh <<= 32
-    fresh |= _LOW - block_ids
+    candidates = _ordered((scores + np.float32(0.0)).view(np.int32)).swapaxes(1, 2).astype(np.int64, order="C")
+    candidates <<= 32
+    candidates |= _LOW - block_ids
     if limits.min() <= block_ids[-1]:
-        np.copyto(fresh, EMPTY, where=block_ids >= limits[..., None])
-    candidates.partition(len(block_ids), axis=-1)
-    return candidates[..., len(block_ids) :]
+        np.copyto(candidates, EMPTY, where=block_ids >= limits[..., None])
+    if best.size:
+        candidates = np.concatenate((best, candidates), axis=-1)
+    surplus = candidates.shape[-1] - places
+    if surplus <= 0:
+        return candidates
+    candidates.partition(surplus, axis=-1)
+    return candidates[..., surplus:]
 
 
 def arrange(
@@ -52,35 +58,38 @@ def arrange(
     """The forced blocks of each row and its candidates in the order asked for, and `NONE` at the end.
 
     Args:
-        best: int64 `[rows, topk - init_blocks - local_blocks]`, candidates in any order; gets sorted.
-        last_blocks: int64 `[rows, 1]`, the last block that each row sees.
+        best: int64 `[G, M, at most topk - init_blocks - local_blocks]`, candidates in any order; gets sorted.
+        last_blocks: int64 `[G, M]`, the last block that each row sees.
         spec: the indexer.
         order: of the answer.
         return_scores: whether scores are wanted.
 
     Returns:
-        int64 block ids `[rows, topk]`, and float32 unscaled scores of that shape or None; +inf for forced blocks, -inf
+        int64 block ids `[G, M, topk]`, and float32 unscaled scores of that shape or None; +inf for forced blocks, -inf
         beside `NONE`.
     """
-    block_ids = np.empty((len(best), spec.topk), np.int64)
+    block_ids = np.full((*last_blocks.shape, spec.topk), NONE)
+    last = last_blocks[..., None]
+    if spec.init_blocks:
+        init = np.arange(spec.init_blocks)
+        block_ids[..., : spec.init_blocks] = np.where(init > last, NONE, init)
     forced = spec.init_blocks + spec.local_blocks
-    init = np.arange(spec.init_blocks)
-    block_ids[:, : spec.init_blocks] = np.where(init > last_blocks, NONE, init)
-    local = last_blocks + np.arange(1 - spec.local_blocks, 1)
-    block_ids[:, spec.init_blocks : forced] = np.where(local < spec.init_blocks, NONE, local)
+    local = last + np.arange(1 - spec.local_blocks, 1)
+    block_ids[..., spec.init_blocks : forced] = np.where(local < spec.init_blocks, NONE, local)
+    ranked = slice(forced, forced + best.shape[-1])
     if order == "ascending" and not return_scores:
-        block_ids[:, forced:] = _LOW - (best & _LOW)
-        block_ids.sort(axis=1)
+        block_ids[..., ranked] = _LOW - (best & _LOW)
+        block_ids.sort(axis=-1)
         return block_ids, None
-    best.sort(axis=1)
-    ranked = best[:, ::-1]
-    block_ids[:, forced:] = _LOW - (ranked & _LOW)
+    best.sort(axis=-1)
+    best = best[..., ::-1]
+    block_ids[..., ranked] = _LOW - (best & _LOW)
     scores = np.full(block_ids.shape, np.inf, np.float32)
-    scores[:, forced:] = _ordered((ranked >> 32).astype(np.int32)).view(np.float32)
+    scores[..., ranked] = _ordered((best >> 32).astype(np.int32)).view(np.float32)
     scores[block_ids == NONE] = -np.inf
     keys = block_ids if order == "ascending" else np.where(block_ids == NONE, NONE, np.arange(spec.topk))
-    places = keys.argsort(axis=1)
-    return np.take_along_axis(block_ids, places, axis=1), np.take_along_axis(scores, places, axis=1)
+    sequence = keys.argsort(axis=-1)
+    return np.take_along_axis(block_ids, sequence, axis=-1), np.take_along_axis(scores, sequence, axis=-1)
 
 
 def _ordered(bits: NDArray[np.int32]) -> NDArray[np.int32]:

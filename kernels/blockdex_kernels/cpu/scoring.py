@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex_kernels.cpu.tiles import CHUNK_BYTES, ROW_QUANTUM, Items, blocks_per_chunk
+from blockdex_kernels.cpu.tiles import CHUNK_BYTES, ROW_QUANTUM, Batch, Segment, blocks_per_chunk
 from blockdex_kernels.spec import IndexSpec
 
 # What the bits of an e4m3 number, shifted into a float16's places, have to be multiplied by.
@@ -33,43 +33,42 @@ class BlockScorer:
         self._keys = torch.empty(chunk, spec.block_size, spec.head_dim)
         self._products = torch.empty(CHUNK_BYTES // 4)
 
-    def maxima(
-        self,
-        queries: torch.Tensor,
-        positions: NDArray[np.int64],
-        items: Items,
-        cell_ids: NDArray[np.int64],
-        num_places: int,
-    ) -> NDArray[np.float32]:
+    def maxima(self, queries: torch.Tensor, batch: Batch, segment: Segment) -> NDArray[np.float32]:
         """The greatest product of each row with the keys of each block; a NaN product counts as -inf.
 
         A block that a row sees in part is right for the row only where `local_blocks` is 0; elsewhere the row is
         forced to take the block, or does not see it at all, and keys beyond the row's position need no mask.
 
         Args:
-            queries: float32 `[G, M, D]`, M a multiple of `ROW_QUANTUM`.
-            positions: int64 `[G, M]`, of the queries.
-            items: the N (slice, block) pairs.
-            cell_ids: int64 `[N]`, where the keys of each pair are.
-            num_places: places of the rectangle that the pairs stand in.
+            queries: float32 `[G, M, D]`.
+            batch: their slices.
+            segment: the blocks.
 
         Returns:
-            float32 `[num_places, M]`, 0 where no pair stands.
+            float32 `[G, W, M]`, 0 for pairs that are not in the segment.
         """
-        maxima = np.zeros((num_places, queries.shape[1]), np.float32)
-        chunk = blocks_per_chunk(self._spec, queries.shape[1])
-        for begin in range(0, len(cell_ids), chunk):
+        num_slices, num_rows, _ = queries.shape
+        cells = torch.from_numpy(segment.cells)
+        maxima = np.empty((len(cells), num_rows), np.float32)
+        chunk = blocks_per_chunk(self._spec, num_rows)
+        for begin in range(0, len(cells), chunk):
             part = slice(begin, begin + chunk)
-            keys = self._read(torch.from_numpy(cell_ids[part]))
-            owners = items.tiles[part]
-            if owners[0] == owners[-1]:
-                products = self._multiply(queries[owners[0]].expand(len(keys), -1, -1), keys)
-            else:
-                products = self._multiply(queries[torch.from_numpy(owners)], keys)
+            keys = self._read(cells[part])
+            owners = segment.owners[part]
+            alone = owners[0] == owners[-1]
+            chosen = queries[owners[0]].expand(len(keys), -1, -1) if alone else queries[torch.from_numpy(owners)]
+            products = self._multiply(chosen, keys)
             if not self._spec.local_blocks:
-                _hide_later_keys(products, owners, items.blocks[part], positions)
-            maxima[items.places[part]] = _amax(products).numpy()
-        return maxima * _FP8_UNIT if self._fp8 else maxima
+                _hide_later_keys(products, segment.blocks[part], batch.positions[owners])
+            maxima[part] = _amax(products).numpy()
+        if self._fp8:
+            maxima *= _FP8_UNIT
+        width = len(segment.block_ids)
+        if len(maxima) == num_slices * width:
+            return maxima.reshape(num_slices, width, num_rows)
+        rectangle = np.zeros((num_slices, width, num_rows), np.float32)
+        rectangle[segment.owners, segment.blocks - segment.block_ids[0]] = maxima
+        return rectangle
 
     def _multiply(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         shape = (len(keys), queries.shape[1], keys.shape[1])
@@ -92,16 +91,14 @@ class BlockScorer:
         return keys
 
 
-def _hide_later_keys(
-    products: torch.Tensor, owners: NDArray[np.int64], blocks: NDArray[np.int64], positions: NDArray[np.int64]
-) -> None:
-    """Sets the products with keys behind a row's position to -inf."""
+def _hide_later_keys(products: torch.Tensor, blocks: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+    """Sets the products `[N, M, block_size]` with keys behind a row's position (`[N, M]`) to -inf."""
     block_size = products.shape[2]
-    partial = np.flatnonzero((blocks + 1) * block_size > positions[owners, 0] + 1)
+    partial = np.flatnonzero((blocks + 1) * block_size > positions[:, 0] + 1)
     if not len(partial):
         return
     key_positions = blocks[partial, None] * block_size + np.arange(block_size)
-    hidden = key_positions[:, None, :] > positions[owners[partial], :, None]
+    hidden = key_positions[:, None, :] > positions[partial, :, None]
     index = torch.from_numpy(partial)
     products[index] = products[index].masked_fill_(torch.from_numpy(hidden), -math.inf)
 

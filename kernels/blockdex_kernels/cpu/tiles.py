@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex_kernels.door import Runs
+from blockdex_kernels.door import Run
 from blockdex_kernels.spec import IndexSpec
 
 CHUNK_BYTES = 8 << 20
 """Keys and products of one matrix product: what stays in a shared cache of a core or two."""
-MAX_TILE_ROWS = 2048
+MAX_SLICE_ROWS = 2048
 """Rows that share one read of the keys; more gain nothing, the product is bound by arithmetic long before."""
 MAX_BATCH_ROWS = 8192
 MAX_RANKED = 1 << 19
@@ -23,47 +24,61 @@ ROW_QUANTUM = 4
 answer would depend on its company."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Slices of runs with equally many rows, selected together; G = slices, M = rows, a row is a (query, head).
+class Slice(NamedTuple):
+    """Consecutive rows of a run, which share one read of its keys; a row is a (query, head).
 
     Attributes:
-        runs: int64 `[G]`, the run of each slice.
-        rows: int64 `[G, M]`, row of the packed queries; the last one repeated up to a multiple of `ROW_QUANTUM`.
-        positions: int64 `[G, M]`, position of each row's query.
-        num_blocks: int64 `[G]`, blocks to score: those that a row of the slice can select and is not forced to.
+        num_rows: its rows.
+        num_blocks: blocks to score, from `init_blocks` on: those that a row can select and is not forced to.
+        run: the run.
+        first_row: its first row inside the run.
+        packed_row: the same inside the packed queries.
     """
 
-    runs: NDArray[np.int64]
+    num_rows: int
+    num_blocks: int
+    run: int
+    first_row: int
+    packed_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Slices with equally many rows, selected together; G = slices, M = rows, filled up to the quantum.
+
+    Attributes:
+        slices: the slices.
+        rows: int64 `[G, M]`, row of the packed queries; a slice's last one is repeated to fill up.
+        positions: int64 `[G, M]`, position of each row's query.
+    """
+
+    slices: list[Slice]
     rows: NDArray[np.int64]
     positions: NDArray[np.int64]
-    num_blocks: NDArray[np.int64]
-
-
-_Slice = tuple[int, int, int, int, int, int]
-"""Rows, blocks to score, run, the run's start, first row inside the run, the run's first row among all."""
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
-    """The (slice, block) pairs of a segment, slice after slice; N = pairs.
+class Segment:
+    """Blocks of the slices of a batch that are ranked at once, and the (slice, block) pairs to score; N = pairs.
 
     Attributes:
-        tiles: int64 `[N]`, the slice.
-        blocks: int64 `[N]`, the block id.
-        places: int64 `[N]`, where the pair stands in a rectangle of slices and blocks.
+        block_ids: int64 `[W]`, consecutive.
+        owners: int64 `[N]`, the slice of each pair, rising.
+        blocks: int64 `[N]`, the block id of each pair, rising within a slice.
+        cells: int64 `[N]`, where the keys are: page times layers plus layer.
     """
 
-    tiles: NDArray[np.int64]
+    block_ids: NDArray[np.int64]
+    owners: NDArray[np.int64]
     blocks: NDArray[np.int64]
-    places: NDArray[np.int64]
+    cells: NDArray[np.int64]
 
 
-def max_tile_rows(spec: IndexSpec) -> int:
+def max_slice_rows(spec: IndexSpec) -> int:
     """Rows of a slice such that its products with one block, and two times its answers, keep the bounds."""
     row_bytes = 4 * (spec.block_size + spec.head_dim)
     page_bytes = 6 * spec.block_size * spec.head_dim
-    return max(4, min(MAX_TILE_ROWS, (CHUNK_BYTES - page_bytes) // row_bytes, MAX_RANKED // (2 * spec.topk)) // 4 * 4)
+    return max(4, min(MAX_SLICE_ROWS, (CHUNK_BYTES - page_bytes) // row_bytes, MAX_RANKED // (2 * spec.topk)) // 4 * 4)
 
 
 def blocks_per_chunk(spec: IndexSpec, num_rows: int) -> int:
@@ -73,38 +88,35 @@ def blocks_per_chunk(spec: IndexSpec, num_rows: int) -> int:
     return max(1, CHUNK_BYTES // (page_bytes + num_rows * row_bytes))
 
 
-def cut(runs: Runs, spec: IndexSpec, num_heads: int) -> Iterator[Tiles]:
+def cut(runs: list[Run], spec: IndexSpec, num_heads: int) -> Iterator[Batch]:
     """Cuts the runs into slices and yields those of equal size together, all rows exactly once."""
-    max_rows = max_tile_rows(spec)
-    slices: list[_Slice] = []
+    max_rows = max_slice_rows(spec)
+    forced = spec.init_blocks + spec.local_blocks
+    slices = []
     packed_row = 0
-    for run, (start, length) in enumerate(zip(runs.starts.tolist(), runs.lengths.tolist(), strict=True)):
-        for first in range(0, length * num_heads, max_rows):
-            rows = min(length * num_heads - first, max_rows)
-            last_block = (start + (first + rows - 1) // num_heads) // spec.block_size
-            blocks = max(last_block + 1 - spec.local_blocks - spec.init_blocks, 0)
-            slices.append((rows, blocks, run, start, first, packed_row))
-        packed_row += length * num_heads
+    for index, run in enumerate(runs):
+        run_rows = run.length * num_heads
+        for first in range(0, run_rows, max_rows):
+            num_rows = min(run_rows - first, max_rows)
+            last_block = (run.start + (first + num_rows - 1) // num_heads) // spec.block_size
+            num_blocks = max(last_block + 1 - forced, 0) if forced < spec.topk else 0
+            slices.append(Slice(num_rows, num_blocks, index, first, packed_row + first))
+        packed_row += run_rows
     for group in _groups(sorted(slices), spec.topk):
-        _, num_blocks, run, start, first, packed = np.array(group).T
-        rows = group[0][0]
-        inside = first[:, None] + np.minimum(np.arange(-(-rows // ROW_QUANTUM) * ROW_QUANTUM), rows - 1)
-        yield Tiles(
-            runs=run,
-            rows=packed[:, None] + inside,
-            positions=start[:, None] + inside // num_heads,
-            num_blocks=num_blocks,
-        )
+        num_rows = group[0].num_rows
+        inside = np.minimum(np.arange(-(-num_rows // ROW_QUANTUM) * ROW_QUANTUM), num_rows - 1)
+        columns = np.array([(piece.packed_row, piece.first_row, runs[piece.run].start) for piece in group])
+        packed, first_row, start = columns.T[:, :, None]
+        yield Batch(group, rows=packed + inside, positions=start + (first_row + inside) // num_heads)
 
 
-def _groups(slices: list[_Slice], topk: int) -> Iterator[list[_Slice]]:
+def _groups(slices: list[Slice], topk: int) -> Iterator[list[Slice]]:
     """Neighbours that have equally many rows, as many as can be ranked at once."""
-    group: list[_Slice] = []
+    group: list[Slice] = []
     for piece in slices:
-        rows, blocks = piece[:2]
-        all_rows = (len(group) + 1) * rows
-        full = all_rows > MAX_BATCH_ROWS or all_rows * (blocks + topk) > MAX_RANKED
-        if group and (full or rows != group[0][0]):
+        rows = (len(group) + 1) * piece.num_rows
+        full = rows > MAX_BATCH_ROWS or rows * (piece.num_blocks + topk) > MAX_RANKED
+        if group and (full or piece.num_rows != group[0].num_rows):
             yield group
             group = []
         group.append(piece)
@@ -112,20 +124,29 @@ def _groups(slices: list[_Slice], topk: int) -> Iterator[list[_Slice]]:
         yield group
 
 
-def segments(tiles: Tiles, spec: IndexSpec, *, unscored: int) -> Iterator[tuple[NDArray[np.int64], Items]]:
-    """The block ids of the slices in ranges that can be ranked at once, with the pairs to score in each.
+def segments(
+    batch: Batch, runs: list[Run], page_table: NDArray[np.int32], spec: IndexSpec, *, unscored: int
+) -> Iterator[Segment]:
+    """The blocks of a batch in ranges that can be ranked at once.
 
     Args:
-        tiles: the slices.
+        batch: the slices.
+        runs: all runs.
+        page_table: theirs.
         spec: the indexer.
         unscored: slices of at most so many blocks have nothing scored.
     """
-    num_blocks = int(tiles.num_blocks.max())
-    scored = tiles.num_blocks * (tiles.num_blocks > unscored)
-    step = max(1, MAX_RANKED // tiles.rows.size - spec.topk)
-    for begin in range(0, num_blocks, step):
-        block_ids = np.arange(begin, min(begin + step, num_blocks))
-        places = np.flatnonzero(block_ids < scored[:, None])
-        owners, inside = np.divmod(places, len(block_ids))
-        block_ids += spec.init_blocks
-        yield block_ids, Items(tiles=owners, blocks=block_ids[inside], places=places)
+    num_blocks = [piece.num_blocks for piece in batch.slices]
+    step = max(1, MAX_RANKED // batch.rows.size - spec.topk)
+    for begin in range(0, max(num_blocks), step):
+        end = min(begin + step, max(num_blocks))
+        counts = [max(min(count, end) - begin, 0) if count > unscored else 0 for count in num_blocks]
+        owners = np.repeat(np.arange(len(counts)), counts)
+        first = spec.init_blocks + begin
+        block_ids = np.arange(first, spec.init_blocks + end)
+        cells = [
+            page_table[piece.run, first : first + count].astype(np.int64) * spec.num_layers + runs[piece.run].layer
+            for piece, count in zip(batch.slices, counts, strict=True)
+        ]
+        blocks = np.concatenate([block_ids[:count] for count in counts])
+        yield Segment(block_ids, owners, blocks, np.concatenate(cells))
