@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -23,10 +24,19 @@ Resource = dict[str, Any]
 
 
 @cache
+def kubectl() -> str:
+    path = program("kubectl", "kubernetes-client")
+    version = json.loads(run(path, "version", "--client", "--output", "json"))["clientVersion"]
+    assert int(version["minor"].rstrip("+")) >= 21, (
+        f"{path} is {version['gitVersion']}, whose kustomize is too old: 1.21"
+    )
+    return path
+
+
+@cache
 def built(folder: str) -> list[Resource]:
     """The resources of a folder, overlays applied."""
-    kubectl = program("kubectl", "kubernetes-client")
-    return list(yaml.safe_load_all(run(kubectl, "kustomize", DEPLOY / "kubernetes" / folder)))
+    return list(yaml.safe_load_all(run(kubectl(), "kustomize", DEPLOY / "kubernetes" / folder)))
 
 
 def one(folder: str, kind: str) -> Resource:
