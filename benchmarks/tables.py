@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,62 +14,97 @@ PAGE = ROOT / "docs" / "performance.md"
 PLOTS = ROOT / "docs" / "plots"
 BEGIN, END = "<!-- made by benchmarks/tables.py out of benchmarks/results -->\n", "<!-- end -->\n"
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
 
 
-def client_section(rows: Rows) -> Iterator[str]:
-    """What benchmarks/client.py measured."""
-    yield "## A call, beside a bare echo\n"
-    yield "One AppendAndSelect in one layer, one new token of every sequence, by the Python client, and in the same run"
-    yield "a bare gRPC echo of as many bytes each way. Milliseconds; the last column is p50 / (echo p50 + kernels).\n"
-    yield "| sequences | tokens of each | transport | p50 | p99 | echo p50 | echo p99 | kernels | over the bare |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for row in rows:
-        names = ("p50_ms", "p99_ms", "echo_p50_ms", "echo_p99_ms", "kernel_ms", "over_echo_and_kernel")
-        yield _row(row["sequences"], f"{row['tokens']:,}", row["transport"], *(f"{row[name]:.2f}" for name in names))
+@dataclass(frozen=True)
+class Section:
+    """How the results of one benchmark are told.
+
+    Attributes:
+        heading: of the section.
+        about: what was measured, one paragraph.
+        columns: of the table.
+        cells: a row of the result as a row of the table.
+    """
+
+    heading: str
+    about: str
+    columns: tuple[str, ...]
+    cells: Callable[[Row], Iterator[str]]
 
 
-def cpu_kernels_section(rows: Rows) -> Iterator[str]:
-    """What benchmarks/cpu_kernels.py measured."""
-    yield "## The CPU kernels, beside a bare product\n"
-    yield "A selection, and in the same run `matmul` + `amax` + `topk` over the same shapes: once over fp32 keys in one"
-    yield "piece, once with bf16 keys to be upcast first. Medians in milliseconds; a ratio above 1 is faster.\n"
-    yield "| sequences | queries of each | tokens of each | cache | ours | bare | ratio | bare, from bf16 | ratio |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for row in rows:
-        names = ("ours_ms", "bare_ms", "ratio", "bare_from_bf16_ms", "ratio_from_bf16")
-        figures = (f"{row[name]:.2f}" for name in names)
-        yield _row(row["sequences"], row["queries"], f"{row['tokens']:,}", row["key_dtype"], *figures)
+def _client_cells(row: Row) -> Iterator[str]:
+    yield from (str(row["sequences"]), f"{row['tokens']:,}", row["transport"])
+    for name in ("p50_ms", "p99_ms", "echo_p50_ms", "echo_p99_ms", "kernel_ms", "over_echo_and_kernel"):
+        yield f"{row[name]:.2f}"
 
 
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+def _cpu_kernels_cells(row: Row) -> Iterator[str]:
+    yield from (str(row["sequences"]), str(row["queries"]), f"{row['tokens']:,}", row["key_dtype"])
+    yield f"{row['ours_ms']:.2f}"
+    for version in ("bare", "best_order", "from_bf16"):
+        yield f"{row[f'{version}_ms']:.2f} ({row['ratios'][version]:.2f})"
 
 
-SECTIONS: dict[str, Callable[[Rows], Iterator[str]]] = {
-    "client": client_section,
-    "cpu_kernels": cpu_kernels_section,
+SECTIONS = {
+    "client": Section(
+        "A call, beside a bare echo",
+        "One AppendAndSelect in one layer, one new token of every sequence, by the Python client, and in the same run\n"
+        "a bare gRPC echo of as many bytes each way. Milliseconds; the last column is p50 / (echo p50 + kernels).",
+        ("sequences", "tokens of each", "transport", "p50", "p99", "echo p50", "echo p99", "kernels", "over the bare"),
+        _client_cells,
+    ),
+    "cpu_kernels": Section(
+        "The CPU kernels, beside a bare product",
+        "A selection, and in the same run `matmul` + `amax` + `topk` over the same shapes with keys in one fp32 piece:\n"
+        "queries times keys, the faster of that and keys times queries, and the faster with bf16 keys to be upcast\n"
+        "first. Medians in milliseconds, and in brackets our speed as a part of theirs.",
+        (
+            *("sequences", "queries of each", "tokens of each", "cache", "ours"),
+            *("bare", "bare, best order", "bare, from bf16"),
+        ),
+        _cpu_kernels_cells,
+    ),
 }
+"""By the name of the file, in which a machine may follow: `client.json`, `client-16-cores.json`."""
+
+
+def results(name: str, ending: str = "json") -> list[Path]:
+    """The files with the results of one benchmark."""
+    return sorted([*RESULTS.glob(f"{name}.{ending}"), *RESULTS.glob(f"{name}-*.{ending}")])
 
 
 def measured() -> str:
-    """The measured part of the page: a section for each result there is."""
-    sections = [_section(name) for name in SECTIONS if (RESULTS / f"{name}.json").exists()]
-    return "\n".join(sections or ["No result is committed yet.\n"])
+    """The measured part of the page: a section for each benchmark of which there is a result."""
+    return "\n".join(_told(name) for name in SECTIONS if results(name)) or "No result is committed yet.\n"
 
 
-def _section(name: str) -> str:
-    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    lines = list(SECTIONS[name](result["rows"]))
-    if (RESULTS / f"{name}.png").exists():
-        lines.append(f"\n![The same as a plot](plots/{name}.png)")
+def _told(name: str) -> str:
+    section = SECTIONS[name]
+    parts = [f"## {section.heading}\n\n{section.about}\n"]
+    parts += [_table(section, path) for path in results(name)]
+    return "\n".join(parts)
+
+
+def _table(section: Section, path: Path) -> str:
+    result = json.loads(path.read_text(encoding="utf-8"))
     machine = result["machine"]
+    lines = [f"**{machine['cpu']}, {machine['cores']} cores**\n", _line(section.columns)]
+    lines.append(_line("---" for _ in section.columns))
+    lines += [_line(section.cells(row)) for row in result["rows"]]
+    if path.with_suffix(".png").exists():
+        lines.append(f"\n![The same as a plot](plots/{path.stem}.png)")
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     lines.append(
-        f"\n`{result['command']}` on {machine['cpu']}, {machine['cores']} cores, {machine['system']}; {versions}; "
-        f"commit `{result['commit']}`, {result['date']}. File: `benchmarks/results/{name}.json`."
+        f"\n`benchmarks/results/{path.name}`: `{result['command']}` at commit `{result['commit']}`, {result['date']}; "
+        f"{machine['system']}; {versions}."
     )
     return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterator[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def with_results(page: str) -> str:
@@ -81,10 +117,11 @@ def with_results(page: str) -> str:
 def link_plots() -> None:
     """Has the site find the plots, which stay where they are."""
     PLOTS.mkdir(exist_ok=True)
+    for link in PLOTS.iterdir():
+        link.unlink()
     for name in SECTIONS:
-        link = PLOTS / f"{name}.png"
-        if (RESULTS / link.name).exists() and not link.is_symlink():
-            link.symlink_to(Path("..") / ".." / (RESULTS / link.name).relative_to(ROOT))
+        for plot in results(name, "png"):
+            (PLOTS / plot.name).symlink_to(Path("..") / ".." / plot.relative_to(ROOT))
 
 
 if __name__ == "__main__":

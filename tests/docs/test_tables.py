@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from benchmarks import client, cpu_kernels, tables
+from benchmarks import client, tables
 from benchmarks.environment import environment
 
 from blockdex import config
@@ -133,18 +133,26 @@ def test_a_result_becomes_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     measured = client.Row(64, 8192, "stream", 82_000, 4_096, 12.345, 23.456, 1.234, 2.345, 9.876, 1.111)
     facts = environment("numpy")
     result = {**facts, "rows": [dataclasses.asdict(measured)]}
-    (tmp_path / "client.json").write_text(json.dumps(result), encoding="utf-8")
-    row = cpu_kernels.Row(8, 1, 8192, "fp8_e4m3", 9, ours_ms=2.0, bare_ms=3.0, bare_from_bf16_ms=5.0)
-    ratios = {"ratio": row.ratio, "ratio_from_bf16": row.ratio_from_bf16}
-    result = {**facts, "rows": [dataclasses.asdict(row) | ratios]}
+    for name in ("client", "client-16-cores", "clients"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
+    row = {"sequences": 8, "queries": 1, "tokens": 8192, "key_dtype": "fp8_e4m3", "ours_ms": 2.0}
+    row |= {"bare_ms": 3.0, "best_order_ms": 2.5, "from_bf16_ms": 5.0}
+    result = {**facts, "rows": [row | {"ratios": {"bare": 1.5, "best_order": 1.25, "from_bf16": 2.5}}]}
     (tmp_path / "cpu_kernels.json").write_text(json.dumps(result), encoding="utf-8")
     (tmp_path / "client.png").touch()
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     made = tables.measured()
-    assert "| 64 | 8,192 | stream | 12.35 | 23.46 | 1.23 | 2.35 | 9.88 | 1.11 |\n" in made
-    assert "| 8 | 1 | 8,192 | fp8_e4m3 | 2.00 | 3.00 | 1.50 | 5.00 | 2.50 |\n" in made
+    assert made.count("| 64 | 8,192 | stream | 12.35 | 23.46 | 1.23 | 2.35 | 9.88 | 1.11 |\n") == 2
+    assert "| 8 | 1 | 8,192 | fp8_e4m3 | 2.00 | 3.00 (1.50) | 2.50 (1.25) | 5.00 (2.50) |\n" in made
     assert "plots/client.png" in made and "plots/cpu_kernels.png" not in made
     assert str(facts["commit"]) in made
+
+
+def test_every_plot_of_the_page_is_a_result() -> None:
+    plots = re.findall(r"\(plots/(.*?)\)", _page("performance.md"))
+    assert plots == [path.name for name in tables.SECTIONS for path in tables.results(name, "png")]
+    for plot in plots:
+        assert (DOCS / "plots" / plot).resolve() == ROOT / "benchmarks" / "results" / plot
 
 
 def test_the_measured_figures_are_those_of_the_results() -> None:
