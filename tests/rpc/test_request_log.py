@@ -114,7 +114,7 @@ def test_a_stream_of_a_bad_tenant_is_not_opened(calls: pb_grpc.IndexerServiceStu
 
 
 def test_a_slow_request_is_told_with_its_time_in_each_stage(calls: pb_grpc.IndexerServiceStub, lines: Lines) -> None:
-    tokens = 4096
+    tokens = 3072
     calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=2), metadata=(TENANT,))
     request = pb.AppendAndSelectRequest(
         layer=0,
@@ -131,7 +131,6 @@ def test_a_slow_request_is_told_with_its_time_in_each_stage(calls: pb_grpc.Index
     assert all(stage > 0 for stage in stages)
     assert sum(stages) <= line["ms"]
     assert "decode_ms" not in line
-    assert line["prefill_ms"] > 0.5 * line["ms"]
     assert "0.4375" not in json.dumps(line)
     assert len(json.dumps(line)) < 600
     calls.CloseSequence(pb.CloseSequenceRequest(sequence_id=2), metadata=(TENANT,))
