@@ -57,7 +57,7 @@ SECTIONS = {
     ),
     "cpu_kernels": Section(
         "The CPU kernels, beside a bare product",
-        "A selection, and in the same run `matmul` + `amax` + `topk` over the same shapes with keys in one fp32 piece:\n"
+        "A selection, and in the same run `matmul` + `amax` + `topk` over the same shapes, keys in one fp32 piece:\n"
         "queries times keys, the faster of that and keys times queries, and the faster with bf16 keys to be upcast\n"
         "first. Medians in milliseconds, and in brackets our speed as a part of theirs.",
         (
