@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from blockdex.config import parse_size
-from blockdex_kernels import IndexSpec, SpecError
+from blockdex_kernels import IndexSpec
 from blockdex_kernels.spec import KEY_DTYPE_BYTES, KeyDtype
 
 OK, REFUSED = 0, 2
@@ -94,7 +94,7 @@ def plan(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         made = make_plan(_spec(options), options.tokens, options.sequences, options.gpu, list(_kept_flags(options)))
-    except (SpecError, ValueError) as error:
+    except ValueError as error:
         parser.error(str(error))
     print(json.dumps(dataclasses.asdict(made), indent=2) if options.json else "\n".join(_lines(made)))
     return OK
