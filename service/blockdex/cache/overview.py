@@ -10,6 +10,8 @@ from blockdex.cache.sequence import Sequences
 from blockdex.messages import CacheOverview
 from blockdex_kernels import IndexSpec
 
+_PAGES_AT_ONCE = 2**20
+
 
 def overview(pool: PagePool, sequences: Sequences, spec: IndexSpec, max_cells: int, now: float) -> CacheOverview:
     """The pages in `max_cells` cells at most, and the sequences by length; from any thread.
@@ -45,10 +47,15 @@ def overview(pool: PagePool, sequences: Sequences, spec: IndexSpec, max_cells: i
     )
 
 
-def _holders_among(sequences: Sequences, slots: NDArray[np.intp], num_pages: int) -> NDArray[np.int32]:
-    holders = np.zeros(num_pages, np.int32)
-    for slot in slots.tolist():
-        holders[sequences.pages(slot)] += 1
+def _holders_among(sequences: Sequences, slots: NDArray[np.intp], num_pages: int) -> NDArray[np.intp]:
+    """How many of the slots hold each page: intp `[num_pages]`."""
+    holders = np.zeros(num_pages, np.intp)
+    parts = int(sequences.held[slots].sum()) // _PAGES_AT_ONCE + 1
+    for part in np.array_split(slots, parts):
+        held = sequences.held[part]
+        blocks = np.arange(held.sum()) - np.repeat(np.cumsum(held) - held, held)
+        pages = sequences.tables.get(np.repeat(part, held), blocks)
+        holders += np.bincount(pages, minlength=num_pages)
     return holders
 
 
