@@ -19,6 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -85,7 +86,7 @@ class EchoStream:
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        method = channel.stream_stream("/blockdex.benchmarks.Echo/Stream")
+        method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream("/blockdex.benchmarks.Echo/Stream")
         self._answers = method(iter(self._outbox.get, None))
 
     def __call__(self, message: bytes) -> bytes:
@@ -169,8 +170,8 @@ def measure(
         if number == warm_up:
             kernels_before = kernel_seconds(http)
         for name, client in clients.items():
-            call = timed(lambda client=client: fleet.step(client))
-            echo = timed(lambda name=name: echoes[name](message))
+            call = timed(partial(fleet.step, client))
+            echo = timed(partial(echoes[name], message))
             if number >= warm_up:
                 calls[name].append(call)
                 bare[name].append(echo)
@@ -210,7 +211,7 @@ def run(rounds: int) -> list[Row]:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         ) as progress,
     ):
-        echo_unary = channel.unary_unary("/blockdex.benchmarks.Echo/Unary")
+        echo_unary: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/blockdex.benchmarks.Echo/Unary")
         echo_stream = EchoStream(channel)
         echoes: dict[str, Callable[[bytes], object]] = {"unary": echo_unary, "stream": echo_stream}
         for number, (sequences, tokens) in enumerate(CASES):

@@ -31,7 +31,7 @@ async def _stream(requests: AsyncIterator[bytes], _context: Any) -> AsyncIterato
 async def main() -> None:
     """Serves until it is ended; prints the port."""
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)])
-    handlers = {
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Unary": grpc.unary_unary_rpc_method_handler(_unary),
         "Stream": grpc.stream_stream_rpc_method_handler(_stream),
     }
