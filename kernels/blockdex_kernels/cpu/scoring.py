@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from blockdex_kernels.cpu.tiles import CHUNK_BYTES, ROW_QUANTUM, Batch, Segment, blocks_per_chunk
+from blockdex_kernels.cpu.tiles import CHUNK_BYTES, ROW_QUANTUM, Batch, Segment, blocks_per_chunk, max_slice_rows
 from blockdex_kernels.spec import IndexSpec
 
 # From so many rows on a product is made by `_convolve`.
@@ -36,7 +36,7 @@ class BlockScorer:
         self._stored = torch.empty(chunk, cells.shape[1], dtype=cells.dtype)
         self._widened = torch.empty(chunk if self._fp8 else 0, cells.shape[1], dtype=torch.int16)
         self._keys = torch.empty(chunk, spec.block_size, spec.head_dim)
-        self._products = torch.empty(CHUNK_BYTES // 4)
+        self._products = torch.empty(max(CHUNK_BYTES // 4, max_slice_rows(spec) * spec.block_size))
 
     def maxima(self, queries: torch.Tensor, batch: Batch, segment: Segment) -> NDArray[np.float32]:
         """The greatest product of each row with the keys of each block; a NaN product counts as -inf.
@@ -109,9 +109,8 @@ def _chunks(owners: NDArray[np.int64], chunk: int, *, apart: bool) -> Iterator[s
 def _convolve(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """`[N, M, block_size]` from one set of queries, `[M, D]`.
 
-    The keys as an image of N x block_size pixels with D channels each, the queries as filters of one pixel: the same
-    product, but by oneDNN, whose fp32 is twice as fast as the BLAS that torch calls on processors which that BLAS does
-    not know.
+    The keys as an image of N x block_size pixels with D channels, the queries as filters of one pixel: the same
+    product, but made by oneDNN, which can be twice as fast as the BLAS behind `bmm` (`benchmarks/NOTES.md`).
     """
     image = keys[None].permute(0, 3, 1, 2)  # In the strides of channels-last memory, which oneDNN takes as it is.
     return functional.conv2d(image, queries[:, :, None, None])[0].transpose(0, 1)

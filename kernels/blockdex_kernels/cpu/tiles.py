@@ -20,8 +20,8 @@ MAX_BATCH_ROWS = 8192
 MAX_RANKED = 1 << 19
 """(row, block) pairs ranked at once."""
 ROW_QUANTUM = 4
-"""Slices are filled up to a multiple of so many rows: products of fewer rows are summed in another order, and a row's
-answer would depend on its company."""
+"""Slices are filled up to a multiple of so many rows: the BLAS sums products of fewer rows in another order, and then a
+row's answer would depend on its company."""
 
 
 class Slice(NamedTuple):
@@ -76,16 +76,24 @@ class Segment:
 
 def max_slice_rows(spec: IndexSpec) -> int:
     """Rows of a slice such that its products with one block, and two times its answers, keep the bounds."""
-    row_bytes = 4 * (spec.block_size + spec.head_dim)
-    page_bytes = 6 * spec.block_size * spec.head_dim
-    return max(4, min(MAX_SLICE_ROWS, (CHUNK_BYTES - page_bytes) // row_bytes, MAX_RANKED // (2 * spec.topk)) // 4 * 4)
+    rows = (CHUNK_BYTES - _keys_bytes(spec)) // _row_bytes(spec)
+    rows = min(rows, MAX_SLICE_ROWS, MAX_RANKED // (2 * spec.topk))
+    return max(rows // ROW_QUANTUM, 1) * ROW_QUANTUM
 
 
 def blocks_per_chunk(spec: IndexSpec, num_rows: int) -> int:
-    """Blocks whose keys (as stored, widened, in fp32), products and gathered queries keep `CHUNK_BYTES`."""
-    page_bytes = 6 * spec.block_size * spec.head_dim
-    row_bytes = 4 * (spec.block_size + spec.head_dim)
-    return max(1, CHUNK_BYTES // (page_bytes + num_rows * row_bytes))
+    """Blocks whose keys, products and gathered queries keep `CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES // (_keys_bytes(spec) + num_rows * _row_bytes(spec)))
+
+
+def _keys_bytes(spec: IndexSpec) -> int:
+    """Keys of a block, as stored and in fp32."""
+    return 6 * spec.block_size * spec.head_dim
+
+
+def _row_bytes(spec: IndexSpec) -> int:
+    """A row's products with a block, and the row itself, in fp32."""
+    return 4 * (spec.block_size + spec.head_dim)
 
 
 def cut(runs: list[Run], spec: IndexSpec, num_heads: int) -> Iterator[Batch]:
@@ -104,17 +112,21 @@ def cut(runs: list[Run], spec: IndexSpec, num_heads: int) -> Iterator[Batch]:
         packed_row += run_rows
     for group in _groups(sorted(slices), spec.topk):
         num_rows = group[0].num_rows
-        inside = np.minimum(np.arange(-(-num_rows // ROW_QUANTUM) * ROW_QUANTUM), num_rows - 1)
+        inside = np.minimum(np.arange(_filled_up(num_rows)), num_rows - 1)
         columns = np.array([(piece.packed_row, piece.first_row, runs[piece.run].start) for piece in group])
         packed, first_row, start = columns.T[:, :, None]
         yield Batch(group, rows=packed + inside, positions=start + (first_row + inside) // num_heads)
+
+
+def _filled_up(num_rows: int) -> int:
+    return -(-num_rows // ROW_QUANTUM) * ROW_QUANTUM
 
 
 def _groups(slices: list[Slice], topk: int) -> Iterator[list[Slice]]:
     """Neighbours that have equally many rows, as many as can be ranked at once."""
     group: list[Slice] = []
     for piece in slices:
-        rows = (len(group) + 1) * piece.num_rows
+        rows = (len(group) + 1) * _filled_up(piece.num_rows)
         full = rows > MAX_BATCH_ROWS or rows * (piece.num_blocks + topk) > MAX_RANKED
         if group and (full or piece.num_rows != group[0].num_rows):
             yield group
