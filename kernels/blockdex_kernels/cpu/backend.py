@@ -16,7 +16,7 @@ from blockdex_kernels.spec import IndexSpec
 TEMPORARY_BYTES = 64 << 20
 """Most that a call holds beside its arguments and its answer, however long the sequences."""
 
-_APPEND_ELEMENTS = 1 << 22  # Cast at once.
+_APPEND_ELEMENTS = 1 << 21  # Cast at once.
 
 
 class CpuBackend(Backend):
