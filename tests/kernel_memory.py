@@ -76,7 +76,7 @@ def main() -> None:
     pages = 2**31 // IndexSpec().bytes_per_page
     cases = {"an empty cache of 2 GiB": growth(lambda: CpuBackend(IndexSpec(), pages, reason="measured"))}
     variants: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
-        ("bf16", LONGEST, 60, {}),
+        ("bf16", LONGEST, 200, {}),
         ("fp8, no local block", LONGEST, 12, {"key_dtype": "fp8_e4m3", "local_blocks": 0}),
         ("bf16, 128 elements, no local block", 16_384, 600, {"head_dim": 128, "local_blocks": 0}),
         ("fp8, 128 elements", 16_384, 600, {"head_dim": 128, "key_dtype": "fp8_e4m3"}),
