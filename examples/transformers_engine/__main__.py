@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from examples.transformers_engine.server import ServerError, running_server
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; 0: every token and every selection agrees, 1: one does not, or a server or client failed."""
     options = _parser().parse_args(arguments)
+    # As Ctrl-C does: unwinds, so that the server goes with the demo.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     console = Console()
     model = build_model(options.device)
     try:

@@ -118,3 +118,18 @@ def test_fp8_selections_are_the_reference_s() -> None:
     assert finished.returncode == 0, finished.stderr
     table = figures(finished.stdout)
     assert int(table["equal"].replace(",", "")) + int(table["flips within the bound"]) == COMPARED
+
+
+def test_a_terminated_demo_takes_its_server_with_it() -> None:
+    """The demo ends itself as soon as its server is up; the server's id is what it says last."""
+    ended = """
+from examples.transformers_engine import __main__ as demo
+def terminate(*arguments, **options):
+    import os, pathlib, signal
+    print(pathlib.Path("/proc/self/task", str(os.getpid()), "children").read_text(), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+demo.run_demo = terminate
+"""
+    finished = run_demo(lie=ended)
+    assert finished.returncode == 128 + 15, finished.stderr
+    assert not Path("/proc", finished.stdout.strip()).exists()
