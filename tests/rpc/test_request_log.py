@@ -148,6 +148,7 @@ def test_a_request_on_a_stream_is_told_under_both_ids(calls: pb_grpc.IndexerServ
     calls.CloseSequence(pb.CloseSequenceRequest(sequence_id=3), metadata=(TENANT,))
 
 
+@pytest.mark.slow
 def test_a_flood_of_slow_requests_is_ten_lines_a_second(calls: pb_grpc.IndexerServiceStub, lines: Lines) -> None:
     calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=4), metadata=(TENANT,))
     time.sleep(1.1)  # the lines of other tests are of another second

@@ -66,6 +66,7 @@ def many_pages() -> Iterator[Serving]:
         yield serving
 
 
+@pytest.mark.slow
 def test_many_pages_share_a_cell(many_pages: Serving) -> None:
     with blockdex.Client(many_pages.grpc_address) as client:
         client.open_sequence(1)

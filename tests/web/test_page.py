@@ -157,6 +157,11 @@ def under_load(server: Serving) -> Iterator[None]:
         loading.join()
 
 
+def window_shown(seen: Look) -> int:
+    """Seconds that the tables speak of."""
+    return int(seen.text(".calls .window").split()[1])
+
+
 def pages_shown(seen: Look) -> dict[str, int]:
     return {state: int(number(seen.row("pages", state)[-3])) for state in STATES}
 
@@ -171,8 +176,7 @@ def test_its_numbers_are_those_of_the_metrics(browser: Browser, shown: Serving, 
     time.sleep(1.1)  # until the server has looked at its own counters again
     with look(browser, shown.http_address) as seen:
         # All that this server ever did lies within the minute that the page shows.
-        window = httpx.get(f"http://{shown.http_address}/v1/live").json()["window_seconds"]
-        assert window < 59
+        seen.eventually(lambda: 3 <= window_shown(seen) < 60, "some seconds are shown, and all of them")
         metrics = samples(shown)
         codes: dict[str, float] = {}
         for labels, value in metrics["blockdex_requests_total"]:
@@ -193,9 +197,10 @@ def test_its_numbers_are_those_of_the_metrics(browser: Browser, shown: Serving, 
             ("calls", "blockdex_request_seconds", "rpc", "Stream/AppendKeys"),
             ("calls", "blockdex_request_seconds", "rpc", "GetSequence"),
         ):
+            before = window_shown(seen)
             rate, p50, p99 = seen.row(table, name)[:3]
             count = next(value for labels, value in metrics[f"{metric}_count"] if labels == {label: name})
-            assert number(rate) == pytest.approx(count / window, rel=0.5)  # the window has grown since
+            assert count / (window_shown(seen) + 1) < number(rate) < count / (before - 1)  # shown as whole seconds
             assert seconds(p50) == pytest.approx(quantile(shown, metric, 0.5, **{label: name}), rel=0.01)
             assert seconds(p99) == pytest.approx(quantile(shown, metric, 0.99, **{label: name}), rel=0.01)
         sizes = seen.page.locator("#batches tbody td:nth-child(2)").all_inner_texts()
@@ -221,9 +226,6 @@ def test_it_is_calm_and_readable(browser: Browser, shown: Serving) -> None:
                 seen.page.emulate_media(color_scheme=scheme)
                 assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
                 assert seen.page.evaluate(LOW_CONTRAST) == []
-        seen.page.evaluate("window.shifts = []")
-        seen.two_more_answers()
-        assert sum(seen.page.evaluate("window.shifts")) < 0.001
         assert seen.complaints == []
         assert set(seen.requests) == {f"http://{shown.http_address}{path}" for path in PAGE_FILES}
 
@@ -241,16 +243,14 @@ def test_the_map_shows_what_sequences_do(browser: Browser, shown: Serving, clien
             for state, count in expected.items():
                 assert pixels[state] / drawn == pytest.approx(count / total, abs=0.004), state
 
-        become()
-        client.open_sequence(100)
-        step(client, 100, 20 * 128)
-        become(private=20)
-        client.fork_sequence(100, 101, 20 * 128)
-        become(shared=20)
-        client.close_sequence(100)
-        become(private=20)
         client.open_sequence(102, lease_seconds=1)
         step(client, 102, 7 * 128)
+        client.open_sequence(100)
+        step(client, 100, 20 * 128)
+        become(private=27)
+        client.fork_sequence(100, 101, 20 * 128)
+        become(shared=20, idle=7)
+        client.close_sequence(100)
         become(private=20, idle=7)
         assert seen.text("#sequences-idle") == "1"
         assert seen.row("lengths", "1,024")[-1] == "1"
@@ -283,6 +283,7 @@ def test_a_server_that_does_not_answer_and_comes_back(browser: Browser, shown: S
         assert seen.complaints == []
 
 
+@pytest.mark.slow
 def test_nobody_looks_nothing_is_asked(browser: Browser, shown: Serving) -> None:
     with look(browser, shown.http_address) as seen:
         show = "document.dispatchEvent(new Event('visibilitychange'))"
@@ -295,14 +296,15 @@ def test_nobody_looks_nothing_is_asked(browser: Browser, shown: Serving) -> None
         seen.eventually(lambda: len(seen.requests) > asked, "it asks again")
 
 
+@pytest.mark.slow
 def test_a_server_that_stops(browser: Browser, shown: Serving, client: blockdex.Client) -> None:
     client.open_sequence(200)
-    client.append_keys(layer=0, sequences=[200], lengths=[8192], keys=keys(8192))
+    client.append_keys(layer=0, sequences=[200], lengths=[20_000], keys=keys(20_000))
 
     def prefill() -> None:
-        queries = np.ones((8192, HEADS, HEAD_DIM), np.float32)
+        queries = np.ones((20_000, HEADS, HEAD_DIM), np.float32)
         with contextlib.suppress(blockdex.BlockdexError):
-            client.select_blocks(layer=0, sequences=[200], lengths=[8192], queries=queries, timeout=4)
+            client.select_blocks(layer=0, sequences=[200], lengths=[20_000], queries=queries, timeout=4)
 
     with look(browser, shown.http_address) as seen:
         status = seen.page.locator("#status")
