@@ -268,6 +268,19 @@ def test_strided_input_is_read_as_it_is(generator: torch.Generator) -> None:
     check(backend_for(spec, runs), runs, generator)
 
 
+def test_no_gradient_is_recorded(generator: torch.Generator) -> None:
+    spec = small_spec()
+    run = random_run(generator, spec, 100, 4)
+    runs = [Run(run.keys.requires_grad_(), run.queries.requires_grad_())]
+    backend = backend_for(spec, runs)
+    spans = load(backend, runs, generator)
+
+    selection = backend.decode(runs[0].queries, spans, order="score", return_scores=True)
+
+    assert selection.scores is not None
+    assert not (backend.pages.requires_grad or selection.scores.requires_grad)
+
+
 def test_append_writes_its_positions_and_nothing_else(generator: torch.Generator) -> None:
     spec = small_spec()
     backend = CpuBackend(spec, 9, reason="tested")

@@ -53,6 +53,7 @@ class CpuBackend(Backend):
         self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
         self._scorer = BlockScorer(self._bytes.view(num_pages * spec.num_layers, -1), spec)
 
+    @torch.no_grad()
     def append(self, keys: torch.Tensor, spans: Spans) -> None:
         """See `Backend.append`; page ids and positions out of bounds are a ValueError too."""
         door.check_keys(keys, spans, self.spec, self.device)
@@ -72,10 +73,12 @@ class CpuBackend(Backend):
             cast = cast_keys(keys[top : top + len(token)], self.spec.key_dtype)
             cache.index_copy_(0, torch.from_numpy(cell * self.spec.block_size + offset), cast.view(cache.dtype))
 
+    @torch.no_grad()
     def decode(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
         """See `Backend.decode`; page ids and positions out of bounds are a ValueError too."""
         return self._select(queries, spans, order, return_scores)
 
+    @torch.no_grad()
     def prefill(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
         """See `Backend.prefill`; page ids and positions out of bounds are a ValueError too."""
         return self._select(queries, spans, order, return_scores)
