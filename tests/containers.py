@@ -31,12 +31,10 @@ class Images:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # overlay needs a kernel and a file system that have it; vfs works everywhere and copies instead.
-        driver = os.environ.get("STORAGE_DRIVER", "overlay")
         places = ("--root", str(folder / "store"), "--runroot", str(folder / "run"))
-        self._buildah = (program("buildah", "buildah"), *places, "--storage-driver", driver)
+        self._buildah = (program("buildah", "buildah"), *places)
 
-    def buildah(self, *arguments: str, seconds: float = 60) -> str:
+    def buildah(self, *arguments: str, seconds: float = 300) -> str:
         """Runs buildah on this store; what it prints."""
         return run(*self._buildah, *arguments, seconds=seconds).strip()
 
@@ -48,7 +46,7 @@ class Images:
         recipe = self._folder / "base.Containerfile"
         recipe.write_text("FROM scratch\nCOPY base /\n", encoding="utf-8")
         build = ("build", "--isolation", "chroot", "--tag", BASE, "--file", str(recipe), str(self._folder))
-        self.buildah(*build, seconds=300)
+        self.buildah(*build)
 
     def build(self, target: str, *arguments: str) -> str:
         """Builds a target of the Dockerfile on `BASE` and returns its name.
@@ -90,7 +88,7 @@ class Images:
 
     def remove(self) -> None:
         """Removes every image, so that the folder can be removed."""
-        self.buildah("rmi", "--all", "--force", seconds=300)
+        self.buildah("rmi", "--all", "--force")
 
 
 def _pip_settings() -> dict[str, str]:
