@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from playwright.sync_api import Browser, expect
 from prometheus_client.parser import text_string_to_metric_families
 
 import blockdex
+from blockdex.v1 import indexer_pb2 as pb
+from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from browsing import Look, chromium, look
 from serving import SMALL, Serving, serve
 
@@ -84,7 +87,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def shown() -> Iterator[Serving]:
     """A server of this module's own, so that nothing else happens on it."""
-    with serve(*SMALL, "--shutdown-grace-seconds", "2") as serving:
+    with serve(*SMALL, "--shutdown-grace-seconds", "4") as serving:
         yield serving
 
 
@@ -298,21 +301,20 @@ def test_nobody_looks_nothing_is_asked(browser: Browser, shown: Serving) -> None
 
 @pytest.mark.slow
 def test_a_server_that_stops(browser: Browser, shown: Serving, client: blockdex.Client) -> None:
+    tokens, queries, asked = 20_000, 8_000, 10  # more than the four seconds of grace suffice for
     client.open_sequence(200)
-    client.append_keys(layer=0, sequences=[200], lengths=[20_000], keys=keys(20_000))
-
-    def prefill() -> None:
-        queries = np.ones((20_000, HEADS, HEAD_DIM), np.float32)
-        with contextlib.suppress(blockdex.BlockdexError):
-            client.select_blocks(layer=0, sequences=[200], lengths=[20_000], queries=queries, timeout=4)
-
-    with look(browser, shown.http_address) as seen:
-        status = seen.page.locator("#status")
-        asking = threading.Thread(target=prefill)
-        asking.start()
-        seen.eventually(lambda: seen.row("stages", "prefill")[0] != "0", "the prefill runs")
+    client.append_keys(layer=0, sequences=[200], lengths=[tokens], keys=keys(tokens))
+    request = pb.SelectBlocksRequest(
+        layer=0,
+        spans=pb.Spans(sequence_ids=[200], starts=[tokens - queries], lengths=[queries]),
+        queries=pb.Tensor(dtype=pb.DTYPE_BF16, data=bytes(queries * HEADS * HEAD_DIM * 2)),
+    )
+    with look(browser, shown.http_address) as seen, grpc.insecure_channel(shown.grpc_address) as channel:
+        select = pb_grpc.IndexerServiceStub(channel).SelectBlocks
+        prefills = [select.future(request, metadata=(("blockdex-tenant", "page"),), timeout=60) for _ in range(asked)]
+        seen.eventually(lambda: seen.row("stages", "prefill")[0] != "0", "a prefill runs")
         shown.process.send_signal(signal.SIGTERM)
-        expect(status).to_have_text("Not ready: shutting down")
-        expect(status).to_contain_text("Unreachable since", timeout=10_000)
-        asking.join()
+        expect(seen.page.locator("#status")).to_have_text("Not ready: shutting down")
+        expect(seen.page.locator("#status")).to_contain_text("Unreachable since", timeout=10_000)
+        assert prefills[-1].code() == grpc.StatusCode.UNAVAILABLE
     assert shown.wait() == 0

@@ -20,7 +20,7 @@ WINDOW_SECONDS = 60
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """All counters at one moment.
 

@@ -25,7 +25,7 @@ Object = dict[str, Any]
 
 
 class LiveView:
-    """Makes the object at most once a second, and only when it is asked for; used on one asyncio loop."""
+    """Makes the object once a second and when readiness changes, but only if asked for; used on one asyncio loop."""
 
     def __init__(self, channel: Channel, history: History, readiness: Readiness) -> None:
         self._channel = channel
@@ -33,15 +33,15 @@ class LiveView:
         self._readiness = readiness
         self._born = time.monotonic()
         self._making = asyncio.Lock()
-        self._made_of: Sample | None = None
+        self._made_of: tuple[Sample, str] | None = None
         self._body = b""
 
     async def body(self) -> bytes:
         """The object as of the last second, as JSON."""
         async with self._making:
-            if self._made_of is not self._history.samples[-1]:
+            if self._made_of != (self._history.samples[-1], self._readiness.obstacle):
                 overview = await self._channel.overview(MAX_CELLS)
-                self._made_of = self._history.samples[-1]
+                self._made_of = (self._history.samples[-1], self._readiness.obstacle)
                 self._body = json.dumps(self._object(overview), separators=(",", ":")).encode()
         return self._body
 
