@@ -17,7 +17,7 @@ from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from serving import SMALL, Serving, serve
 
-TOKENS, QUERIES = 8192, 512
+TOKENS, QUERIES, PREFILLS = 8192, 4096, 12
 
 
 def stub(channel: grpc.Channel) -> pb_grpc.IndexerServiceStub:
@@ -81,6 +81,14 @@ def test_start_says_where_it_listens_and_what_it_is(server: Serving) -> None:
     assert '"event": "serving"' in server.output[0]
 
 
+def test_threads_that_wait_do_not_spin_unless_told_to() -> None:
+    """OpenMP says by itself, when torch loads it, how its threads wait."""
+    for told, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        with serve(OMP_DISPLAY_ENV="TRUE", **told) as serving:
+            said = "\n".join(serving.output)
+        assert f"OMP_WAIT_POLICY = '{expected}'" in said, said
+
+
 def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
     channel_to: Callable[[Serving], grpc.Channel],
 ) -> None:
@@ -88,12 +96,17 @@ def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
         calls = stub(channel_to(serving))
         calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1))
         calls.AppendKeys(pb.AppendKeysRequest(layer=0, spans=span(0, TOKENS), keys=tensor(TOKENS, 128)))
-        prefill: Future[pb.SelectBlocksResponse] = calls.SelectBlocks.future(
-            pb.SelectBlocksRequest(layer=0, spans=span(TOKENS - QUERIES, QUERIES), queries=tensor(QUERIES, 4, 128))
+        request = pb.SelectBlocksRequest(
+            layer=0, spans=span(TOKENS - QUERIES, QUERIES), queries=tensor(QUERIES, 4, 128)
         )
+        prefills: list[Future[pb.SelectBlocksResponse]] = [
+            calls.SelectBlocks.future(request, timeout=60) for _ in range(PREFILLS)
+        ]
         waiting = calls.SelectBlocks.future(waiting_selection(), timeout=3)
         eventually(lambda: sample(serving, "blockdex_waiting_requests") == 1, "the selection waits")
-        eventually(lambda: sample(serving, "blockdex_stage_seconds_count", stage="queue") == 4, "the prefill began")
+        eventually(
+            lambda: sample(serving, "blockdex_stage_seconds_count", stage="queue") == 3 + PREFILLS, "all have begun"
+        )
 
         serving.process.send_signal(signal.SIGTERM)
         eventually(lambda: httpx.get(f"http://{serving.http_address}/readyz").status_code == 503, "not ready")
@@ -104,7 +117,8 @@ def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
             calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=2))
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
 
-        assert len(prefill.result(timeout=60).block_ids.data) == QUERIES * 4 * 16 * 4
+        for prefill in prefills:
+            assert len(prefill.result(timeout=60).block_ids.data) == QUERIES * 4 * 16 * 4
         with pytest.raises(grpc.RpcError) as late:
             waiting.result(timeout=60)
         assert late.value.code() == grpc.StatusCode.UNAVAILABLE  # its keys cannot come any more
