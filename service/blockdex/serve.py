@@ -72,6 +72,9 @@ def _build_engine(settings: ServeSettings, spec: IndexSpec) -> Engine:
     num_pages = cache_bytes // spec.bytes_per_page
     if num_pages < 1:
         raise StartError(f"cache_bytes: one page takes {spec.bytes_per_page} bytes, got {cache_bytes}")
+    # Threads that wait for a kernel's others must not spin: on cores that have other work too, the engine beside this
+    # server to begin with, they keep those they wait for from running. OpenMP reads it when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch takes seconds to load: what can be refused without it has been.
     from blockdex.engine.engine import Engine  # noqa: PLC0415
     from blockdex_kernels.backend import choose_backend  # noqa: PLC0415
