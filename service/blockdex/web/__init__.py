@@ -1,1 +1,1 @@
-"""The HTTP front door: health, readiness, metrics and info. Never touches torch."""
+"""The HTTP front door: health, readiness, metrics, info and a live page. Never touches torch."""
