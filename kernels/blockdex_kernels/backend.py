@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from blockdex_kernels.spec import IndexSpec
 
@@ -24,12 +26,18 @@ class Spans:
         lengths: int32 `[R]`, its tokens, at least 1. T, the rows of a packed tensor beside it, is their sum.
         page_table: int32 `[R, max_blocks]`, page of each block of the run's sequence; places beyond block
             `(start + length - 1) // block_size` are not read and may hold anything.
+        columns: int32 `[3, R]` on the host: layers, starts and lengths again, where the caller has them there anyway.
+            Kernels whose launch depends on them (prefill) otherwise copy them from the device, and wait for it.
+        max_length: no run is longer; what a decode launch is sized by, so that it can be captured in a CUDA graph and
+            replayed with other numbers in the tensors. None: read off the columns.
     """
 
     layers: torch.Tensor
     starts: torch.Tensor
     lengths: torch.Tensor
     page_table: torch.Tensor
+    columns: NDArray[np.int32] | None = None
+    max_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
