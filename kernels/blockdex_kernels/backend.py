@@ -103,8 +103,11 @@ class Backend(ABC):
         """Copies whole pages, in order: a later copy sees what an earlier one wrote.
 
         Args:
-            sources: int64 `[N]`, page ids.
-            destinations: int64 `[N]`, page ids.
+            sources: int64 `[N]`, page ids, on the host.
+            destinations: int64 `[N]`, page ids, on the host.
+
+        Raises:
+            ValueError: columns of different length, or a page id out of bounds; nothing is copied.
         """
 
 

@@ -48,18 +48,21 @@ def check_queries(queries: torch.Tensor, spans: Spans, order: str, spec: IndexSp
     _check_spans(spans, device)
 
 
-def check_page_ids(name: str, page_ids: torch.Tensor, device: torch.device, num_pages: int) -> None:
-    """Refuses page ids that are not int64 `[pages]` on the device, or not below `num_pages`.
+def check_copies(sources: torch.Tensor, destinations: torch.Tensor, num_pages: int) -> None:
+    """Refuses page ids that are not int64 `[pages]` on the host, not below `num_pages`, or not as many on either side.
 
     Raises:
         ValueError: names the argument.
     """
-    _check_tensor(name, page_ids, device, (torch.int64,))
-    if page_ids.ndim != 1:
-        raise ValueError(f"{name}: shape must be [pages], got {list(page_ids.shape)}")
-    bad = (page_ids < 0) | (page_ids >= num_pages)
-    if bad.any():
-        raise ValueError(f"{name}: page must be 0 to {num_pages - 1}, got {int(page_ids[bad][0])}")
+    for name, page_ids in (("sources", sources), ("destinations", destinations)):
+        _check_tensor(name, page_ids, torch.device("cpu"), (torch.int64,))
+        if page_ids.ndim != 1:
+            raise ValueError(f"{name}: shape must be [pages], got {list(page_ids.shape)}")
+        bad = (page_ids < 0) | (page_ids >= num_pages)
+        if bad.any():
+            raise ValueError(f"{name}: page must be 0 to {num_pages - 1}, got {int(page_ids[bad][0])}")
+    if len(sources) != len(destinations):
+        raise ValueError(f"destinations: must be as many as sources, got {len(destinations)} and {len(sources)}")
 
 
 def read_runs(

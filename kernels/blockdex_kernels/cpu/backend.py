@@ -89,10 +89,7 @@ class CpuBackend(Backend):
         Raises:
             ValueError: columns of different length, or a page id out of bounds; nothing is copied.
         """
-        for name, ids in (("sources", sources), ("destinations", destinations)):
-            door.check_page_ids(name, ids, self.device, len(self.pages))
-        if len(sources) != len(destinations):
-            raise ValueError(f"destinations: must be as many as sources, got {len(destinations)} and {len(sources)}")
+        door.check_copies(sources, destinations, len(self.pages))
         for source, destination in zip(sources.tolist(), destinations.tolist(), strict=True):
             self._bytes[destination] = self._bytes[source]
 

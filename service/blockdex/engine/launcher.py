@@ -81,7 +81,7 @@ class Launcher:
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copies pages in order."""
         if copies:
-            pairs = torch.tensor(copies, dtype=torch.int64).to(self._backend.device)
+            pairs = torch.tensor(copies, dtype=torch.int64)
             self._backend.copy_pages(pairs[:, 0].contiguous(), pairs[:, 1].contiguous())
 
     def append(self, cache: Cache, appends: Sequence[tuple[Entry, NDArray[np.bool_]]]) -> list[Outcome]:

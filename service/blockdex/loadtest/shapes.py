@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Protocol
 
 from blockdex.client import Info
-from blockdex.loadtest.workloads import DECODE_CASES, PREFILL_CASES, DecodeCase, PrefillCase
+from blockdex.loadtest.workloads import DECODE_CASES, PREFILL_CASES, DecodeCase, PrefillCase, lengths_around
 
 _FREE_SHARE = 0.9
 _FLOOR_BLOCKS = 4
@@ -209,16 +209,9 @@ def _decode_shapes(clients: int, scale: float, seed: int, bounds: Bounds) -> lis
         case = cases[bisect(edges, edges[-1] * (client + 0.5) / clients)]
         tokens = max(round(case.tokens * scale), min(case.tokens, floor))
         batch = min(max(1, round(case.batch * min(1.0, case.tokens * scale / tokens))), bounds.max_spans)
-        lengths = _lengths(batch, tokens, random.Random(f"lengths {seed} {client}"))
+        lengths = lengths_around(batch, tokens, random.Random(f"lengths {seed} {client}"))
         shapes.append(DecodeShape(case, lengths, bounds.block_size + 1 + bounds.draft_tokens))
     return shapes
-
-
-def _lengths(batch: int, mean: int, numbers: random.Random) -> tuple[int, ...]:
-    """Lengths around a mean, in pairs that keep it."""
-    differences = [numbers.randint(max(1, mean // 20), mean // 4) for _ in range(batch // 2)]
-    pairs = [length for difference in differences for length in (mean - difference, mean + difference)]
-    return (*pairs, mean) if batch % 2 else tuple(pairs)
 
 
 def _prefill_shapes(clients: int, scale: float, bounds: Bounds) -> list[Shape]:

@@ -1,4 +1,4 @@
-"""The shapes that scenarios draw from: what production engines asked of the MSA kernels, and how often.
+"""The shapes that scenarios and benchmarks draw from: what production engines asked of the MSA kernels, and how often.
 
 Source: the benchmark cases published with the MiniMax MSA kernels (repository `MiniMax-AI/MSA`, MIT licence): its
 fixed decode grid, and the sixteen single-request strata of its prefill selection. Shapes and weights only.
@@ -6,6 +6,7 @@ fixed decode grid, and the sixteen single-request strata of its prefill selectio
 
 from __future__ import annotations
 
+import random
 from typing import NamedTuple
 
 
@@ -60,3 +61,10 @@ PREFILL_CASES = (
     PrefillCase(16_384, 173_824, 35),
     PrefillCase(16_384, 27_136, 1010),
 )
+
+
+def lengths_around(batch: int, mean: int, numbers: random.Random) -> tuple[int, ...]:
+    """Lengths of a decode batch, in pairs that keep their mean and lie a twentieth to a quarter of it away."""
+    differences = [numbers.randint(max(1, mean // 20), mean // 4) for _ in range(batch // 2)]
+    pairs = [length for difference in differences for length in (mean - difference, mean + difference)]
+    return (*pairs, mean) if batch % 2 else tuple(pairs)

@@ -1,0 +1,92 @@
+"""Keys into pages."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from blockdex_kernels.backend import Spans
+from blockdex_kernels.spec import IndexSpec
+from blockdex_kernels.triton.launch import pdl_launch, wait_for_previous
+from blockdex_kernels.triton.numbers import float_to_e4m3, to_float
+
+_TOKENS = 16  # Of one program.
+
+
+@triton.jit
+def _append_kernel(
+    keys,
+    pages,
+    layers,
+    starts,
+    lengths,
+    page_table,
+    num_runs,
+    num_tokens,
+    num_layers,
+    stride_t,
+    stride_d,
+    table_stride,
+    RUNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Each program writes a few consecutive tokens: see `append`."""
+    wait_for_previous(PDL)
+    run = tl.arange(0, RUNS)
+    length = tl.load(lengths + run, mask=run < num_runs, other=0)
+    start = tl.load(starts + run, mask=run < num_runs, other=0)
+    end = tl.cumsum(length, 0)
+    shift = start + length - end
+    first = tl.program_id(0) * TOKENS
+    token = first + tl.arange(0, TOKENS)
+    own = tl.sum((end[None, :] <= token[:, None]).to(tl.int32), 1)
+    inside = (token < num_tokens) & (own < num_runs)
+    position = token + tl.sum(tl.where(run[None, :] == own[:, None], shift[None, :], 0), 1)
+    page = tl.load(page_table + own.to(tl.int64) * table_stride + position // BLOCK, mask=inside, other=0)
+    layer = tl.load(layers + own, mask=inside, other=0)
+    cell = (page.to(tl.int64) * num_layers + layer) * BLOCK + position % BLOCK
+    dim = tl.arange(0, DIM)
+    at = token.to(tl.int64)[:, None] * stride_t + dim[None, :] * stride_d
+    values = to_float(tl.load(keys + at, mask=inside[:, None], other=0))
+    if pages.dtype.element_ty == tl.uint8:
+        values = float_to_e4m3(values)
+    else:
+        values = values.to(pages.dtype.element_ty)
+    tl.store(pages + cell[:, None] * DIM + dim[None, :], values, mask=inside[:, None])
+
+
+def append(keys: torch.Tensor, spans: Spans, pages: torch.Tensor, spec: IndexSpec, *, pdl: bool) -> None:
+    """Writes packed keys of many runs and layers into pages, cast to their dtype, in one launch.
+
+    Args:
+        keys: `[T, D]`, any float dtype and strides.
+        spans: where they go; rows with length 0 are padding.
+        pages: `[num_pages, L, block_size, D]`; uint8 holds e4m3.
+        spec: the indexer.
+        pdl: whether to launch as a programmatic dependent.
+    """
+    num_tokens, dim = keys.shape
+    _append_kernel[(triton.cdiv(num_tokens, _TOKENS),)](
+        keys.view(torch.uint8) if keys.dtype == torch.float8_e4m3fn else keys,
+        pages,
+        spans.layers,
+        spans.starts,
+        spans.lengths,
+        spans.page_table,
+        len(spans.lengths),
+        num_tokens,
+        spec.num_layers,
+        *keys.stride(),
+        spans.page_table.stride(0),
+        RUNS=triton.next_power_of_2(len(spans.lengths)),
+        TOKENS=_TOKENS,
+        BLOCK=spec.block_size,
+        DIM=dim,
+        PDL=pdl,
+        num_warps=4,
+        **pdl_launch(pdl),
+    )

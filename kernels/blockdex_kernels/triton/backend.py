@@ -1,0 +1,217 @@
+"""Index-key pages on a GPU, and the Triton kernels over them."""
+
+from __future__ import annotations
+
+import torch
+
+from blockdex_kernels import door
+from blockdex_kernels.backend import Backend, Fp8Scoring, Order, Selection, Spans
+from blockdex_kernels.casts import TORCH_DTYPES
+from blockdex_kernels.spec import IndexSpec
+from blockdex_kernels.triton.append import append
+from blockdex_kernels.triton.chip import Chip
+from blockdex_kernels.triton.decode import score_decode
+from blockdex_kernels.triton.pages import Pages
+from blockdex_kernels.triton.prefill import cast_queries, cut, score_prefill
+from blockdex_kernels.triton.rank import rank
+from blockdex_kernels.triton.runs import Runs
+
+SCORE_BYTES = 512 << 20
+"""Most that the scores of one launch take; longer calls are cut into slices."""
+
+_WIDTH_STEP = 32
+
+
+class TritonBackend(Backend):
+    """Pages on one GPU. Calls are queued on the current stream and return before they are done.
+
+    What the tensors of `Spans` hold is not checked: nobody waits for it. Numbers out of bounds read or write elsewhere.
+
+    Args:
+        spec: the indexer.
+        num_pages: pages to allocate.
+        device: a CUDA device; the CPU where Triton's interpreter is on.
+        reason: why this backend was chosen.
+        fp8_scoring: `native` or `upcast`; read for an fp8 cache only. A chip that cannot multiply e4m3 upcasts.
+        score_bytes: most that the scores of one launch take.
+        pages: the pages, if they are there already: `[num_pages, L, block_size, D]`.
+
+    Raises:
+        ValueError: the spec or the device is not one that the kernels are made for.
+    """
+
+    def __init__(
+        self,
+        spec: IndexSpec,
+        num_pages: int,
+        device: torch.device,
+        *,
+        reason: str,
+        fp8_scoring: Fp8Scoring = "native",
+        score_bytes: int = SCORE_BYTES,
+        pages: torch.Tensor | None = None,
+    ) -> None:
+        self.spec = spec
+        self.device = device
+        self.chip = Chip.of(device)
+        shape = (num_pages, spec.num_layers, spec.block_size, spec.head_dim)
+        self.pages = torch.empty(shape, dtype=TORCH_DTYPES[spec.key_dtype], device=device) if pages is None else pages
+        fp8 = spec.key_dtype == "fp8_e4m3"
+        upcast = fp8 and (fp8_scoring == "upcast" or not self.chip.native_fp8)
+        self._scaled = fp8 and not upcast
+        self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
+        self._keys = Pages.of(self.pages, upcast=upcast, tma=self.chip.tma)
+        self._score_bytes = score_bytes
+        scoring = f"triton-{self.chip.name}" + ("-fp8" if self._scaled else "-upcast" if upcast else "")
+        self.kernels = {
+            "append": (f"triton-{self.chip.name}", reason),
+            "decode": (scoring, reason),
+            "prefill": (scoring, reason),
+        }
+
+    @torch.no_grad()
+    def append(self, keys: torch.Tensor, spans: Spans) -> None:
+        """See `Backend.append`."""
+        door.check_keys(keys, spans, self.spec, self.device)
+        if len(keys):
+            append(keys, spans, self._bytes, self.spec, pdl=self.chip.pdl)
+
+    @torch.no_grad()
+    def decode(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
+        """See `Backend.decode`. Can be captured in a CUDA graph where `spans.max_length` is given."""
+        door.check_queries(queries, spans, order, self.spec, self.device)
+        selection = self._empty_selection(queries, return_scores)
+        width = _width(spans.page_table.shape[1])
+        if self._tokens_at_once(queries.shape[1], width) < len(queries):
+            # More than the scores may take: what prefill cuts into slices.
+            return self.prefill(queries, spans, order=order, return_scores=return_scores)
+        if len(queries):
+            max_length = spans.max_length
+            if max_length is None:
+                max_length = int(Runs.of(spans).lengths.max())
+            scores, positions, unscales = self._score_buffers(queries, width)
+            programs = self.chip.programs * self.chip.decode_programs * (2 // self.pages.element_size())
+            score_decode(
+                queries,
+                spans,
+                max_length,
+                self._keys,
+                self.spec,
+                scores,
+                positions,
+                unscales,
+                every_block=return_scores or order == "score",
+                programs=programs,
+                stages=self.chip.decode_stages,
+                pdl=self.chip.pdl,
+            )
+            self.rank(scores, positions, unscales, selection, order)
+        return selection
+
+    @torch.no_grad()
+    def prefill(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
+        """See `Backend.prefill`. Waits for the device unless `spans.columns` is given."""
+        door.check_queries(queries, spans, order, self.spec, self.device)
+        selection = self._empty_selection(queries, return_scores)
+        runs = Runs.of(spans)
+        heads, block_size = queries.shape[1], self.spec.block_size
+        width = _width(int((runs.starts + runs.lengths - 1).max(initial=0)) // block_size + 1)
+        step = self._tokens_at_once(heads, width)
+        every_block = return_scores or order == "score"
+        for number, part in enumerate(runs.slices(step)):
+            at = slice(number * step, number * step + step)
+            scored = self.score_prefill(queries[at], spans.page_table, part, every_block=every_block)
+            scores = None if selection.scores is None else selection.scores[at]
+            self.rank(*scored, Selection(selection.block_ids[at], scores), order)
+        return selection
+
+    def score_prefill(
+        self, queries: torch.Tensor, page_table: torch.Tensor, runs: Runs, *, every_block: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Scores of queries `[T, H, D]` of runs: what `rank` reads, in buffers of its own."""
+        chip = self.chip
+        tiles = cut(
+            runs,
+            queries.shape[1],
+            self.spec,
+            tile=chip.prefill_tile,
+            programs=chip.programs,
+            every_block=every_block,
+        )
+        scores, positions, unscales = self._score_buffers(queries, _width(tiles.width))
+        items = torch.from_numpy(tiles.items)
+        if self.device.type == "cuda":
+            items = items.pin_memory().to(self.device, non_blocking=True)
+        score_prefill(
+            self._rows(queries, unscales),
+            queries.shape[1],
+            page_table,
+            self._keys,
+            self.spec,
+            items,
+            scores,
+            positions,
+            tile=chip.prefill_tile,
+            warps=chip.prefill_warps,
+            stages=chip.prefill_stages,
+            pdl=chip.pdl,
+        )
+        return scores, positions, unscales
+
+    def rank(
+        self,
+        scores: torch.Tensor,
+        positions: torch.Tensor,
+        unscales: torch.Tensor | None,
+        selection: Selection,
+        order: Order,
+    ) -> None:
+        """Fills a selection from scores: see `blockdex_kernels.triton.rank.rank`."""
+        rank(
+            scores,
+            positions,
+            unscales,
+            selection.block_ids,
+            selection.scores,
+            self.spec,
+            order=order,
+            pdl=self.chip.pdl,
+        )
+
+    def copy_pages(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
+        """See `Backend.copy_pages`."""
+        door.check_copies(sources, destinations, len(self.pages))
+        for source, destination in zip(sources.tolist(), destinations.tolist(), strict=True):
+            self._bytes[destination].copy_(self._bytes[source])
+
+    def _rows(self, queries: torch.Tensor, unscales: torch.Tensor | None) -> torch.Tensor:
+        """`[T * H, D]` as they are scored; the queries themselves where nothing is to be done."""
+        dtype = torch.bfloat16 if self._keys.upcast else self.pages.dtype
+        if queries.dtype == dtype and unscales is None and queries.is_contiguous():
+            return queries.view(-1, queries.shape[2])
+        rows = torch.empty((queries.shape[0] * queries.shape[1], queries.shape[2]), dtype=dtype, device=self.device)
+        cast_queries(queries, rows.view(torch.uint8) if unscales is not None else rows, unscales, pdl=self.chip.pdl)
+        return rows
+
+    def _score_buffers(
+        self, queries: torch.Tensor, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        num_tokens, heads, _ = queries.shape
+        scores = torch.empty((num_tokens * heads, width), dtype=torch.float32, device=self.device)
+        positions = torch.empty(num_tokens, dtype=torch.int32, device=self.device)
+        unscales = torch.empty(num_tokens * heads, dtype=torch.float32, device=self.device) if self._scaled else None
+        return scores, positions, unscales
+
+    def _empty_selection(self, queries: torch.Tensor, return_scores: bool) -> Selection:
+        shape = (*queries.shape[:2], self.spec.topk)
+        block_ids = torch.empty(shape, dtype=torch.int32, device=self.device)
+        scores = torch.empty(shape, dtype=torch.float32, device=self.device) if return_scores else None
+        return Selection(block_ids, scores)
+
+    def _tokens_at_once(self, heads: int, width: int) -> int:
+        return max(self._score_bytes // (4 * heads * width), 1)
+
+
+def _width(blocks: int) -> int:
+    """Columns of a score buffer for so many blocks: rows begin where wide loads can."""
+    return -(-blocks // _WIDTH_STEP) * _WIDTH_STEP

@@ -1,0 +1,213 @@
+"""Scores of runs of few queries: the keys of a run are read once for all its queries and heads."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from blockdex_kernels.backend import Spans
+from blockdex_kernels.spec import IndexSpec
+from blockdex_kernels.triton.launch import pdl_launch, wait_for_previous
+from blockdex_kernels.triton.numbers import scale_to_e4m3, to_float
+from blockdex_kernels.triton.pages import Pages, load_block
+
+MAX_COLUMNS = 128
+"""Most rows (queries times heads) of a run that one read of its keys serves."""
+
+
+@triton.jit
+def _load_queries(
+    queries,
+    first_row,
+    num_rows,
+    stride_t,
+    stride_h,
+    stride_d,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """float32 `[COLUMNS, DIM]`: consecutive rows (query, head), zero beyond `num_rows`."""
+    column = tl.arange(0, COLUMNS)
+    row = first_row + column
+    at = (row // HEADS) * stride_t + (row % HEADS) * stride_h
+    at = at[:, None] + tl.arange(0, DIM)[None, :] * stride_d
+    return to_float(tl.load(queries + at, mask=(column < num_rows)[:, None], other=0))
+
+
+@triton.jit
+def _decode_scores_kernel(
+    queries,
+    pages,
+    scores,
+    positions,
+    unscales,
+    layers,
+    starts,
+    lengths,
+    page_table,
+    num_runs,
+    num_tokens,
+    num_layers,
+    width,
+    stride_t,
+    stride_h,
+    stride_d,
+    table_stride,
+    HEADS: tl.constexpr,
+    RUNS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    PLACES: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    ALL: tl.constexpr,
+    KEY: tl.constexpr,
+    SCALED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TMA: tl.constexpr,
+    PDL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Every program scores an equal share of the blocks of all runs, laid end to end: see `score_decode`."""
+    wait_for_previous(PDL)
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    chunk = tl.program_id(1)
+    run = tl.arange(0, RUNS)
+    length = tl.load(lengths + run, mask=run < num_runs, other=0)
+    start = tl.load(starts + run, mask=run < num_runs, other=0)
+    row_end = tl.cumsum(length, 0)
+    # Blocks that some query of the run ranks: what is forced for all needs no score.
+    needed = tl.where(length > 0, (start + length - 1) // BLOCK + 1 - LOCAL - INIT, 0)
+    if ALL:
+        needed = tl.maximum(needed, 0)
+    else:
+        # Nor does anything where all candidates find a place.
+        needed = tl.where(needed > PLACES, needed, 0)
+    needed_end = tl.cumsum(needed, 0)
+    total = tl.sum(needed.to(tl.int64), 0)
+
+    # Each token's position, for the ranking; programs take the runs in turn.
+    if chunk == 0:
+        for one in tl.range(program, num_runs, num_programs):
+            own = run == one
+            first = tl.sum(tl.where(own, row_end - length, 0), 0)
+            token = tl.arange(0, QUERIES)
+            own_start = tl.sum(tl.where(own, start, 0), 0)
+            inside = token < tl.sum(tl.where(own, length, 0), 0)
+            tl.store(positions + first + token, own_start + token, mask=inside)
+        # Padded rows belong to no run.
+        used = tl.max(row_end, 0)
+        for one in tl.range(used + program, num_tokens, num_programs):
+            tl.store(positions + one, -1)
+
+    at = (total * program // num_programs).to(tl.int32)
+    stop = (total * (program + 1) // num_programs).to(tl.int32)
+    while at < stop:
+        one = tl.sum((needed_end <= at).to(tl.int32), 0)
+        own = run == one
+        own_end = tl.sum(tl.where(own, needed_end, 0), 0)
+        own_begin = own_end - tl.sum(tl.where(own, needed, 0), 0)
+        first_token = tl.sum(tl.where(own, row_end - length, 0), 0)
+        num_rows = tl.sum(tl.where(own, length, 0), 0) * HEADS - chunk * COLUMNS
+        first_row = first_token.to(tl.int64) * HEADS + chunk * COLUMNS
+        last = tl.minimum(stop, own_end) - own_begin + INIT
+        if num_rows > 0:
+            cells = page_table + one.to(tl.int64) * table_stride
+            layer = tl.load(layers + one)
+            rows = _load_queries(queries, first_row, num_rows, stride_t, stride_h, stride_d, HEADS, COLUMNS, DIM)
+            column = tl.arange(0, COLUMNS)
+            if SCALED:
+                rows, undo = scale_to_e4m3(rows)
+                tl.store(unscales + first_row + column, undo, mask=column < num_rows)
+                rows = rows.to(KEY, bitcast=True)
+            else:
+                rows = rows.to(KEY)
+            target = scores + (first_row + column) * width
+            position = tl.sum(tl.where(own, start, 0), 0) + (chunk * COLUMNS + column) // HEADS
+            page = tl.load(cells + at - own_begin + INIT)
+            for block in tl.range(at - own_begin + INIT, last, num_stages=STAGES):
+                keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+                page = tl.load(cells + block + 1, mask=block + 1 < last, other=0)
+                products = tl.dot(keys, tl.trans(rows))
+                if LOCAL == 0:
+                    key_position = block * BLOCK + tl.arange(0, BLOCK)
+                    products = tl.where(key_position[:, None] <= position[None, :], products, float("-inf"))
+                tl.store(target + block, tl.max(products, 0), mask=column < num_rows)
+        at = tl.minimum(stop, own_end)
+
+
+def score_decode(
+    queries: torch.Tensor,
+    spans: Spans,
+    max_length: int,
+    pages: Pages,
+    spec: IndexSpec,
+    scores: torch.Tensor,
+    positions: torch.Tensor,
+    unscales: torch.Tensor | None,
+    *,
+    every_block: bool,
+    programs: int,
+    stages: int,
+    pdl: bool,
+) -> None:
+    """Scores the blocks of runs of few queries, in one launch whose shape depends on no number on the device.
+
+    Args:
+        queries: `[T, H, D]`, any strides.
+        spans: the runs; rows with length 0 are padding. Only the tensors on the device are read.
+        max_length: no run is longer.
+        pages: the keys.
+        spec: the indexer.
+        scores: float32 `[T * H, width]`, written where a query ranks a block by its score; width is at least that of
+            the page table.
+        positions: int32 `[T]`, written: each token's position, -1 beyond the last run.
+        unscales: float32 `[T * H]`, written for an fp8 cache scored natively: what undoes the queries' scale.
+        every_block: whether scores are wanted even where all candidates find a place.
+        programs: how many share the blocks.
+        stages: blocks of keys that a program has in flight.
+        pdl: whether to launch as a programmatic dependent.
+    """
+    num_tokens, heads, dim = queries.shape
+    columns = min(max(triton.next_power_of_2(heads * max_length), 16), MAX_COLUMNS)
+    chunks = triton.cdiv(heads * max_length, columns)
+    _decode_scores_kernel[(programs, chunks)](
+        queries.view(torch.uint8) if queries.dtype == torch.float8_e4m3fn else queries,
+        pages.argument,
+        scores,
+        positions,
+        unscales if unscales is not None else scores,
+        spans.layers,
+        spans.starts,
+        spans.lengths,
+        spans.page_table,
+        len(spans.lengths),
+        num_tokens,
+        spec.num_layers,
+        scores.shape[1],
+        *queries.stride(),
+        spans.page_table.stride(0),
+        HEADS=heads,
+        RUNS=triton.next_power_of_2(len(spans.lengths)),
+        QUERIES=triton.next_power_of_2(max_length),
+        COLUMNS=columns,
+        BLOCK=spec.block_size,
+        DIM=dim,
+        PLACES=spec.topk - spec.init_blocks - spec.local_blocks,
+        INIT=spec.init_blocks,
+        LOCAL=spec.local_blocks,
+        ALL=every_block,
+        KEY=pages.scored,
+        SCALED=unscales is not None,
+        UPCAST=pages.upcast,
+        TMA=pages.tma,
+        PDL=pdl,
+        STAGES=stages,
+        num_warps=4,
+        **pdl_launch(pdl),
+    )

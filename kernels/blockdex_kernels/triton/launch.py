@@ -1,0 +1,22 @@
+"""What differs between chips when a kernel is launched."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Programmatic dependent launch: nothing before this may touch memory, and the next kernel may already start.
+
+    Each program of each kernel waits, so that a kernel which is done implies that all before it are.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def pdl_launch(pdl: bool) -> dict[str, bool]:
+    """The launch option; given only where it is on, since not every Triton backend knows it."""
+    return {"launch_pdl": True} if pdl else {}

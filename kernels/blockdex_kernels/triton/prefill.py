@@ -1,0 +1,276 @@
+"""Scores of runs of many queries: rows (query, head) by keys on the tensor cores, a maximum for each row and block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from blockdex_kernels.spec import IndexSpec
+from blockdex_kernels.triton.launch import pdl_launch, wait_for_previous
+from blockdex_kernels.triton.numbers import scale_to_e4m3, to_float
+from blockdex_kernels.triton.pages import Pages, load_block
+from blockdex_kernels.triton.runs import Runs
+
+ITEM_FIELDS = tl.constexpr(8)
+
+
+@triton.jit
+def _cast_queries_kernel(
+    queries,
+    rows,
+    unscales,
+    num_rows,
+    stride_t,
+    stride_h,
+    stride_d,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCALED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Packs queries of any dtype and strides as rows of what is scored."""
+    wait_for_previous(PDL)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    dim = tl.arange(0, DIM)
+    at = (row // HEADS) * stride_t + (row % HEADS) * stride_h
+    values = to_float(tl.load(queries + at[:, None] + dim[None, :] * stride_d, mask=inside[:, None], other=0))
+    if SCALED:
+        values, undo = scale_to_e4m3(values)
+        tl.store(unscales + row, undo, mask=inside)
+    tl.store(rows + row[:, None] * DIM + dim[None, :], values.to(rows.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _load_rows(rows, first, end, ROWS: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        return rows.load([first, 0])
+    else:
+        row = first + tl.arange(0, ROWS)
+        at = row.to(tl.int64)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+        return tl.load(rows + at, mask=(row < end)[:, None], other=0.0)
+
+
+@triton.jit
+def _prefill_scores_kernel(
+    rows,
+    pages,
+    scores,
+    positions,
+    items,
+    page_table,
+    num_layers,
+    width,
+    table_stride,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TMA: tl.constexpr,
+    PDL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Each program scores a tile of 2 * ROWS rows of one run against a range of its blocks: see `score_prefill`."""
+    wait_for_previous(PDL)
+    item = items + tl.program_id(0) * ITEM_FIELDS
+    first = tl.load(item)
+    end = tl.load(item + 1)
+    shift = tl.load(item + 2)
+    run = tl.load(item + 3)
+    layer = tl.load(item + 4)
+    begin = tl.load(item + 5)
+    stop = tl.load(item + 6)
+    masked_stop = tl.load(item + 7)
+
+    upper = first + tl.arange(0, ROWS)
+    lower = upper + ROWS
+    upper_position = (upper + shift) // HEADS
+    lower_position = (lower + shift) // HEADS
+    tl.store(positions + upper // HEADS, upper_position, mask=upper < end)
+    tl.store(positions + lower // HEADS, lower_position, mask=lower < end)
+    cells = page_table + run.to(tl.int64) * table_stride
+    upper_scores = scores + upper.to(tl.int64) * width
+    lower_scores = scores + lower.to(tl.int64) * width
+    if begin < stop:
+        upper_rows = _load_rows(rows, first, end, ROWS, DIM, TMA)
+        lower_rows = _load_rows(rows, first + ROWS, end, ROWS, DIM, TMA)
+        # The tensor cores work on one half while the maxima of the other are taken: each iteration takes those of the
+        # lower half of the block before. The first block is peeled off, so that accumulators are only ever written by
+        # the tensor cores; otherwise the assembler runs them one after the other.
+        keys = load_block(pages, tl.load(cells + begin), layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+        upper_products = tl.dot(upper_rows, tl.trans(keys))
+        tl.store(upper_scores + begin, tl.max(upper_products, 1), mask=upper < end)
+        products = tl.dot(lower_rows, tl.trans(keys))
+        page = tl.load(cells + begin + 1, mask=begin + 1 < stop, other=0)
+        for block in tl.range(begin + 1, stop, num_stages=STAGES):
+            keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+            page = tl.load(cells + block + 1, mask=block + 1 < stop, other=0)
+            upper_products = tl.dot(upper_rows, tl.trans(keys))
+            lower_max = tl.max(products, 1)
+            products = tl.dot(lower_rows, tl.trans(keys))
+            tl.store(upper_scores + block, tl.max(upper_products, 1), mask=upper < end)
+            tl.store(lower_scores + block - 1, lower_max, mask=lower < end)
+        tl.store(lower_scores + stop - 1, tl.max(products, 1), mask=lower < end)
+    if MASKED:
+        # Blocks that some query sees in part: only where the last visible block is not forced.
+        for block in tl.range(tl.maximum(begin, stop), masked_stop, num_stages=1):
+            keys = load_block(pages, tl.load(cells + block), layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+            key_position = block * BLOCK + tl.arange(0, BLOCK)
+            for half in tl.static_range(2):
+                half_rows = _load_rows(rows, first + half * ROWS, end, ROWS, DIM, TMA)
+                position = lower_position if half else upper_position
+                target = lower_scores if half else upper_scores
+                row = lower if half else upper
+                products = tl.dot(half_rows, tl.trans(keys))
+                products = tl.where(key_position[None, :] <= position[:, None], products, float("-inf"))
+                tl.store(target + block, tl.max(products, 1), mask=row < end)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """What the programs of a prefill launch do: every row of `items` is one program's.
+
+    Attributes:
+        items: int32 `[N, 8]`: first row, end of the run's rows, what to add to a row and divide by the heads to get
+            its position, row of the page table, layer, first block, end of the blocks that all rows see whole, end of
+            those that some row sees in part (or 0).
+        width: columns of the score buffer that the blocks need.
+    """
+
+    items: NDArray[np.int32]
+    width: int
+
+
+def cut(runs: Runs, heads: int, spec: IndexSpec, *, tile: int, programs: int, every_block: bool) -> Tiles:
+    """Cuts runs into tiles of rows, and the blocks of the tiles into ranges about equally long.
+
+    Args:
+        runs: whose packed rows the tiles cover, from row 0.
+        heads: rows of a token.
+        spec: the indexer.
+        tile: rows of a tile.
+        programs: how many run at once.
+        every_block: whether scores are wanted even where all candidates find a place.
+    """
+    run_rows = runs.lengths.astype(np.int64) * heads
+    first_rows = np.cumsum(run_rows) - run_rows
+    tiles = -(-run_rows // tile)
+    run = np.repeat(np.arange(len(tiles)), tiles)
+    nth = np.arange(len(run)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    first = first_rows[run] + nth * tile
+    end = (first_rows + run_rows)[run]
+    shift = (runs.starts * heads - first_rows)[run]
+    first_position = (first + shift) // heads
+    last_position = (np.minimum(first + tile, end) - 1 + shift) // heads
+    visible = last_position // spec.block_size + 1
+    needed_end = np.maximum(visible - spec.local_blocks, spec.init_blocks)
+    places = spec.topk - spec.init_blocks - spec.local_blocks
+    if not every_block:
+        needed_end = np.where(needed_end - spec.init_blocks <= places, spec.init_blocks, needed_end)
+    whole_end = np.clip((first_position + 1) // spec.block_size, spec.init_blocks, needed_end)
+    blocks = whole_end - spec.init_blocks
+    # Few enough that each gets a long run of blocks, many enough that the last to end does not end much later.
+    rounds = np.clip(blocks.sum() // (programs * 16), 1, 8)
+    size = max(-(-int(blocks.sum()) // int(programs * rounds)), 1)
+    ranges = np.maximum(-(-blocks // size), 1)
+    of = np.repeat(np.arange(len(ranges)), ranges)
+    nth = np.arange(len(of)) - np.repeat(np.cumsum(ranges) - ranges, ranges)
+    begin = spec.init_blocks + blocks[of] * nth // ranges[of]
+    stop = spec.init_blocks + blocks[of] * (nth + 1) // ranges[of]
+    masked_stop = np.where(nth + 1 == ranges[of], needed_end[of], 0)
+    columns = (first[of], end[of], shift[of], runs.rows[run[of]], runs.layers[run[of]], begin, stop, masked_stop)
+    items = np.stack(columns, axis=1).astype(np.int32)
+    # Neighbours in time share their keys.
+    return Tiles(items[np.argsort(begin, kind="stable")], int(visible.max(initial=1)))
+
+
+def cast_queries(queries: torch.Tensor, rows: torch.Tensor, unscales: torch.Tensor | None, *, pdl: bool) -> None:
+    """Packs queries as rows of what is scored, in one launch.
+
+    Args:
+        queries: `[T, H, D]`, any dtype and strides.
+        rows: `[T * H, D]`, bfloat16 or float16, or uint8 that holds e4m3; written.
+        unscales: float32 `[T * H]`, written where rows are scaled into the fp8 range: what undoes it. Or None.
+        pdl: whether to launch as a programmatic dependent.
+    """
+    num_rows, dim = rows.shape
+    at_once = 16
+    _cast_queries_kernel[(triton.cdiv(num_rows, at_once),)](
+        queries.view(torch.uint8) if queries.dtype == torch.float8_e4m3fn else queries,
+        rows,
+        unscales if unscales is not None else rows,
+        num_rows,
+        *queries.stride(),
+        HEADS=queries.shape[1],
+        DIM=dim,
+        ROWS=at_once,
+        SCALED=unscales is not None,
+        PDL=pdl,
+        num_warps=4,
+        **pdl_launch(pdl),
+    )
+
+
+def score_prefill(
+    rows: torch.Tensor,
+    heads: int,
+    page_table: torch.Tensor,
+    pages: Pages,
+    spec: IndexSpec,
+    items: torch.Tensor,
+    scores: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    tile: int,
+    warps: int,
+    stages: int,
+    pdl: bool,
+) -> None:
+    """Scores the blocks of runs of many queries, in one launch.
+
+    Args:
+        rows: `[T * H, D]`, contiguous, of the dtype that the pages are scored in.
+        heads: rows of a token.
+        page_table: int32 `[R, max_blocks]`.
+        pages: the keys.
+        spec: the indexer.
+        items: int32 `[N, 8]` on the device: `Tiles.items`.
+        scores: float32 `[T * H, width]`, written where a query ranks a block by its score, and beyond that anything.
+        positions: int32 `[T]`, written: each token's position.
+        tile: rows of a tile, as the items were cut; a multiple of 2.
+        warps: of a program.
+        stages: blocks of keys that a program has in flight.
+        pdl: whether to launch as a programmatic dependent.
+    """
+    argument = TensorDescriptor.from_tensor(rows, [tile // 2, rows.shape[1]]) if pages.tma else rows
+    _prefill_scores_kernel[(len(items),)](
+        argument,
+        pages.argument,
+        scores,
+        positions,
+        items,
+        page_table,
+        spec.num_layers,
+        scores.shape[1],
+        page_table.stride(0),
+        HEADS=heads,
+        ROWS=tile // 2,
+        BLOCK=spec.block_size,
+        DIM=rows.shape[1],
+        MASKED=spec.local_blocks == 0,
+        UPCAST=pages.upcast,
+        TMA=pages.tma,
+        PDL=pdl,
+        STAGES=stages,
+        num_warps=warps,
+        **pdl_launch(pdl),
+    )
