@@ -9,14 +9,18 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def environment(*packages: str) -> dict[str, object]:
-    """Command, commit, date, machine and the versions of packages."""
-    return {
+def environment(*packages: str, device: torch.device | None = None) -> dict[str, Any]:
+    """Command, commit, date, machine and the versions of packages; of a CUDA device, what and under which driver."""
+    facts: dict[str, Any] = {
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
@@ -26,6 +30,26 @@ def environment(*packages: str) -> dict[str, object]:
             **{package: importlib.metadata.version(package) for package in packages},
         },
     }
+    if device is not None and device.type == "cuda":
+        facts["machine"]["gpu"], facts["versions"]["cuda"] = _gpu(device)
+    return facts
+
+
+def _gpu(device: torch.device) -> tuple[dict[str, object], str | None]:
+    """The GPU, and the CUDA that torch was built with."""
+    import torch  # noqa: PLC0415 - benchmarks of the client have no use for it
+
+    properties = torch.cuda.get_device_properties(device)
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    gpu = {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "driver": driver or "unknown",
+    }
+    return gpu, torch.version.cuda
 
 
 def _module() -> str:

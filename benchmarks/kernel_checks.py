@@ -1,0 +1,41 @@
+"""That what is timed is a selection: a sample of each answer held against the reference in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from benchmarks.kernel_inputs import Batch
+from benchmarks.kernel_shapes import BLOCK_SIZE
+from benchmarks.kernel_versions import Version
+from blockdex_kernels.reference import count_flips, select
+
+FP8_TOLERANCE = 64
+"""How much further than those of bf16 the scores of two blocks may lie apart that an fp8 cache exchanges: fp8 tensor
+cores add up with fewer bits. Enough to tell a selection from garbage; the bound itself is measured elsewhere."""
+
+_ROWS = 4
+
+
+def flips(version: Version, block_ids: torch.Tensor, batch: Batch) -> int:
+    """Blocks that rounding exchanged in the last queries of the last sequence, of all their heads.
+
+    Raises:
+        SelectionMismatchError: they differ from the reference by more than rounding.
+    """
+    end = int(batch.ends[-1])
+    rows = min(_ROWS, int(batch.spans.lengths[-1]))
+    page_ids = batch.spans.page_table[-1, : -(-end // BLOCK_SIZE)].long()
+    # Not every torch build indexes fp8.
+    keys = version.pages.view(torch.uint8)[page_ids].view(version.pages.dtype).flatten(0, 1)[:end]
+    reference = select(keys.cpu(), batch.queries[-rows:].cpu(), end - rows, version.spec)
+    if version.spec.key_dtype == "fp8_e4m3":
+        reference = replace(reference, tolerance=reference.tolerance * FP8_TOLERANCE)
+    return count_flips(block_ids[-rows:].cpu(), reference.block_ids, reference)
+
+
+def rows_apart(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+    """Rows of two selections `[T, H, topk]` that hold different blocks, in whichever order."""
+    different = ours.sort(dim=2).values != theirs.sort(dim=2).values
+    return int(different.any(dim=2).sum())
