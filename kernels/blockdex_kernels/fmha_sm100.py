@@ -323,8 +323,8 @@ def _first_wrong(package: Package, spec: IndexSpec, device: torch.device) -> str
     page_table = torch.randperm(8, generator=generator).to(device, torch.int32).view(2, 4)
     scorer = FmhaScorer(package, pages, max_heads=spec.num_index_heads)
     for num_heads in range(1, spec.num_index_heads + 1):
-        # The longest run of a call decides on the kernel: packed heads up to 32 queries, narrow tiles up to 128.
-        for longest in (1, 8, 12, 16, 21, 32, 64, 128, 200):
+        # The longest run of a call decides on the kernel: heads packed up to 32 queries, narrow tiles up to 128 rows.
+        for longest in (4, 8, 16, 32, 64, 128, 200):
             columns = np.array([[1, 0], [300, 130], [longest, 1]], np.int32)
             queries = torch.randn(longest + 1, num_heads, HEAD_DIM, generator=generator).to(dtype).to(device)
             scores = torch.empty(longest + 1, num_heads, buffer_width(4), device=device)
