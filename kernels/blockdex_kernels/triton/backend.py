@@ -52,7 +52,7 @@ class TritonBackend(Backend):
         pages: torch.Tensor | None = None,
     ) -> None:
         self.spec = spec
-        self.device = device
+        self.device = torch.empty(0, device=device).device  # with its number, where `device` has none
         self.chip = Chip.of(device)
         shape = (num_pages, spec.num_layers, spec.block_size, spec.head_dim)
         self.pages = torch.empty(shape, dtype=TORCH_DTYPES[spec.key_dtype], device=device) if pages is None else pages

@@ -100,7 +100,7 @@ def _prefill_scores_kernel(
     cells = page_table + run.to(tl.int64) * table_stride
     upper_scores = scores + upper.to(tl.int64) * width
     lower_scores = scores + lower.to(tl.int64) * width
-    if begin < stop:
+    if UPCAST == 0 and begin < stop:
         upper_rows = _load_rows(rows, first, end, ROWS, DIM, TMA)
         lower_rows = _load_rows(rows, first + ROWS, end, ROWS, DIM, TMA)
         # The tensor cores work on one half while the maxima of the other are taken: each iteration takes those of the
@@ -120,19 +120,20 @@ def _prefill_scores_kernel(
             tl.store(upper_scores + block, tl.max(upper_products, 1), mask=upper < end)
             tl.store(lower_scores + block - 1, lower_max, mask=lower < end)
         tl.store(lower_scores + stop - 1, tl.max(products, 1), mask=lower < end)
-    if MASKED:
-        # Blocks that some query sees in part: only where the last visible block is not forced.
-        for block in tl.range(tl.maximum(begin, stop), masked_stop, num_stages=1):
-            keys = load_block(pages, tl.load(cells + block), layer, num_layers, BLOCK, DIM, UPCAST, TMA)
-            key_position = block * BLOCK + tl.arange(0, BLOCK)
-            for half in tl.static_range(2):
-                half_rows = _load_rows(rows, first + half * ROWS, end, ROWS, DIM, TMA)
+        begin = stop
+    # Blocks that some query sees in part, which there are only where the last visible block is not forced; and all of
+    # them where keys are upcast: those pass through shared memory that the next block's overwrite.
+    for block in tl.range(begin, tl.maximum(stop, masked_stop), num_stages=1):
+        keys = load_block(pages, tl.load(cells + block), layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+        key_position = block * BLOCK + tl.arange(0, BLOCK)
+        for half in tl.static_range(2):
+            half_rows = _load_rows(rows, first + half * ROWS, end, ROWS, DIM, TMA)
+            products = tl.dot(half_rows, tl.trans(keys))
+            row = lower if half else upper
+            if MASKED:
                 position = lower_position if half else upper_position
-                target = lower_scores if half else upper_scores
-                row = lower if half else upper
-                products = tl.dot(half_rows, tl.trans(keys))
                 products = tl.where(key_position[None, :] <= position[:, None], products, float("-inf"))
-                tl.store(target + block, tl.max(products, 1), mask=row < end)
+            tl.store((lower_scores if half else upper_scores) + block, tl.max(products, 1), mask=row < end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +142,8 @@ class Tiles:
 
     Attributes:
         items: int32 `[N, 8]`: first row, end of the run's rows, what to add to a row and divide by the heads to get
-            its position, row of the page table, layer, first block, end of the blocks that all rows see whole, end of
-            those that some row sees in part (or 0).
+            its position, row of the page table, layer, first block, end of the blocks that no row ranks in part, end of
+            those that some row does (or 0).
         width: columns of the score buffer that the blocks need.
     """
 
@@ -176,7 +177,10 @@ def cut(runs: Runs, heads: int, spec: IndexSpec, *, tile: int, programs: int, ev
     places = spec.topk - spec.init_blocks - spec.local_blocks
     if not every_block:
         needed_end = np.where(needed_end - spec.init_blocks <= places, spec.init_blocks, needed_end)
-    whole_end = np.clip((first_position + 1) // spec.block_size, spec.init_blocks, needed_end)
+    whole_end = needed_end
+    if spec.local_blocks == 0:
+        # Otherwise no query ranks a block that it sees in part.
+        whole_end = np.clip((first_position + 1) // spec.block_size, spec.init_blocks, needed_end)
     blocks = whole_end - spec.init_blocks
     # Few enough that each gets a long run of blocks, many enough that the last to end does not end much later.
     rounds = np.clip(blocks.sum() // (programs * 16), 1, 8)

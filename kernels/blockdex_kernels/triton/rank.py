@@ -13,8 +13,6 @@ from blockdex_kernels.triton.numbers import ordered
 
 LEAST = tl.constexpr(-(2**31))
 
-_MAX_GROUPS = 512
-
 
 @triton.jit
 def _kth_largest(keys, k, low):
@@ -49,23 +47,33 @@ def _places(keys, k, threshold):
 
 
 @triton.jit
-def _best_groups(scores, begin, end, scratch, K: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+def _best_groups(
+    scores, begin, end, scratch, K: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, INIT: tl.constexpr
+):
     """Writes the K groups of blocks in which the K best blocks must be, ascending; returns a bound they reach.
 
     A block outside the K groups with the greatest maxima, equal ones from the left, has K blocks before it.
     """
-    SLICE: tl.constexpr = min(GROUP, 32)
     group = tl.arange(0, GROUPS)
     maxima = tl.full([GROUPS], float("-inf"), tl.float32)
-    for first in tl.range(0, GROUP, SLICE):
-        block = group[:, None] * GROUP + first + tl.arange(0, SLICE)[None, :]
-        # Masked by slice and not by block, so that loads stay wide.
+    for first in tl.static_range(0, GROUP, 4):
+        # Four blocks are one load of one thread; masked as one, so that it stays one.
+        block = group[:, None] * GROUP + first + tl.arange(0, 4)[None, :]
         value = tl.load(scores + block, mask=(group * GROUP + first < end)[:, None], other=float("-inf"))
-        value = tl.where((block >= begin) & (block < end), value, float("-inf"))
-        maxima = tl.maximum(maxima, tl.max(value, 1))
-    filled = (group * GROUP < end) & (group * GROUP + GROUP > begin)
+        inside = block < end
+        if INIT > 0:
+            inside = inside & (block >= begin)
+        maxima = tl.maximum(maxima, tl.max(tl.where(inside, value, float("-inf")), 1))
+    filled = group * GROUP < end
+    if INIT > 0:
+        filled = filled & (group * GROUP + GROUP > begin)
     keys = tl.where(filled, ordered(maxima), LEAST)
-    low = tl.min(tl.where(filled, keys, 2147483647), 0)
+    # The least of 32 maxima of as many groups each is a bound that 32 groups reach; the least of all is a worse one.
+    low = tl.full([], LEAST, tl.int32)
+    if K <= 32:
+        low = tl.min(tl.max(tl.reshape(keys, [GROUPS // 32, 32]), 0), 0)
+    if low == LEAST:
+        low = tl.min(tl.where(filled, keys, 2147483647), 0)
     threshold = _kth_largest(keys, K, low)
     chosen, place = _places(keys, K, threshold)
     tl.store(scratch + place, group, mask=chosen)
@@ -78,20 +86,26 @@ def _best_blocks(
     begin,
     end,
     out,
+    one,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
+    INIT: tl.constexpr,
 ):
-    """Writes the K best of the blocks `begin` to `end`, ascending; there are more than K of them."""
-    candidate = tl.arange(0, K_PADDED * GROUP)
+    """Writes the K best of the blocks `begin` to `end`, ascending; there are more than K of them.
+
+    `one` is 1, which the compiler does not know: seeing that neighbours are read together, it would give each thread
+    several, and exchange them all between threads for the scattered writes.
+    """
+    candidate = tl.arange(0, K_PADDED * GROUP) * one
     slot = candidate // GROUP
     first_group = begin // GROUP
     many = (end + GROUP - 1) // GROUP - first_group > K
-    low = tl.full([], LEAST + 1, tl.int32)
+    low = tl.full([], LEAST, tl.int32)
     group = first_group + slot
     if many:
-        low = _best_groups(scores, begin, end, out, K, GROUPS, GROUP)
+        low = _best_groups(scores, begin, end, out, K, GROUPS, GROUP, INIT)
         tl.debug_barrier()
         group = tl.load(out + slot, mask=slot < K, other=0)
         tl.debug_barrier()
@@ -105,7 +119,7 @@ def _best_blocks(
     tl.store(out + place, block, mask=chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def _rank_kernel(
     scores,
     positions,
@@ -114,6 +128,7 @@ def _rank_kernel(
     values,
     width,
     scale,
+    one,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     TOPK: tl.constexpr,
@@ -142,7 +157,7 @@ def _rank_kernel(
     block = slot
     if K > 0:
         if end - INIT > K:
-            _best_blocks(scores, INIT, end, out + INIT, K, K_PADDED, GROUPS, GROUP)
+            _best_blocks(scores, INIT, end, out + INIT, one, K, K_PADDED, GROUPS, GROUP, INIT)
             if BY_SCORE or VALUES:
                 tl.debug_barrier()
                 block = tl.load(out + slot, mask=(slot >= INIT) & (slot < INIT + K), other=0)
@@ -170,9 +185,19 @@ def _rank_kernel(
         tl.store(out + slot, block, mask=written & (ranked == 0))
     if VALUES:
         if UNSCALE:
-            value *= tl.load(unscales + row)
+            # Written only where something was scored.
+            value = tl.where(is_chosen, value * tl.load(unscales + row), value)
         value = tl.where(is_init | is_local, float("inf"), value * scale)
         tl.store(values + row * TOPK + place, value, mask=written)
+
+
+def _grouping(width: int) -> tuple[int, int]:
+    """Groups of blocks, and blocks of each: about as many groups as blocks of the K groups that are looked into."""
+    blocks = triton.next_power_of_2(max(width, 128))
+    group = 4
+    while blocks // group > 16 * group:
+        group *= 2
+    return blocks // group, group
 
 
 def rank(
@@ -200,8 +225,7 @@ def rank(
         pdl: whether to launch as a programmatic dependent.
     """
     rows, width = scores.shape
-    groups = min(max(triton.next_power_of_2(width) // 8, 16), _MAX_GROUPS)
-    group = max(triton.next_power_of_2(width) // groups, 1)
+    groups, group = _grouping(width)
     _rank_kernel[(rows,)](
         scores,
         positions,
@@ -210,6 +234,7 @@ def rank(
         values if values is not None else scores,
         width,
         spec.score_scale,
+        1,
         HEADS=block_ids.shape[1],
         BLOCK=spec.block_size,
         TOPK=spec.topk,
@@ -223,6 +248,6 @@ def rank(
         VALUES=values is not None,
         UNSCALE=unscales is not None,
         PDL=pdl,
-        num_warps=min(max(groups * group // 1024, 1), 8),
+        num_warps=min(max(groups // 256, 1), 8),
         **pdl_launch(pdl),
     )
