@@ -14,7 +14,7 @@ CONSTRAINTS := $(if $(HAS_TORCH),,--constraint constraints.txt)
 TOOLS := prometheus=prometheus promtool=prometheus kubectl=kubernetes-client chromium=chromium
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
 
-.PHONY: help install tools demo test test-all lint format proto lock bench docs clean
+.PHONY: help install tools demo test test-all lint format proto lock bench bench-gpu docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -59,6 +59,10 @@ lock: $(STAMP) ## Pin what the images hold: deploy/requirements
 
 bench: $(STAMP) ## Client latency beside a bare gRPC echo; writes JSON and PNG to benchmarks/results
 	$(BIN)/python -m benchmarks.client
+	$(BIN)/python -m benchmarks.tables
+
+bench-gpu: $(STAMP) ## GPU kernels beside the chip's best, and a peer (PEER=vllm=DIR, an unpacked wheel); JSON and PNG likewise
+	$(BIN)/python -m benchmarks.kernels $(if $(PEER),--peer $(PEER))
 	$(BIN)/python -m benchmarks.tables
 
 docs: $(STAMP) ## Build the documentation into site/

@@ -17,7 +17,7 @@ the host's work included wherever the device waits for it. `host`: the processor
 Call = Callable[[], object]
 
 _WARM_UP = 3
-_HEAD_START_CYCLES = 2_000_000  # About a millisecond, in which the host queues the first replays.
+_HEAD_START_CYCLES = 20_000_000  # About ten milliseconds, in which the host gets ahead with its launches.
 
 
 @dataclass(frozen=True)

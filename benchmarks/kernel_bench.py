@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from benchmarks import kernel_checks, roofline
 from benchmarks.gpu_timing import Call, Mode, time_calls
+from benchmarks.kernel_figures import PEER, Row
 from benchmarks.kernel_inputs import Batch, batches
 from benchmarks.kernel_shapes import Shape, Workload
 from benchmarks.kernel_versions import Version
 from blockdex_kernels.spec import KEY_DTYPE_BYTES
-
-Row = dict[str, Any]
-
-PEER = "vllm"
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_bench import PEER
-from benchmarks.kernel_figures import floor_us, ours
+from benchmarks.kernel_figures import PEER, Row, floor_us, ours
 from benchmarks.kernel_shapes import DECODE_QUERIES
 
-Row = dict[str, Any]
 Panel = Callable[[Any], None]
 
 _COLOURS = {"bf16": "#3d7ea6", "fp8_e4m3": "#e0a458", PEER: "#8a94a0"}
 _BAR_WIDTH = 0.27
+_FLOOR_REACH = 0.4
+_HEADROOM = 1.35  # Above the bars, for the legend.
 
 
 def plot(result: Row, path: Path) -> None:
@@ -71,7 +71,8 @@ def _decode(rows: list[Row], queries: int, result: Row, axes: Any) -> None:
     if "roofline" in result:
         for cache in ours(rows[0]):
             floors = [floor_us(row, cache, result) for row in rows]
-            axes.step(places, floors, where="mid", color=_COLOURS[cache], label=f"{cache}: its keys read once")
+            edges = ([place + side for place in places] for side in (-_FLOOR_REACH, _FLOOR_REACH))
+            axes.hlines(floors, *edges, color=_COLOURS[cache], label=f"floor, {cache}: its keys read once")
     axes.set_yscale("log")
     axes.set_xticks(places, [f"{row['sequences']} x {row['tokens'] // 1000}k" for row in rows], rotation=90)
     axes.set_xlabel("sequences x mean tokens")
@@ -94,6 +95,7 @@ def _scoring(rows: list[Row], result: Row, axes: Any) -> None:
         if result.get("roofline", {}).get(rate):
             label = f"{rate} product, {result['roofline']['product']} cubed"
             axes.axhline(result["roofline"][rate] / 1e12, color=_COLOURS[cache], linestyle="--", label=label)
+    axes.set_ylim(top=axes.get_ylim()[1] * _HEADROOM)
     axes.set_ylabel("useful TFLOP/s")
     axes.set_title("Scoring alone")
 

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -31,7 +32,8 @@ from rich.table import Table
 from benchmarks import kernel_figures, kernel_plots
 from benchmarks.environment import RESULTS, environment
 from benchmarks.gpu_timing import Mode
-from benchmarks.kernel_bench import PEER, Bench, Row
+from benchmarks.kernel_bench import Bench
+from benchmarks.kernel_figures import PEER, Row
 from benchmarks.kernel_inputs import LAYERS
 from benchmarks.kernel_shapes import FULL, HEADS, QUICK
 from benchmarks.kernel_versions import Blockdex, Version
@@ -108,12 +110,13 @@ def show(result: Row, console: Console) -> None:
     for part in result["timing"]:
         if part != "roofline":
             console.print(_shapes_table(part, result))
-    table = Table(title=f"peer: {result['peer']}")
+    table = Table(box=box.SIMPLE_HEAD, title=f"peer: {result['peer']}")
     for heading in ("figure", "measured", "target", "part of it", "made of"):
         table.add_column(heading, justify="left" if heading in {"figure", "made of"} else "right")
     for row in result["rows"]:
         table.add_row(*kernel_figures.cells(row))
-    console.print(table)
+    if result["rows"]:
+        console.print(table)
 
 
 def _roofline_line(roof: Row) -> str:
@@ -129,7 +132,9 @@ def _shapes_table(part: str, result: Row) -> Table:
     rows = result[part]
     ours = kernel_figures.ours(rows[0])
     meaning = kernel_figures.MEANINGS[part]
-    table = Table(title=f"{part}, us (medians of {result['replays']} replays, {result['timing'][part]})")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{part}, us (medians of {result['replays']} replays, {result['timing'][part]})"
+    )
     for heading in ("shape", "calls", *rows[0]["us"], meaning, "flips", "apart"):
         table.add_column(heading, justify="right")
     for row in rows:

@@ -53,8 +53,8 @@ def measure(device: torch.device, mode: Mode, replays: int, memory_bytes: int, p
     left, right = (torch.randn(product, product, dtype=torch.bfloat16, device=device) for _ in range(2))
     operations = 2 * product**3
     products: dict[str, list[Callable[[], object]]] = {"bf16": [lambda: left @ right] * 2}
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
-        products["fp8"] = [_fp8_product(left, right)] * 2
+    if device.type == "cuda" and (fp8_product := _fp8_product(left, right)):
+        products["fp8"] = [fp8_product] * 2
     rates = {name: operations / timing.median_us * 1e6 for name, timing in time_calls(products, mode, replays).items()}
     return Roofline(
         copy=2 * memory_bytes / copy_us * 1e6,
@@ -98,8 +98,16 @@ def _triton_read(source: torch.Tensor, tile: int) -> Callable[[], object]:
     return lambda: _read_kernel[(tiles,)](source, sums, TILE=tile, num_warps=16)
 
 
-def _fp8_product(left: torch.Tensor, right: torch.Tensor) -> Callable[[], object]:
-    """Their product in e4m3, added up as fast as the chip can."""
+def _fp8_product(left: torch.Tensor, right: torch.Tensor) -> Callable[[], object] | None:
+    """Their product in e4m3, added up as fast as the chip can; None where torch refuses it."""
     rows, columns = left.to(torch.float8_e4m3fn), right.T.contiguous().to(torch.float8_e4m3fn).T
     one = torch.ones((), device=left.device)
-    return lambda: torch._scaled_mm(rows, columns, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    def product() -> object:
+        return torch._scaled_mm(rows, columns, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    try:
+        product()
+    except RuntimeError:
+        return None
+    return product

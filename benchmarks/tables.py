@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import kernel_figures
 from benchmarks.environment import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -48,6 +49,15 @@ def _cpu_kernels_cells(row: Row) -> Iterator[str]:
 
 
 SECTIONS = {
+    "kernels": Section(
+        "The GPU kernels, beside the chip and a peer",
+        "Means over the published shapes, each as often as production asked for it, 4 heads, and in the same run\n"
+        "what the chip can do at best and the peer's Triton kernels over the same keys in bf16. Medians of calls that\n"
+        "find nothing in the L2 cache, in CUDA graphs or, where the file says `eager`, back to back with the host's\n"
+        "work; for the peer alike. Our keys lie in pages of several layers, the peer's in one piece.",
+        ("figure", "measured", "target", "part of the target", "made of"),
+        lambda row: iter(kernel_figures.cells(row)),
+    ),
     "client": Section(
         "A call, beside a bare echo",
         "One AppendAndSelect in one layer, one new token of every sequence, by the Python client, and in the same run\n"
@@ -90,7 +100,7 @@ def _told(name: str) -> str:
 def _table(section: Section, path: Path) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     machine = result["machine"]
-    lines = [f"**{machine['cpu']}, {machine['cores']} cores**\n", _line(section.columns)]
+    lines = [f"**{_device(machine)}**\n", _line(section.columns)]
     lines.append(_line("---" for _ in section.columns))
     lines += [_line(section.cells(row)) for row in result["rows"]]
     if path.with_suffix(".png").exists():
@@ -101,6 +111,13 @@ def _table(section: Section, path: Path) -> str:
         f"{machine['system']}; {versions}."
     )
     return "\n".join(lines) + "\n"
+
+
+def _device(machine: Row) -> str:
+    """What was measured: the GPU where there is one."""
+    if gpu := machine.get("gpu"):
+        return f"{gpu['name']}, driver {gpu['driver']}"
+    return f"{machine['cpu']}, {machine['cores']} cores"
 
 
 def _line(cells: Iterator[str] | tuple[str, ...]) -> str:
