@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+
+from benchmarks import kernel_figures, kernels
 from benchmarks.gpu_timing import time_calls
 from benchmarks.kernel_checks import flips, rows_apart
 from benchmarks.kernel_inputs import LAYER, LAYERS, batches
 from benchmarks.kernel_shapes import FULL, Shape
 from benchmarks.kernel_versions import Blockdex, Version
 from benchmarks.peers import Vllm, load_vllm
-
-from benchmarks import kernel_figures, kernels
 from blockdex_kernels.reference import SelectionMismatchError
 from built_site import ROOT
 

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+
 from benchmarks import client, tables
 from benchmarks.environment import environment
-
 from blockdex import config
 from blockdex.cli import main
 from blockdex.errors import Code, Reason

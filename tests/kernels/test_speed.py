@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmarks.cpu_kernels import TARGET, Case, medians, versions
 
 ATTEMPTS = 6
