@@ -39,6 +39,7 @@ STAND_IN = Path(__file__).resolve().parent.parent / "fmha_stand_in"
 MODULES = ("api", "jit", "msa_warmup")
 DTYPES: tuple[KeyDtype, ...] = ("bf16", "fp8_e4m3")
 Columns = NDArray[np.int32]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -413,9 +414,10 @@ def test_the_stand_in_has_the_traps(stand_in: Package, generator: torch.Generato
 
 @pytest.mark.parametrize("key_dtype", DTYPES)
 @pytest.mark.parametrize("num_heads", [1, 4, 16])
-def test_a_scorer_is_found(num_heads: int, key_dtype: KeyDtype, stand_in: Package) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def test_a_scorer_is_found(device: str, num_heads: int, key_dtype: KeyDtype, stand_in: Package) -> None:
     spec = small_spec(key_dtype, num_index_heads=num_heads)
-    pages = torch.zeros(4, 3, 128, 128).to(TORCH_DTYPES[key_dtype])
+    pages = torch.zeros(4, 3, 128, 128).to(device, TORCH_DTYPES[key_dtype])
     compiled = compile_all(stand_in, spec)
 
     scorer = find_scorer(pages, spec)

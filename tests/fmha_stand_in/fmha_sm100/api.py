@@ -148,7 +148,8 @@ def _score(q: torch.Tensor, pages: torch.Tensor, plan: dict[str, Any], ids: torc
     page_ids = torch.split(ids.long(), [-(-keys // 128) for keys in plan["keys"]])
     first = 0
     for count, keys, offset, mine in zip(plan["queries"], plan["keys"], plan["offsets"], page_ids, strict=True):
-        scores = _block_scores(q[first : first + count], pages[mine].flatten(0, 1), keys, offset)
+        bits = pages.view(torch.uint8)[mine]  # Not every torch build gathers fp8.
+        scores = _block_scores(q[first : first + count], bits.view(pages.dtype).flatten(0, 1), keys, offset)
         for row in range(count):
             blocks = _written(row, keys, offset, plan)
             inside = min(blocks, len(mine))
@@ -168,8 +169,8 @@ def _written(row: int, keys: int, offset: int, plan: dict[str, int]) -> int:
 def _block_scores(q: torch.Tensor, keys: torch.Tensor, num_keys: int, offset: int) -> torch.Tensor:
     """float32 `[T, H, blocks]`: the greatest product that is a number and not masked, else -inf."""
     products = q.float() @ keys.float().T
-    places = torch.arange(len(keys))
-    later = places > torch.arange(offset, offset + len(q))[:, None]
+    places = torch.arange(len(keys), device=q.device)
+    later = places > torch.arange(offset, offset + len(q), device=q.device)[:, None]
     products.masked_fill_((later | (places >= num_keys))[:, None], -math.inf)
     products.masked_fill_(products.isnan(), -math.inf)
     return products.view(*products.shape[:2], -1, 128).amax(3)
