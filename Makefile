@@ -11,7 +11,7 @@ VENV_FLAGS := $(if $(HAS_TORCH),--system-site-packages,)
 CONSTRAINTS := $(if $(HAS_TORCH),,--constraint constraints.txt)
 
 # Programs of the tests that pip does not bring, each with the Debian package that does.
-TOOLS := prometheus=prometheus promtool=prometheus kubectl=kubernetes-client chromium=chromium
+TOOLS := prometheus=prometheus promtool=prometheus kubectl=kubernetes-client chromium=chromium gcc=build-essential
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
 
 .PHONY: help install tools demo test test-all lint format proto lock bench bench-gpu docs clean

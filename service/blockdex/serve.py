@@ -116,7 +116,9 @@ async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.sock
     channel.start()
     try:
         history = History(channel, requests)
-        metrics = Metrics(ServerCollector(channel, requests, readiness), _gpu_of(channel.info().device))
+        await history.take()
+        info = await channel.info()
+        metrics = Metrics(ServerCollector(channel, requests, readiness), _gpu_of(info.device))
         live = LiveView(channel, history, readiness)
         http = HttpServer(create_app(channel, metrics, live, readiness), http_socket)
         watching = asyncio.create_task(history.run())
@@ -124,7 +126,7 @@ async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.sock
             rpc = await _start_rpc(channel, settings, requests)
             readiness.obstacle = ""
             http_address = Address.parse(settings.http_address).at_port_of(http_socket)
-            _log_start(channel.info(), rpc.address, str(http_address))
+            _log_start(info, rpc.address, str(http_address))
             await told_to_stop.wait()
             log_event(logger, logging.INFO, "stopping", grace_seconds=settings.shutdown_grace_seconds)
             readiness.obstacle = "shutting down"

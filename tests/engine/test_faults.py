@@ -99,7 +99,7 @@ async def test_callers_that_are_gone_cost_nothing(random: np.random.Generator) -
         run.channel.start()
         await asyncio.wait_for(opened, 20)
         assert (await refusal(late)).reason == Reason.DEADLINE_EXCEEDED
-        stats = run.channel.stats()
+        stats = run.engine.stats()
         assert stats.dropped == {"cancelled": 1, "deadline": 1}
         assert stats.batch_requests.total == 1
         assert run.backend.calls == []

@@ -34,7 +34,7 @@ async def test_waits_for_its_keys(random: np.random.Generator, together: bool, r
         if not together:
             await run.settled()
             assert not waiting.done()
-            assert run.channel.stats().waiting == 1
+            assert run.engine.stats().waiting == 1
         appended = run.submit(append)
         if together:
             run.channel.start()
@@ -42,7 +42,7 @@ async def test_waits_for_its_keys(random: np.random.Generator, together: bool, r
             expected = naive.answer(request)
             assert expected is not None
             check_same(await asyncio.wait_for(future, 20), expected, str(request))
-        assert run.channel.stats().waiting == 0
+        assert run.engine.stats().waiting == 0
 
 
 async def test_waits_for_every_sequence_that_it_names(random: np.random.Generator) -> None:
@@ -125,7 +125,7 @@ async def test_the_deadline_ends_the_waiting(random: np.random.Generator) -> Non
         assert (error.code, error.reason) == (Code.DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED)
         assert re.fullmatch(r"timeout: 0\.050 s were allowed, \d+\.\d{3} s have passed", error.message)
         assert not longer.done()
-        stats = run.channel.stats()
+        stats = run.engine.stats()
         assert (stats.dropped["deadline"], stats.waiting) == (1, 1)
         assert run.backend.calls == []
 
@@ -148,7 +148,7 @@ async def test_a_caller_that_goes_is_forgotten(random: np.random.Generator) -> N
         await run.settled()
         waiting.cancel()
         await run.settled()
-        stats = run.channel.stats()
+        stats = run.engine.stats()
         assert (stats.dropped["cancelled"], stats.waiting) == (1, 0)
         await run.ask(tokens(0, [(A, 0, 1)], keys=values(random, 1, SPEC.head_dim)))
         assert run.backend.tokens("decode") == 0

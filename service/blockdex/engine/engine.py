@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from blockdex.cache import Cache
 from blockdex.engine.batch import Batch
-from blockdex.engine.entry import Entry, Outcome, shutting_down, too_late
+from blockdex.engine.entry import Entry, Inbox, Outcome, given_up, shutting_down, too_late
 from blockdex.engine.launcher import Launcher
 from blockdex.engine.stats import Stats
 from blockdex.errors import InternalError, Reason, ResourceExhaustedError
@@ -38,6 +38,7 @@ class Engine:
         lease_seconds: lease of a sequence that names none.
         decode_queries: a span of at most so many queries is decode, a longer one prefill.
         prefill_slice_seconds: time that one slice of a prefill may take, about.
+        inbox: where entries come from; without one, from `submit`.
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class Engine:
         lease_seconds: float = 600.0,
         decode_queries: int = 16,
         prefill_slice_seconds: float = 0.02,
+        inbox: Inbox | None = None,
     ) -> None:
         self.limits = limits
         self._backend = backend
         self._lease_seconds = lease_seconds
         self._decode_queries = decode_queries
         self._prefill_slice_seconds = prefill_slice_seconds
-        self._inbox: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._inbox: Inbox = queue.SimpleQueue() if inbox is None else inbox
         self._backlog: list[Entry] = []
         self._waiting: list[Entry] = []
         self._unanswered: set[Entry] = set()
@@ -216,7 +218,7 @@ class Engine:
     def _is_gone(self, entry: Entry, now: float, late: list[Outcome]) -> bool:
         if entry.cancelled:
             self._stats.dropped["cancelled"] += 1
-            self._unanswered.discard(entry)
+            late.append((entry, given_up(entry)))
             return True
         if entry.deadline <= now:
             self._stats.dropped["deadline"] += 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from blockdex.errors import DeadlineExceededError, Reason, UnavailableError
+from blockdex.errors import CancelledError, DeadlineExceededError, Reason, UnavailableError
 from blockdex.messages import Answer, ForkSequence, Request, TokenRequest
 
 SequenceKey = tuple[str, int]
@@ -41,6 +42,26 @@ class Entry:
         self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + seconds
 
 
+class Inbox(Protocol):
+    """A queue of entries. None, put by any thread, has the engine look round."""
+
+    def put(self, item: Entry | None) -> None:
+        """Adds an entry."""
+        ...
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Entry | None:
+        """The next one, or `queue.Empty`."""
+        ...
+
+    def qsize(self) -> int:
+        """How many there are."""
+        ...
+
+    def empty(self) -> bool:
+        """Whether there are none."""
+        ...
+
+
 Outcome = tuple[Entry, "Answer | Exception"]
 """An entry and its answer; an exception is a `BlockdexError`."""
 
@@ -57,6 +78,12 @@ def too_late(entry: Entry) -> DeadlineExceededError:
     return DeadlineExceededError(
         f"timeout: {allowed:.3f} s were allowed, {waited:.3f} s have passed", Reason.DEADLINE_EXCEEDED
     )
+
+
+def given_up(entry: Entry) -> CancelledError:
+    """What an entry is answered whose caller is gone: for the channel, which may hold something for it."""
+    waited = time.monotonic() - entry.received
+    return CancelledError(f"caller: gone after {waited:.3f} s", Reason.CANCELLED)
 
 
 def shutting_down(why: str) -> UnavailableError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ class Stats:
         batches: batches run.
         dropped: requests that were never worked on, by why (`cancelled`, `deadline`).
         busy_seconds: time in which the engine was not waiting for work.
+        started: Unix seconds at which counting began: with the engine's process, or before.
         epoch_started: Unix seconds at which the cache was born.
         waiting: selections that wait for keys now.
         queued: requests taken over and not yet begun, now.
@@ -93,6 +95,7 @@ class Stats:
     batches: int = 0
     dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("cancelled", "deadline"), 0))
     busy_seconds: float = 0.0
+    started: float = field(default_factory=time.time)
     epoch_started: float = 0.0
     waiting: int = 0
     queued: int = 0

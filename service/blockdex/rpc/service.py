@@ -44,8 +44,12 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
         """What the server is, holds and can do."""
         began, caller = time.monotonic(), caller_of(context)
+        try:
+            response = convert.info_response(await self._channel.info(), __version__, TRANSPORTS)
+        except BlockdexError as error:
+            self._log.answered("GetInfo", error.code.name, began, caller)
+            await _abort(context, error, caller.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
-        response = convert.info_response(self._channel.info(), __version__, TRANSPORTS)
         self._log.answered("GetInfo", "OK", began, caller)
         return response
 

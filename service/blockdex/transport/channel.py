@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
 
+from blockdex.engine.entry import shutting_down
 from blockdex.engine.stats import Stats
 from blockdex.messages import Answer, CacheOverview, Info, Limits, Request
 from blockdex_kernels import IndexSpec
@@ -45,18 +46,71 @@ class Channel(Protocol):
 
         Raises:
             ResourceExhaustedError: too many requests are queued (OVERLOADED).
-            UnavailableError: the engine is shutting down (SHUTTING_DOWN).
+            UnavailableError: the engine is shutting down (SHUTTING_DOWN) or gone (UNREACHABLE).
         """
         ...
 
-    def info(self) -> Info:
-        """What the engine is, holds and can do, now."""
+    async def info(self) -> Info:
+        """What the engine is, holds and can do, now.
+
+        Raises:
+            UnavailableError: the engine is gone (UNREACHABLE); so do the other two.
+        """
         ...
 
     async def overview(self, max_cells: int) -> CacheOverview:
         """What pages and sequences are like, now, the pages in `max_cells` cells at most."""
         ...
 
-    def stats(self) -> Stats:
+    async def stats(self) -> Stats:
         """What the engine counted and timed since it started."""
         ...
+
+
+class InFlight:
+    """The answers to come of one channel, and its end; used on one asyncio loop.
+
+    Attributes:
+        closed: whether no new request is taken.
+    """
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._pending: set[PendingAnswer] = set()
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def open(self) -> PendingAnswer:
+        """A new one.
+
+        Raises:
+            UnavailableError: no new request is taken (SHUTTING_DOWN).
+        """
+        if self.closed:
+            raise shutting_down("takes no new requests")
+        pending = PendingAnswer()
+        self._pending.add(pending)
+        self._none.clear()
+        pending.add_done_callback(self._forget)
+        return pending
+
+    def fail_all(self, error: Exception) -> None:
+        """Answers all of them with an error."""
+        for pending in list(self._pending):
+            if not pending.done():
+                pending.set_exception(error)
+
+    async def drain(self, grace: float) -> None:
+        """Waits until all are there; after `grace` seconds the rest are refused."""
+        try:
+            await asyncio.wait_for(self._none.wait(), timeout=grace)
+        except TimeoutError:
+            self.fail_all(shutting_down(f"the request was not done within {grace:g} s"))
+
+    def _forget(self, pending: PendingAnswer) -> None:
+        self._pending.discard(pending)
+        if not self._pending:
+            self._none.set()

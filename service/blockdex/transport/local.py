@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 
 from blockdex.engine.engine import Engine
-from blockdex.engine.entry import Entry, Outcome, shutting_down
+from blockdex.engine.entry import Entry, Outcome
 from blockdex.engine.stats import Stats
 from blockdex.messages import CacheOverview, Info, Limits, Request
-from blockdex.transport.channel import PendingAnswer
+from blockdex.transport.channel import InFlight, PendingAnswer
 from blockdex_kernels import IndexSpec
 
 
@@ -20,10 +20,7 @@ class LocalChannel:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        self._in_flight: set[PendingAnswer] = set()
-        self._draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._in_flight = InFlight()
 
     @property
     def spec(self) -> IndexSpec:
@@ -41,14 +38,9 @@ class LocalChannel:
 
     async def drain(self, grace: float) -> None:
         """Refuses new requests and waits until those in flight are answered; after `grace` seconds they are refused."""
-        self._draining = True
+        self._in_flight.closed = True
         self._engine.expect_no_more()
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout=grace)
-        except TimeoutError:
-            for future in list(self._in_flight):
-                if not future.done():
-                    future.set_exception(shutting_down(f"the request was not done within {grace:g} s"))
+        await self._in_flight.drain(grace)
 
     def stop(self) -> None:
         """Ends the engine; what it has not answered stays unanswered."""
@@ -56,17 +48,17 @@ class LocalChannel:
 
     def submit(self, request: Request, timeout: float) -> PendingAnswer:
         """As `Channel.submit`."""
-        if self._draining:
-            raise shutting_down("takes no new requests")
-        future = PendingAnswer(loop=self._loop)
-        entry = Entry(request, deadline=time.monotonic() + timeout, ticket=future)
-        self._engine.submit(entry)
-        self._in_flight.add(future)
-        self._idle.clear()
-        future.add_done_callback(lambda _: self._finished(entry, future))
-        return future
+        pending = self._in_flight.open()
+        entry = Entry(request, deadline=time.monotonic() + timeout, ticket=pending)
+        try:
+            self._engine.submit(entry)
+        except BaseException:
+            pending.cancel()
+            raise
+        pending.add_done_callback(lambda _: self._finished(entry, pending))
+        return pending
 
-    def info(self) -> Info:
+    async def info(self) -> Info:
         """As `Channel.info`."""
         return self._engine.info()
 
@@ -75,15 +67,12 @@ class LocalChannel:
         # Beside the engine's thread, not on it: batches do not wait, and a page is drawn even while one hangs.
         return await asyncio.to_thread(self._engine.overview, max_cells)
 
-    def stats(self) -> Stats:
+    async def stats(self) -> Stats:
         """As `Channel.stats`."""
         return self._engine.stats()
 
-    def _finished(self, entry: Entry, future: PendingAnswer) -> None:
-        self._in_flight.discard(future)
-        if not self._in_flight:
-            self._idle.set()
-        if future.cancelled():
+    def _finished(self, entry: Entry, pending: PendingAnswer) -> None:
+        if pending.cancelled():
             entry.cancelled = True
             self._engine.notice()
 
@@ -95,12 +84,12 @@ class LocalChannel:
 
 def _resolve(outcomes: Sequence[Outcome]) -> None:
     for entry, outcome in outcomes:
-        future = entry.ticket
-        assert isinstance(future, PendingAnswer)
-        if future.done():
+        pending = entry.ticket
+        assert isinstance(pending, PendingAnswer)
+        if pending.done():
             continue
-        future.stage_seconds = entry.stage_seconds
+        pending.stage_seconds = entry.stage_seconds
         if isinstance(outcome, Exception):
-            future.set_exception(outcome)
+            pending.set_exception(outcome)
         else:
-            future.set_result(outcome)
+            pending.set_result(outcome)

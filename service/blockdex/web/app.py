@@ -10,6 +10,7 @@ from fastapi.responses import PlainTextResponse
 from google.protobuf.json_format import MessageToJson
 
 from blockdex import __version__
+from blockdex.errors import UnavailableError
 from blockdex.rpc.convert import info_response
 from blockdex.rpc.service import TRANSPORTS
 from blockdex.transport.channel import Channel
@@ -45,6 +46,12 @@ def create_app(channel: Channel, metrics: Metrics, live: LiveView, readiness: Re
     # The pages with the API's documentation would load scripts from elsewhere.
     app = FastAPI(title="blockdex", docs_url=None, redoc_url=None)
 
+    @app.exception_handler(UnavailableError)
+    async def unavailable(request: Request, error: UnavailableError) -> Response:
+        """503 while the engine is gone."""
+        del request
+        return PlainTextResponse(f"{error.message}\n", status_code=503)
+
     # All of them are coroutines, so that the channel is only ever used on its loop.
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:
@@ -67,7 +74,7 @@ def create_app(channel: Channel, metrics: Metrics, live: LiveView, readiness: Re
     @app.get("/v1/info")
     async def info() -> Response:
         """What `GetInfo` answers, as ProtoJSON: 64-bit numbers are strings."""
-        message = info_response(channel.info(), __version__, TRANSPORTS)
+        message = info_response(await channel.info(), __version__, TRANSPORTS)
         return Response(
             MessageToJson(message, always_print_fields_with_no_presence=True), media_type="application/json"
         )

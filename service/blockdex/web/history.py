@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -10,10 +11,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 from blockdex.engine.stats import Histogram, Stats
+from blockdex.errors import UnavailableError
 from blockdex.logs import log_event
-from blockdex.messages import CacheUsage
+from blockdex.messages import CacheUsage, Info
 from blockdex.transport.channel import Channel
-from blockdex.web.metrics import RequestMetrics
+from blockdex.web.metrics import RequestCounts
 
 WINDOW_SECONDS = 60
 
@@ -29,8 +31,7 @@ class Sample:
         stats: the engine's.
         requests: requests answered, by RPC and code.
         request_seconds: their time, by RPC.
-        cache: state of the cache.
-        epoch: the cache's.
+        info: what the engine is and holds.
         stage_p99: 99th percentile in seconds of each stage since the sample before; None where nothing was timed.
     """
 
@@ -38,8 +39,7 @@ class Sample:
     stats: Stats
     requests: dict[tuple[str, str], int]
     request_seconds: dict[str, Histogram]
-    cache: CacheUsage
-    epoch: int
+    info: Info
     stage_p99: dict[str, float | None]
 
 
@@ -47,34 +47,43 @@ class History:
     """A sample a second, for a minute; made and used on one asyncio loop.
 
     Attributes:
-        samples: oldest first, never empty.
+        samples: oldest first; not empty once one was taken.
     """
 
-    def __init__(self, channel: Channel, requests: RequestMetrics) -> None:
+    def __init__(self, channel: Channel, requests: RequestCounts) -> None:
         self._channel = channel
         self._requests = requests
         self.samples: deque[Sample] = deque(maxlen=WINDOW_SECONDS + 1)
-        self.take()
 
     async def run(self) -> None:
         """Takes a sample each second, until it is cancelled; tells of evictions, in one line a second at most."""
         while True:
             await asyncio.sleep(1)
-            before, now = self.samples[-1], self.take()
-            if now.epoch == before.epoch and now.cache.evictions > before.cache.evictions:
-                _log_evictions(before.cache, now.cache)
+            before = self.samples[-1].info
+            # Without an engine there is nothing to count.
+            with contextlib.suppress(UnavailableError):
+                now = (await self.take()).info
+                if now.epoch == before.epoch and now.cache.evictions > before.cache.evictions:
+                    _log_evictions(before.cache, now.cache)
 
-    def take(self) -> Sample:
-        """Adds what is counted now."""
-        info, stats = self._channel.info(), self._channel.stats()
+    async def take(self) -> Sample:
+        """Adds what is counted now.
+
+        Raises:
+            UnavailableError: the engine is gone.
+        """
+        info, stats = await asyncio.gather(self._channel.info(), self._channel.stats())
+        await self._requests.refresh()
+        if self.samples and self.samples[-1].stats.started != stats.started:
+            # Another process counts, from 0.
+            self.samples.clear()
         before = self.samples[-1].stats if self.samples else stats
         sample = Sample(
             at=time.monotonic(),
             stats=stats,
             requests=dict(self._requests.counts),
             request_seconds=deepcopy(self._requests.seconds),
-            cache=info.cache,
-            epoch=info.epoch,
+            info=info,
             stage_p99={
                 stage: seconds.since(before.stage_seconds[stage]).quantile(0.99)
                 for stage, seconds in stats.stage_seconds.items()

@@ -11,6 +11,7 @@ from typing import Any
 
 from blockdex import __version__
 from blockdex.engine.stats import Histogram, Stats
+from blockdex.errors import UnavailableError
 from blockdex.messages import CacheOverview, CacheUsage
 from blockdex.transport.channel import Channel
 from blockdex.web.history import History, Sample
@@ -34,20 +35,34 @@ class LiveView:
         self._born = time.monotonic()
         self._making = asyncio.Lock()
         self._made_of: tuple[Sample, str] | None = None
+        self._overview: CacheOverview | None = None
         self._body = b""
 
     async def body(self) -> bytes:
-        """The object as of the last second, as JSON."""
+        """The object as of the last second, as JSON; while the engine is gone, what it said last.
+
+        Raises:
+            UnavailableError: the engine is gone, and has not been asked before.
+        """
         async with self._making:
             if self._made_of != (self._history.samples[-1], self._readiness.obstacle):
-                overview = await self._channel.overview(MAX_CELLS)
+                self._overview = await self._look()
                 self._made_of = (self._history.samples[-1], self._readiness.obstacle)
-                self._body = json.dumps(self._object(overview), separators=(",", ":")).encode()
+                self._body = json.dumps(self._object(self._overview), separators=(",", ":")).encode()
         return self._body
 
+    async def _look(self) -> CacheOverview:
+        try:
+            return await self._channel.overview(MAX_CELLS)
+        except UnavailableError:
+            if self._overview is None:
+                raise
+            return self._overview
+
     def _object(self, overview: CacheOverview) -> Object:
-        info, samples = self._channel.info(), list(self._history.samples)
+        samples = list(self._history.samples)
         first, last, recent = samples[0], samples[-1], samples[-1 - _NOW_SECONDS :][0]
+        info = last.info
         return {
             "version": __version__,
             "device": info.device,
@@ -65,8 +80,8 @@ class LiveView:
             "rpcs": _rpcs(first, last),
             "codes": _codes(first, last),
             "batches": _batches(first.stats, last.stats),
-            "cache": _cache(overview, first.cache, last.cache),
-            "sequences": _sequences(overview, last.cache),
+            "cache": _cache(overview, first.info.cache, info.cache),
+            "sequences": _sequences(overview, info.cache),
             "kernels": [[phase, kernel, reason] for phase, (kernel, reason) in info.kernels.items()],
             "spec": dataclasses.asdict(info.spec),
             "limits": dataclasses.asdict(info.limits),
@@ -78,7 +93,7 @@ def _seconds(samples: list[Sample]) -> Object:
     rows = [_rates(before, now) for before, now in pairwise(samples)]
     columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
     p99 = {stage: [sample.stage_p99[stage] for sample in samples[1:]] for stage in samples[-1].stage_p99}
-    return columns | {"pages_used": [sample.cache.pages_used for sample in samples[1:]], "p99": p99}
+    return columns | {"pages_used": [sample.info.cache.pages_used for sample in samples[1:]], "p99": p99}
 
 
 def _rates(before: Sample, now: Sample) -> dict[str, float]:

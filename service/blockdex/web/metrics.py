@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -12,9 +14,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
 from blockdex import __version__
-from blockdex.engine.stats import SECONDS_BUCKETS, Histogram
-from blockdex.errors import Code
-from blockdex.messages import CacheOverview
+from blockdex.engine.stats import SECONDS_BUCKETS, Histogram, Stats
+from blockdex.errors import Code, UnavailableError
+from blockdex.messages import CacheOverview, Info
 from blockdex.transport.channel import Channel
 from blockdex.web.gpu import GpuCollector
 from blockdex.web.readiness import Readiness
@@ -35,12 +37,31 @@ OTHER_RPC = "other"
 CODES = ("OK", *(code.name for code in Code))
 
 
+class RequestCounts(Protocol):
+    """Requests answered, by one front door or by several.
+
+    Attributes:
+        counts: how many, by RPC and code.
+        seconds: their time, by RPC.
+    """
+
+    counts: dict[tuple[str, str], int]
+    seconds: dict[str, Histogram]
+
+    async def refresh(self) -> None:
+        """Brings both up to date, as far as that can be."""
+        ...
+
+
 class RequestMetrics:
-    """Counts and times the requests that the front door answered; used on its loop alone."""
+    """Counts and times the requests that one front door answered: `RequestCounts`, used on its loop alone."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(((rpc, "OK") for rpc in RPCS), 0)
         self.seconds = {rpc: Histogram(SECONDS_BUCKETS) for rpc in RPCS}
+
+    async def refresh(self) -> None:
+        """Nothing: what was observed is counted."""
 
     def observe(self, rpc: str, code: str, seconds: float) -> None:
         """Counts one answered request.
@@ -60,27 +81,31 @@ class RequestMetrics:
 
 
 class ServerCollector:
-    """Turns what channel, front door and readiness say now into metrics."""
+    """Turns what channel, front doors and readiness say into metrics; of an engine that is gone, what it said last."""
 
-    def __init__(self, channel: Channel, requests: RequestMetrics, readiness: Readiness) -> None:
+    def __init__(self, channel: Channel, requests: RequestCounts, readiness: Readiness) -> None:
         self._channel = channel
         self._requests = requests
         self._readiness = readiness
-        self._overview: CacheOverview | None = None
+        self._engine: tuple[Info, Stats, CacheOverview] | None = None
 
     async def refresh(self) -> None:
-        """Asks the channel for what it does not know at once; to be called before `collect`."""
-        self._overview = await self._channel.overview(max_cells=1)
+        """Asks for all that is counted elsewhere; to be called before `collect`."""
+        channel = self._channel
+        with contextlib.suppress(UnavailableError):
+            self._engine = await asyncio.gather(channel.info(), channel.stats(), channel.overview(max_cells=1))
+        await self._requests.refresh()
 
     def collect(self) -> Iterator[Metric]:
         """Every metric of the server, each family once."""
-        yield from self._of_server()
+        assert self._engine is not None, "refresh() goes before collect()"
+        info, stats, overview = self._engine
+        yield from self._of_server(info, stats)
         yield from self._of_requests()
-        yield from self._of_engine()
-        yield from self._of_cache()
+        yield from _of_engine(stats)
+        yield from _of_cache(info, overview)
 
-    def _of_server(self) -> Iterator[Metric]:
-        info = self._channel.info()
+    def _of_server(self, info: Info, stats: Stats) -> Iterator[Metric]:
         labels = {"version": __version__, "device": info.device, "key_dtype": info.spec.key_dtype}
         labels |= {f"{phase}_kernel": info.kernels[phase][0] for phase in ("append", "decode", "prefill")}
         build = GaugeMetricFamily("blockdex_build_info", "What runs; the value is always 1.", labels=list(labels))
@@ -98,7 +123,7 @@ class ServerCollector:
         yield GaugeMetricFamily(
             "blockdex_epoch_started_timestamp_seconds",
             "Unix time at which the cache was born.",
-            self._channel.stats().epoch_started,
+            stats.epoch_started,
         )
 
     def _of_requests(self) -> Iterator[Metric]:
@@ -109,43 +134,6 @@ class ServerCollector:
         yield _histograms(
             "blockdex_request_seconds", "From a request's arrival to its answer.", "rpc", self._requests.seconds
         )
-
-    def _of_engine(self) -> Iterator[Metric]:
-        stats = self._channel.stats()
-        yield _histograms(
-            "blockdex_stage_seconds", "Time of a request or a batch in each stage.", "stage", stats.stage_seconds
-        )
-        yield _histogram("blockdex_batch_requests", "Requests taken into one batch.", stats.batch_requests)
-        yield _histograms("blockdex_batch_tokens", "Tokens of one launch.", "phase", stats.batch_tokens)
-        yield _counters("blockdex_tokens", "Tokens worked on.", "phase", stats.tokens)
-        yield _counters("blockdex_dropped_requests", "Requests given up before any work.", "why", stats.dropped)
-        yield CounterMetricFamily(
-            "blockdex_engine_busy_seconds", "Time in which the engine was not waiting for work.", stats.busy_seconds
-        )
-        yield GaugeMetricFamily("blockdex_waiting_requests", "Selections that wait for keys.", stats.waiting)
-        yield GaugeMetricFamily("blockdex_queued_requests", "Requests taken over and not yet begun.", stats.queued)
-
-    def _of_cache(self) -> Iterator[Metric]:
-        cache = self._channel.info().cache
-        pages = GaugeMetricFamily(
-            "blockdex_pages", "Pages, by how many sequences reach them: none, one, or several.", labels=["state"]
-        )
-        pages.add_metric(["free"], cache.pages_total - cache.pages_used)
-        pages.add_metric(["private"], cache.pages_used - cache.pages_shared)
-        pages.add_metric(["shared"], cache.pages_shared)
-        yield pages
-        yield GaugeMetricFamily("blockdex_page_bytes", "Bytes of one page.", cache.page_bytes)
-        yield GaugeMetricFamily("blockdex_sequences", "Open sequences, all tenants together.", cache.sequences)
-        yield CounterMetricFamily(
-            "blockdex_evictions", "Sequences evicted, idle past their lease when pages ran out.", cache.evictions
-        )
-        assert self._overview is not None, "refresh() goes before collect()"
-        yield GaugeMetricFamily(
-            "blockdex_idle_pages",
-            "Pages that only sequences past their lease hold: eviction can free them.",
-            int(self._overview.idle.sum()),
-        )
-        yield GaugeMetricFamily("blockdex_idle_sequences", "Sequences past their lease.", self._overview.idle_sequences)
 
 
 class Metrics:
@@ -164,6 +152,43 @@ class Metrics:
         await asyncio.gather(*(collector.refresh() for collector in self._fresh))
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
+
+
+def _of_engine(stats: Stats) -> Iterator[Metric]:
+    yield _histograms(
+        "blockdex_stage_seconds", "Time of a request or a batch in each stage.", "stage", stats.stage_seconds
+    )
+    yield _histogram("blockdex_batch_requests", "Requests taken into one batch.", stats.batch_requests)
+    yield _histograms("blockdex_batch_tokens", "Tokens of one launch.", "phase", stats.batch_tokens)
+    yield _counters("blockdex_tokens", "Tokens worked on.", "phase", stats.tokens)
+    yield _counters("blockdex_dropped_requests", "Requests given up before any work.", "why", stats.dropped)
+    yield CounterMetricFamily(
+        "blockdex_engine_busy_seconds", "Time in which the engine was not waiting for work.", stats.busy_seconds
+    )
+    yield GaugeMetricFamily("blockdex_waiting_requests", "Selections that wait for keys.", stats.waiting)
+    yield GaugeMetricFamily("blockdex_queued_requests", "Requests taken over and not yet begun.", stats.queued)
+
+
+def _of_cache(info: Info, overview: CacheOverview) -> Iterator[Metric]:
+    cache = info.cache
+    pages = GaugeMetricFamily(
+        "blockdex_pages", "Pages, by how many sequences reach them: none, one, or several.", labels=["state"]
+    )
+    pages.add_metric(["free"], cache.pages_total - cache.pages_used)
+    pages.add_metric(["private"], cache.pages_used - cache.pages_shared)
+    pages.add_metric(["shared"], cache.pages_shared)
+    yield pages
+    yield GaugeMetricFamily("blockdex_page_bytes", "Bytes of one page.", cache.page_bytes)
+    yield GaugeMetricFamily("blockdex_sequences", "Open sequences, all tenants together.", cache.sequences)
+    yield CounterMetricFamily(
+        "blockdex_evictions", "Sequences evicted, idle past their lease when pages ran out.", cache.evictions
+    )
+    yield GaugeMetricFamily(
+        "blockdex_idle_pages",
+        "Pages that only sequences past their lease hold: eviction can free them.",
+        int(overview.idle.sum()),
+    )
+    yield GaugeMetricFamily("blockdex_idle_sequences", "Sequences past their lease.", overview.idle_sequences)
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

@@ -1,0 +1,90 @@
+"""How a link begins: over a Unix socket the engine hands out the segment and the eventfds that both sides sleep on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from typing import NamedTuple
+
+from blockdex.transport.layout import MAGIC
+from blockdex.transport.segment import RingError, Segment
+
+_GREETING = MAGIC.to_bytes(8, "little")
+_CREDENTIALS = struct.Struct("=iII")
+
+
+class Handles(NamedTuple):
+    """What both sides of a link hold.
+
+    Attributes:
+        segment: the shared memory.
+        engine_bell: eventfd that the engine sleeps on.
+        door_bell: eventfd that the front door sleeps on.
+    """
+
+    segment: Segment
+    engine_bell: int
+    door_bell: int
+
+    def close(self) -> None:
+        """Gives the files back; the memory stays as long as somebody looks at it."""
+        for fd in (self.segment.fd, self.engine_bell, self.door_bell):
+            os.close(fd)
+
+
+def listen() -> socket.socket:
+    """A socket for front doors to connect to. The kernel chose its name, which is no file and goes with the socket."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(b"")
+    listening.listen()
+    listening.setblocking(False)
+    return listening
+
+
+def offer(connected: socket.socket, segment: Segment) -> Handles:
+    """Hands a segment and two new eventfds to who has connected.
+
+    Raises:
+        RingError: it is the process of another user.
+    """
+    _, user, _ = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    if user not in (0, os.getuid()):
+        raise RingError(f"link: user {user} may not connect, {os.getuid()} may")
+    flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+    handles = Handles(segment, os.eventfd(0, flags), os.eventfd(0, flags))
+    socket.send_fds(connected, [_GREETING], [segment.fd, handles.engine_bell, handles.door_bell])
+    return handles
+
+
+async def take(connected: socket.socket) -> Handles:
+    """Waits for what the engine hands out; however long it takes to start.
+
+    Raises:
+        ConnectionError: it went away first.
+        RingError: it speaks another language.
+    """
+    await _readable(connected)
+    greeting, fds, _, _ = socket.recv_fds(connected, len(_GREETING), 3)
+    if not greeting:
+        raise ConnectionResetError("link: the engine went away")
+    if greeting != _GREETING or len(fds) != 3:
+        raise RingError(f"link: expected {_GREETING!r} and 3 files, got {greeting!r} and {len(fds)}")
+    memory, engine_bell, door_bell = fds
+    return Handles(Segment(memory), engine_bell, door_bell)
+
+
+async def _readable(connected: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+
+    def is_ready() -> None:
+        loop.remove_reader(connected)
+        ready.set_result(None)
+
+    loop.add_reader(connected, is_ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(connected)

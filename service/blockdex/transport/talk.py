@@ -1,0 +1,93 @@
+"""What two processes say to each other beside the ring: JSON objects on a socket, each with its length before it.
+
+For what is rare and of any length: what the engine is, holds and counts, and what a supervisor tells its children.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+from blockdex.errors import Reason, UnavailableError
+
+Words = dict[str, Any]
+
+_LENGTH_BYTES = 4
+_LONGEST = 1 << 26
+_ANSWER_SECONDS = 10.0
+
+
+class Talk:
+    """One end of a conversation, on an asyncio loop. Questions are answered in their order.
+
+    The other end is gone when the socket is: a process that dies closes it, however it dies.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._asked: deque[asyncio.Future[Words]] = deque()
+        self._over = False
+
+    @classmethod
+    async def on(cls, connected: socket.socket) -> Talk:
+        """Talks on a connected socket."""
+        connected.setblocking(False)
+        return cls(*await asyncio.open_unix_connection(sock=connected))
+
+    def tell(self, words: Words) -> None:
+        """Sends words; to nobody, once the other end is gone."""
+        body = json.dumps(words, separators=(",", ":")).encode()
+        self._writer.write(len(body).to_bytes(_LENGTH_BYTES, "little") + body)
+
+    async def ask(self, words: Words) -> Words:
+        """Sends a question and waits for its answer.
+
+        Raises:
+            UnavailableError: the other end is gone, or does not answer.
+        """
+        if self._over:
+            raise _gone()
+        answer: asyncio.Future[Words] = asyncio.get_running_loop().create_future()
+        self._asked.append(answer)
+        self.tell(words)
+        try:
+            return await asyncio.wait_for(asyncio.shield(answer), _ANSWER_SECONDS)
+        except TimeoutError:
+            answer.cancel()
+            raise UnavailableError(f"engine: no answer within {_ANSWER_SECONDS:g} s", Reason.UNREACHABLE) from None
+
+    async def heard(self) -> AsyncIterator[Words]:
+        """What the other end says, but for answers, until it is gone."""
+        try:
+            while True:
+                length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "little")
+                if length > _LONGEST:
+                    return
+                words = json.loads(await self._reader.readexactly(length))
+                if "answer" in words:
+                    answer = self._asked.popleft()
+                    if not answer.done():
+                        answer.set_result(words["answer"])
+                else:
+                    yield words
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        finally:
+            self._over = True
+            for answer in self._asked:
+                if not answer.done():
+                    answer.set_exception(_gone())
+                    answer.exception()  # its asker may have gone, too
+
+    def hang_up(self) -> None:
+        """Ends the conversation: the other end is told, and so is who listens here."""
+        self._writer.close()
+
+
+def _gone() -> UnavailableError:
+    return UnavailableError("engine: it is gone", Reason.UNREACHABLE)

@@ -1,0 +1,68 @@
+"""A real engine behind real rings, both ends in this process: `running` of `running_engine`, over the ring."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from blockdex.engine.engine import Engine
+from blockdex.messages import Answer, Limits, Request
+from blockdex.transport.door import RingChannel
+from blockdex.transport.handover import listen
+from blockdex.transport.host import RingHost
+from blockdex.transport.inbox import RingInbox
+from blockdex_kernels import IndexSpec
+from running_engine import DECODE_QUERIES, LIMITS, SPEC, TIMEOUT, WatchedBackend
+
+
+@dataclass
+class Hosted:
+    """An engine, its kernels, the socket that it listens on, and a channel to it, which is connected while `there`."""
+
+    backend: WatchedBackend
+    engine: Engine
+    inbox: RingInbox
+    listening: socket.socket
+    channel: RingChannel
+    hosting: asyncio.Task[None]
+    there: asyncio.Event
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return str(self.listening.getsockname(), "latin-1")
+
+    async def ask(self, request: Request, timeout: float = TIMEOUT) -> Answer:
+        """Queues a request and waits for its answer."""
+        return await asyncio.wait_for(self.channel.submit(request, timeout), 2 * TIMEOUT)
+
+
+@contextlib.asynccontextmanager
+async def hosted(
+    spec: IndexSpec = SPEC, *, limits: Limits = LIMITS, num_pages: int = 512, spin_seconds: float = 0.0
+) -> AsyncIterator[Hosted]:
+    """Runs an engine behind rings and connects a channel to it."""
+    inbox = RingInbox(limits.max_queued_requests, spin_seconds)
+    backend = WatchedBackend(spec, num_pages)
+    engine = Engine(backend, limits=limits, decode_queries=DECODE_QUERIES, prefill_slice_seconds=1e-6, inbox=inbox)
+    engine.start(inbox.deliver)
+    there = asyncio.Event()
+    with listen() as listening:
+        hosting = asyncio.create_task(RingHost(engine, inbox, listening).run())
+        channel = RingChannel(
+            str(listening.getsockname(), "latin-1"),
+            spin_seconds=spin_seconds,
+            changed=lambda connected: there.set() if connected else there.clear(),
+        )
+        running = asyncio.create_task(channel.run())
+        try:
+            await asyncio.wait_for(there.wait(), TIMEOUT)
+            yield Hosted(backend, engine, inbox, listening, channel, hosting, there)
+        finally:
+            for task in (running, hosting):
+                task.cancel()
+            await asyncio.gather(running, hosting, return_exceptions=True)
+            engine.stop()

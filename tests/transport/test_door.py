@@ -1,0 +1,356 @@
+"""The channel over the ring, with a real engine at its other end and peers that break off or break the rules."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+
+import numpy as np
+import pytest
+
+from blockdex.errors import BlockdexError, Reason, ResourceExhaustedError, UnavailableError
+from blockdex.messages import SequenceState, TokenAnswer
+from blockdex.transport import codec, door
+from blockdex.transport.door import RingChannel
+from blockdex.transport.handover import Handles, take
+from blockdex.transport.host import RingHost, sizes_of
+from blockdex.transport.layout import AT, REQUEST_STRUCT, RequestSlot
+from blockdex.transport.ring import Bell, Producer
+from blockdex.transport.segment import Sizes
+from naive_engine import NaiveEngine
+from ring_engine import Hosted, hosted
+from running_engine import (
+    LIMITS,
+    SPEC,
+    TIMEOUT,
+    block_ids,
+    close,
+    fork,
+    get,
+    open_sequence,
+    refusal,
+    tokens,
+    truncate,
+    values,
+)
+
+LONG = 1600
+"""Tokens: 1600 x 4 x 16 x 2 bytes of queries are a good part of a small arena."""
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.default_rng(21)
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to that"
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("spin_seconds", [0.0, 0.001])
+async def test_every_kind_of_request(random: np.random.Generator, spin_seconds: float) -> None:
+    async with hosted(spin_seconds=spin_seconds) as run:
+        epoch = (await run.channel.info()).epoch
+        naive = NaiveEngine(SPEC, epoch)
+        keys, queries = values(random, 40, SPEC.head_dim), values(random, 8, 4, SPEC.head_dim)
+        for request in (
+            open_sequence(7),
+            tokens(0, [(7, 0, 40, 3)], keys=keys),
+            tokens(0, [(7, 36, 4)], queries=queries[:4], scores=True, order="score"),
+            tokens(1, [(7, 0, 8)], keys=keys[:8], queries=queries),
+            fork(7, 8, 20),
+            tokens(0, [(7, 39, 1), (8, 18, 2)], queries=queries[:3, 1:3], first_head=1, scores=True),
+            truncate(7, 12),
+            get(7),
+            get(8),
+            get(9),
+            get(7, epoch=epoch ^ 1),
+            close(7),
+            get(7),
+        ):
+            expected = naive.answer(request)
+            try:
+                answer = await run.ask(request)
+            except BlockdexError as error:
+                assert isinstance(expected, BlockdexError)
+                assert (type(error), error.reason, error.message) == (type(expected), expected.reason, expected.message)
+                continue
+            assert type(answer) is type(expected)
+            for name in answer.__slots__:
+                assert np.array_equal(getattr(answer, name), getattr(expected, name)), name
+
+
+async def test_the_engine_s_time_is_told(random: np.random.Generator) -> None:
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        keys = values(random, 9, SPEC.head_dim)
+        pending = run.channel.submit(tokens(0, [(1, 0, 9)], keys=keys), TIMEOUT)
+        await pending
+        assert set(pending.stage_seconds) == {"queue", "append"}
+        assert 0 < min(pending.stage_seconds.values()) <= max(pending.stage_seconds.values()) < TIMEOUT
+
+
+async def test_what_is_asked_about_the_engine(random: np.random.Generator) -> None:
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        await run.ask(tokens(0, [(1, 0, 9)], keys=values(random, 9, SPEC.head_dim)))
+        assert await run.channel.info() == run.engine.info()
+        assert await run.channel.stats() == run.engine.stats()
+        asked, there = await run.channel.overview(4), run.engine.overview(4)
+        assert all(np.array_equal(getattr(asked, name), getattr(there, name)) for name in asked.__slots__)
+
+
+async def test_a_deadline_and_a_cancellation_give_everything_back(random: np.random.Generator) -> None:
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        waits = tokens(0, [(1, 0, 1)], queries=values(random, 1, 4, SPEC.head_dim), wait=True)
+        late = run.channel.submit(waits, 0.05)
+        given_up = run.channel.submit(waits, TIMEOUT)
+        assert (await refusal(late)).reason == Reason.DEADLINE_EXCEEDED
+        await eventually(lambda: run.engine.stats().waiting == 1)
+        given_up.cancel()
+        await eventually(lambda: run.engine.stats().dropped["cancelled"] == 1)
+        await run.ask(get(1))
+        assert run.channel._link is not None and not run.channel._link._sent
+        assert run.channel._link._arena.take(run.channel._link._segment.request_arena_bytes) == 0
+
+
+async def test_answers_that_are_kept_stay_as_they_are(random: np.random.Generator) -> None:
+    """An answer is looked at where the engine wrote it; what comes later must not be written over it."""
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        keys, queries = values(random, 64, SPEC.head_dim), values(random, 64, 4, SPEC.head_dim)
+        await run.ask(tokens(0, [(1, 0, 64)], keys=keys))
+        kept = [
+            (row, block_ids(await run.ask(tokens(0, [(1, row, 1)], queries=queries[row : row + 1]))))
+            for row in range(0, 64, 5)
+        ]
+        copies = [ids.copy() for _, ids in kept]
+        for _ in range(200):
+            await run.ask(tokens(0, [(1, 63, 1)], queries=queries[:1]))
+        assert all(np.array_equal(ids, copy) for (_, ids), copy in zip(kept, copies, strict=True))
+
+
+@contextlib.asynccontextmanager
+async def cramped(
+    monkeypatch: pytest.MonkeyPatch, *, requests: int, answers: int, slots: int = 8
+) -> AsyncIterator[Hosted]:
+    """An engine behind a ring with little room."""
+    monkeypatch.setattr("blockdex.transport.host.sizes_of", lambda spec, limits: Sizes(slots, requests, answers))
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        yield run
+
+
+async def test_requests_wait_for_room_in_their_order(
+    random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = values(random, LONG, SPEC.head_dim)
+    async with cramped(monkeypatch, requests=100_000, answers=1 << 20, slots=2) as run:
+        appends = [
+            run.channel.submit(tokens(0, [(1, 100 * step, 100)], keys=keys[100 * step : 100 * step + 100]), TIMEOUT)
+            for step in range(16)
+        ]
+        gone = run.channel.submit(tokens(0, [(1, 0, 1)], keys=keys[:1]), TIMEOUT)
+        gone.cancel()
+        await asyncio.wait_for(asyncio.gather(*appends), TIMEOUT)
+        state = await run.ask(get(1))
+        assert isinstance(state, SequenceState) and state.lengths is not None
+        assert state.lengths[0] == LONG, "had one overtaken another, there would have been a gap; the last was given up"
+
+
+async def test_no_room_for_long_is_overload(random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "ROOM_SECONDS", 0.2)
+    async with cramped(monkeypatch, requests=250_000, answers=1 << 20) as run:
+        queries = values(random, LONG, 4, SPEC.head_dim)
+        waits = run.channel.submit(tokens(0, [(1, 0, LONG)], queries=queries, wait=True), TIMEOUT)
+        error = await refusal(run.channel.submit(tokens(0, [(1, 0, LONG)], queries=queries), TIMEOUT))
+        assert (type(error), error.reason) == (ResourceExhaustedError, Reason.OVERLOADED)
+        waits.cancel()
+        await run.ask(tokens(0, [(1, 0, LONG)], keys=values(random, LONG, SPEC.head_dim)))
+        await run.ask(tokens(0, [(1, 0, LONG)], queries=queries))
+
+
+async def test_answers_wait_for_room_and_the_engine_does_not(
+    random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that keeps its answers holds up its own, and nobody else's."""
+    async with cramped(monkeypatch, requests=1 << 20, answers=256_000) as run:
+        await run.ask(tokens(0, [(1, 0, LONG)], keys=values(random, LONG, SPEC.head_dim)))
+        queries = values(random, LONG, 4, SPEC.head_dim)
+        request = tokens(0, [(1, 0, LONG)], queries=queries)  # answered with 102,400 bytes
+        kept: list[object] = [await run.ask(request), await run.ask(request)]
+        third = run.channel.submit(request, TIMEOUT)
+        await eventually(lambda: run.engine.stats().tokens["prefill"] == 3 * LONG)
+        await asyncio.sleep(0.05)
+        assert not third.done()
+        async with another(run) as other:
+            await asyncio.wait_for(other.submit(get(1), TIMEOUT), TIMEOUT)
+        kept.clear()
+        assert block_ids(await asyncio.wait_for(third, TIMEOUT)).shape == (LONG, 4, SPEC.topk)
+
+
+async def test_an_answer_beyond_all_room_is_a_fault_and_not_a_hang(
+    random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cramped(monkeypatch, requests=1 << 20, answers=50_000) as run:
+        await run.ask(tokens(0, [(1, 0, LONG)], keys=values(random, LONG, SPEC.head_dim)))
+        queries = values(random, LONG, 4, SPEC.head_dim)
+        error = await refusal(run.channel.submit(tokens(0, [(1, 0, LONG)], queries=queries), TIMEOUT))
+        assert error.reason == Reason.INTERNAL
+        assert "102400 bytes" in error.message
+        await run.ask(get(1))
+
+
+def test_the_room_is_enough_for_the_largest() -> None:
+    sizes = sizes_of(SPEC, LIMITS)
+    assert sizes.slots == LIMITS.max_queued_requests
+    assert sizes.request_bytes > 2 * (LIMITS.max_message_bytes + 32 * LIMITS.max_spans)
+    largest_answer = LIMITS.max_message_bytes // SPEC.head_dim * SPEC.topk * 8  # fp8 queries, with scores
+    assert sizes.answer_bytes > 2 * largest_answer
+
+
+async def test_too_many_requests_are_refused_wherever_they_come_from() -> None:
+    limits = LIMITS.__class__(
+        **{**{name: getattr(LIMITS, name) for name in LIMITS.__slots__}, "max_queued_requests": 6}
+    )
+    async with hosted(limits=limits) as run, another(run) as other:
+        await run.ask(open_sequence(1))
+        waits = tokens(0, [(1, 0, 1)], queries=np.zeros((1, 4, SPEC.head_dim), np.float32), wait=True)
+        pending = [run.channel.submit(waits, TIMEOUT) for _ in range(4)]
+        await eventually(lambda: run.engine.stats().waiting == 4)
+        pending += [other.submit(waits, TIMEOUT) for _ in range(2)]
+        await eventually(lambda: run.engine.stats().waiting == 6)
+        error = await refusal(other.submit(get(1), TIMEOUT))
+        assert (error.message, error.reason) == ("queue: at most 6 requests may wait, 6 do", Reason.OVERLOADED)
+        pending += [run.channel.submit(waits, TIMEOUT) for _ in range(2)]
+        with pytest.raises(ResourceExhaustedError, match="at most 6 requests may wait, 6 do"):
+            run.channel.submit(waits, TIMEOUT)
+        for one in pending:
+            one.cancel()
+
+
+@contextlib.asynccontextmanager
+async def another(run: Hosted) -> AsyncIterator[RingChannel]:
+    """One more channel to an engine."""
+    there = asyncio.Event()
+    channel = RingChannel(run.address, changed=lambda connected: there.set() if connected else None)
+    running = asyncio.create_task(channel.run())
+    await asyncio.wait_for(there.wait(), TIMEOUT)
+    yield channel
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_front_door_that_goes_takes_only_its_own_with_it(random: np.random.Generator) -> None:
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        waits = tokens(0, [(1, 0, 1)], queries=values(random, 1, 4, SPEC.head_dim), wait=True)
+        own = run.channel.submit(waits, TIMEOUT)
+        async with another(run) as other:
+            lost = other.submit(waits, TIMEOUT)
+            await eventually(lambda: run.engine.stats().waiting == 2)
+        assert isinstance(lost.exception(), UnavailableError)
+        await eventually(lambda: run.engine.stats().dropped["cancelled"] == 1)
+        await run.ask(tokens(0, [(1, 0, 1)], keys=values(random, 1, SPEC.head_dim)))
+        assert isinstance(await own, TokenAnswer)
+
+
+async def test_an_engine_that_goes_and_comes_back() -> None:
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        waits = tokens(0, [(1, 0, 1)], queries=np.zeros((1, 4, SPEC.head_dim), np.float32), wait=True)
+        lost = run.channel.submit(waits, TIMEOUT)
+        run.hosting.cancel()
+        error = await refusal(lost)
+        assert (type(error), error.reason) == (UnavailableError, Reason.UNREACHABLE)
+        with pytest.raises(UnavailableError, match="engine: it is gone"):
+            run.channel.submit(get(1), TIMEOUT)
+        with pytest.raises(UnavailableError, match="engine: it is gone"):
+            await run.channel.info()
+        hosting = asyncio.create_task(RingHost(run.engine, run.inbox, run.listening).run())
+        await asyncio.wait_for(run.there.wait(), TIMEOUT)
+        assert isinstance(await run.ask(get(1)), SequenceState)
+        hosting.cancel()
+
+
+async def test_draining() -> None:
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        waits = tokens(0, [(1, 0, 1)], queries=np.zeros((1, 4, SPEC.head_dim), np.float32), wait=True)
+        pending = run.channel.submit(waits, TIMEOUT)
+        run.channel.refuse_new()
+        with pytest.raises(UnavailableError, match="takes no new requests"):
+            run.channel.submit(waits, TIMEOUT)
+        await run.channel.drain(0.05)
+        assert (await refusal(pending)).message == "server: shutting down, the request was not done within 0.05 s"
+        await asyncio.wait_for(run.channel.drain(TIMEOUT), TIMEOUT)
+
+
+async def _connected(run: Hosted) -> tuple[socket.socket, Handles]:
+    """A bare link."""
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connected.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connected, run.address)
+    return connected, await asyncio.wait_for(take(connected), TIMEOUT)
+
+
+@pytest.mark.parametrize("what", ["kind", "payload", "counter", "ticket"])
+async def test_who_breaks_the_rules_loses_its_link(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        connected, handles = await _connected(run)
+        segment = handles.segment
+        producer = Producer(segment, "request", Bell(segment, "engine_sleeps", handles.engine_bell))
+        waits = tokens(0, [(1, 0, 1)], queries=np.zeros((1, 4, SPEC.head_dim), np.float32), wait=True)
+        now = time.monotonic()
+        codec.write_request(segment, producer.claim(), 0, 1, waits, now, now + TIMEOUT)
+        producer.publish()
+        await eventually(lambda: run.engine.stats().waiting == 1)
+        match what:
+            case "kind":
+                REQUEST_STRUCT.pack_into(segment.memory, producer.claim(), *RequestSlot(kind=77))
+            case "payload":
+                REQUEST_STRUCT.pack_into(segment.memory, producer.claim(), *RequestSlot(kind=2, payload_bytes=2**60))
+            case "ticket":
+                codec.write_request(segment, producer.claim(), 0, 1, waits, now, now + TIMEOUT)
+        producer.publish()
+        if what == "counter":
+            segment.counters[AT["requests_written"] // 8] = 1 << 40
+            producer._bell.ring()
+        loop = asyncio.get_running_loop()
+        assert await asyncio.wait_for(loop.sock_recv(connected, 1), TIMEOUT) == b"", "it is hung up"
+        connected.close()
+        handles.close()
+        await eventually(lambda: run.engine.stats().waiting == 0)
+        assert "link broken" in caplog.text
+        await run.ask(get(1))
+
+
+async def test_who_goes_while_it_connects_harms_nobody() -> None:
+    async with hosted() as run:
+        for seconds in (0.0, 0.01):
+            connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connected.connect(run.address)
+            await asyncio.sleep(seconds)
+            connected.close()
+        await run.ask(open_sequence(1))
+        await eventually(lambda: len(run.inbox._lines) == 1)
+
+
+async def test_a_stranger_s_greeting_is_refused() -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        left.setblocking(False)
+        right.sendall(b"HTTP/1.1")
+        with pytest.raises(Exception, match="link: expected b'BLKDXRNG' and 3 files"):
+            await asyncio.wait_for(take(left), TIMEOUT)
+        right.close()
+        with pytest.raises(ConnectionResetError, match="the engine went away"):
+            await asyncio.wait_for(take(left), TIMEOUT)

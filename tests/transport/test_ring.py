@@ -1,0 +1,208 @@
+"""Slots, arenas and the tape: whatever is done to them in whatever order, nothing is lost, doubled or overwritten."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ring_echo
+from blockdex.transport.arena import Arena, Reader, Tape
+from blockdex.transport.layout import AT, HEADER_BYTES, aligned
+from blockdex.transport.ring import Bell, Consumer, Producer
+from blockdex.transport.segment import RingError, Segment, Sizes
+
+SLOTS = 4
+
+
+@contextmanager
+def new_segment(slots: int = SLOTS) -> Iterator[Segment]:
+    segment = Segment.create(Sizes(slots, request_bytes=1 << 16, answer_bytes=1 << 16), epoch=99)
+    try:
+        yield segment
+    finally:
+        os.close(segment.fd)
+
+
+@pytest.fixture(scope="module")
+def bell_fd() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    yield fd
+    os.close(fd)
+
+
+def test_a_segment_is_what_it_was_made() -> None:
+    with new_segment() as segment:
+        again = Segment(os.dup(segment.fd))
+        os.close(again.fd)
+        assert (again.epoch, again.request_slots, again.request_arena_bytes) == (99, SLOTS, 1 << 16)
+        again.memory[HEADER_BYTES] = 7
+        assert segment.memory[HEADER_BYTES] == 7
+        with pytest.raises(PermissionError):
+            os.ftruncate(segment.fd, 0)
+
+
+@pytest.mark.parametrize("offset", [0, 8, 12, 80])
+def test_memory_of_something_else_is_refused(offset: int) -> None:
+    with new_segment() as segment:
+        segment.memory[offset] ^= 1
+        with pytest.raises(RingError, match="segment: expected magic"):
+            Segment(segment.fd)
+
+
+def test_a_file_that_is_cut_off_is_refused() -> None:
+    fd = os.memfd_create("cut")
+    try:
+        for size in (0, 8, HEADER_BYTES, HEADER_BYTES + 1):
+            os.ftruncate(fd, size)
+            with pytest.raises(RingError):
+                Segment(fd)
+    finally:
+        os.close(fd)
+
+
+@given(steps=st.lists(st.sampled_from(("write", "publish", "read", "release")), max_size=200))
+def test_slots_come_out_as_they_went_in(bell_fd: int, steps: list[str]) -> None:
+    """Whatever the order: written, shown, read and given back, round and round."""
+    with new_segment() as segment:
+        producer = Producer(segment, "request", Bell(segment, "engine_sleeps", bell_fd))
+        consumer = Consumer(segment, "request")
+        claimed: deque[int] = deque()
+        shown: deque[int] = deque()
+        number = kept = 0
+        for step in steps:
+            if step == "write" and not producer.full:
+                segment.counters[producer.claim() // 8] = number
+                claimed.append(number)
+                number += 1
+            elif step == "publish":
+                producer.publish()
+                shown += claimed
+                claimed.clear()
+            elif step == "read" and consumer.check():
+                assert segment.counters[consumer.take() // 8] == shown.popleft()
+                kept += 1
+            elif step == "release":
+                consumer.release()
+                kept = 0
+            assert consumer.filled == len(shown)
+            assert producer.full == (len(claimed) + len(shown) + kept == SLOTS)
+
+
+@pytest.mark.parametrize("written", [SLOTS + 1, 2**64 - 1])
+def test_a_number_that_cannot_be_is_seen(written: int) -> None:
+    with new_segment() as segment:
+        segment.counters[AT["requests_written"] // 8] = written
+        with pytest.raises(RingError, match=f"there are {SLOTS}"):
+            Consumer(segment, "request").check()
+
+
+def test_a_number_that_goes_back_is_seen(bell_fd: int) -> None:
+    with new_segment() as segment:
+        producer, consumer = (
+            Producer(segment, "answer", Bell(segment, "door_sleeps", bell_fd)),
+            Consumer(segment, "answer"),
+        )
+        producer.claim()
+        producer.publish()
+        consumer.take()
+        segment.counters[AT["answers_written"] // 8] = 0
+        with pytest.raises(RingError, match="ring: -1 slots"):
+            consumer.check()
+
+
+def test_the_bell_is_rung_only_for_who_sleeps(bell_fd: int) -> None:
+    with new_segment() as segment:
+        bell = Bell(segment, "engine_sleeps", bell_fd)
+        bell.ring()
+        assert not select.select([bell_fd], [], [], 0)[0]
+        bell.lie_down()
+        bell.ring()
+        bell.ring()
+        assert os.eventfd_read(bell_fd) == 1, "once is enough"
+        bell.silence()
+
+
+def test_nobody_sleeps_through_a_bell() -> None:
+    """Two processes that both go to sleep all the time; a wake-up that is lost would end in silence."""
+    count = 20_000
+    with new_segment(slots=64) as segment:
+        bells = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+        files = (segment.fd, *bells)
+        command = [sys.executable, ring_echo.__file__, *map(str, files), str(count), "0"]
+        with subprocess.Popen(command, pass_fds=files) as process:
+            producer = Producer(segment, "request", Bell(segment, "engine_sleeps", bells[0]))
+            own, consumer = Bell(segment, "door_sleeps", bells[1]), Consumer(segment, "answer")
+            sent = received = 0
+            while received < count:
+                while sent < count and sent - received < 1 + sent % 48:
+                    segment.counters[producer.claim() // 8] = sent
+                    producer.publish()
+                    sent += 1
+                for _ in range(ring_echo.wait(own, consumer)):
+                    assert segment.counters[consumer.take() // 8] == received
+                    received += 1
+                consumer.release()
+            assert process.wait(ring_echo.BELL_SECONDS) == 0
+        for fd in bells:
+            os.close(fd)
+
+
+ARENA = 4096
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2000), st.integers(0, 100)), max_size=120))
+def test_extents_never_overlap_and_all_room_comes_back(steps: list[tuple[bool, int, int]]) -> None:
+    arena = Arena(ARENA)
+    taken: dict[int, int] = {}
+    for give_back, size, which in steps:
+        if give_back and taken:
+            offset = sorted(taken)[which % len(taken)]
+            arena.give_back(offset)
+            del taken[offset]
+            continue
+        wanted = aligned(max(size, 1))
+        edges = [0, *(end for start, length in sorted(taken.items()) for end in (start, start + length)), ARENA]
+        holes = [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if end - begin >= wanted]
+        offset_or_none = arena.take(size)
+        assert offset_or_none == (holes[0][0] if holes else None), "the lowest hole that is wide enough"
+        if offset_or_none is not None:
+            taken[offset_or_none] = wanted
+    for offset in taken:
+        arena.give_back(offset)
+    assert arena.take(ARENA) == 0
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, ARENA // 2), st.integers(0, 100)), max_size=120))
+def test_the_tape_never_overwrites_what_is_still_read(steps: list[tuple[bool, int, int]]) -> None:
+    tape, reader = Tape(ARENA), Reader()
+    held: dict[int, tuple[int, int]] = {}
+    for give_back, size, which in steps:
+        if give_back and held:
+            end = sorted(held)[which % len(held)]
+            del held[end]
+            before = reader.freed
+            assert reader.give_back(end) == (reader.freed != before)
+            assert all(reader.freed <= other - aligned(length) for other, (_, length) in held.items())
+            continue
+        place = tape.take(size, reader.freed)
+        assert place is not None or held, "an empty tape has room"
+        if place is None:
+            continue
+        offset, end = place
+        assert offset >= 0 and offset + size <= ARENA
+        for start, length in held.values():
+            assert offset + size <= start or start + length <= offset, "it lies where another one is"
+        reader.hold(end)
+        held[end] = (offset, size)
+    for end in list(held):
+        reader.give_back(end)
+    assert tape.take(tape.longest, reader.freed) is not None
