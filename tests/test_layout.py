@@ -171,6 +171,25 @@ def test_only_the_local_channel_brings_torch_to_the_front() -> None:
     assert "torch must not be loaded here" in loaded.stderr
 
 
+PROCESSES = {
+    "blockdex.processes.core": FRONT,
+    "blockdex.processes.front_door": TENSORS,
+    "blockdex.processes.supervisor": TENSORS,
+    "blockdex.serve": TENSORS,
+}
+"""Modules that are processes, and what none of these may ever load."""
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_processes_load_what_is_theirs_alone(name: str) -> None:
+    names = [name]
+    if PROCESSES[name] >= FRONT:
+        # What it loads when it runs.
+        names += ["blockdex.engine.engine", "blockdex_kernels.backend"]
+    loaded = _load(names, refused=PROCESSES[name])
+    assert loaded.returncode == 0, loaded.stderr
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("blockdex.v1.indexer_pb2")])
 def test_every_module_says_what_it_is(name: str) -> None:
     assert ast.get_docstring(MODULES[name].tree), f"{MODULES[name].path}: no docstring"

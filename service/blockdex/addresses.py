@@ -57,6 +57,26 @@ class Address:
             raise OSError(error.errno, f"cannot listen on {self}: {error.strerror}") from error
         return listening
 
+    def reserve(self) -> tuple[socket.socket, Address]:
+        """A socket that holds the port for others which share it, and the address with its real port.
+
+        It does not listen itself. Whoever listens there without sharing keeps it from being had, here and elsewhere.
+
+        Raises:
+            OSError: as `listen`.
+        """
+        with self.listen() as alone:
+            address = self.at_port_of(alone)
+            family, place = alone.family, alone.getsockname()
+        held = socket.socket(family, socket.SOCK_STREAM)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            held.bind(place)
+        except OSError as error:
+            held.close()
+            raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from error
+        return held, address
+
     def at_port_of(self, listening: socket.socket) -> Address:
         """The address with the port that a socket on it really has."""
         return Address(self.host, listening.getsockname()[1])

@@ -98,6 +98,21 @@ class ServeSettings(BaseSettings):
     http_address: Listen = _setting(
         "127.0.0.1:9051", "HOST:PORT", "Where /healthz, /readyz, /metrics and /v1/info listen; port 0 takes a free one."
     )
+    processes: Literal["auto", "single", "split"] = _setting(
+        "auto",
+        "HOW",
+        "single: one for all; split: a supervisor, an engine core and front doors; auto: split on 4 cores or more.",
+    )
+    front_doors: int = _setting(
+        1, "N", "Processes that answer gRPC and share its port; more than 1 makes the server split.", ge=1, le=256
+    )
+    spin_seconds: float = _setting(
+        0.0001,
+        "SECONDS",
+        "Split: how long to look for work, after some came, before sleeping; 0 sleeps at once.",
+        ge=0,
+        le=0.01,
+    )
     # `model_config` is pydantic's own name inside the class.
     model_file: Path | None = _setting(
         None, "FILE", "Hugging Face config.json of the model; without one, MiniMax-M3.", alias="model_config"
@@ -175,6 +190,12 @@ class ServeSettings(BaseSettings):
             max_stream_requests=self.max_stream_requests,
             max_wait_ms=max(1, round(self.max_wait_seconds * 1000)),
         )
+
+    @classmethod
+    def restore(cls, dumped: dict[str, Any]) -> ServeSettings:
+        """The settings that `model_dump(mode="json")` made an object of; nothing is read anew."""
+        paths = {name: Path(dumped[name]) for name in ("config", "model_file") if dumped[name] is not None}
+        return cls.model_construct(**dumped | paths)
 
     def index_spec(self) -> IndexSpec:
         """The indexer to serve: the model's, with the settings that go before it.

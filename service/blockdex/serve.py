@@ -1,4 +1,4 @@
-"""The process behind `blockdex serve`: engine, gRPC and HTTP, from the settings to the last answer."""
+"""`blockdex serve`: from the settings to the last answer, as one process or as several."""
 
 from __future__ import annotations
 
@@ -8,36 +8,23 @@ import logging
 import os
 import signal
 import socket
-from typing import TYPE_CHECKING
 
 from blockdex import __version__
 from blockdex.addresses import Address
 from blockdex.config import ServeSettings
 from blockdex.logs import configure_logging, log_event
 from blockdex.messages import Info
-from blockdex.rpc.server import RpcServer, start_rpc_server
-from blockdex.transport.channel import Channel
-from blockdex.web.app import create_app
-from blockdex.web.gpu import GpuCollector, open_gpu
-from blockdex.web.history import History
-from blockdex.web.live import LiveView
-from blockdex.web.metrics import Metrics, RequestMetrics, ServerCollector
+from blockdex.processes.http_side import HttpSide
+from blockdex.processes.supervisor import Supervisor
+from blockdex.starting import StartError, build_engine, claim, gpu_uuid, splits
+from blockdex.web.metrics import RequestMetrics
 from blockdex.web.readiness import Readiness
-from blockdex.web.server import HttpServer
 from blockdex_kernels import IndexSpec, SpecError
-
-if TYPE_CHECKING:
-    from blockdex.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-_FREE_SHARE = 0.9
 _WRITE_SECONDS = 1.0
 """How long answers that are there may take to be written."""
-
-
-class StartError(Exception):
-    """The server cannot start: one line that says why."""
 
 
 def serve(settings: ServeSettings) -> int:
@@ -49,117 +36,78 @@ def serve(settings: ServeSettings) -> int:
     configure_logging(settings.log_format, settings.log_level)
     try:
         spec = settings.index_spec()
+        run = _run_split if splits(settings) else _run_single
         # Claimed before torch is loaded: a port in use is told at once. gRPC itself would only say that it failed.
-        _claim(settings.grpc_address).close()
-        with _claim(settings.http_address) as http_socket:
-            engine = _build_engine(settings, spec)
-            asyncio.run(_run(settings, engine, http_socket))
+        claim(settings.grpc_address).close()
+        with claim(settings.http_address) as http_socket:
+            asyncio.run(run(settings, spec, http_socket))
     except (StartError, SpecError) as error:
         log_event(logger, logging.ERROR, "refused to start", reason=str(error))
         return 2
     return 0
 
 
-def _claim(address: str) -> socket.socket:
-    try:
-        return Address.parse(address).listen()
-    except OSError as error:
-        raise StartError(str(error.strerror)) from error
+async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> None:
+    # What brings torch and gRPC is loaded here: a supervisor needs neither.
+    from blockdex.rpc.server import start_rpc_server  # noqa: PLC0415
+    from blockdex.transport.local import LocalChannel  # noqa: PLC0415
 
-
-def _build_engine(settings: ServeSettings, spec: IndexSpec) -> Engine:
-    cache_bytes = _cache_bytes(settings)
-    num_pages = cache_bytes // spec.bytes_per_page
-    if num_pages < 1:
-        raise StartError(f"cache_bytes: one page takes {spec.bytes_per_page} bytes, got {cache_bytes}")
-    # Threads that wait for a kernel's others must not spin: on cores that have other work too, the engine beside this
-    # server to begin with, they keep those they wait for from running. OpenMP reads it when torch loads it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # torch takes seconds to load: what can be refused without it has been.
-    from blockdex.engine.engine import Engine  # noqa: PLC0415
-    from blockdex_kernels.backend import choose_backend  # noqa: PLC0415
-
-    try:
-        backend = choose_backend(settings.device, spec, num_pages, fp8_scoring=settings.fp8_scoring)
-    except ValueError as error:
-        raise StartError(str(error)) from error
-    except (RuntimeError, MemoryError) as error:
-        raise StartError(f"cache_bytes: {cache_bytes} bytes cannot be had on device {settings.device}") from error
-    return Engine(
-        backend,
-        limits=settings.limits,
-        lease_seconds=settings.lease_seconds,
-        decode_queries=1 + settings.num_speculative_tokens,
-        prefill_slice_seconds=settings.prefill_slice_seconds,
-    )
-
-
-def _cache_bytes(settings: ServeSettings) -> int:
-    if settings.cache_bytes != "auto":
-        return settings.cache_bytes
-    if not settings.device.startswith("cuda"):
-        raise StartError(f"cache_bytes: auto needs --device cuda, got device {settings.device}; name a size instead")
-    import torch  # noqa: PLC0415 - as above
-
-    if not torch.cuda.is_available():
-        raise StartError(f"device {settings.device}: there is no CUDA device")
-    free, _ = torch.cuda.mem_get_info(settings.device)
-    return int(free * _FREE_SHARE)
-
-
-async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.socket) -> None:
-    from blockdex.transport.local import LocalChannel  # noqa: PLC0415 - brings the engine, and with it torch
-
+    engine = build_engine(settings, spec)
     told_to_stop = _listen_to_signals()
     requests, readiness = RequestMetrics(), Readiness()
     channel = LocalChannel(engine)
     channel.start()
     try:
-        history = History(channel, requests)
-        await history.take()
         info = await channel.info()
-        metrics = Metrics(ServerCollector(channel, requests, readiness), _gpu_of(info.device))
-        live = LiveView(channel, history, readiness)
-        http = HttpServer(create_app(channel, metrics, live, readiness), http_socket)
-        watching = asyncio.create_task(history.run())
+        restarts = dict.fromkeys(("core", "front_door"), 0)
+        http = await HttpSide.start(channel, requests, readiness, restarts, gpu_uuid(info.device), http_socket)
         try:
-            rpc = await _start_rpc(channel, settings, requests)
+            try:
+                rpc = await start_rpc_server(
+                    channel,
+                    settings.grpc_address,
+                    observe=requests.observe,
+                    slow_request_seconds=settings.slow_request_seconds,
+                )
+            except OSError as error:
+                raise StartError(str(error)) from error
             readiness.obstacle = ""
-            http_address = Address.parse(settings.http_address).at_port_of(http_socket)
-            _log_start(info, rpc.address, str(http_address))
+            _log_start(info, rpc.address, _http_address(settings, http_socket))
             await told_to_stop.wait()
-            log_event(logger, logging.INFO, "stopping", grace_seconds=settings.shutdown_grace_seconds)
+            _log_stopping(settings)
             readiness.obstacle = "shutting down"
             await rpc.stop_being_ready()
             await channel.drain(settings.shutdown_grace_seconds)
             await rpc.stop(_WRITE_SECONDS)
         finally:
-            watching.cancel()
             await http.stop()
     finally:
         channel.stop()
     log_event(logger, logging.INFO, "stopped")
 
 
-def _gpu_of(device: str) -> GpuCollector | None:
-    if not device.startswith("cuda"):
-        return None
-    import torch  # noqa: PLC0415 - as above
-
-    # NVML numbers the GPUs in another order than CUDA does; the UUID is the same for both.
-    return open_gpu(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-
-
-async def _start_rpc(channel: Channel, settings: ServeSettings, requests: RequestMetrics) -> RpcServer:
+async def _run_split(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> None:
+    del spec  # the engine core makes its own of the settings
+    told_to_stop = _listen_to_signals()
+    readiness = Readiness()
+    supervisor = Supervisor(settings, readiness)
     try:
-        return await start_rpc_server(
-            channel,
-            settings.grpc_address,
-            observe=requests.observe,
-            slow_request_seconds=settings.slow_request_seconds,
+        await supervisor.start()
+        channel = supervisor.channel
+        http = await HttpSide.start(
+            channel, supervisor.counts, readiness, supervisor.restarts, supervisor.gpu, http_socket
         )
-    except OSError as error:
-        raise StartError(str(error)) from error
+        try:
+            http_address = _http_address(settings, http_socket)
+            _log_start(await channel.info(), supervisor.grpc_address, http_address, **supervisor.pids())
+            await told_to_stop.wait()
+            _log_stopping(settings)
+            await supervisor.stop(settings.shutdown_grace_seconds)
+        finally:
+            await http.stop()
+    finally:
+        await supervisor.close()
+    log_event(logger, logging.INFO, "stopped")
 
 
 def _listen_to_signals() -> asyncio.Event:
@@ -177,7 +125,15 @@ def _listen_to_signals() -> asyncio.Event:
     return told
 
 
-def _log_start(info: Info, grpc_address: str, http_address: str) -> None:
+def _http_address(settings: ServeSettings, http_socket: socket.socket) -> str:
+    return str(Address.parse(settings.http_address).at_port_of(http_socket))
+
+
+def _log_stopping(settings: ServeSettings) -> None:
+    log_event(logger, logging.INFO, "stopping", grace_seconds=settings.shutdown_grace_seconds)
+
+
+def _log_start(info: Info, grpc_address: str, http_address: str, **pids: str) -> None:
     kernels = {f"{phase}_kernel": f"{kernel} ({reason})" for phase, (kernel, reason) in info.kernels.items()}
     log_event(
         logger,
@@ -190,6 +146,7 @@ def _log_start(info: Info, grpc_address: str, http_address: str) -> None:
         capacity_tokens=info.cache.capacity_tokens,
         capacity_bytes=info.cache.pages_total * info.cache.page_bytes,
         epoch=info.epoch,
+        **pids,
         **kernels,
         **dataclasses.asdict(info.spec),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from blockdex import plan as planning
-from blockdex import serve
+from blockdex import starting
 from blockdex.cli import main
 from blockdex.config import load_settings
 
@@ -117,7 +117,7 @@ def test_a_gpu_that_holds_no_page(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_share_is_what_the_server_takes() -> None:
-    assert serve._FREE_SHARE == planning.FREE_SHARE
+    assert starting._FREE_SHARE == planning.FREE_SHARE
 
 
 @pytest.mark.parametrize(

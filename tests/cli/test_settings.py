@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,9 @@ SAMPLES = {
     "device": "cuda:1",
     "grpc_address": "[::1]:0",
     "http_address": "0.0.0.0:80",
+    "processes": "split",
+    "front_doors": "4",
+    "spin_seconds": "0",
     "model_config": "config.json",
     "num_layers": "5",
     "cache_bytes": "auto",
@@ -94,6 +98,12 @@ def test_every_setting_is_read_from_all_three_places(
 def test_the_samples_cover_every_setting() -> None:
     names = {field.alias or name for name, field in ServeSettings.model_fields.items()}
     assert names == set(SAMPLES) | {"config"}
+
+
+@pytest.mark.parametrize("name", [None, *SAMPLES])
+def test_settings_are_handed_on_to_other_processes(name: str | None) -> None:
+    settings = load_settings([] if name is None else [f"--{name.replace('_', '-')}", SAMPLES[name]])
+    assert ServeSettings.restore(json.loads(json.dumps(settings.model_dump(mode="json")))) == settings
 
 
 def test_help_lists_every_setting_with_its_variable_and_default() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from serving import Serving, serve
+from serving import SMALL, Serving, serve
 from wire import Wire, wire
 
 TIGHT = (
@@ -24,10 +24,20 @@ def random() -> np.random.Generator:
     return np.random.default_rng(15)
 
 
-@pytest.fixture(scope="session")
-def tight_server() -> Iterator[Serving]:
-    """One server with narrow limits."""
-    with serve(*TIGHT) as serving:
+@pytest.fixture(scope="session", params=["single", "split"])
+def server(server: Serving, request: pytest.FixtureRequest) -> Iterator[Serving]:
+    """The small server, and one of several processes, which answers alike."""
+    if request.param == "single":
+        yield server
+    else:
+        with serve(*SMALL, "--processes", "split") as serving:
+            yield serving
+
+
+@pytest.fixture(scope="session", params=["single", "split"])
+def tight_server(request: pytest.FixtureRequest) -> Iterator[Serving]:
+    """One server with narrow limits, as one process and as several."""
+    with serve(*TIGHT, "--processes", request.param) as serving:
         yield serving
 
 

@@ -6,6 +6,7 @@ import asyncio
 
 import grpc
 import numpy as np
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from blockdex.v1 import indexer_pb2 as pb
@@ -17,9 +18,11 @@ A = 7
 LONG = 4096
 
 
-async def test_streams_end_well(random: np.random.Generator) -> None:
+@pytest.mark.parametrize("processes", ["single", "split"])
+async def test_streams_end_well(random: np.random.Generator, processes: str) -> None:
     keys, queries = keys_of(random, LONG), queries_of(random, LONG)
-    with serve(*SMALL, "--shutdown-grace-seconds", "60") as serving, wire(serving.grpc_address, "t") as tenant:
+    flags = (*SMALL, "--shutdown-grace-seconds", "60", "--processes", processes)
+    with serve(*flags) as serving, wire(serving.grpc_address, "t") as tenant:
         tenant.call(pb.OpenSequenceRequest(sequence_id=A))
         tenant.call(append(0, [(A, 0, LONG)], keys))
         hopeless = select(1, [(A, 0, 1)], queries[:1], wait_for_keys=True)

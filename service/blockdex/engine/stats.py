@@ -37,6 +37,11 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def add(self, other: Histogram) -> None:
+        """Counts the observations of another one, of the same bounds, too."""
+        self.counts = [own + others for own, others in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+
     def since(self, earlier: Histogram) -> Histogram:
         """What was observed after an earlier state of this histogram."""
         counts = [now - then for now, then in zip(self.counts, earlier.counts, strict=True)]

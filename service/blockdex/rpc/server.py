@@ -22,12 +22,12 @@ class RpcServer:
         address: `host:port` it listens on, with the real port.
     """
 
-    def __init__(self, channel: Channel, address: str, log: RequestLog) -> None:
+    def __init__(self, channel: Channel, address: str, log: RequestLog, share_port: bool) -> None:
         # Room above the limit, so that a request beyond it is refused in words and not cut off by the transport.
         receive = 2 * channel.limits.max_message_bytes
         self._server = grpc.aio.server(
             options=[
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(share_port)),
                 ("grpc.max_receive_message_length", min(receive, 2**31 - 1)),
                 ("grpc.max_send_message_length", -1),
             ]
@@ -46,11 +46,16 @@ class RpcServer:
     async def start(self) -> None:
         """Serves, and says so to health probes."""
         await self._server.start()
+        await self.be_ready(True)
+
+    async def be_ready(self, ready: bool) -> None:
+        """Health probes hear SERVING or NOT_SERVING from now on."""
+        status = health_pb2.HealthCheckResponse
         for name in ("", SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
 
     async def stop_being_ready(self) -> None:
-        """Health probes hear NOT_SERVING from now on."""
+        """Health probes hear NOT_SERVING from now on, whatever comes."""
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace: float) -> None:
@@ -60,7 +65,12 @@ class RpcServer:
 
 
 async def start_rpc_server(
-    channel: Channel, address: str, *, observe: Observe, slow_request_seconds: float = 1.0
+    channel: Channel,
+    address: str,
+    *,
+    observe: Observe,
+    slow_request_seconds: float = 1.0,
+    share_port: bool = False,
 ) -> RpcServer:
     """Starts a server.
 
@@ -69,10 +79,11 @@ async def start_rpc_server(
         address: `host:port`; port 0 takes a free one.
         observe: told of every answered request.
         slow_request_seconds: a request that takes longer is logged.
+        share_port: whether other processes may listen on the port too, and take a part of its connections each.
 
     Raises:
         OSError: the address cannot be bound, for instance since the port is in use.
     """
-    server = RpcServer(channel, address, RequestLog(observe, slow_request_seconds))
+    server = RpcServer(channel, address, RequestLog(observe, slow_request_seconds), share_port)
     await server.start()
     return server

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Protocol
 
@@ -63,6 +63,13 @@ class RequestMetrics:
     async def refresh(self) -> None:
         """Nothing: what was observed is counted."""
 
+    def add(self, other: RequestMetrics) -> None:
+        """Counts the requests of another front door, too."""
+        for key, count in other.counts.items():
+            self.counts[key] = self.counts.get(key, 0) + count
+        for rpc, seconds in other.seconds.items():
+            self.seconds.setdefault(rpc, Histogram(SECONDS_BUCKETS)).add(seconds)
+
     def observe(self, rpc: str, code: str, seconds: float) -> None:
         """Counts one answered request.
 
@@ -83,8 +90,11 @@ class RequestMetrics:
 class ServerCollector:
     """Turns what channel, front doors and readiness say into metrics; of an engine that is gone, what it said last."""
 
-    def __init__(self, channel: Channel, requests: RequestCounts, readiness: Readiness) -> None:
+    def __init__(
+        self, channel: Channel, requests: RequestCounts, readiness: Readiness, restarts: Mapping[str, int]
+    ) -> None:
         self._channel = channel
+        self._restarts = restarts
         self._requests = requests
         self._readiness = readiness
         self._engine: tuple[Info, Stats, CacheOverview] | None = None
@@ -125,6 +135,7 @@ class ServerCollector:
             "Unix time at which the cache was born.",
             stats.epoch_started,
         )
+        yield _counters("blockdex_restarts", "Processes that ended and were started again.", "process", self._restarts)
 
     def _of_requests(self) -> Iterator[Metric]:
         total = CounterMetricFamily("blockdex_requests", "Requests answered.", labels=["rpc", "code"])
@@ -207,7 +218,7 @@ def _histograms(name: str, documentation: str, label: str, histograms: dict[str,
     return family
 
 
-def _counters(name: str, documentation: str, label: str, counts: dict[str, int]) -> Metric:
+def _counters(name: str, documentation: str, label: str, counts: Mapping[str, int]) -> Metric:
     family = CounterMetricFamily(name, documentation, labels=[label])
     for value, count in counts.items():
         family.add_metric([value], count)

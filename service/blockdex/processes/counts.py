@@ -1,0 +1,66 @@
+"""The requests that several front doors answered, those that have ended included, as one server's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable
+
+from blockdex.engine.stats import Histogram
+from blockdex.errors import UnavailableError
+from blockdex.processes.child import Child
+from blockdex.transport.talk import Words
+from blockdex.web.metrics import RequestMetrics
+
+_ANSWER_SECONDS = 1.0
+
+
+def words_of(requests: RequestMetrics) -> Words:
+    """Counts as an object of JSON."""
+    return {
+        "counts": [[rpc, code, count] for (rpc, code), count in requests.counts.items()],
+        "seconds": {rpc: [made.bounds, made.counts, made.total] for rpc, made in requests.seconds.items()},
+    }
+
+
+def requests_of(words: Words) -> RequestMetrics:
+    """The counts that such an object stands for."""
+    requests = RequestMetrics()
+    requests.counts = {(rpc, code): count for rpc, code, count in words["counts"]}
+    requests.seconds = {
+        rpc: Histogram(tuple(bounds), counts, total) for rpc, (bounds, counts, total) in words["seconds"].items()
+    }
+    return requests
+
+
+class FleetCounts:
+    """`RequestCounts` of all front doors; used on one asyncio loop.
+
+    Args:
+        doors: the front doors that run.
+    """
+
+    def __init__(self, doors: Callable[[], Iterable[Child]]) -> None:
+        self._doors = doors
+        self._last: dict[Child, RequestMetrics] = {}
+        self._ended = RequestMetrics()
+        self.counts, self.seconds = self._ended.counts, self._ended.seconds
+
+    async def refresh(self) -> None:
+        """Asks every front door; of one that does not answer soon, what it said last counts."""
+        await asyncio.gather(*map(self._ask, self._doors()))
+        total = RequestMetrics()
+        for requests in (self._ended, *self._last.values()):
+            total.add(requests)
+        self.counts, self.seconds = total.counts, total.seconds
+
+    def has_ended(self, door: Child) -> None:
+        """Keeps what a front door said last: counters do not go back."""
+        if last := self._last.pop(door, None):
+            self._ended.add(last)
+
+    async def _ask(self, door: Child) -> None:
+        with contextlib.suppress(UnavailableError, TimeoutError):
+            words = await asyncio.wait_for(door.talk.ask({"ask": "requests"}), _ANSWER_SECONDS)
+            if not door.ended.done():
+                self._last[door] = requests_of(words)

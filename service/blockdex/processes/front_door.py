@@ -1,0 +1,87 @@
+"""A front door: gRPC on one side, the ring to the engine core on the other. Never touches torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from blockdex.config import ServeSettings
+from blockdex.processes.child import run_child
+from blockdex.processes.counts import words_of
+from blockdex.rpc.server import RpcServer, start_rpc_server
+from blockdex.transport.door import RingChannel
+from blockdex.transport.talk import Talk, Words
+from blockdex.web.metrics import RequestMetrics
+
+_WRITE_SECONDS = 1.0
+"""How long answers that are there may take to be written."""
+
+
+class FrontDoor:
+    """One front door, which serves while the engine core is there.
+
+    Args:
+        talk: with the supervisor.
+        settings: of the server.
+        address: where the engine core listens.
+    """
+
+    def __init__(self, talk: Talk, settings: ServeSettings, address: str) -> None:
+        self._talk = talk
+        self._settings = settings
+        self._requests = RequestMetrics()
+        self._there = asyncio.Event()
+        self._changes: asyncio.Queue[bool] = asyncio.Queue()
+        self._channel = RingChannel(address, spin_seconds=settings.spin_seconds, changed=self._changes.put_nowait)
+
+    async def run(self, grpc_address: str, share_port: bool, heard: AsyncIterator[Words]) -> None:
+        """Serves until the supervisor has it finish, or is gone."""
+        connecting = asyncio.create_task(self._channel.run())
+        await self._changes.get()
+        try:
+            rpc = await start_rpc_server(
+                self._channel,
+                grpc_address,
+                observe=self._requests.observe,
+                slow_request_seconds=self._settings.slow_request_seconds,
+                share_port=share_port,
+            )
+        except OSError as error:
+            self._talk.tell({"refused": str(error)})
+            return
+        self._talk.tell({"listening": rpc.address, "serving": True})
+        telling = asyncio.create_task(self._tell_changes(rpc))
+        finishing: asyncio.Task[None] | None = None
+        async for told in heard:
+            match told:
+                case {"ask": "requests"}:
+                    self._talk.tell({"answer": words_of(self._requests)})
+                case {"ask": "refuse_new"}:
+                    telling.cancel()
+                    await rpc.stop_being_ready()
+                    self._channel.refuse_new()
+                    self._talk.tell({"answer": {}})
+                case {"finish": float(grace)}:
+                    finishing = asyncio.create_task(self._finish(rpc, grace))
+        telling.cancel()
+        connecting.cancel()
+        await asyncio.gather(telling, connecting, *([finishing] if finishing else []), return_exceptions=True)
+
+    async def _tell_changes(self, rpc: RpcServer) -> None:
+        while True:
+            there = await self._changes.get()
+            await rpc.be_ready(there)
+            self._talk.tell({"serving": there})
+
+    async def _finish(self, rpc: RpcServer, grace: float) -> None:
+        await self._channel.drain(grace)
+        await rpc.stop(_WRITE_SECONDS)
+        self._talk.hang_up()
+
+
+async def _run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
+    await FrontDoor(talk, settings, words["address"]).run(words["grpc_address"], words["share_port"], heard)
+
+
+if __name__ == "__main__":
+    run_child(_run)

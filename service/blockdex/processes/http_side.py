@@ -1,0 +1,56 @@
+"""The HTTP side of a server, whatever its processes: what it answers with, and the sampling behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Mapping
+
+from blockdex.transport.channel import Channel
+from blockdex.web.app import create_app
+from blockdex.web.gpu import open_gpu
+from blockdex.web.history import History
+from blockdex.web.live import LiveView
+from blockdex.web.metrics import Metrics, RequestCounts, ServerCollector
+from blockdex.web.readiness import Readiness
+from blockdex.web.server import HttpServer
+
+
+class HttpSide:
+    """HTTP, from its start to `stop`; used on one asyncio loop."""
+
+    def __init__(self, server: HttpServer, sampling: asyncio.Task[None]) -> None:
+        self._server = server
+        self._sampling = sampling
+
+    @classmethod
+    async def start(
+        cls,
+        channel: Channel,
+        requests: RequestCounts,
+        readiness: Readiness,
+        restarts: Mapping[str, int],
+        gpu: str | None,
+        listening: socket.socket,
+    ) -> HttpSide:
+        """Serves on a socket that listens already.
+
+        Args:
+            channel: to the engine.
+            requests: what was answered.
+            readiness: whether the server takes requests.
+            restarts: how often each kind of process was started again.
+            gpu: the driver's name of the engine's GPU, if it has one.
+            listening: where.
+        """
+        history = History(channel, requests)
+        await history.take()
+        collector = ServerCollector(channel, requests, readiness, restarts)
+        metrics = Metrics(collector, None if gpu is None else open_gpu(gpu))
+        app = create_app(channel, metrics, LiveView(channel, history, readiness), readiness)
+        return cls(HttpServer(app, listening), asyncio.create_task(history.run()))
+
+    async def stop(self) -> None:
+        """Answers what has been asked and ends; takes seconds at most."""
+        self._sampling.cancel()
+        await self._server.stop()

@@ -1,0 +1,182 @@
+"""A server of several processes: an engine core, front doors, and this one, which keeps them and answers HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Coroutine, Iterable, Iterator
+from typing import Any
+
+from blockdex.addresses import Address
+from blockdex.config import ServeSettings
+from blockdex.processes.child import Child
+from blockdex.processes.counts import FleetCounts
+from blockdex.processes.kept import Kept
+from blockdex.transport.door import RingChannel
+from blockdex.transport.handover import listen
+from blockdex.web.readiness import Readiness
+
+_STOP_SECONDS = 10.0
+
+
+class Supervisor:
+    """Starts the processes, starts them again when they end, and ends them; used on one asyncio loop.
+
+    Args:
+        settings: of the server.
+        readiness: told whether requests are taken.
+
+    Attributes:
+        channel: to the engine core, for questions about it.
+        counts: requests that the front doors answered.
+        restarts: how often processes were started again, by what they are.
+        grpc_address: where the front doors listen, once they do.
+        gpu: the driver's name of the GPU that the core runs on, if it is one.
+    """
+
+    def __init__(self, settings: ServeSettings, readiness: Readiness) -> None:
+        self._settings = settings
+        self._readiness = readiness
+        self._core_listens = listen()
+        self._reserved: socket.socket | None = None
+        self.restarts = dict.fromkeys(("core", "front_door"), 0)
+        self._core = Kept("core", self._start_core, self._has_ended, self.restarts)
+        self._doors = [
+            Kept("front_door", self._start_door, self._has_ended, self.restarts) for _ in range(settings.front_doors)
+        ]
+        self._serving: set[Child] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._keepers: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self._there = asyncio.Event()
+        self.channel = RingChannel(self._core_address, changed=self._core_changed)
+        self.counts = FleetCounts(self._running_doors)
+        self.grpc_address = settings.grpc_address
+        self.gpu: str | None = None
+
+    async def start(self) -> None:
+        """Starts all processes; returns once they serve.
+
+        Raises:
+            StartError: one of them cannot.
+        """
+        if len(self._doors) > 1:
+            self._reserved, address = Address.parse(self.grpc_address).reserve()
+            self.grpc_address = str(address)
+        await self._keep(self._core)
+        self._in_background(self.channel.run())
+        await self._there.wait()
+        for door in self._doors:
+            await self._keep(door)
+
+    def pids(self) -> dict[str, str]:
+        """Process ids, by what they are of."""
+        core = "" if self._core.child is None else str(self._core.child.pid)
+        return {"core_pid": core, "front_door_pids": " ".join(str(door.pid) for door in self._running_doors())}
+
+    async def stop(self, grace: float) -> None:
+        """Takes no new requests, has those in flight answered for at most `grace` seconds, and ends all processes."""
+        self._stopping = True
+        self._tell_readiness()
+        for keeper in self._keepers:
+            keeper.cancel()
+        doors, core = list(self._running_doors()), self._core.child
+        await asyncio.gather(*(door.talk.ask({"ask": "refuse_new"}) for door in doors), return_exceptions=True)
+        if core is not None:
+            # Only now: until now an append could come that a selection waits for.
+            core.talk.tell({"expect_no_more": True})
+        for door in doors:
+            door.talk.tell({"finish": float(grace)})
+        await _end(doors, grace + _STOP_SECONDS)
+        if core is not None:
+            core.talk.tell({"stop": True})
+            await _end([core], _STOP_SECONDS)
+
+    async def close(self) -> None:
+        """Ends whatever still runs, at once."""
+        tasks = [*self._keepers, *self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        core = [] if self._core.child is None else [self._core.child]
+        await _end([*self._running_doors(), *core], 0.0)
+        self._core_listens.close()
+        if self._reserved is not None:
+            self._reserved.close()
+
+    @property
+    def _core_address(self) -> str:
+        return str(self._core_listens.getsockname(), "latin-1")
+
+    def _running_doors(self) -> Iterator[Child]:
+        return (door.child for door in self._doors if door.child is not None)
+
+    async def _keep(self, kept: Kept) -> None:
+        await kept.start()
+        self._keepers.append(asyncio.create_task(kept.keep()))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _start_core(self) -> Child:
+        listening = self._core_listens.fileno()
+        core, said = await Child.start("blockdex.processes.core", self._settings, [listening], listening=listening)
+        self.gpu = said["gpu"]
+        self._in_background(self._hear(core))
+        return core
+
+    async def _start_door(self) -> Child:
+        door, said = await Child.start(
+            "blockdex.processes.front_door",
+            self._settings,
+            address=self._core_address,
+            grpc_address=self.grpc_address,
+            share_port=len(self._doors) > 1,
+        )
+        self.grpc_address = said["listening"]
+        self._serving.add(door)
+        self._tell_readiness()
+        self._in_background(self._hear(door))
+        return door
+
+    async def _hear(self, child: Child) -> None:
+        async for words in child.heard:
+            if words["serving"]:
+                self._serving.add(child)
+            else:
+                self._serving.discard(child)
+            self._tell_readiness()
+
+    def _has_ended(self, child: Child) -> None:
+        self._serving.discard(child)
+        self.counts.has_ended(child)
+        self._tell_readiness()
+
+    def _core_changed(self, there: bool) -> None:
+        if there:
+            self._there.set()
+        else:
+            self._there.clear()
+        self._tell_readiness()
+
+    def _tell_readiness(self) -> None:
+        if self._stopping:
+            self._readiness.obstacle = "shutting down"
+        elif not self._there.is_set():
+            self._readiness.obstacle = "the engine core starts anew"
+        elif not self._serving:
+            self._readiness.obstacle = "no front door serves"
+        else:
+            self._readiness.obstacle = ""
+
+
+async def _end(children: Iterable[Child], seconds: float) -> None:
+    """Waits until processes have ended, and kills those that take longer."""
+    ends = {child.ended: child for child in children}
+    if ends:
+        await asyncio.wait(ends, timeout=seconds)
+        for child in ends.values():
+            child.kill()
+        await asyncio.wait(ends, timeout=_STOP_SECONDS)
