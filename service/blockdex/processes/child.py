@@ -81,6 +81,7 @@ class Child:
                 raise StartError(said["refused"])
         except BaseException:
             child.kill()
+            await child.ended
             raise
         return child, said
 

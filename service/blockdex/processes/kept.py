@@ -66,7 +66,7 @@ class Kept:
             try:
                 self.child = await self._start()
                 log_event(logger, logging.WARNING, "process runs again", process=self._what, pid=self.child.pid)
-            except StartError as error:
+            except (StartError, OSError) as error:
                 log_event(logger, logging.ERROR, "process did not start", process=self._what, reason=str(error))
 
     async def _see_the_end(self, child: Child) -> None:

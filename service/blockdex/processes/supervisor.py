@@ -16,7 +16,7 @@ from blockdex.transport.door import RingChannel
 from blockdex.transport.handover import listen
 from blockdex.web.readiness import Readiness
 
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 5.0
 
 
 class Supervisor:

@@ -18,7 +18,7 @@ Words = dict[str, Any]
 
 _LENGTH_BYTES = 4
 _LONGEST = 1 << 26
-_ANSWER_SECONDS = 10.0
+_ANSWER_SECONDS = 5.0
 
 
 class Talk:

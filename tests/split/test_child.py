@@ -1,0 +1,40 @@
+"""A child and its supervisor: how it starts, how it fails to, and that it does not outlive it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hanging_child
+from blockdex.config import load_settings
+from blockdex.processes.child import Child
+from blockdex.starting import StartError
+from processes import SECONDS, command_of, eventually
+from serving import environment
+
+
+def test_a_child_that_hangs_ends_with_its_supervisor() -> None:
+    folder = str(Path(hanging_child.__file__).parent)
+    variables = environment(PYTHONPATH=os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, hanging_child.__file__]
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as supervisor:
+        assert supervisor.stdout is not None
+        child, number = map(int, supervisor.stdout.readline().split())
+        assert number == 7
+        supervisor.kill()
+    eventually(lambda: "hanging_child" not in command_of(child), "it is gone", SECONDS)
+
+
+async def test_one_that_ends_before_it_is_ready_is_told_of() -> None:
+    with pytest.raises(StartError, match="this ended with 0 before it was ready"):
+        await Child.start("this", load_settings([]))
+
+
+async def test_one_that_refuses_is_told_of() -> None:
+    settings = load_settings(["--cache-bytes", "1", "--device", "cpu"])
+    with pytest.raises(StartError, match="cache_bytes: one page takes 1867776 bytes, got 1"):
+        await Child.start("blockdex.processes.core", settings, listening=0)
