@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from blockdex.engine.entry import Inbox
 
 _FREE_SHARE = 0.9
-_CORES = 4
-"""Fewer cores are better used by one process: the engine's, and gRPC's threads beside it."""
+_CORES = 2
+"""From so many on several processes are faster than one, in which gRPC and the engine wait for each other's turn."""
 
 
 class StartError(Exception):
