@@ -174,7 +174,7 @@ def test_numbers_that_cannot_be_are_refused(segment: Segment, numbers: RequestSl
 def through(segment: Segment, answer: Any, stages: dict[str, float]) -> tuple[Any, dict[str, float]]:
     numbers, columns = codec.columns_of(answer)
     slot = segment.answer_slots_offset
-    codec.write_answer(segment, slot, numbers, columns, stages, (128, 128 + codec.answer_bytes(columns)))
+    codec.write_answer(segment, slot, 3, numbers, columns, stages, (128, 128 + codec.answer_bytes(columns)))
     read = codec.read_answer_slot(segment, slot)
     begin = segment.answer_arena_offset + read.payload_offset
     payload = np.frombuffer(segment.memory, np.uint8, read.payload_bytes, begin)

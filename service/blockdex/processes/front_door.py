@@ -37,6 +37,8 @@ class FrontDoor:
     async def run(self, grpc_address: str, share_port: bool, heard: AsyncIterator[Words]) -> None:
         """Serves until the supervisor has it finish, or is gone."""
         connecting = asyncio.create_task(self._channel.run())
+        # By itself it ends by a fault alone; then this front door ends too, and another one is started.
+        connecting.add_done_callback(lambda _: self._talk.hang_up())
         await self._changes.get()
         try:
             rpc = await start_rpc_server(
@@ -63,9 +65,13 @@ class FrontDoor:
                     self._talk.tell({"answer": {}})
                 case {"finish": float(grace)}:
                     finishing = asyncio.create_task(self._finish(rpc, grace))
-        telling.cancel()
-        connecting.cancel()
-        await asyncio.gather(telling, connecting, *([finishing] if finishing else []), return_exceptions=True)
+        if connecting.done():
+            connecting.result()
+        for task in (connecting, telling):
+            task.cancel()
+        await asyncio.gather(connecting, telling, return_exceptions=True)
+        if finishing is not None:
+            await finishing
 
     async def _tell_changes(self, rpc: RpcServer) -> None:
         while True:

@@ -42,8 +42,21 @@ from blockdex.transport.segment import RingError, Segment
 
 _DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES, start=1)}
 _ORDER_NUMBERS = {order: number for number, order in enumerate(ORDERS, start=1)}
+_KINDS: dict[type, int] = {
+    OpenSequence: layout.OPEN,
+    GetSequence: layout.GET,
+    TruncateSequence: layout.TRUNCATE,
+    CloseSequence: layout.CLOSE,
+}
 _COLUMNS = 4
 _MAX_MESSAGE_BYTES = 4096
+
+
+Numbers = dict[str, int]
+"""Numbers of a slot, by name; those left out keep their default."""
+
+Columns = tuple[NDArray[np.generic], ...]
+"""What an answer carries: arrays one behind the other, each aligned."""
 
 
 class Received(NamedTuple):
@@ -89,64 +102,55 @@ def write_request(
         numbers = _write_tokens(segment, begin, len(tenant), request)
     else:
         numbers = _sequence_numbers(request)
-    numbers = numbers._replace(
-        ticket=ticket,
-        tenant_bytes=len(tenant),
-        epoch=request.epoch,
-        received=round(received * 1e9),
-        deadline=round(deadline * 1e9),
-        payload_offset=offset,
-        payload_bytes=request_bytes(request),
-    )
-    REQUEST_STRUCT.pack_into(segment.memory, slot, *numbers)
+    numbers |= {
+        "ticket": ticket,
+        "tenant_bytes": len(tenant),
+        "epoch": request.epoch,
+        "received": round(received * 1e9),
+        "deadline": round(deadline * 1e9),
+        "payload_offset": offset,
+        "payload_bytes": request_bytes(request),
+    }
+    REQUEST_STRUCT.pack_into(segment.memory, slot, *RequestSlot(**numbers))
 
 
-def _write_tokens(segment: Segment, begin: int, tenant_bytes: int, request: TokenRequest) -> RequestSlot:
-    memory, spans, keys, queries = segment.memory, request.spans, request.keys, request.queries
-    num_spans = len(spans.lengths)
+def _write_tokens(segment: Segment, begin: int, tenant_bytes: int, request: TokenRequest) -> Numbers:
+    memory, words, spans = segment.memory, segment.words, request.spans
+    keys, queries, num_spans = request.keys, request.queries, len(request.spans.lengths)
     keys_bytes = 0 if keys is None else len(keys.tensor.data)
-    queries_bytes = 0 if queries is None else len(queries.tensor.data)
-    columns_at, keys_at, queries_at = (begin + at for at in _parts(tenant_bytes, num_spans, keys_bytes))
-    word = columns_at // 8
+    columns_at, keys_at, queries_at = _parts(tenant_bytes, num_spans, keys_bytes)
+    word = (begin + columns_at) // 8
     for column in (spans.sequence_ids, spans.starts, spans.lengths, spans.revisions):
-        segment.words[word : word + num_spans] = column
+        words[word : word + num_spans] = column
         word += num_spans
+    numbers = {"kind": layout.TOKENS, "layer": request.layer, "num_spans": num_spans}
     if keys is not None:
-        memory[keys_at : keys_at + keys_bytes] = keys.tensor.data
-    numbers = RequestSlot(
-        kind=layout.TOKENS,
-        keys_dtype=0 if keys is None else _DTYPE_NUMBERS[keys.tensor.dtype],
-        layer=request.layer,
-        num_spans=num_spans,
-        keys_bytes=keys_bytes,
-        queries_bytes=queries_bytes,
-    )
-    if queries is None:
-        return numbers
-    memory[queries_at : queries_at + queries_bytes] = queries.tensor.data
-    return numbers._replace(
-        queries_dtype=_DTYPE_NUMBERS[queries.tensor.dtype],
-        order=_ORDER_NUMBERS[queries.order],
-        flags=layout.RETURN_SCORES * queries.return_scores | layout.WAIT_FOR_KEYS * queries.wait_for_keys,
-        first_head=queries.first_head,
-        num_heads=queries.num_heads,
-    )
+        memory[begin + keys_at : begin + keys_at + keys_bytes] = keys.tensor.data
+        numbers |= {"keys_dtype": _DTYPE_NUMBERS[keys.tensor.dtype], "keys_bytes": keys_bytes}
+    if queries is not None:
+        queries_bytes = len(queries.tensor.data)
+        memory[begin + queries_at : begin + queries_at + queries_bytes] = queries.tensor.data
+        numbers |= {
+            "queries_dtype": _DTYPE_NUMBERS[queries.tensor.dtype],
+            "queries_bytes": queries_bytes,
+            "order": _ORDER_NUMBERS[queries.order],
+            "flags": layout.RETURN_SCORES * queries.return_scores | layout.WAIT_FOR_KEYS * queries.wait_for_keys,
+            "first_head": queries.first_head,
+            "num_heads": queries.num_heads,
+        }
+    return numbers
 
 
-def _sequence_numbers(request: SequenceRequest) -> RequestSlot:
-    match request:
-        case OpenSequence():
-            return RequestSlot(kind=layout.OPEN, sequence_id=request.sequence_id, number=request.lease_seconds)
-        case GetSequence():
-            return RequestSlot(kind=layout.GET, sequence_id=request.sequence_id)
-        case ForkSequence():
-            return RequestSlot(
-                kind=layout.FORK, sequence_id=request.parent_id, child_id=request.child_id, number=request.length
-            )
-        case TruncateSequence():
-            return RequestSlot(kind=layout.TRUNCATE, sequence_id=request.sequence_id, number=request.length)
-        case CloseSequence():
-            return RequestSlot(kind=layout.CLOSE, sequence_id=request.sequence_id)
+def _sequence_numbers(request: SequenceRequest) -> Numbers:
+    if isinstance(request, ForkSequence):
+        ids = {"sequence_id": request.parent_id, "child_id": request.child_id}
+        return {"kind": layout.FORK, "number": request.length} | ids
+    numbers = {"kind": _KINDS[type(request)], "sequence_id": request.sequence_id}
+    if isinstance(request, OpenSequence):
+        return numbers | {"number": request.lease_seconds}
+    if isinstance(request, TruncateSequence):
+        return numbers | {"number": request.length}
+    return numbers
 
 
 def write_cancellation(segment: Segment, slot: int, ticket: int) -> None:
@@ -184,8 +188,9 @@ def _read_tokens(segment: Segment, begin: int, tenant: str, numbers: RequestSlot
     if queries_at + queries_bytes != numbers.payload_bytes:
         raise RingError(f"request: its parts take {queries_at + queries_bytes} bytes, got {numbers.payload_bytes}")
     word = (begin + columns_at) // 8
-    ids, starts, lengths, revisions = segment.words[word : word + _COLUMNS * num_spans].copy().reshape(_COLUMNS, -1)
-    spans = Spans(ids, starts.view(np.int64), lengths.view(np.int64), revisions)
+    columns = segment.words[word : word + _COLUMNS * num_spans].copy()
+    positions = columns[num_spans : 3 * num_spans].view(np.int64)
+    spans = Spans(columns[:num_spans], positions[:num_spans], positions[num_spans:], columns[3 * num_spans :])
     keys = queries = None
     if numbers.keys_dtype:
         keys = Keys(_tensor(segment, numbers.keys_dtype, begin + keys_at, keys_bytes))
@@ -226,32 +231,25 @@ def _sequence_request(tenant: str, numbers: RequestSlot) -> SequenceRequest:
             raise RingError(f"request: kind must be {layout.OPEN} to {layout.CANCEL}, got {numbers.kind}")
 
 
-Columns = tuple[NDArray[np.generic], ...]
-
-
-def columns_of(answer: Answer | BlockdexError) -> tuple[AnswerSlot, Columns]:
-    """The numbers of an answer, and what it carries: arrays that stand one behind the other, each aligned."""
+def columns_of(answer: Answer | BlockdexError) -> tuple[Numbers, Columns]:
+    """The numbers of an answer, and what it carries."""
     if isinstance(answer, BlockdexError):
         reason = str(answer.reason).encode()
         text = np.frombuffer(reason + answer.message.encode()[:_MAX_MESSAGE_BYTES], np.uint8)
-        return AnswerSlot(code=int(answer.code), reason_bytes=len(reason)), (text,)
+        return {"code": int(answer.code), "reason_bytes": len(reason)}, (text,)
+    numbers = {"epoch": answer.epoch}
     if isinstance(answer, SequenceState):
         if answer.lengths is None or answer.revisions is None:
-            return AnswerSlot(flags=layout.IS_STATE, epoch=answer.epoch), ()
+            return numbers | {"flags": layout.IS_STATE}, ()
         flags = layout.IS_STATE | layout.HAS_LENGTHS
-        numbers = AnswerSlot(flags=flags, epoch=answer.epoch, num_layers=len(answer.lengths))
-        return numbers, (answer.lengths, answer.revisions)
+        return numbers | {"flags": flags, "num_layers": len(answer.lengths)}, (answer.lengths, answer.revisions)
     if answer.block_ids is None:
-        return AnswerSlot(epoch=answer.epoch), ()
+        return numbers, ()
     num_tokens, num_heads, topk = answer.block_ids.shape
-    numbers = AnswerSlot(
-        flags=layout.HAS_BLOCK_IDS if answer.scores is None else layout.HAS_BLOCK_IDS | layout.HAS_SCORES,
-        epoch=answer.epoch,
-        num_tokens=num_tokens,
-        num_heads=num_heads,
-        topk=topk,
-    )
-    return numbers, (answer.block_ids,) if answer.scores is None else (answer.block_ids, answer.scores)
+    numbers |= {"num_tokens": num_tokens, "num_heads": num_heads, "topk": topk, "flags": layout.HAS_BLOCK_IDS}
+    if answer.scores is None:
+        return numbers, (answer.block_ids,)
+    return numbers | {"flags": layout.HAS_BLOCK_IDS | layout.HAS_SCORES}, (answer.block_ids, answer.scores)
 
 
 def answer_bytes(columns: Columns) -> int:
@@ -262,7 +260,8 @@ def answer_bytes(columns: Columns) -> int:
 def write_answer(
     segment: Segment,
     slot: int,
-    numbers: AnswerSlot,
+    ticket: int,
+    numbers: Numbers,
     columns: Columns,
     stage_seconds: Mapping[str, float],
     place: tuple[int, int],
@@ -274,9 +273,9 @@ def write_answer(
         at = aligned(ended)
         np.ndarray(column.shape, column.dtype, segment.memory, at)[...] = column
         ended = at + column.nbytes
-    numbers = numbers._replace(payload_offset=offset, payload_bytes=ended - begin, payload_end=end)
-    seconds = (stage_seconds.get(stage, -1.0) for stage in STAGES)
-    ANSWER_STRUCT.pack_into(segment.memory, slot, *numbers[: -len(STAGES)], *seconds)
+    carried = {"ticket": ticket, "payload_offset": offset, "payload_bytes": ended - begin, "payload_end": end}
+    slot_numbers = AnswerSlot(**numbers, **carried)[: -len(STAGES)]
+    ANSWER_STRUCT.pack_into(segment.memory, slot, *slot_numbers, *(stage_seconds.get(stage, -1.0) for stage in STAGES))
 
 
 def read_answer_slot(segment: Segment, slot: int) -> AnswerSlot:

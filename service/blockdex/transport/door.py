@@ -161,8 +161,7 @@ class Link:
             return
         try:
             self._take_answers()
-            spins = self._spin_seconds and self._sent and time.monotonic() - self._active < self._spin_seconds
-            if not spins:
+            if not self._sent or time.monotonic() - self._active >= self._spin_seconds:
                 self._bell.lie_down()
                 if not self._answers.filled:
                     return

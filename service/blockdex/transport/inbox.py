@@ -103,8 +103,8 @@ class Line:
             place = self._tape.take(size, self._segment.counters[AT["answer_bytes_freed"] // 8]) if size else (0, 0)
             if place is None:
                 break
-            numbers = numbers._replace(ticket=ticket)
-            codec.write_answer(self._segment, self._answers.claim(), numbers, columns, stage_seconds, place)
+            slot = self._answers.claim()
+            codec.write_answer(self._segment, slot, ticket, numbers, columns, stage_seconds, place)
             self._unwritten.popleft()
             written = True
         return written
