@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from blockdex import FailedPreconditionError, NotFoundError, Reason, Unavailable
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from processes import SECONDS, Split, command_of, eventually, kill, split
-from serving import STOP_SECONDS
+from serving import STOP_SECONDS, environment
 from wire import append, keys_of, queries_of, refusal_of, select
 
 CLIENTS = 12
@@ -89,6 +91,16 @@ def test_all_front_doors_count_as_one(server: Split, stubs: list[pb_grpc.Indexer
     assert len(epochs) == 1, "one engine behind them all"
     assert server.metric("blockdex_requests_total", rpc="GetInfo", code="OK") == before + CLIENTS
     assert server.metric("blockdex_request_seconds_count", rpc="GetInfo") == before + CLIENTS
+
+
+@pytest.mark.parametrize("doors", ["1", "2"])
+def test_the_port_is_shared_with_no_other_server(server: Split, doors: str) -> None:
+    address = server.serving.grpc_address
+    flags = ["--grpc-address", address, "--http-address", "127.0.0.1:0", "--front-doors", doors]
+    command = [sys.executable, "-m", "blockdex", "serve", *flags]
+    other = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert other.returncode == 2
+    assert f"cannot listen on {address}: Address already in use" in other.stderr
 
 
 def test_a_front_door_ends_and_the_others_go_on(server: Split, stubs: list[pb_grpc.IndexerServiceStub]) -> None:

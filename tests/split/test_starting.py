@@ -1,0 +1,57 @@
+"""Whether a server is one process or several, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from blockdex import starting
+from blockdex.addresses import Address
+from blockdex.config import load_settings
+from blockdex.starting import StartError, splits
+
+
+@pytest.mark.parametrize(
+    ("flags", "cores", "supported", "expected"),
+    [
+        ((), 1, True, False),
+        ((), 2, True, True),
+        ((), 16, False, False),
+        (("--processes", "single"), 16, True, False),
+        (("--processes", "split"), 1, True, True),
+        (("--front-doors", "3"), 1, True, True),
+        (("--processes", "split"), 16, False, "processes: split needs Linux on x86-64"),
+        (("--front-doors", "3"), 16, False, "front_doors: 3 need --processes split"),
+        (("--front-doors", "3", "--processes", "single"), 16, True, "front_doors: 3 need --processes split"),
+    ],
+)
+def test_how_many_processes(
+    flags: tuple[str, ...], cores: int, supported: bool, expected: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starting, "SUPPORTED", supported)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    settings = load_settings(flags)
+    if isinstance(expected, str):
+        with pytest.raises(StartError, match=f"^{expected}"):
+            splits(settings)
+    else:
+        assert splits(settings) is expected
+
+
+def test_a_reserved_port_is_shared_with_those_who_share_and_refused_to_others() -> None:
+    held, address = Address.parse("127.0.0.1:0").reserve()
+    with held:
+        with pytest.raises(OSError, match=f"cannot listen on {address}"):
+            address.listen()
+        with socket.socket() as sharing:
+            sharing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sharing.bind((address.host, address.port))
+            sharing.listen()
+            with socket.create_connection((address.host, address.port), timeout=5):
+                sharing.accept()[0].close()
+    with Address.parse("127.0.0.1:0").listen() as alone:
+        address = address.at_port_of(alone)
+        with pytest.raises(OSError, match=f"cannot listen on {address}"):
+            address.reserve()
