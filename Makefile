@@ -57,8 +57,9 @@ proto: $(STAMP) ## Generate service/blockdex/v1 from proto/
 lock: $(STAMP) ## Pin what the images hold: deploy/requirements
 	$(BIN)/python deploy/requirements/lock.py
 
-bench: $(STAMP) ## Client latency beside a bare gRPC echo; writes JSON and PNG to benchmarks/results
+bench: $(STAMP) ## Client latency beside a bare gRPC echo, several processes beside one; writes JSON and PNG to benchmarks/results
 	$(BIN)/python -m benchmarks.client
+	$(BIN)/python -m benchmarks.ring
 	$(BIN)/python -m benchmarks.tables
 
 bench-gpu: $(STAMP) ## GPU kernels beside the chip's best, and a peer (PEER=vllm=DIR, an unpacked wheel); JSON and PNG likewise

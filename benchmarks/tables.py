@@ -41,6 +41,12 @@ def _client_cells(row: Row) -> Iterator[str]:
         yield f"{row[name]:.2f}"
 
 
+def _ring_cells(row: Row) -> Iterator[str]:
+    yield from (row["server"], row["transport"])
+    for name in ("p50_ms", "p99_ms", "ratio_to_single"):
+        yield f"{row[name]:.2f}"
+
+
 def _cpu_kernels_cells(row: Row) -> Iterator[str]:
     yield from (str(row["sequences"]), str(row["queries"]), f"{row['tokens']:,}", row["key_dtype"])
     yield f"{row['ours_ms']:.2f}"
@@ -64,6 +70,13 @@ SECTIONS = {
         "a bare gRPC echo of as many bytes each way. Milliseconds; the last column is p50 / (echo p50 + kernels).",
         ("sequences", "tokens of each", "transport", "p50", "p99", "echo p50", "echo p99", "kernels", "over the bare"),
         _client_cells,
+    ),
+    "ring": Section(
+        "Several processes, beside one",
+        "One AppendAndSelect of 8 sequences of 1,024 tokens in one layer, by servers of one process and of several,\n"
+        "one call to each in turn. Milliseconds; the last column is the median of the ratios, round by round.",
+        ("server", "transport", "p50", "p99", "to one process"),
+        _ring_cells,
     ),
     "cpu_kernels": Section(
         "The CPU kernels, beside a bare product",

@@ -143,11 +143,14 @@ def test_a_result_becomes_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     result = facts | {"rows": [figure | {"basis": "graph", "reached": 0.81}]}
     result["machine"] = facts["machine"] | {"gpu": {"name": "NVIDIA H200", "driver": "580.1"}}
     (tmp_path / "kernels-h200.json").write_text(json.dumps(result), encoding="utf-8")
+    row = {"server": "split", "transport": "unary", "p50_ms": 1.234, "p99_ms": 2.345, "ratio_to_single": 0.876}
+    (tmp_path / "ring.json").write_text(json.dumps(facts | {"rows": [row]}), encoding="utf-8")
     (tmp_path / "client.png").touch()
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     made = tables.measured()
     assert made.count("| 64 | 8,192 | stream | 12.35 | 23.46 | 1.23 | 2.35 | 9.88 | 1.11 |\n") == 2
     assert "| 8 | 1 | 8,192 | fp8_e4m3 | 2.00 | 3.00 (1.50) | 2.50 (1.25) | 5.00 (2.50) |\n" in made
+    assert "| split | unary | 1.23 | 2.35 | 0.88 |\n" in made
     assert "**NVIDIA H200, driver 580.1**" in made
     assert "| decode, bf16 | 1,234.57 us | <= 1,000 us | 0.81 | graph |\n" in made
     assert "plots/client.png" in made and "plots/cpu_kernels.png" not in made
