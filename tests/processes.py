@@ -39,8 +39,7 @@ class Split:
         return self._children("blockdex.processes.front_door")
 
     def _children(self, module: str) -> list[int]:
-        children = Path(f"/proc/{self.supervisor}/task/{self.supervisor}/children").read_text("ascii").split()
-        return [int(child) for child in children if module in command_of(int(child))]
+        return [pid for pid in self.serving.pids()[1:] if module in command_of(pid)]
 
     def ready(self) -> str:
         """What /readyz says."""

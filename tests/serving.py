@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 START_SECONDS = 60.0
@@ -39,6 +40,12 @@ class Serving:
         """The one line of output with that event."""
         (line,) = [record for record in map(json.loads, self.output) if record["event"] == name]
         return dict(line)
+
+    def pids(self) -> list[int]:
+        """Process ids: the one that was started, and its children."""
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
+        return [pid, *map(int, children)]
 
     def stop(self) -> int:
         """Sends SIGTERM, waits for the end and returns the exit status; a server that does not end is killed."""

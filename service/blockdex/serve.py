@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib.util
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from blockdex_kernels import IndexSpec, SpecError
 
 logger = logging.getLogger(__name__)
 
+_PACKAGES_OF_CHILDREN = ("torch", "grpc_health", "grpc_reflection")
 _WRITE_SECONDS = 1.0
 """How long answers that are there may take to be written."""
 
@@ -88,6 +90,9 @@ async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: soc
 
 async def _run_split(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> None:
     del spec  # the engine core makes its own of the settings
+    for package in _PACKAGES_OF_CHILDREN:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     told_to_stop = _listen_to_signals()
     readiness = Readiness()
     supervisor = Supervisor(settings, readiness)

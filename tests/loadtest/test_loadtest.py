@@ -154,9 +154,10 @@ def test_an_open_loop_counts_from_the_intended_moment(runs: Runs) -> None:
 
     def stall() -> None:
         until(lambda: runs.answered("Stream/AppendAndSelect") > began + 20)
-        runs.server.process.send_signal(signal.SIGSTOP)
-        time.sleep(0.5)
-        runs.server.process.send_signal(signal.SIGCONT)
+        for number, pause in ((signal.SIGSTOP, 0.5), (signal.SIGCONT, 0.0)):
+            for pid in runs.server.pids():
+                os.kill(pid, number)
+            time.sleep(pause)
 
     with meanwhile(stall):
         result = runs.run(

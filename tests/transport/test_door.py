@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import queue
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -17,9 +19,10 @@ from blockdex.transport import codec, door
 from blockdex.transport.door import RingChannel
 from blockdex.transport.handover import Handles, take
 from blockdex.transport.host import RingHost, sizes_of
+from blockdex.transport.inbox import Line, RingInbox
 from blockdex.transport.layout import AT, REQUEST_STRUCT, RequestSlot
 from blockdex.transport.ring import Bell, Producer
-from blockdex.transport.segment import Sizes
+from blockdex.transport.segment import Segment, Sizes
 from naive_engine import NaiveEngine
 from ring_engine import Hosted, hosted
 from running_engine import (
@@ -331,6 +334,32 @@ async def test_who_breaks_the_rules_loses_its_link(what: str, caplog: pytest.Log
         await eventually(lambda: run.engine.stats().waiting == 0)
         assert "link broken" in caplog.text
         await run.ask(get(1))
+
+
+def test_a_request_that_comes_while_the_engine_lies_down_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too early for the bell, since nobody sleeps yet, and too late for the look before."""
+    segment = Segment.create(sizes_of(SPEC, LIMITS), epoch=1)
+    handles = Handles(segment, os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK))
+    inbox = RingInbox(LIMITS.max_queued_requests, spin_seconds=0.0)
+    inbox.add(Line(handles, hang_up=lambda error: None))
+    assert inbox.get(timeout=TIMEOUT) is None
+    with pytest.raises(queue.Empty):
+        inbox.get(timeout=0)
+    producer = Producer(segment, "request", Bell(segment, "engine_sleeps", handles.engine_bell))
+    lie_down = Bell.lie_down
+
+    def write_and_lie_down(bell: Bell) -> None:
+        now = time.monotonic()
+        codec.write_request(segment, producer.claim(), 0, 1, get(5), now, now + TIMEOUT)
+        producer.publish()
+        lie_down(bell)
+
+    monkeypatch.setattr(Bell, "lie_down", write_and_lie_down)
+    began = time.monotonic()
+    entry = inbox.get(timeout=TIMEOUT)
+    assert time.monotonic() - began < TIMEOUT / 2
+    assert entry is not None and entry.request == get(5)
+    handles.close()
 
 
 async def test_who_goes_while_it_connects_harms_nobody() -> None:

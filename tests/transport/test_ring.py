@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import ring_echo
@@ -182,6 +182,7 @@ def test_extents_never_overlap_and_all_room_comes_back(steps: list[tuple[bool, i
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, ARENA // 2), st.integers(0, 100)), max_size=120))
+@example([(False, ARENA // 2, 0), (False, ARENA // 2, 0), (False, 64, 0)])
 def test_the_tape_never_overwrites_what_is_still_read(steps: list[tuple[bool, int, int]]) -> None:
     tape, reader = Tape(ARENA), Reader()
     held: dict[int, tuple[int, int]] = {}
