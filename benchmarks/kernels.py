@@ -57,12 +57,11 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
     result: Row = environment("numpy", "torch", "triton", device=device)
     path: Path = arguments.output / f"{'quick-' if arguments.quick else ''}kernels-{_slug(device)}.json"
     workload = QUICK if arguments.quick else FULL
-    versions: dict[str, Version] = {
-        cache: Blockdex(arguments.device, cache, workload.pages) for cache in arguments.caches
-    }
-    in_stages = all(version.has_stages for version in versions.values())
+    ours = {cache: Blockdex(arguments.device, cache, workload.pages) for cache in arguments.caches}
+    in_stages = all(version.has_stages for version in ours.values())
     parts = [part for part in PARTS if part in arguments.parts and (in_stages or part not in STAGES)]
-    result["peer"] = None
+    result |= {"kernels": {cache: version.backend.kernels for cache, version in ours.items()}, "peer": None}
+    versions: dict[str, Version] = {**ours}
     if arguments.peer is not None:
         versions[PEER] = vllm = Vllm(arguments.peer, device, workload.pages)
         result["peer"] = f"vLLM {vllm.version}, Triton kernels, bf16"
