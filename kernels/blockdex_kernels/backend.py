@@ -15,6 +15,9 @@ from blockdex_kernels.spec import IndexSpec
 Order = Literal["ascending", "score"]
 Fp8Scoring = Literal["native", "upcast"]
 
+FP8_FLIP_TOLERANCE = 2.0**-8
+"""`Backend.flip_tolerance` where tensor cores multiply e4m3; the names of such kernels end in `-fp8`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spans:
@@ -61,12 +64,15 @@ class Backend(ABC):
         device: where the pages are.
         pages: `[num_pages, L, block_size, D]` in the spec's key dtype.
         kernels: phase (`append`, `decode`, `prefill`) to the kernel's name and why it was chosen.
+        flip_tolerance: selections may differ from those in float64 between blocks whose scores lie within this times
+            |query| times the greatest |key| of each other.
     """
 
     spec: IndexSpec
     device: torch.device
     pages: torch.Tensor
     kernels: dict[str, tuple[str, str]]
+    flip_tolerance: float = 2.0**-16
 
     @abstractmethod
     def append(self, keys: torch.Tensor, spans: Spans) -> None:
