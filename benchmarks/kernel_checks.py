@@ -9,11 +9,7 @@ import torch
 from benchmarks.kernel_inputs import Batch
 from benchmarks.kernel_shapes import BLOCK_SIZE
 from benchmarks.kernel_versions import Version
-from blockdex_kernels.reference import SelectionMismatchError, count_flips, select
-
-FP8_TOLERANCE = 64
-"""How much further than those of bf16 the scores of two blocks may lie apart that an fp8 cache exchanges: fp8 tensor
-cores add up with fewer bits. Enough to tell a selection from garbage; the bound itself is measured elsewhere."""
+from blockdex_kernels.reference import FLIP_TOLERANCE, SelectionMismatchError, count_flips, select
 
 _ROWS = 4
 _MOST_APART = 0.01
@@ -32,9 +28,8 @@ def flips(version: Version, block_ids: torch.Tensor, batch: Batch) -> int:
     keys = version.pages.view(torch.uint8)[page_ids].view(version.pages.dtype).flatten(0, 1)[:end]
     queries = batch.queries[-rows:].cpu()
     reference = select(keys.cpu(), queries, end - rows, version.spec, fp8_scoring=version.fp8_scoring)
-    if version.spec.key_dtype == "fp8_e4m3":
-        reference = replace(reference, tolerance=reference.tolerance * FP8_TOLERANCE)
-    return count_flips(block_ids[-rows:].cpu(), reference.block_ids, reference)
+    tolerance = reference.tolerance * (version.flip_tolerance / FLIP_TOLERANCE)
+    return count_flips(block_ids[-rows:].cpu(), reference.block_ids, replace(reference, tolerance=tolerance))
 
 
 def rows_apart(ours: torch.Tensor, theirs: torch.Tensor) -> int:

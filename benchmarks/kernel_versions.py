@@ -10,6 +10,7 @@ import torch
 from benchmarks.kernel_inputs import LAYER, LAYERS, Batch, fill
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.backend import Fp8Scoring, Selection, choose_backend
+from blockdex_kernels.reference import FLIP_TOLERANCE
 from blockdex_kernels.spec import KeyDtype
 from blockdex_kernels.triton.backend import TritonBackend
 from blockdex_kernels.triton.runs import Runs
@@ -21,12 +22,14 @@ class Version(ABC):
     Attributes:
         spec: the indexer, with the dtype of the cache.
         fp8_scoring: how queries meet an fp8 cache.
+        flip_tolerance: as `Backend.flip_tolerance`.
         pages: `[pages, block_size, D]`, the keys.
         has_stages: whether scoring and top-k can be called alone.
     """
 
     spec: IndexSpec
     fp8_scoring: Fp8Scoring = "native"
+    flip_tolerance: float = FLIP_TOLERANCE
     pages: torch.Tensor
     has_stages: bool
 
@@ -59,6 +62,7 @@ class Blockdex(Version):
     def __init__(self, device: str, key_dtype: KeyDtype, pages: int) -> None:
         self.spec = IndexSpec(num_layers=LAYERS, key_dtype=key_dtype)
         self.backend = choose_backend(device, self.spec, pages)
+        self.flip_tolerance = self.backend.flip_tolerance
         if "upcast" in self.backend.kernels["prefill"][0]:
             self.fp8_scoring = "upcast"
         self.pages = self.backend.pages[:, LAYER]
