@@ -37,6 +37,21 @@ def _load_queries(
 
 
 @triton.jit
+def _add(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
+def _only(own, a, b, c, d, e):
+    """The one element of each of five int32 vectors, in one reduction."""
+    return tl.reduce(
+        (tl.where(own, a, 0), tl.where(own, b, 0), tl.where(own, c, 0), tl.where(own, d, 0), tl.where(own, e, 0)),
+        0,
+        _add,
+    )
+
+
+@triton.jit
 def _decode_scores_kernel(
     queries,
     pages,
@@ -76,11 +91,10 @@ def _decode_scores_kernel(
     wait_for_previous(PDL)
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
-    chunk = tl.program_id(1)
+    skipped = tl.program_id(1) * COLUMNS  # rows of each run, that other programs score
     run = tl.arange(0, RUNS)
     length = tl.load(lengths + run, mask=run < num_runs, other=0)
     start = tl.load(starts + run, mask=run < num_runs, other=0)
-    row_end = tl.cumsum(length, 0)
     # Blocks that some query of the run ranks: what is forced for all needs no score.
     needed = tl.where(length > 0, (start + length - 1) // BLOCK + 1 - LOCAL - INIT, 0)
     if ALL:
@@ -89,38 +103,28 @@ def _decode_scores_kernel(
         # Nor does anything where all candidates find a place.
         needed = tl.where(needed > PLACES, needed, 0)
     needed_end = tl.cumsum(needed, 0)
-    total = tl.sum(needed.to(tl.int64), 0)
-
-    # Each token's position, for the ranking; programs take the runs in turn.
-    if chunk == 0:
-        for one in tl.range(program, num_runs, num_programs):
-            own = run == one
-            first = tl.sum(tl.where(own, row_end - length, 0), 0)
-            token = tl.arange(0, QUERIES)
-            own_start = tl.sum(tl.where(own, start, 0), 0)
-            inside = token < tl.sum(tl.where(own, length, 0), 0)
-            tl.store(positions + first + token, own_start + token, mask=inside)
-        # Padded rows belong to no run.
-        used = tl.max(row_end, 0)
-        for one in tl.range(used + program, num_tokens, num_programs):
-            tl.store(positions + one, -1)
-
-    at = (total * program // num_programs).to(tl.int32)
-    stop = (total * (program + 1) // num_programs).to(tl.int32)
+    row_end = tl.cumsum(length, 0)
+    total = tl.max(needed_end, 0)
+    share = total // num_programs
+    longer = total - share * num_programs
+    at = program * share + tl.minimum(program, longer)
+    stop = at + share + (program < longer).to(tl.int32)
+    column = tl.arange(0, COLUMNS)
     while at < stop:
         one = tl.sum((needed_end <= at).to(tl.int32), 0)
-        own = run == one
-        own_end = tl.sum(tl.where(own, needed_end, 0), 0)
-        own_begin = own_end - tl.sum(tl.where(own, needed, 0), 0)
-        first_token = tl.sum(tl.where(own, row_end - length, 0), 0)
-        num_rows = tl.sum(tl.where(own, length, 0), 0) * HEADS - chunk * COLUMNS
-        first_row = first_token.to(tl.int64) * HEADS + chunk * COLUMNS
-        last = tl.minimum(stop, own_end) - own_begin + INIT
+        own_end, own_needed, own_row_end, own_length, own_start = _only(
+            run == one, needed_end, needed, row_end, length, start
+        )
+        cells = page_table + one.to(tl.int64) * table_stride
+        first_block = at - (own_end - own_needed) + INIT
+        at = tl.minimum(stop, own_end)
+        last_block = at - (own_end - own_needed) + INIT
+        first_row = (own_row_end - own_length).to(tl.int64) * HEADS + skipped
+        num_rows = own_length * HEADS - skipped
         if num_rows > 0:
-            cells = page_table + one.to(tl.int64) * table_stride
+            page = tl.load(cells + first_block)
             layer = tl.load(layers + one)
             rows = _load_queries(queries, first_row, num_rows, stride_t, stride_h, stride_d, HEADS, COLUMNS, DIM)
-            column = tl.arange(0, COLUMNS)
             if SCALED:
                 rows, undo = scale_to_e4m3(rows)
                 tl.store(unscales + first_row + column, undo, mask=column < num_rows)
@@ -128,17 +132,24 @@ def _decode_scores_kernel(
             else:
                 rows = rows.to(KEY)
             target = scores + (first_row + column) * width
-            position = tl.sum(tl.where(own, start, 0), 0) + (chunk * COLUMNS + column) // HEADS
-            page = tl.load(cells + at - own_begin + INIT)
-            for block in tl.range(at - own_begin + INIT, last, num_stages=STAGES):
+            position = own_start + (skipped + column) // HEADS
+            for block in tl.range(first_block, last_block, num_stages=STAGES):
                 keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
-                page = tl.load(cells + block + 1, mask=block + 1 < last, other=0)
+                page = tl.load(cells + block + 1, mask=block + 1 < last_block, other=0)
                 products = tl.dot(keys, tl.trans(rows))
                 if LOCAL == 0:
                     key_position = block * BLOCK + tl.arange(0, BLOCK)
                     products = tl.where(key_position[:, None] <= position[None, :], products, float("-inf"))
                 tl.store(target + block, tl.max(products, 0), mask=column < num_rows)
-        at = tl.minimum(stop, own_end)
+
+    # Each token's position, for the ranking: programs take the runs in turn, and the rows that belong to none.
+    if skipped == 0:
+        for one in tl.range(program, num_runs, num_programs):
+            _, _, own_row_end, own_length, own_start = _only(run == one, needed_end, needed, row_end, length, start)
+            token = tl.arange(0, QUERIES)
+            tl.store(positions + own_row_end - own_length + token, own_start + token, mask=token < own_length)
+        for token in tl.range(tl.max(row_end, 0) + program, num_tokens, num_programs):
+            tl.store(positions + token, -1)
 
 
 def score_decode(
@@ -208,6 +219,7 @@ def score_decode(
         TMA=pages.tma,
         PDL=pdl,
         STAGES=stages,
-        num_warps=4,
+        # Converting a block takes registers.
+        num_warps=8 if pages.upcast else 4,
         **pdl_launch(pdl),
     )
