@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from serving import Serving, serve
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported, and for all of the process: without a GPU its kernels run in the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
