@@ -164,6 +164,7 @@ def score_decode(
     *,
     every_block: bool,
     programs: int,
+    warps: int,
     stages: int,
     pdl: bool,
 ) -> None:
@@ -181,6 +182,7 @@ def score_decode(
         unscales: float32 `[T * H]`, written for an fp8 cache scored natively: what undoes the queries' scale.
         every_block: whether scores are wanted even where all candidates find a place.
         programs: how many share the blocks.
+        warps: of a program.
         stages: blocks of keys that a program has in flight.
         pdl: whether to launch as a programmatic dependent.
     """
@@ -220,6 +222,6 @@ def score_decode(
         PDL=pdl,
         STAGES=stages,
         # Converting a block takes registers.
-        num_warps=8 if pages.upcast else 4,
+        num_warps=2 * warps if pages.upcast else warps,
         **pdl_launch(pdl),
     )

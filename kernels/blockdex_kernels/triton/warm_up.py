@@ -59,7 +59,8 @@ def _calls(backend: Backend) -> Iterator[Callable[[], object]]:
     blocks = LEAST_BLOCKS
     while True:
         for some in sorted({1, heads}):
-            yield _select(backend.prefill, backend, some, 1, PREFILL_TOKENS, blocks=blocks)
+            start = blocks * backend.spec.block_size - PREFILL_TOKENS
+            yield _select(backend.prefill, backend, some, 1, PREFILL_TOKENS, start=start, blocks=blocks)
         if blocks >= backend.spec.max_blocks:
             return
         blocks *= 2
@@ -78,14 +79,15 @@ def _select(
     num_runs: int,
     length: int,
     *,
+    start: int = 0,
     blocks: int = LEAST_BLOCKS,
     order: Order = "ascending",
     return_scores: bool = False,
 ) -> Callable[[], object]:
-    """The last queries of sequences of so many blocks."""
+    """Queries from a position on, in sequences with room for so many blocks."""
     queries = torch.zeros(num_runs * length, heads, backend.spec.head_dim, dtype=torch.bfloat16, device=backend.device)
-    starts = np.full(num_runs, blocks * backend.spec.block_size - length)
-    return partial(phase, queries, _spans(backend, starts, length, blocks), order=order, return_scores=return_scores)
+    spans = _spans(backend, np.full(num_runs, start), length, blocks)
+    return partial(phase, queries, spans, order=order, return_scores=return_scores)
 
 
 def _spans(backend: Backend, starts: NDArray[np.int64], length: int, blocks: int) -> Spans:
