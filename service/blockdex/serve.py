@@ -8,11 +8,12 @@ import logging
 import os
 import signal
 import socket
+import time
 from typing import TYPE_CHECKING
 
 from blockdex import __version__
 from blockdex.addresses import Address
-from blockdex.config import ServeSettings
+from blockdex.config import ServeSettings, automatic_cache_bytes
 from blockdex.logs import configure_logging, log_event
 from blockdex.messages import Info
 from blockdex.rpc.server import RpcServer, start_rpc_server
@@ -28,12 +29,13 @@ from blockdex_kernels import IndexSpec, SpecError
 
 if TYPE_CHECKING:
     from blockdex.engine.engine import Engine
+    from blockdex_kernels.backend import Choice
 
 logger = logging.getLogger(__name__)
 
-_FREE_SHARE = 0.9
 _WRITE_SECONDS = 1.0
 """How long answers that are there may take to be written."""
+_WARM_UP_LINE_SECONDS = 5.0
 
 
 class StartError(Exception):
@@ -44,7 +46,7 @@ def serve(settings: ServeSettings) -> int:
     """Runs a server until SIGTERM or SIGINT; then finishes what is in flight. A second signal ends it at once.
 
     Returns:
-        The exit status: 0 after a signal, 2 if the server could not start.
+        The exit status: 0 after a signal, 1 if its device failed, 2 if the server could not start.
     """
     configure_logging(settings.log_format, settings.log_level)
     try:
@@ -54,6 +56,8 @@ def serve(settings: ServeSettings) -> int:
         with _claim(settings.http_address) as http_socket:
             engine = _build_engine(settings, spec)
             asyncio.run(_run(settings, engine, http_socket))
+            if engine.device_is_lost:
+                return 1
     except (StartError, SpecError) as error:
         log_event(logger, logging.ERROR, "refused to start", reason=str(error))
         return 2
@@ -68,43 +72,51 @@ def _claim(address: str) -> socket.socket:
 
 
 def _build_engine(settings: ServeSettings, spec: IndexSpec) -> Engine:
-    cache_bytes = _cache_bytes(settings)
-    num_pages = cache_bytes // spec.bytes_per_page
-    if num_pages < 1:
-        raise StartError(f"cache_bytes: one page takes {spec.bytes_per_page} bytes, got {cache_bytes}")
+    if settings.cache_bytes == "auto" and settings.device == "cpu":
+        raise StartError("cache_bytes: auto is for a GPU, got device cpu; name a size instead")
+    if settings.cache_bytes != "auto":
+        _check_room(settings.cache_bytes, spec)
     # Threads that wait for a kernel's others must not spin: on cores that have other work too, the engine beside this
     # server to begin with, they keep those they wait for from running. OpenMP reads it when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch takes seconds to load: what can be refused without it has been.
     from blockdex.engine.engine import Engine  # noqa: PLC0415
-    from blockdex_kernels.backend import choose_backend  # noqa: PLC0415
+    from blockdex_kernels.backend import choose_backend, choose_device  # noqa: PLC0415
 
     try:
-        backend = choose_backend(settings.device, spec, num_pages, fp8_scoring=settings.fp8_scoring)
+        choice = choose_device(settings.device, spec)
+        cache_bytes = settings.cache_bytes
+        if cache_bytes == "auto":
+            cache_bytes = _automatic_cache_bytes(choice)
+            _check_room(cache_bytes, spec)
+        backend = choose_backend(choice, spec, cache_bytes // spec.bytes_per_page, fp8_scoring=settings.fp8_scoring)
     except ValueError as error:
         raise StartError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
-        raise StartError(f"cache_bytes: {cache_bytes} bytes cannot be had on device {settings.device}") from error
+        wanted = f"{settings.cache_bytes} bytes cannot be had on device {settings.device}"
+        raise StartError(f"cache_bytes: {wanted}") from error
     return Engine(
         backend,
         limits=settings.limits,
         lease_seconds=settings.lease_seconds,
         decode_queries=1 + settings.num_speculative_tokens,
         prefill_slice_seconds=settings.prefill_slice_seconds,
+        on_lost_device=lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
 
 
-def _cache_bytes(settings: ServeSettings) -> int:
-    if settings.cache_bytes != "auto":
-        return settings.cache_bytes
-    if not settings.device.startswith("cuda"):
-        raise StartError(f"cache_bytes: auto needs --device cuda, got device {settings.device}; name a size instead")
+def _check_room(cache_bytes: int, spec: IndexSpec) -> None:
+    if cache_bytes < spec.bytes_per_page:
+        raise StartError(f"cache_bytes: one page takes {spec.bytes_per_page} bytes, got {cache_bytes}")
+
+
+def _automatic_cache_bytes(choice: Choice) -> int:
+    if choice.device.type == "cpu":
+        raise StartError(f"cache_bytes: auto is for a GPU, got device cpu ({choice.reason}); name a size instead")
     import torch  # noqa: PLC0415 - as above
 
-    if not torch.cuda.is_available():
-        raise StartError(f"device {settings.device}: there is no CUDA device")
-    free, _ = torch.cuda.mem_get_info(settings.device)
-    return int(free * _FREE_SHARE)
+    free, _ = torch.cuda.mem_get_info(choice.device)
+    return automatic_cache_bytes(free)
 
 
 async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.socket) -> None:
@@ -121,6 +133,8 @@ async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.sock
         http = HttpServer(create_app(channel, metrics, live, readiness), http_socket)
         watching = asyncio.create_task(history.run())
         try:
+            if not await _warm_up(engine, readiness, told_to_stop):
+                return
             rpc = await _start_rpc(channel, settings, requests)
             readiness.obstacle = ""
             http_address = Address.parse(settings.http_address).at_port_of(http_socket)
@@ -137,6 +151,27 @@ async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.sock
     finally:
         channel.stop()
     log_event(logger, logging.INFO, "stopped")
+
+
+async def _warm_up(engine: Engine, readiness: Readiness, told_to_stop: asyncio.Event) -> bool:
+    """Compiles what the kernels have left to compile; False where that was told to stop."""
+    steps = engine.warm_up()
+    began = said = time.monotonic()
+    done = total = 0
+    while not told_to_stop.is_set():
+        step = await asyncio.to_thread(next, steps, None)
+        if step is None:
+            break
+        done, total = step
+        readiness.obstacle = f"compiling kernels, {done} of {total}"
+        if time.monotonic() - said > _WARM_UP_LINE_SECONDS:
+            said = time.monotonic()
+            log_event(logger, logging.INFO, "compiling kernels", done=done, total=total)
+    if total:
+        log_event(
+            logger, logging.INFO, "kernels compiled", done=done, total=total, seconds=round(time.monotonic() - began, 1)
+        )
+    return not told_to_stop.is_set()
 
 
 def _gpu_of(device: str) -> GpuCollector | None:

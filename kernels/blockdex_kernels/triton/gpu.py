@@ -80,7 +80,8 @@ class GpuBackend(TritonBackend):
 
     def _sent(self, numbers: NDArray[np.int32]) -> torch.Tensor:
         """int32 numbers on the device, for which nobody waits."""
-        return torch.from_numpy(numbers).to(self.device, non_blocking=True)
+        there = torch.from_numpy(numbers)
+        return there if self.device.type == "cpu" else there.pin_memory().to(self.device, non_blocking=True)
 
 
 def _positions(runs: Runs) -> NDArray[np.int32]:

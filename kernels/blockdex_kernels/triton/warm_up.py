@@ -94,4 +94,5 @@ def _spans(backend: Backend, starts: NDArray[np.int64], length: int, blocks: int
     """Runs in sequences whose every block is the first page."""
     columns = np.stack([np.zeros_like(starts), starts, np.full_like(starts, length)]).astype(np.int32)
     page_table = torch.zeros(len(starts), blocks, dtype=torch.int32, device=backend.device)
-    return Spans(*torch.from_numpy(columns).to(backend.device), page_table, columns, length)
+    layers, firsts, lengths = torch.from_numpy(columns).to(backend.device)
+    return Spans(layers, firsts, lengths, page_table, columns, length)
