@@ -37,6 +37,25 @@ def _load_queries(
 
 
 @triton.jit
+def _maxima(rows, keys, block, position, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """float32 `[COLUMNS]`: the greatest product of each row with the keys, those behind its position left out.
+
+    The tensor cores take 64 rows of their first operand at least: the keys where there are fewer queries than that.
+    """
+    key_position = block * BLOCK + tl.arange(0, BLOCK)
+    if COLUMNS >= 64:
+        products = tl.dot(rows, tl.trans(keys))
+        if MASKED:
+            products = tl.where(key_position[None, :] <= position[:, None], products, float("-inf"))
+        return tl.max(products, 1)
+    else:
+        products = tl.dot(keys, tl.trans(rows))
+        if MASKED:
+            products = tl.where(key_position[:, None] <= position[None, :], products, float("-inf"))
+        return tl.max(products, 0)
+
+
+@triton.jit
 def _add(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
 
@@ -136,11 +155,10 @@ def _decode_scores_kernel(
             for block in tl.range(first_block, last_block, num_stages=STAGES):
                 keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
                 page = tl.load(cells + block + 1, mask=block + 1 < last_block, other=0)
-                products = tl.dot(keys, tl.trans(rows))
-                if LOCAL == 0:
-                    key_position = block * BLOCK + tl.arange(0, BLOCK)
-                    products = tl.where(key_position[:, None] <= position[None, :], products, float("-inf"))
-                tl.store(target + block, tl.max(products, 0), mask=column < num_rows)
+                best = _maxima(rows, keys, block, position, COLUMNS, BLOCK, LOCAL == 0)
+                # What a program writes of a row's sector goes there piece by piece, while keys stream through the L2
+                # cache: without the hint pieces are evicted one by one.
+                tl.store(target + block, best, mask=column < num_rows, eviction_policy="evict_last")
 
     # Each token's position, for the ranking: programs take the runs in turn, and the rows that belong to none.
     if skipped == 0:
