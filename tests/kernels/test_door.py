@@ -34,7 +34,7 @@ def good_spans() -> Spans:
     return spans_of([0, 1], [0, 8], [20, 3], torch.tensor([[0, 1, 2], [3, 4, 3]]))
 
 
-def changed(**columns: torch.Tensor) -> Spans:
+def changed(**columns: Any) -> Spans:
     return dataclasses.replace(good_spans(), **columns)
 
 
