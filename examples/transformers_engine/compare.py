@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -135,9 +134,7 @@ class CheckedIndexer(BlockdexIndexer):
         comparable = self.spec.key_dtype == "bf16"
         if comparable and not _differing_rows(block_ids, own):
             return
-        judge = reference.select(keys.cpu(), queries.cpu(), start, self.spec)
-        tolerance = judge.tolerance * (self.tolerance / reference.FLIP_TOLERANCE)
-        judge = dataclasses.replace(judge, tolerance=tolerance)
+        judge = reference.select(keys.cpu(), queries.cpu(), start, self.spec, flip_tolerance=self.tolerance)
         ours = block_ids.cpu().transpose(0, 1)
         expected = own.cpu().transpose(0, 1) if comparable else judge.block_ids
         reference.count_flips(ours, expected, judge)
