@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from blockdex import BlockdexError
 
 START_SECONDS = 400
-"""On a GPU the server compiles its kernels first, once for a machine: minutes."""
+"""On a GPU the server compiles its kernels first; later starts find them in Triton's cache."""
 STOP_SECONDS = 45
 
 
