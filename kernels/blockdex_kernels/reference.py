@@ -92,9 +92,8 @@ def select(
             if order == "ascending":
                 chosen.sort()
             block_ids[query, head, : len(chosen)] = torch.tensor(chosen)
-            scores[query, head, : len(chosen)] = torch.tensor(
-                [math.inf if block in forced_blocks else row[block] * spec.score_scale for block in chosen]
-            )
+            scaled = [math.inf if block in forced_blocks else row[block] * spec.score_scale for block in chosen]
+            scores[query, head, : len(chosen)] = torch.tensor(scaled, dtype=torch.float64)
     return Reference(block_ids, scores, block_scores, forced, _tolerance(keys, queries, start, flip_tolerance))
 
 
