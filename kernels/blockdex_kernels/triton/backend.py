@@ -62,7 +62,10 @@ class TritonBackend(Backend):
         self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
         if self._scaled and device.type == "cuda":
             self.flip_tolerance = FP8_FLIP_TOLERANCE
-        self._keys = Pages.of(self.pages, upcast=upcast, tma=self.chip.tma)
+        self._blocks = Pages.of(self.pages, spec.block_size, upcast=upcast, tma=self.chip.tma)
+        # Tensor cores take 64 rows of their first operand.
+        part = spec.block_size // 2 if spec.block_size >= 128 else spec.block_size
+        self._parts = Pages.of(self.pages, part, upcast=upcast, tma=self.chip.tma)
         self._score_bytes = score_bytes
         self._captured: list[torch.Tensor] = []
         scoring = f"triton-{self.chip.name}" + ("-fp8" if self._scaled else "-upcast" if upcast else "")
@@ -98,7 +101,7 @@ class TritonBackend(Backend):
                 queries,
                 spans,
                 max_length,
-                self._keys,
+                self._parts,
                 self.spec,
                 scores,
                 positions,
@@ -157,7 +160,7 @@ class TritonBackend(Backend):
             self._rows(queries, unscales),
             queries.shape[1],
             page_table,
-            self._keys,
+            self._blocks,
             self.spec,
             items,
             scores,
@@ -197,7 +200,7 @@ class TritonBackend(Backend):
 
     def _rows(self, queries: torch.Tensor, unscales: torch.Tensor | None) -> torch.Tensor:
         """`[T * H, D]` as they are scored; the queries themselves where nothing is to be done."""
-        dtype = torch.bfloat16 if self._keys.upcast else self.pages.dtype
+        dtype = torch.bfloat16 if self._blocks.upcast else self.pages.dtype
         if queries.dtype == dtype and unscales is None and queries.is_contiguous():
             return queries.view(-1, queries.shape[2])
         rows = torch.empty((queries.shape[0] * queries.shape[1], queries.shape[2]), dtype=dtype, device=self.device)
