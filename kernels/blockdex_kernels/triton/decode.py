@@ -247,7 +247,7 @@ def score_decode(
         TMA=pages.tma,
         PDL=pdl,
         STAGES=stages,
-        # Converting a block takes registers.
-        num_warps=2 * warps if pages.upcast else warps,
+        # Converting keys, or so many queries, takes registers.
+        num_warps=2 * warps if pages.upcast or columns >= MAX_COLUMNS else warps,
         **pdl_launch(pdl),
     )
