@@ -154,12 +154,19 @@ async def _run(settings: ServeSettings, engine: Engine, http_socket: socket.sock
 
 
 async def _warm_up(engine: Engine, readiness: Readiness, told_to_stop: asyncio.Event) -> bool:
-    """Compiles what the kernels have left to compile; False where that was told to stop."""
+    """Compiles what the kernels have left to compile; False where that was told to stop.
+
+    Raises:
+        StartError: a kernel cannot be compiled, or does not run.
+    """
     steps = engine.warm_up()
     began = said = time.monotonic()
     done = total = 0
     while not told_to_stop.is_set():
-        step = await asyncio.to_thread(next, steps, None)
+        try:
+            step = await asyncio.to_thread(next, steps, None)
+        except Exception as error:  # Whatever a compiler raises: better now than in a request.
+            raise StartError(f"kernels, step {done + 1}: {type(error).__name__}: {error}") from error
         if step is None:
             break
         done, total = step

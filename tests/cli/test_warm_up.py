@@ -24,6 +24,8 @@ from blockdex.cli import main
 from blockdex_kernels.cpu import CpuBackend
 def warm_up(self):
     for done in range(1, 1 + {steps}):
+        if {seconds} < 0:
+            raise ArithmeticError("made for this test")
         time.sleep({seconds})
         yield done, {steps}
 CpuBackend.warm_up = warm_up
@@ -94,3 +96,12 @@ def test_told_to_stop_while_it_compiles() -> None:
 def test_alive_while_it_compiles(path: str) -> None:
     with compiling(steps=1000, seconds=0.2) as (_, http):
         assert answered(f"{http}{path}").status_code == 200
+
+
+def test_a_kernel_that_does_not_compile_ends_the_start() -> None:
+    with compiling(steps=3, seconds=-1) as (process, _):
+        _, log = process.communicate(timeout=SECONDS)
+    assert process.returncode == 2
+    (line,) = [json.loads(line) for line in log.splitlines()]
+    assert line["event"] == "refused to start"
+    assert line["reason"] == "kernels, step 1: ArithmeticError: made for this test"
