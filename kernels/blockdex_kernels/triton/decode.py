@@ -8,7 +8,7 @@ import triton.language as tl
 
 from blockdex_kernels.backend import Spans
 from blockdex_kernels.spec import IndexSpec
-from blockdex_kernels.triton.launch import pdl_launch, wait_for_previous
+from blockdex_kernels.triton.launch import padded_runs, pdl_launch, wait_for_previous
 from blockdex_kernels.triton.numbers import scale_to_e4m3, to_float
 from blockdex_kernels.triton.pages import Pages, load_keys
 
@@ -71,7 +71,11 @@ def _only(own, a, b, c, d, e):
     )
 
 
-@triton.jit
+# What changes from call to call must not ask for another variant of the kernel, compiled while an engine waits.
+@triton.jit(
+    do_not_specialize=["num_runs", "num_tokens", "table_stride"],
+    do_not_specialize_on_alignment=["layers", "starts", "lengths", "page_table", "positions"],
+)
 def _decode_scores_kernel(
     queries,
     pages,
@@ -231,8 +235,8 @@ def score_decode(
         *queries.stride(),
         spans.page_table.stride(0),
         HEADS=heads,
-        RUNS=triton.next_power_of_2(len(spans.lengths)),
-        QUERIES=triton.next_power_of_2(max_length),
+        RUNS=padded_runs(len(spans.lengths)),
+        QUERIES=max(triton.next_power_of_2(max_length), 16),
         COLUMNS=columns,
         BLOCK=spec.block_size,
         KEYS=pages.keys,

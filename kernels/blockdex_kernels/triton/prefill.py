@@ -20,7 +20,7 @@ from blockdex_kernels.triton.runs import Runs
 ITEM_FIELDS = tl.constexpr(8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _cast_queries_kernel(
     queries,
     rows,
@@ -58,7 +58,7 @@ def _load_rows(rows, first, end, ROWS: tl.constexpr, DIM: tl.constexpr, TMA: tl.
         return tl.load(rows + at, mask=(row < end)[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["page_table", "positions"])
 def _prefill_scores_kernel(
     rows,
     pages,

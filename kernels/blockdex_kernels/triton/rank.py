@@ -140,7 +140,7 @@ def _best_blocks(
     _write_best(out, keys, block, low, count, K, K)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["one"], do_not_specialize_on_alignment=["positions"])
 def _rank_kernel(
     scores,
     positions,
