@@ -1,4 +1,4 @@
-"""The reference of `blockdex_kernels.reference` for long sequences: the same, without loops over rows, on any device."""
+"""The reference of `blockdex_kernels.reference` for long sequences: no loops over rows, on any device."""
 
 from __future__ import annotations
 
