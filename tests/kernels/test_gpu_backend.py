@@ -57,7 +57,7 @@ def backend_for(spec: IndexSpec, runs: list[Run], **options: Any) -> GpuBackend:
 
 
 def uneven(spec: IndexSpec, generator: torch.Generator) -> list[Run]:
-    lengths = [(900, 20), (130, 3), (128, 128), (640, 1)]
+    lengths = [(900, 12), (140, 20), (640, 1), (128, 6)]
     return [random_run(generator, spec, *each, layer=row % 2) for row, each in enumerate(lengths)]
 
 
@@ -100,14 +100,14 @@ def test_slices_keep_the_bound_of_the_scores(
     spec = small()
     compiled(package, spec)
     runs = uneven(spec, generator)
-    backend = backend_for(spec, runs, score_bytes=25 * 2 * 128 * 4)
+    backend = backend_for(spec, runs, score_bytes=10 * 2 * 128 * 4)
     counted = Counted(package, monkeypatch)
 
     check(backend, runs, generator)
 
-    # Decode needs more than that too, and is sliced likewise: four selections of 152 queries, 25 at once.
-    assert len(counted.calls) == 4 * 7
-    assert max(counted.calls) == 25 * 2 * 128
+    # Decode needs more than that too, and is sliced likewise: four selections of 39 queries, 10 at once.
+    assert len(counted.calls) == 4 * 4
+    assert max(counted.calls) == 10 * 2 * 128
 
 
 def test_more_heads_than_are_compiled(
@@ -156,6 +156,7 @@ def test_warm_up_calls_everything_and_counts(key_dtype: KeyDtype, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(warm_up, "NUM_RUNS", (1, 4))
     monkeypatch.setattr(warm_up, "LENGTHS", (1, 2))
+    monkeypatch.setattr(warm_up, "PREFILL_TOKENS", 8)
     spec = small(key_dtype, head_dim=32, block_size=16, max_sequence_tokens=16 * 200)
     backend = GpuBackend(spec, 1, DEVICE, reason="tested")
     asked: set[tuple[Any, ...]] = set()
