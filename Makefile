@@ -1,6 +1,7 @@
 # Every target works on a fresh clone with nothing installed but Python 3.11 or later: it makes .venv itself.
 PYTHON ?= python3
 DEVICE ?= cpu
+KEY_DTYPE ?= bf16
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -31,8 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 tools: ## Install what the tests run beside Python, where it is missing (as root on Debian)
 	@tests/tools.sh $(TOOLS)
 
-demo: $(STAMP) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda)
-	$(BIN)/python -m examples.transformers_engine --device $(DEVICE)
+demo: $(STAMP) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda, KEY_DTYPE=bf16|fp8_e4m3)
+	$(BIN)/python -m examples.transformers_engine --device $(DEVICE) --key-dtype $(KEY_DTYPE)
 
 test: $(STAMP) tools ## The tests (two cores, no GPU, minutes)
 	$(BIN)/python -m pytest -m 'not slow'

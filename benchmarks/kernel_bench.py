@@ -40,8 +40,8 @@ class Bench:
         prefill = max(self.workload.prefill, key=lambda shape: shape.weight)
         decode = max(self.workload.decode, key=lambda shape: shape.weight)
         for version in self.versions.values():
-            version.prefill(self._batches(prefill, prefill.key_bytes(1))[0])
-            version.decode(self._batches(decode, decode.key_bytes(1))[0])
+            version.prefill(self._batches("prefill", prefill, prefill.touched_bytes())[0])
+            version.decode(self._batches("decode", decode, decode.touched_bytes())[0])
 
     def roofline(self) -> Row:
         """What the device can do at best."""
@@ -50,13 +50,13 @@ class Bench:
 
     def prefill(self, shape: Shape) -> Row:
         """Whole calls."""
-        inputs = self._batches(shape, shape.key_bytes(1))
+        inputs = self._batches("prefill", shape, shape.touched_bytes())
         checks = self._check("prefill", inputs[0], sampled=True)
         return _row(shape) | checks | self._timed("prefill", self._calls("prefill", inputs))
 
     def decode(self, shape: Shape) -> Row:
         """Whole calls; of the batches of one length, the smallest is held against the reference."""
-        inputs = self._batches(shape, shape.key_bytes(1))
+        inputs = self._batches("decode", shape, shape.touched_bytes())
         smallest = min(len(other.lengths) for other in self.workload.decode)
         checks = self._check("decode", inputs[0], sampled=len(shape.lengths) == smallest)
         key_bytes = {name: shape.key_bytes(KEY_DTYPE_BYTES[name]) for name in self.versions if name != PEER}
@@ -65,21 +65,22 @@ class Bench:
     def scoring(self, shape: Shape) -> Row:
         """Scoring alone."""
         operations = shape.operations()
-        timed = self._timed("scoring", self._calls("score", self._batches(shape, shape.key_bytes(1))))
+        inputs = self._batches("scoring", shape, shape.touched_bytes())
+        timed = self._timed("scoring", self._calls("score", inputs))
         tflops = {name: operations / us / 1e6 for name, us in timed["us"].items()}
         return _row(shape) | {"operations": operations, "tflops": tflops} | timed
 
     def topk(self, shape: Shape) -> Row:
         """Top-k alone, on other scores in every call."""
-        inputs = self._batches(shape, shape.score_bytes())
+        inputs = self._batches("topk", shape, shape.score_bytes())
         calls: dict[str, list[Call]] = {
             name: [partial(version.rank, version.score(batch), batch) for batch in inputs]
             for name, version in self.versions.items()
         }
         return _row(shape) | {"score_bytes": shape.score_bytes()} | self._timed("topk", calls)
 
-    def _batches(self, shape: Shape, call_bytes: int) -> list[Batch]:
-        return batches(shape, self.workload.pages, self.device, self.workload.rotated_bytes, call_bytes)
+    def _batches(self, part: str, shape: Shape, touched_bytes: int) -> list[Batch]:
+        return batches(shape, self.workload.pages, self.device, self.workload.rotated_bytes[part], touched_bytes)
 
     def _calls(self, method: str, inputs: Sequence[Batch]) -> dict[str, list[Call]]:
         return {

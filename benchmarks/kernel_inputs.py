@@ -47,7 +47,7 @@ def fill(pages: int, device: torch.device, write: Callable[[torch.Tensor, Spans]
         write(keys, _spans([0], [tokens], page_table))
 
 
-def batches(shape: Shape, pages: int, device: torch.device, rotated_bytes: int, call_bytes: int) -> list[Batch]:
+def batches(shape: Shape, pages: int, device: torch.device, rotated_bytes: int, touched_bytes: int) -> list[Batch]:
     """Batches of one shape, each with queries and pages of its own as far as the cache reaches.
 
     Args:
@@ -55,9 +55,9 @@ def batches(shape: Shape, pages: int, device: torch.device, rotated_bytes: int, 
         pages: of the cache.
         device: where the batches are.
         rotated_bytes: what all of them are to touch together.
-        call_bytes: what a call touches at least.
+        touched_bytes: what a call touches at least.
     """
-    count = min(max(2, -(-rotated_bytes // call_bytes)), _MOST_BATCHES)
+    count = min(max(2, -(-rotated_bytes // touched_bytes)), _MOST_BATCHES)
     generator = torch.Generator(device).manual_seed(1)
     shuffled = torch.randperm(pages, device=device, generator=generator, dtype=torch.int32)
     starts = [length - shape.queries for length in shape.lengths]

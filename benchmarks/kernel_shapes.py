@@ -46,6 +46,11 @@ class Shape:
         """Bytes of the visible scores, fp32, of all heads: what a top-k reads."""
         return 4 * HEADS * int(sum((self._positions(length) // BLOCK_SIZE + 1).sum() for length in self.lengths))
 
+    def touched_bytes(self) -> int:
+        """Bytes of a call's queries in bf16, keys in fp8 and scores: the least that it moves through the L2 cache."""
+        query_bytes = 2 * HEAD_DIM * HEADS * self.queries * len(self.lengths)
+        return query_bytes + self.key_bytes(1) + self.score_bytes()
+
     def operations(self) -> int:
         """Useful floating-point operations of scoring: those of the blocks that lie wholly before each query."""
         whole_blocks = sum(int((self._positions(length) // BLOCK_SIZE).sum()) for length in self.lengths)
@@ -75,14 +80,15 @@ class Workload:
     Attributes:
         prefill: shapes of prefills, whole and in their stages.
         decode: shapes of decodes.
-        rotated_bytes: what the calls of a replay touch together, at least.
+        rotated_bytes: what the calls of a replay touch together in a part, at least: several times what an L2 cache
+            holds, and where calls are short enough to last a millisecond, beside which a replay's start is nothing.
         memory_bytes: what the roofline reads and copies.
         product: rows of the roofline's matrices.
     """
 
     prefill: list[Shape]
     decode: list[Shape]
-    rotated_bytes: int
+    rotated_bytes: dict[str, int]
     memory_bytes: int
     product: int
 
@@ -95,14 +101,14 @@ class Workload:
 FULL = Workload(
     prefill_shapes(),
     [shape for queries in DECODE_QUERIES for shape in decode_shapes(queries)],
-    rotated_bytes=256 << 20,
+    rotated_bytes={"prefill": 256 << 20, "scoring": 256 << 20, "topk": 4 << 30, "decode": 4 << 30},
     memory_bytes=4 << 30,
     product=8192,
 )
 QUICK = Workload(
     [min(prefill_shapes(), key=lambda shape: shape.operations())],
     [shape for queries in DECODE_QUERIES for shape in decode_shapes(queries) if sum(shape.lengths) <= 32_000],
-    rotated_bytes=0,
+    rotated_bytes=dict.fromkeys(("prefill", "scoring", "topk", "decode"), 0),
     memory_bytes=64 << 20,
     product=512,
 )

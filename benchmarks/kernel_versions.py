@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.kernel_inputs import LAYER, LAYERS, Batch, fill
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Selection, choose_backend
+from blockdex_kernels.backend import Fp8Scoring, Selection, choose_backend
+from blockdex_kernels.reference import FLIP_TOLERANCE
 from blockdex_kernels.spec import KeyDtype
 from blockdex_kernels.triton.backend import TritonBackend
 from blockdex_kernels.triton.runs import Runs
@@ -20,11 +21,15 @@ class Version(ABC):
 
     Attributes:
         spec: the indexer, with the dtype of the cache.
+        fp8_scoring: how queries meet an fp8 cache.
+        flip_tolerance: as `Backend.flip_tolerance`.
         pages: `[pages, block_size, D]`, the keys.
         has_stages: whether scoring and top-k can be called alone.
     """
 
     spec: IndexSpec
+    fp8_scoring: Fp8Scoring = "native"
+    flip_tolerance: float = FLIP_TOLERANCE
     pages: torch.Tensor
     has_stages: bool
 
@@ -46,7 +51,7 @@ class Version(ABC):
 
 
 class Blockdex(Version):
-    """Ours. An fp8 cache is scored natively.
+    """Ours. An fp8 cache is scored natively, on a chip that can.
 
     Args:
         device: the device.
@@ -57,6 +62,9 @@ class Blockdex(Version):
     def __init__(self, device: str, key_dtype: KeyDtype, pages: int) -> None:
         self.spec = IndexSpec(num_layers=LAYERS, key_dtype=key_dtype)
         self.backend = choose_backend(device, self.spec, pages)
+        self.flip_tolerance = self.backend.flip_tolerance
+        if "upcast" in self.backend.kernels["prefill"][0]:
+            self.fp8_scoring = "upcast"
         self.pages = self.backend.pages[:, LAYER]
         self.has_stages = isinstance(self.backend, TritonBackend)
         fill(pages, self.backend.device, self.backend.append)

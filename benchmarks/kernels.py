@@ -8,10 +8,11 @@ A replay is a CUDA graph of many calls, each with queries and pages of its own, 
 times what the L2 cache holds; a call's time is the replay's divided by its calls, and the median is told. Versions take
 turns, replay by replay. Parts that `--eager` names (by default those whose launches are planned on the host, prefill
 and scoring) are timed as calls back to back instead, with the host's work wherever the device waits for it, for all
-versions alike. Before a shape is timed, a sample of the answers is held
-against the reference, and every row of ours is compared with the peer's.
+versions alike. Before a shape is timed, a sample of the answers is held against the reference, and every row of ours is
+compared with the peer's.
 
-Writes `kernels-<device>.json` after every part, and a plot beside it.
+Shows a table and writes `kernels-<device>.json` after every part; a run that is cut off keeps what it has. At the end
+it draws a plot beside the file.
 """
 
 from __future__ import annotations
@@ -57,12 +58,11 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
     result: Row = environment("numpy", "torch", "triton", device=device)
     path: Path = arguments.output / f"{'quick-' if arguments.quick else ''}kernels-{_slug(device)}.json"
     workload = QUICK if arguments.quick else FULL
-    versions: dict[str, Version] = {
-        cache: Blockdex(arguments.device, cache, workload.pages) for cache in arguments.caches
-    }
-    in_stages = all(version.has_stages for version in versions.values())
+    ours = {cache: Blockdex(arguments.device, cache, workload.pages) for cache in arguments.caches}
+    in_stages = all(version.has_stages for version in ours.values())
     parts = [part for part in PARTS if part in arguments.parts and (in_stages or part not in STAGES)]
-    result["peer"] = None
+    result |= {"kernels": {cache: version.backend.kernels for cache, version in ours.items()}, "peer": None}
+    versions: dict[str, Version] = {**ours}
     if arguments.peer is not None:
         versions[PEER] = vllm = Vllm(arguments.peer, device, workload.pages)
         result["peer"] = f"vLLM {vllm.version}, Triton kernels, bf16"
@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
             if not arguments.quick:
                 result["rows"] = kernel_figures.figures(result)
             write(result, path)
+            console.print(_told(part, result))
     return path
 
 
@@ -103,26 +104,25 @@ def _slug(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
 
 
-def show(result: Row, console: Console) -> None:
-    """The tables on the screen: every shape, then what they come down to."""
-    if "roofline" in result:
-        console.print(f"roofline: {_roofline_line(result['roofline'])}")
-    for part in result["timing"]:
-        if part != "roofline":
-            console.print(_shapes_table(part, result))
+def figures_table(result: Row) -> Table:
+    """What all shapes come down to, beside the targets."""
     table = Table(box=box.SIMPLE_HEAD, title=f"peer: {result['peer']}")
     for heading in ("figure", "measured", "target", "part of it", "made of"):
         table.add_column(heading, justify="left" if heading in {"figure", "made of"} else "right")
     for row in result["rows"]:
         table.add_row(*kernel_figures.cells(row))
-    if result["rows"]:
-        console.print(table)
+    return table
+
+
+def _told(part: str, result: Row) -> str | Table:
+    """A part as it is shown."""
+    return _roofline_line(result[part]) if part == "roofline" else _shapes_table(part, result)
 
 
 def _roofline_line(roof: Row) -> str:
     fp8 = f", fp8 {roof['fp8'] / 1e12:,.0f}" if roof["fp8"] else ""
     return (
-        f"copy {roof['copy'] / 1e12:.2f} TB/s, read {roof['read'] / 1e12:.2f} ({roof['read_by']}), "
+        f"roofline: copy {roof['copy'] / 1e12:.2f} TB/s, read {roof['read'] / 1e12:.2f} ({roof['read_by']}), "
         f"product of {roof['product']} cubed: bf16 {roof['bf16'] / 1e12:,.0f} TFLOP/s{fp8}"
     )
 
@@ -179,7 +179,8 @@ def main(words: list[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     path = run(arguments, console)
     result = json.loads(path.read_text(encoding="utf-8"))
-    show(result, console)
+    if result["rows"]:
+        console.print(figures_table(result))
     kernel_plots.plot(result, path.with_suffix(".png"))
     console.print(f"written: {path}, {path.with_suffix('.png')}")
 

@@ -7,7 +7,9 @@ an id that no cache has: whatever a kernel reads beyond what it may shows in its
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -96,21 +98,32 @@ def check(
     *,
     order: Order = "ascending",
     fp8_scoring: Fp8Scoring = "native",
+    flip_tolerance: float | None = None,
+    oracle: Callable[..., Reference] = select,
 ) -> Selection:
     """Loads the runs, selects by decode and by prefill, with scores and without, and compares with the reference.
+
+    Args:
+        backend: empty or not, its pages are overwritten.
+        runs: what it selects for.
+        generator: shuffles the pages.
+        order: of the selections.
+        fp8_scoring: what the backend was made with.
+        flip_tolerance: the backend's own if None.
+        oracle: answers as `reference.select`.
 
     Returns:
         What decode answered.
     """
     spans = load(backend, runs, generator)
     queries = torch.cat([run.queries for run in runs]).to(backend.device)
-    references = [
-        select(run.keys, run.queries, run.first, backend.spec, order=order, fp8_scoring=fp8_scoring) for run in runs
-    ]
+    tolerance = backend.flip_tolerance if flip_tolerance is None else flip_tolerance
+    judged = partial(oracle, spec=backend.spec, order=order, fp8_scoring=fp8_scoring, flip_tolerance=tolerance)
+    references = [judged(run.keys, run.queries, run.first) for run in runs]
     decoded = backend.decode(queries, spans, order=order, return_scores=True)
     prefilled = backend.prefill(queries, spans, order=order, return_scores=True)
     for selection in (decoded, prefilled):
-        _compare(selection, references, backend.spec, order)
+        compare(selection, references, backend.spec, order)
     for phase, selection in ((backend.decode, decoded), (backend.prefill, prefilled)):
         plain = phase(queries, spans, order=order, return_scores=False)
         assert plain.scores is None
@@ -118,7 +131,8 @@ def check(
     return decoded
 
 
-def _compare(selection: Selection, references: list[Reference], spec: IndexSpec, order: Order) -> None:
+def compare(selection: Selection, references: list[Reference], spec: IndexSpec, order: Order) -> None:
+    """Compares a selection of packed runs, with scores, with the references of the runs; counts the flips."""
     assert selection.scores is not None
     assert (selection.block_ids.dtype, selection.scores.dtype) == (torch.int32, torch.float32)
     counts = [len(reference.block_ids) for reference in references]

@@ -75,12 +75,16 @@ class WatchedBackend(CpuBackend):
     Attributes:
         calls: what was called so far, in order.
         fault: a phase whose next call raises instead, once.
+        error: what it raises.
+        lost: whether the device does not answer any more.
     """
 
     def __init__(self, spec: IndexSpec, num_pages: int) -> None:
         super().__init__(spec, num_pages, reason="watched")
         self.calls: list[Call] = []
         self.fault: Phase | None = None
+        self.error: Exception = RuntimeError("a fault of the kernels, made for this test")
+        self.lost = False
         self._held: Phase | None = None
         self._entered = threading.Event()
         self._gate = threading.Event()
@@ -100,6 +104,11 @@ class WatchedBackend(CpuBackend):
         """Rows that the kernels of a phase were given so far."""
         return sum(call.tokens for call in self.calls if call.phase == phase)
 
+    def synchronize(self) -> None:
+        """As `Backend.synchronize`."""
+        if self.lost:
+            raise RuntimeError("the device does not answer, made for this test")
+
     def append(self, keys: torch.Tensor, spans: KernelSpans) -> None:
         """As `Backend.append`."""
         self._note("append", len(keys), 0, spans)
@@ -118,7 +127,7 @@ class WatchedBackend(CpuBackend):
     def _note(self, phase: Phase, tokens: int, heads: int, spans: KernelSpans) -> None:
         if self.fault == phase:
             self.fault = None
-            raise RuntimeError(f"{phase}: a fault of the kernels, made for this test")
+            raise self.error
         self.calls.append(Call(phase, tokens, heads, spans.layers.tolist()))
         if self._held == phase:
             self._held = None

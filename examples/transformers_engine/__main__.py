@@ -23,7 +23,10 @@ from examples.transformers_engine.server import ServerError, running_server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the demo; 0: every token and every selection agrees, 1: one does not, or a server or client failed."""
+    """Runs the demo.
+
+    0: every selection agrees, and every token that no flip came before. 1: one does not, or a server or client failed.
+    """
     options = _parser().parse_args(arguments)
     # As Ctrl-C does: unwinds, so that the server goes with the demo.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
@@ -57,9 +60,7 @@ def _server(options: argparse.Namespace, model: MiniMaxM3VLForCausalLM) -> Itera
     with TemporaryDirectory() as folder:
         config = Path(folder, "config.json")
         model.config.to_json_file(config)
-        # `auto` is a GPU wherever the server has kernels for it.
-        device = "auto" if options.device == "cuda" else "cpu"
-        flags = ["--model-config", str(config), "--device", device, "--key-dtype", options.key_dtype]
+        flags = ["--model-config", str(config), "--device", options.device, "--key-dtype", options.key_dtype]
         with running_server([*flags, "--cache-bytes", "32MiB"]) as address:
             yield address
 

@@ -12,7 +12,8 @@ from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLIndexer
 
 import blockdex
-from blockdex_kernels import IndexSpec, reference
+from blockdex_kernels import reference
+from blockdex_kernels.backend import FP8_FLIP_TOLERANCE
 from examples.transformers_engine.engine import BatchCache, History
 from examples.transformers_engine.indexer import BlockdexIndexer, replace_indexers
 from examples.transformers_engine.model import sparse_attentions
@@ -48,23 +49,35 @@ class Tally:
     Attributes:
         selections: rows compared, one for every layer, query and head.
         flips: rows that differ between blocks whose scores lie within the bound.
+        flips_until: sequence and position of every token that went in, to the flips counted until it came out.
         call_seconds: how long each call took, by phase (`decode`: a few tokens a sequence, `prefill`: a chunk).
     """
 
     selections: int = 0
     flips: int = 0
+    flips_until: dict[tuple[int, int], int] = field(default_factory=dict)
     call_seconds: dict[str, list[float]] = field(default_factory=lambda: {"decode": [], "prefill": []})
+
+
+def flip_tolerance(info: blockdex.Info) -> float:
+    """How far apart the scores of exchanged blocks may be, by what the server says of its kernels.
+
+    Times |query| times the greatest |key|. Tensor cores that multiply e4m3 sum with fewer bits than float32 has.
+    """
+    native_fp8 = any(kernel.endswith("-fp8") for kernel, _ in info.kernels.values())
+    return FP8_FLIP_TOLERANCE if native_fp8 else reference.FLIP_TOLERANCE
 
 
 class CheckedIndexer(BlockdexIndexer):
     """A `BlockdexIndexer` that times its calls and holds the answers against the indexer that it replaces."""
 
     def __init__(
-        self, own: MiniMaxM3VLIndexer, client: blockdex.Client, layer: int, spec: IndexSpec, tally: Tally
+        self, own: MiniMaxM3VLIndexer, client: blockdex.Client, layer: int, info: blockdex.Info, tally: Tally
     ) -> None:
         super().__init__(own, client, layer)
         self.own = own
-        self.spec = spec
+        self.spec = info.spec
+        self.tolerance = flip_tolerance(info)
         self.tally = tally
 
     def select(
@@ -106,6 +119,8 @@ class CheckedIndexer(BlockdexIndexer):
             except reference.SelectionMismatchError as error:
                 place = f"layer {self.layer}, sequence {sequence}, positions from {start}"
                 raise reference.SelectionMismatchError(f"{place}: {error}") from error
+        for sequence, position in zip(past_key_values.sequences, position_ids.tolist(), strict=True):
+            self.tally.flips_until.update(((sequence, each), self.tally.flips) for each in position)
         return block_ids
 
     def _compare(
@@ -119,7 +134,7 @@ class CheckedIndexer(BlockdexIndexer):
         comparable = self.spec.key_dtype == "bf16"
         if comparable and not _differing_rows(block_ids, own):
             return
-        judge = reference.select(keys.cpu(), queries.cpu(), start, self.spec)
+        judge = reference.select(keys.cpu(), queries.cpu(), start, self.spec, flip_tolerance=self.tolerance)
         ours = block_ids.cpu().transpose(0, 1)
         expected = own.cpu().transpose(0, 1) if comparable else judge.block_ids
         reference.count_flips(ours, expected, judge)
@@ -130,6 +145,8 @@ def _differing_rows(ours: torch.Tensor, theirs: torch.Tensor) -> int:
     return int((ours.sort().values != theirs.sort().values).any(dim=-1).sum())
 
 
-def use_checked_blockdex(model: MiniMaxM3VLForCausalLM, client: blockdex.Client, spec: IndexSpec, tally: Tally) -> None:
-    """Puts the model on blockdex, with the check beside it; `spec` is what the server says it serves."""
-    replace_indexers(model, lambda own, layer: CheckedIndexer(own, client, layer, spec, tally))
+def use_checked_blockdex(
+    model: MiniMaxM3VLForCausalLM, client: blockdex.Client, info: blockdex.Info, tally: Tally
+) -> None:
+    """Puts the model on blockdex, with the check beside it; `info` is what the server says it is."""
+    replace_indexers(model, lambda own, layer: CheckedIndexer(own, client, layer, info, tally))

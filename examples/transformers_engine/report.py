@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import log2
+
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from examples.transformers_engine.compare import flip_tolerance
 from examples.transformers_engine.demo import Outcome
 from examples.transformers_engine.requests import DRAFTS, Request
 
@@ -37,6 +40,8 @@ def _figures(outcome: Outcome) -> Table:
     table.add_row("selections compared", f"{tally.selections:,}")
     table.add_row("equal", f"{tally.selections - tally.flips:,}")
     table.add_row("flips within the bound", f"{tally.flips:,}")
+    table.add_row("the bound, times |query| and |key|", f"2^{log2(flip_tolerance(info)):g}")
+    table.add_row("new tokens after a flip", f"{sum(sum(outcome.excused(request)) for request in outcome.requests):,}")
     table.add_row("calls", f"{sum(map(len, tally.call_seconds.values())):,}")
     for phase, seconds in tally.call_seconds.items():
         median, slow = 1000 * np.percentile(seconds, [50, 99])

@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 
 from blockdex import BlockdexError
 
-START_SECONDS = 120
+START_SECONDS = 400
+"""On a GPU the server compiles its kernels first; later starts find them in Triton's cache."""
 STOP_SECONDS = 45
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +16,12 @@ from blockdex_kernels.spec import IndexSpec
 
 Order = Literal["ascending", "score"]
 Fp8Scoring = Literal["native", "upcast"]
+
+FP8_FLIP_TOLERANCE = 2.0**-8
+"""`Backend.flip_tolerance` where tensor cores multiply e4m3; the names of such kernels end in `-fp8`."""
+
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability that the GPU kernels need: Ampere's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +69,39 @@ class Backend(ABC):
         device: where the pages are.
         pages: `[num_pages, L, block_size, D]` in the spec's key dtype.
         kernels: phase (`append`, `decode`, `prefill`) to the kernel's name and why it was chosen.
+        flip_tolerance: selections may differ from those in float64 between blocks whose scores lie within this times
+            |query| times the greatest |key| of each other.
     """
 
     spec: IndexSpec
     device: torch.device
     pages: torch.Tensor
     kernels: dict[str, tuple[str, str]]
+    flip_tolerance: float = 2.0**-16
+
+    def use_device(self) -> None:
+        """Makes the device the calling thread's: what every thread does before its first call."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def synchronize(self) -> None:
+        """Waits until all calls are done.
+
+        Raises:
+            RuntimeError: the device has failed. Nothing that this process asks of it will be answered any more.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def warm_up(self) -> Iterator[tuple[int, int]]:
+        """Compiles the kernels that calls will ask for, step by step, so that no call waits for it.
+
+        Overwrites a page: before anything is appended. Steps may be taken by different threads, one after another.
+
+        Yields:
+            Steps done, and steps in all; nothing where nothing is compiled.
+        """
+        yield from ()
 
     @abstractmethod
     def append(self, keys: torch.Tensor, spans: Spans) -> None:
@@ -111,22 +146,97 @@ class Backend(ABC):
         """
 
 
-def choose_backend(device: str, spec: IndexSpec, num_pages: int, *, fp8_scoring: Fp8Scoring = "native") -> Backend:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where the pages of an indexer are to be.
+
+    Attributes:
+        device: the device, with its number where it is a GPU.
+        reason: why, in one line.
+    """
+
+    device: torch.device
+    reason: str
+
+
+def choose_device(device: str, spec: IndexSpec) -> Choice:
+    """Where the pages of an indexer go. Nothing is allocated yet.
+
+    Args:
+        device: `cpu`; `cuda` (the first GPU) or `cuda:N`; or `auto`, the first GPU that the kernels are made for, and
+            the CPU where there is none.
+        spec: the indexer.
+
+    Raises:
+        ValueError: the device is not there, or the kernels are made neither for it nor for the indexer.
+    """
+    if device == "cpu":
+        return Choice(torch.device("cpu"), "asked for")
+    if not re.fullmatch(r"auto|cuda(:\d+)?", device):
+        raise ValueError(f"device: must be auto, cpu, cuda or cuda:N, got {device!r}")
+    gpus = range(torch.cuda.device_count()) if device == "auto" else [int(device[5:] or 0)]
+    obstacle = _obstacle(spec)
+    if obstacle is None:
+        obstacles = {gpu: _obstacle_of_gpu(gpu) for gpu in gpus}
+        for gpu in gpus:
+            if obstacles[gpu] is None:
+                how = "found" if device == "auto" else "asked for"
+                return Choice(torch.device("cuda", gpu), f"{how}: {_describe(gpu)}")
+        obstacle = obstacles[gpus[0]]
+    if device == "auto":
+        return Choice(torch.device("cpu"), f"no GPU: {obstacle}")
+    raise ValueError(f"device {device}: {obstacle}")
+
+
+def _obstacle(spec: IndexSpec) -> str | None:
+    """Why no GPU of this machine can have the pages."""
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    try:
+        from blockdex_kernels.triton.limits import unfit  # noqa: PLC0415 - not every machine has Triton
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    return unfit(spec)
+
+
+def _obstacle_of_gpu(gpu: int) -> str | None:
+    """Why this one cannot."""
+    if gpu >= torch.cuda.device_count():
+        return f"there are only {torch.cuda.device_count()}, counted from 0"
+    if torch.cuda.get_device_capability(gpu) < LEAST_CAPABILITY:
+        major, minor = LEAST_CAPABILITY
+        return f"kernels are for compute capability {major}.{minor} and later, got {_describe(gpu)}"
+    return None
+
+
+def _describe(gpu: int) -> str:
+    major, minor = torch.cuda.get_device_capability(gpu)
+    return f"{torch.cuda.get_device_name(gpu)}, compute capability {major}.{minor}"
+
+
+def choose_backend(
+    device: str | Choice, spec: IndexSpec, num_pages: int, *, fp8_scoring: Fp8Scoring = "native"
+) -> Backend:
     """The backend for a device, its pages allocated.
 
     Args:
-        device: `auto`, `cpu`, or a CUDA device as torch writes it.
+        device: as for `choose_device`, or what that chose.
         spec: the indexer.
         num_pages: pages to allocate.
         fp8_scoring: how an fp8 cache is scored: `native` (queries scaled into the fp8 range and cast) or `upcast`
             (queries kept in bf16, keys upcast).
 
     Raises:
-        ValueError: the device is not one that this build has kernels for.
+        ValueError: `choose_device` refuses the device, or the pages are too few or too many.
     """
-    from blockdex_kernels.cpu import CpuBackend  # noqa: PLC0415 - the door must not import what it chooses from
+    # The door must not import what it chooses from.
+    choice = device if isinstance(device, Choice) else choose_device(device, spec)
+    if choice.device.type == "cpu":
+        from blockdex_kernels.cpu import CpuBackend  # noqa: PLC0415
 
-    if device not in {"auto", "cpu"}:
-        raise ValueError(f"device must be auto or cpu, got {device!r}: this build has no GPU kernels")
-    reason = "asked for" if device == "cpu" else "the only device that this build has kernels for"
-    return CpuBackend(spec, num_pages, reason=reason, fp8_scoring=fp8_scoring)
+        return CpuBackend(spec, num_pages, reason=choice.reason, fp8_scoring=fp8_scoring)
+    from blockdex_kernels.triton.gpu import GpuBackend  # noqa: PLC0415
+
+    return GpuBackend(spec, num_pages, choice.device, reason=choice.reason, fp8_scoring=fp8_scoring)

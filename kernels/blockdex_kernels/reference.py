@@ -55,6 +55,7 @@ def select(
     *,
     order: Order = "ascending",
     fp8_scoring: Fp8Scoring = "native",
+    flip_tolerance: float = FLIP_TOLERANCE,
 ) -> Reference:
     """Selects blocks for consecutive queries of one sequence and layer.
 
@@ -65,6 +66,8 @@ def select(
         spec: the indexer; `key_dtype` says how keys and queries are cast.
         order: of `block_ids` and `scores`.
         fp8_scoring: how queries meet an fp8 cache.
+        flip_tolerance: how far apart scores may lie that another selection exchanges, in |query| times the greatest
+            |key|; more than the default for kernels that round more.
 
     Raises:
         ValueError: there are fewer keys than positions.
@@ -89,10 +92,9 @@ def select(
             if order == "ascending":
                 chosen.sort()
             block_ids[query, head, : len(chosen)] = torch.tensor(chosen)
-            scores[query, head, : len(chosen)] = torch.tensor(
-                [math.inf if block in forced_blocks else row[block] * spec.score_scale for block in chosen]
-            )
-    return Reference(block_ids, scores, block_scores, forced, _tolerance(keys, queries, start))
+            scaled = [math.inf if block in forced_blocks else row[block] * spec.score_scale for block in chosen]
+            scores[query, head, : len(chosen)] = torch.tensor(scaled, dtype=torch.float64)
+    return Reference(block_ids, scores, block_scores, forced, _tolerance(keys, queries, start, flip_tolerance))
 
 
 def _forced_blocks(visible: int, spec: IndexSpec) -> list[int]:
@@ -127,10 +129,10 @@ def _block_scores(keys: torch.Tensor, queries: torch.Tensor, start: int, spec: I
     return scores
 
 
-def _tolerance(keys: torch.Tensor, queries: torch.Tensor, start: int) -> torch.Tensor:
-    """float64 `[T, H]`: `FLIP_TOLERANCE` times |query| times the greatest |key| that the query sees."""
+def _tolerance(keys: torch.Tensor, queries: torch.Tensor, start: int, flip_tolerance: float) -> torch.Tensor:
+    """float64 `[T, H]`: `flip_tolerance` times |query| times the greatest |key| that the query sees."""
     key_norms = _finite_norms(keys).cummax(dim=0).values[start:]
-    return FLIP_TOLERANCE * _finite_norms(queries) * key_norms[:, None]
+    return flip_tolerance * _finite_norms(queries) * key_norms[:, None]
 
 
 def _finite_norms(vectors: torch.Tensor) -> torch.Tensor:

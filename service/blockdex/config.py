@@ -27,6 +27,11 @@ from blockdex_kernels import IndexSpec
 
 ENV_PREFIX = "BLOCKDEX_"
 
+FREE_SHARE = 0.9
+"""Part of a GPU's free memory that a cache of `auto` bytes takes."""
+WORKING_BYTES = 768 << 20
+"""What it leaves at least: the scores of one launch (512 MiB), and 256 MiB for kernels, queries and answers."""
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([a-z]*)", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
@@ -74,6 +79,11 @@ def _setting(default: Any, metavar: str, description: str, **bounds: Any) -> Any
     return Field(
         default, description=description, validate_default=True, json_schema_extra={"metavar": metavar}, **bounds
     )
+
+
+def automatic_cache_bytes(free: int) -> int:
+    """Bytes of a cache of `auto` bytes on a GPU with so many free ones."""
+    return max(min(int(free * FREE_SHARE), free - WORKING_BYTES), 0)
 
 
 class ServeSettings(BaseSettings):

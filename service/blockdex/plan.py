@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from blockdex.config import parse_size
+from blockdex.config import automatic_cache_bytes, parse_size
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.spec import KEY_DTYPE_BYTES, KeyDtype
 
 OK, REFUSED = 0, 2
-
-FREE_SHARE = 0.9
-"""Part of a GPU's memory that `--cache-bytes auto` takes, where nothing else is on it."""
 
 RANKS = (4, 8)
 """Tensor-parallel ranks of the engines that the plan is compared with."""
@@ -121,7 +118,7 @@ def make_plan(
         raise ValueError(f"sequences: {tokens} tokens are those of {fewest} to {tokens} sequences, got {sequences}")
     # At worst every sequence but one has a single token in its last page.
     pages = (tokens - sequences) // spec.block_size + sequences
-    gpu_cache_bytes = None if gpu_bytes is None else int(gpu_bytes * FREE_SHARE)
+    gpu_cache_bytes = None if gpu_bytes is None else automatic_cache_bytes(gpu_bytes)
     fits = tuple(
         _fit(dataclasses.replace(spec, key_dtype=key_dtype), pages, gpu_cache_bytes) for key_dtype in KEY_DTYPES
     )
@@ -170,7 +167,8 @@ def _lines(made: Plan) -> Iterator[str]:
     yield f"indexer   {made.num_layers} layers x {made.head_dim} elements, pages of {made.block_size} tokens"
     yield f"wanted    {made.tokens:,} tokens; sequences: {made.sequences:,}; pages: at most {made.pages:,}"
     if made.gpu_bytes is not None and made.gpu_cache_bytes is not None:
-        share = f"of which the cache gets {FREE_SHARE:.0%}: {_size(made.gpu_cache_bytes)}"
+        part = made.gpu_cache_bytes / made.gpu_bytes
+        share = f"of which the cache gets {part:.0%}: {_size(made.gpu_cache_bytes)}"
         yield f"GPU       {_size(made.gpu_bytes)}, {share}"
     yield ""
     yield from _table(made)

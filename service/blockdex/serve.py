@@ -17,7 +17,7 @@ from blockdex.logs import configure_logging, log_event
 from blockdex.messages import Info
 from blockdex.processes.http_side import HttpSide
 from blockdex.processes.supervisor import Supervisor
-from blockdex.starting import StartError, build_engine, claim, gpu_uuid, splits
+from blockdex.starting import StartError, build_engine, claim, gpu_uuid, splits, warm_up
 from blockdex.web.metrics import RequestMetrics
 from blockdex.web.readiness import Readiness
 from blockdex_kernels import IndexSpec, SpecError
@@ -33,7 +33,7 @@ def serve(settings: ServeSettings) -> int:
     """Runs a server until SIGTERM or SIGINT; then finishes what is in flight. A second signal ends it at once.
 
     Returns:
-        The exit status: 0 after a signal, 2 if the server could not start.
+        The exit status: 0 after a signal, 1 if its device failed, 2 if the server could not start.
     """
     configure_logging(settings.log_format, settings.log_level)
     try:
@@ -42,19 +42,18 @@ def serve(settings: ServeSettings) -> int:
         # Claimed before torch is loaded: a port in use is told at once. gRPC itself would only say that it failed.
         claim(settings.grpc_address).close()
         with claim(settings.http_address) as http_socket:
-            asyncio.run(run(settings, spec, http_socket))
+            return asyncio.run(run(settings, spec, http_socket))
     except (StartError, SpecError) as error:
         log_event(logger, logging.ERROR, "refused to start", reason=str(error))
         return 2
-    return 0
 
 
-async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> None:
+async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> int:
     # What brings torch and gRPC is loaded here: a supervisor needs neither.
     from blockdex.rpc.server import start_rpc_server  # noqa: PLC0415
     from blockdex.transport.local import LocalChannel  # noqa: PLC0415
 
-    engine = build_engine(settings, spec)
+    engine = build_engine(settings, spec, on_lost_device=lambda: os.kill(os.getpid(), signal.SIGTERM))
     told_to_stop = _listen_to_signals()
     requests, readiness = RequestMetrics(), Readiness()
     channel = LocalChannel(engine)
@@ -64,6 +63,8 @@ async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: soc
         restarts = dict.fromkeys(("core", "front_door"), 0)
         http = await HttpSide.start(channel, requests, readiness, restarts, gpu_uuid(info.device), http_socket)
         try:
+            if not await warm_up(engine, readiness.compiling, told_to_stop):
+                return 0
             try:
                 rpc = await start_rpc_server(
                     channel,
@@ -86,9 +87,10 @@ async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: soc
     finally:
         channel.stop()
     log_event(logger, logging.INFO, "stopped")
+    return int(engine.device_is_lost)
 
 
-async def _run_split(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> None:
+async def _run_split(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> int:
     del spec  # the engine core makes its own of the settings
     for package in _PACKAGES_OF_CHILDREN:
         if importlib.util.find_spec(package) is None:
@@ -98,21 +100,22 @@ async def _run_split(settings: ServeSettings, spec: IndexSpec, http_socket: sock
     supervisor = Supervisor(settings, readiness)
     try:
         await supervisor.start()
-        channel = supervisor.channel
         http = await HttpSide.start(
-            channel, supervisor.counts, readiness, supervisor.restarts, supervisor.gpu, http_socket
+            supervisor.reports, supervisor.counts, readiness, supervisor.restarts, supervisor.gpu, http_socket
         )
         try:
-            http_address = _http_address(settings, http_socket)
-            _log_start(await channel.info(), supervisor.grpc_address, http_address, **supervisor.pids())
-            await told_to_stop.wait()
-            _log_stopping(settings)
+            if await supervisor.open(told_to_stop):
+                info, http_address = await supervisor.reports.info(), _http_address(settings, http_socket)
+                _log_start(info, supervisor.grpc_address, http_address, **supervisor.pids())
+                await told_to_stop.wait()
+                _log_stopping(settings)
             await supervisor.stop(settings.shutdown_grace_seconds)
         finally:
             await http.stop()
     finally:
         await supervisor.close()
     log_event(logger, logging.INFO, "stopped")
+    return 0
 
 
 def _listen_to_signals() -> asyncio.Event:

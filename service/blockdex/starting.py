@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import socket
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockdex.addresses import Address
-from blockdex.config import ServeSettings
+from blockdex.config import ServeSettings, automatic_cache_bytes
+from blockdex.logs import log_event
 from blockdex.transport.ring import SUPPORTED
 from blockdex_kernels import IndexSpec
 
 if TYPE_CHECKING:
     from blockdex.engine.engine import Engine
     from blockdex.engine.entry import Inbox
+    from blockdex_kernels.backend import Choice
 
-_FREE_SHARE = 0.9
+logger = logging.getLogger(__name__)
+
+_WARM_UP_LINE_SECONDS = 5.0
 _CORES = 2
 """From so many on several processes are faster than one, in which gRPC and the engine wait for each other's turn."""
 
@@ -51,55 +59,99 @@ def splits(settings: ServeSettings) -> bool:
     return settings.processes == "split"
 
 
-def build_engine(settings: ServeSettings, spec: IndexSpec, inbox: Inbox | None = None) -> Engine:
+def build_engine(
+    settings: ServeSettings, spec: IndexSpec, on_lost_device: Callable[[], None], inbox: Inbox | None = None
+) -> Engine:
     """The engine with its cache, not yet started; loads torch, which takes seconds.
 
     Args:
         settings: of the server.
         spec: the indexer.
+        on_lost_device: as `Engine` takes it.
         inbox: where its entries come from; without one, from `Engine.submit`.
 
     Raises:
         StartError: the cache does not fit, or the device is not there.
     """
-    cache_bytes = _cache_bytes(settings)
-    num_pages = cache_bytes // spec.bytes_per_page
-    if num_pages < 1:
-        raise StartError(f"cache_bytes: one page takes {spec.bytes_per_page} bytes, got {cache_bytes}")
+    if settings.cache_bytes == "auto" and settings.device == "cpu":
+        raise StartError("cache_bytes: auto is for a GPU, got device cpu; name a size instead")
+    if settings.cache_bytes != "auto":
+        _check_room(settings.cache_bytes, spec)
     # Threads that wait for a kernel's others must not spin: on cores that have other work too, the engine beside this
     # server to begin with, they keep those they wait for from running. OpenMP reads it when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What can be refused without torch has been.
     from blockdex.engine.engine import Engine  # noqa: PLC0415
-    from blockdex_kernels.backend import choose_backend  # noqa: PLC0415
+    from blockdex_kernels.backend import choose_backend, choose_device  # noqa: PLC0415
 
     try:
-        backend = choose_backend(settings.device, spec, num_pages, fp8_scoring=settings.fp8_scoring)
+        choice = choose_device(settings.device, spec)
+        cache_bytes = settings.cache_bytes
+        if cache_bytes == "auto":
+            cache_bytes = _automatic_cache_bytes(choice)
+            _check_room(cache_bytes, spec)
+        backend = choose_backend(choice, spec, cache_bytes // spec.bytes_per_page, fp8_scoring=settings.fp8_scoring)
     except ValueError as error:
         raise StartError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
-        raise StartError(f"cache_bytes: {cache_bytes} bytes cannot be had on device {settings.device}") from error
+        wanted = f"{settings.cache_bytes} bytes cannot be had on device {settings.device}"
+        raise StartError(f"cache_bytes: {wanted}") from error
     return Engine(
         backend,
         limits=settings.limits,
         lease_seconds=settings.lease_seconds,
         decode_queries=1 + settings.num_speculative_tokens,
         prefill_slice_seconds=settings.prefill_slice_seconds,
+        on_lost_device=on_lost_device,
         inbox=inbox,
     )
 
 
-def _cache_bytes(settings: ServeSettings) -> int:
-    if settings.cache_bytes != "auto":
-        return settings.cache_bytes
-    if not settings.device.startswith("cuda"):
-        raise StartError(f"cache_bytes: auto needs --device cuda, got device {settings.device}; name a size instead")
+def _check_room(cache_bytes: int, spec: IndexSpec) -> None:
+    if cache_bytes < spec.bytes_per_page:
+        raise StartError(f"cache_bytes: one page takes {spec.bytes_per_page} bytes, got {cache_bytes}")
+
+
+def _automatic_cache_bytes(choice: Choice) -> int:
+    if choice.device.type == "cpu":
+        raise StartError(f"cache_bytes: auto is for a GPU, got device cpu ({choice.reason}); name a size instead")
     import torch  # noqa: PLC0415 - as above
 
-    if not torch.cuda.is_available():
-        raise StartError(f"device {settings.device}: there is no CUDA device")
-    free, _ = torch.cuda.mem_get_info(settings.device)
-    return int(free * _FREE_SHARE)
+    free, _ = torch.cuda.mem_get_info(choice.device)
+    return automatic_cache_bytes(free)
+
+
+async def warm_up(engine: Engine, tell: Callable[[int, int], None], told_to_stop: asyncio.Event) -> bool:
+    """Compiles what the kernels have left to compile; False where that was told to stop.
+
+    Args:
+        engine: whose kernels they are.
+        tell: called with how many are done and how many there are.
+        told_to_stop: ends it after the step that runs.
+
+    Raises:
+        StartError: a kernel cannot be compiled, or does not run.
+    """
+    steps = engine.warm_up()
+    began = said = time.monotonic()
+    done = total = 0
+    while not told_to_stop.is_set():
+        try:
+            step = await asyncio.to_thread(next, steps, None)
+        except Exception as error:  # Whatever a compiler raises: better now than in a request.
+            raise StartError(f"kernels, step {done + 1}: {type(error).__name__}: {error}") from error
+        if step is None:
+            break
+        done, total = step
+        tell(done, total)
+        if time.monotonic() - said > _WARM_UP_LINE_SECONDS:
+            said = time.monotonic()
+            log_event(logger, logging.INFO, "compiling kernels", done=done, total=total)
+    if total:
+        log_event(
+            logger, logging.INFO, "kernels compiled", done=done, total=total, seconds=round(time.monotonic() - began, 1)
+        )
+    return not told_to_stop.is_set()
 
 
 def gpu_uuid(device: str) -> str | None:

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from blockdex import plan as planning
-from blockdex import starting
 from blockdex.cli import main
-from blockdex.config import load_settings
+from blockdex.config import automatic_cache_bytes, load_settings
+from blockdex_kernels.triton import SCORE_BYTES
 
 
 def _planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -109,15 +108,18 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_gpu_that_holds_no_page(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _planned(capsys, "--tokens", "1", "--gpu", "2MB")["command"] is None
-    assert main(["plan", "--tokens", "1", "--gpu", "2MB"]) == 0
+    assert _planned(capsys, "--tokens", "1", "--gpu", "807MB")["command"] is None
+    assert main(["plan", "--tokens", "1", "--gpu", "807MB"]) == 0
     printed = capsys.readouterr().out
     assert "GPUs for the wanted tokens      no page fits               1\n" in printed
     assert printed.endswith("Not a single page fits in bf16.\n")
 
 
-def test_the_share_is_what_the_server_takes() -> None:
-    assert starting._FREE_SHARE == planning.FREE_SHARE
+def test_what_auto_leaves_free() -> None:
+    """On a small GPU what the kernels work in is more than a tenth."""
+    assert automatic_cache_bytes(141 * 10**9) == 126_900_000_000
+    assert automatic_cache_bytes(4 << 30) == (4 << 30) - SCORE_BYTES - (256 << 20)
+    assert automatic_cache_bytes(100) == 0
 
 
 @pytest.mark.parametrize(

@@ -93,13 +93,23 @@ def test_cache_larger_than_the_machine() -> None:
 
 
 def test_cache_of_the_free_memory_of_a_gpu_on_the_cpu() -> None:
-    assert "cache_bytes: auto needs --device cuda, got device cpu" in refused(
+    assert "cache_bytes: auto is for a GPU, got device cpu; name a size instead" in refused(
         "--device", "cpu", "--cache-bytes", "auto"
     )
 
 
-def test_device_that_is_not_there() -> None:
-    assert "cuda:99" in refused("--device", "cuda:99")
+# As if torch were built without CUDA, whatever the machine has.
+WITHOUT_CUDA = "import torch; torch.version.cuda = None"
+
+
+def test_cache_of_the_free_memory_of_a_gpu_that_is_not_there() -> None:
+    line = refused("--cache-bytes", "auto", before=WITHOUT_CUDA)
+    assert "cache_bytes: auto is for a GPU, got device cpu (no GPU: torch is built without CUDA); name a size" in line
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:99"])
+def test_device_that_is_not_there(device: str) -> None:
+    assert f"device {device}: torch is built without CUDA" in refused("--device", device, before=WITHOUT_CUDA)
 
 
 def test_line_for_machines() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import blockdex
+from examples.transformers_engine.compare import Tally, flip_tolerance
+from examples.transformers_engine.demo import Outcome
+from examples.transformers_engine.requests import Request
 from serving import Serving
 
 ROOT = Path(__file__).parents[2]
@@ -133,3 +138,28 @@ demo.run_demo = terminate
     finished = run_demo(lie=ended)
     assert finished.returncode == 128 + 15, finished.stderr
     assert not Path("/proc", finished.stdout.strip()).exists()
+
+
+def outcome_with(info: blockdex.Info, flips_at: int | None) -> Outcome:
+    """A prompt of three tokens and four new ones, the third of which is another; a flip at some position, or none."""
+    [request] = [Request(7, b"abc")]
+    tally = Tally()
+    for position in range(6):
+        tally.flips_until[7, position] = int(flips_at is not None and position >= flips_at)
+    return Outcome([request], {7: [1, 2, 3, 4]}, {7: [1, 2, 9, 4]}, tally, info, pages=1)
+
+
+@pytest.mark.parametrize(("flips_at", "agrees"), [(None, False), (5, False), (4, True), (0, True)])
+def test_only_a_flip_before_a_token_excuses_it(flips_at: int | None, agrees: bool, server: Serving) -> None:
+    """The third new token is what comes after position 4, the second new token's."""
+    with blockdex.Client(server.grpc_address) as client:
+        assert outcome_with(client.info(), flips_at).agrees is agrees
+
+
+def test_the_bound_is_that_of_the_server_s_kernels(server: Serving) -> None:
+    with blockdex.Client(server.grpc_address) as client:
+        info = client.info()
+    assert flip_tolerance(info) == 2.0**-16
+    for kernel in ("triton-sm_90-fp8", "fmha_sm100-fp8"):
+        kernels = info.kernels | {"prefill": (kernel, "tested")}
+        assert flip_tolerance(dataclasses.replace(info, kernels=kernels)) == 2.0**-8

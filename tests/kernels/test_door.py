@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Backend, Spans, choose_backend
+from blockdex_kernels.backend import Backend, Choice, Spans, choose_backend, choose_device
 from blockdex_kernels.cpu import CpuBackend
+from blockdex_kernels.reference import FLIP_TOLERANCE
 from kernel_cases import spans_of
 
 SPEC = IndexSpec(num_layers=2, num_index_heads=2, head_dim=4, block_size=8, topk=3, max_sequence_tokens=40)
@@ -32,7 +34,7 @@ def good_spans() -> Spans:
     return spans_of([0, 1], [0, 8], [20, 3], torch.tensor([[0, 1, 2], [3, 4, 3]]))
 
 
-def changed(**columns: torch.Tensor) -> Spans:
+def changed(**columns: Any) -> Spans:
     return dataclasses.replace(good_spans(), **columns)
 
 
@@ -155,17 +157,92 @@ def test_copies(sources: Any, destinations: Any, message: str, backend: CpuBacke
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_the_door_opens_to_the_cpu_and_says_why(device: str) -> None:
+def test_the_door_opens_to_the_cpu_and_says_why(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
     backend = choose_backend(device, SPEC, NUM_PAGES)
 
     assert isinstance(backend, CpuBackend)
     assert (backend.device, backend.spec, len(backend.pages)) == (torch.device("cpu"), SPEC, NUM_PAGES)
-    assert set(backend.kernels) == {"append", "decode", "prefill"}
-    assert all(name and reason for name, reason in backend.kernels.values())
+    reason = {"auto": "no GPU: torch is built without CUDA", "cpu": "asked for"}[device]
+    assert backend.kernels == dict.fromkeys(("append", "decode", "prefill"), ("torch-cpu", reason))
 
 
-def test_a_device_without_kernels_is_refused() -> None:
-    refused(lambda: choose_backend("tpu", SPEC, NUM_PAGES), "device must be auto or cpu, got 'tpu'")
+GPU_SPEC = dataclasses.replace(SPEC, head_dim=64, block_size=16)
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    """Has torch say that the machine has GPUs of these compute capabilities."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capabilities[gpu])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"GPU {gpu}")
+
+
+@pytest.mark.parametrize(
+    ("device", "number", "reason"),
+    [
+        ("auto", 1, "found: GPU 1, compute capability 8.0"),
+        ("cuda:1", 1, "asked for: GPU 1, compute capability 8.0"),
+        ("cuda:2", 2, "asked for: GPU 2, compute capability 12.0"),
+    ],
+)
+def test_a_gpu_is_chosen(device: str, number: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, (7, 5), (8, 0), (12, 0))
+
+    assert choose_device(device, GPU_SPEC) == Choice(torch.device("cuda", number), reason)
+
+
+TOO_OLD = "kernels are for compute capability 8.0 and later, got GPU 0, compute capability 7.5"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fields", "obstacle"),
+    [
+        ([], {}, "there is no CUDA device"),
+        ([(7, 5)], {}, TOO_OLD),
+        ([(9, 0)], {"head_dim": 8}, "kernels are for head_dim 16, 32, 64, 128, 256, got 8"),
+        ([(9, 0)], {"head_dim": 16, "key_dtype": "fp8_e4m3"}, "an fp8 cache are for head_dim 32 and more, got 16"),
+        ([(9, 0)], {"block_size": 24}, "kernels are for block_size 16, 32, 64, 128, got 24"),
+        ([(9, 0)], {"max_sequence_tokens": 2**21 + 1}, "sequences of at most 131072 blocks, got 131073"),
+    ],
+)
+def test_what_no_gpu_can_have_goes_to_the_cpu_or_is_refused(
+    capabilities: list[tuple[int, int]], fields: dict[str, Any], obstacle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, *capabilities)
+    spec = dataclasses.replace(GPU_SPEC, **fields)
+
+    chosen = choose_device("auto", spec)
+
+    assert chosen.device == torch.device("cpu")
+    assert chosen.reason.startswith("no GPU: ")
+    assert chosen.reason.endswith(obstacle)
+    for device in ("cuda", "cuda:0"):
+        refused(partial(choose_device, device, spec), obstacle)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, (9, 0), (9, 0))
+
+    refused(lambda: choose_device("cuda:2", GPU_SPEC), "device cuda:2: there are only 2, counted from 0")
+
+
+def test_a_machine_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, (9, 0))
+    monkeypatch.setitem(sys.modules, "blockdex_kernels.triton.limits", None)
+
+    refused(lambda: choose_device("cuda", GPU_SPEC), "device cuda: Triton cannot be imported: ")
+    assert choose_device("auto", GPU_SPEC).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:", "cuda:-1", "cuda0", ""])
+def test_a_device_without_kernels_is_refused(device: str) -> None:
+    refused(lambda: choose_device(device, SPEC), f"device: must be auto, cpu, cuda or cuda:N, got '{device}'")
+
+
+def test_backends_say_how_far_from_float64_they_may_be() -> None:
+    assert CpuBackend.flip_tolerance == FLIP_TOLERANCE
 
 
 def test_a_cache_that_cannot_be() -> None:

@@ -8,13 +8,14 @@ import triton.language as tl
 
 from blockdex_kernels.backend import Spans
 from blockdex_kernels.spec import IndexSpec
-from blockdex_kernels.triton.launch import pdl_launch, wait_for_previous
+from blockdex_kernels.triton.launch import padded_runs, pdl_launch, wait_for_previous
 from blockdex_kernels.triton.numbers import float_to_e4m3, to_float
 
-_TOKENS = 16  # Of one program.
 
-
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_runs", "num_tokens", "table_stride"],
+    do_not_specialize_on_alignment=["layers", "starts", "lengths", "page_table"],
+)
 def _append_kernel(
     keys,
     pages,
@@ -70,7 +71,9 @@ def append(keys: torch.Tensor, spans: Spans, pages: torch.Tensor, spec: IndexSpe
         pdl: whether to launch as a programmatic dependent.
     """
     num_tokens, dim = keys.shape
-    _append_kernel[(triton.cdiv(num_tokens, _TOKENS),)](
+    runs = padded_runs(len(spans.lengths))
+    tokens = 16 if runs <= 512 else 4  # Each of a program's tokens is compared with every run.
+    _append_kernel[(triton.cdiv(num_tokens, tokens),)](
         keys.view(torch.uint8) if keys.dtype == torch.float8_e4m3fn else keys,
         pages,
         spans.layers,
@@ -82,8 +85,8 @@ def append(keys: torch.Tensor, spans: Spans, pages: torch.Tensor, spec: IndexSpe
         spec.num_layers,
         *keys.stride(),
         spans.page_table.stride(0),
-        RUNS=triton.next_power_of_2(len(spans.lengths)),
-        TOKENS=_TOKENS,
+        RUNS=runs,
+        TOKENS=tokens,
         BLOCK=spec.block_size,
         DIM=dim,
         PDL=pdl,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from blockdex_kernels import door
-from blockdex_kernels.backend import Backend, Fp8Scoring, Order, Selection, Spans
+from blockdex_kernels.backend import FP8_FLIP_TOLERANCE, Backend, Fp8Scoring, Order, Selection, Spans
 from blockdex_kernels.casts import TORCH_DTYPES
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.append import append
@@ -60,8 +60,14 @@ class TritonBackend(Backend):
         upcast = fp8 and (fp8_scoring == "upcast" or not self.chip.native_fp8)
         self._scaled = fp8 and not upcast
         self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
-        self._keys = Pages.of(self.pages, upcast=upcast, tma=self.chip.tma)
+        if self._scaled and device.type == "cuda":
+            self.flip_tolerance = FP8_FLIP_TOLERANCE
+        self._blocks = Pages.of(self.pages, spec.block_size, upcast=upcast, tma=self.chip.tma)
+        # Tensor cores take 64 rows of their first operand.
+        part = spec.block_size // 2 if spec.block_size >= 128 else spec.block_size
+        self._parts = Pages.of(self.pages, part, upcast=upcast, tma=self.chip.tma)
         self._score_bytes = score_bytes
+        self._captured: list[torch.Tensor] = []
         scoring = f"triton-{self.chip.name}" + ("-fp8" if self._scaled else "-upcast" if upcast else "")
         self.kernels = {
             "append": (f"triton-{self.chip.name}", reason),
@@ -90,19 +96,20 @@ class TritonBackend(Backend):
             if max_length is None:
                 max_length = int(Runs.of(spans).lengths.max())
             scores, positions, unscales = self._score_buffers(queries, width)
-            programs = self.chip.programs * self.chip.decode_programs * (2 // self.pages.element_size())
+            launch = self.chip.decode_fp8 if self._scaled else self.chip.decode
             score_decode(
                 queries,
                 spans,
                 max_length,
-                self._keys,
+                self._parts,
                 self.spec,
                 scores,
                 positions,
                 unscales,
                 every_block=return_scores or order == "score",
-                programs=programs,
-                stages=self.chip.decode_stages,
+                programs=self.chip.multiprocessors * launch.programs,
+                warps=launch.warps,
+                stages=launch.stages,
                 pdl=self.chip.pdl,
             )
             self.rank(scores, positions, unscales, selection, order)
@@ -110,7 +117,10 @@ class TritonBackend(Backend):
 
     @torch.no_grad()
     def prefill(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
-        """See `Backend.prefill`. Waits for the device unless `spans.columns` is given."""
+        """See `Backend.prefill`. Waits for the device unless `spans.columns` is given.
+
+        Can be captured in a CUDA graph with the columns; what replays must not change then are the runs' numbers.
+        """
         door.check_queries(queries, spans, order, self.spec, self.device)
         selection = self._empty_selection(queries, return_scores)
         runs = Runs.of(spans)
@@ -130,30 +140,34 @@ class TritonBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Scores of queries `[T, H, D]` of runs: what `rank` reads, in buffers of its own."""
         chip = self.chip
+        launch = chip.prefill_fp8 if self._scaled else chip.prefill
         tiles = cut(
             runs,
             queries.shape[1],
             self.spec,
-            tile=chip.prefill_tile,
-            programs=chip.programs,
+            tile=launch.tile,
+            programs=chip.multiprocessors * launch.programs,
             every_block=every_block,
         )
         scores, positions, unscales = self._score_buffers(queries, _width(tiles.width))
         items = torch.from_numpy(tiles.items)
         if self.device.type == "cuda":
-            items = items.pin_memory().to(self.device, non_blocking=True)
+            items = items.pin_memory()
+            if torch.cuda.is_current_stream_capturing():
+                self._captured.append(items)  # A replay copies it again.
+            items = items.to(self.device, non_blocking=True)
         score_prefill(
             self._rows(queries, unscales),
             queries.shape[1],
             page_table,
-            self._keys,
+            self._blocks,
             self.spec,
             items,
             scores,
             positions,
-            tile=chip.prefill_tile,
-            warps=chip.prefill_warps,
-            stages=chip.prefill_stages,
+            tile=launch.tile,
+            warps=launch.warps,
+            stages=launch.stages,
             pdl=chip.pdl,
         )
         return scores, positions, unscales
@@ -186,7 +200,7 @@ class TritonBackend(Backend):
 
     def _rows(self, queries: torch.Tensor, unscales: torch.Tensor | None) -> torch.Tensor:
         """`[T * H, D]` as they are scored; the queries themselves where nothing is to be done."""
-        dtype = torch.bfloat16 if self._keys.upcast else self.pages.dtype
+        dtype = torch.bfloat16 if self._blocks.upcast else self.pages.dtype
         if queries.dtype == dtype and unscales is None and queries.is_contiguous():
             return queries.view(-1, queries.shape[2])
         rows = torch.empty((queries.shape[0] * queries.shape[1], queries.shape[2]), dtype=dtype, device=self.device)

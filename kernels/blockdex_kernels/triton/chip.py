@@ -8,32 +8,47 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class Launch:
+    """The shape of a launch.
+
+    Attributes:
+        programs: how many run at once on one multiprocessor.
+        warps: of a program.
+        stages: blocks of keys (prefill), or halves of them (decode), that a program has room for.
+        tile: rows that a program scores against each block; 0 where that depends on the call.
+    """
+
+    programs: int
+    warps: int
+    stages: int
+    tile: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Chip:
     """How kernels are built and launched on a device.
 
     Attributes:
         name: for people.
-        programs: multiprocessors.
+        multiprocessors: how many there are.
         tma: whether tensors are read through descriptors by the copy engine.
         pdl: whether a kernel may be launched while the one before it ends.
         native_fp8: whether the tensor cores multiply e4m3.
-        prefill_tile: rows of a prefill program's tile.
-        prefill_warps: its warps.
-        prefill_stages: blocks of keys it has in flight.
-        decode_programs: programs of a decode launch on one multiprocessor; twice as many where keys have one byte.
-        decode_stages: blocks of keys each has in flight.
+        prefill: scores of prefill from keys of two bytes.
+        prefill_fp8: the same from e4m3 keys.
+        decode: scores of decode from keys of two bytes.
+        decode_fp8: the same from e4m3 keys.
     """
 
     name: str
-    programs: int
+    multiprocessors: int
     tma: bool
     pdl: bool
     native_fp8: bool
-    prefill_tile: int
-    prefill_warps: int
-    prefill_stages: int
-    decode_programs: int
-    decode_stages: int
+    prefill: Launch
+    prefill_fp8: Launch
+    decode: Launch
+    decode_fp8: Launch
 
     @classmethod
     def of(cls, device: torch.device) -> Chip:
@@ -43,25 +58,28 @@ class Chip:
             ValueError: the chip is older than Ampere.
         """
         if device.type == "cpu":
-            return cls("interpreter", 3, False, False, True, 32, 4, 1, 1, 1)
+            few, tiles = Launch(1, 4, 1), Launch(1, 4, 1, tile=32)
+            return cls("interpreter", 3, False, False, True, tiles, tiles, few, few)
         properties = torch.cuda.get_device_properties(device)
         if properties.major < 8:
             raise ValueError(f"device {device}: compute capability must be at least 8.0, got {properties.name}'s")
         return chip_of(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
-def chip_of(capability: int, programs: int) -> Chip:
-    """The chip of a compute capability (90 for 9.0) with so many multiprocessors."""
+def chip_of(capability: int, multiprocessors: int) -> Chip:
+    """The chip of a compute capability (90 for 9.0); launch shapes were measured on 9.0 only."""
     large = capability in {90, 100, 103}  # These have 227 KiB of shared memory for a program, the others 99 or 163.
     return Chip(
         name=f"sm_{capability}",
-        programs=programs,
+        multiprocessors=multiprocessors,
         tma=capability >= 90,
         pdl=capability >= 90,
         native_fp8=capability >= 89,
-        prefill_tile=256 if large else 128,
-        prefill_warps=8,
-        prefill_stages=3 if large else 2,
-        decode_programs=2 if large else 1,
-        decode_stages=3 if large else 2,
+        # Rows share what is read of the keys, which bounds bf16: as many as registers hold. e4m3 is bounded by the
+        # maxima, and two programs on a multiprocessor take them while the other multiplies; where accumulators are
+        # registers, four warps have too few.
+        prefill=Launch(1, 8, 3, tile=256) if large else Launch(1, 8, 2, tile=128),
+        prefill_fp8=Launch(2, 4, 2, tile=128) if large else Launch(1, 8, 2, tile=128),
+        decode=Launch(2, 4, 6) if large else Launch(1, 4, 4),
+        decode_fp8=Launch(4, 4, 6) if large else Launch(2, 4, 4),
     )

@@ -8,9 +8,9 @@ import triton.language as tl
 
 from blockdex_kernels.backend import Spans
 from blockdex_kernels.spec import IndexSpec
-from blockdex_kernels.triton.launch import pdl_launch, wait_for_previous
+from blockdex_kernels.triton.launch import padded_runs, pdl_launch, wait_for_previous
 from blockdex_kernels.triton.numbers import scale_to_e4m3, to_float
-from blockdex_kernels.triton.pages import Pages, load_block
+from blockdex_kernels.triton.pages import Pages, load_keys
 
 MAX_COLUMNS = 128
 """Most rows (queries times heads) of a run that one read of its keys serves."""
@@ -37,6 +37,45 @@ def _load_queries(
 
 
 @triton.jit
+def _products(rows, keys, first_key, position, COLUMNS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
+    """float32 products of rows with keys, -inf for keys behind a row's position.
+
+    `[KEYS, COLUMNS]`, since the tensor cores take 64 rows of their first operand; from 64 rows of queries on they come
+    first, and `[COLUMNS]` is each row's greatest product.
+    """
+    key_position = first_key + tl.arange(0, KEYS)
+    if COLUMNS >= 64:
+        products = tl.dot(rows, tl.trans(keys))
+        if MASKED:
+            products = tl.where(key_position[None, :] <= position[:, None], products, float("-inf"))
+        products = tl.max(products, 1)
+    else:
+        products = tl.dot(keys, tl.trans(rows))
+        if MASKED:
+            products = tl.where(key_position[:, None] <= position[None, :], products, float("-inf"))
+    return products
+
+
+@triton.jit
+def _add(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
+def _only(own, a, b, c, d, e):
+    """The one element of each of five int32 vectors, in one reduction."""
+    return tl.reduce(
+        (tl.where(own, a, 0), tl.where(own, b, 0), tl.where(own, c, 0), tl.where(own, d, 0), tl.where(own, e, 0)),
+        0,
+        _add,
+    )
+
+
+# What changes from call to call must not ask for another variant of the kernel, compiled while an engine waits.
+@triton.jit(
+    do_not_specialize=["num_runs", "num_tokens", "table_stride"],
+    do_not_specialize_on_alignment=["layers", "starts", "lengths", "page_table", "positions"],
+)
 def _decode_scores_kernel(
     queries,
     pages,
@@ -60,6 +99,7 @@ def _decode_scores_kernel(
     QUERIES: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
     DIM: tl.constexpr,
     PLACES: tl.constexpr,
     INIT: tl.constexpr,
@@ -73,14 +113,14 @@ def _decode_scores_kernel(
     STAGES: tl.constexpr,
 ):
     """Every program scores an equal share of the blocks of all runs, laid end to end: see `score_decode`."""
+    PARTS: tl.constexpr = BLOCK // KEYS
     wait_for_previous(PDL)
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
-    chunk = tl.program_id(1)
+    skipped = tl.program_id(1) * COLUMNS  # rows of each run, that other programs score
     run = tl.arange(0, RUNS)
     length = tl.load(lengths + run, mask=run < num_runs, other=0)
     start = tl.load(starts + run, mask=run < num_runs, other=0)
-    row_end = tl.cumsum(length, 0)
     # Blocks that some query of the run ranks: what is forced for all needs no score.
     needed = tl.where(length > 0, (start + length - 1) // BLOCK + 1 - LOCAL - INIT, 0)
     if ALL:
@@ -89,38 +129,28 @@ def _decode_scores_kernel(
         # Nor does anything where all candidates find a place.
         needed = tl.where(needed > PLACES, needed, 0)
     needed_end = tl.cumsum(needed, 0)
-    total = tl.sum(needed.to(tl.int64), 0)
-
-    # Each token's position, for the ranking; programs take the runs in turn.
-    if chunk == 0:
-        for one in tl.range(program, num_runs, num_programs):
-            own = run == one
-            first = tl.sum(tl.where(own, row_end - length, 0), 0)
-            token = tl.arange(0, QUERIES)
-            own_start = tl.sum(tl.where(own, start, 0), 0)
-            inside = token < tl.sum(tl.where(own, length, 0), 0)
-            tl.store(positions + first + token, own_start + token, mask=inside)
-        # Padded rows belong to no run.
-        used = tl.max(row_end, 0)
-        for one in tl.range(used + program, num_tokens, num_programs):
-            tl.store(positions + one, -1)
-
-    at = (total * program // num_programs).to(tl.int32)
-    stop = (total * (program + 1) // num_programs).to(tl.int32)
+    row_end = tl.cumsum(length, 0)
+    total = tl.max(needed_end, 0)
+    share = total // num_programs
+    longer = total - share * num_programs
+    at = program * share + tl.minimum(program, longer)
+    stop = at + share + (program < longer).to(tl.int32)
+    column = tl.arange(0, COLUMNS)
     while at < stop:
         one = tl.sum((needed_end <= at).to(tl.int32), 0)
-        own = run == one
-        own_end = tl.sum(tl.where(own, needed_end, 0), 0)
-        own_begin = own_end - tl.sum(tl.where(own, needed, 0), 0)
-        first_token = tl.sum(tl.where(own, row_end - length, 0), 0)
-        num_rows = tl.sum(tl.where(own, length, 0), 0) * HEADS - chunk * COLUMNS
-        first_row = first_token.to(tl.int64) * HEADS + chunk * COLUMNS
-        last = tl.minimum(stop, own_end) - own_begin + INIT
+        own_end, own_needed, own_row_end, own_length, own_start = _only(
+            run == one, needed_end, needed, row_end, length, start
+        )
+        cells = page_table + one.to(tl.int64) * table_stride
+        first_block = at - (own_end - own_needed) + INIT
+        at = tl.minimum(stop, own_end)
+        last_block = at - (own_end - own_needed) + INIT
+        first_row = (own_row_end - own_length).to(tl.int64) * HEADS + skipped
+        num_rows = own_length * HEADS - skipped
         if num_rows > 0:
-            cells = page_table + one.to(tl.int64) * table_stride
+            page = tl.load(cells + first_block)
             layer = tl.load(layers + one)
             rows = _load_queries(queries, first_row, num_rows, stride_t, stride_h, stride_d, HEADS, COLUMNS, DIM)
-            column = tl.arange(0, COLUMNS)
             if SCALED:
                 rows, undo = scale_to_e4m3(rows)
                 tl.store(unscales + first_row + column, undo, mask=column < num_rows)
@@ -128,17 +158,27 @@ def _decode_scores_kernel(
             else:
                 rows = rows.to(KEY)
             target = scores + (first_row + column) * width
-            position = tl.sum(tl.where(own, start, 0), 0) + (chunk * COLUMNS + column) // HEADS
-            page = tl.load(cells + at - own_begin + INIT)
-            for block in tl.range(at - own_begin + INIT, last, num_stages=STAGES):
-                keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
-                page = tl.load(cells + block + 1, mask=block + 1 < last, other=0)
-                products = tl.dot(keys, tl.trans(rows))
-                if LOCAL == 0:
-                    key_position = block * BLOCK + tl.arange(0, BLOCK)
-                    products = tl.where(key_position[:, None] <= position[None, :], products, float("-inf"))
-                tl.store(target + block, tl.max(products, 0), mask=column < num_rows)
-        at = tl.minimum(stop, own_end)
+            position = own_start + (skipped + column) // HEADS
+            # Half a block at a time: more of the keys is under way while one part is multiplied.
+            shape: tl.constexpr = [COLUMNS] if COLUMNS >= 64 else [KEYS, COLUMNS]
+            best = tl.full(shape, float("-inf"), tl.float32)
+            for part in tl.range(first_block * PARTS, last_block * PARTS, num_stages=STAGES):
+                keys = load_keys(pages, page, layer, num_layers, part % PARTS, BLOCK, KEYS, DIM, UPCAST, TMA)
+                page = tl.load(cells + (part + 1) // PARTS, mask=part + 1 < last_block * PARTS, other=0)
+                products = _products(rows, keys, part * KEYS, position, COLUMNS, KEYS, LOCAL == 0)
+                best = tl.where(part % PARTS == 0, products, tl.maximum(best, products))
+                if part % PARTS == PARTS - 1:
+                    maxima = best if COLUMNS >= 64 else tl.max(best, 0)
+                    tl.store(target + part // PARTS, maxima, mask=column < num_rows)
+
+    # Each token's position, for the ranking: programs take the runs in turn, and the rows that belong to none.
+    if skipped == 0:
+        for one in tl.range(program, num_runs, num_programs):
+            _, _, own_row_end, own_length, own_start = _only(run == one, needed_end, needed, row_end, length, start)
+            token = tl.arange(0, QUERIES)
+            tl.store(positions + own_row_end - own_length + token, own_start + token, mask=token < own_length)
+        for token in tl.range(tl.max(row_end, 0) + program, num_tokens, num_programs):
+            tl.store(positions + token, -1)
 
 
 def score_decode(
@@ -153,6 +193,7 @@ def score_decode(
     *,
     every_block: bool,
     programs: int,
+    warps: int,
     stages: int,
     pdl: bool,
 ) -> None:
@@ -170,7 +211,8 @@ def score_decode(
         unscales: float32 `[T * H]`, written for an fp8 cache scored natively: what undoes the queries' scale.
         every_block: whether scores are wanted even where all candidates find a place.
         programs: how many share the blocks.
-        stages: blocks of keys that a program has in flight.
+        warps: of a program.
+        stages: parts of blocks that a program has room for.
         pdl: whether to launch as a programmatic dependent.
     """
     num_tokens, heads, dim = queries.shape
@@ -193,10 +235,11 @@ def score_decode(
         *queries.stride(),
         spans.page_table.stride(0),
         HEADS=heads,
-        RUNS=triton.next_power_of_2(len(spans.lengths)),
-        QUERIES=triton.next_power_of_2(max_length),
+        RUNS=padded_runs(len(spans.lengths)),
+        QUERIES=max(triton.next_power_of_2(max_length), 16),
         COLUMNS=columns,
         BLOCK=spec.block_size,
+        KEYS=pages.keys,
         DIM=dim,
         PLACES=spec.topk - spec.init_blocks - spec.local_blocks,
         INIT=spec.init_blocks,
@@ -208,6 +251,7 @@ def score_decode(
         TMA=pages.tma,
         PDL=pdl,
         STAGES=stages,
-        num_warps=4,
+        # Converting keys, or so many queries, takes registers.
+        num_warps=2 * warps if pages.upcast or columns >= MAX_COLUMNS else warps,
         **pdl_launch(pdl),
     )

@@ -20,3 +20,11 @@ def wait_for_previous(PDL: tl.constexpr):
 def pdl_launch(pdl: bool) -> dict[str, bool]:
     """The launch option; given only where it is on, since not every Triton backend knows it."""
     return {"launch_pdl": True} if pdl else {}
+
+
+def padded_runs(runs: int) -> int:
+    """Runs that a kernel is compiled for: 32, 128, 512 and so on, so that few variants serve every batch."""
+    padded = 32
+    while padded < runs:
+        padded *= 4
+    return padded

@@ -62,7 +62,7 @@ def scale_to_e4m3(rows):
 
 @triton.jit
 def ordered(scores):
-    """float32 to int32 of the same order: NaN as -inf, both zeros alike; above the least int32, which stands for none."""
+    """float32 to int32 of the same order: NaN as -inf, both zeros alike. The least int32 is left for what is none."""
     scores = tl.where(scores == scores, scores, float("-inf"))
     bits = tl.where(scores == 0.0, 0, scores.to(tl.int32, bitcast=True))
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -16,23 +16,25 @@ _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.f
 
 
 @triton.jit
-def load_block(
+def load_keys(
     pages,
     page,
     layer,
     num_layers,
+    part,
     BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
     DIM: tl.constexpr,
     UPCAST: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """`[BLOCK, DIM]`: the keys of one block, in bf16 where they are upcast."""
+    """`[KEYS, DIM]`: one part of a block, in bf16 where keys are upcast."""
     if TMA:
-        keys = pages.load([(page * num_layers + layer) * BLOCK, 0])
+        keys = pages.load([(page * num_layers + layer) * BLOCK + part * KEYS, 0])
     else:
         cell = page.to(tl.int64) * num_layers + layer
-        inside = tl.arange(0, BLOCK)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-        keys = tl.load(pages + cell * (BLOCK * DIM) + inside)
+        key = part * KEYS + tl.arange(0, KEYS)
+        keys = tl.load(pages + cell * (BLOCK * DIM) + key[:, None] * DIM + tl.arange(0, DIM)[None, :])
     if UPCAST:
         keys = e4m3_to_float(keys).to(tl.bfloat16)
     return keys
@@ -43,30 +45,31 @@ class Pages:
     """What a kernel is handed to read keys.
 
     Attributes:
-        argument: a descriptor of `[num_pages * L * block_size, D]` with boxes of one block, or the tensor; bytes
-            where keys are upcast.
+        argument: a descriptor of `[num_pages * L * block_size, D]`, or the tensor; bytes where keys are upcast.
+        keys: of a block that are read at once.
         scored: Triton's type of keys and queries when they are multiplied.
         upcast: whether keys are e4m3 that become bf16 before they are scored.
         tma: whether the argument is a descriptor.
     """
 
     argument: Any
+    keys: int
     scored: tl.dtype
     upcast: bool
     tma: bool
 
     @classmethod
-    def of(cls, pages: torch.Tensor, *, upcast: bool, tma: bool) -> Pages:
-        """Describes `[num_pages, L, block_size, D]`.
+    def of(cls, pages: torch.Tensor, keys: int, *, upcast: bool, tma: bool) -> Pages:
+        """Describes `[num_pages, L, block_size, D]`, of which so many keys of a block are read at once.
 
         Raises:
             ValueError: more keys than a descriptor can count.
         """
-        keys = pages.view(-1, pages.shape[-1])
-        if len(keys) >= 2**31:
-            raise ValueError(f"num_pages: the cache must hold fewer than {2**31} keys in all layers, got {len(keys)}")
+        rows = pages.view(-1, pages.shape[-1])
+        if len(rows) >= 2**31:
+            raise ValueError(f"num_pages: the cache must hold fewer than {2**31} keys in all layers, got {len(rows)}")
         scored = tl.bfloat16 if upcast else _TRITON_TYPES[pages.dtype]
         if upcast:
-            keys = keys.view(torch.uint8)
-        argument = TensorDescriptor.from_tensor(keys, list(pages.shape[2:])) if tma else keys
-        return cls(argument, scored, upcast, tma)
+            rows = rows.view(torch.uint8)
+        argument = TensorDescriptor.from_tensor(rows, [keys, rows.shape[1]]) if tma else rows
+        return cls(argument, keys, scored, upcast, tma)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -12,120 +14,140 @@ from blockdex_kernels.triton.launch import pdl_launch, wait_for_previous
 from blockdex_kernels.triton.numbers import ordered
 
 LEAST = tl.constexpr(-(2**31))
+GREATEST = tl.constexpr(2**31 - 1)
+
+_FEW_ROWS = 8192
 
 
 @triton.jit
-def _kth_largest(keys, k, low):
-    """The greatest t that at least k of the keys reach; `low` must be a number that k keys reach.
+def _bound(keys, low, fewest: tl.constexpr, most: tl.constexpr):
+    """A bound that at least `fewest` keys reach and, but for equal ones, at most `most`; and how many do.
 
-    Halves the interval between `low` and the greatest key, and stops early where exactly k reach t.
+    Halves the interval between `low`, which at least `fewest` keys must reach, and the greatest key.
     """
     high = tl.max(keys, 0) + 1
     count = tl.sum((keys >= low).to(tl.int32), 0)
-    while (count != k) & (low + 1 != high):
+    while (count > most) & (low + 1 != high):
         middle = (low & high) + ((low ^ high) >> 1)
         reached = tl.sum((keys >= middle).to(tl.int32), 0)
-        enough = reached >= k
+        enough = reached >= fewest
         low = tl.where(enough, middle, low)
         count = tl.where(enough, reached, count)
         high = tl.where(enough, high, middle)
-    return low
+    return low, count
 
 
 @triton.jit
-def _places(keys, k, threshold):
-    """Which keys are the k greatest, equal ones from the left, and the place of each among them from the left."""
-    above = keys > threshold
-    equal = keys == threshold
-    # Two counts in one scan: keys above in the upper half, equal ones in the lower.
-    weight = tl.where(above, 1 << 16, equal.to(tl.int32))
-    before = tl.cumsum(weight, 0) - weight
-    room = k - tl.sum(above.to(tl.int32), 0)
-    equal_before = before & 0xFFFF
-    chosen = above | (equal & (equal_before < room))
-    return chosen, (before >> 16) + tl.minimum(equal_before, room)
+def _write_best(out, keys, items, low, count, fewest: tl.constexpr, most: tl.constexpr):
+    """Writes the items whose keys reach a bound, in their order; returns how many.
+
+    Where more than `most` do, all that are not above the bound equal it: then the `fewest` greatest, equal ones from
+    the left.
+    """
+    reach = keys >= low
+    if count > most:
+        # Two counts in one scan: keys above in the upper half, equal ones in the lower.
+        above = keys > low
+        weight = tl.where(above, 1 << 16, reach.to(tl.int32))
+        before = tl.cumsum(weight, 0) - weight
+        room = fewest - tl.sum(above.to(tl.int32), 0)
+        equal_before = before & 0xFFFF
+        place = (before >> 16) + tl.minimum(equal_before, room)
+        tl.store(out + place, items, mask=above | (reach & (equal_before < room)))
+        count = tl.minimum(count, fewest)
+    else:
+        weight = reach.to(tl.int32)
+        tl.store(out + tl.cumsum(weight, 0) - weight, items, mask=reach)
+    return count
 
 
 @triton.jit
 def _best_groups(
-    scores, begin, end, scratch, K: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, INIT: tl.constexpr
+    scores,
+    end,
+    out,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MOST: tl.constexpr,
+    INIT: tl.constexpr,
 ):
-    """Writes the K groups of blocks in which the K best blocks must be, ascending; returns a bound they reach.
+    """Writes the groups of blocks in which the K best must be, ascending; returns a bound these reach, and how many.
 
-    A block outside the K groups with the greatest maxima, equal ones from the left, has K blocks before it.
+    A block outside the K groups with the greatest maxima, equal ones from the left, has K blocks before it. Up to MOST
+    groups are as good, and found sooner.
     """
+    WIDE: tl.constexpr = 4 if GROUP % 4 == 0 else 2
     group = tl.arange(0, GROUPS)
     maxima = tl.full([GROUPS], float("-inf"), tl.float32)
-    for first in tl.static_range(0, GROUP, 4):
-        # Four blocks are one load of one thread; masked as one, so that it stays one.
-        block = group[:, None] * GROUP + first + tl.arange(0, 4)[None, :]
-        value = tl.load(scores + block, mask=(group * GROUP + first < end)[:, None], other=float("-inf"))
+    for first in tl.static_range(0, GROUP, WIDE):
+        # A few blocks are one load of one thread; masked as one, so that it stays one.
+        block = group[:, None] * GROUP + first + tl.arange(0, WIDE)[None, :]
+        value = tl.load(scores + block, mask=(group * GROUP + first < end)[:, None])
         inside = block < end
         if INIT > 0:
-            inside = inside & (block >= begin)
+            inside = inside & (block >= INIT)
         maxima = tl.maximum(maxima, tl.max(tl.where(inside, value, float("-inf")), 1))
     filled = group * GROUP < end
     if INIT > 0:
-        filled = filled & (group * GROUP + GROUP > begin)
+        filled = filled & (group * GROUP + GROUP > INIT)
     keys = tl.where(filled, ordered(maxima), LEAST)
-    # The least of 32 maxima of as many groups each is a bound that 32 groups reach; the least of all is a worse one.
     low = tl.full([], LEAST, tl.int32)
     if K <= 32:
+        # The least of 32 maxima of as many groups each, if each holds any: 32 groups reach it.
         low = tl.min(tl.max(tl.reshape(keys, [GROUPS // 32, 32]), 0), 0)
     if low == LEAST:
-        low = tl.min(tl.where(filled, keys, 2147483647), 0)
-    threshold = _kth_largest(keys, K, low)
-    chosen, place = _places(keys, K, threshold)
-    tl.store(scratch + place, group, mask=chosen)
-    return threshold
+        low = tl.min(tl.where(filled, keys, GREATEST), 0)
+    low, count = _bound(keys, low, K, MOST)
+    return low, _write_best(out, keys, group, low, count, K, MOST)
 
 
 @triton.jit
 def _best_blocks(
     scores,
-    begin,
     end,
     out,
+    scratch,
     one,
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     INIT: tl.constexpr,
 ):
-    """Writes the K best of the blocks `begin` to `end`, ascending; there are more than K of them.
+    """Writes the K best of the blocks from `INIT` to `end`, ascending; there are more than K of them.
 
     `one` is 1, which the compiler does not know: seeing that neighbours are read together, it would give each thread
     several, and exchange them all between threads for the scattered writes.
     """
-    candidate = tl.arange(0, K_PADDED * GROUP) * one
+    MOST: tl.constexpr = CANDIDATES // GROUP
+    candidate = tl.arange(0, CANDIDATES) * one
     slot = candidate // GROUP
-    first_group = begin // GROUP
-    many = (end + GROUP - 1) // GROUP - first_group > K
+    num_groups = (end + GROUP - 1) // GROUP - INIT // GROUP
+    group = INIT // GROUP + slot
     low = tl.full([], LEAST, tl.int32)
-    group = first_group + slot
-    if many:
-        low = _best_groups(scores, begin, end, out, K, GROUPS, GROUP, INIT)
+    if num_groups > MOST:
+        low, num_groups = _best_groups(scores, end, scratch, K, GROUPS, GROUP, MOST, INIT)
         tl.debug_barrier()
-        group = tl.load(out + slot, mask=slot < K, other=0)
-        tl.debug_barrier()
+        group = tl.load(scratch + slot, mask=slot < num_groups, other=0)
     block = group * GROUP + candidate % GROUP
-    eligible = (slot < K) & (block >= begin) & (block < end)
+    eligible = (slot < num_groups) & (block >= INIT) & (block < end)
     value = tl.load(scores + block, mask=eligible, other=float("-inf"))
     keys = tl.where(eligible, ordered(value), LEAST)
-    if not many:
-        low = tl.min(tl.where(eligible, keys, 2147483647), 0)
-    chosen, place = _places(keys, K, _kth_largest(keys, K, low))
-    tl.store(out + place, block, mask=chosen)
+    if low == LEAST:
+        low = tl.min(tl.where(eligible, keys, GREATEST), 0)
+    low, count = _bound(keys, low, K, K)
+    _write_best(out, keys, block, low, count, K, K)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["one"], do_not_specialize_on_alignment=["positions"])
 def _rank_kernel(
     scores,
     positions,
     unscales,
     block_ids,
     values,
+    scratch,
     width,
     scale,
     one,
@@ -135,7 +157,7 @@ def _rank_kernel(
     TOPK_PADDED: tl.constexpr,
     INIT: tl.constexpr,
     LOCAL: tl.constexpr,
-    K_PADDED: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     BY_SCORE: tl.constexpr,
@@ -143,7 +165,7 @@ def _rank_kernel(
     UNSCALE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program ranks one row: see `rank`."""
+    """Each program ranks a row: see `rank`."""
     K: tl.constexpr = TOPK - INIT - LOCAL
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -153,34 +175,36 @@ def _rank_kernel(
     num_init = tl.minimum(visible, INIT)
     end = tl.maximum(visible - LOCAL, num_init)
     num_chosen = tl.minimum(end - num_init, K)
+    num_local = visible - end
     slot = tl.arange(0, TOPK_PADDED)
     block = slot
     if K > 0:
         if end - INIT > K:
-            _best_blocks(scores, INIT, end, out + INIT, one, K, K_PADDED, GROUPS, GROUP, INIT)
+            own_scratch = scratch + row * (CANDIDATES // GROUP)
+            _best_blocks(scores, end, out + INIT, own_scratch, one, K, CANDIDATES, GROUPS, GROUP, INIT)
             if BY_SCORE or VALUES:
                 tl.debug_barrier()
                 block = tl.load(out + slot, mask=(slot >= INIT) & (slot < INIT + K), other=0)
                 tl.debug_barrier()
     is_init = slot < num_init
     is_chosen = (slot >= num_init) & (slot < num_init + num_chosen)
-    is_local = (slot >= num_init + num_chosen) & (slot < num_init + num_chosen + visible - end)
+    is_local = (slot >= num_init + num_chosen) & (slot < num_init + num_chosen + num_local)
     block = tl.where(is_init, slot, tl.where(is_chosen, block, slot - num_init - num_chosen + end))
     block = tl.where(is_init | is_chosen | is_local, block, -1)
+    written = slot < TOPK
+    place = slot
     if BY_SCORE or VALUES:
         value = tl.load(scores + block, mask=is_chosen, other=float("-inf"))
         value = tl.where(value == value, value, float("-inf"))
-    place = slot
     if BY_SCORE:
         key = tl.where(is_chosen, ordered(value), LEAST)
         before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (slot[None, :] < slot[:, None]))
         falling = tl.sum((before & is_chosen[None, :]).to(tl.int32), 1)
-        place = tl.where(is_chosen, num_init + (visible - end) + falling, tl.where(is_local, slot - num_chosen, slot))
-    written = slot < TOPK
+        place = tl.where(is_chosen, num_init + num_local + falling, tl.where(is_local, slot - num_chosen, slot))
     if BY_SCORE or VALUES:
         tl.store(out + place, block, mask=written)
     else:
-        # What was ranked is there already, unless all candidates found a place.
+        # What was ranked is there already.
         ranked = tl.where(is_chosen, end - INIT > K, False)
         tl.store(out + slot, block, mask=written & (ranked == 0))
     if VALUES:
@@ -191,13 +215,19 @@ def _rank_kernel(
         tl.store(values + row * TOPK + place, value, mask=written)
 
 
-def _grouping(width: int) -> tuple[int, int]:
-    """Groups of blocks, and blocks of each: about as many groups as blocks of the K groups that are looked into."""
-    blocks = triton.next_power_of_2(max(width, 128))
-    group = 4
-    while blocks // group > 16 * group:
-        group *= 2
-    return blocks // group, group
+@cache
+def grouping(width: int, k: int) -> tuple[int, int, int]:
+    """How rows of a width are ranked: groups of blocks, blocks of a group, and how many blocks are looked into.
+
+    A thread's share of the blocks, of the groups and of the candidates cost about as 5 to 27 to 35, since groups and
+    candidates are compared with one bound after another.
+    """
+    shapes = []
+    for groups in (32, 64, 128, 256, 512, 1024):
+        group = next(size for size in (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 2**20) if groups * size >= width)
+        candidates = triton.next_power_of_2(k * group)
+        shapes.append((5 * groups * group + 27 * groups + 35 * candidates, groups, group, candidates))
+    return min(shapes)[1:]
 
 
 def rank(
@@ -225,29 +255,34 @@ def rank(
         pdl: whether to launch as a programmatic dependent.
     """
     rows, width = scores.shape
-    groups, group = _grouping(width)
+    heads = block_ids.shape[1]
+    groups, group, candidates = grouping(width, max(spec.topk - spec.init_blocks - spec.local_blocks, 1))
+    scratch = torch.empty((rows, candidates // group), dtype=torch.int32, device=scores.device)
+    # Waiting inside the kernel costs a large grid more than what is gained at its start.
+    pdl = pdl and rows <= _FEW_ROWS
     _rank_kernel[(rows,)](
         scores,
         positions,
         unscales if unscales is not None else scores,
         block_ids,
         values if values is not None else scores,
+        scratch,
         width,
         spec.score_scale,
         1,
-        HEADS=block_ids.shape[1],
+        HEADS=heads,
         BLOCK=spec.block_size,
         TOPK=spec.topk,
         TOPK_PADDED=triton.next_power_of_2(spec.topk),
         INIT=spec.init_blocks,
         LOCAL=spec.local_blocks,
-        K_PADDED=triton.next_power_of_2(max(spec.topk - spec.init_blocks - spec.local_blocks, 1)),
+        CANDIDATES=candidates,
         GROUPS=groups,
         GROUP=group,
         BY_SCORE=order == "score",
         VALUES=values is not None,
         UNSCALE=unscales is not None,
         PDL=pdl,
-        num_warps=min(max(groups // 256, 1), 8),
+        num_warps=min(max(groups * group // 2048, 1), 8),
         **pdl_launch(pdl),
     )

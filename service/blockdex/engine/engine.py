@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from blockdex.cache import Cache
 from blockdex.engine.batch import Batch
@@ -39,6 +39,10 @@ class Engine:
         decode_queries: a span of at most so many queries is decode, a longer one prefill.
         prefill_slice_seconds: time that one slice of a prefill may take, about.
         inbox: where entries come from; without one, from `submit`.
+        on_lost_device: called, on the engine's thread, when the device has failed for good.
+
+    Attributes:
+        device_is_lost: whether it has. Every batch fails from then on; only a new process gets at the device again.
     """
 
     def __init__(
@@ -50,8 +54,11 @@ class Engine:
         decode_queries: int = 16,
         prefill_slice_seconds: float = 0.02,
         inbox: Inbox | None = None,
+        on_lost_device: Callable[[], None] | None = None,
     ) -> None:
         self.limits = limits
+        self.device_is_lost = False
+        self._on_lost_device = on_lost_device
         self._backend = backend
         self._lease_seconds = lease_seconds
         self._decode_queries = decode_queries
@@ -81,6 +88,10 @@ class Engine:
     def spec(self) -> IndexSpec:
         """The indexer."""
         return self._backend.spec
+
+    def warm_up(self) -> Iterator[tuple[int, int]]:
+        """As `Backend.warm_up`: before the first request, from any thread."""
+        return self._backend.warm_up()
 
     def start(self, deliver: Deliver) -> None:
         """Starts the loop; `deliver` is called on its thread, once a batch, with the answers."""
@@ -140,6 +151,7 @@ class Engine:
         return self._stats.snapshot()
 
     def _run(self) -> None:
+        self._backend.use_device()
         while not self._stopping:
             self._take()
             began = time.monotonic()
@@ -148,6 +160,7 @@ class Engine:
             except Exception:
                 logger.exception("a batch failed: the cache is given up and starts anew")
                 self._start_anew()
+                self._check_device()
             self._stats.busy_seconds += time.monotonic() - began
 
     def _take(self) -> None:
@@ -241,3 +254,15 @@ class Engine:
         self._backlog, self._waiting = [], []
         self._be_born()
         self._reply([(entry, fault) for entry in self._unanswered])
+
+    def _check_device(self) -> None:
+        """After a fault: was it one batch, or is the device gone?"""
+        if self.device_is_lost:
+            return
+        try:
+            self._backend.synchronize()
+        except RuntimeError:
+            logger.exception("the device has failed: no batch can run any more")
+            self.device_is_lost = True
+            if self._on_lost_device is not None:
+                self._on_lost_device()

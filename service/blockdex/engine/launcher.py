@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,10 +14,14 @@ from numpy.typing import NDArray
 
 from blockdex.cache import Cache, PageCopy
 from blockdex.engine.entry import Entry, Outcome, SequenceKey, selects
-from blockdex.engine.reading import Reading, kernel_spans, readings, rows_of, subset, view
+from blockdex.engine.reading import Reading, kernel_spans, readings, rows_of, subset, to_device, to_host, view
 from blockdex.engine.stats import Stats
+from blockdex.errors import Reason, ResourceExhaustedError
+from blockdex.logs import log_event
 from blockdex.messages import Spans, TokenAnswer, TokenRequest
 from blockdex_kernels.backend import Backend, Selection
+
+logger = logging.getLogger(__name__)
 
 # A slice is never shorter than this, so that a slow machine still gets on: one tile of rows.
 _MIN_SLICE_TOKENS = 16
@@ -101,10 +106,10 @@ class Launcher:
                 keys, spans = _take_rows(keys, rows_of(spans, applies)), subset(spans, applies)
             by_dtype.setdefault(keys.dtype, []).append((keys, (request.tenant, request.layer, spans), entry))
         for parts in by_dtype.values():
-            keys = _concatenate([part for part, _, _ in parts]).to(self._backend.device)
-            targets = kernel_spans(cache, self._backend.device, [part for _, part, _ in parts])
+            keys = _concatenate([part for part, _, _ in parts])
             with self._timed("append", len(keys), [entry for _, _, entry in parts]):
-                self._backend.append(keys, targets)
+                targets = kernel_spans(cache, self._backend.device, [part for _, part, _ in parts])
+                self._backend.append(to_device(keys, self._backend.device), targets)
         return [(entry, TokenAnswer(cache.epoch)) for entry, _ in appends if not selects(entry)]
 
     def decode(self, cache: Cache, selections: Sequence[Entry]) -> list[Outcome]:
@@ -121,7 +126,11 @@ class Launcher:
                 alike = (reading.queries.shape[1], reading.queries.dtype, reading.order, reading.return_scores)
                 groups.setdefault(alike, []).append((reading, subset(spans, short), rows))
         for group in groups.values():
-            self._decode_group(cache, group)
+            try:
+                self._decode_group(cache, group)
+            except torch.OutOfMemoryError as error:
+                outcomes += self._give_up([reading for reading, _, _ in group], error)
+                continue
             outcomes += [
                 outcome for reading, _, _ in group if not reading.unread for outcome in reading.outcomes(cache.epoch)
             ]
@@ -130,12 +139,15 @@ class Launcher:
     def _decode_group(self, cache: Cache, group: list[tuple[Reading, Spans, slice | torch.Tensor]]) -> None:
         first = group[0][0]
         device = self._backend.device
-        queries = _concatenate([_take_rows(reading.queries, rows) for reading, _, rows in group]).to(device)
+        queries = _concatenate([_take_rows(reading.queries, rows) for reading, _, rows in group])
         parts = [(reading.request.tenant, reading.request.layer, spans) for reading, spans, _ in group]
-        places = kernel_spans(cache, device, parts)
         callers = [entry for reading, _, _ in group for entry, _ in reading.callers]
         with self._timed("decode", len(queries), callers):
-            selection = self._backend.decode(queries, places, order=first.order, return_scores=first.return_scores)
+            places = kernel_spans(cache, device, parts)
+            queries = to_device(queries, device)
+            selection = to_host(
+                self._backend.decode(queries, places, order=first.order, return_scores=first.return_scores)
+            )
         row = 0
         for reading, spans, rows in group:
             own = slice(row, row + spans.num_tokens)
@@ -149,14 +161,19 @@ class Launcher:
         reading = prefill.reading
         wanted = int(self._products_per_second * self._slice_seconds / prefill.products_per_token)
         spans, rows = prefill.take(max(wanted, _MIN_SLICE_TOKENS))
-        queries = reading.queries[rows].to(self._backend.device)
-        request = reading.request
-        places = kernel_spans(cache, self._backend.device, [(request.tenant, request.layer, spans)])
+        request, device = reading.request, self._backend.device
         began = time.monotonic()
-        with self._timed("prefill", len(queries), [entry for entry, _ in reading.callers]):
-            selection = self._backend.prefill(queries, places, order=reading.order, return_scores=reading.return_scores)
+        try:
+            with self._timed("prefill", spans.num_tokens, [entry for entry, _ in reading.callers]):
+                places = kernel_spans(cache, device, [(request.tenant, request.layer, spans)])
+                queries = to_device(reading.queries[rows], device)
+                selection = to_host(
+                    self._backend.prefill(queries, places, order=reading.order, return_scores=reading.return_scores)
+                )
+        except torch.OutOfMemoryError as error:
+            return self._give_up([reading], error)
         reading.write(rows, selection)
-        rate = len(queries) * prefill.products_per_token / max(time.monotonic() - began, 1e-6)
+        rate = spans.num_tokens * prefill.products_per_token / max(time.monotonic() - began, 1e-6)
         self._products_per_second += 0.25 * (rate - self._products_per_second)
         if prefill.remaining:
             # Behind the others: a short prefill does not wait for a long one to end.
@@ -175,8 +192,22 @@ class Launcher:
             self.prefills = deque(prefill for prefill in self.prefills if prefill.reading.callers)
         return outcomes
 
+    def _give_up(self, readings: Sequence[Reading], error: torch.OutOfMemoryError) -> list[Outcome]:
+        """What the callers of selections are answered that the device has no memory for; pages are as they were."""
+        log_event(logger, logging.ERROR, "device out of memory", reason=str(error))
+        self.prefills = deque(prefill for prefill in self.prefills if prefill.reading not in readings)
+        return [
+            (entry, ResourceExhaustedError("device: no memory left to select with", Reason.OVERLOADED))
+            for reading in readings
+            for entry, _ in reading.callers
+        ]
+
     @contextmanager
     def _timed(self, phase: str, tokens: int, entries: Iterable[Entry]) -> Iterator[None]:
+        """Times a phase, from the copy to the device to the answer on the host.
+
+        An append has no answer to wait for: on a GPU what is left of it is waited for, and counted, in what follows.
+        """
         began = time.monotonic()
         yield
         seconds = time.monotonic() - began

@@ -21,6 +21,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
+_COLUMN_STEP = 4
+_TABLE_STEP = 16
+
 TORCH_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -51,20 +54,49 @@ def subset(spans: Spans, chosen: NDArray[np.bool_]) -> Spans:
     return Spans(spans.sequence_ids[chosen], spans.starts[chosen], spans.lengths[chosen], spans.revisions[chosen])
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device; nobody waits for what runs there.
+
+    By way of pinned memory, which torch keeps until the copy is made, whatever becomes of the tensor.
+    """
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(selection: Selection) -> Selection:
+    """A selection on the host: waits until it is made."""
+    scores = selection.scores
+    return Selection(selection.block_ids.cpu(), None if scores is None else scores.cpu())
+
+
 def kernel_spans(cache: Cache, device: torch.device, parts: Sequence[tuple[str, int, Spans]]) -> KernelSpans:
-    """Spans of several requests (tenant, layer, columns), one after another, with their page tables as of now."""
+    """Spans of several requests (tenant, layer, columns), one after another, with their page tables as of now.
+
+    All of it crosses to the device in one copy. Columns and rows of the table begin at multiples of 16 bytes there,
+    which kernels are compiled for.
+    """
     tables = [cache.page_table(tenant, spans) for tenant, _, spans in parts]
-    width = max(table.shape[1] for table in tables)
-    table = np.zeros((sum(len(table) for table in tables), width), np.int32)
+    num_runs = sum(len(table) for table in tables)
+    width = _rounded_up(max(table.shape[1] for table in tables), _TABLE_STEP)
+    height = _rounded_up(num_runs, _COLUMN_STEP)
+    numbers = np.zeros(3 * height + num_runs * width, np.int32)
+    columns = numbers[: 3 * height].reshape(3, height)[:, :num_runs]
+    columns[0] = np.repeat([layer for _, layer, _ in parts], [len(table) for table in tables])
+    np.concatenate([spans.starts for _, _, spans in parts], out=columns[1], casting="same_kind")
+    np.concatenate([spans.lengths for _, _, spans in parts], out=columns[2], casting="same_kind")
+    table = numbers[3 * height :].reshape(num_runs, width)
     row = 0
     for part in tables:
         table[row : row + len(part), : part.shape[1]] = part
         row += len(part)
-    layers = np.repeat([layer for _, layer, _ in parts], [len(part) for part in tables])
-    starts = np.concatenate([spans.starts for _, _, spans in parts])
-    lengths = np.concatenate([spans.lengths for _, _, spans in parts])
-    columns = (layers.astype(np.int32), starts.astype(np.int32), lengths.astype(np.int32), table)
-    return KernelSpans(*(torch.from_numpy(column).to(device) for column in columns))
+    there = to_device(torch.from_numpy(numbers), device)
+    layers, starts, lengths = there[: 3 * height].view(3, height)[:, :num_runs]
+    return KernelSpans(
+        layers, starts, lengths, there[3 * height :].view(num_runs, width), columns, int(columns[2].max())
+    )
+
+
+def _rounded_up(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 class Reading:
@@ -104,11 +136,11 @@ class Reading:
         return [(entry, too_late(entry)) for entry in gone]
 
     def write(self, rows: slice | torch.Tensor, selection: Selection) -> None:
-        """Takes a kernel's answer for some of the tokens."""
+        """Takes a kernel's answer, on the host, for some of the tokens."""
         index = rows if isinstance(rows, slice) else rows.numpy()
-        self._block_ids[index] = selection.block_ids.cpu().numpy()
+        self._block_ids[index] = selection.block_ids.numpy()
         if self._scores is not None and selection.scores is not None:
-            self._scores[index] = selection.scores.cpu().numpy()
+            self._scores[index] = selection.scores.numpy()
         self.unread -= len(selection.block_ids)
 
     def outcomes(self, epoch: int) -> list[Outcome]:

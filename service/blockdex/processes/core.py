@@ -6,43 +6,70 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from blockdex.config import ServeSettings
 from blockdex.logs import log_fault
 from blockdex.processes.child import run_child
-from blockdex.starting import StartError, build_engine, gpu_uuid
+from blockdex.starting import StartError, build_engine, gpu_uuid, warm_up
 from blockdex.transport.host import RingHost
 from blockdex.transport.inbox import RingInbox
+from blockdex.transport.reports import answer_of
 from blockdex.transport.talk import Talk, Words
 from blockdex_kernels import SpecError
+
+if TYPE_CHECKING:
+    from blockdex.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 
-async def _run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
+async def run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
+    """Builds the engine, compiles its kernels and lets front doors in, until the supervisor has it stop or is gone."""
     threading.excepthook = _end_with_the_thread
+    loop = asyncio.get_running_loop()
     inbox = RingInbox(settings.max_queued_requests, settings.spin_seconds)
+
+    def on_lost_device() -> None:
+        loop.call_soon_threadsafe(talk.hang_up)
+
     try:
-        engine = build_engine(settings, settings.index_spec(), inbox)
+        engine = build_engine(settings, settings.index_spec(), on_lost_device, inbox)
     except (StartError, SpecError) as error:
         talk.tell({"refused": str(error)})
         return
     engine.start(inbox.deliver)
-    with socket.socket(fileno=words["listening"]) as listening:
-        listening.setblocking(False)
-        hosting = asyncio.create_task(RingHost(engine, inbox, listening).run())
-        talk.tell({"ready": True, "gpu": gpu_uuid(engine.info().device)})
-        async for told in heard:
-            match told:
-                case {"expect_no_more": True}:
-                    engine.expect_no_more()
-                case {"stop": True}:
-                    break
-        hosting.cancel()
-        await asyncio.gather(hosting, return_exceptions=True)
+    talk.tell({"gpu": gpu_uuid(engine.info().device)})
+    opening = asyncio.create_task(_open(talk, engine, inbox, words["listening"]))
+    async for told in heard:
+        match told:
+            case {"ask": _}:
+                talk.tell({"answer": await answer_of(engine, told)})
+            case {"expect_no_more": True}:
+                engine.expect_no_more()
+            case {"stop": True}:
+                break
+    opening.cancel()
+    await asyncio.gather(opening, return_exceptions=True)
     engine.stop()
+    if engine.device_is_lost:
+        sys.exit(1)
+
+
+async def _open(talk: Talk, engine: Engine, inbox: RingInbox, listening: int) -> None:
+    """Lets front doors in once every kernel is compiled."""
+    try:
+        await warm_up(engine, lambda done, total: talk.tell({"compiling": [done, total]}), asyncio.Event())
+    except StartError as error:
+        talk.tell({"refused": str(error)})
+        return
+    talk.tell({"open": True})
+    with socket.socket(fileno=listening) as accepting:
+        accepting.setblocking(False)
+        await RingHost(engine, inbox, accepting).run()
 
 
 def _end_with_the_thread(fault: threading.ExceptHookArgs) -> None:
@@ -53,4 +80,4 @@ def _end_with_the_thread(fault: threading.ExceptHookArgs) -> None:
 
 
 if __name__ == "__main__":
-    run_child(_run)
+    run_child(run)

@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections.abc import Mapping
 
-from blockdex.transport.channel import Channel
+from blockdex.transport.channel import Reports
 from blockdex.web.app import create_app
 from blockdex.web.gpu import open_gpu
 from blockdex.web.history import History
@@ -26,7 +26,7 @@ class HttpSide:
     @classmethod
     async def start(
         cls,
-        channel: Channel,
+        reports: Reports,
         requests: RequestCounts,
         readiness: Readiness,
         restarts: Mapping[str, int],
@@ -36,18 +36,18 @@ class HttpSide:
         """Serves on a socket that listens already.
 
         Args:
-            channel: to the engine.
+            reports: of the engine.
             requests: what was answered.
             readiness: whether the server takes requests.
             restarts: how often each kind of process was started again.
             gpu: the driver's name of the engine's GPU, if it has one.
             listening: where.
         """
-        history = History(channel, requests)
+        history = History(reports, requests)
         await history.take()
-        collector = ServerCollector(channel, requests, readiness, restarts)
+        collector = ServerCollector(reports, requests, readiness, restarts)
         metrics = Metrics(collector, None if gpu is None else open_gpu(gpu))
-        app = create_app(channel, metrics, LiveView(channel, history, readiness), readiness)
+        app = create_app(reports, metrics, LiveView(reports, history, readiness), readiness)
         return cls(HttpServer(app, listening), asyncio.create_task(history.run()))
 
     async def stop(self) -> None:

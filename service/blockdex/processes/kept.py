@@ -71,6 +71,6 @@ class Kept:
 
     async def _see_the_end(self, child: Child) -> None:
         status = await asyncio.shield(child.ended)
-        self.child = None
         self._ended(child)
+        self.child = None
         log_event(logger, logging.ERROR, "process ended", process=self._what, pid=child.pid, status=status)

@@ -12,9 +12,13 @@ from blockdex.config import ServeSettings
 from blockdex.processes.child import Child
 from blockdex.processes.counts import FleetCounts
 from blockdex.processes.kept import Kept
-from blockdex.transport.door import RingChannel
+from blockdex.starting import StartError
 from blockdex.transport.handover import listen
+from blockdex.transport.reports import RemoteReports
 from blockdex.web.readiness import Readiness
+
+CORE, FRONT_DOOR = "blockdex.processes.core", "blockdex.processes.front_door"
+"""Modules that are the children's programs."""
 
 _STOP_SECONDS = 5.0
 
@@ -27,7 +31,7 @@ class Supervisor:
         readiness: told whether requests are taken.
 
     Attributes:
-        channel: to the engine core, for questions about it.
+        reports: of the engine core.
         counts: requests that the front doors answered.
         restarts: how often processes were started again, by what they are.
         grpc_address: where the front doors listen, once they do.
@@ -47,27 +51,55 @@ class Supervisor:
         self._serving: set[Child] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._keepers: list[asyncio.Task[None]] = []
+        self._refusal = ""
         self._stopping = False
-        self._there = asyncio.Event()
-        self.channel = RingChannel(self._core_address, changed=self._core_changed)
+        self._open = asyncio.Event()
+        self.reports = RemoteReports(lambda: None if self._core.child is None else self._core.child.talk)
         self.counts = FleetCounts(self._running_doors)
         self.grpc_address = settings.grpc_address
         self.gpu: str | None = None
 
     async def start(self) -> None:
-        """Starts all processes; returns once they serve.
+        """Starts the engine core; returns once it can be asked what it is, before its kernels are compiled.
 
         Raises:
-            StartError: one of them cannot.
+            StartError: it cannot be started, or the port cannot be had.
         """
         if len(self._doors) > 1:
-            self._reserved, address = Address.parse(self.grpc_address).reserve()
+            try:
+                self._reserved, address = Address.parse(self.grpc_address).reserve()
+            except OSError as error:
+                raise StartError(str(error.strerror)) from error
             self.grpc_address = str(address)
-        await self._keep(self._core)
-        self._in_background(self.channel.run())
-        await self._there.wait()
+        await self._core.start()
+
+    async def open(self, told_to_stop: asyncio.Event) -> bool:
+        """Starts the front doors once the engine core lets them in; returns once they serve, or the server is to stop.
+
+        Returns:
+            Whether they serve.
+
+        Raises:
+            StartError: a kernel cannot be compiled, or a front door cannot start.
+        """
+        assert self._core.child is not None
+        ended = self._core.child.ended
+        opened, stopped = (asyncio.create_task(event.wait()) for event in (self._open, told_to_stop))
+        first: set[asyncio.Future[Any]] = {opened, stopped, ended}
+        try:
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            opened.cancel()
+            stopped.cancel()
+        if told_to_stop.is_set():
+            return False
+        if ended.done():
+            raise StartError(self._refusal or f"the engine core ended with {ended.result()} before it was ready")
+        self._keepers.append(asyncio.create_task(self._core.keep()))
         for door in self._doors:
-            await self._keep(door)
+            await door.start()
+            self._keepers.append(asyncio.create_task(door.keep()))
+        return True
 
     def pids(self) -> dict[str, str]:
         """Process ids, by what they are of."""
@@ -111,10 +143,6 @@ class Supervisor:
     def _running_doors(self) -> Iterator[Child]:
         return (door.child for door in self._doors if door.child is not None)
 
-    async def _keep(self, kept: Kept) -> None:
-        await kept.start()
-        self._keepers.append(asyncio.create_task(kept.keep()))
-
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -122,14 +150,14 @@ class Supervisor:
 
     async def _start_core(self) -> Child:
         listening = self._core_listens.fileno()
-        core, said = await Child.start("blockdex.processes.core", self._settings, [listening], listening=listening)
+        core, said = await Child.start(CORE, self._settings, [listening], listening=listening)
         self.gpu = said["gpu"]
         self._in_background(self._hear(core))
         return core
 
     async def _start_door(self) -> Child:
         door, said = await Child.start(
-            "blockdex.processes.front_door",
+            FRONT_DOOR,
             self._settings,
             address=self._core_address,
             grpc_address=self.grpc_address,
@@ -143,28 +171,32 @@ class Supervisor:
 
     async def _hear(self, child: Child) -> None:
         async for words in child.heard:
-            if words["serving"]:
-                self._serving.add(child)
-            else:
-                self._serving.discard(child)
+            match words:
+                case {"serving": True}:
+                    self._serving.add(child)
+                case {"serving": False}:
+                    self._serving.discard(child)
+                case {"compiling": [done, total]}:
+                    self._readiness.compiling(done, total)
+                    continue
+                case {"refused": str(reason)}:
+                    self._refusal = reason
+                    child.kill()
+                case {"open": True}:
+                    self._open.set()
             self._tell_readiness()
 
     def _has_ended(self, child: Child) -> None:
         self._serving.discard(child)
         self.counts.has_ended(child)
-        self._tell_readiness()
-
-    def _core_changed(self, there: bool) -> None:
-        if there:
-            self._there.set()
-        else:
-            self._there.clear()
+        if child is self._core.child:
+            self._open.clear()
         self._tell_readiness()
 
     def _tell_readiness(self) -> None:
         if self._stopping:
             self._readiness.obstacle = "shutting down"
-        elif not self._there.is_set():
+        elif not self._open.is_set():
             self._readiness.obstacle = "the engine core starts anew"
         elif not self._serving:
             self._readiness.obstacle = "no front door serves"

@@ -24,7 +24,27 @@ class PendingAnswer(asyncio.Future[Answer]):
     stage_seconds: Mapping[str, float] = MappingProxyType({})
 
 
-class Channel(Protocol):
+class Reports(Protocol):
+    """What is said of the engine rather than by it; every call is made on an asyncio loop, and none blocks it."""
+
+    async def info(self) -> Info:
+        """What the engine is, holds and can do, now.
+
+        Raises:
+            UnavailableError: the engine is gone (UNREACHABLE); so do the other two.
+        """
+        ...
+
+    async def overview(self, max_cells: int) -> CacheOverview:
+        """What pages and sequences are like, now, the pages in `max_cells` cells at most."""
+        ...
+
+    async def stats(self) -> Stats:
+        """What the engine counted and timed since it started."""
+        ...
+
+
+class Channel(Reports, Protocol):
     """The engine, seen from an asyncio loop. Every call is made on that loop; none blocks it."""
 
     @property
@@ -48,22 +68,6 @@ class Channel(Protocol):
             ResourceExhaustedError: too many requests are queued (OVERLOADED).
             UnavailableError: the engine is shutting down (SHUTTING_DOWN) or gone (UNREACHABLE).
         """
-        ...
-
-    async def info(self) -> Info:
-        """What the engine is, holds and can do, now.
-
-        Raises:
-            UnavailableError: the engine is gone (UNREACHABLE); so do the other two.
-        """
-        ...
-
-    async def overview(self, max_cells: int) -> CacheOverview:
-        """What pages and sequences are like, now, the pages in `max_cells` cells at most."""
-        ...
-
-    async def stats(self) -> Stats:
-        """What the engine counted and timed since it started."""
         ...
 
 

@@ -15,18 +15,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex.engine.stats import Stats
 from blockdex.errors import BlockdexError, Reason, ResourceExhaustedError, UnavailableError
 from blockdex.logs import log_event
-from blockdex.messages import Answer, CacheOverview, Info, Limits, Request
-from blockdex.transport import codec, reports
+from blockdex.messages import Answer, Limits, Request
+from blockdex.transport import codec
 from blockdex.transport.arena import Arena, Reader
 from blockdex.transport.channel import InFlight, PendingAnswer
 from blockdex.transport.handover import Handles, take
 from blockdex.transport.layout import AT, AnswerSlot
+from blockdex.transport.reports import RemoteReports, gone, info_of
 from blockdex.transport.ring import Bell, Consumer, Producer
 from blockdex.transport.segment import RingError
-from blockdex.transport.talk import Talk, Words
+from blockdex.transport.talk import Talk
 from blockdex_kernels import IndexSpec
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class Link:
             self._room_bell.ring()
 
 
-class RingChannel:
+class RingChannel(RemoteReports):
     """`Channel` to an engine in another process, through all its lives; made and used on one asyncio loop.
 
     Args:
@@ -223,6 +223,7 @@ class RingChannel:
     """
 
     def __init__(self, address: str, *, spin_seconds: float = 0.0, changed: Callable[[bool], None]) -> None:
+        super().__init__(lambda: self._talk)
         self._address = address
         self._spin_seconds = spin_seconds
         self._changed = changed
@@ -265,14 +266,14 @@ class RingChannel:
         hearing = asyncio.create_task(_listen(talk))
         link = Link(handles, self._spin_seconds, broken=talk.hang_up)
         try:
-            info = reports.info_of(await talk.ask({"ask": "info"}))
+            info = info_of(await talk.ask({"ask": "info"}))
             self._spec, self._limits, self._talk, self._link = info.spec, info.limits, talk, link
             self._changed(True)
             await hearing
         finally:
             self._talk = self._link = None
             link.close()
-            self._in_flight.fail_all(_gone())
+            self._in_flight.fail_all(gone())
             self._changed(False)
             hearing.cancel()
             talk.hang_up()
@@ -292,36 +293,15 @@ class RingChannel:
         if queued >= allowed:
             raise ResourceExhaustedError(f"queue: at most {allowed} requests may wait, {queued} do", Reason.OVERLOADED)
         if link is None:
-            raise _gone()
+            raise gone()
         pending = self._in_flight.open()
         ticket, now = next(self._tickets), time.monotonic()
         pending.add_done_callback(lambda done: link.give_up(ticket) if done.cancelled() else None)
         link.send(Outgoing(ticket, pending, request, now, now + timeout))
         return pending
 
-    async def info(self) -> Info:
-        """As `Channel.info`."""
-        return reports.info_of(await self._ask("info"))
-
-    async def stats(self) -> Stats:
-        """As `Channel.stats`."""
-        return reports.stats_of(await self._ask("stats"))
-
-    async def overview(self, max_cells: int) -> CacheOverview:
-        """As `Channel.overview`."""
-        return reports.overview_of(await self._ask("overview", max_cells=max_cells))
-
-    async def _ask(self, what: str, **arguments: int) -> Words:
-        if self._talk is None:
-            raise _gone()
-        return await self._talk.ask({"ask": what, **arguments})
-
 
 async def _listen(talk: Talk) -> None:
     """Until the engine is gone; it says nothing but answers."""
     async for _ in talk.heard():
         pass
-
-
-def _gone() -> UnavailableError:
-    return UnavailableError("engine: it is gone and starts anew, without any sequence", Reason.UNREACHABLE)

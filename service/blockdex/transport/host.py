@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from blockdex.logs import log_event
 from blockdex.messages import Limits
-from blockdex.transport import reports
 from blockdex.transport.handover import offer
 from blockdex.transport.inbox import Line, RingInbox
+from blockdex.transport.reports import answer_of
 from blockdex.transport.segment import RingError, Segment, Sizes
-from blockdex.transport.talk import Talk, Words
+from blockdex.transport.talk import Talk
 from blockdex_kernels import IndexSpec
 
 if TYPE_CHECKING:
@@ -74,22 +74,10 @@ class RingHost:
         self._inbox.add(line)
         try:
             async for words in talk.heard():
-                talk.tell({"answer": await self._answer(words)})
+                talk.tell({"answer": await answer_of(self._engine, words)})
         finally:
             self._inbox.drop(line)
             talk.hang_up()
-
-    async def _answer(self, words: Words) -> Words:
-        """What a question is answered: beside the engine's thread, so that batches do not wait."""
-        match words:
-            case {"ask": "info"}:
-                return reports.words_of(self._engine.info())
-            case {"ask": "stats"}:
-                return reports.words_of(self._engine.stats())
-            case {"ask": "overview", "max_cells": int(max_cells)}:
-                return reports.words_of(await asyncio.to_thread(self._engine.overview, max_cells))
-            case _:
-                return {}
 
 
 def sizes_of(spec: IndexSpec, limits: Limits) -> Sizes:

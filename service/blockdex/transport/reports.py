@@ -1,17 +1,69 @@
-"""What the engine says of itself, between plain data and JSON."""
+"""What the engine says of itself to another process, between plain data and JSON."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from blockdex.engine.stats import Histogram, Stats
+from blockdex.errors import Reason, UnavailableError
 from blockdex.messages import CacheOverview, CacheUsage, Info, Limits
+from blockdex.transport.talk import Talk, Words
 from blockdex_kernels import IndexSpec
 
-Words = dict[str, Any]
+if TYPE_CHECKING:
+    from blockdex.engine.engine import Engine
+
+
+class RemoteReports:
+    """`Reports` of an engine in another process; used on one asyncio loop.
+
+    Args:
+        talk: the conversation with that process, if it is there.
+    """
+
+    def __init__(self, talk: Callable[[], Talk | None]) -> None:
+        self._talk_of = talk
+
+    async def info(self) -> Info:
+        """As `Reports.info`."""
+        return info_of(await self._ask("info"))
+
+    async def stats(self) -> Stats:
+        """As `Reports.stats`."""
+        return stats_of(await self._ask("stats"))
+
+    async def overview(self, max_cells: int) -> CacheOverview:
+        """As `Reports.overview`."""
+        return overview_of(await self._ask("overview", max_cells=max_cells))
+
+    async def _ask(self, what: str, **arguments: int) -> Words:
+        talk = self._talk_of()
+        if talk is None:
+            raise gone()
+        return await talk.ask({"ask": what, **arguments})
+
+
+async def answer_of(engine: Engine, words: Words) -> Words:
+    """What a question about an engine is answered: beside its thread, so that batches do not wait."""
+    match words:
+        case {"ask": "info"}:
+            return words_of(engine.info())
+        case {"ask": "stats"}:
+            return words_of(engine.stats())
+        case {"ask": "overview", "max_cells": int(max_cells)}:
+            return words_of(await asyncio.to_thread(engine.overview, max_cells))
+        case _:
+            return {}
+
+
+def gone() -> UnavailableError:
+    """What is said of an engine that is not there."""
+    return UnavailableError("engine: it is gone and starts anew, without any sequence", Reason.UNREACHABLE)
 
 
 def words_of(report: Info | Stats | CacheOverview) -> Words:

@@ -13,7 +13,7 @@ from blockdex import __version__
 from blockdex.errors import UnavailableError
 from blockdex.rpc.convert import info_response
 from blockdex.rpc.service import TRANSPORTS
-from blockdex.transport.channel import Channel
+from blockdex.transport.channel import Reports
 from blockdex.web.live import LiveView
 from blockdex.web.metrics import Metrics
 from blockdex.web.readiness import Readiness
@@ -34,11 +34,11 @@ PAGE_HEADERS = {
 }
 
 
-def create_app(channel: Channel, metrics: Metrics, live: LiveView, readiness: Readiness) -> FastAPI:
+def create_app(reports: Reports, metrics: Metrics, live: LiveView, readiness: Readiness) -> FastAPI:
     """The application of one server.
 
     Args:
-        channel: the engine.
+        reports: of the engine.
         metrics: what `/metrics` answers.
         live: what the page shows.
         readiness: whether the server takes requests.
@@ -52,7 +52,7 @@ def create_app(channel: Channel, metrics: Metrics, live: LiveView, readiness: Re
         del request
         return PlainTextResponse(f"{error.message}\n", status_code=503)
 
-    # All of them are coroutines, so that the channel is only ever used on its loop.
+    # All of them are coroutines, so that the engine is only ever used on its loop.
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:
         """200 while the process answers at all."""
@@ -74,7 +74,7 @@ def create_app(channel: Channel, metrics: Metrics, live: LiveView, readiness: Re
     @app.get("/v1/info")
     async def info() -> Response:
         """What `GetInfo` answers, as ProtoJSON: 64-bit numbers are strings."""
-        message = info_response(await channel.info(), __version__, TRANSPORTS)
+        message = info_response(await reports.info(), __version__, TRANSPORTS)
         return Response(
             MessageToJson(message, always_print_fields_with_no_presence=True), media_type="application/json"
         )

@@ -14,7 +14,7 @@ from blockdex.engine.stats import Histogram, Stats
 from blockdex.errors import UnavailableError
 from blockdex.logs import log_event
 from blockdex.messages import CacheUsage, Info
-from blockdex.transport.channel import Channel
+from blockdex.transport.channel import Reports
 from blockdex.web.metrics import RequestCounts
 
 WINDOW_SECONDS = 60
@@ -50,8 +50,8 @@ class History:
         samples: oldest first; not empty once one was taken.
     """
 
-    def __init__(self, channel: Channel, requests: RequestCounts) -> None:
-        self._channel = channel
+    def __init__(self, reports: Reports, requests: RequestCounts) -> None:
+        self._reports = reports
         self._requests = requests
         self.samples: deque[Sample] = deque(maxlen=WINDOW_SECONDS + 1)
 
@@ -72,7 +72,7 @@ class History:
         Raises:
             UnavailableError: the engine is gone.
         """
-        info, stats = await asyncio.gather(self._channel.info(), self._channel.stats())
+        info, stats = await asyncio.gather(self._reports.info(), self._reports.stats())
         await self._requests.refresh()
         if self.samples and self.samples[-1].stats.started != stats.started:
             # Another process counts, from 0.

@@ -13,7 +13,7 @@ from blockdex import __version__
 from blockdex.engine.stats import Histogram, Stats
 from blockdex.errors import UnavailableError
 from blockdex.messages import CacheOverview, CacheUsage
-from blockdex.transport.channel import Channel
+from blockdex.transport.channel import Reports
 from blockdex.web.history import History, Sample
 from blockdex.web.metrics import CODES
 from blockdex.web.readiness import Readiness
@@ -28,8 +28,8 @@ Object = dict[str, Any]
 class LiveView:
     """Makes the object once a second and when readiness changes, but only if asked for; used on one asyncio loop."""
 
-    def __init__(self, channel: Channel, history: History, readiness: Readiness) -> None:
-        self._channel = channel
+    def __init__(self, reports: Reports, history: History, readiness: Readiness) -> None:
+        self._reports = reports
         self._history = history
         self._readiness = readiness
         self._born = time.monotonic()
@@ -53,7 +53,7 @@ class LiveView:
 
     async def _look(self) -> CacheOverview:
         try:
-            return await self._channel.overview(MAX_CELLS)
+            return await self._reports.overview(MAX_CELLS)
         except UnavailableError:
             if self._overview is None:
                 raise

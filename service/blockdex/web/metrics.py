@@ -17,7 +17,7 @@ from blockdex import __version__
 from blockdex.engine.stats import SECONDS_BUCKETS, Histogram, Stats
 from blockdex.errors import Code, UnavailableError
 from blockdex.messages import CacheOverview, Info
-from blockdex.transport.channel import Channel
+from blockdex.transport.channel import Reports
 from blockdex.web.gpu import GpuCollector
 from blockdex.web.readiness import Readiness
 
@@ -88,12 +88,12 @@ class RequestMetrics:
 
 
 class ServerCollector:
-    """Turns what channel, front doors and readiness say into metrics; of an engine that is gone, what it said last."""
+    """Turns what engine, front doors and readiness say into metrics; of an engine that is gone, what it said last."""
 
     def __init__(
-        self, channel: Channel, requests: RequestCounts, readiness: Readiness, restarts: Mapping[str, int]
+        self, reports: Reports, requests: RequestCounts, readiness: Readiness, restarts: Mapping[str, int]
     ) -> None:
-        self._channel = channel
+        self._reports = reports
         self._restarts = restarts
         self._requests = requests
         self._readiness = readiness
@@ -101,9 +101,9 @@ class ServerCollector:
 
     async def refresh(self) -> None:
         """Asks for all that is counted elsewhere; to be called before `collect`."""
-        channel = self._channel
+        reports = self._reports
         with contextlib.suppress(UnavailableError):
-            self._engine = await asyncio.gather(channel.info(), channel.stats(), channel.overview(max_cells=1))
+            self._engine = await asyncio.gather(reports.info(), reports.stats(), reports.overview(max_cells=1))
         await self._requests.refresh()
 
     def collect(self) -> Iterator[Metric]:

@@ -15,6 +15,10 @@ class Readiness:
 
     obstacle: str = "starting"
 
+    def compiling(self, done: int, total: int) -> None:
+        """Kernels are compiled first."""
+        self.obstacle = f"compiling kernels, {done} of {total}"
+
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""

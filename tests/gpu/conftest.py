@@ -1,0 +1,35 @@
+"""What the tests on a GPU share: they are skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernel_cases import TALLY
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of this folder."""
+    for item in items:
+        if FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """The same numbers in every run."""
+    return torch.Generator().manual_seed(20261124)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints how many blocks rounding exchanged."""
+    if TALLY.rows:
+        terminalreporter.write_line(
+            f"kernels: {TALLY.rows} selections against the float64 reference, {TALLY.flips} flips within its bound"
+        )
