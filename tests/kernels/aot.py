@@ -96,7 +96,7 @@ def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options:
                 "products": products,
                 "registers": registers,
                 "spilled": stores + loads,
-                "spilled_in_loop": spilled_in_loop(kernel.asm["cubin"]) if products else 0,
+                "spilled_in_loop": spilled_in_loop(kernel.asm["cubin"]) if products and stores + loads else 0,
                 "warps": kernel.metadata.num_warps,
                 "shared": kernel.metadata.shared,
                 "serialized": _SERIALIZED.findall(log.getvalue()),

@@ -78,7 +78,7 @@ def chip_of(capability: int, multiprocessors: int) -> Chip:
         # Rows share what is read of the keys, which bounds bf16: as many as registers hold. e4m3 is bounded by the
         # maxima, and two programs on a multiprocessor take them while the other multiplies; where accumulators are
         # registers, four warps have too few.
-        prefill=Launch(1, 8, 3, tile=256) if large else Launch(1, 8, 2, tile=128),
+        prefill=Launch(1, 8, 3, tile=256) if large else Launch(1, 8, 2, tile=64 if capability >= 120 else 128),
         prefill_fp8=Launch(2, 4, 2, tile=128) if large else Launch(1, 8, 2, tile=128),
         decode=Launch(2, 4, 3) if large else Launch(1, 4, 2),
         decode_fp8=Launch(4, 4, 3) if large else Launch(2, 4, 2),
