@@ -43,13 +43,20 @@ case = ""
 at_once: dict[str, int] = {}
 
 
-def spilled_in_loop(cubin: bytes) -> int:
-    """Reads and writes of spilled registers in the innermost loops that multiply on tensor cores."""
+def spilled_in_loop(cubin: bytes) -> int | None:
+    """Reads and writes of spilled registers in the innermost loops that multiply on tensor cores.
+
+    None where the disassembler is older than the chip, as that of Triton 3.6 is than sm_103.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(NVDISASM), "-c", file.name]
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+        disassembled = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if "Cannot decode architecture" in disassembled.stderr:
+        return None
+    disassembled.check_returncode()
+    lines = disassembled.stdout.splitlines()
     labels = {line.strip().rstrip(":"): at for at, line in enumerate(lines) if line.startswith(".L_")}
     jumps = ((labels[jump[1]], at) for at, line in enumerate(lines) if (jump := _JUMP.search(line)))
     loops = [range(first, last) for first, last in jumps if first < last]
@@ -96,7 +103,7 @@ def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options:
                 "products": products,
                 "registers": registers,
                 "spilled": stores + loads,
-                "spilled_in_loop": spilled_in_loop(kernel.asm["cubin"]) if products else 0,
+                "spilled_in_loop": spilled_in_loop(kernel.asm["cubin"]) if products and stores + loads else 0,
                 "warps": kernel.metadata.num_warps,
                 "shared": kernel.metadata.shared,
                 "serialized": _SERIALIZED.findall(log.getvalue()),

@@ -73,7 +73,7 @@ def test_kernels_compile_to_what_the_chip_is_good_at(
         print(made)
         if made["kernel"] in {"decode_scores_kernel", "prefill_scores_kernel"}:
             assert made["products"] == [silicon.product], made
-            assert made["spilled_in_loop"] == 0, made
+            assert not made["spilled_in_loop"], made
         else:
             assert made["products"] == [], made
             assert made["spilled"] == 0, made

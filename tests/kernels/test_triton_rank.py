@@ -18,6 +18,8 @@ BLOCK = 4
 UNREADABLE = 3e38
 """Stands where no kernel may read: it would win."""
 
+UNWRITTEN = -7
+
 SPECS = {
     "K=1": IndexSpec(topk=2, local_blocks=1, init_blocks=0, block_size=BLOCK),
     "K=5, init and local": IndexSpec(topk=8, local_blocks=2, init_blocks=1, block_size=BLOCK),
@@ -34,7 +36,6 @@ def rows_of(width: int, generator: torch.Generator) -> tuple[torch.Tensor, list[
     odd = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 2.0**-149, -1.0])
     spread = torch.randn(width, generator=generator)
     kinds = [
-        spread,
         spread.sort().values,
         spread.sort(descending=True).values,
         torch.randint(3, (width,), generator=generator) - 1.0,
@@ -43,10 +44,23 @@ def rows_of(width: int, generator: torch.Generator) -> tuple[torch.Tensor, list[
         torch.full((width,), math.nan),
         1.0 + torch.randint(4, (width,), generator=generator) * 2.0**-23,
         torch.where(torch.arange(width) % 37 == 5, 1e30, -1e30),
+        spread,
+        torch.randint(2, (width,), generator=generator).float(),
     ]
-    visible = [width, width - 1, width, width, max(width * 5 // 8, 1), width, width - 3, width, width * 7 // 8 + 1]
+    visible = [
+        width - 1,
+        width,
+        width,
+        max(width * 5 // 8, 1),
+        width,
+        width - 3,
+        width,
+        width * 7 // 8 + 1,
+        width,
+        width,
+    ]
     few = torch.randint(1, max(width // 2, 2), (2,), generator=generator).tolist()
-    return torch.stack([*kinds, spread, spread]), [*visible, *few]
+    return torch.stack([spread, spread, *kinds]), [*few, *visible]
 
 
 def expected_row(scores: list[float], visible: int, spec: IndexSpec, order: Order) -> tuple[list[int], list[float]]:
@@ -87,8 +101,10 @@ def test_rows_of_every_kind(width: int, name: str, order: Order, valued: bool, g
     hidden = torch.arange(width)[None] >= torch.tensor(visible)[:, None] - spec.local_blocks
     hidden |= torch.arange(width)[None] < spec.init_blocks
     positions = torch.tensor(visible) * BLOCK - 1 - torch.arange(len(visible)) % BLOCK
-    ids = torch.full((len(visible), 1, spec.topk), -7, dtype=torch.int32, device=DEVICE)
-    values = torch.full(ids.shape, 7.0, device=DEVICE) if valued else None
+    # A row before those that are written, and one behind.
+    all_ids = torch.full((len(visible) + 2, 1, spec.topk), UNWRITTEN, dtype=torch.int32, device=DEVICE)
+    all_values = torch.full(all_ids.shape, float(UNWRITTEN), device=DEVICE)
+    ids, values = all_ids[1:-1], all_values[1:-1] if valued else None
     unscales = torch.full((len(visible),), 0.25, device=DEVICE) if valued else None
 
     rank(
@@ -102,6 +118,8 @@ def test_rows_of_every_kind(width: int, name: str, order: Order, valued: bool, g
         pdl=False,
     )
 
+    for written in (all_ids, all_values):
+        assert (written[[0, -1]] == UNWRITTEN).all()
     for row, seen in enumerate(visible):
         blocks, best = expected_row(scores[row].tolist(), seen, spec, order)
         assert ids[row, 0].tolist() == blocks, f"row {row}"

@@ -62,10 +62,7 @@ class TritonBackend(Backend):
         self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
         if self._scaled and device.type == "cuda":
             self.flip_tolerance = FP8_FLIP_TOLERANCE
-        self._blocks = Pages.of(self.pages, spec.block_size, upcast=upcast, tma=self.chip.tma)
-        # Tensor cores take 64 rows of their first operand.
-        part = spec.block_size // 2 if spec.block_size >= 128 else spec.block_size
-        self._parts = Pages.of(self.pages, part, upcast=upcast, tma=self.chip.tma)
+        self._keys = Pages.of(self.pages, upcast=upcast, tma=self.chip.tma)
         self._score_bytes = score_bytes
         self._captured: list[torch.Tensor] = []
         scoring = f"triton-{self.chip.name}" + ("-fp8" if self._scaled else "-upcast" if upcast else "")
@@ -101,7 +98,7 @@ class TritonBackend(Backend):
                 queries,
                 spans,
                 max_length,
-                self._parts,
+                self._keys,
                 self.spec,
                 scores,
                 positions,
@@ -130,9 +127,9 @@ class TritonBackend(Backend):
         every_block = return_scores or order == "score"
         for number, part in enumerate(runs.slices(step)):
             at = slice(number * step, number * step + step)
-            scored = self.score_prefill(queries[at], spans.page_table, part, every_block=every_block)
-            scores = None if selection.scores is None else selection.scores[at]
-            self.rank(*scored, Selection(selection.block_ids[at], scores), order)
+            own = Selection(selection.block_ids[at], None if selection.scores is None else selection.scores[at])
+            # The scores of a slice are let go before those of the next are asked for.
+            self.rank(*self.score_prefill(queries[at], spans.page_table, part, every_block=every_block), own, order)
         return selection
 
     def score_prefill(
@@ -160,7 +157,7 @@ class TritonBackend(Backend):
             self._rows(queries, unscales),
             queries.shape[1],
             page_table,
-            self._blocks,
+            self._keys,
             self.spec,
             items,
             scores,
@@ -200,7 +197,7 @@ class TritonBackend(Backend):
 
     def _rows(self, queries: torch.Tensor, unscales: torch.Tensor | None) -> torch.Tensor:
         """`[T * H, D]` as they are scored; the queries themselves where nothing is to be done."""
-        dtype = torch.bfloat16 if self._blocks.upcast else self.pages.dtype
+        dtype = torch.bfloat16 if self._keys.upcast else self.pages.dtype
         if queries.dtype == dtype and unscales is None and queries.is_contiguous():
             return queries.view(-1, queries.shape[2])
         rows = torch.empty((queries.shape[0] * queries.shape[1], queries.shape[2]), dtype=dtype, device=self.device)

@@ -14,7 +14,7 @@ class Launch:
     Attributes:
         programs: how many run at once on one multiprocessor.
         warps: of a program.
-        stages: blocks of keys (prefill), or halves of them (decode), that a program has room for.
+        stages: blocks of keys that a program has room for.
         tile: rows that a program scores against each block; 0 where that depends on the call.
     """
 
@@ -78,8 +78,8 @@ def chip_of(capability: int, multiprocessors: int) -> Chip:
         # Rows share what is read of the keys, which bounds bf16: as many as registers hold. e4m3 is bounded by the
         # maxima, and two programs on a multiprocessor take them while the other multiplies; where accumulators are
         # registers, four warps have too few.
-        prefill=Launch(1, 8, 3, tile=256) if large else Launch(1, 8, 2, tile=128),
+        prefill=Launch(1, 8, 3, tile=256) if large else Launch(1, 8, 2, tile=64 if capability >= 120 else 128),
         prefill_fp8=Launch(2, 4, 2, tile=128) if large else Launch(1, 8, 2, tile=128),
-        decode=Launch(2, 4, 6) if large else Launch(1, 4, 4),
-        decode_fp8=Launch(4, 4, 6) if large else Launch(2, 4, 4),
+        decode=Launch(2, 4, 3) if large else Launch(1, 4, 2),
+        decode_fp8=Launch(4, 4, 3) if large else Launch(2, 4, 2),
     )

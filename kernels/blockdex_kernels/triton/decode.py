@@ -10,7 +10,7 @@ from blockdex_kernels.backend import Spans
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.launch import padded_runs, pdl_launch, wait_for_previous
 from blockdex_kernels.triton.numbers import scale_to_e4m3, to_float
-from blockdex_kernels.triton.pages import Pages, load_keys
+from blockdex_kernels.triton.pages import Pages, load_block
 
 MAX_COLUMNS = 128
 """Most rows (queries times heads) of a run that one read of its keys serves."""
@@ -37,23 +37,22 @@ def _load_queries(
 
 
 @triton.jit
-def _products(rows, keys, first_key, position, COLUMNS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
-    """float32 products of rows with keys, -inf for keys behind a row's position.
+def _maxima(rows, keys, block, position, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """float32 `[COLUMNS]`: the greatest product of each row with the keys, those behind its position left out.
 
-    `[KEYS, COLUMNS]`, since the tensor cores take 64 rows of their first operand; from 64 rows of queries on they come
-    first, and `[COLUMNS]` is each row's greatest product.
+    The tensor cores take 64 rows of their first operand at least: the keys where there are fewer queries than that.
     """
-    key_position = first_key + tl.arange(0, KEYS)
+    key_position = block * BLOCK + tl.arange(0, BLOCK)
     if COLUMNS >= 64:
         products = tl.dot(rows, tl.trans(keys))
         if MASKED:
             products = tl.where(key_position[None, :] <= position[:, None], products, float("-inf"))
-        products = tl.max(products, 1)
+        return tl.max(products, 1)
     else:
         products = tl.dot(keys, tl.trans(rows))
         if MASKED:
             products = tl.where(key_position[:, None] <= position[None, :], products, float("-inf"))
-    return products
+        return tl.max(products, 0)
 
 
 @triton.jit
@@ -99,7 +98,6 @@ def _decode_scores_kernel(
     QUERIES: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
     DIM: tl.constexpr,
     PLACES: tl.constexpr,
     INIT: tl.constexpr,
@@ -113,7 +111,6 @@ def _decode_scores_kernel(
     STAGES: tl.constexpr,
 ):
     """Every program scores an equal share of the blocks of all runs, laid end to end: see `score_decode`."""
-    PARTS: tl.constexpr = BLOCK // KEYS
     wait_for_previous(PDL)
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
@@ -159,17 +156,11 @@ def _decode_scores_kernel(
                 rows = rows.to(KEY)
             target = scores + (first_row + column) * width
             position = own_start + (skipped + column) // HEADS
-            # Half a block at a time: more of the keys is under way while one part is multiplied.
-            shape: tl.constexpr = [COLUMNS] if COLUMNS >= 64 else [KEYS, COLUMNS]
-            best = tl.full(shape, float("-inf"), tl.float32)
-            for part in tl.range(first_block * PARTS, last_block * PARTS, num_stages=STAGES):
-                keys = load_keys(pages, page, layer, num_layers, part % PARTS, BLOCK, KEYS, DIM, UPCAST, TMA)
-                page = tl.load(cells + (part + 1) // PARTS, mask=part + 1 < last_block * PARTS, other=0)
-                products = _products(rows, keys, part * KEYS, position, COLUMNS, KEYS, LOCAL == 0)
-                best = tl.where(part % PARTS == 0, products, tl.maximum(best, products))
-                if part % PARTS == PARTS - 1:
-                    maxima = best if COLUMNS >= 64 else tl.max(best, 0)
-                    tl.store(target + part // PARTS, maxima, mask=column < num_rows)
+            for block in tl.range(first_block, last_block, num_stages=STAGES):
+                keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+                page = tl.load(cells + block + 1, mask=block + 1 < last_block, other=0)
+                best = _maxima(rows, keys, block, position, COLUMNS, BLOCK, LOCAL == 0)
+                tl.store(target + block, best, mask=column < num_rows)
 
     # Each token's position, for the ranking: programs take the runs in turn, and the rows that belong to none.
     if skipped == 0:
@@ -212,7 +203,7 @@ def score_decode(
         every_block: whether scores are wanted even where all candidates find a place.
         programs: how many share the blocks.
         warps: of a program.
-        stages: parts of blocks that a program has room for.
+        stages: blocks of keys that a program has room for.
         pdl: whether to launch as a programmatic dependent.
     """
     num_tokens, heads, dim = queries.shape
@@ -239,7 +230,6 @@ def score_decode(
         QUERIES=max(triton.next_power_of_2(max_length), 16),
         COLUMNS=columns,
         BLOCK=spec.block_size,
-        KEYS=pages.keys,
         DIM=dim,
         PLACES=spec.topk - spec.init_blocks - spec.local_blocks,
         INIT=spec.init_blocks,

@@ -46,7 +46,7 @@ class GpuBackend(TritonBackend):
         self._scorer: FmhaScorer | None = None
         if torch.cuda.get_device_capability(device) in CAPABILITIES:
             kernel, _ = self.kernels["prefill"]
-            found = "fmha_sm100 does not upcast keys" if self._blocks.upcast else find_scorer(self.pages, spec)
+            found = "fmha_sm100 does not upcast keys" if self._keys.upcast else find_scorer(self.pages, spec)
             if isinstance(found, FmhaScorer):
                 self._scorer = found
                 kernel, found = "fmha_sm100" + ("-fp8" if self._scaled else ""), f"{found.package.name} is compiled"

@@ -18,7 +18,8 @@ def e4m3_to_float(bits):
     # The exponent is biased by 7 and float32's by 127; a product brings subnormal numbers along.
     value = (magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
     value = tl.where(magnitude == 0x7F, float("nan"), value)
-    return tl.where(bits >= 0x80, -value, value)
+    # The sign as a bit: Triton 3.6 negates by subtracting from zero, which loses that of a zero.
+    return (value.to(tl.int32, bitcast=True) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -16,25 +16,23 @@ _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.f
 
 
 @triton.jit
-def load_keys(
+def load_block(
     pages,
     page,
     layer,
     num_layers,
-    part,
     BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
     DIM: tl.constexpr,
     UPCAST: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """`[KEYS, DIM]`: one part of a block, in bf16 where keys are upcast."""
+    """`[BLOCK, DIM]`: the keys of one block, in bf16 where they are upcast."""
     if TMA:
-        keys = pages.load([(page * num_layers + layer) * BLOCK + part * KEYS, 0])
+        keys = pages.load([(page * num_layers + layer) * BLOCK, 0])
     else:
         cell = page.to(tl.int64) * num_layers + layer
-        key = part * KEYS + tl.arange(0, KEYS)
-        keys = tl.load(pages + cell * (BLOCK * DIM) + key[:, None] * DIM + tl.arange(0, DIM)[None, :])
+        inside = tl.arange(0, BLOCK)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+        keys = tl.load(pages + cell * (BLOCK * DIM) + inside)
     if UPCAST:
         keys = e4m3_to_float(keys).to(tl.bfloat16)
     return keys
@@ -45,22 +43,21 @@ class Pages:
     """What a kernel is handed to read keys.
 
     Attributes:
-        argument: a descriptor of `[num_pages * L * block_size, D]`, or the tensor; bytes where keys are upcast.
-        keys: of a block that are read at once.
+        argument: a descriptor of `[num_pages * L * block_size, D]` with boxes of one block, or the tensor; bytes
+            where keys are upcast.
         scored: Triton's type of keys and queries when they are multiplied.
         upcast: whether keys are e4m3 that become bf16 before they are scored.
         tma: whether the argument is a descriptor.
     """
 
     argument: Any
-    keys: int
     scored: tl.dtype
     upcast: bool
     tma: bool
 
     @classmethod
-    def of(cls, pages: torch.Tensor, keys: int, *, upcast: bool, tma: bool) -> Pages:
-        """Describes `[num_pages, L, block_size, D]`, of which so many keys of a block are read at once.
+    def of(cls, pages: torch.Tensor, *, upcast: bool, tma: bool) -> Pages:
+        """Describes `[num_pages, L, block_size, D]`.
 
         Raises:
             ValueError: more keys than a descriptor can count.
@@ -71,5 +68,5 @@ class Pages:
         scored = tl.bfloat16 if upcast else _TRITON_TYPES[pages.dtype]
         if upcast:
             rows = rows.view(torch.uint8)
-        argument = TensorDescriptor.from_tensor(rows, [keys, rows.shape[1]]) if tma else rows
-        return cls(argument, keys, scored, upcast, tma)
+        argument = TensorDescriptor.from_tensor(rows, list(pages.shape[2:])) if tma else rows
+        return cls(argument, scored, upcast, tma)

@@ -283,6 +283,6 @@ def rank(
         VALUES=values is not None,
         UNSCALE=unscales is not None,
         PDL=pdl,
-        num_warps=min(max(groups * group // 2048, 1), 8),
+        num_warps=min(max(triton.next_power_of_2(groups * group) // 2048, 1), 8),
         **pdl_launch(pdl),
     )

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from blockdex_kernels.backend import Backend, Order, Spans
 
-NUM_RUNS = (1, 2, 4, 8, 16, 32, 64)
-"""Sequences of a call, by which kernels differ in powers of two; calls of more are compiled when they come."""
+NUM_RUNS = (1, 33, 129)
+"""Sequences of a call: one for each number of runs that kernels are padded to, up to 512."""
 LENGTHS = (1, 2, 4, 8, 16)
-"""Queries of a sequence in a decode step, likewise."""
+"""Queries of a sequence in a decode step; the rows that they make with their heads are padded to powers of two."""
 ANSWERS: tuple[tuple[Order, bool], ...] = (("ascending", True), ("score", False), ("score", True))
 """What else may be asked for than block ids in ascending order: an order, and whether scores."""
 PREFILL_TOKENS = 64
@@ -27,7 +27,7 @@ def warm_up(backend: Backend) -> Iterator[tuple[int, int]]:
 
     Covered: keys of every dtype; bf16 queries of all heads, and of one, which is a tensor-parallel rank's; runs and
     lengths up to those above; both orders, with scores and without; sequences of every length. What else a caller may
-    ask for (queries of another dtype, other numbers of heads, more runs, scores of several runs) is compiled when it
+    ask for (queries of another dtype, other numbers of heads, more runs, scores of many runs) is compiled when it
     is first asked for.
 
     Args:
@@ -55,7 +55,8 @@ def _calls(backend: Backend) -> Iterator[Callable[[], object]]:
             yield _select(backend.decode, backend, heads, num_runs, length)
         yield _select(backend.decode, backend, 1, num_runs, 1)
     for order, return_scores in ANSWERS:
-        yield _select(backend.decode, backend, heads, 1, 1, order=order, return_scores=return_scores)
+        for length in LENGTHS:
+            yield _select(backend.decode, backend, heads, 1, length, order=order, return_scores=return_scores)
     blocks = LEAST_BLOCKS
     while True:
         for some in sorted({1, heads}):
@@ -63,7 +64,8 @@ def _calls(backend: Backend) -> Iterator[Callable[[], object]]:
             yield _select(backend.prefill, backend, some, 1, PREFILL_TOKENS, start=start, blocks=blocks)
         if blocks >= backend.spec.max_blocks:
             return
-        blocks *= 2
+        # A power of two, half as much again, the next power of two: how rankings are shaped.
+        blocks += blocks // 2 if blocks & (blocks - 1) == 0 else blocks // 3
 
 
 def _append(backend: Backend, num_runs: int, dtype: torch.dtype) -> Callable[[], object]:
