@@ -181,6 +181,14 @@ def test_extents_never_overlap_and_all_room_comes_back(steps: list[tuple[bool, i
     assert arena.take(ARENA) == 0
 
 
+def test_a_tape_that_nobody_reads_begins_again_at_its_front() -> None:
+    tape, freed = Tape(ARENA), 0
+    for _ in range(100):
+        place = tape.take(100, freed)
+        assert place is not None and place[0] == 0
+        freed = place[1]
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, ARENA // 2), st.integers(0, 100)), max_size=120))
 @example([(False, ARENA // 2, 0), (False, ARENA // 2, 0), (False, 64, 0)])
 def test_the_tape_never_overwrites_what_is_still_read(steps: list[tuple[bool, int, int]]) -> None:

@@ -72,7 +72,9 @@ class Tape:
         wanted = aligned(num_bytes)
         begin = self._end
         to_the_edge = self._size - begin % self._size
-        if wanted > to_the_edge:
+        # From the front again where nothing is in use, so that memory which was never needed is never touched.
+        unused = freed == begin and to_the_edge + wanted <= self._size
+        if wanted > to_the_edge or unused:
             begin += to_the_edge
         if begin + wanted - freed > self._size:
             return None
