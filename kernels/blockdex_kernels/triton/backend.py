@@ -93,7 +93,9 @@ class TritonBackend(Backend):
             if max_length is None:
                 max_length = int(Runs.of(spans).lengths.max())
             scores, positions, unscales = self._score_buffers(queries, width)
-            launch = self.chip.decode_fp8 if self._scaled else self.chip.decode
+            wide = queries.shape[1] * max_length > 32
+            fp8 = self.chip.decode_fp8_wide if wide else self.chip.decode_fp8
+            launch = fp8 if self._scaled else self.chip.decode
             score_decode(
                 queries,
                 spans,

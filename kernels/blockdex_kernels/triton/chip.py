@@ -38,6 +38,7 @@ class Chip:
         prefill_fp8: the same from e4m3 keys.
         decode: scores of decode from keys of two bytes.
         decode_fp8: the same from e4m3 keys.
+        decode_fp8_wide: the same for runs of more than 32 rows (queries times heads), which take more shared memory.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Chip:
     prefill_fp8: Launch
     decode: Launch
     decode_fp8: Launch
+    decode_fp8_wide: Launch
 
     @classmethod
     def of(cls, device: torch.device) -> Chip:
@@ -59,7 +61,7 @@ class Chip:
         """
         if device.type == "cpu":
             few, tiles = Launch(1, 4, 1), Launch(1, 4, 1, tile=32)
-            return cls("interpreter", 3, False, False, True, tiles, tiles, few, few)
+            return cls("interpreter", 3, False, False, True, tiles, tiles, few, few, few)
         properties = torch.cuda.get_device_properties(device)
         if properties.major < 8:
             raise ValueError(f"device {device}: compute capability must be at least 8.0, got {properties.name}'s")
@@ -82,4 +84,5 @@ def chip_of(capability: int, multiprocessors: int) -> Chip:
         prefill_fp8=Launch(2, 4, 2, tile=128) if large else Launch(1, 8, 2, tile=128),
         decode=Launch(2, 4, 3) if large else Launch(1, 4, 2),
         decode_fp8=Launch(4, 4, 3) if large else Launch(2, 4, 2),
+        decode_fp8_wide=Launch(2, 4, 6) if large else Launch(2, 4, 2),
     )
