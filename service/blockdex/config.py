@@ -111,7 +111,7 @@ class ServeSettings(BaseSettings):
     processes: Literal["auto", "single", "split"] = _setting(
         "auto",
         "HOW",
-        "single: one for all; split: a supervisor, an engine core and front doors; auto: split on 2 cores or more.",
+        "single: one for all; split: a supervisor, an engine core and front doors; auto: split on 4 cores or more.",
     )
     front_doors: int = _setting(
         1, "N", "Processes that answer gRPC and share its port; more than 1 makes the server split.", ge=1, le=256

@@ -16,8 +16,8 @@ from blockdex.starting import StartError, splits
 @pytest.mark.parametrize(
     ("flags", "cores", "supported", "expected"),
     [
-        ((), 1, True, False),
-        ((), 2, True, True),
+        ((), 3, True, False),
+        ((), 4, True, True),
         ((), 16, False, False),
         (("--processes", "single"), 16, True, False),
         (("--processes", "split"), 1, True, True),
