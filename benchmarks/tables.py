@@ -54,6 +54,15 @@ def _cpu_kernels_cells(row: Row) -> Iterator[str]:
         yield f"{row[f'{version}_ms']:.2f} ({row['ratios'][version]:.2f})"
 
 
+def _fp8_agreement_cells(row: Row) -> Iterator[str]:
+    yield from (row["structure"], f"{row['tokens']:,}", row["scoring"])
+    for share in ("kept", "kept_with_local"):
+        yield f"{row[share]:.1%} ({row[f'{share}_least']:.0%})"
+    yield f"{row['kept_of_best']:.1%}"
+    yield f"{row['unchanged']:.0%}"
+    yield f"{row['lost']:.2%} ({row['lost_most']:.1%})"
+
+
 SECTIONS = {
     "kernels": Section(
         "The GPU kernels, beside the chip and a peer",
@@ -63,6 +72,25 @@ SECTIONS = {
         "work; for the peer alike. Our keys lie in pages of several layers, the peer's in one piece.",
         ("figure", "measured", "target", "part of the target", "made of"),
         lambda row: iter(kernel_figures.cells(row)),
+    ),
+    "fp8_agreement": Section(
+        "What an fp8 cache selects, beside bf16",
+        "How many of the 16 blocks that a bf16 cache selects an fp8_e4m3 cache selects too, by the CPU kernels:\n"
+        "`upcast` rounds keys only, `native` keys and queries, and `native, rough sums` adds noise within the worst\n"
+        "error of a sum that was seen on a GPU's tensor cores, 2^-9.5 |query| max |key|. Queries are those of the\n"
+        "last 128 tokens, 4 heads, in two sequences; in brackets the worst selection. One block is forced, so 15\n"
+        "places are open. The score lost is bf16's, of a place on average, as a part of what lies between the best\n"
+        "block and the last one selected. `isotropic`: independent normal numbers. `language-like`: passages on\n"
+        "topics that come back, phrases and words in them, four channels 10 to 30 times as large as the others,\n"
+        "rotary position embedding on half of the dimensions; each query is drawn to one key from anywhere before\n"
+        "and a recent one. `random model`: what the indexer of the MiniMax-M3 code in transformers makes of this\n"
+        "documentation, with random weights. No trained model's keys were there to try. The file says in full how\n"
+        "they are made.",
+        (
+            *("keys", "tokens", "scoring", "kept of 15", "kept of 16", "of the best 4"),
+            *("selections unchanged", "score lost"),
+        ),
+        _fp8_agreement_cells,
     ),
     "client": Section(
         "A call, beside a bare echo",
