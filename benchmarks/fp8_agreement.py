@@ -174,7 +174,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
     for axes, structure in zip(panels[0], structures, strict=True):
         _panel([row for row in rows if row.structure == structure], axes)
         axes.set_title(structure)
-    panels[0, 0].set_ylabel("share of bf16's blocks kept, the forced one not counted")
+    panels[0, 0].set_ylabel("share of bf16's 15 open places kept")
     panels[0, 0].set_ylim(0, 1)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_COLOURS) + 1)
     figure.suptitle(title)
