@@ -102,7 +102,7 @@ def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
         prefills: list[Future[pb.SelectBlocksResponse]] = [
             calls.SelectBlocks.future(request, timeout=60) for _ in range(PREFILLS)
         ]
-        waiting = calls.SelectBlocks.future(waiting_selection(), timeout=3)
+        waiting = calls.SelectBlocks.future(waiting_selection(), timeout=30)
         eventually(lambda: sample(serving, "blockdex_waiting_requests") == 1, "the selection waits")
         eventually(
             lambda: sample(serving, "blockdex_stage_seconds_count", stage="queue") == 3 + PREFILLS, "all have begun"
