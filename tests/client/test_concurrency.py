@@ -187,7 +187,7 @@ def test_a_request_that_was_not_sent_when_its_caller_left_is_never_sent(
         proxy.requests = False
         keys = np.zeros((8000, 128), np.float32)
         appending = pool.submit(lambda: client.append_keys(0, sequences=large, keys=keys))
-        time.sleep(0.2)
+        time.sleep(1.0)  # The large one is on its way and fills the connection.
         with pytest.raises(DeadlineExceededError):
             client.append_keys(0, sequences=small, keys=block(0), timeout=0.2)
         proxy.requests = True
