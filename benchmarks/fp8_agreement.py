@@ -153,7 +153,7 @@ def show(rows: list[Row]) -> None:
         table.add_row(
             *(row.structure, f"{row.tokens:,}", row.scoring),
             f"{row.kept:.1%} ({row.kept_least:.0%})",
-            f"{row.kept_of_best:.1%}",
+            f"{row.kept_of_best:.2%}",
             f"{row.unchanged:.0%}",
             f"{row.lost:.2%} ({row.lost_most:.1%})",
         )

@@ -58,7 +58,7 @@ def _fp8_agreement_cells(row: Row) -> Iterator[str]:
     yield from (row["structure"], f"{row['tokens']:,}", row["scoring"])
     for share in ("kept", "kept_with_local"):
         yield f"{row[share]:.1%} ({row[f'{share}_least']:.0%})"
-    yield f"{row['kept_of_best']:.1%}"
+    yield f"{row['kept_of_best']:.2%}"
     yield f"{row['unchanged']:.0%}"
     yield f"{row['lost']:.2%} ({row['lost_most']:.1%})"
 
