@@ -34,6 +34,8 @@ class TcpProxy:
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(_TICK_SECONDS)
+        # Inherited by connections: what is held up is held up at the sender, and not swallowed by a growing buffer.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         self.address = "{}:{}".format(*self._listener.getsockname())
         self._acceptor = threading.Thread(target=self._accept)
         self._acceptor.start()

@@ -185,7 +185,7 @@ def test_a_request_that_was_not_sent_when_its_caller_left_is_never_sent(
             client.open_sequence(sequence)
             client.append_keys(1, sequences=sequence, keys=block(0))
         proxy.requests = False
-        keys = np.zeros((8000, 128), np.float32)
+        keys = np.zeros((16_000, 128), np.float32)
         appending = pool.submit(lambda: client.append_keys(0, sequences=large, keys=keys))
         time.sleep(1.0)  # The large one is on its way and fills the connection.
         with pytest.raises(DeadlineExceededError):
