@@ -1,4 +1,4 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use, and the count of flips at the end of a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kernel_cases import TALLY
 from serving import Serving, serve
 
 if not torch.cuda.is_available():
@@ -22,3 +23,11 @@ def server() -> Iterator[Serving]:
     """One small CPU server for all tests; each of them uses a tenant or sequence ids of its own."""
     with serve() as serving:
         yield serving
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints how many blocks rounding exchanged."""
+    if TALLY.rows:
+        terminalreporter.write_line(
+            f"kernels: {TALLY.rows} selections against the float64 reference, {TALLY.flips} flips within its bound"
+        )

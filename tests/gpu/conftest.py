@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernel_cases import TALLY
-
 FOLDER = Path(__file__).parent
 
 
@@ -25,11 +23,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def generator() -> torch.Generator:
     """The same numbers in every run."""
     return torch.Generator().manual_seed(20261124)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints how many blocks rounding exchanged."""
-    if TALLY.rows:
-        terminalreporter.write_line(
-            f"kernels: {TALLY.rows} selections against the float64 reference, {TALLY.flips} flips within its bound"
-        )
