@@ -33,7 +33,8 @@ class Spans:
         starts: int32 `[R]`, position of its first token.
         lengths: int32 `[R]`, its tokens, at least 1. T, the rows of a packed tensor beside it, is their sum.
         page_table: int32 `[R, max_blocks]`, page of each block of the run's sequence; places beyond block
-            `(start + length - 1) // block_size` are not read and may hold anything.
+            `(start + length - 1) // block_size` are not read and may hold anything. Its last dimension has stride 1, as
+            the other tensors have.
         columns: int32 `[3, R]` on the host: layers, starts and lengths again, where the caller has them there anyway.
             Kernels whose launch depends on them (prefill) otherwise copy them from the device, and wait for it.
         max_length: no run is longer; what a decode launch is sized by, so that it can be captured in a CUDA graph and

@@ -123,6 +123,11 @@ def _check_spans(spans: Spans, device: torch.device) -> None:
             raise ValueError(f"spans.{name}: shape must be [{num_runs}], got {list(shape)}")
     if spans.page_table.ndim != 2 or len(spans.page_table) != num_runs:
         raise ValueError(f"spans.page_table: shape must be [{num_runs}, blocks], got {list(spans.page_table.shape)}")
+    # Kernels step through these by ones; a row of the page table may begin anywhere.
+    for name in ("layers", "starts", "lengths", "page_table"):
+        column = getattr(spans, name)
+        if column.shape[-1] > 1 and column.stride(-1) != 1:
+            raise ValueError(f"spans.{name}: stride of the last dimension must be 1, got {column.stride(-1)}")
 
 
 def _check_pages(

@@ -169,7 +169,7 @@ def test_every_input_dtype_and_stride(
     keys = (torch.randn(3000, 2, 256, generator=device_generator, device=DEVICE) * 3).to(dtype)[:, 1, ::2]
     queries = torch.randn(4, 256, 27, generator=device_generator, device=DEVICE).to(dtype)
     queries = queries.permute(2, 0, 1)[::3, :, 128:]
-    table = torch.arange(48, device=DEVICE).int().flip(0)[None, ::2]
+    table = torch.arange(96, device=DEVICE).int().view(2, 48).flip(1)[::2, :24]
     backend = backend_for(spec, [], cache[1], spare_pages=48)
     poison(backend)
 

@@ -56,6 +56,11 @@ SPANS = [
     (changed(page_table=torch.tensor([[0, 1, 5], [3, 4, 3]]).int()), "run 0, block 2: must be 0 to 4, got 5"),
     (changed(page_table=torch.tensor([[0, 1, 2], [3, -1, 3]]).int()), "run 1, block 1: must be 0 to 4, got -1"),
     (changed(layers=column(0, 1).long()), "spans.layers: dtype must be one of int32, got int64"),
+    (changed(starts=column(0, 0, 8)[::2]), "spans.starts: stride of the last dimension must be 1, got 2"),
+    (
+        changed(page_table=torch.tensor([[0, 9, 1, 9, 2], [3, 9, 4, 9, 3]]).int()[:, ::2]),
+        "spans.page_table: stride of the last dimension must be 1, got 2",
+    ),
     (changed(starts=column(0)), "spans.starts: shape must be [2], got [1]"),
     (changed(lengths=column(20, 3)[:, None]), "spans.lengths: shape must be [2], got [2, 1]"),
     (changed(layers=torch.tensor(0, dtype=torch.int32)), "spans.layers: shape must be [runs], got []"),
@@ -205,6 +210,7 @@ TOO_OLD = "kernels are for compute capability 8.0 and later, got GPU 0, compute 
         ([(9, 0)], {"head_dim": 16, "key_dtype": "fp8_e4m3"}, "an fp8 cache are for head_dim 32 and more, got 16"),
         ([(9, 0)], {"block_size": 24}, "kernels are for block_size 16, 32, 64, 128, got 24"),
         ([(9, 0)], {"max_sequence_tokens": 2**21 + 1}, "sequences of at most 131072 blocks, got 131073"),
+        ([(9, 0)], {"topk": 65}, "topk of at most 64, got 65"),
     ],
 )
 def test_what_no_gpu_can_have_goes_to_the_cpu_or_is_refused(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from blockdex_kernels import door
 from blockdex_kernels.backend import FP8_FLIP_TOLERANCE, Backend, Fp8Scoring, Order, Selection, Spans
@@ -34,7 +36,6 @@ class TritonBackend(Backend):
         reason: why this backend was chosen.
         fp8_scoring: `native` or `upcast`; read for an fp8 cache only. A chip that cannot multiply e4m3 upcasts.
         score_bytes: most that the scores of one launch take.
-        pages: the pages, if they are there already: `[num_pages, L, block_size, D]`.
 
     Raises:
         ValueError: the spec or the device is not one that the kernels are made for.
@@ -49,13 +50,12 @@ class TritonBackend(Backend):
         reason: str,
         fp8_scoring: Fp8Scoring = "native",
         score_bytes: int = SCORE_BYTES,
-        pages: torch.Tensor | None = None,
     ) -> None:
         self.spec = spec
         self.device = torch.empty(0, device=device).device  # with its number, where `device` has none
         self.chip = Chip.of(device)
         shape = (num_pages, spec.num_layers, spec.block_size, spec.head_dim)
-        self.pages = torch.empty(shape, dtype=TORCH_DTYPES[spec.key_dtype], device=device) if pages is None else pages
+        self.pages = torch.empty(shape, dtype=TORCH_DTYPES[spec.key_dtype], device=device)
         fp8 = spec.key_dtype == "fp8_e4m3"
         upcast = fp8 and (fp8_scoring == "upcast" or not self.chip.native_fp8)
         self._scaled = fp8 and not upcast
@@ -149,19 +149,13 @@ class TritonBackend(Backend):
             every_block=every_block,
         )
         scores, positions, unscales = self._score_buffers(queries, _width(tiles.width))
-        items = torch.from_numpy(tiles.items)
-        if self.device.type == "cuda":
-            items = items.pin_memory()
-            if torch.cuda.is_current_stream_capturing():
-                self._captured.append(items)  # A replay copies it again.
-            items = items.to(self.device, non_blocking=True)
         score_prefill(
             self._rows(queries, unscales),
             queries.shape[1],
             page_table,
             self._keys,
             self.spec,
-            items,
+            self._sent(tiles.items),
             scores,
             positions,
             tile=launch.tile,
@@ -196,6 +190,16 @@ class TritonBackend(Backend):
         door.check_copies(sources, destinations, len(self.pages))
         for source, destination in zip(sources.tolist(), destinations.tolist(), strict=True):
             self._bytes[destination].copy_(self._bytes[source])
+
+    def _sent(self, numbers: NDArray[np.int32]) -> torch.Tensor:
+        """int32 numbers on the device, for which nobody waits."""
+        there = torch.from_numpy(numbers)
+        if self.device.type == "cpu":
+            return there
+        there = there.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.append(there)  # A replay copies it again.
+        return there.to(self.device, non_blocking=True)
 
     def _rows(self, queries: torch.Tensor, unscales: torch.Tensor | None) -> torch.Tensor:
         """`[T * H, D]` as they are scored; the queries themselves where nothing is to be done."""

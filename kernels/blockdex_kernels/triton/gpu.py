@@ -78,11 +78,6 @@ class GpuBackend(TritonBackend):
     def _tokens_at_once(self, heads: int, width: int) -> int:
         return super()._tokens_at_once(heads, width if self._scorer is None else buffer_width(width))
 
-    def _sent(self, numbers: NDArray[np.int32]) -> torch.Tensor:
-        """int32 numbers on the device, for which nobody waits."""
-        there = torch.from_numpy(numbers)
-        return there if self.device.type == "cpu" else there.pin_memory().to(self.device, non_blocking=True)
-
 
 def _positions(runs: Runs) -> NDArray[np.int32]:
     """int32 `[T]`: the position of each token."""

@@ -8,6 +8,8 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_BLOCKS = 131_072
 """Of a sequence: what one program ranks."""
+MAX_TOPK = 64
+"""Places of a row: what they were run with; they are compared with each other, each with each."""
 LEAST_FP8_HEAD_DIM = 32
 """Elements that one e4m3 instruction of the tensor cores takes of each row."""
 
@@ -22,6 +24,8 @@ def unfit(spec: IndexSpec) -> str | None:
         return f"kernels are for block_size {_list(BLOCK_SIZES)}, got {spec.block_size}"
     if spec.max_blocks > MAX_BLOCKS:
         return f"kernels are for sequences of at most {MAX_BLOCKS} blocks, got {spec.max_blocks}"
+    if spec.topk > MAX_TOPK:
+        return f"kernels are for topk of at most {MAX_TOPK}, got {spec.topk}"
     return None
 
 

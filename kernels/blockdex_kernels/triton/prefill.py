@@ -202,7 +202,7 @@ def cast_queries(queries: torch.Tensor, rows: torch.Tensor, unscales: torch.Tens
 
     Args:
         queries: `[T, H, D]`, any dtype and strides.
-        rows: `[T * H, D]`, bfloat16 or float16, or uint8 that holds e4m3; written.
+        rows: `[T * H, D]`, bfloat16, or uint8 that holds e4m3; written.
         unscales: float32 `[T * H]`, written where rows are scaled into the fp8 range: what undoes it. Or None.
         pdl: whether to launch as a programmatic dependent.
     """
