@@ -100,13 +100,16 @@ def check_integrity(cache: Cache) -> None:
 
 
 def check_tables(tables: PageTables, held: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Checks that every piece is in one place, and answers all page tables in full."""
-    pieces = tables._directory[tables._directory > 0].tolist()
-    assert sorted([0, *tables._free, *pieces]) == list(range(len(tables._pages) // 64)), (
-        "a piece lost, or in two places"
-    )
-    assert ((tables._directory > 0).sum(axis=1) == -(-held // 64)).all()
-    return tables.rows(np.arange(len(held)), 64 * tables._directory.shape[1])
+    """Checks that every row is in one place, and answers all page tables in full."""
+    taken = [range(first, first + rows) for first, rows in zip(tables.first_rows, tables._num_rows, strict=True)]
+    free = [range(first, first + rows) for rows, firsts in tables._free.items() for first in firsts]
+    rows = sorted(row for extent in (*taken, *free) for row in extent)
+    assert rows == list(range(1, tables._unused_row)), "a row lost, or in two places"
+    assert not any(tables.cells[64 * extent.start : 64 * extent.stop].any() for extent in free), "a free row that remembers"
+    assert not tables.cells[:64].any()
+    assert ((tables._num_rows == 0) == (held == 0)).all()
+    assert (tables._num_rows * 64 >= held).all()
+    return tables.rows(np.arange(len(held)), 64 * int(tables._num_rows.max()))
 
 
 class PageStore:

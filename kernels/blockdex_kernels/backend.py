@@ -34,11 +34,14 @@ class Spans:
         lengths: int32 `[R]`, its tokens, at least 1. T, the rows of a packed tensor beside it, is their sum.
         page_table: int32 `[R, max_blocks]`, page of each block of the run's sequence; places beyond block
             `(start + length - 1) // block_size` are not read and may hold anything. Its last dimension has stride 1, as
-            the other tensors have.
+            the other tensors have. With `table_rows`, `[N, W]`, contiguous.
         columns: int32 `[3, R]` on the host: layers, starts and lengths again, where the caller has them there anyway.
             Kernels whose launch depends on them (prefill) otherwise copy them from the device, and wait for it.
         max_length: no run is longer; what a decode launch is sized by, so that it can be captured in a CUDA graph and
             replayed with other numbers in the tensors. None: read off the columns.
+        table_rows: int32 `[R]`, the row in which each run's page table begins; it goes on in the rows behind, so that
+            tables of all lengths lie in one tensor. None: run r's is row r, and no longer than that.
+        max_blocks: beside `table_rows`: no run reaches more blocks.
     """
 
     layers: torch.Tensor
@@ -47,6 +50,22 @@ class Spans:
     page_table: torch.Tensor
     columns: NDArray[np.int32] | None = None
     max_length: int | None = None
+    table_rows: torch.Tensor | None = None
+    max_blocks: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Blocks that no run exceeds."""
+        return self.page_table.shape[1] if self.max_blocks is None else self.max_blocks
+
+    def own_tables(self) -> torch.Tensor:
+        """int32 `[R, width]`: the page table of each run, in a row of its own."""
+        if self.table_rows is None:
+            return self.page_table
+        cells = self.page_table.reshape(-1)
+        firsts = self.table_rows.long() * self.page_table.shape[1]
+        places = firsts[:, None] + torch.arange(self.width, device=cells.device)
+        return cells[places.clamp_(max=len(cells) - 1)]
 
 
 @dataclass(frozen=True, slots=True)

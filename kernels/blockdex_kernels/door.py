@@ -83,7 +83,7 @@ def read_runs(
     Raises:
         ValueError: names the argument, the run and both numbers.
     """
-    page_table: NDArray[np.int32] = spans.page_table.cpu().numpy()
+    page_table: NDArray[np.int32] = spans.own_tables().cpu().numpy()
     room = min(page_table.shape[1] * spec.block_size, spec.max_sequence_tokens)
     runs = list(map(Run, spans.layers.tolist(), spans.starts.tolist(), spans.lengths.tolist()))
     total = 0
@@ -121,13 +121,28 @@ def _check_spans(spans: Spans, device: torch.device) -> None:
         shape = getattr(spans, name).shape
         if shape != (num_runs,):
             raise ValueError(f"spans.{name}: shape must be [{num_runs}], got {list(shape)}")
-    if spans.page_table.ndim != 2 or len(spans.page_table) != num_runs:
-        raise ValueError(f"spans.page_table: shape must be [{num_runs}, blocks], got {list(spans.page_table.shape)}")
+    table = spans.page_table
+    if spans.table_rows is not None:
+        _check_table_rows(spans, device)
+    elif table.ndim != 2 or len(table) != num_runs:
+        raise ValueError(f"spans.page_table: shape must be [{num_runs}, blocks], got {list(table.shape)}")
     # Kernels step through these by ones; a row of the page table may begin anywhere.
     for name in ("layers", "starts", "lengths", "page_table"):
         column = getattr(spans, name)
         if column.shape[-1] > 1 and column.stride(-1) != 1:
             raise ValueError(f"spans.{name}: stride of the last dimension must be 1, got {column.stride(-1)}")
+
+
+def _check_table_rows(spans: Spans, device: torch.device) -> None:
+    rows, table = spans.table_rows, spans.page_table
+    assert rows is not None
+    _check_tensor("spans.table_rows", rows, device, (torch.int32,))
+    if rows.shape != spans.layers.shape:
+        raise ValueError(f"spans.table_rows: shape must be {list(spans.layers.shape)}, got {list(rows.shape)}")
+    if table.ndim != 2 or not table.is_contiguous():
+        raise ValueError(f"spans.page_table: beside table_rows it must be contiguous, got strides {table.stride()}")
+    if spans.max_blocks is None or not 1 <= spans.max_blocks <= table.numel():
+        raise ValueError(f"spans.max_blocks: beside table_rows it must be 1 to {table.numel()}, got {spans.max_blocks}")
 
 
 def _check_pages(

@@ -1,4 +1,4 @@
-"""Page tables in pieces against plain lists."""
+"""Page tables in extents against plain lists, and against a copy that follows their changes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from cache_state import check_tables
 
 
 def test_against_plain_lists() -> None:
-    """Tables of 0 to 400 blocks grow, shrink and go, with the numbers round a piece's edge drawn most often."""
+    """Tables of 0 to 400 blocks grow, shrink and go, with the numbers round a row's edge drawn most often."""
     draw = random.Random(11)
     tables = PageTables(5)
     model: list[list[int]] = [[] for _ in range(5)]
+    copy = tables.cells.copy()
     for step in range(1, 1500):
         if step % 300 == 0:
             tables.double_slots()
@@ -25,12 +26,18 @@ def test_against_plain_lists() -> None:
         tables.resize(slot, len(model[slot]), kept + len(fresh))
         tables.set(slot, np.arange(kept, kept + len(fresh)), np.array(fresh, np.int32))
         model[slot] = model[slot][:kept] + fresh
+        changes = tables.take_changes()
+        copy = np.pad(copy, (0, len(tables.cells) - len(copy)))
+        copy[changes] = tables.cells[changes]
         if not any(model):
             continue
 
         rows = check_tables(tables, np.array([len(pages) for pages in model]))
         assert [row[: len(pages)].tolist() for row, pages in zip(rows, model, strict=True)] == model
         assert not any(row[len(pages) :].any() for row, pages in zip(rows, model, strict=True))
+        for other, pages in enumerate(model):
+            first = 64 * tables.first_rows[other]
+            assert copy[first : first + len(pages)].tolist() == pages
         filled = [other for other, pages in enumerate(model) if pages]
         blocks = [draw.randrange(len(model[other])) for other in filled]
         expected = [model[other][block] for other, block in zip(filled, blocks, strict=True)]

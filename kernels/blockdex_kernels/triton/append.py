@@ -14,7 +14,7 @@ from blockdex_kernels.triton.numbers import float_to_e4m3, to_float
 
 @triton.jit(
     do_not_specialize=["num_runs", "num_tokens", "table_stride"],
-    do_not_specialize_on_alignment=["layers", "starts", "lengths", "page_table"],
+    do_not_specialize_on_alignment=["layers", "starts", "lengths", "page_table", "table_rows"],
 )
 def _append_kernel(
     keys,
@@ -23,6 +23,7 @@ def _append_kernel(
     starts,
     lengths,
     page_table,
+    table_rows,
     num_runs,
     num_tokens,
     num_layers,
@@ -47,7 +48,10 @@ def _append_kernel(
     own = tl.sum((end[None, :] <= token[:, None]).to(tl.int32), 1)
     inside = (token < num_tokens) & (own < num_runs)
     position = token + tl.sum(tl.where(run[None, :] == own[:, None], shift[None, :], 0), 1)
-    page = tl.load(page_table + own.to(tl.int64) * table_stride + position // BLOCK, mask=inside, other=0)
+    row = own
+    if table_rows is not None:
+        row = tl.load(table_rows + own, mask=inside, other=0)
+    page = tl.load(page_table + row.to(tl.int64) * table_stride + position // BLOCK, mask=inside, other=0)
     layer = tl.load(layers + own, mask=inside, other=0)
     cell = (page.to(tl.int64) * num_layers + layer) * BLOCK + position % BLOCK
     dim = tl.arange(0, DIM)
@@ -80,6 +84,7 @@ def append(keys: torch.Tensor, spans: Spans, pages: torch.Tensor, spec: IndexSpe
         spans.starts,
         spans.lengths,
         spans.page_table,
+        spans.table_rows,
         len(spans.lengths),
         num_tokens,
         spec.num_layers,

@@ -84,35 +84,39 @@ class TritonBackend(Backend):
         """See `Backend.decode`. Can be captured in a CUDA graph where `spans.max_length` is given."""
         door.check_queries(queries, spans, order, self.spec, self.device)
         selection = self._empty_selection(queries, return_scores)
-        width = _width(spans.page_table.shape[1])
+        width = _width(spans.width)
         if self._tokens_at_once(queries.shape[1], width) < len(queries):
             # More than the scores may take: what prefill cuts into slices.
             return self.prefill(queries, spans, order=order, return_scores=return_scores)
         if len(queries):
-            max_length = spans.max_length
-            if max_length is None:
-                max_length = int(Runs.of(spans).lengths.max())
-            scores, positions, unscales = self._score_buffers(queries, width)
-            wide = queries.shape[1] * max_length > 32
-            fp8 = self.chip.decode_fp8_wide if wide else self.chip.decode_fp8
-            launch = fp8 if self._scaled else self.chip.decode
-            score_decode(
-                queries,
-                spans,
-                max_length,
-                self._keys,
-                self.spec,
-                scores,
-                positions,
-                unscales,
-                every_block=return_scores or order == "score",
-                programs=self.chip.multiprocessors * launch.programs,
-                warps=launch.warps,
-                stages=launch.stages,
-                pdl=self.chip.pdl,
-            )
-            self.rank(scores, positions, unscales, selection, order)
+            self.decode_into(selection, queries, spans, order=order)
         return selection
+
+    def decode_into(self, selection: Selection, queries: torch.Tensor, spans: Spans, *, order: Order) -> None:
+        """As `decode`, unchecked, into tensors that may be pinned on the host; one launch must hold all scores."""
+        max_length = spans.max_length
+        if max_length is None:
+            max_length = int(Runs.of(spans).lengths.max())
+        scores, positions, unscales = self._score_buffers(queries, _width(spans.width))
+        wide = queries.shape[1] * max_length > 32
+        fp8 = self.chip.decode_fp8_wide if wide else self.chip.decode_fp8
+        launch = fp8 if self._scaled else self.chip.decode
+        score_decode(
+            queries,
+            spans,
+            max_length,
+            self._keys,
+            self.spec,
+            scores,
+            positions,
+            unscales,
+            every_block=selection.scores is not None or order == "score",
+            programs=self.chip.multiprocessors * launch.programs,
+            warps=launch.warps,
+            stages=launch.stages,
+            pdl=self.chip.pdl,
+        )
+        self.rank(scores, positions, unscales, selection, order)
 
     @torch.no_grad()
     def prefill(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
@@ -127,11 +131,12 @@ class TritonBackend(Backend):
         width = _width(int((runs.starts + runs.lengths - 1).max(initial=0)) // block_size + 1)
         step = self._tokens_at_once(heads, width)
         every_block = return_scores or order == "score"
+        tables = spans.own_tables()
         for number, part in enumerate(runs.slices(step)):
             at = slice(number * step, number * step + step)
             own = Selection(selection.block_ids[at], None if selection.scores is None else selection.scores[at])
             # The scores of a slice are let go before those of the next are asked for.
-            self.rank(*self.score_prefill(queries[at], spans.page_table, part, every_block=every_block), own, order)
+            self.rank(*self.score_prefill(queries[at], tables, part, every_block=every_block), own, order)
         return selection
 
     def score_prefill(

@@ -73,7 +73,7 @@ def _only(own, a, b, c, d, e):
 # What changes from call to call must not ask for another variant of the kernel, compiled while an engine waits.
 @triton.jit(
     do_not_specialize=["num_runs", "num_tokens", "table_stride"],
-    do_not_specialize_on_alignment=["layers", "starts", "lengths", "page_table", "positions"],
+    do_not_specialize_on_alignment=["layers", "starts", "lengths", "page_table", "table_rows", "positions"],
 )
 def _decode_scores_kernel(
     queries,
@@ -85,6 +85,7 @@ def _decode_scores_kernel(
     starts,
     lengths,
     page_table,
+    table_rows,
     num_runs,
     num_tokens,
     num_layers,
@@ -138,7 +139,10 @@ def _decode_scores_kernel(
         own_end, own_needed, own_row_end, own_length, own_start = _only(
             run == one, needed_end, needed, row_end, length, start
         )
-        cells = page_table + one.to(tl.int64) * table_stride
+        row = one
+        if table_rows is not None:
+            row = tl.load(table_rows + one)
+        cells = page_table + row.to(tl.int64) * table_stride
         first_block = at - (own_end - own_needed) + INIT
         at = tl.minimum(stop, own_end)
         last_block = at - (own_end - own_needed) + INIT
@@ -219,6 +223,7 @@ def score_decode(
         spans.starts,
         spans.lengths,
         spans.page_table,
+        spans.table_rows,
         len(spans.lengths),
         num_tokens,
         spec.num_layers,

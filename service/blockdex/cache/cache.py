@@ -216,6 +216,23 @@ class Cache:
         if plan is None:
             self._sequences.last_calls[slots] = self._clock()
 
+    @property
+    def table_cells(self) -> NDArray[np.int32]:
+        """int32 `[rows * TABLE_ROW]`: all page tables, as of now; replaced by a longer array as they grow."""
+        return self._sequences.tables.cells
+
+    def take_table_changes(self) -> NDArray[np.intp]:
+        """Which of the cells were written since this was last asked."""
+        return self._sequences.tables.take_changes()
+
+    def table_rows(self, tenant: str, spans: Spans) -> NDArray[np.int32]:
+        """Row of the cells in which the page table of each row's sequence begins, as of now: int32 `[N]`.
+
+        Raises:
+            NotFoundError: UNKNOWN_SEQUENCE.
+        """
+        return self._sequences.tables.first_rows[self._slots(tenant, spans)]
+
     def page_table(self, tenant: str, spans: Spans) -> NDArray[np.int32]:
         """Page of each block of each row's sequence, as of now, for as many blocks as the longest span reaches.
 

@@ -5,59 +5,89 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_PIECE = 64
-_FIRST_PIECES = 64
+ROW = 64
+"""Blocks of a row: tables begin at rows."""
+
+_FIRST_ROWS = 64
 
 
 class PageTables:
-    """A page for each block of each of S slots, 0 where there is none.
+    """A page for each block of each of S slots, all in one array that a device can have a copy of.
 
-    Tables are kept in pieces of 64 blocks, found through a directory: a long sequence takes room for itself, not for
-    as many blocks in every slot. Piece 0 stays empty; the directory points to it where a slot has no piece.
+    A slot's table is one extent of 2**n rows of 64 blocks, so a long sequence takes room for itself, not for as many
+    blocks in every slot; one that outgrows its extent moves into one of twice the size. Row 0 belongs to nobody and
+    stays empty.
+
+    Attributes:
+        cells: int32 `[rows * 64]`, pages, 0 where there is none. Replaced by a longer one as needed.
+        first_rows: int32 `[S]`, the row in which a slot's table begins, 0 where it has none.
     """
 
     def __init__(self, num_slots: int) -> None:
-        self._pages: NDArray[np.int32] = np.zeros(_FIRST_PIECES * _PIECE, np.int32)
-        self._directory: NDArray[np.intp] = np.zeros((num_slots, 1), np.intp)
-        self._free = list(reversed(range(1, _FIRST_PIECES)))
+        self.cells: NDArray[np.int32] = np.zeros(_FIRST_ROWS * ROW, np.int32)
+        self.first_rows: NDArray[np.int32] = np.zeros(num_slots, np.int32)
+        self._num_rows: NDArray[np.int32] = np.zeros(num_slots, np.int32)
+        self._free: dict[int, list[int]] = {}
+        self._unused_row = 1
+        self._changes: list[NDArray[np.intp]] = []
 
     def rows(self, slots: NDArray[np.intp], width: int) -> NDArray[np.int32]:
         """The first `width` blocks of slots `[N]`: a copy `[N, width]`."""
-        pieces = self._directory[slots, : -(-width // _PIECE)]
-        return self._pages.reshape(-1, _PIECE)[pieces].reshape(len(slots), -1)[:, :width]
+        blocks = np.arange(width)
+        inside = blocks < self._num_rows[slots, None] * ROW
+        return self.cells[np.where(inside, self.first_rows[slots, None] * ROW + blocks, 0)]
 
     def get(self, slots: NDArray[np.intp] | int, blocks: NDArray[np.intp]) -> NDArray[np.int32]:
         """The pages of blocks `[M]` of slots, one or `[M]`: a copy."""
-        places = self._places(slots, blocks)  # before the pages, which grow first: onlookers may be in another thread
-        return self._pages[places]
+        places = self._places(slots, blocks)  # before the cells, which grow first: onlookers may be in another thread
+        return self.cells[places]
 
     def set(self, slots: NDArray[np.intp] | int, blocks: NDArray[np.intp], pages: NDArray[np.int32] | int) -> None:
         """Enters pages for blocks `[M]` of slots, one or `[M]`, for which there is room."""
-        self._pages[self._places(slots, blocks)] = pages
+        places = self._places(slots, blocks)
+        self.cells[places] = pages
+        self._changes.append(places)
+
+    def take_changes(self) -> NDArray[np.intp]:
+        """The cells that were written since this was last asked."""
+        changes, self._changes = self._changes, []
+        return np.concatenate(changes) if changes else _NO_CELLS
 
     def resize(self, slot: int, before: int, after: int) -> None:
         """Makes room for `after` blocks in a slot that has room for `before`; what lay behind is forgotten."""
-        self.set(slot, np.arange(after, before), 0)
-        have, need = -(-before // _PIECE), -(-after // _PIECE)
-        if need > self._directory.shape[1]:
-            more = max(need - self._directory.shape[1], self._directory.shape[1])
-            self._directory = np.pad(self._directory, ((0, 0), (0, more)))
-        while len(self._free) < need - have:
-            self._double_pieces()
-        self._directory[slot, have:need] = [self._free.pop() for _ in range(have, need)]
-        self._free.extend(self._directory[slot, need:have].tolist())
-        self._directory[slot, need:have] = 0
+        first, num_rows = int(self.first_rows[slot]), int(self._num_rows[slot])
+        self.cells[first * ROW + after : first * ROW + before] = 0
+        needed = 1 << (-(-after // ROW) - 1).bit_length() if after else 0
+        if needed <= num_rows and after:
+            return
+        moved = self._take(needed) if needed else 0
+        kept = min(before, after)
+        cells = self.cells
+        cells[moved * ROW : moved * ROW + kept] = cells[first * ROW : first * ROW + kept]
+        cells[first * ROW : first * ROW + before] = 0
+        self.first_rows[slot], self._num_rows[slot] = moved, needed
+        self._changes.append(np.arange(moved * ROW, moved * ROW + kept))
+        if num_rows:
+            self._free.setdefault(num_rows, []).append(first)
 
     def double_slots(self) -> None:
         """Makes room for as many slots more."""
-        self._directory = np.pad(self._directory, ((0, len(self._directory)), (0, 0)))
+        more = (0, len(self.first_rows))
+        self.first_rows, self._num_rows = np.pad(self.first_rows, more), np.pad(self._num_rows, more)
 
     def _places(self, slots: NDArray[np.intp] | int, blocks: NDArray[np.intp]) -> NDArray[np.intp]:
-        piece, place = np.divmod(blocks, _PIECE)
-        places: NDArray[np.intp] = self._directory[slots, piece] * _PIECE + place
+        places: NDArray[np.intp] = self.first_rows[slots] * np.intp(ROW) + blocks
         return places
 
-    def _double_pieces(self) -> None:
-        old = len(self._pages)
-        self._pages = np.pad(self._pages, (0, old))
-        self._free.extend(reversed(range(old // _PIECE, 2 * old // _PIECE)))
+    def _take(self, num_rows: int) -> int:
+        """A free extent, empty: one that a table of the same size has left, or new rows."""
+        if self._free.get(num_rows):
+            return self._free[num_rows].pop()
+        first = self._unused_row
+        self._unused_row += num_rows
+        while self._unused_row * ROW > len(self.cells):
+            self.cells = np.pad(self.cells, (0, len(self.cells)))
+        return first
+
+
+_NO_CELLS: NDArray[np.intp] = np.zeros(0, np.intp)

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from blockdex.cache.page_table import PageTables
 
 _FIRST_SLOTS = 64
+_MOST_FOUND = 64
+"""Lists of sequences whose slots are remembered: an engine names the same ones for every layer and every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Sequences:
         self._free = list(reversed(range(_FIRST_SLOTS)))
         self._slots: dict[str, dict[int, int]] = {}
         self._names: dict[int, tuple[str, int]] = {}
+        self._found: dict[tuple[str, bytes], NDArray[np.intp]] = {}
 
     def __len__(self) -> int:
         return len(self._names)
@@ -56,8 +59,16 @@ class Sequences:
         Raises:
             KeyError: the tenant holds no sequence of the id that is the key.
         """
-        slots = self._slots.get(tenant, {})
-        return np.fromiter(map(slots.__getitem__, sequence_ids.tolist()), np.intp, len(sequence_ids))
+        asked = tenant, sequence_ids.tobytes()
+        found = self._found.get(asked)
+        if found is None:
+            slots = self._slots.get(tenant, {})
+            found = np.fromiter(map(slots.__getitem__, sequence_ids.tolist()), np.intp, len(sequence_ids))
+            if len(self._found) >= _MOST_FOUND:
+                self._found.clear()
+            found.flags.writeable = False
+            self._found[asked] = found
+        return found
 
     def slot(self, tenant: str, sequence_id: int) -> int | None:
         """Slot of one sequence, None where the tenant holds no such one."""
@@ -89,6 +100,7 @@ class Sequences:
     def remove(self, slot: int) -> None:
         """Closes a sequence; its pages are the caller's to release, before."""
         tenant, sequence_id = self._names.pop(slot)
+        self._found.clear()
         del self._slots[tenant][sequence_id]
         if not self._slots[tenant]:
             del self._slots[tenant]

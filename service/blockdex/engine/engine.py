@@ -1,4 +1,4 @@
-"""The loop: take what has queued up, form a batch, run it, answer; one slice of prefill between two batches."""
+"""The loop: take what has queued up, begin a batch and a slice of prefill, answer what has ended meanwhile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from blockdex.cache import Cache
+from blockdex.cache import TABLE_ROW, Cache
 from blockdex.engine.batch import Batch
 from blockdex.engine.entry import Entry, Inbox, Outcome, given_up, shutting_down, too_late
 from blockdex.engine.launcher import Launcher
@@ -17,6 +17,7 @@ from blockdex.errors import InternalError, Reason, ResourceExhaustedError
 from blockdex.messages import CacheOverview, Info, Limits
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.backend import Backend
+from blockdex_kernels.runner import make_runner
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +25,16 @@ Deliver = Callable[[Sequence[Outcome]], None]
 
 _STOP_SECONDS = 30.0
 _LONGEST_SLEEP_SECONDS = 3600.0
+# While something runs nobody sleeps; what only time changes, a deadline, is looked after so often.
+_LOOK_SECONDS = 0.001
 
 
 class Engine:
     """Owns the cache and the kernels; one thread runs everything, so that no request needs a lock.
 
-    A batch is whatever has queued up while the one before ran: there is no waiting window. Requests that conflict with
-    the batch are held back for the next one; selections that wait for keys are tried again whenever something changed.
+    A batch is whatever has queued up: there is no waiting window. On a GPU it is checked and staged while the one before
+    runs, and the one before that is answered. Requests that conflict with the batch are held back for the next one;
+    selections that wait for keys are tried again whenever something changed.
 
     Args:
         backend: the kernels and their pages.
@@ -52,7 +56,7 @@ class Engine:
         limits: Limits,
         lease_seconds: float = 600.0,
         decode_queries: int = 16,
-        prefill_slice_seconds: float = 0.02,
+        prefill_slice_seconds: float = 0.001,
         inbox: Inbox | None = None,
         on_lost_device: Callable[[], None] | None = None,
     ) -> None:
@@ -60,6 +64,7 @@ class Engine:
         self.device_is_lost = False
         self._on_lost_device = on_lost_device
         self._backend = backend
+        self._runner = make_runner(backend, TABLE_ROW)
         self._lease_seconds = lease_seconds
         self._decode_queries = decode_queries
         self._prefill_slice_seconds = prefill_slice_seconds
@@ -72,13 +77,15 @@ class Engine:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._deliver: Deliver | None = None
+        self._next_look = 0.0
         self._be_born()
 
     def _be_born(self) -> None:
         self._cache = Cache(self.spec, len(self._backend.pages), default_lease_seconds=self._lease_seconds)
         self._stats.epoch_started = time.time()
         self._launcher = Launcher(
-            self._backend,
+            self._cache,
+            self._runner,
             self._stats,
             decode_queries=self._decode_queries,
             prefill_slice_seconds=self._prefill_slice_seconds,
@@ -90,8 +97,8 @@ class Engine:
         return self._backend.spec
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
-        """As `Backend.warm_up`: before the first request, from any thread."""
-        return self._backend.warm_up()
+        """As `Runner.warm_up`: before the first request, from any thread."""
+        return self._runner.warm_up()
 
     def start(self, deliver: Deliver) -> None:
         """Starts the loop; `deliver` is called on its thread, once a batch, with the answers."""
@@ -151,30 +158,35 @@ class Engine:
         return self._stats.snapshot()
 
     def _run(self) -> None:
-        self._backend.use_device()
+        self._runner.use_device()
         while not self._stopping:
-            self._take()
+            news = self._take()
             began = time.monotonic()
             try:
-                self._step(began)
+                self._step(began, news)
             except Exception:
                 logger.exception("a batch failed: the cache is given up and starts anew")
-                self._start_anew()
                 self._check_device()
+                self._start_anew()
             self._stats.busy_seconds += time.monotonic() - began
 
-    def _take(self) -> None:
-        """Moves what has queued up to the backlog; blocks while there is nothing to do at all."""
-        block = not self._launcher.prefills and not self._backlog
+    def _take(self) -> bool:
+        """Moves what has queued up to the backlog; blocks while there is nothing to do at all.
+
+        Returns:
+            Whether there is any reason to form a batch.
+        """
+        idle = not self._launcher.in_flight and not self._launcher.prefills and not self._backlog
+        block, news = idle, False
         try:
             while True:
                 entry = self._inbox.get(block=block, timeout=self._patience() if block else None)
-                block = False
+                block, news = False, True
                 if entry is not None:
                     self._backlog.append(entry)
                     self._unanswered.add(entry)
         except queue.Empty:
-            return
+            return news or idle
 
     def _patience(self) -> float | None:
         """Seconds until the first waiting selection is too late, of which a queue may not be able to wait them all."""
@@ -183,18 +195,25 @@ class Engine:
         left = min(entry.deadline for entry in self._waiting) - time.monotonic()
         return min(max(left, 0.0), _LONGEST_SLEEP_SECONDS)
 
-    def _step(self, began: float) -> None:
-        launcher, cache = self._launcher, self._cache
-        launcher.keep_alive(cache)
-        outcomes = launcher.drop_gone(began)
-        batch = self._form(began)
-        self._stats.stage_seconds["plan"].observe(time.monotonic() - began)
-        launcher.copy_pages(batch.copies)
-        outcomes += launcher.append(cache, batch.appends)
-        outcomes += launcher.decode(cache, batch.selections)
-        self._reply(outcomes + batch.outcomes)
-        if launcher.prefills:
-            self._reply(launcher.prefill_slice(cache))
+    def _step(self, now: float, news: bool) -> None:
+        launcher = self._launcher
+        outcomes = launcher.land()
+        if launcher.has_room and (news or outcomes or now > self._next_look):
+            outcomes += self._begin_batch(now)
+        launcher.begin_slice()
+        outcomes += launcher.land()
+        if outcomes:
+            self._reply(outcomes)
+        elif not news:
+            time.sleep(0)  # Lets other threads run while the device does.
+
+    def _begin_batch(self, now: float) -> list[Outcome]:
+        launcher = self._launcher
+        launcher.keep_alive()
+        outcomes = launcher.drop_gone(now)
+        batch = self._form(now)
+        self._next_look = now + _LOOK_SECONDS
+        return outcomes + batch.outcomes + launcher.begin(batch)
 
     def _form(self, now: float) -> Batch:
         batch = Batch(self._cache, self._launcher.reading())
@@ -206,8 +225,7 @@ class Engine:
                 continue
             if batch.admit(entry):
                 admitted += 1
-                entry.spent("queue", now - entry.received)
-                self._stats.stage_seconds["queue"].observe(now - entry.received)
+                entry.taken = now
             else:
                 held_back.append(entry)
         self._backlog = held_back
@@ -243,10 +261,11 @@ class Engine:
         if not outcomes:
             return
         assert self._deliver is not None
-        began = time.monotonic()
         self._unanswered.difference_update(entry for entry, _ in outcomes)
         self._deliver(outcomes)
-        self._stats.stage_seconds["reply"].observe(time.monotonic() - began)
+        now = time.monotonic()
+        for entry, _ in outcomes:
+            self._stats.answered(entry, now)
 
     def _start_anew(self) -> None:
         """After a fault nobody knows what the pages hold: everything is refused, and a new epoch begins."""

@@ -1,233 +1,309 @@
-"""From admitted requests to kernel calls."""
+"""From admitted requests to steps on the device, and back."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex.cache import Cache, PageCopy
+from blockdex.cache import Cache
+from blockdex.engine.batch import Batch
 from blockdex.engine.entry import Entry, Outcome, SequenceKey, selects
-from blockdex.engine.reading import Reading, kernel_spans, readings, rows_of, subset, to_device, to_host, view
+from blockdex.engine.prefill import Prefill, Prefills
+from blockdex.engine.reading import ALL_ROWS, TORCH_DTYPES, Part, Reading, Rows, readings, rows_of, subset, take_rows
 from blockdex.engine.stats import Stats
 from blockdex.errors import Reason, ResourceExhaustedError
 from blockdex.logs import log_event
-from blockdex.messages import Spans, TokenAnswer, TokenRequest
-from blockdex_kernels.backend import Backend, Selection
+from blockdex.messages import Spans, TensorData, TokenAnswer, TokenRequest
+from blockdex_kernels.runner import Packed, Pending, Runner, Step
 
 logger = logging.getLogger(__name__)
 
 # A slice is never shorter than this, so that a slow machine still gets on: one tile of rows.
 _MIN_SLICE_TOKENS = 16
+# One runs while the next one's queries cross.
+_SLICES_AT_ONCE = 2
 
 
-class Prefill:
-    """One long span of a reading, answered slice by slice."""
+@dataclass(slots=True)
+class Flight:
+    """A step on its way.
 
-    def __init__(self, reading: Reading, row: int) -> None:
-        request = reading.request
-        self.reading = reading
-        self.sequence: tuple[SequenceKey, int] = (
-            (request.tenant, int(request.spans.sequence_ids[row])),
-            request.layer,
-        )
-        self._spans = subset(request.spans, np.arange(len(request.spans.lengths)) == row)
-        self._first_row = int(request.spans.lengths[:row].sum())
-        self._done = 0
+    Attributes:
+        pending: how it gets on.
+        phase: `append`, `decode` or `prefill`.
+        parts: who gets how many rows of its answer, in their order, and for which of their own.
+        sequence: of a prefill, the sequence and layer that it reads.
+        products: of a prefill, dot products that it takes, at most.
+    """
 
-    @property
-    def remaining(self) -> int:
-        """Tokens that are not answered yet."""
-        return int(self._spans.lengths[0]) - self._done
-
-    @property
-    def products_per_token(self) -> int:
-        """Upper bound of the dot products of one token of the next slice."""
-        return self.reading.queries.shape[1] * int(self._spans.starts[0] + self._spans.lengths[0])
-
-    def take(self, tokens: int) -> tuple[Spans, slice]:
-        """The next slice: its span, and its rows in the reading."""
-        tokens = min(tokens, self.remaining)
-        spans = self._spans
-        span = Spans(spans.sequence_ids, spans.starts + self._done, np.array([tokens]), spans.revisions)
-        rows = slice(self._first_row + self._done, self._first_row + self._done + tokens)
-        self._done += tokens
-        return span, rows
+    pending: Pending
+    phase: str
+    parts: list[tuple[Reading, int, Rows]]
+    sequence: tuple[SequenceKey, int] | None = None
+    products: int = 0
 
 
 class Launcher:
-    """Runs appends, decodes and slices of prefills on a backend.
+    """Runs batches and slices of prefills, without waiting for them.
 
     Args:
-        backend: the kernels and their pages.
+        cache: where the sequences are.
+        runner: takes steps to the device.
         stats: where time and sizes are counted.
         decode_queries: a span of at most so many queries is decode, a longer one prefill.
         prefill_slice_seconds: time that one slice of a prefill may take, about.
+
+    Attributes:
+        prefills: what is left to begin of the long spans.
     """
 
-    def __init__(self, backend: Backend, stats: Stats, *, decode_queries: int, prefill_slice_seconds: float) -> None:
-        self._backend = backend
+    def __init__(
+        self, cache: Cache, runner: Runner, stats: Stats, *, decode_queries: int, prefill_slice_seconds: float
+    ) -> None:
+        self.prefills = Prefills()
+        self._cache = cache
+        self._runner = runner
+        self._spec = runner.backend.spec
         self._stats = stats
         self._decode_queries = decode_queries
         self._slice_seconds = prefill_slice_seconds
         self._products_per_second = 1e8
-        self.prefills: deque[Prefill] = deque()
+        self._flights: deque[Flight] = deque()
+        self._slices: deque[Flight] = deque()
+        self._landed: list[Outcome] = []
+        self._busy_since = 0.0
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether anything is on its way."""
+        return bool(self._flights or self._slices or self._landed)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a batch can begin without waiting for one before."""
+        return len(self._flights) < self._runner.max_pending
 
     def reading(self) -> Iterator[tuple[SequenceKey, int]]:
-        """The (sequence, layer) pairs that unfinished prefills read."""
-        return (prefill.sequence for prefill in self.prefills)
+        """The (sequence, layer) pairs that unfinished prefills read, begun or not."""
+        yield from (prefill.sequence for prefill in self.prefills)
+        yield from (flight.sequence for flight in self._slices if flight.sequence is not None)
 
-    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
-        """Copies pages in order."""
-        if copies:
-            pairs = torch.tensor(copies, dtype=torch.int64)
-            self._backend.copy_pages(pairs[:, 0].contiguous(), pairs[:, 1].contiguous())
+    def begin(self, batch: Batch) -> list[Outcome]:
+        """Begins what a batch asks of the device; returns the answers that need not wait for it."""
+        changes = self._cache.take_table_changes()
+        if len(changes):
+            self._runner.write_tables(self._cache.table_cells, changes)
+        if batch.copies:
+            self._runner.copy_pages(*map(list, zip(*batch.copies, strict=True)))
+        made = readings(batch.selections, self._spec.head_dim, self._spec.topk)
+        if self._is_one_step(batch, made):
+            keys = [_keys(entry) for entry, _ in batch.appends]
+            packed = Packed(_keys_dtype(batch.appends[0][0]), 1, keys)
+            self._decode([(reading, reading.request.spans, ALL_ROWS) for reading in made], packed)
+            return []
+        self._append(batch.appends)
+        self._select(made)
+        done = [entry for entry, _ in batch.appends if not selects(entry)]
+        self._note(done, "append")
+        return [(entry, TokenAnswer(self._cache.epoch)) for entry in done]
 
-    def append(self, cache: Cache, appends: Sequence[tuple[Entry, NDArray[np.bool_]]]) -> list[Outcome]:
-        """Writes the keys of every entry, one kernel call for all that came in the same dtype.
-
-        Returns:
-            The answers of those that only append.
-        """
-        by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, tuple[str, int, Spans], Entry]]] = {}
-        for entry, applies in appends:
-            request = entry.request
-            assert isinstance(request, TokenRequest)
-            assert request.keys is not None
-            spans = request.spans
-            keys = view(request.keys.tensor, spans.num_tokens, self._backend.spec.head_dim)
-            if not applies.all():
-                keys, spans = _take_rows(keys, rows_of(spans, applies)), subset(spans, applies)
-            by_dtype.setdefault(keys.dtype, []).append((keys, (request.tenant, request.layer, spans), entry))
-        for parts in by_dtype.values():
-            keys = _concatenate([part for part, _, _ in parts])
-            with self._timed("append", len(keys), [entry for _, _, entry in parts]):
-                targets = kernel_spans(cache, self._backend.device, [part for _, part, _ in parts])
-                self._backend.append(to_device(keys, self._backend.device), targets)
-        return [(entry, TokenAnswer(cache.epoch)) for entry, _ in appends if not selects(entry)]
-
-    def decode(self, cache: Cache, selections: Sequence[Entry]) -> list[Outcome]:
-        """Answers the short spans of every entry; the long ones become prefills. Returns what is answered whole."""
-        spec = self._backend.spec
-        groups: dict[tuple[object, ...], list[tuple[Reading, Spans, slice | torch.Tensor]]] = {}
-        outcomes: list[Outcome] = []
-        for reading in readings(selections, spec.head_dim, spec.topk):
-            spans = reading.request.spans
-            short = spans.lengths <= self._decode_queries
-            self.prefills.extend(Prefill(reading, int(row)) for row in np.flatnonzero(~short))
-            if short.any():
-                rows = slice(None) if short.all() else rows_of(spans, short)
-                alike = (reading.queries.shape[1], reading.queries.dtype, reading.order, reading.return_scores)
-                groups.setdefault(alike, []).append((reading, subset(spans, short), rows))
-        for group in groups.values():
-            try:
-                self._decode_group(cache, group)
-            except torch.OutOfMemoryError as error:
-                outcomes += self._give_up([reading for reading, _, _ in group], error)
-                continue
-            outcomes += [
-                outcome for reading, _, _ in group if not reading.unread for outcome in reading.outcomes(cache.epoch)
-            ]
-        return outcomes
-
-    def _decode_group(self, cache: Cache, group: list[tuple[Reading, Spans, slice | torch.Tensor]]) -> None:
-        first = group[0][0]
-        device = self._backend.device
-        queries = _concatenate([_take_rows(reading.queries, rows) for reading, _, rows in group])
-        parts = [(reading.request.tenant, reading.request.layer, spans) for reading, spans, _ in group]
-        callers = [entry for reading, _, _ in group for entry, _ in reading.callers]
-        with self._timed("decode", len(queries), callers):
-            places = kernel_spans(cache, device, parts)
-            queries = to_device(queries, device)
-            selection = to_host(
-                self._backend.decode(queries, places, order=first.order, return_scores=first.return_scores)
-            )
-        row = 0
-        for reading, spans, rows in group:
-            own = slice(row, row + spans.num_tokens)
-            scores = None if selection.scores is None else selection.scores[own]
-            reading.write(rows, Selection(selection.block_ids[own], scores))
-            row = own.stop
-
-    def prefill_slice(self, cache: Cache) -> list[Outcome]:
-        """Answers one slice of the prefill whose turn it is; returns what is answered whole with it."""
-        prefill = self.prefills.popleft()
-        reading = prefill.reading
-        wanted = int(self._products_per_second * self._slice_seconds / prefill.products_per_token)
-        spans, rows = prefill.take(max(wanted, _MIN_SLICE_TOKENS))
-        request, device = reading.request, self._backend.device
-        began = time.monotonic()
-        try:
-            with self._timed("prefill", spans.num_tokens, [entry for entry, _ in reading.callers]):
-                places = kernel_spans(cache, device, [(request.tenant, request.layer, spans)])
-                queries = to_device(reading.queries[rows], device)
-                selection = to_host(
-                    self._backend.prefill(queries, places, order=reading.order, return_scores=reading.return_scores)
-                )
-        except torch.OutOfMemoryError as error:
-            return self._give_up([reading], error)
-        reading.write(rows, selection)
-        rate = spans.num_tokens * prefill.products_per_token / max(time.monotonic() - began, 1e-6)
-        self._products_per_second += 0.25 * (rate - self._products_per_second)
+    def begin_slice(self) -> None:
+        """Begins one slice of the prefill whose turn it is, if there is one, and if not enough are on their way."""
+        if not self.prefills or len(self._slices) >= _SLICES_AT_ONCE:
+            return
+        prefill = self.prefills.pop()
+        reading, per_token = prefill.reading, prefill.products_per_token
+        wanted = int(self._products_per_second * self._slice_seconds / per_token)
+        part, rows = prefill.take(max(wanted, _MIN_SLICE_TOKENS))
         if prefill.remaining:
             # Behind the others: a short prefill does not wait for a long one to end.
-            self.prefills.append(prefill)
-        return [] if reading.unread else reading.outcomes(cache.epoch)
+            self.prefills.add(prefill)
+        queries = reading.packed([reading.queries(rows)])
+        step = Step(self._columns([part]), None, queries, reading.order, reading.return_scores)
+        try:
+            pending = self._runner.begin_prefill(step)
+        except torch.OutOfMemoryError as error:
+            self._give_up([reading], error)
+            return
+        tokens = rows.stop - rows.start
+        self._take_off(self._slices, Flight(pending, "prefill", [(reading, tokens, rows)], prefill.sequence, tokens * per_token))
+        self._count("prefill", tokens)
+        self._note([entry for entry, _ in reading.callers], "prefill")
 
-    def keep_alive(self, cache: Cache) -> None:
+    def land(self) -> list[Outcome]:
+        """What has become of the steps on their way: the answers of the requests that are answered whole."""
+        while self._flights and self._flights[0].pending.done():
+            self._arrive(self._flights.popleft())
+        while self._slices and self._has_ended(self._slices[0]):
+            flight = self._slices.popleft()
+            self._arrive(flight)
+            rate = flight.products / max(flight.pending.device_seconds, 1e-6)
+            self._products_per_second += 0.25 * (rate - self._products_per_second)
+        for flight in self._slices:
+            flight.pending.done()  # which takes the next one to the device while this one runs
+        landed, self._landed = self._landed, []
+        return landed
+
+    def keep_alive(self) -> None:
         """Renews the leases of the sequences that prefills read, lest their pages be given away."""
-        for prefill in self.prefills:
-            cache.get_sequence(*prefill.sequence[0])
+        for sequence, _ in self.reading():
+            self._cache.get_sequence(*sequence)
 
     def drop_gone(self, now: float) -> list[Outcome]:
         """Gives up prefills that nobody waits for any more; returns what the callers that are gone are answered."""
         outcomes = [outcome for prefill in self.prefills for outcome in prefill.reading.drop_gone(now)]
         if outcomes:
-            self.prefills = deque(prefill for prefill in self.prefills if prefill.reading.callers)
+            self.prefills.keep(lambda prefill: bool(prefill.reading.callers))
         return outcomes
 
-    def _give_up(self, readings: Sequence[Reading], error: torch.OutOfMemoryError) -> list[Outcome]:
-        """What the callers of selections are answered that the device has no memory for; pages are as they were."""
+    def _is_one_step(self, batch: Batch, made: Sequence[Reading]) -> bool:
+        """Whether all that a batch does is to append and decode for the same tokens, which one launch can do."""
+        if not made or not len(made) == len(batch.selections) == len(batch.appends):
+            return False
+        first, dtype = made[0], _keys_dtype(batch.appends[0][0])
+        return all(
+            reading.callers[0][0] is entry
+            and reading.alike == first.alike
+            and _keys_dtype(entry) == dtype
+            and applies.all()
+            and reading.request.spans.lengths.max() <= self._decode_queries
+            for reading, (entry, applies) in zip(made, batch.appends, strict=True)
+        )
+
+    def _append(self, appends: Sequence[tuple[Entry, NDArray[np.bool_]]]) -> None:
+        """Writes the keys of every entry, one step for all that came in the same dtype."""
+        by_dtype: dict[torch.dtype, list[tuple[memoryview, Part]]] = {}
+        for entry, applies in appends:
+            request, keys = entry.request, _keys(entry)
+            assert isinstance(request, TokenRequest)
+            spans = request.spans
+            if not applies.all():
+                keys = take_rows(keys, len(keys) // spans.num_tokens, rows_of(spans, applies))
+                spans = subset(spans, applies)
+            part = Part(request.tenant, request.layer, spans)
+            by_dtype.setdefault(_keys_dtype(entry), []).append((keys, part))
+        for dtype, parts in by_dtype.items():
+            step = Step(self._columns([part for _, part in parts]), Packed(dtype, 1, [keys for keys, _ in parts]))
+            self._count("append", step.num_tokens)
+            self._begin(step, "append", [])
+
+    def _select(self, made: Sequence[Reading]) -> None:
+        """Begins to answer the short spans of every reading; the long ones become prefills."""
+        groups: dict[tuple[object, ...], list[tuple[Reading, Spans, Rows]]] = {}
+        for reading in made:
+            spans = reading.request.spans
+            short = spans.lengths <= self._decode_queries
+            if short.all():
+                groups.setdefault(reading.alike, []).append((reading, spans, ALL_ROWS))
+                continue
+            for row in np.flatnonzero(~short).tolist():
+                self.prefills.add(Prefill(reading, row))
+            if short.any():
+                groups.setdefault(reading.alike, []).append((reading, subset(spans, short), rows_of(spans, short)))
+        for group in groups.values():
+            self._decode(group, None)
+
+    def _decode(self, group: Sequence[tuple[Reading, Spans, Rows]], keys: Packed | None) -> None:
+        """Begins to answer short spans that are alike, after appending their keys if they come along."""
+        first = group[0][0]
+        queries = first.packed([reading.queries(rows) for reading, _, rows in group])
+        parts = [Part(reading.request.tenant, reading.request.layer, spans) for reading, spans, _ in group]
+        step = Step(self._columns(parts), keys, queries, first.order, first.return_scores)
+        try:
+            self._begin(step, "decode", [(reading, spans.num_tokens, rows) for reading, spans, rows in group])
+        except torch.OutOfMemoryError as error:
+            self._give_up([reading for reading, _, _ in group], error)
+            return
+        if keys is not None:
+            self._count("append", step.num_tokens)
+        self._count("decode", step.num_tokens)
+        self._note([entry for reading, _, _ in group for entry, _ in reading.callers], "decode")
+
+    def _columns(self, parts: Sequence[Part]) -> NDArray[np.int32]:
+        """int32 `[4, R]`: see `Step.columns`."""
+        columns = np.empty((4, sum(len(part.spans.lengths) for part in parts)), np.int32)
+        row = 0
+        for tenant, layer, spans in parts:
+            own = columns[:, row : row + len(spans.lengths)]
+            own[0], own[1], own[2] = layer, spans.starts, spans.lengths
+            own[3] = self._cache.table_rows(tenant, spans)
+            row += own.shape[1]
+        return columns
+
+    def _begin(self, step: Step, phase: str, parts: list[tuple[Reading, int, Rows]]) -> None:
+        while not self.has_room:
+            if self._flights[0].pending.done():
+                self._arrive(self._flights.popleft())
+            time.sleep(0)
+        self._take_off(self._flights, Flight(self._runner.begin(step), phase, parts))
+
+    def _take_off(self, queue: deque[Flight], flight: Flight) -> None:
+        if not (self._flights or self._slices):
+            self._busy_since = time.monotonic()
+        queue.append(flight)
+
+    def _arrive(self, flight: Flight) -> None:
+        now = time.monotonic()
+        self._stats.device_seconds[flight.phase] += flight.pending.device_seconds
+        answer = flight.pending.answer()
+        row = 0
+        for reading, tokens, rows in flight.parts:
+            assert answer is not None
+            reading.write(rows, answer if len(flight.parts) == 1 else answer[row : row + tokens])
+            row += tokens
+            if not reading.unread:
+                for entry, _ in reading.callers:
+                    entry.finished = now
+                self._landed += reading.outcomes(self._cache.epoch)
+        if not (self._flights or self._slices):
+            self._stats.device_busy_seconds += now - self._busy_since
+
+    def _has_ended(self, flight: Flight) -> bool:
+        """Whether a slice is done, or has failed for want of memory, which ends its readings."""
+        try:
+            return flight.pending.done()
+        except torch.OutOfMemoryError as error:
+            self._give_up([reading for reading, _, _ in flight.parts], error)
+            flight.parts.clear()
+            return True
+
+    def _give_up(self, readings: Sequence[Reading], error: torch.OutOfMemoryError) -> None:
+        """Answers the callers of selections that the device has no memory for; pages are as they were."""
         log_event(logger, logging.ERROR, "device out of memory", reason=str(error))
-        self.prefills = deque(prefill for prefill in self.prefills if prefill.reading not in readings)
-        return [
-            (entry, ResourceExhaustedError("device: no memory left to select with", Reason.OVERLOADED))
-            for reading in readings
-            for entry, _ in reading.callers
-        ]
+        self.prefills.keep(lambda prefill: prefill.reading not in readings)
+        for reading in readings:
+            refused = ResourceExhaustedError("device: no memory left to select with", Reason.OVERLOADED)
+            self._landed += [(entry, refused) for entry, _ in reading.callers]
+            reading.callers = []
 
-    @contextmanager
-    def _timed(self, phase: str, tokens: int, entries: Iterable[Entry]) -> Iterator[None]:
-        """Times a phase, from the copy to the device to the answer on the host.
-
-        An append has no answer to wait for: on a GPU what is left of it is waited for, and counted, in what follows.
-        """
-        began = time.monotonic()
-        yield
-        seconds = time.monotonic() - began
-        for entry in entries:
-            entry.spent(phase, seconds)
-        self._stats.stage_seconds[phase].observe(seconds)
+    def _count(self, phase: str, tokens: int) -> None:
         self._stats.batch_tokens[phase].observe(tokens)
         self._stats.tokens[phase] += tokens
 
-
-def _take_rows(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-    if isinstance(rows, slice):
-        return tensor[rows]
-    # Bytes, since torch has no gather for fp8 on every device.
-    return tensor.contiguous().view(torch.uint8)[rows].view(tensor.dtype)
+    def _note(self, entries: Sequence[Entry], phase: str) -> None:
+        now = time.monotonic()
+        for entry in entries:
+            entry.phase, entry.launched = phase, now
 
 
-def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return (
-        tensors[0]
-        if len(tensors) == 1
-        else torch.cat([part.view(torch.uint8) for part in tensors]).view(tensors[0].dtype)
-    )
+def _keys(entry: Entry) -> memoryview:
+    """Bytes of `[T, D]`."""
+    return memoryview(_keys_of(entry).data).cast("B")
+
+
+def _keys_dtype(entry: Entry) -> torch.dtype:
+    return TORCH_DTYPES[_keys_of(entry).dtype]
+
+
+def _keys_of(entry: Entry) -> TensorData:
+    request = entry.request
+    assert isinstance(request, TokenRequest)
+    assert request.keys is not None
+    return request.keys.tensor

@@ -1,28 +1,22 @@
-"""Selections that share one read of the keys, and what they hand to the kernels."""
+"""Selections that share one read of the keys."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex.cache import Cache
 from blockdex.engine.entry import Entry, Outcome, too_late
-from blockdex.messages import Queries, Spans, TensorData, TokenAnswer, TokenRequest
-from blockdex_kernels.backend import Selection
-from blockdex_kernels.backend import Spans as KernelSpans
+from blockdex.messages import Queries, Spans, TokenAnswer, TokenRequest
+from blockdex_kernels.runner import Answer, Packed
 
-# Received bytes are read-only, and nothing here writes through a view of them. torch says so once a process: let it be
-# here, whatever the process makes of warnings.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch.frombuffer(b"\0", dtype=torch.uint8)
+Rows = slice | NDArray[np.intp]
+"""Rows of a packed tensor: one behind the other, or some."""
 
-_COLUMN_STEP = 4
-_TABLE_STEP = 16
+ALL_ROWS = slice(None)
 
 TORCH_DTYPES = {
     "bf16": torch.bfloat16,
@@ -32,21 +26,17 @@ TORCH_DTYPES = {
 }
 
 
-def view(tensor: TensorData, *shape: int) -> torch.Tensor:
-    """The received bytes as a tensor, not copied."""
-    return torch.frombuffer(tensor.data, dtype=TORCH_DTYPES[tensor.dtype]).view(shape)
+class Part(NamedTuple):
+    """Runs of a step that are of one request: their layer and columns."""
+
+    tenant: str
+    layer: int
+    spans: Spans
 
 
-def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`[T, heads, D]` of several callers as one tensor; as bytes, since torch joins no fp8."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.view(torch.uint8) for part in parts], dim=1).view(parts[0].dtype)
-
-
-def rows_of(spans: Spans, chosen: NDArray[np.bool_]) -> torch.Tensor:
-    """int64, the rows of the packed tensor beside `spans` that belong to the chosen spans."""
-    return torch.from_numpy(np.flatnonzero(np.repeat(chosen, spans.lengths)))
+def rows_of(spans: Spans, chosen: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """The rows of the packed tensor beside `spans` that belong to the chosen spans."""
+    return np.flatnonzero(np.repeat(chosen, spans.lengths))
 
 
 def subset(spans: Spans, chosen: NDArray[np.bool_]) -> Spans:
@@ -54,49 +44,12 @@ def subset(spans: Spans, chosen: NDArray[np.bool_]) -> Spans:
     return Spans(spans.sequence_ids[chosen], spans.starts[chosen], spans.lengths[chosen], spans.revisions[chosen])
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on the device; nobody waits for what runs there.
-
-    By way of pinned memory, which torch keeps until the copy is made, whatever becomes of the tensor.
-    """
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def to_host(selection: Selection) -> Selection:
-    """A selection on the host: waits until it is made."""
-    scores = selection.scores
-    return Selection(selection.block_ids.cpu(), None if scores is None else scores.cpu())
-
-
-def kernel_spans(cache: Cache, device: torch.device, parts: Sequence[tuple[str, int, Spans]]) -> KernelSpans:
-    """Spans of several requests (tenant, layer, columns), one after another, with their page tables as of now.
-
-    All of it crosses to the device in one copy. Columns and rows of the table begin at multiples of 16 bytes there,
-    which kernels are compiled for.
-    """
-    tables = [cache.page_table(tenant, spans) for tenant, _, spans in parts]
-    num_runs = sum(len(table) for table in tables)
-    width = _rounded_up(max(table.shape[1] for table in tables), _TABLE_STEP)
-    height = _rounded_up(num_runs, _COLUMN_STEP)
-    numbers = np.zeros(3 * height + num_runs * width, np.int32)
-    columns = numbers[: 3 * height].reshape(3, height)[:, :num_runs]
-    columns[0] = np.repeat([layer for _, layer, _ in parts], [len(table) for table in tables])
-    np.concatenate([spans.starts for _, _, spans in parts], out=columns[1], casting="same_kind")
-    np.concatenate([spans.lengths for _, _, spans in parts], out=columns[2], casting="same_kind")
-    table = numbers[3 * height :].reshape(num_runs, width)
-    row = 0
-    for part in tables:
-        table[row : row + len(part), : part.shape[1]] = part
-        row += len(part)
-    there = to_device(torch.from_numpy(numbers), device)
-    layers, starts, lengths = there[: 3 * height].view(3, height)[:, :num_runs]
-    return KernelSpans(
-        layers, starts, lengths, there[3 * height :].view(num_runs, width), columns, int(columns[2].max())
-    )
-
-
-def _rounded_up(count: int, step: int) -> int:
-    return -(-count // step) * step
+def take_rows(data: bytes | memoryview, row_bytes: int, rows: Rows) -> memoryview:
+    """The bytes of some rows; those received, not copied, where they lie together."""
+    there = memoryview(data).cast("B")
+    if isinstance(rows, slice):
+        return there if rows is ALL_ROWS else there[rows.start * row_bytes : rows.stop * row_bytes]
+    return np.frombuffer(there, np.uint8).reshape(-1, row_bytes)[rows].reshape(-1).data
 
 
 class Reading:
@@ -105,28 +58,42 @@ class Reading:
     Attributes:
         request: the first caller's; tenant, layer and spans are the same for all.
         callers: who still waits for the answer, each with its own heads.
-        queries: `[T, heads, D]`, the callers' heads side by side.
-        order, return_scores: how all of them are to be answered.
+        heads: of all callers, side by side.
+        alike: dtype, order and whether scores are wanted, the same for all: what one launch has in common.
         unread: tokens that no kernel has answered yet.
     """
 
     def __init__(self, entries: Sequence[Entry], head_dim: int, topk: int) -> None:
-        halves = [_queries(entry) for entry in entries]
+        halves = [queries_of(entry) for entry in entries]
         request = entries[0].request
         assert isinstance(request, TokenRequest)
         self.request = request
-        self.order = halves[0].order
-        self.return_scores = halves[0].return_scores
-        ends = np.cumsum([half.num_heads for half in halves]).tolist()
-        heads = [slice(end - half.num_heads, end) for end, half in zip(ends, halves, strict=True)]
-        self.callers = list(zip(entries, heads, strict=True))
-        tokens = request.spans.num_tokens
-        parts = [view(half.tensor, tokens, half.num_heads, head_dim) for half in halves]
-        self.queries = side_by_side(parts)
-        shape = (tokens, ends[-1], topk)
-        self._block_ids = np.empty(shape, np.int32)
-        self._scores = np.empty(shape, np.float32) if self.return_scores else None
-        self.unread = tokens
+        self.callers: list[tuple[Entry, slice]] = []
+        self.heads = 0
+        for entry, half in zip(entries, halves, strict=True):
+            self.callers.append((entry, slice(self.heads, self.heads + half.num_heads)))
+            self.heads += half.num_heads
+        first = halves[0]
+        self.order, self.return_scores = first.order, first.return_scores
+        self.dtype = TORCH_DTYPES[first.tensor.dtype]
+        self.unread = self._num_tokens = request.spans.num_tokens
+        self._topk = topk
+        self._row_bytes = self.heads * head_dim * self.dtype.itemsize
+        self._data = first.tensor.data if len(halves) == 1 else _side_by_side(halves, self._num_tokens)
+        self._answer: Answer | None = None
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What selections of one launch have in common."""
+        return self.heads, self.dtype, self.order, self.return_scores
+
+    def queries(self, rows: Rows) -> memoryview:
+        """Bytes of `[rows, heads, D]`."""
+        return take_rows(self._data, self._row_bytes, rows)
+
+    def packed(self, parts: Sequence[memoryview]) -> Packed:
+        """Rows of this reading, or of others like it, as kernels take them."""
+        return Packed(self.dtype, self.heads, parts)
 
     def drop_gone(self, now: float) -> list[Outcome]:
         """Forgets the callers that have gone or are past their deadline; returns what they are answered."""
@@ -135,28 +102,39 @@ class Reading:
             self.callers = [(entry, heads) for entry, heads in self.callers if entry not in gone]
         return [(entry, too_late(entry)) for entry in gone]
 
-    def write(self, rows: slice | torch.Tensor, selection: Selection) -> None:
-        """Takes a kernel's answer, on the host, for some of the tokens."""
-        index = rows if isinstance(rows, slice) else rows.numpy()
-        self._block_ids[index] = selection.block_ids.numpy()
-        if self._scores is not None and selection.scores is not None:
-            self._scores[index] = selection.scores.numpy()
-        self.unread -= len(selection.block_ids)
+    def write(self, rows: Rows, answer: Answer) -> None:
+        """Takes a kernel's answer for some of the tokens."""
+        self.unread -= len(answer.block_ids)
+        if rows is ALL_ROWS:
+            self._answer = answer
+            return
+        if self._answer is None:
+            shape = (self._num_tokens, self.heads, self._topk)
+            self._answer = Answer(
+                np.empty(shape, np.int32), np.empty(shape, np.float32) if self.return_scores else None
+            )
+        self._answer.block_ids[rows] = answer.block_ids
+        if self._answer.scores is not None:
+            self._answer.scores[rows] = answer.scores
 
     def outcomes(self, epoch: int) -> list[Outcome]:
         """Every caller's share of the answer; to be called once nothing is unread."""
-        result: list[Outcome] = []
-        for entry, heads in self.callers:
-            scores = None if self._scores is None else self._scores[:, heads]
-            result.append((entry, TokenAnswer(epoch, self._block_ids[:, heads], scores)))
-        return result
+        assert self._answer is not None
+        block_ids, scores = self._answer.block_ids, self._answer.scores
+        return [
+            (entry, TokenAnswer(epoch, block_ids[:, heads], None if scores is None else scores[:, heads]))
+            for entry, heads in self.callers
+        ]
 
 
 def readings(entries: Iterable[Entry], head_dim: int, topk: int) -> list[Reading]:
     """Groups selections whose tokens, order and dtype are the same, so that they share one read of the keys."""
+    entries = list(entries)
+    if len(entries) == 1:
+        return [Reading(entries, head_dim, topk)]
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
-        request, half = entry.request, _queries(entry)
+        request, half = entry.request, queries_of(entry)
         assert isinstance(request, TokenRequest)
         spans = request.spans
         what = (request.tenant, request.layer, half.order, half.return_scores, half.tensor.dtype)
@@ -165,8 +143,15 @@ def readings(entries: Iterable[Entry], head_dim: int, topk: int) -> list[Reading
     return [Reading(group, head_dim, topk) for group in groups.values()]
 
 
-def _queries(entry: Entry) -> Queries:
+def queries_of(entry: Entry) -> Queries:
+    """The selecting half of an entry that has one."""
     request = entry.request
     assert isinstance(request, TokenRequest)
     assert request.queries is not None
     return request.queries
+
+
+def _side_by_side(halves: Sequence[Queries], num_tokens: int) -> memoryview:
+    """`[T, heads, D]` of several callers as one tensor."""
+    parts = [np.frombuffer(half.tensor.data, np.uint8).reshape(num_tokens, -1) for half in halves]
+    return np.concatenate(parts, axis=1).reshape(-1).data

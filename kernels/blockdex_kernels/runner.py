@@ -1,0 +1,259 @@
+"""Steps of an engine on a backend: from bytes on the host to answers on the host, several on their way at once."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockdex_kernels.backend import Backend, Order, Selection, Spans
+
+# Received bytes are read-only, and nothing here writes through a view of them. torch says so once a process: let it be
+# here, whatever the process makes of warnings.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+Bytes = bytes | memoryview
+
+ANSWER_SECONDS = 30.0
+"""Longest that a device may take for a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Rows of a packed tensor on the host.
+
+    Attributes:
+        dtype: bfloat16, float16, float32 or float8_e4m3fn.
+        heads: vectors of a token.
+        parts: their bytes, one part behind the other; read until the step is done.
+    """
+
+    dtype: torch.dtype
+    heads: int
+    parts: Sequence[Bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Runs of consecutive tokens, to append, to select for, or both, in this order; R = runs, T = tokens.
+
+    Attributes:
+        columns: int32 `[4, R]`: layer, position of the first token, tokens, and first row of the page table of each
+            run.
+        keys: `[T, D]`; or None.
+        queries: `[T, H, D]`; or None.
+        order: of the selection.
+        return_scores: whether it holds scores.
+    """
+
+    columns: NDArray[np.int32]
+    keys: Packed | None = None
+    queries: Packed | None = None
+    order: Order = "ascending"
+    return_scores: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.columns[2].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A selection on the host: int32 and float32 `[T, H, topk]`, scores None where not asked for."""
+
+    block_ids: NDArray[np.int32]
+    scores: NDArray[np.float32] | None
+
+    def __getitem__(self, tokens: slice) -> Answer:
+        """That of some of the tokens."""
+        return Answer(self.block_ids[tokens], None if self.scores is None else self.scores[tokens])
+
+
+class Pending(ABC):
+    """A step on its way.
+
+    Attributes:
+        device_seconds: how long the device worked on it, once it is done.
+    """
+
+    device_seconds: float = 0.0
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether it is; to be asked again and again, oldest first, since it may take that to get on.
+
+        Raises:
+            RuntimeError: the device has failed, or has not answered for too long.
+        """
+
+    @abstractmethod
+    def answer(self) -> Answer | None:
+        """What was selected, once it is done, in arrays of its own; None for a step without queries."""
+
+
+class Runner(ABC):
+    """Takes steps to a backend. What is begun takes effect in this order, but for prefills, which only read.
+
+    Args:
+        backend: the kernels and their pages.
+
+    Attributes:
+        backend: the same.
+        max_pending: steps, other than prefills, that may be on their way at once.
+    """
+
+    max_pending: int = 1
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def use_device(self) -> None:
+        """Makes the device the calling thread's: what the thread does that begins steps, before its first."""
+        self.backend.use_device()
+
+    def warm_up(self) -> Iterator[tuple[int, int]]:
+        """As `Backend.warm_up`."""
+        return self.backend.warm_up()
+
+    @abstractmethod
+    def write_tables(self, cells: NDArray[np.int32], changes: NDArray[np.intp]) -> None:
+        """Takes over what has changed in the page tables.
+
+        Args:
+            cells: int32 `[rows * W]`, all tables; the same array or a longer one at each call.
+            changes: which of them were written since the last call.
+        """
+
+    def copy_pages(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """As `Backend.copy_pages`."""
+        self.backend.copy_pages(torch.tensor(sources), torch.tensor(destinations))
+
+    @abstractmethod
+    def begin(self, step: Step) -> Pending:
+        """Begins to append, to decode, or both.
+
+        Raises:
+            ValueError: as the backend's methods do.
+            torch.OutOfMemoryError: there is no memory for it; nothing is appended.
+        """
+
+    @abstractmethod
+    def begin_prefill(self, step: Step) -> Pending:
+        """Begins to select for one run of many queries, whose keys were appended by steps begun before.
+
+        Whoever begins it sees to it that no page it reads is written before it is done.
+        """
+
+
+class CpuRunner(Runner):
+    """Steps on the CPU, each done when it has begun."""
+
+    def __init__(self, backend: Backend, table_row: int) -> None:
+        """`table_row`: W, cells of a row of the page tables."""
+        super().__init__(backend)
+        self._table_row = table_row
+        self._cells: NDArray[np.int32] = np.zeros(0, np.int32)
+
+    def write_tables(self, cells: NDArray[np.int32], changes: NDArray[np.intp]) -> None:
+        """See `Runner.write_tables`; reads the tables where they are."""
+        self._cells = cells
+
+    def begin(self, step: Step) -> Pending:
+        """See `Runner.begin`."""
+        began = time.monotonic()
+        spans, selection = self._spans(step.columns), None
+        if step.keys is not None:
+            self.backend.append(joined(step.keys, step.num_tokens, self.backend.spec.head_dim)[:, 0], spans)
+        if step.queries is not None:
+            queries = joined(step.queries, step.num_tokens, self.backend.spec.head_dim)
+            selection = self.backend.decode(queries, spans, order=step.order, return_scores=step.return_scores)
+        return _Done(selection, time.monotonic() - began)
+
+    def begin_prefill(self, step: Step) -> Pending:
+        """See `Runner.begin_prefill`."""
+        began = time.monotonic()
+        assert step.queries is not None
+        selection = self.backend.prefill(
+            joined(step.queries, step.num_tokens, self.backend.spec.head_dim),
+            self._spans(step.columns),
+            order=step.order,
+            return_scores=step.return_scores,
+        )
+        return _Done(selection, time.monotonic() - began)
+
+    def _spans(self, columns: NDArray[np.int32]) -> Spans:
+        layers, starts, lengths, rows = columns
+        blocks = num_blocks(columns, self.backend.spec.block_size)
+        places = rows[:, None] * np.intp(self._table_row) + np.arange(blocks)
+        # A short table beside a long one ends before the last of these, at the end of all tables too.
+        page_table = self._cells[np.minimum(places, len(self._cells) - 1)]
+        needed = -(-(starts + lengths) // self.backend.spec.block_size)
+        page_table[np.arange(blocks) >= needed[:, None]] = 0
+        return Spans(
+            torch.from_numpy(layers),
+            torch.from_numpy(starts),
+            torch.from_numpy(lengths),
+            torch.from_numpy(page_table),
+            columns[:3],
+        )
+
+
+class _Done(Pending):
+    def __init__(self, selection: Selection | None, seconds: float) -> None:
+        self._selection = selection
+        self.device_seconds = seconds
+
+    def done(self) -> bool:
+        return True
+
+    def answer(self) -> Answer | None:
+        return None if self._selection is None else on_host(self._selection)
+
+
+def check_patience(began: float) -> None:
+    """Raises RuntimeError for a step that takes longer than any can; `began` by `time.monotonic`."""
+    if time.monotonic() - began > ANSWER_SECONDS:
+        raise RuntimeError(f"device: a step has not ended after {ANSWER_SECONDS:.0f} s")
+
+
+def num_blocks(columns: NDArray[np.int32], block_size: int) -> int:
+    """Blocks that the longest run reaches."""
+    return int((columns[1] + columns[2] - 1).max()) // block_size + 1
+
+
+def joined(packed: Packed, num_tokens: int, head_dim: int) -> torch.Tensor:
+    """`[T, heads, D]` on the host; the received bytes themselves where they are one part."""
+    parts = [torch.frombuffer(part, dtype=torch.uint8) for part in packed.parts]
+    data = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if data.data_ptr() % packed.dtype.itemsize:
+        data = data.clone()
+    return data.view(packed.dtype).view(num_tokens, packed.heads, head_dim)
+
+
+def on_host(selection: Selection) -> Answer:
+    """A selection on the host as arrays."""
+    scores = selection.scores
+    return Answer(selection.block_ids.numpy(), None if scores is None else scores.numpy())
+
+
+def make_runner(backend: Backend, table_row: int) -> Runner:
+    """The runner for a backend's device.
+
+    Args:
+        backend: the kernels and their pages.
+        table_row: cells of a row of the page tables.
+    """
+    if backend.device.type == "cpu":
+        return CpuRunner(backend, table_row)
+    from blockdex_kernels.triton.gpu_runner import GpuRunner  # noqa: PLC0415 - not every machine has Triton
+
+    return GpuRunner(backend, table_row)

@@ -1,0 +1,212 @@
+"""Decode steps captured in CUDA graphs: one copy in, the kernels, block ids straight into the host's memory."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from blockdex_kernels.backend import Selection, Spans
+from blockdex_kernels.runner import Answer, Pending, Step, check_patience, num_blocks
+from blockdex_kernels.spec import IndexSpec
+from blockdex_kernels.triton.backend import TritonBackend
+
+MAX_RUNS = 256
+LENGTHS = (1, 2, 4, 8, 16)
+WIDTHS = (256, 1024, 8192)
+"""Blocks of the longest sequence: 32,768, 131,072 and 1,048,576 tokens."""
+MAX_TOKENS = 512
+
+_COLUMNS = 4
+_ITEM_BYTES = 2
+_UNWRITTEN = -2
+"""Less than any block id, and than the -1 of a place without one."""
+_LOOK_SECONDS = 0.001
+
+
+class Shape(NamedTuple):
+    """What steps are padded to, to share a graph.
+
+    Attributes:
+        runs: runs.
+        length: tokens of each.
+        heads: of the queries.
+        width: blocks that no run exceeds.
+        appends: whether keys come with the queries.
+    """
+
+    runs: int
+    length: int
+    heads: int
+    width: int
+    appends: bool
+
+    @classmethod
+    def of(cls, step: Step, spec: IndexSpec) -> Shape | None:
+        """The shape that holds a step; None for one that graphs are not made for."""
+        keys, queries = step.keys, step.queries
+        if queries is None or queries.dtype != torch.bfloat16 or step.return_scores or step.order != "ascending":
+            return None
+        if keys is not None and keys.dtype != torch.bfloat16:
+            return None
+        num_runs, longest = step.columns.shape[1], int(step.columns[2].max())
+        blocks = num_blocks(step.columns, spec.block_size)
+        if num_runs > MAX_RUNS or longest > LENGTHS[-1] or blocks > WIDTHS[-1]:
+            return None
+        runs = 1 << (num_runs - 1).bit_length()
+        length = 1 << (longest - 1).bit_length()
+        if runs * length > MAX_TOKENS:
+            return None
+        width = next(width for width in WIDTHS if width >= blocks)
+        return cls(runs, length, queries.heads, width, keys is not None)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of keys and queries, padded ones included."""
+        return self.runs * self.length
+
+    def parts(self, head_dim: int) -> tuple[int, int, int]:
+        """Where in a step's bytes, which begin with the columns, keys and queries begin, and where all of it ends."""
+        keys = 4 * _COLUMNS * max(self.runs, 4)  # so that what follows lies at a multiple of 16 bytes
+        queries = keys + (_ITEM_BYTES * head_dim * self.tokens if self.appends else 0)
+        return keys, queries, queries + _ITEM_BYTES * head_dim * self.tokens * self.heads
+
+
+class _Slot:
+    """Room for one step on its way, shared by all graphs that use it; they run one after the other."""
+
+    def __init__(self, num_bytes: int, num_ids: int, device: torch.device) -> None:
+        self.host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.memory = memoryview(self.host.numpy())
+        self.there = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self.block_ids = torch.zeros(num_ids, dtype=torch.int32, pin_memory=True)
+        self.written = self.block_ids.numpy()
+
+
+class Graphs:
+    """Graphs of the steps that engines make all the time, one for each shape and slot; others are captured as asked for.
+
+    Args:
+        backend: whose kernels they hold.
+        stream: where they run.
+        tables: int32 `[rows, W]`, the page tables on the device.
+        slots: steps that may be on their way at once.
+    """
+
+    def __init__(
+        self, backend: TritonBackend, stream: torch.cuda.Stream, tables: torch.Tensor, slots: int
+    ) -> None:
+        self._backend, self._stream, self._tables = backend, stream, tables
+        self._graphs: dict[Shape, list[torch.cuda.CUDAGraph]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        spec = backend.spec
+        self._room: list[_Slot] = []
+        self._num_slots, self._next = slots, 0
+        self._sizes = 0, 0
+        self._head_dim, self._topk, self._heads = spec.head_dim, spec.topk, spec.num_index_heads
+
+    def shapes(self) -> Iterator[Shape]:
+        """Shapes that are captured at the start: keys with the queries of all heads, and queries of one head."""
+        all_runs = [1 << power for power in range(MAX_RUNS.bit_length())]
+        most = self._backend.spec.max_blocks
+        widths = [width for width, less in zip(WIDTHS, (0, *WIDTHS), strict=False) if less < most]
+        for runs, width in itertools.product(all_runs, widths):
+            for length in LENGTHS:
+                if runs * length <= MAX_TOKENS:
+                    yield Shape(runs, length, self._heads, width, appends=True)
+            for heads, appends in {(1, True), (1, False), (self._heads, False)} - {(self._heads, True)}:
+                yield Shape(runs, 1, heads, width, appends)
+
+    def begin(self, shape: Shape, step: Step) -> Pending:
+        """Begins a step of a shape, in the slot whose turn it is: the step before it there must be answered."""
+        if shape not in self._graphs:
+            self.capture(shape)
+        number, self._next = self._next, (self._next + 1) % self._num_slots
+        slot = self._room[number]
+        self._fill(slot.memory, shape, step)
+        written = slot.written[: shape.tokens * shape.heads * self._topk]
+        written.fill(_UNWRITTEN)
+        self._graphs[shape][number].replay()
+        return _Replay(written, (step.num_tokens, shape.heads, self._topk), self._stream)
+
+    def _fill(self, memory: memoryview, shape: Shape, step: Step) -> None:
+        keys_at, queries_at, _ = shape.parts(self._head_dim)
+        columns = np.frombuffer(memory, np.int32, _COLUMNS * shape.runs).reshape(_COLUMNS, shape.runs)
+        num_runs = step.columns.shape[1]
+        columns[:, :num_runs] = step.columns
+        columns[2, num_runs:] = 0  # Runs of length 0 are padding.
+        for packed, at in ((step.keys, keys_at), (step.queries, queries_at)):
+            if packed is not None:
+                for part in packed.parts:
+                    memory[at : at + len(part)] = part
+                    at += len(part)
+
+    def capture(self, shape: Shape) -> None:
+        """Captures a shape's graphs; compiles what its kernels have left to compile."""
+        *_, num_bytes = shape.parts(self._head_dim)
+        self._make_room(num_bytes, shape.tokens * shape.heads * self._topk)
+        graphs = []
+        for slot in self._room:
+            columns = np.frombuffer(slot.memory, np.int32, _COLUMNS * shape.runs)
+            columns[:] = 0
+            self._run(shape, slot)  # What is compiled now, or allocated for good, must not be so while it is captured.
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                self._run(shape, slot)
+            graphs.append(graph)
+        self._graphs[shape] = graphs
+
+    def _run(self, shape: Shape, slot: _Slot) -> None:
+        backend, head_dim = self._backend, self._head_dim
+        keys_at, queries_at, end = shape.parts(head_dim)
+        slot.there[:end].copy_(slot.host[:end], non_blocking=True)
+        columns = slot.there[: 4 * _COLUMNS * shape.runs].view(torch.int32).view(_COLUMNS, shape.runs)
+        layers, starts, lengths, rows = columns
+        spans = Spans(layers, starts, lengths, self._tables, None, shape.length, rows, shape.width)
+        if shape.appends:
+            backend.append(slot.there[keys_at:queries_at].view(torch.bfloat16).view(-1, head_dim), spans)
+        queries = slot.there[queries_at:end].view(torch.bfloat16).view(-1, shape.heads, head_dim)
+        block_ids = slot.block_ids[: shape.tokens * shape.heads * self._topk].view(-1, shape.heads, self._topk)
+        backend.decode_into(Selection(block_ids, None), queries, spans, order="ascending")
+
+    def _make_room(self, num_bytes: int, num_ids: int) -> None:
+        """Slots that hold so much; those that graphs hold already stay as they are if they do."""
+        if num_bytes <= self._sizes[0] and num_ids <= self._sizes[1]:
+            return
+        largest = Shape(MAX_RUNS, MAX_TOKENS // MAX_RUNS, self._heads, WIDTHS[0], appends=True)
+        *_, most_bytes = largest.parts(self._head_dim)
+        most_ids = largest.tokens * self._heads * self._topk
+        self._sizes = max(num_bytes, most_bytes), max(num_ids, most_ids)
+        self._stream.synchronize()
+        self._graphs.clear()
+        self._room = [_Slot(*self._sizes, self._backend.device) for _ in range(self._num_slots)]
+
+
+class _Replay(Pending):
+    """A graph that was launched: done once the device has written every block id."""
+
+    def __init__(self, written: np.ndarray, shape: tuple[int, int, int], stream: torch.cuda.Stream) -> None:
+        self._written, self._shape, self._stream = written, shape, stream
+        self._began = self._looked = time.monotonic()
+
+    def done(self) -> bool:
+        """See `Pending.done`."""
+        if self._written.min() == _UNWRITTEN:
+            now = time.monotonic()
+            if now - self._looked > _LOOK_SECONDS:
+                self._looked = now
+                self._stream.query()  # raises where the device has failed
+                check_patience(self._began)
+            return False
+        self.device_seconds = time.monotonic() - self._began
+        return True
+
+    def answer(self) -> Answer | None:
+        """See `Pending.answer`."""
+        tokens, heads, topk = self._shape
+        return Answer(self._written[: tokens * heads * topk].reshape(self._shape).copy(), None)
