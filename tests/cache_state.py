@@ -60,7 +60,7 @@ def snapshot(cache: Cache) -> dict[str, Any]:
     state: dict[str, Any] = {"evictions": cache._evictions, "epoch": cache.epoch}
     for part in (cache._pool, cache._sequences, cache._sequences.tables):
         for name, value in vars(part).items():
-            if name != "tables":
+            if name not in {"tables", "_found"}:  # the latter is remembered, and checked below
                 state[f"{type(part).__name__}.{name}"] = pickle.dumps(value)
     return state
 
@@ -93,6 +93,8 @@ def check_integrity(cache: Cache) -> None:
         assert all(block < sequences.forked[slot] for block in shared)
     assert sum(map(len, sequences._slots.values())) == len(sequences._names)
     assert all(sequences._slots.values()), "a tenant without sequences is remembered"
+    for (tenant, names), slots in sequences._found.items():
+        assert [sequences._slots[tenant][name] for name in np.frombuffer(names, np.uint64).tolist()] == slots.tolist()
     free_slots = sequences._free
     assert sorted([*free_slots, *sequences._names]) == list(range(len(sequences.held)))
     for column in (sequences.lengths.T, sequences.revisions.T, sequences.held, sequences.forked, tables):

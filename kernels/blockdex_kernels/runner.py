@@ -143,7 +143,8 @@ class Runner(ABC):
 
         Raises:
             ValueError: as the backend's methods do.
-            torch.OutOfMemoryError: there is no memory for it; nothing is appended.
+            torch.OutOfMemoryError: there is no memory to select with; what was to be appended is.
+            RuntimeError: nobody knows what the pages hold.
         """
 
     @abstractmethod
@@ -172,7 +173,7 @@ class CpuRunner(Runner):
         began = time.monotonic()
         spans, selection = self._spans(step.columns), None
         if step.keys is not None:
-            self.backend.append(joined(step.keys, step.num_tokens, self.backend.spec.head_dim)[:, 0], spans)
+            append_all(self.backend, joined(step.keys, step.num_tokens, self.backend.spec.head_dim), spans)
         if step.queries is not None:
             queries = joined(step.queries, step.num_tokens, self.backend.spec.head_dim)
             selection = self.backend.decode(queries, spans, order=step.order, return_scores=step.return_scores)
@@ -217,6 +218,14 @@ class _Done(Pending):
 
     def answer(self) -> Answer | None:
         return None if self._selection is None else on_host(self._selection)
+
+
+def append_all(backend: Backend, keys: torch.Tensor, spans: Spans) -> None:
+    """Appends keys `[T, 1, D]`; a RuntimeError where there is no memory for that, of which the caller knows nothing."""
+    try:
+        backend.append(keys[:, 0], spans)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError("device: no memory left to append with") from error
 
 
 def check_patience(began: float) -> None:

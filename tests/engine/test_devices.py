@@ -10,15 +10,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from blockdex.cache import Cache
 from blockdex.engine.engine import Engine
-from blockdex.engine.reading import kernel_spans
 from blockdex.errors import Code, Reason, ResourceExhaustedError
 from blockdex.messages import TokenAnswer
 from blockdex.transport.local import LocalChannel
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.triton.gpu import GpuBackend
-from cache_state import check_integrity, spans
+from cache_state import check_integrity
 from running_engine import LIMITS, SPEC, TENANT, Phase, open_sequence, running, tokens, values
 from triton_device import DEVICE
 
@@ -37,32 +35,6 @@ def keys_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
 
 def queries_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
     return values(random, length, SPEC.num_index_heads, SPEC.head_dim)
-
-
-def test_spans_of_several_requests() -> None:
-    cache = Cache(SPEC, 64)
-    for sequence, length in ((A, 100), (B, 17)):
-        cache.open_sequence(TENANT, sequence, 0)
-        cache.apply_append(cache.plan_append(TENANT, 1, spans((sequence, 0, length))))
-    parts = [(TENANT, 1, spans((A, 90, 10), (B, 3, 2))), (TENANT, 0, spans((A, 5, 40)))]
-
-    there = kernel_spans(cache, torch.device("cpu"), parts)
-
-    expected = np.array([[1, 1, 0], [90, 3, 5], [10, 2, 40]], np.int32)
-    assert there.columns is not None
-    np.testing.assert_array_equal(there.columns, expected)
-    np.testing.assert_array_equal(np.stack([there.layers, there.starts, there.lengths]), expected)
-    assert there.max_length == 40
-    assert there.columns.dtype == np.int32
-    assert {part.dtype for part in (there.layers, there.starts, there.lengths, there.page_table)} == {torch.int32}
-    # What kernels are compiled for: columns and rows at multiples of 16 bytes, whatever the numbers.
-    assert {part.data_ptr() % 16 for part in (there.layers, there.starts, there.lengths, there.page_table)} == {0}
-    assert there.page_table.stride() == (there.page_table.shape[1], 1)
-    assert there.page_table.shape[1] % 16 == 0
-    for row, (sequence, length) in enumerate(((A, 100), (B, 5), (A, 45))):
-        blocks = -(-length // SPEC.block_size)
-        whole = cache.page_table(TENANT, spans((sequence, 0, length)))[0]
-        np.testing.assert_array_equal(there.page_table[row, :blocks], whole[:blocks])
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])

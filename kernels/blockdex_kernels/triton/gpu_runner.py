@@ -11,7 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex_kernels.backend import Selection, Spans
-from blockdex_kernels.runner import Answer, Packed, Pending, Runner, Step, check_patience, num_blocks, on_host
+from blockdex_kernels.runner import (
+    Answer,
+    Packed,
+    Pending,
+    Runner,
+    Step,
+    append_all,
+    check_patience,
+    num_blocks,
+    on_host,
+)
 from blockdex_kernels.triton.backend import TritonBackend
 from blockdex_kernels.triton.graphs import Graphs, Shape
 
@@ -89,7 +99,7 @@ class GpuRunner(Runner):
         longest = int(step.columns[2].max())
         spans = Spans(layers, starts, lengths, self._tables, step.columns[:3], longest, rows, blocks)
         if step.keys is not None:
-            self.backend.append(self._upload(step.keys)[:, 0], spans)
+            append_all(self.backend, self._upload(step.keys), spans)
         selection = None
         if step.queries is not None:
             queries = self._upload(step.queries)
@@ -177,7 +187,8 @@ class _Prefill(Pending):
             sent.record_stream(runner._side)
             numbers_there.record_stream(runner._side)
             self._start.record(runner._side)
-            spans = Spans(*numbers_there[:3].view(3, 1), numbers_there[None, 3:], step.columns[:3])
+            layers, starts, lengths = numbers_there[:3].view(3, 1)
+            spans = Spans(layers, starts, lengths, numbers_there[None, 3:], step.columns[:3])
             selection = backend.prefill(sent, spans, order=step.order, return_scores=step.return_scores)
             self._selection = _to_host(selection)
             self._end.record(runner._side)

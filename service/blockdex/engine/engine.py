@@ -145,6 +145,7 @@ class Engine:
             epoch=cache.epoch,
             device=str(self._backend.device),
             kernels=self._backend.kernels,
+            totals=self._stats.totals(),
         )
 
     def overview(self, max_cells: int) -> CacheOverview:
@@ -213,6 +214,9 @@ class Engine:
         outcomes = launcher.drop_gone(now)
         batch = self._form(now)
         self._next_look = now + _LOOK_SECONDS
+        formed = time.monotonic()
+        for entry, _ in batch.outcomes:
+            entry.finished = formed
         return outcomes + batch.outcomes + launcher.begin(batch)
 
     def _form(self, now: float) -> Batch:
@@ -225,12 +229,13 @@ class Engine:
                 continue
             if batch.admit(entry):
                 admitted += 1
-                entry.taken = now
             else:
                 held_back.append(entry)
         self._backlog = held_back
         batch.waiting[:0] = [entry for entry in self._waiting if not self._is_gone(entry, now, late)]
         self._waiting = self._still_waiting(batch)
+        for entry in batch.taken():
+            entry.taken = now
         batch.outcomes += late
         if admitted:
             self._stats.batches += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from blockdex.engine.reading import ALL_ROWS, TORCH_DTYPES, Part, Reading, Rows,
 from blockdex.engine.stats import Stats
 from blockdex.errors import Reason, ResourceExhaustedError
 from blockdex.logs import log_event
-from blockdex.messages import Spans, TensorData, TokenAnswer, TokenRequest
+from blockdex.messages import Phase, Spans, TensorData, TokenAnswer, TokenRequest
 from blockdex_kernels.runner import Packed, Pending, Runner, Step
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Flight:
     """
 
     pending: Pending
-    phase: str
+    phase: Phase
     parts: list[tuple[Reading, int, Rows]]
     sequence: tuple[SequenceKey, int] | None = None
     products: int = 0
@@ -108,10 +108,12 @@ class Launcher:
             packed = Packed(_keys_dtype(batch.appends[0][0]), 1, keys)
             self._decode([(reading, reading.request.spans, ALL_ROWS) for reading in made], packed)
             return []
+        self._note([entry for entry, _ in batch.appends], "append")
         self._append(batch.appends)
         self._select(made)
-        done = [entry for entry, _ in batch.appends if not selects(entry)]
-        self._note(done, "append")
+        done, now = [entry for entry, _ in batch.appends if not selects(entry)], time.monotonic()
+        for entry in done:
+            entry.finished = now
         return [(entry, TokenAnswer(self._cache.epoch)) for entry in done]
 
     def begin_slice(self) -> None:
@@ -127,6 +129,7 @@ class Launcher:
             self.prefills.add(prefill)
         queries = reading.packed([reading.queries(rows)])
         step = Step(self._columns([part]), None, queries, reading.order, reading.return_scores)
+        self._note([entry for entry, _ in reading.callers], "prefill")
         try:
             pending = self._runner.begin_prefill(step)
         except torch.OutOfMemoryError as error:
@@ -134,8 +137,7 @@ class Launcher:
             return
         tokens = rows.stop - rows.start
         self._take_off(self._slices, Flight(pending, "prefill", [(reading, tokens, rows)], prefill.sequence, tokens * per_token))
-        self._count("prefill", tokens)
-        self._note([entry for entry, _ in reading.callers], "prefill")
+        self._stats.launched("prefill", tokens, 1)
 
     def land(self) -> list[Outcome]:
         """What has become of the steps on their way: the answers of the requests that are answered whole."""
@@ -191,8 +193,8 @@ class Launcher:
             by_dtype.setdefault(_keys_dtype(entry), []).append((keys, part))
         for dtype, parts in by_dtype.items():
             step = Step(self._columns([part for _, part in parts]), Packed(dtype, 1, [keys for keys, _ in parts]))
-            self._count("append", step.num_tokens)
             self._begin(step, "append", [])
+            self._stats.launched("append", step.num_tokens, len(parts))
 
     def _select(self, made: Sequence[Reading]) -> None:
         """Begins to answer the short spans of every reading; the long ones become prefills."""
@@ -216,15 +218,15 @@ class Launcher:
         queries = first.packed([reading.queries(rows) for reading, _, rows in group])
         parts = [Part(reading.request.tenant, reading.request.layer, spans) for reading, spans, _ in group]
         step = Step(self._columns(parts), keys, queries, first.order, first.return_scores)
+        self._note([entry for reading, _, _ in group for entry, _ in reading.callers], "decode")
         try:
             self._begin(step, "decode", [(reading, spans.num_tokens, rows) for reading, spans, rows in group])
         except torch.OutOfMemoryError as error:
             self._give_up([reading for reading, _, _ in group], error)
             return
         if keys is not None:
-            self._count("append", step.num_tokens)
-        self._count("decode", step.num_tokens)
-        self._note([entry for reading, _, _ in group for entry, _ in reading.callers], "decode")
+            self._stats.launched("append", step.num_tokens, len(group))
+        self._stats.launched("decode", step.num_tokens, len(group))
 
     def _columns(self, parts: Sequence[Part]) -> NDArray[np.int32]:
         """int32 `[4, R]`: see `Step.columns`."""
@@ -237,7 +239,7 @@ class Launcher:
             row += own.shape[1]
         return columns
 
-    def _begin(self, step: Step, phase: str, parts: list[tuple[Reading, int, Rows]]) -> None:
+    def _begin(self, step: Step, phase: Phase, parts: list[tuple[Reading, int, Rows]]) -> None:
         while not self.has_room:
             if self._flights[0].pending.done():
                 self._arrive(self._flights.popleft())
@@ -283,14 +285,14 @@ class Launcher:
             self._landed += [(entry, refused) for entry, _ in reading.callers]
             reading.callers = []
 
-    def _count(self, phase: str, tokens: int) -> None:
-        self._stats.batch_tokens[phase].observe(tokens)
-        self._stats.tokens[phase] += tokens
-
-    def _note(self, entries: Sequence[Entry], phase: str) -> None:
+    @staticmethod
+    def _note(entries: Iterable[Entry], phase: Phase) -> None:
         now = time.monotonic()
         for entry in entries:
-            entry.phase, entry.launched = phase, now
+            entry.launched = now
+            # A prefill's short spans are decoded first, and what it appends is appended before them.
+            if entry.phase != "prefill":
+                entry.phase = phase
 
 
 def _keys(entry: Entry) -> memoryview:

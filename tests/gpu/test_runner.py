@@ -1,0 +1,169 @@
+"""Steps begun one after the other, several on their way, are answered as calls of the kernels one by one."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from blockdex_kernels import IndexSpec
+from blockdex_kernels.backend import Order, Selection, Spans
+from blockdex_kernels.runner import Packed, Pending, Step, make_runner
+from blockdex_kernels.triton.gpu import GpuBackend
+from blockdex_kernels.triton.graphs import Shape
+from triton_device import DEVICE
+
+ROW, BLOCKS, SEQUENCES = 64, 300, 12
+SECONDS = 20.0
+
+
+class Both:
+    """A runner, and a backend of the same pages that is called directly."""
+
+    def __init__(self, spec: IndexSpec, generator: torch.Generator) -> None:
+        self.spec, self.generator = spec, generator
+        pages = SEQUENCES * BLOCKS
+        self.runner = make_runner(GpuBackend(spec, pages, DEVICE, reason="tested"), ROW)
+        self.direct = GpuBackend(spec, pages, DEVICE, reason="tested")
+        history = torch.randn(pages, spec.num_layers, 128, 128, generator=generator).to(self.direct.pages.dtype)
+        for backend in (self.runner.backend, self.direct):
+            backend.pages.copy_(history)
+        torch.cuda.synchronize()
+        self.runner.use_device()
+        room = -(-BLOCKS // ROW)
+        self.cells: NDArray[np.int32] = np.zeros((1 + SEQUENCES * room) * ROW, np.int32)
+        self.rows = 1 + np.arange(SEQUENCES) * room
+        tables = torch.randperm(pages, generator=generator).view(SEQUENCES, BLOCKS).int()
+        for row, table in zip(self.rows, tables.numpy(), strict=True):
+            self.cells[row * ROW : row * ROW + BLOCKS] = table
+        self.tables = tables.to(DEVICE)
+        self.runner.write_tables(self.cells, np.arange(len(self.cells)))
+
+    def step(self, lengths: list[int], dtype: torch.dtype, heads: int, **options: Any) -> tuple[Step, list[int]]:
+        """A step of sequences, layers and positions drawn at random, which appends and selects."""
+        draw = self.generator
+        chosen = torch.randperm(SEQUENCES, generator=draw)[: len(lengths)].tolist()
+        layers = torch.randint(0, self.spec.num_layers, (len(lengths),), generator=draw).tolist()
+        starts = [int(torch.randint(0, BLOCKS * 128 - length, (), generator=draw)) for length in lengths]
+        columns = np.array([layers, starts, lengths, self.rows[chosen]], np.int32)
+        keys, queries = (self.packed(lengths, dtype, count) for count in (1, heads))
+        return Step(columns, keys, queries, **options), chosen
+
+    def packed(self, lengths: list[int], dtype: torch.dtype, heads: int) -> Packed:
+        parts = [
+            torch.randn(length, heads, 128, generator=self.generator).to(dtype).view(torch.uint8).numpy().tobytes()
+            for length in lengths
+        ]
+        return Packed(dtype, heads, parts)
+
+    def expected(self, step: Step, chosen: list[int], phase: str) -> Selection:
+        layers, starts, lengths, _ = torch.from_numpy(step.columns).to(DEVICE)
+        spans = Spans(layers, starts, lengths, self.tables[chosen], step.columns[:3])
+        if step.keys is not None:
+            self.direct.append(_tensor(step.keys)[:, 0], spans)
+        assert step.queries is not None
+        select = getattr(self.direct, phase)
+        selection: Selection = select(_tensor(step.queries), spans, order=step.order, return_scores=step.return_scores)
+        return selection
+
+
+def _tensor(packed: Packed) -> torch.Tensor:
+    data = torch.frombuffer(bytearray(b"".join(packed.parts)), dtype=torch.uint8)
+    return data.view(packed.dtype).view(-1, packed.heads, 128).to(DEVICE)
+
+
+def wait(pending: Pending) -> None:
+    until = time.monotonic() + SECONDS
+    while not pending.done():
+        assert time.monotonic() < until, "not done in time"
+
+
+def check(pending: Pending, expected: Selection) -> None:
+    wait(pending)
+    answer = pending.answer()
+    assert answer is not None
+    np.testing.assert_array_equal(answer.block_ids, expected.block_ids.cpu().numpy())
+    if expected.scores is not None:
+        np.testing.assert_array_equal(answer.scores, expected.scores.cpu().numpy())
+
+
+@pytest.mark.parametrize("key_dtype", ["bf16", "fp8_e4m3"])
+def test_steps_of_all_kinds(key_dtype: Any, generator: torch.Generator) -> None:
+    """With graphs and without, of all shapes, two on their way, and what they wrote is the same to the last bit."""
+    both = Both(IndexSpec(num_layers=2, key_dtype=key_dtype), generator)
+    draw = generator
+    kinds: list[tuple[torch.dtype, int, Order, bool]] = [
+        (torch.bfloat16, 4, "ascending", False),
+        (torch.bfloat16, 1, "ascending", False),
+        (torch.bfloat16, 4, "score", True),
+        (torch.float16, 4, "ascending", False),
+        (torch.float32, 2, "ascending", True),
+    ]
+    captured = 0
+    waiting: list[tuple[Pending, Selection]] = []
+    for number in range(60):
+        dtype, heads, order, scores = kinds[0] if number % 2 else kinds[number // 2 % len(kinds)]
+        runs = int(torch.randint(1, SEQUENCES + 1, (), generator=draw))
+        longest = (1, 1, 3, 16)[number % 4]
+        lengths = torch.randint(1, longest + 1, (runs,), generator=draw).tolist()
+        step, chosen = both.step(lengths, dtype, heads, order=order, return_scores=scores)
+        captured += Shape.of(step, both.spec) is not None
+        expected = both.expected(step, chosen, "decode")
+        torch.cuda.synchronize()
+        if len(waiting) == both.runner.max_pending:
+            check(*waiting.pop(0))
+        waiting.append((both.runner.begin(step), expected))
+    while waiting:
+        check(*waiting.pop(0))
+    assert captured > 30
+    torch.cuda.synchronize()
+    assert torch.equal(both.runner.backend.pages.view(torch.uint8), both.direct.pages.view(torch.uint8))
+
+
+def test_prefills_beside_decodes(generator: torch.Generator) -> None:
+    both = Both(IndexSpec(num_layers=2), generator)
+    steps = []
+    for length in (1000, 17, 4096):
+        step, chosen = both.step([length], torch.bfloat16, 4)
+        step = Step(step.columns, None, step.queries, "score", return_scores=True)
+        steps.append((step, both.expected(step, chosen, "prefill")))
+    torch.cuda.synchronize()
+    pending = [(both.runner.begin_prefill(step), expected) for step, expected in steps]
+    while not all([one.done() for one, _ in pending]):
+        step, chosen = both.step([1] * 8, torch.bfloat16, 4)
+        selecting = Step(step.columns, None, step.queries)
+        expected = both.expected(selecting, chosen, "decode")
+        torch.cuda.synchronize()
+        check(both.runner.begin(selecting), expected)
+    for one, expected in pending:
+        check(one, expected)
+
+
+def test_tables_that_outgrow_the_device(generator: torch.Generator) -> None:
+    """Graphs hold the address of the tables: they are captured again."""
+    both = Both(IndexSpec(num_layers=2), generator)
+    for _ in range(2):
+        step, chosen = both.step([1] * 8, torch.bfloat16, 4)
+        check(both.runner.begin(step), both.expected(step, chosen, "decode"))
+        both.cells = np.pad(both.cells, (0, 1 << 22))
+        both.runner.write_tables(both.cells, np.arange(1))
+
+
+def test_tables_follow_their_changes(generator: torch.Generator) -> None:
+    both = Both(IndexSpec(num_layers=2), generator)
+    for _ in range(3):
+        places = np.array([int(both.rows[3]) * ROW + block for block in (0, 7, 299, 7)])
+        pages = torch.randint(0, SEQUENCES * BLOCKS, (3,), generator=generator).int()
+        both.cells[places[:3]] = pages.numpy()
+        both.tables[3, [0, 7, 299]] = pages.to(DEVICE)
+        both.runner.write_tables(both.cells, places)
+        step, _ = both.step([1], torch.bfloat16, 4)
+        columns = np.array([[1], [BLOCKS * 128 - 1], [1], [both.rows[3]]], np.int32)
+        step = Step(columns, None, step.queries)
+        expected = both.expected(step, [3], "decode")
+        torch.cuda.synchronize()
+        check(both.runner.begin(step), expected)
