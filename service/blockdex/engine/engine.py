@@ -138,6 +138,7 @@ class Engine:
             epoch=cache.epoch,
             device=str(self._backend.device),
             kernels=self._backend.kernels,
+            totals=self._stats.totals(),
         )
 
     def overview(self, max_cells: int) -> CacheOverview:
@@ -188,7 +189,9 @@ class Engine:
         launcher.keep_alive(cache)
         outcomes = launcher.drop_gone(began)
         batch = self._form(began)
-        self._stats.stage_seconds["plan"].observe(time.monotonic() - began)
+        formed = time.monotonic()
+        for entry, _ in batch.outcomes:
+            entry.finished = formed
         launcher.copy_pages(batch.copies)
         outcomes += launcher.append(cache, batch.appends)
         outcomes += launcher.decode(cache, batch.selections)
@@ -206,13 +209,13 @@ class Engine:
                 continue
             if batch.admit(entry):
                 admitted += 1
-                entry.spent("queue", now - entry.received)
-                self._stats.stage_seconds["queue"].observe(now - entry.received)
             else:
                 held_back.append(entry)
         self._backlog = held_back
         batch.waiting[:0] = [entry for entry in self._waiting if not self._is_gone(entry, now, late)]
         self._waiting = self._still_waiting(batch)
+        for entry in batch.taken():
+            entry.taken = now
         batch.outcomes += late
         if admitted:
             self._stats.batches += 1
@@ -243,10 +246,11 @@ class Engine:
         if not outcomes:
             return
         assert self._deliver is not None
-        began = time.monotonic()
         self._unanswered.difference_update(entry for entry, _ in outcomes)
         self._deliver(outcomes)
-        self._stats.stage_seconds["reply"].observe(time.monotonic() - began)
+        now = time.monotonic()
+        for entry, _ in outcomes:
+            self._stats.answered(entry, now)
 
     def _start_anew(self) -> None:
         """After a fault nobody knows what the pages hold: everything is refused, and a new epoch begins."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,7 +18,7 @@ from blockdex.engine.reading import Reading, kernel_spans, readings, rows_of, su
 from blockdex.engine.stats import Stats
 from blockdex.errors import Reason, ResourceExhaustedError
 from blockdex.logs import log_event
-from blockdex.messages import Spans, TokenAnswer, TokenRequest
+from blockdex.messages import Phase, Spans, TokenAnswer, TokenRequest
 from blockdex_kernels.backend import Backend, Selection
 
 logger = logging.getLogger(__name__)
@@ -203,19 +203,22 @@ class Launcher:
         ]
 
     @contextmanager
-    def _timed(self, phase: str, tokens: int, entries: Iterable[Entry]) -> Iterator[None]:
-        """Times a phase, from the copy to the device to the answer on the host.
+    def _timed(self, phase: Phase, tokens: int, entries: Sequence[Entry]) -> Iterator[None]:
+        """Times a launch, from the copy to the device to the answer on the host.
 
         An append has no answer to wait for: on a GPU what is left of it is waited for, and counted, in what follows.
         """
         began = time.monotonic()
         yield
-        seconds = time.monotonic() - began
+        ended = time.monotonic()
         for entry in entries:
-            entry.spent(phase, seconds)
-        self._stats.stage_seconds[phase].observe(seconds)
-        self._stats.batch_tokens[phase].observe(tokens)
-        self._stats.tokens[phase] += tokens
+            entry.launched, entry.finished = began, ended
+            # A prefill's short spans are decoded first, and what it appends is appended before them.
+            if entry.phase != "prefill":
+                entry.phase = phase
+        self._stats.launched(phase, tokens, len(entries))
+        self._stats.device_seconds[phase] += ended - began
+        self._stats.device_busy_seconds += ended - began
 
 
 def _take_rows(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
