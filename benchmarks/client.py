@@ -138,10 +138,10 @@ def kernel_seconds(http_address: str) -> float:
     """Seconds that the server's append and decode kernels took since it started, by its own metrics."""
     with urllib.request.urlopen(f"http://{http_address}/metrics", timeout=_ANSWER_SECONDS) as response:
         text = response.read().decode()
-    stages = re.findall(r'^blockdex_stage_seconds_sum\{stage="(?:append|decode)"\} (\S+)', text, re.MULTILINE)
-    if len(stages) != 2:
-        raise RuntimeError("/metrics: blockdex_stage_seconds of append and decode are missing")
-    return sum(map(float, stages))
+    phases = re.findall(r'^blockdex_device_seconds_total\{phase="(?:append|decode)"\} (\S+)', text, re.MULTILINE)
+    if len(phases) != 2:
+        raise RuntimeError("/metrics: blockdex_device_seconds_total of append and decode are missing")
+    return sum(map(float, phases))
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import blockdex
-from blockdex.messages import CacheUsage, Limits
+from blockdex.messages import CacheUsage, Limits, Totals
 from blockdex_kernels import IndexSpec
 
 Transport = Literal["stream", "unary"]
@@ -53,6 +53,7 @@ def some_info(num_layers: int = 57) -> blockdex.Info:
         version="",
         features=frozenset(),
         transports=(),
+        totals=Totals(0, 0, {}, {}, 0.0, 0.0, 0.0),
     )
 
 

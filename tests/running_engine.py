@@ -33,6 +33,7 @@ from blockdex.messages import (
     TokenRequest,
     TruncateSequence,
 )
+from blockdex.transport.channel import PendingAnswer
 from blockdex.transport.local import LocalChannel
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.backend import Selection
@@ -143,7 +144,7 @@ class Running:
     engine: Engine
     channel: LocalChannel
 
-    def submit(self, request: Request, timeout: float = TIMEOUT) -> asyncio.Future[Answer]:
+    def submit(self, request: Request, timeout: float = TIMEOUT) -> PendingAnswer:
         """Queues a request."""
         return self.channel.submit(request, timeout)
 

@@ -136,6 +136,10 @@ def _lines(fields: dict[str, Any], indent: str = "") -> Iterator[str]:
         elif name == "kernels":
             yield f"{indent}{name}:"
             yield from (f"{indent}  {kernel['phase']}: {kernel['kernel']} ({kernel['reason']})" for kernel in value)
+        elif name == "phases":
+            yield f"{indent}{name}:"
+            for totals in value:
+                yield from _lines({totals.pop("phase"): totals}, indent + "  ")
         else:
             yield f"{indent}{name}: {', '.join(value) if isinstance(value, list) else value}"
 

@@ -16,6 +16,16 @@ from blockdex_kernels import IndexSpec
 FloatDtype = Literal["bf16", "fp16", "fp32", "fp8_e4m3"]
 Order = Literal["ascending", "score"]
 
+Phase = Literal["append", "decode", "prefill", "sequence"]
+Stage = Literal["queue", "plan", "device", "reply"]
+
+KERNEL_PHASES: tuple[Phase, ...] = ("append", "decode", "prefill")
+PHASES: tuple[Phase, ...] = (*KERNEL_PHASES, "sequence")
+"""What a request comes to: keys alone, queries of short spans, queries of a long one, or nothing for a kernel."""
+
+STAGES: tuple[Stage, ...] = ("queue", "plan", "device", "reply")
+"""Where a request's time in the engine goes, in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spans:
@@ -207,8 +217,48 @@ class CacheOverview:
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseTotals:
+    """What the requests and launches of one phase came to.
+
+    Attributes:
+        requests: requests answered.
+        tokens: tokens that kernels worked on.
+        device_seconds: time of its launches on the device.
+        stage_seconds: time of its requests, all together, by stage.
+    """
+
+    requests: int
+    tokens: int
+    device_seconds: float
+    stage_seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the engine did since it started.
+
+    Attributes:
+        requests: requests taken into batches.
+        batches: batches run.
+        phases: by phase, what its requests and launches came to.
+        dropped: requests given up before any work, by why.
+        busy_seconds: time in which the engine was not waiting for work.
+        device_busy_seconds: time in which at least one launch was on the device.
+        uptime_seconds: since counting began.
+    """
+
+    requests: int
+    batches: int
+    phases: dict[str, PhaseTotals]
+    dropped: dict[str, int]
+    busy_seconds: float
+    device_busy_seconds: float
+    uptime_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Info:
-    """What the engine is, holds and can do."""
+    """What the engine is, holds and can do, and what it did."""
 
     spec: IndexSpec
     limits: Limits
@@ -216,3 +266,4 @@ class Info:
     epoch: int
     device: str
     kernels: dict[str, tuple[str, str]]
+    totals: Totals

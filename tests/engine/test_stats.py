@@ -1,10 +1,16 @@
-"""Histograms: their quantiles, and what was observed since."""
+"""What the engine counts and times: histograms, the stages of a request, and what they come to."""
 
 from __future__ import annotations
 
+import asyncio
+import time
+
+import numpy as np
 import pytest
 
-from blockdex.engine.stats import Histogram
+from blockdex.engine.entry import Entry
+from blockdex.engine.stats import Histogram, Stats
+from running_engine import SPEC, close, fork, get, open_sequence, refusal, running, tokens, values
 
 
 def observed(*values: float) -> Histogram:
@@ -43,3 +49,103 @@ def test_what_was_observed_since() -> None:
     since = histogram.since(earlier)
     assert (since.counts, since.total, since.count) == ([0, 1, 0, 1], 10.5, 2)
     assert histogram.since(histogram).quantile(0.5) is None
+
+
+def entry(received: float, taken: float = 0.0, launched: float = 0.0, finished: float = 0.0) -> Entry:
+    made = Entry(open_sequence(1), deadline=1e9, ticket=None, received=received)
+    made.taken, made.launched, made.finished = taken, launched, finished
+    return made
+
+
+@pytest.mark.parametrize(
+    ("stamps", "expected"),
+    [
+        ((10.0,), {"queue": 6.0}),
+        ((10.0, 11.0), {"queue": 1.0}),
+        ((10.0, 11.0, 13.0), {"queue": 1.0, "plan": 2.0}),
+        ((10.0, 11.0, 13.0, 15.5), {"queue": 1.0, "plan": 2.0, "device": 2.5, "reply": 0.5}),
+        ((10.0, 11.0, 0.0, 15.5), {"queue": 1.0, "plan": 4.5, "reply": 0.5}),  # no kernel ran
+    ],
+)
+def test_the_stages_that_a_request_has_reached(stamps: tuple[float, ...], expected: dict[str, float]) -> None:
+    assert entry(*stamps).stage_seconds(16.0) == expected
+
+
+def test_what_no_batch_took_up_is_in_no_stage() -> None:
+    stats = Stats()
+    stats.answered(entry(10.0), 16.0)
+    stats.answered(entry(10.0, 11.0, 13.0, 15.5), 16.0)
+    totals = stats.totals().phases["sequence"]
+    assert totals.requests == 1
+    assert totals.stage_seconds == {"queue": 1.0, "plan": 2.0, "device": 2.5, "reply": 0.5}
+
+
+def test_a_snapshot_no_longer_changes() -> None:
+    stats = Stats()
+    stats.launched("decode", 3, 2)
+    before, same = stats.snapshot(), stats.snapshot()
+    assert before == stats
+    stats.answered(entry(10.0, 11.0, 13.0, 15.5), 16.0)
+    stats.launched("decode", 3, 2)
+    stats.device_seconds["decode"] += 1.0
+    stats.batch_requests.observe(1)
+    stats.dropped["deadline"] += 1
+    assert before == same
+    assert before != stats
+
+
+async def test_each_request_comes_to_one_phase_and_is_in_each_stage_once() -> None:
+    random = np.random.default_rng(5)
+    began = time.monotonic()
+    async with running() as run:
+        keys, queries = values(random, 40, SPEC.head_dim), values(random, 40, 4, SPEC.head_dim)
+        await run.ask(open_sequence(1))
+        await run.ask(open_sequence(2))
+        await run.ask(tokens(0, [(1, 0, 40, 5)], keys=keys))
+        await run.ask(tokens(0, [(1, 0, 40, 5)], keys=keys))  # is there already: no kernel runs
+        await run.ask(tokens(1, [(1, 0, 4)], keys=keys[:4], queries=queries[:4]))
+        await run.ask(tokens(0, [(1, 38, 2)], queries=queries[:2]))
+        await run.ask(tokens(2, [(1, 0, 4), (2, 0, 36)], keys=keys, queries=queries))  # one short span, one long
+        await refusal(run.submit(tokens(0, [(2, 5, 1)], queries=queries[:1])))
+        await run.ask(fork(1, 3, 8))
+        await run.ask(close(3))
+        # What came before is counted once this is answered; this, which is refused as a sequence's call, perhaps later.
+        await run.settled()
+        totals, stats = run.engine.info().totals, run.engine.stats()
+        counted = {phase: came_to.requests for phase, came_to in totals.phases.items()}
+        assert counted.pop("sequence") in (6, 7)
+        assert counted == {"append": 1, "decode": 2, "prefill": 1}
+        assert totals.requests == 11
+        assert 1 <= totals.batches <= 11
+        assert totals.dropped == {"cancelled": 0, "deadline": 0}
+        assert [totals.phases[phase].tokens for phase in counted] == [84, 10, 36]
+        for phase, requests in counted.items():
+            assert {stage: seconds.count for stage, seconds in stats.stage_seconds[phase].items()} == dict.fromkeys(
+                ("queue", "plan", "device", "reply"), requests
+            )
+        assert stats.stage_seconds["sequence"]["device"].count == 0
+        device = sum(came_to.device_seconds for came_to in totals.phases.values())
+        assert totals.device_busy_seconds == pytest.approx(device)
+        assert 0 < device < totals.busy_seconds < time.monotonic() - began
+
+
+async def test_a_request_is_in_the_stage_that_takes_its_time() -> None:
+    random = np.random.default_rng(6)
+    held = 0.2
+    async with running() as run:
+        await run.ask(open_sequence(1))
+        await run.ask(tokens(0, [(1, 0, 8)], keys=values(random, 8, SPEC.head_dim)))
+        request = tokens(0, [(1, 7, 1)], queries=values(random, 1, 4, SPEC.head_dim))
+        with run.backend.held("decode") as entered:
+            first = run.submit(request)
+            await run.reached(entered)
+            second, sequence = run.submit(request), run.submit(get(1))
+            await asyncio.sleep(held)
+        for answer in (first, second, sequence):
+            await answer
+        assert first.phase == second.phase == "decode"
+        assert first.stage_seconds["device"] >= held > first.stage_seconds["queue"]
+        assert second.stage_seconds["queue"] >= held > second.stage_seconds["device"]
+        assert sequence.phase == "sequence"
+        assert sequence.stage_seconds["queue"] >= held
+        assert "device" not in sequence.stage_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from blockdex.errors import BlockdexError, NotFoundError, Reason
 from blockdex.messages import (
+    PHASES,
     CloseSequence,
     FloatDtype,
     ForkSequence,
@@ -20,17 +22,19 @@ from blockdex.messages import (
     Keys,
     OpenSequence,
     Order,
+    Phase,
     Queries,
     Request,
     SequenceState,
     Spans,
+    Stage,
     TensorData,
     TokenAnswer,
     TokenRequest,
     TruncateSequence,
 )
 from blockdex.transport import codec, layout
-from blockdex.transport.layout import REQUEST_STRUCT, RequestSlot
+from blockdex.transport.layout import ANSWER_STRUCT, REQUEST_STRUCT, AnswerSlot, RequestSlot
 from blockdex.transport.segment import RingError, Segment, Sizes
 
 ROOM = 1 << 15
@@ -171,11 +175,12 @@ def test_numbers_that_cannot_be_are_refused(segment: Segment, numbers: RequestSl
         codec.read_request(segment, segment.request_slots_offset)
 
 
-def through(segment: Segment, answer: Any, stages: dict[str, float]) -> tuple[Any, dict[str, float]]:
+def through(segment: Segment, answer: Any, phase: Phase, stages: dict[Stage, float]) -> tuple[Any, dict[Stage, float]]:
     numbers, columns = codec.columns_of(answer)
     slot = segment.answer_slots_offset
-    codec.write_answer(segment, slot, 3, numbers, columns, stages, (128, 128 + codec.answer_bytes(columns)))
+    codec.write_answer(segment, slot, 3, numbers, columns, phase, stages, (128, 128 + codec.answer_bytes(columns)))
     read = codec.read_answer_slot(segment, slot)
+    assert codec.phase_of(read) == phase
     begin = segment.answer_arena_offset + read.payload_offset
     payload = np.frombuffer(segment.memory, np.uint8, read.payload_bytes, begin)
     return codec.read_answer(read, payload), codec.stage_seconds_of(read)
@@ -192,16 +197,16 @@ def test_answers(segment: Segment) -> None:
         SequenceState(7),
         SequenceState(7, lengths, revisions),
     ]
-    stages = {"queue": 0.25, "prefill": 0.5}
-    for answer in answers:
-        received, timed = through(segment, answer, stages)
+    stages: dict[Stage, float] = {"queue": 0.25, "reply": 0.5}
+    for answer, phase in zip(answers, itertools.cycle(PHASES), strict=False):
+        received, timed = through(segment, answer, phase, stages)
         assert plain(received) == plain(answer)
         assert timed == stages
 
 
 @given(message=st.text(max_size=3000))
 def test_errors(segment: Segment, message: str) -> None:
-    error, _ = through(segment, NotFoundError(message, Reason.UNKNOWN_SEQUENCE), {})
+    error, _ = through(segment, NotFoundError(message, Reason.UNKNOWN_SEQUENCE), "sequence", {})
     assert isinstance(error, BlockdexError)
     assert (type(error), error.reason) == (NotFoundError, Reason.UNKNOWN_SEQUENCE)
     assert message.encode("utf-8", "surrogatepass").startswith(error.message.encode()[:-3])
@@ -212,6 +217,13 @@ def test_an_answer_outside_its_arena_is_refused(segment: Segment) -> None:
     segment.memory[slot : slot + 128] = b"\xff" * 128
     with pytest.raises(RingError, match=r"answer: .* bytes at .* are not in an arena"):
         codec.read_answer_slot(segment, slot)
+
+
+@pytest.mark.parametrize("phase", [0, 5])
+def test_an_answer_of_no_phase_is_refused(segment: Segment, phase: int) -> None:
+    ANSWER_STRUCT.pack_into(segment.memory, segment.answer_slots_offset, *AnswerSlot(phase=phase))
+    with pytest.raises(RingError, match=f"answer: phase must be 1 to 4, got {phase}"):
+        codec.read_answer_slot(segment, segment.answer_slots_offset)
 
 
 def test_dtypes_and_orders_are_numbered_as_on_the_wire() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,9 +122,18 @@ def test_tokens_pages_and_sequences(calls: pb_grpc.IndexerServiceStub, moved: Ca
     assert moved("blockdex_batch_tokens_bucket", phase="append", le="256.0") == 0
     assert moved("blockdex_batch_tokens_bucket", phase="append", le="512.0") == 1
     assert moved("blockdex_batch_requests_sum") == 5
-    assert moved("blockdex_stage_seconds_count", stage="queue") == 5
-    assert moved("blockdex_stage_seconds_count", stage="decode") == 1
-    assert moved("blockdex_engine_busy_seconds_total") > 0
+    assert moved("blockdex_launch_requests_sum", phase="decode") == 1
+    requests = {"append": 1, "decode": 1, "prefill": 1, "sequence": 2}
+    for phase, stage in itertools.product(requests, ("queue", "plan", "reply")):
+        # Counted once the answer is handed over, which may be after it is read.
+        counted = functools.partial(moved, "blockdex_stage_seconds_count", phase=phase, stage=stage)
+        eventually(lambda of=phase, now=counted: now() == requests[of], f"{phase} {stage}")  # type: ignore[misc]
+    assert moved("blockdex_stage_seconds_count", phase="decode", stage="device") == 1
+    assert moved("blockdex_stage_seconds_count", phase="sequence", stage="device") == 0
+    assert moved("blockdex_engine_busy_seconds_total") > moved("blockdex_device_busy_seconds_total")
+    assert moved("blockdex_device_busy_seconds_total") == pytest.approx(
+        sum(moved("blockdex_device_seconds_total", phase=phase) for phase in ("append", "decode", "prefill"))
+    )
     assert moved("blockdex_sequences") == 2
     assert moved("blockdex_pages", state="shared") == 2
     assert moved("blockdex_pages", state="private") == 2
@@ -163,7 +174,7 @@ def test_what_runs(server: Serving, calls: pb_grpc.IndexerServiceStub) -> None:
 def test_buckets_are_cumulative_and_end_with_the_count(server: Serving) -> None:
     text = httpx.get(f"http://{server.http_address}/metrics").text
     histograms = [family for family in text_string_to_metric_families(text) if family.type == "histogram"]
-    assert len(histograms) == 4
+    assert len(histograms) == 5
     for family in histograms:
         series: dict[tuple[tuple[str, str], ...], list[float]] = {}
         counts: dict[tuple[tuple[str, str], ...], float] = {}

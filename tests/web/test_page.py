@@ -193,19 +193,19 @@ def test_its_numbers_are_those_of_the_metrics(browser: Browser, shown: Serving, 
         pages = {labels["state"]: value for labels, value in metrics["blockdex_pages"]}
         assert pages_shown(seen) == pages | {"idle": 0}
         assert (pages["shared"], pages["private"]) == (3, 3)
-        for table, metric, label, name in (
-            ("stages", "blockdex_stage_seconds", "stage", "queue"),
-            ("stages", "blockdex_stage_seconds", "stage", "append"),
-            ("stages", "blockdex_stage_seconds", "stage", "decode"),
-            ("calls", "blockdex_request_seconds", "rpc", "Stream/AppendKeys"),
-            ("calls", "blockdex_request_seconds", "rpc", "GetSequence"),
+        for table, metric, of, name in (
+            ("stages", "blockdex_stage_seconds", {"phase": "decode", "stage": "queue"}, "decode queue"),
+            ("stages", "blockdex_stage_seconds", {"phase": "append", "stage": "device"}, "append device"),
+            ("stages", "blockdex_stage_seconds", {"phase": "sequence", "stage": "plan"}, "sequence plan"),
+            ("calls", "blockdex_request_seconds", {"rpc": "Stream/AppendKeys"}, "Stream/AppendKeys"),
+            ("calls", "blockdex_request_seconds", {"rpc": "GetSequence"}, "GetSequence"),
         ):
             before = window_shown(seen)
             rate, p50, p99 = seen.row(table, name)[:3]
-            count = next(value for labels, value in metrics[f"{metric}_count"] if labels == {label: name})
+            count = next(value for labels, value in metrics[f"{metric}_count"] if labels == of)
             assert count / (window_shown(seen) + 1) < number(rate) < count / (before - 1)  # shown as whole seconds
-            assert seconds(p50) == pytest.approx(quantile(shown, metric, 0.5, **{label: name}), rel=0.01)
-            assert seconds(p99) == pytest.approx(quantile(shown, metric, 0.99, **{label: name}), rel=0.01)
+            assert seconds(p50) == pytest.approx(quantile(shown, metric, 0.5, **of), rel=0.01)
+            assert seconds(p99) == pytest.approx(quantile(shown, metric, 0.99, **of), rel=0.01)
         sizes = seen.page.locator("#batches tbody td:nth-child(2)").all_inner_texts()
         assert sum(map(number, sizes)) == metrics["blockdex_batch_requests_count"][0][1]
         info = httpx.get(f"http://{shown.http_address}/v1/info").json()
@@ -312,7 +312,7 @@ def test_a_server_that_stops(browser: Browser, shown: Serving, client: blockdex.
     with look(browser, shown.http_address) as seen, grpc.insecure_channel(shown.grpc_address) as channel:
         select = pb_grpc.IndexerServiceStub(channel).SelectBlocks
         prefills = [select.future(request, metadata=(("blockdex-tenant", "page"),), timeout=60) for _ in range(asked)]
-        seen.eventually(lambda: seen.row("stages", "prefill")[0] != "0", "a prefill runs")
+        seen.eventually(lambda: seen.text('.tile[data-key="prefill"] .value') != "0", "a prefill runs")
         shown.process.send_signal(signal.SIGTERM)
         expect(seen.page.locator("#status")).to_have_text("Not ready: shutting down")
         expect(seen.page.locator("#status")).to_contain_text("Unreachable since", timeout=10_000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockdex.messages import CacheUsage, Limits
+from blockdex.messages import CacheUsage, Limits, PhaseTotals, Totals
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.spec import KeyDtype
@@ -26,6 +26,7 @@ class Info:
         version: version of the server.
         features: names of the features that a request may require, those that this version knows.
         transports: ways to reach the server.
+        totals: what it did since it started; nothing, with no phases, of a server too old to say.
     """
 
     spec: IndexSpec
@@ -37,6 +38,7 @@ class Info:
     version: str
     features: frozenset[str]
     transports: tuple[str, ...]
+    totals: Totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,4 +98,20 @@ def info_of(response: pb.GetInfoResponse) -> Info:
             name.removeprefix("FEATURE_") for name, number in known.items() if number in response.features
         ),
         transports=tuple(response.transports),
+        totals=_totals_of(response.totals),
+    )
+
+
+def _totals_of(message: pb.Totals) -> Totals:
+    return Totals(
+        requests=message.requests,
+        batches=message.batches,
+        phases={
+            phase.phase: PhaseTotals(phase.requests, phase.tokens, phase.device_seconds, dict(phase.stage_seconds))
+            for phase in message.phases
+        },
+        dropped=dict(message.dropped),
+        busy_seconds=message.busy_seconds,
+        device_busy_seconds=message.device_busy_seconds,
+        uptime_seconds=message.uptime_seconds,
     )

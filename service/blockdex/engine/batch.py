@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,12 @@ class Batch:
             return False
         self._do(entry)
         return True
+
+    def taken(self) -> Iterator[Entry]:
+        """Entries that it works on or answers, one or more times each; not those that wait."""
+        yield from (entry for entry, _ in self.appends)
+        yield from self.selections
+        yield from (entry for entry, _ in self.outcomes)
 
     def try_waiting(self) -> None:
         """Tries the selections that wait for keys again: each is taken, answered, or waits on."""

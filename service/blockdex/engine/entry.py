@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from blockdex.errors import CancelledError, DeadlineExceededError, Reason, UnavailableError
-from blockdex.messages import Answer, ForkSequence, Request, TokenRequest
+from blockdex.messages import Answer, ForkSequence, Phase, Request, Stage, TokenRequest
 
 SequenceKey = tuple[str, int]
 """(tenant, sequence id)."""
@@ -17,13 +17,18 @@ SequenceKey = tuple[str, int]
 class Entry:
     """A request, its deadline, its time stamps, and the place where its answer goes.
 
+    Stamps are `time.monotonic` seconds, 0.0 until they are reached.
+
     Attributes:
         request: what to do.
         deadline: `time.monotonic` seconds after which it is dropped.
         ticket: the channel's own note of who asked.
-        received: `time.monotonic` seconds of its arrival.
+        received: stamp of its arrival.
         cancelled: set by the channel, from any thread, when the caller is gone.
-        stage_seconds: seconds in `queue` and in each kernel phase, those of others in the same launch included.
+        taken: stamp of the batch that took it up; of a selection that waited for keys, once they were there.
+        launched: stamp of its last kernel's handing over to the device.
+        finished: stamp of its answer's being seen on the host.
+        phase: what it came to, `sequence` until a kernel is to run for it.
     """
 
     request: Request
@@ -31,15 +36,35 @@ class Entry:
     ticket: object
     received: float = field(default_factory=time.monotonic)
     cancelled: bool = False
-    stage_seconds: dict[str, float] = field(default_factory=dict)
+    taken: float = 0.0
+    launched: float = 0.0
+    finished: float = 0.0
+    phase: Phase = "sequence"
     sequences: tuple[SequenceKey, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.sequences = _sequences(self.request)
 
-    def spent(self, stage: str, seconds: float) -> None:
-        """Notes time that the request took in a stage."""
-        self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + seconds
+    def stage_seconds(self, now: float) -> dict[Stage, float]:
+        """Seconds in each stage that it reached, one behind the other from its arrival until now.
+
+        Without any kernel there is no `device`, and `plan` lasts until the answer was there. What was never taken up
+        was in `queue` all the time.
+
+        Args:
+            now: `time.monotonic` seconds at which the answer is handed over.
+        """
+        if not self.taken:
+            return {"queue": now - self.received}
+        stages: dict[Stage, float] = {"queue": self.taken - self.received}
+        planned = self.launched or self.finished
+        if planned:
+            stages["plan"] = planned - self.taken
+        if self.finished:
+            if self.launched:
+                stages["device"] = self.finished - self.launched
+            stages["reply"] = now - self.finished
+        return stages
 
 
 class Inbox(Protocol):

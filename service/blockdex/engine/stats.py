@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from bisect import bisect_left
-from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from blockdex.messages import KERNEL_PHASES, PHASES, STAGES, PhaseTotals, Totals
+
+if TYPE_CHECKING:
+    from blockdex.engine.entry import Entry
 
 SECONDS_BUCKETS = (
     *(step / 1e6 for step in (10, 25, 50, 100, 250, 500)),
@@ -37,6 +43,10 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def copy(self) -> Histogram:
+        """The same, no longer changing with this one."""
+        return Histogram(self.bounds, self.counts.copy(), self.total)
+
     def add(self, other: Histogram) -> None:
         """Counts the observations of another one, of the same bounds, too."""
         self.counts = [own + others for own, others in zip(self.counts, other.counts, strict=True)]
@@ -62,10 +72,6 @@ class Histogram:
         return self.bounds[-1]
 
 
-def _seconds() -> Histogram:
-    return Histogram(SECONDS_BUCKETS)
-
-
 def _sizes() -> Histogram:
     return Histogram(SIZE_BUCKETS)
 
@@ -75,28 +81,31 @@ class Stats:
     """Written by the engine's thread alone; readers get a copy (`snapshot`).
 
     Attributes:
-        stage_seconds: per stage of a request or a batch (`queue`: arrival until taken up; `plan`: checking and forming
-            one batch; `append`, `decode`, `prefill`: kernels of one batch; `reply`: handing one batch's answers over).
+        stage_seconds: by phase and stage, time of one request, as `Entry.stage_seconds` has it.
         batch_requests: requests of one batch.
+        launch_requests: requests of one launch, by phase (`append`, `decode`, `prefill`; so below).
         batch_tokens: tokens of one launch, by phase.
-        tokens: tokens in all, by phase (`append`, `decode`, `prefill`).
+        tokens: tokens in all, by phase.
+        device_seconds: time of launches on the device, by phase, those that overlap counted each.
+        device_busy_seconds: time in which at least one launch was on the device.
         batches: batches run.
         dropped: requests that were never worked on, by why (`cancelled`, `deadline`).
-        busy_seconds: time in which the engine was not waiting for work.
+        busy_seconds: time in which the engine's thread was not waiting for work.
         started: Unix seconds at which counting began: with the engine's process, or before.
         epoch_started: Unix seconds at which the cache was born.
         waiting: selections that wait for keys now.
         queued: requests taken over and not yet begun, now.
     """
 
-    stage_seconds: dict[str, Histogram] = field(
-        default_factory=lambda: {name: _seconds() for name in ("queue", "plan", "append", "decode", "prefill", "reply")}
+    stage_seconds: dict[str, dict[str, Histogram]] = field(
+        default_factory=lambda: {phase: {stage: Histogram(SECONDS_BUCKETS) for stage in STAGES} for phase in PHASES}
     )
     batch_requests: Histogram = field(default_factory=_sizes)
-    batch_tokens: dict[str, Histogram] = field(
-        default_factory=lambda: {name: _sizes() for name in ("append", "decode", "prefill")}
-    )
-    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("append", "decode", "prefill"), 0))
+    launch_requests: dict[str, Histogram] = field(default_factory=lambda: {phase: _sizes() for phase in KERNEL_PHASES})
+    batch_tokens: dict[str, Histogram] = field(default_factory=lambda: {phase: _sizes() for phase in KERNEL_PHASES})
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KERNEL_PHASES, 0))
+    device_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KERNEL_PHASES, 0.0))
+    device_busy_seconds: float = 0.0
     batches: int = 0
     dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("cancelled", "deadline"), 0))
     busy_seconds: float = 0.0
@@ -105,6 +114,63 @@ class Stats:
     waiting: int = 0
     queued: int = 0
 
+    def launched(self, phase: str, tokens: int, requests: int) -> None:
+        """Counts one launch.
+
+        Args:
+            phase: `append`, `decode` or `prefill`.
+            tokens: rows of its packed tensor.
+            requests: whose they are.
+        """
+        self.launch_requests[phase].observe(requests)
+        self.batch_tokens[phase].observe(tokens)
+        self.tokens[phase] += tokens
+
+    def answered(self, entry: Entry, now: float) -> None:
+        """Counts the stages of one answered request; one that no batch took up has none.
+
+        Args:
+            entry: the request.
+            now: `time.monotonic` seconds at which its answer was handed over.
+        """
+        if entry.taken:
+            histograms = self.stage_seconds[entry.phase]
+            for stage, seconds in entry.stage_seconds(now).items():
+                histograms[stage].observe(seconds)
+
+    def totals(self) -> Totals:
+        """What it all came to; from any thread."""
+        return Totals(
+            requests=round(self.batch_requests.total),
+            batches=self.batches,
+            phases={
+                phase: PhaseTotals(
+                    requests=stages["queue"].count,
+                    tokens=self.tokens.get(phase, 0),
+                    device_seconds=self.device_seconds.get(phase, 0.0),
+                    stage_seconds={stage: seconds.total for stage, seconds in stages.items()},
+                )
+                for phase, stages in self.stage_seconds.items()
+            },
+            dropped=self.dropped.copy(),
+            busy_seconds=self.busy_seconds,
+            device_busy_seconds=self.device_busy_seconds,
+            uptime_seconds=time.time() - self.started,
+        )
+
     def snapshot(self) -> Stats:
         """A copy that no longer changes."""
-        return deepcopy(self)
+        return dataclasses.replace(
+            self,
+            stage_seconds={phase: _copies(stages) for phase, stages in self.stage_seconds.items()},
+            batch_requests=self.batch_requests.copy(),
+            launch_requests=_copies(self.launch_requests),
+            batch_tokens=_copies(self.batch_tokens),
+            tokens=self.tokens.copy(),
+            device_seconds=self.device_seconds.copy(),
+            dropped=self.dropped.copy(),
+        )
+
+
+def _copies(histograms: dict[str, Histogram]) -> dict[str, Histogram]:
+    return {name: histogram.copy() for name, histogram in histograms.items()}

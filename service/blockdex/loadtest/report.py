@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
@@ -28,7 +29,7 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-_STAGE = 'blockdex_stage_seconds{stage="'
+_STAGE = re.compile(r'blockdex_stage_seconds\{phase="(\w+)",stage="(\w+)"\}')
 
 
 def report(result: dict[str, Any]) -> str:
@@ -132,9 +133,9 @@ def _charts(result: dict[str, Any]) -> Iterator[str]:
     yield line_chart("Errors a second", time, _count_axis(errors), errors)
     if metrics := result["server"]["metrics"]:
         stages = [
-            (name.removeprefix(_STAGE)[:-2], observed["mean"])
+            (" ".join(match.groups()), observed["mean"])
             for name, observed in metrics["histograms"].items()
-            if name.startswith(_STAGE)
+            if (match := _STAGE.fullmatch(name))
         ]
         yield bar_chart("Mean time by stage, in the server", stages, duration)
 

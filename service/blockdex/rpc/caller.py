@@ -6,14 +6,14 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import grpc
 
 from blockdex.checks import TENANT_KEY, check_tenant
 from blockdex.logs import RateLimit, log_event
+from blockdex.transport.channel import PendingAnswer
 
 Observe = Callable[[str, str, float], None]
 """Called once per answered request with the RPC's name, the code's name and the seconds it took."""
@@ -25,7 +25,6 @@ REQUEST_ID_KEY = "x-request-id"
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _SLOW_LINES_PER_SECOND = 10
-_UNTIMED: Mapping[str, float] = MappingProxyType({})
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ class RequestLog:
         code: str,
         began: float,
         caller: Caller,
-        stage_seconds: Mapping[str, float] = _UNTIMED,
+        pending: PendingAnswer | None = None,
         number: int | None = None,
     ) -> None:
         """Tells of one answered request.
@@ -97,7 +96,7 @@ class RequestLog:
             code: name of the canonical code it was answered with.
             began: `time.monotonic` seconds of its arrival.
             caller: who made it.
-            stage_seconds: what the engine says of its time.
+            pending: its answer from the engine, where it got that far.
             number: on a stream, the request's own id in it: its lines are named by both.
         """
         ended = time.monotonic()
@@ -105,7 +104,6 @@ class RequestLog:
         if ended - began > self._slow_seconds and self._limit.allows(ended):
             if number is not None:
                 caller = caller._replace(request_id=f"{caller.request_id}/{number}")
-            stages = {f"{stage}_ms": _milliseconds(seconds) for stage, seconds in stage_seconds.items()}
             log_event(
                 logger,
                 logging.WARNING,
@@ -114,7 +112,7 @@ class RequestLog:
                 code=code,
                 **caller._asdict(),
                 ms=_milliseconds(ended - began),
-                **stages,
+                **_engine_fields(pending),
                 withheld=self._limit.withheld(),
             )
 
@@ -133,6 +131,14 @@ class RequestLog:
             requests=requests,
             errors=errors,
         )
+
+
+def _engine_fields(pending: PendingAnswer | None) -> dict[str, str | float]:
+    """What the engine says of a request, if it says anything."""
+    if pending is None or not pending.stage_seconds:
+        return {}
+    times = {f"{stage}_ms": _milliseconds(seconds) for stage, seconds in pending.stage_seconds.items()}
+    return {"phase": pending.phase, **times}
 
 
 def _milliseconds(seconds: float) -> float:

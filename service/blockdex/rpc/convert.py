@@ -23,6 +23,7 @@ from blockdex.messages import (
     TensorData,
     TokenAnswer,
     TokenRequest,
+    Totals,
     TruncateSequence,
 )
 from blockdex.v1 import indexer_pb2 as pb
@@ -235,4 +236,26 @@ def info_response(info: Info, version: str, transports: Iterable[str]) -> pb.Get
         version=version,
         features=FEATURES,
         transports=transports,
+        totals=_totals(info.totals),
+    )
+
+
+def _totals(totals: Totals) -> pb.Totals:
+    return pb.Totals(
+        requests=totals.requests,
+        batches=totals.batches,
+        phases=[
+            pb.PhaseTotals(
+                phase=phase,
+                requests=came_to.requests,
+                tokens=came_to.tokens,
+                device_seconds=came_to.device_seconds,
+                stage_seconds=came_to.stage_seconds,
+            )
+            for phase, came_to in totals.phases.items()
+        ],
+        dropped=totals.dropped,
+        busy_seconds=totals.busy_seconds,
+        device_busy_seconds=totals.device_busy_seconds,
+        uptime_seconds=totals.uptime_seconds,
     )

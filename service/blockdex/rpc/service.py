@@ -119,11 +119,10 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
             raise
         except Exception as fault:
             error = as_blockdex_error(fault, rpc, caller.request_id)
-            stages = {} if pending is None else pending.stage_seconds
-            self._log.answered(rpc, error.code.name, began, caller, stages)
+            self._log.answered(rpc, error.code.name, began, caller, pending)
             await _abort(context, error, caller.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
-        self._log.answered(rpc, "OK", began, caller, pending.stage_seconds)
+        self._log.answered(rpc, "OK", began, caller, pending)
         return response
 
     def _timeout(self, context: Context) -> float:

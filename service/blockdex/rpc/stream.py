@@ -130,7 +130,7 @@ class StreamSession:
             return
         answered: dict[str, Any] = {kind: convert.response_of(body, future.result())}
         self._outbox.put_nowait(pb.StreamResponse(request_id=request_id, **answered))
-        self._log.answered(rpc, "OK", began, self._caller, future.stage_seconds, request_id)
+        self._log.answered(rpc, "OK", began, self._caller, future, request_id)
 
     def _fail(
         self, request_id: int, rpc: str, fault: BaseException, began: float, future: PendingAnswer | None = None
@@ -138,5 +138,4 @@ class StreamSession:
         error: BlockdexError = as_blockdex_error(fault, rpc, f"{self._caller.request_id}/{request_id}")
         self._outbox.put_nowait(pb.StreamResponse(request_id=request_id, error=status_of(error)))
         self.errors += 1
-        stages = {} if future is None else future.stage_seconds
-        self._log.answered(rpc, error.code.name, began, self._caller, stages, request_id)
+        self._log.answered(rpc, error.code.name, began, self._caller, future, request_id)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from blockdex.engine.entry import shutting_down
 from blockdex.engine.stats import Stats
-from blockdex.messages import Answer, CacheOverview, Info, Limits, Request
+from blockdex.messages import Answer, CacheOverview, Info, Limits, Phase, Request, Stage
 from blockdex_kernels import IndexSpec
 
 
@@ -17,11 +17,13 @@ class PendingAnswer(asyncio.Future[Answer]):
     """An answer to come, or a `BlockdexError`. Cancelling it gives the request up.
 
     Attributes:
-        stage_seconds: once it is there, the seconds in the engine's `queue` and in each kernel phase, as far as the
-            request got; the rest of its time it waited for keys or its turn, or was at the front door.
+        phase: once it is there, what the request came to.
+        stage_seconds: once it is there, the seconds in each of the engine's stages, as far as the request got; the rest
+            of its time it was at the front door.
     """
 
-    stage_seconds: Mapping[str, float] = MappingProxyType({})
+    phase: Phase = "sequence"
+    stage_seconds: Mapping[Stage, float] = MappingProxyType({})
 
 
 class Reports(Protocol):

@@ -10,17 +10,21 @@ from numpy.typing import NDArray
 
 from blockdex.errors import BlockdexError, error_of
 from blockdex.messages import (
+    PHASES,
+    STAGES,
     Answer,
     CloseSequence,
     ForkSequence,
     GetSequence,
     Keys,
     OpenSequence,
+    Phase,
     Queries,
     Request,
     SequenceRequest,
     SequenceState,
     Spans,
+    Stage,
     TensorData,
     TokenAnswer,
     TokenRequest,
@@ -33,7 +37,6 @@ from blockdex.transport.layout import (
     DTYPES,
     ORDERS,
     REQUEST_STRUCT,
-    STAGES,
     AnswerSlot,
     RequestSlot,
     aligned,
@@ -41,6 +44,7 @@ from blockdex.transport.layout import (
 from blockdex.transport.segment import RingError, Segment
 
 _DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES, start=1)}
+_PHASE_NUMBERS = {phase: number for number, phase in enumerate(PHASES, start=1)}
 _ORDER_NUMBERS = {order: number for number, order in enumerate(ORDERS, start=1)}
 _KINDS: dict[type, int] = {
     OpenSequence: layout.OPEN,
@@ -263,7 +267,8 @@ def write_answer(
     ticket: int,
     numbers: Numbers,
     columns: Columns,
-    stage_seconds: Mapping[str, float],
+    phase: Phase,
+    stage_seconds: Mapping[Stage, float],
     place: tuple[int, int],
 ) -> None:
     """Writes an answer into its slot, and what it carries to its place in the answers' arena: offset and end."""
@@ -274,6 +279,7 @@ def write_answer(
         np.ndarray(column.shape, column.dtype, segment.memory, at)[...] = column
         ended = at + column.nbytes
     carried = {"ticket": ticket, "payload_offset": offset, "payload_bytes": ended - begin, "payload_end": end}
+    carried["phase"] = _PHASE_NUMBERS[phase]
     slot_numbers = AnswerSlot(**numbers, **carried)[: -len(STAGES)]
     ANSWER_STRUCT.pack_into(segment.memory, slot, *slot_numbers, *(stage_seconds.get(stage, -1.0) for stage in STAGES))
 
@@ -282,7 +288,7 @@ def read_answer_slot(segment: Segment, slot: int) -> AnswerSlot:
     """The numbers of an answer.
 
     Raises:
-        RingError: what it carries is not in the arena.
+        RingError: what it carries is not in the arena, or its phase is none.
     """
     numbers = AnswerSlot._make(ANSWER_STRUCT.unpack_from(segment.memory, slot))
     if numbers.payload_offset + numbers.payload_bytes > segment.answer_arena_bytes:
@@ -290,10 +296,17 @@ def read_answer_slot(segment: Segment, slot: int) -> AnswerSlot:
             f"answer: {numbers.payload_bytes} bytes at {numbers.payload_offset} are not in an arena of "
             f"{segment.answer_arena_bytes}"
         )
+    if not 1 <= numbers.phase <= len(PHASES):
+        raise RingError(f"answer: phase must be 1 to {len(PHASES)}, got {numbers.phase}")
     return numbers
 
 
-def stage_seconds_of(numbers: AnswerSlot) -> dict[str, float]:
+def phase_of(numbers: AnswerSlot) -> Phase:
+    """What the request came to."""
+    return PHASES[numbers.phase - 1]
+
+
+def stage_seconds_of(numbers: AnswerSlot) -> dict[Stage, float]:
     """Seconds in each stage that the request reached."""
     return {stage: seconds for stage, seconds in zip(STAGES, numbers[-len(STAGES) :], strict=True) if seconds >= 0}
 

@@ -190,7 +190,7 @@ class Link:
         self._arena.give_back(offset)
         if pending.done():
             return
-        pending.stage_seconds = codec.stage_seconds_of(numbers)
+        pending.phase, pending.stage_seconds = codec.phase_of(numbers), codec.stage_seconds_of(numbers)
         if isinstance(answer, BlockdexError):
             pending.set_exception(answer)
         else:

@@ -44,7 +44,7 @@ class Line:
         self._requests = Consumer(segment, "request")
         self._answers = Producer(segment, "answer", Bell(segment, "door_sleeps", handles.door_bell))
         self._tape = Tape(segment.answer_arena_bytes)
-        self._unwritten: deque[tuple[int, Answer | BlockdexError, dict[str, float]]] = deque()
+        self._unwritten: deque[tuple[int, Answer | BlockdexError, Entry]] = deque()
         self._room_bell = Bell(segment, "engine_waits_for_room", handles.engine_bell)
         self.bell = Bell(segment, "engine_sleeps", handles.engine_bell)
 
@@ -74,10 +74,10 @@ class Line:
         self._requests.release()
         return entries
 
-    def answer(self, ticket: int, answer: Answer | BlockdexError, stage_seconds: dict[str, float]) -> None:
+    def answer(self, ticket: int, answer: Answer | BlockdexError) -> None:
         """Answers a request; the front door sees it after `publish`."""
-        if self.in_flight.pop(ticket, None) is not None:
-            self._unwritten.append((ticket, answer, stage_seconds))
+        if (entry := self.in_flight.pop(ticket, None)) is not None:
+            self._unwritten.append((ticket, answer, entry))
 
     def publish(self) -> None:
         """Writes the answers that there is room for, and wakes the front door."""
@@ -93,7 +93,7 @@ class Line:
     def _write(self) -> bool:
         written = False
         while self._unwritten and not self._answers.full:
-            ticket, answer, stage_seconds = self._unwritten[0]
+            ticket, answer, entry = self._unwritten[0]
             numbers, columns = codec.columns_of(answer)
             size = codec.answer_bytes(columns)
             if size > self._tape.longest:
@@ -104,7 +104,8 @@ class Line:
             if place is None:
                 break
             slot = self._answers.claim()
-            codec.write_answer(self._segment, slot, ticket, numbers, columns, stage_seconds, place)
+            stage_seconds = entry.stage_seconds(time.monotonic())
+            codec.write_answer(self._segment, slot, ticket, numbers, columns, entry.phase, stage_seconds, place)
             self._unwritten.popleft()
             written = True
         return written
@@ -187,7 +188,7 @@ class RingInbox:
         for entry, outcome in outcomes:
             asker = _asker(entry)
             assert not isinstance(outcome, Exception) or isinstance(outcome, BlockdexError)
-            asker.line.answer(asker.number, outcome, entry.stage_seconds)
+            asker.line.answer(asker.number, outcome)
         for line in self._lines:
             line.publish()
         self._active = time.monotonic()
@@ -206,7 +207,7 @@ class RingInbox:
             for entry in entries:
                 queued += 1
                 if queued > self._max_queued:
-                    line.answer(_asker(entry).number, overloaded(self._max_queued, queued - 1), {})
+                    line.answer(_asker(entry).number, overloaded(self._max_queued, queued - 1))
                 else:
                     self._entries.append(entry)
             line.publish()

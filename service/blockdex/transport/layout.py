@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple
 
-from blockdex.messages import FloatDtype, Order
+from blockdex.messages import PHASES, FloatDtype, Order
 
 MAGIC = int.from_bytes(b"BLKDXRNG", "little")
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 4096
 SLOT_BYTES = 128
 ALIGNMENT = 64
@@ -118,17 +118,15 @@ class AnswerSlot(NamedTuple):
     num_heads: int = 0
     topk: int = 0
     num_layers: int = 0
+    phase: int = PHASES.index("sequence") + 1
     queue_seconds: float = -1.0
-    append_seconds: float = -1.0
-    decode_seconds: float = -1.0
-    prefill_seconds: float = -1.0
+    plan_seconds: float = -1.0
+    device_seconds: float = -1.0
+    reply_seconds: float = -1.0
 
 
-ANSWER = _packed(*zip(AnswerSlot._fields, "QHHIQQQQIIIIdddd", strict=True))
+ANSWER = _packed(*zip(AnswerSlot._fields, "QHHIQQQQIIIIQdddd", strict=True))
 ANSWER_STRUCT = _struct(ANSWER)
-
-STAGES = ("queue", "append", "decode", "prefill")
-"""Stages whose seconds an answer carries; -1 for one that the request did not reach."""
 
 OPEN, GET, FORK, TRUNCATE, CLOSE, TOKENS, CANCEL = range(1, 8)
 """Kinds of requests."""

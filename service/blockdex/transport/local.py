@@ -83,12 +83,13 @@ class LocalChannel:
 
 
 def _resolve(outcomes: Sequence[Outcome]) -> None:
+    now = time.monotonic()
     for entry, outcome in outcomes:
         pending = entry.ticket
         assert isinstance(pending, PendingAnswer)
         if pending.done():
             continue
-        pending.stage_seconds = entry.stage_seconds
+        pending.phase, pending.stage_seconds = entry.phase, entry.stage_seconds(now)
         if isinstance(outcome, Exception):
             pending.set_exception(outcome)
         else:

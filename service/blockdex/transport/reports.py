@@ -11,7 +11,7 @@ import numpy as np
 
 from blockdex.engine.stats import Histogram, Stats
 from blockdex.errors import Reason, UnavailableError
-from blockdex.messages import CacheOverview, CacheUsage, Info, Limits
+from blockdex.messages import CacheOverview, CacheUsage, Info, Limits, PhaseTotals, Totals
 from blockdex.transport.talk import Talk, Words
 from blockdex_kernels import IndexSpec
 
@@ -81,16 +81,28 @@ def info_of(words: Words) -> Info:
         epoch=words["epoch"],
         device=words["device"],
         kernels={phase: (kernel, reason) for phase, (kernel, reason) in words["kernels"].items()},
+        totals=totals_of(words["totals"]),
     )
+
+
+def totals_of(words: Words) -> Totals:
+    """The totals that such an object stands for."""
+    phases = {phase: PhaseTotals(**totals) for phase, totals in words["phases"].items()}
+    return Totals(**words | {"phases": phases})
 
 
 def stats_of(words: Words) -> Stats:
     """The stats that such an object stands for."""
     stats = Stats(**words)
-    for name in ("stage_seconds", "batch_tokens"):
-        setattr(stats, name, {key: histogram_of(histogram) for key, histogram in words[name].items()})
+    stats.stage_seconds = {phase: _histograms_of(stages) for phase, stages in words["stage_seconds"].items()}
     stats.batch_requests = histogram_of(words["batch_requests"])
+    stats.launch_requests = _histograms_of(words["launch_requests"])
+    stats.batch_tokens = _histograms_of(words["batch_tokens"])
     return stats
+
+
+def _histograms_of(words: Words) -> dict[str, Histogram]:
+    return {name: histogram_of(histogram) for name, histogram in words.items()}
 
 
 def histogram_of(words: Words) -> Histogram:

@@ -144,12 +144,58 @@ class KernelChoice(_message.Message):
     reason: str
     def __init__(self, phase: _Optional[str] = ..., kernel: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class PhaseTotals(_message.Message):
+    __slots__ = ("phase", "requests", "tokens", "device_seconds", "stage_seconds")
+    class StageSecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STAGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    phase: str
+    requests: int
+    tokens: int
+    device_seconds: float
+    stage_seconds: _containers.ScalarMap[str, float]
+    def __init__(self, phase: _Optional[str] = ..., requests: _Optional[int] = ..., tokens: _Optional[int] = ..., device_seconds: _Optional[float] = ..., stage_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class Totals(_message.Message):
+    __slots__ = ("requests", "batches", "phases", "dropped", "busy_seconds", "device_busy_seconds", "uptime_seconds")
+    class DroppedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    PHASES_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    batches: int
+    phases: _containers.RepeatedCompositeFieldContainer[PhaseTotals]
+    dropped: _containers.ScalarMap[str, int]
+    busy_seconds: float
+    device_busy_seconds: float
+    uptime_seconds: float
+    def __init__(self, requests: _Optional[int] = ..., batches: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTotals, _Mapping]]] = ..., dropped: _Optional[_Mapping[str, int]] = ..., busy_seconds: _Optional[float] = ..., device_busy_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+
 class GetInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetInfoResponse(_message.Message):
-    __slots__ = ("spec", "limits", "cache", "epoch", "device", "kernels", "version", "features", "transports")
+    __slots__ = ("spec", "limits", "cache", "epoch", "device", "kernels", "version", "features", "transports", "totals")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +205,7 @@ class GetInfoResponse(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    TOTALS_FIELD_NUMBER: _ClassVar[int]
     spec: IndexSpec
     limits: Limits
     cache: CacheUsage
@@ -168,7 +215,8 @@ class GetInfoResponse(_message.Message):
     version: str
     features: _containers.RepeatedScalarFieldContainer[Feature]
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, spec: _Optional[_Union[IndexSpec, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., cache: _Optional[_Union[CacheUsage, _Mapping]] = ..., epoch: _Optional[int] = ..., device: _Optional[str] = ..., kernels: _Optional[_Iterable[_Union[KernelChoice, _Mapping]]] = ..., version: _Optional[str] = ..., features: _Optional[_Iterable[_Union[Feature, str]]] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    totals: Totals
+    def __init__(self, spec: _Optional[_Union[IndexSpec, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., cache: _Optional[_Union[CacheUsage, _Mapping]] = ..., epoch: _Optional[int] = ..., device: _Optional[str] = ..., kernels: _Optional[_Iterable[_Union[KernelChoice, _Mapping]]] = ..., version: _Optional[str] = ..., features: _Optional[_Iterable[_Union[Feature, str]]] = ..., transports: _Optional[_Iterable[str]] = ..., totals: _Optional[_Union[Totals, _Mapping]] = ...) -> None: ...
 
 class OpenSequenceRequest(_message.Message):
     __slots__ = ("sequence_id", "lease_seconds", "epoch", "required_features")

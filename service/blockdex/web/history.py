@@ -32,7 +32,8 @@ class Sample:
         requests: requests answered, by RPC and code.
         request_seconds: their time, by RPC.
         info: what the engine is and holds.
-        stage_p99: 99th percentile in seconds of each stage since the sample before; None where nothing was timed.
+        stage_p99: 99th percentile in seconds of each phase's stages (`stages_of`) since the sample before; None where
+            nothing was timed.
     """
 
     at: float
@@ -77,20 +78,26 @@ class History:
         if self.samples and self.samples[-1].stats.started != stats.started:
             # Another process counts, from 0.
             self.samples.clear()
-        before = self.samples[-1].stats if self.samples else stats
+        before = stages_of(self.samples[-1].stats if self.samples else stats)
         sample = Sample(
             at=time.monotonic(),
             stats=stats,
             requests=dict(self._requests.counts),
             request_seconds=deepcopy(self._requests.seconds),
             info=info,
-            stage_p99={
-                stage: seconds.since(before.stage_seconds[stage]).quantile(0.99)
-                for stage, seconds in stats.stage_seconds.items()
-            },
+            stage_p99={name: seconds.since(before[name]).quantile(0.99) for name, seconds in stages_of(stats).items()},
         )
         self.samples.append(sample)
         return sample
+
+
+def stages_of(stats: Stats) -> dict[str, Histogram]:
+    """The time of requests in each stage, by phase and stage: `decode queue`."""
+    return {
+        f"{phase} {stage}": seconds
+        for phase, stages in stats.stage_seconds.items()
+        for stage, seconds in stages.items()
+    }
 
 
 def _log_evictions(before: CacheUsage, now: CacheUsage) -> None:

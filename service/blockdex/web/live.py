@@ -12,14 +12,13 @@ from typing import Any
 from blockdex import __version__
 from blockdex.engine.stats import Histogram, Stats
 from blockdex.errors import UnavailableError
-from blockdex.messages import CacheOverview, CacheUsage
+from blockdex.messages import KERNEL_PHASES, CacheOverview, CacheUsage
 from blockdex.transport.channel import Reports
-from blockdex.web.history import History, Sample
+from blockdex.web.history import History, Sample, stages_of
 from blockdex.web.metrics import CODES
 from blockdex.web.readiness import Readiness
 
 MAX_CELLS = 4096
-PHASES = ("append", "decode", "prefill")
 _NOW_SECONDS = 5
 
 Object = dict[str, Any]
@@ -76,7 +75,7 @@ class LiveView:
             "queued": last.stats.queued,
             "waiting": last.stats.waiting,
             "seconds": _seconds(samples),
-            "stages": _times(first.stats.stage_seconds, last.stats.stage_seconds, last.at - first.at),
+            "stages": _times(stages_of(first.stats), stages_of(last.stats), last.at - first.at),
             "rpcs": _rpcs(first, last),
             "codes": _codes(first, last),
             "batches": _batches(first.stats, last.stats),
@@ -109,7 +108,8 @@ def _rates(before: Sample, now: Sample) -> dict[str, float]:
         "batches": a_second(before.stats.batches, now.stats.batches),
         # Counted once a batch has ended, however long it was.
         "busy": min(a_second(before.stats.busy_seconds, now.stats.busy_seconds), 1.0),
-        **{phase: a_second(before.stats.tokens[phase], now.stats.tokens[phase]) for phase in PHASES},
+        "device_busy": min(a_second(before.stats.device_busy_seconds, now.stats.device_busy_seconds), 1.0),
+        **{phase: a_second(before.stats.tokens[phase], now.stats.tokens[phase]) for phase in KERNEL_PHASES},
     }
 
 
@@ -147,7 +147,7 @@ def _codes(first: Sample, last: Sample) -> list[Object]:
 
 def _batches(first: Stats, last: Stats) -> Object:
     requests = last.batch_requests.since(first.batch_requests)
-    tokens = {phase: last.batch_tokens[phase].since(first.batch_tokens[phase]) for phase in PHASES}
+    tokens = {phase: last.batch_tokens[phase].since(first.batch_tokens[phase]) for phase in KERNEL_PHASES}
     return {
         "bounds": [int(bound) for bound in requests.bounds],
         "requests": requests.counts,

@@ -166,18 +166,38 @@ class Metrics:
 
 
 def _of_engine(stats: Stats) -> Iterator[Metric]:
-    yield _histograms(
-        "blockdex_stage_seconds", "Time of a request or a batch in each stage.", "stage", stats.stage_seconds
-    )
+    yield _of_stages(stats)
     yield _histogram("blockdex_batch_requests", "Requests taken into one batch.", stats.batch_requests)
+    yield _histograms("blockdex_launch_requests", "Requests of one launch.", "phase", stats.launch_requests)
     yield _histograms("blockdex_batch_tokens", "Tokens of one launch.", "phase", stats.batch_tokens)
     yield _counters("blockdex_tokens", "Tokens worked on.", "phase", stats.tokens)
+    yield _counters(
+        "blockdex_device_seconds",
+        "Time of launches on the device, from handing over to answer.",
+        "phase",
+        stats.device_seconds,
+    )
+    yield CounterMetricFamily(
+        "blockdex_device_busy_seconds",
+        "Time in which at least one launch was on the device.",
+        stats.device_busy_seconds,
+    )
     yield _counters("blockdex_dropped_requests", "Requests given up before any work.", "why", stats.dropped)
     yield CounterMetricFamily(
         "blockdex_engine_busy_seconds", "Time in which the engine was not waiting for work.", stats.busy_seconds
     )
     yield GaugeMetricFamily("blockdex_waiting_requests", "Selections that wait for keys.", stats.waiting)
     yield GaugeMetricFamily("blockdex_queued_requests", "Requests taken over and not yet begun.", stats.queued)
+
+
+def _of_stages(stats: Stats) -> Metric:
+    family = HistogramMetricFamily(
+        "blockdex_stage_seconds", "Time of a request in each stage of the engine.", labels=["phase", "stage"]
+    )
+    for phase, stages in stats.stage_seconds.items():
+        for stage, histogram in stages.items():
+            family.add_metric([phase, stage], _buckets(histogram), histogram.total)
+    return family
 
 
 def _of_cache(info: Info, overview: CacheOverview) -> Iterator[Metric]:
@@ -218,7 +238,7 @@ def _histograms(name: str, documentation: str, label: str, histograms: dict[str,
     return family
 
 
-def _counters(name: str, documentation: str, label: str, counts: Mapping[str, int]) -> Metric:
+def _counters(name: str, documentation: str, label: str, counts: Mapping[str, float]) -> Metric:
     family = CounterMetricFamily(name, documentation, labels=[label])
     for value, count in counts.items():
         family.add_metric([value], count)

@@ -23,12 +23,13 @@
 #include <unistd.h>
 
 #define BLOCKDEX_MAGIC UINT64_C(0x474e5258444b4c42) /* "BLKDXRNG" */
-#define BLOCKDEX_VERSION 1u
+#define BLOCKDEX_VERSION 2u
 
 enum { BLOCKDEX_OPEN = 1, BLOCKDEX_GET, BLOCKDEX_FORK, BLOCKDEX_TRUNCATE, BLOCKDEX_CLOSE, BLOCKDEX_TOKENS, BLOCKDEX_CANCEL };
 enum { BLOCKDEX_BF16 = 1, BLOCKDEX_FP16, BLOCKDEX_FP32, BLOCKDEX_FP8_E4M3 };
 enum { BLOCKDEX_ASCENDING = 1, BLOCKDEX_SCORE };
 enum { BLOCKDEX_RETURN_SCORES = 1, BLOCKDEX_WAIT_FOR_KEYS = 2 };
+enum { BLOCKDEX_APPEND = 1, BLOCKDEX_DECODE, BLOCKDEX_PREFILL, BLOCKDEX_SEQUENCE };
 enum { BLOCKDEX_HAS_BLOCK_IDS = 1, BLOCKDEX_HAS_SCORES = 2, BLOCKDEX_HAS_LENGTHS = 4, BLOCKDEX_IS_STATE = 8 };
 
 struct blockdex_header {
@@ -64,7 +65,8 @@ struct blockdex_answer {
     uint32_t flags;
     uint64_t epoch, payload_offset, payload_bytes, payload_end;
     uint32_t num_tokens, num_heads, topk, num_layers;
-    double queue_seconds, append_seconds, decode_seconds, prefill_seconds;
+    uint64_t phase;
+    double queue_seconds, plan_seconds, device_seconds, reply_seconds;
 };
 
 struct blockdex_ring {

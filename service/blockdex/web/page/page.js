@@ -172,7 +172,8 @@ function showTiles(live) {
     const [value, more] = tile.querySelectorAll("p");
     if (key === "busy") {
       write(value, share(live.now.busy, 1));
-      write(more, `${count(live.queued)} queued, ${count(live.waiting)} waiting`);
+      const device = `device ${share(live.now.device_busy, 1)}`;
+      write(more, `${device}, ${count(live.queued)} queued, ${count(live.waiting)} waiting`);
     } else {
       write(value, compact(live.now[key]));
       write(more, `peak ${compact(Math.max(...past, 0))}`);
