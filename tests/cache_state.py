@@ -107,7 +107,9 @@ def check_tables(tables: PageTables, held: NDArray[np.int64]) -> NDArray[np.int3
     free = [range(first, first + rows) for rows, firsts in tables._free.items() for first in firsts]
     rows = sorted(row for extent in (*taken, *free) for row in extent)
     assert rows == list(range(1, tables._unused_row)), "a row lost, or in two places"
-    assert not any(tables.cells[64 * extent.start : 64 * extent.stop].any() for extent in free), "a free row that remembers"
+    assert not any(tables.cells[64 * extent.start : 64 * extent.stop].any() for extent in free), (
+        "a free row that remembers"
+    )
     assert not tables.cells[:64].any()
     assert ((tables._num_rows == 0) == (held == 0)).all()
     assert (tables._num_rows * 64 >= held).all()

@@ -6,7 +6,8 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import add
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class Packed:
     parts: Sequence[Bytes]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
     """Runs of consecutive tokens, to append, to select for, or both, in this order; R = runs, T = tokens.
 
@@ -52,6 +53,9 @@ class Step:
         queries: `[T, H, D]`; or None.
         order: of the selection.
         return_scores: whether it holds scores.
+        num_tokens: T.
+        longest: tokens of the longest run.
+        end: position behind the last token that any run reaches.
     """
 
     columns: NDArray[np.int32]
@@ -59,11 +63,15 @@ class Step:
     queries: Packed | None = None
     order: Order = "ascending"
     return_scores: bool = False
+    num_tokens: int = field(init=False)
+    longest: int = field(init=False)
+    end: int = field(init=False)
 
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return int(self.columns[2].sum())
+    def __post_init__(self) -> None:
+        # For the few runs of most steps lists are faster than arrays.
+        _, starts, lengths, _ = self.columns.tolist()
+        self.num_tokens, self.longest = sum(lengths), max(lengths)
+        self.end = max(map(add, starts, lengths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +179,7 @@ class CpuRunner(Runner):
     def begin(self, step: Step) -> Pending:
         """See `Runner.begin`."""
         began = time.monotonic()
-        spans, selection = self._spans(step.columns), None
+        spans, selection = self._spans(step), None
         if step.keys is not None:
             append_all(self.backend, joined(step.keys, step.num_tokens, self.backend.spec.head_dim), spans)
         if step.queries is not None:
@@ -185,15 +193,15 @@ class CpuRunner(Runner):
         assert step.queries is not None
         selection = self.backend.prefill(
             joined(step.queries, step.num_tokens, self.backend.spec.head_dim),
-            self._spans(step.columns),
+            self._spans(step),
             order=step.order,
             return_scores=step.return_scores,
         )
         return _Done(selection, time.monotonic() - began)
 
-    def _spans(self, columns: NDArray[np.int32]) -> Spans:
-        layers, starts, lengths, rows = columns
-        blocks = num_blocks(columns, self.backend.spec.block_size)
+    def _spans(self, step: Step) -> Spans:
+        layers, starts, lengths, rows = step.columns
+        blocks = -(-step.end // self.backend.spec.block_size)
         places = rows[:, None] * np.intp(self._table_row) + np.arange(blocks)
         # A short table beside a long one ends before the last of these, at the end of all tables too.
         page_table = self._cells[np.minimum(places, len(self._cells) - 1)]
@@ -204,7 +212,7 @@ class CpuRunner(Runner):
             torch.from_numpy(starts),
             torch.from_numpy(lengths),
             torch.from_numpy(page_table),
-            columns[:3],
+            step.columns[:3],
         )
 
 
@@ -232,11 +240,6 @@ def check_patience(began: float) -> None:
     """Raises RuntimeError for a step that takes longer than any can; `began` by `time.monotonic`."""
     if time.monotonic() - began > ANSWER_SECONDS:
         raise RuntimeError(f"device: a step has not ended after {ANSWER_SECONDS:.0f} s")
-
-
-def num_blocks(columns: NDArray[np.int32], block_size: int) -> int:
-    """Blocks that the longest run reaches."""
-    return int((columns[1] + columns[2] - 1).max()) // block_size + 1
 
 
 def joined(packed: Packed, num_tokens: int, head_dim: int) -> torch.Tensor:

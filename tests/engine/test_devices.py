@@ -17,7 +17,7 @@ from blockdex.transport.local import LocalChannel
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.triton.gpu import GpuBackend
 from cache_state import check_integrity
-from running_engine import LIMITS, SPEC, TENANT, Phase, open_sequence, running, tokens, values
+from running_engine import LIMITS, SPEC, Phase, open_sequence, running, tokens, values
 from triton_device import DEVICE
 
 A, B = 1, 2

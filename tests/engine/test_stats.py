@@ -125,8 +125,7 @@ async def test_each_request_comes_to_one_phase_and_is_in_each_stage_once() -> No
             )
         assert stats.stage_seconds["sequence"]["device"].count == 0
         device = sum(came_to.device_seconds for came_to in totals.phases.values())
-        assert totals.device_busy_seconds == pytest.approx(device)
-        assert 0 < device < totals.busy_seconds < time.monotonic() - began
+        assert 0 < device < totals.device_busy_seconds < totals.busy_seconds < time.monotonic() - began
 
 
 async def test_a_request_is_in_the_stage_that_takes_its_time() -> None:

@@ -48,9 +48,7 @@ def laid_out(spans: Spans) -> Spans:
 
 
 @pytest.mark.parametrize("make", [on_cpu, in_triton])
-def test_answers_are_those_of_tables_side_by_side(
-    make: Callable[[int], Backend], generator: torch.Generator
-) -> None:
+def test_answers_are_those_of_tables_side_by_side(make: Callable[[int], Backend], generator: torch.Generator) -> None:
     runs = [random_run(generator, SPEC, length, min(length, 3), layer=row % 2) for row, length in enumerate(LENGTHS)]
     backend = make(40)
     spans = load(backend, runs, generator)

@@ -19,7 +19,6 @@ from blockdex_kernels.runner import (
     Step,
     append_all,
     check_patience,
-    num_blocks,
     on_host,
 )
 from blockdex_kernels.triton.backend import TritonBackend
@@ -95,9 +94,8 @@ class GpuRunner(Runner):
 
     def _begin_eager(self, step: Step) -> Pending:
         layers, starts, lengths, rows = self._sent(step.columns)
-        blocks = num_blocks(step.columns, self.backend.spec.block_size)
-        longest = int(step.columns[2].max())
-        spans = Spans(layers, starts, lengths, self._tables, step.columns[:3], longest, rows, blocks)
+        blocks = -(-step.end // self.backend.spec.block_size)
+        spans = Spans(layers, starts, lengths, self._tables, step.columns[:3], step.longest, rows, blocks)
         if step.keys is not None:
             append_all(self.backend, self._upload(step.keys), spans)
         selection = None
@@ -153,10 +151,9 @@ class _Prefill(Pending):
         self._runner, self._step = runner, step
         self._keys_there = torch.cuda.Event()
         self._keys_there.record(runner._main)
-        layers, starts, lengths, rows = step.columns
-        block_size = runner.backend.spec.block_size
-        first = int(rows[0]) * runner._table_row
-        self._page_table = runner._host_cells[None, first : first + num_blocks(step.columns, block_size)].copy()
+        first = int(step.columns[3, 0]) * runner._table_row
+        blocks = -(-step.end // runner.backend.spec.block_size)
+        self._page_table = runner._host_cells[None, first : first + blocks].copy()
         self._staged: Future[torch.Tensor] = runner._stager.submit(_pinned, step.queries, runner.backend.spec.head_dim)
         self._selection: Selection | None = None
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -219,4 +216,3 @@ def _to_host(selection: Selection) -> Selection:
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return there.copy_(tensor, non_blocking=True)
-

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from blockdex_kernels.backend import Selection, Spans
-from blockdex_kernels.runner import Answer, Pending, Step, check_patience, num_blocks
+from blockdex_kernels.runner import Answer, Pending, Step, check_patience
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.backend import TritonBackend
 
@@ -53,12 +53,11 @@ class Shape(NamedTuple):
             return None
         if keys is not None and keys.dtype != torch.bfloat16:
             return None
-        num_runs, longest = step.columns.shape[1], int(step.columns[2].max())
-        blocks = num_blocks(step.columns, spec.block_size)
-        if num_runs > MAX_RUNS or longest > LENGTHS[-1] or blocks > WIDTHS[-1]:
+        num_runs, blocks = step.columns.shape[1], -(-step.end // spec.block_size)
+        if num_runs > MAX_RUNS or step.longest > LENGTHS[-1] or blocks > WIDTHS[-1]:
             return None
         runs = 1 << (num_runs - 1).bit_length()
-        length = 1 << (longest - 1).bit_length()
+        length = 1 << (step.longest - 1).bit_length()
         if runs * length > MAX_TOKENS:
             return None
         width = next(width for width in WIDTHS if width >= blocks)
@@ -97,11 +96,9 @@ class Graphs:
         slots: steps that may be on their way at once.
     """
 
-    def __init__(
-        self, backend: TritonBackend, stream: torch.cuda.Stream, tables: torch.Tensor, slots: int
-    ) -> None:
+    def __init__(self, backend: TritonBackend, stream: torch.cuda.Stream, tables: torch.Tensor, slots: int) -> None:
         self._backend, self._stream, self._tables = backend, stream, tables
-        self._graphs: dict[Shape, list[torch.cuda.CUDAGraph]] = {}
+        self._graphs: dict[tuple[Shape, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         spec = backend.spec
         self._room: list[_Slot] = []
@@ -123,14 +120,14 @@ class Graphs:
 
     def begin(self, shape: Shape, step: Step) -> Pending:
         """Begins a step of a shape, in the slot whose turn it is: the step before it there must be answered."""
-        if shape not in self._graphs:
-            self.capture(shape)
         number, self._next = self._next, (self._next + 1) % self._num_slots
+        if (shape, number) not in self._graphs:
+            self._capture(shape, number)
         slot = self._room[number]
         self._fill(slot.memory, shape, step)
         written = slot.written[: shape.tokens * shape.heads * self._topk]
         written.fill(_UNWRITTEN)
-        self._graphs[shape][number].replay()
+        self._graphs[shape, number].replay()
         return _Replay(written, (step.num_tokens, shape.heads, self._topk), self._stream)
 
     def _fill(self, memory: memoryview, shape: Shape, step: Step) -> None:
@@ -146,20 +143,22 @@ class Graphs:
                     at += len(part)
 
     def capture(self, shape: Shape) -> None:
-        """Captures a shape's graphs; compiles what its kernels have left to compile."""
+        """Captures a shape for every slot, none of which is in use; compiles what kernels have left to compile."""
+        for number in range(self._num_slots):
+            self._capture(shape, number)
+
+    def _capture(self, shape: Shape, number: int) -> None:
         *_, num_bytes = shape.parts(self._head_dim)
         self._make_room(num_bytes, shape.tokens * shape.heads * self._topk)
-        graphs = []
-        for slot in self._room:
-            columns = np.frombuffer(slot.memory, np.int32, _COLUMNS * shape.runs)
-            columns[:] = 0
-            self._run(shape, slot)  # What is compiled now, or allocated for good, must not be so while it is captured.
-            self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                self._run(shape, slot)
-            graphs.append(graph)
-        self._graphs[shape] = graphs
+        slot = self._room[number]
+        columns = np.frombuffer(slot.memory, np.int32, _COLUMNS * shape.runs)
+        columns[:] = 0
+        self._run(shape, slot)  # What is compiled now, or allocated for good, must not be so while it is captured.
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            self._run(shape, slot)
+        self._graphs[shape, number] = graph
 
     def _run(self, shape: Shape, slot: _Slot) -> None:
         backend, head_dim = self._backend, self._head_dim

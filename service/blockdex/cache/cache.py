@@ -153,11 +153,18 @@ class Cache:
         """
         slots = self._slots(tenant, spans)
         lengths, revisions = self._layer(layer, slots)
-        check_not_stale("append", layer, spans, revisions)
-        applies = (spans.revisions != revisions) | (spans.revisions == 0)
+        applies, all_apply, after = np.ones(len(slots), np.bool_), True, revisions
+        if spans.revisions.any():
+            check_not_stale("append", layer, spans, revisions)
+            applies = (spans.revisions != revisions) | (spans.revisions == 0)
+            all_apply, after = bool(applies.all()), np.maximum(spans.revisions, revisions)
+        ends = spans.starts + spans.lengths
+        held = self._sequences.held[slots]
+        if all_apply and self._goes_on_in_place(slots, spans.starts, lengths, ends, held):
+            return AppendPlan(layer, slots, applies, ends, after, held, _NO_WRITES, [], all_apply=True, in_place=True)
         check_no_gap(layer, spans, applies, lengths)
 
-        ends = np.where(applies, spans.starts + spans.lengths, lengths)
+        ends = np.where(applies, ends, lengths)
         held = self._held_after(layer, slots, lengths, ends)
         shared_writes = self._shared_writes(slots[applies], spans.starts[applies], ends[applies])
         writes = int(np.maximum(held - self._sequences.held[slots], 0).sum()) + len(shared_writes)
@@ -171,10 +178,12 @@ class Cache:
             slots=slots,
             applies=applies,
             lengths=ends,
-            revisions=np.maximum(spans.revisions, revisions),
+            revisions=after,
             held=held,
             shared_writes=shared_writes,
             victims=victims,
+            all_apply=all_apply,
+            in_place=False,
         )
 
     def apply_append(self, plan: AppendPlan) -> list[PageCopy]:
@@ -184,6 +193,11 @@ class Cache:
             The copies to make, in order, before any key is written.
         """
         sequences, slots = self._sequences, plan.slots
+        if plan.in_place:
+            sequences.lengths[plan.layer][slots] = plan.lengths
+            sequences.revisions[plan.layer][slots] = plan.revisions
+            sequences.last_calls[slots] = self._clock()
+            return []
         self._evict(plan.victims)
         more = plan.held - sequences.held[slots]
         changed = np.flatnonzero(more)
@@ -210,8 +224,9 @@ class Cache:
         """
         slots = self._slots(tenant, spans) if plan is None else plan.slots
         lengths, revisions = self._layer(layer, slots) if plan is None else (plan.lengths, plan.revisions)
-        check_not_stale("selection", layer, spans, revisions)
-        check_not_future("selection", layer, spans, revisions)
+        if spans.revisions.any():
+            check_not_stale("selection", layer, spans, revisions)
+            check_not_future("selection", layer, spans, revisions)
         check_appended(layer, spans, lengths)
         if plan is None:
             self._sequences.last_calls[slots] = self._clock()
@@ -286,6 +301,19 @@ class Cache:
     def _check_absent(self, tenant: str, sequence_id: int) -> None:
         if self._sequences.slot(tenant, sequence_id) is not None:
             raise AlreadyExistsError(f"sequence {sequence_id}: open already", Reason.SEQUENCE_EXISTS)
+
+    def _goes_on_in_place(
+        self,
+        slots: NDArray[np.intp],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        ends: NDArray[np.int64],
+        held: NDArray[np.int64],
+    ) -> bool:
+        """Whether an append goes on where the layer ends, in pages that are there: what decode does almost always."""
+        if not (starts == lengths).all() or not (ends <= held * self.spec.block_size).all():
+            return False
+        return not self._pool.shared or not (starts // self.spec.block_size < self._sequences.forked[slots]).any()
 
     def _held_after(
         self, layer: int, slots: NDArray[np.intp], lengths: NDArray[np.int64], ends: NDArray[np.int64]

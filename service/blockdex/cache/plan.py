@@ -21,6 +21,8 @@ class AppendPlan:
         held: int64 `[N]`, pages of each sequence after it.
         shared_writes: intp `[M, 2]`, slot and block of the pages it writes that others hold too when it is planned.
         victims: slots of the sequences that it evicts.
+        all_apply: whether all rows do.
+        in_place: whether nothing but lengths and revisions changes: the pages are there, and are written by it alone.
     """
 
     layer: int
@@ -31,3 +33,5 @@ class AppendPlan:
     held: NDArray[np.int64]
     shared_writes: NDArray[np.intp]
     victims: list[int]
+    all_apply: bool
+    in_place: bool

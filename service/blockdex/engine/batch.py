@@ -34,7 +34,7 @@ class Batch:
 
     Attributes:
         copies: whole pages to copy, in order, before anything is written.
-        appends: entries that write, each with the rows of its spans that apply.
+        appends: entries that write, each with the rows of its spans that apply; None for all.
         selections: entries that read.
         outcomes: entries that are answered without any kernel.
         waiting: selections whose keys are not there yet, and whose callers wait for them.
@@ -46,9 +46,10 @@ class Batch:
         self._cache = cache
         self._layers_in_use = set(reading)
         self._sequences_in_use = {sequence for sequence, _ in self._layers_in_use}
+        self._users: list[tuple[Entry, int]] = []
         self._held_back: set[SequenceKey] = set()
         self.copies: list[PageCopy] = []
-        self.appends: list[tuple[Entry, NDArray[np.bool_]]] = []
+        self.appends: list[tuple[Entry, NDArray[np.bool_] | None]] = []
         self.selections: list[Entry] = []
         self.outcomes: list[Outcome] = []
         self.waiting: list[Entry] = []
@@ -75,16 +76,25 @@ class Batch:
             self._do(entry)
 
     def _conflicts(self, entry: Entry) -> bool:
+        self._note_users()
         if self._held_back and not self._held_back.isdisjoint(entry.sequences):
             return True
         request = entry.request
         if isinstance(request, TokenRequest):
             if request.keys is None:
                 return False
-            return any((sequence, request.layer) in self._layers_in_use for sequence in entry.sequences)
+            in_use = self._layers_in_use
+            return bool(in_use) and any((sequence, request.layer) in in_use for sequence in entry.sequences)
         if isinstance(request, OpenSequence | GetSequence):
             return False
-        return not self._sequences_in_use.isdisjoint(entry.sequences)
+        return bool(self._sequences_in_use) and not self._sequences_in_use.isdisjoint(entry.sequences)
+
+    def _note_users(self) -> None:
+        """Enters what is in use; put off until somebody asks, since a batch of one entry needs none of it."""
+        for user, layer in self._users:
+            self._layers_in_use.update((sequence, layer) for sequence in user.sequences)
+            self._sequences_in_use.update(user.sequences)
+        self._users.clear()
 
     def _do(self, entry: Entry) -> None:
         request = entry.request
@@ -103,21 +113,20 @@ class Batch:
     def _do_tokens(self, entry: Entry, request: TokenRequest) -> None:
         tenant, layer, spans = request.tenant, request.layer, request.spans
         plan = None if request.keys is None else self._cache.plan_append(tenant, layer, spans)
-        if request.queries is not None:
-            self._cache.check_selection(tenant, layer, spans, plan)
+        if request.queries is not None and not (plan is not None and plan.all_apply):
+            self._cache.check_selection(tenant, layer, spans, plan)  # Otherwise it reads what it has just written.
         if plan is not None:
             # A repeated append too, which writes nothing: it is a call, and calls renew leases.
             self.copies += self._cache.apply_append(plan)
-        if plan is not None and plan.applies.any():
-            self.appends.append((entry, plan.applies))
+        if plan is not None and (plan.all_apply or plan.applies.any()):
+            self.appends.append((entry, None if plan.all_apply else plan.applies))
             self.changed = True
         elif request.queries is None:
             self.outcomes.append((entry, TokenAnswer(self._cache.epoch)))
             return
         if request.queries is not None:
             self.selections.append(entry)
-        self._layers_in_use.update((sequence, layer) for sequence in entry.sequences)
-        self._sequences_in_use.update(entry.sequences)
+        self._users.append((entry, layer))
 
     def _do_sequence(self, request: SequenceRequest) -> Answer:
         cache, tenant = self._cache, request.tenant

@@ -198,20 +198,25 @@ class Engine:
 
     def _step(self, now: float, news: bool) -> None:
         launcher = self._launcher
-        outcomes = launcher.land()
-        if launcher.has_room and (news or outcomes or now > self._next_look):
-            outcomes += self._begin_batch(now)
-        launcher.begin_slice()
-        outcomes += launcher.land()
-        if outcomes:
-            self._reply(outcomes)
-        elif not news:
+        landed = launcher.land()
+        self._reply(landed)
+        if launcher.has_room and (news or self._looks_again(bool(landed), now)):
+            self._reply(self._begin_batch(now))
+        elif not landed:
             time.sleep(0)  # Lets other threads run while the device does.
+        launcher.begin_slice()
+
+    def _looks_again(self, landed: bool, now: float) -> bool:
+        """Whether what is left from before may get on now: because something ended, or a deadline has passed."""
+        left = self._backlog or self._waiting or self._launcher.prefills
+        return bool(left) and (landed or now > self._next_look)
 
     def _begin_batch(self, now: float) -> list[Outcome]:
         launcher = self._launcher
-        launcher.keep_alive()
-        outcomes = launcher.drop_gone(now)
+        outcomes: list[Outcome] = []
+        if launcher.prefills:
+            launcher.keep_alive()
+            outcomes = launcher.drop_gone(now)
         batch = self._form(now)
         self._next_look = now + _LOOK_SECONDS
         formed = time.monotonic()
@@ -232,8 +237,9 @@ class Engine:
             else:
                 held_back.append(entry)
         self._backlog = held_back
-        batch.waiting[:0] = [entry for entry in self._waiting if not self._is_gone(entry, now, late)]
-        self._waiting = self._still_waiting(batch)
+        if self._waiting or batch.waiting:
+            batch.waiting[:0] = [entry for entry in self._waiting if not self._is_gone(entry, now, late)]
+            self._waiting = self._still_waiting(batch)
         for entry in batch.taken():
             entry.taken = now
         batch.outcomes += late

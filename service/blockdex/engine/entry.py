@@ -40,10 +40,14 @@ class Entry:
     launched: float = 0.0
     finished: float = 0.0
     phase: Phase = "sequence"
-    sequences: tuple[SequenceKey, ...] = field(init=False)
+    _sequences: tuple[SequenceKey, ...] | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        self.sequences = _sequences(self.request)
+    @property
+    def sequences(self) -> tuple[SequenceKey, ...]:
+        """What the request names."""
+        if self._sequences is None:
+            self._sequences = _sequences(self.request)
+        return self._sequences
 
     def stage_seconds(self, now: float) -> dict[Stage, float]:
         """Seconds in each stage that it reached, one behind the other from its arrival until now.

@@ -130,13 +130,15 @@ class Launcher:
         queries = reading.packed([reading.queries(rows)])
         step = Step(self._columns([part]), None, queries, reading.order, reading.return_scores)
         self._note([entry for entry, _ in reading.callers], "prefill")
+        self._note_busy()
         try:
             pending = self._runner.begin_prefill(step)
         except torch.OutOfMemoryError as error:
             self._give_up([reading], error)
             return
         tokens = rows.stop - rows.start
-        self._take_off(self._slices, Flight(pending, "prefill", [(reading, tokens, rows)], prefill.sequence, tokens * per_token))
+        flight = Flight(pending, "prefill", [(reading, tokens, rows)], prefill.sequence, tokens * per_token)
+        self._slices.append(flight)
         self._stats.launched("prefill", tokens, 1)
 
     def land(self) -> list[Outcome]:
@@ -174,19 +176,19 @@ class Launcher:
             reading.callers[0][0] is entry
             and reading.alike == first.alike
             and _keys_dtype(entry) == dtype
-            and applies.all()
-            and reading.request.spans.lengths.max() <= self._decode_queries
+            and applies is None
+            and reading.longest <= self._decode_queries
             for reading, (entry, applies) in zip(made, batch.appends, strict=True)
         )
 
-    def _append(self, appends: Sequence[tuple[Entry, NDArray[np.bool_]]]) -> None:
+    def _append(self, appends: Sequence[tuple[Entry, NDArray[np.bool_] | None]]) -> None:
         """Writes the keys of every entry, one step for all that came in the same dtype."""
         by_dtype: dict[torch.dtype, list[tuple[memoryview, Part]]] = {}
         for entry, applies in appends:
             request, keys = entry.request, _keys(entry)
             assert isinstance(request, TokenRequest)
             spans = request.spans
-            if not applies.all():
+            if applies is not None:
                 keys = take_rows(keys, len(keys) // spans.num_tokens, rows_of(spans, applies))
                 spans = subset(spans, applies)
             part = Part(request.tenant, request.layer, spans)
@@ -201,10 +203,10 @@ class Launcher:
         groups: dict[tuple[object, ...], list[tuple[Reading, Spans, Rows]]] = {}
         for reading in made:
             spans = reading.request.spans
-            short = spans.lengths <= self._decode_queries
-            if short.all():
+            if reading.longest <= self._decode_queries:
                 groups.setdefault(reading.alike, []).append((reading, spans, ALL_ROWS))
                 continue
+            short = spans.lengths <= self._decode_queries
             for row in np.flatnonzero(~short).tolist():
                 self.prefills.add(Prefill(reading, row))
             if short.any():
@@ -244,12 +246,12 @@ class Launcher:
             if self._flights[0].pending.done():
                 self._arrive(self._flights.popleft())
             time.sleep(0)
-        self._take_off(self._flights, Flight(self._runner.begin(step), phase, parts))
+        self._note_busy()
+        self._flights.append(Flight(self._runner.begin(step), phase, parts))
 
-    def _take_off(self, queue: deque[Flight], flight: Flight) -> None:
+    def _note_busy(self) -> None:
         if not (self._flights or self._slices):
             self._busy_since = time.monotonic()
-        queue.append(flight)
 
     def _arrive(self, flight: Flight) -> None:
         now = time.monotonic()

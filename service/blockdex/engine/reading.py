@@ -60,6 +60,8 @@ class Reading:
         callers: who still waits for the answer, each with its own heads.
         heads: of all callers, side by side.
         alike: dtype, order and whether scores are wanted, the same for all: what one launch has in common.
+        num_tokens: of the spans.
+        longest: tokens of the longest span.
         unread: tokens that no kernel has answered yet.
     """
 
@@ -76,10 +78,12 @@ class Reading:
         first = halves[0]
         self.order, self.return_scores = first.order, first.return_scores
         self.dtype = TORCH_DTYPES[first.tensor.dtype]
-        self.unread = self._num_tokens = request.spans.num_tokens
+        lengths = request.spans.lengths.tolist()
+        self.longest = max(lengths)
+        self.num_tokens = self.unread = sum(lengths)
         self._topk = topk
         self._row_bytes = self.heads * head_dim * self.dtype.itemsize
-        self._data = first.tensor.data if len(halves) == 1 else _side_by_side(halves, self._num_tokens)
+        self._data = first.tensor.data if len(halves) == 1 else _side_by_side(halves, self.num_tokens)
         self._answer: Answer | None = None
 
     @property
@@ -109,7 +113,7 @@ class Reading:
             self._answer = answer
             return
         if self._answer is None:
-            shape = (self._num_tokens, self.heads, self._topk)
+            shape = (self.num_tokens, self.heads, self._topk)
             self._answer = Answer(
                 np.empty(shape, np.int32), np.empty(shape, np.float32) if self.return_scores else None
             )
@@ -121,6 +125,8 @@ class Reading:
         """Every caller's share of the answer; to be called once nothing is unread."""
         assert self._answer is not None
         block_ids, scores = self._answer.block_ids, self._answer.scores
+        if len(self.callers) == 1 and self.callers[0][1] == slice(0, self.heads):
+            return [(self.callers[0][0], TokenAnswer(epoch, block_ids, scores))]
         return [
             (entry, TokenAnswer(epoch, block_ids[:, heads], None if scores is None else scores[:, heads]))
             for entry, heads in self.callers
