@@ -15,7 +15,7 @@ CONSTRAINTS := $(if $(HAS_TORCH),,--constraint constraints.txt)
 TOOLS := prometheus=prometheus promtool=prometheus kubectl=kubernetes-client chromium=chromium gcc=build-essential
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
 
-.PHONY: help install tools demo test test-all lint format proto lock bench bench-gpu docs clean
+.PHONY: help install tools demo test test-all lint format proto lock bench bench-gpu bench-service docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -65,6 +65,10 @@ bench: $(STAMP) ## Client latency beside a bare gRPC echo, several processes bes
 
 bench-gpu: $(STAMP) ## GPU kernels beside the chip's best, and a peer (PEER=vllm=DIR, an unpacked wheel); JSON and PNG likewise
 	$(BIN)/python -m benchmarks.kernels $(if $(PEER),--peer $(PEER))
+	$(BIN)/python -m benchmarks.tables
+
+bench-service: $(STAMP) ## A server of several processes beside bare gRPC echoes: latency, throughput, memory (DEVICE=cpu|cuda); JSON and PNG likewise
+	$(BIN)/python -m benchmarks.service --device $(DEVICE)
 	$(BIN)/python -m benchmarks.tables
 
 docs: $(STAMP) ## Build the documentation into site/

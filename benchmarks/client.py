@@ -57,12 +57,12 @@ class Row:
 
 
 @contextlib.contextmanager
-def process(*command: str, ready: str) -> Iterator[re.Match[str]]:
-    """A process that says on its output, within bounds, what `ready` matches; terminated at the end."""
+def process(*command: str, ready: str, seconds: float = _START_SECONDS) -> Iterator[re.Match[str]]:
+    """A process that says on its output, within `seconds`, what `ready` matches; terminated at the end."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         assert running.stdout is not None
         try:
-            deadline = time.monotonic() + _START_SECONDS
+            deadline = time.monotonic() + seconds
             said: list[str] = []
             for line in running.stdout:
                 said.append(line)
@@ -70,7 +70,7 @@ def process(*command: str, ready: str) -> Iterator[re.Match[str]]:
                     yield match
                     break
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{command[0]}: not ready after {_START_SECONDS} s")
+                    raise TimeoutError(f"{command[0]}: not ready after {seconds} s")
             else:
                 raise RuntimeError(f"{' '.join(command)}: ended before it was ready\n{''.join(said)}")
         finally:
@@ -203,7 +203,7 @@ def run(rounds: int) -> list[Row]:
     rows: list[Row] = []
     with (
         process(sys.executable, "-m", "blockdex", "serve", *flags.split(), ready=serving) as server,
-        process(sys.executable, "-m", "benchmarks.echo", ready=r"^(\d+)$") as echo,
+        process(sys.executable, "-m", "benchmarks.echo", ready=r"^(\d+) \d+$") as echo,
         grpc.insecure_channel(f"127.0.0.1:{echo[1]}") as channel,
         Client(server[1], transport="unary") as unary,
         Client(server[1], transport="stream") as stream,

@@ -1,11 +1,14 @@
 """A bare gRPC echo server: what a call of the same bytes costs when nothing is computed.
 
-Each request names, in its first four bytes (little-endian), how many bytes its answer has.
+Each request names, in its first four bytes (little-endian), how many bytes its answer has. Told a port (0: any free
+one), it shares that with others; otherwise it takes one for itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -28,18 +31,19 @@ async def _stream(requests: AsyncIterator[bytes], _context: Any) -> AsyncIterato
         yield answer(request)
 
 
-async def main() -> None:
-    """Serves until it is ended; prints the port."""
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)])
+async def main(shared_port: str | None = None) -> None:
+    """Serves until it is ended; prints the port and its process id."""
+    share = int(shared_port is not None)
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", share)])
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Unary": grpc.unary_unary_rpc_method_handler(_unary),
         "Stream": grpc.stream_stream_rpc_method_handler(_stream),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    print(server.add_insecure_port(f"127.0.0.1:{shared_port or 0}"), os.getpid(), flush=True)
     await server.start()
     await server.wait_for_termination()
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(main(*sys.argv[1:2]))

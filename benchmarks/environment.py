@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,11 @@ def _gpu(device: torch.device) -> tuple[dict[str, object], str | None]:
         "driver": driver or "unknown",
     }
     return gpu, torch.version.cuda
+
+
+def slug(device_name: str) -> str:
+    """A device in the name of a file: `h200` for an NVIDIA H200."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower().removeprefix("nvidia ")).strip("-")
 
 
 def _module() -> str:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import kernel_figures, kernel_plots
-from benchmarks.environment import RESULTS, environment
+from benchmarks.environment import RESULTS, environment, slug
 from benchmarks.gpu_timing import Mode
 from benchmarks.kernel_bench import Bench
 from benchmarks.kernel_figures import PEER, Row
@@ -56,7 +55,8 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
     """
     device = torch.device(arguments.device)
     result: Row = environment("numpy", "torch", "triton", device=device)
-    path: Path = arguments.output / f"{'quick-' if arguments.quick else ''}kernels-{_slug(device)}.json"
+    name = slug(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    path: Path = arguments.output / f"{'quick-' if arguments.quick else ''}kernels-{name}.json"
     workload = QUICK if arguments.quick else FULL
     ours = {cache: Blockdex(arguments.device, cache, workload.pages) for cache in arguments.caches}
     in_stages = all(version.has_stages for version in ours.values())
@@ -96,12 +96,6 @@ def _mode(part: str, device: torch.device, eager: list[str]) -> Mode:
     if device.type == "cpu":
         return "host"
     return "eager" if part in eager else "graph"
-
-
-def _slug(device: torch.device) -> str:
-    """The device in the name of a file: `h200` for an NVIDIA H200."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
 
 
 def figures_table(result: Row) -> Table:

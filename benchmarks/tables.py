@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_figures
+from benchmarks import kernel_figures, service_figures
 from benchmarks.environment import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -98,6 +98,16 @@ SECTIONS = {
         "a bare gRPC echo of as many bytes each way. Milliseconds; the last column is p50 / (echo p50 + kernels).",
         ("sequences", "tokens of each", "transport", "p50", "p99", "echo p50", "echo p99", "kernels", "over the bare"),
         _client_cells,
+    ),
+    "service": Section(
+        "A server of several processes, beside bare echoes",
+        "One `blockdex serve` with front doors of its own, asked by Python clients and, as load, by processes that send\n"
+        "bytes made beforehand over one stream each; in the same run bare gRPC echoes of as many bytes each way, and the\n"
+        "kernels alone, called from the host. A decode step is AppendAndSelect of one token of each sequence, 4 heads,\n"
+        "bf16. The step in the core is a real engine on its own thread without a server, the layers walked round. Targets\n"
+        "are for one H200 with 16 cores; a CPU runs smaller shapes and has none.",
+        ("figure", "measured", "target", "met", "made of"),
+        lambda row: iter(service_figures.cells(row)),
     ),
     "ring": Section(
         "Several processes, beside one",
