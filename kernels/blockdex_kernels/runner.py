@@ -172,7 +172,7 @@ class CpuRunner(Runner):
         self._table_row = table_row
         self._cells: NDArray[np.int32] = np.zeros(0, np.int32)
 
-    def write_tables(self, cells: NDArray[np.int32], changes: NDArray[np.intp]) -> None:
+    def write_tables(self, cells: NDArray[np.int32], changes: NDArray[np.intp]) -> None:  # noqa: ARG002
         """See `Runner.write_tables`; reads the tables where they are."""
         self._cells = cells
 
@@ -266,6 +266,8 @@ def make_runner(backend: Backend, table_row: int) -> Runner:
     """
     if backend.device.type == "cpu":
         return CpuRunner(backend, table_row)
-    from blockdex_kernels.triton.gpu_runner import GpuRunner  # noqa: PLC0415 - not every machine has Triton
+    from blockdex_kernels.triton.backend import TritonBackend  # noqa: PLC0415 - not every machine has Triton
+    from blockdex_kernels.triton.gpu_runner import GpuRunner  # noqa: PLC0415
 
+    assert isinstance(backend, TritonBackend)
     return GpuRunner(backend, table_row)

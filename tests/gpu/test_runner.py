@@ -133,7 +133,7 @@ def test_prefills_beside_decodes(generator: torch.Generator) -> None:
         steps.append((step, both.expected(step, chosen, "prefill")))
     torch.cuda.synchronize()
     pending = [(both.runner.begin_prefill(step), expected) for step, expected in steps]
-    while not all([one.done() for one, _ in pending]):
+    while [one for one, _ in pending if not one.done()]:
         step, chosen = both.step([1] * 8, torch.bfloat16, 4)
         selecting = Step(step.columns, None, step.queries)
         expected = both.expected(selecting, chosen, "decode")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def laid_out(spans: Spans) -> Spans:
     tables = spans.page_table.cpu()
     room = -(-tables.shape[1] // ROW)
     cells = torch.full((len(tables) * (room + 1), ROW), UNREADABLE, dtype=torch.int32)
-    rows = []
+    rows: list[int] = []
     for place, row in enumerate(reversed(range(len(tables)))):
         first = place * (room + 1) + 1
         cells[first : first + room].view(-1)[: tables.shape[1]] = tables[row]
@@ -79,7 +80,7 @@ def test_answers_are_those_of_tables_side_by_side(make: Callable[[int], Backend]
         ({"max_blocks": 10**6}, "spans.max_blocks: beside table_rows it must be 1 to [0-9]+, got 1000000"),
     ],
 )
-def test_refusals(change: dict[str, object], message: str, generator: torch.Generator) -> None:
+def test_refusals(change: dict[str, Any], message: str, generator: torch.Generator) -> None:
     runs = [random_run(generator, SPEC, length, 1) for length in LENGTHS]
     backend = on_cpu(40)
     spans = dataclasses.replace(laid_out(load(backend, runs, generator)), **change)

@@ -44,9 +44,9 @@ class GpuRunner(Runner):
     def __init__(self, backend: TritonBackend, table_row: int) -> None:
         super().__init__(backend)
         self.backend: TritonBackend = backend
-        self._main = torch.cuda.Stream(backend.device, priority=_HIGH)
-        self._side = torch.cuda.Stream(backend.device, priority=_LOW)
-        self._uploads = torch.cuda.Stream(backend.device, priority=_LOW)
+        self._main = torch.cuda.Stream(backend.device, priority=_HIGH)  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(backend.device, priority=_LOW)  # type: ignore[no-untyped-call]
+        self._uploads = torch.cuda.Stream(backend.device, priority=_LOW)  # type: ignore[no-untyped-call]
         self._table_row = table_row
         self._host_cells: NDArray[np.int32] = np.zeros(0, np.int32)
         self._tables = self._empty_tables(max(_FIRST_CELLS, 2 * len(backend.pages)))
@@ -126,13 +126,13 @@ class _Eager(Pending):
 
     def __init__(self, selection: Selection | None, stream: torch.cuda.Stream) -> None:
         self._selection = selection
-        self._event = torch.cuda.Event()
+        self._event = _event()
         self._event.record(stream)
         self._began = time.monotonic()
 
     def done(self) -> bool:
         """See `Pending.done`."""
-        if not self._event.query():
+        if not self._event.query():  # type: ignore[no-untyped-call]
             check_patience(self._began)
             return False
         self.device_seconds = time.monotonic() - self._began
@@ -149,21 +149,21 @@ class _Prefill(Pending):
     def __init__(self, runner: GpuRunner, step: Step) -> None:
         assert step.queries is not None
         self._runner, self._step = runner, step
-        self._keys_there = torch.cuda.Event()
+        self._keys_there = _event()
         self._keys_there.record(runner._main)
         first = int(step.columns[3, 0]) * runner._table_row
         blocks = -(-step.end // runner.backend.spec.block_size)
         self._page_table = runner._host_cells[None, first : first + blocks].copy()
         self._staged: Future[torch.Tensor] = runner._stager.submit(_pinned, step.queries, runner.backend.spec.head_dim)
         self._selection: Selection | None = None
-        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._start, self._end = (_event(timed=True) for _ in range(2))
         self._began = time.monotonic()
 
     def done(self) -> bool:
         """See `Pending.done`."""
         if self._selection is None and self._staged.done():
             self._launch(self._staged.result())
-        if self._selection is None or not self._end.query():
+        if self._selection is None or not self._end.query():  # type: ignore[no-untyped-call]
             check_patience(self._began)
             return False
         self.device_seconds = self._start.elapsed_time(self._end) / 1000
@@ -176,7 +176,7 @@ class _Prefill(Pending):
         with torch.cuda.stream(runner._uploads):
             sent = queries.to(device, non_blocking=True)
             numbers_there = runner._sent(numbers)
-            uploaded = torch.cuda.Event()
+            uploaded = _event()
             uploaded.record(runner._uploads)
         with torch.cuda.stream(runner._side):
             runner._side.wait_event(self._keys_there)
@@ -194,6 +194,10 @@ class _Prefill(Pending):
         """See `Pending.answer`."""
         assert self._selection is not None
         return on_host(self._selection)
+
+
+def _event(*, timed: bool = False) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
 
 
 def _pinned(packed: Packed, head_dim: int) -> torch.Tensor:

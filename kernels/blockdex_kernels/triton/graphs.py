@@ -80,14 +80,14 @@ class _Slot:
 
     def __init__(self, num_bytes: int, num_ids: int, device: torch.device) -> None:
         self.host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
-        self.memory = memoryview(self.host.numpy())
+        self.memory = memoryview(self.host.numpy().data)
         self.there = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self.block_ids = torch.zeros(num_ids, dtype=torch.int32, pin_memory=True)
         self.written = self.block_ids.numpy()
 
 
 class Graphs:
-    """Graphs of the steps that engines make all the time, one for each shape and slot; others are captured as asked for.
+    """Graphs of the steps that engines make all the time, one for each shape and slot; more are captured as asked for.
 
     Args:
         backend: whose kernels they hold.
@@ -136,11 +136,11 @@ class Graphs:
         num_runs = step.columns.shape[1]
         columns[:, :num_runs] = step.columns
         columns[2, num_runs:] = 0  # Runs of length 0 are padding.
-        for packed, at in ((step.keys, keys_at), (step.queries, queries_at)):
-            if packed is not None:
-                for part in packed.parts:
-                    memory[at : at + len(part)] = part
-                    at += len(part)
+        for packed, begin in ((step.keys, keys_at), (step.queries, queries_at)):
+            at = begin
+            for part in packed.parts if packed is not None else ():
+                memory[at : at + len(part)] = part
+                at += len(part)
 
     def capture(self, shape: Shape) -> None:
         """Captures a shape for every slot, none of which is in use; compiles what kernels have left to compile."""

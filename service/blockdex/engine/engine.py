@@ -32,9 +32,9 @@ _LOOK_SECONDS = 0.001
 class Engine:
     """Owns the cache and the kernels; one thread runs everything, so that no request needs a lock.
 
-    A batch is whatever has queued up: there is no waiting window. On a GPU it is checked and staged while the one before
-    runs, and the one before that is answered. Requests that conflict with the batch are held back for the next one;
-    selections that wait for keys are tried again whenever something changed.
+    A batch is whatever has queued up: there is no waiting window. On a GPU it is checked and staged while the one
+    before runs, and the one before that is answered. Requests that conflict with the batch are held back for the next
+    one; selections that wait for keys are tried again whenever something changed.
 
     Args:
         backend: the kernels and their pages.
