@@ -55,10 +55,7 @@ class Served:
             for family in text_string_to_metric_families(text)
             for sample in family.samples
         }
-        seconds = samples.get(("blockdex_stage_seconds_sum", "device", "prefill"))
-        if seconds is None:
-            seconds = samples["blockdex_stage_seconds_sum", "prefill"]
-        return seconds, samples["blockdex_tokens_total", "prefill"]
+        return samples["blockdex_device_seconds_total", "prefill"], samples["blockdex_tokens_total", "prefill"]
 
 
 @contextlib.contextmanager
