@@ -159,9 +159,6 @@ class Cache:
             applies = (spans.revisions != revisions) | (spans.revisions == 0)
             all_apply, after = bool(applies.all()), np.maximum(spans.revisions, revisions)
         ends = spans.starts + spans.lengths
-        held = self._sequences.held[slots]
-        if all_apply and self._goes_on_in_place(slots, spans.starts, lengths, ends, held):
-            return AppendPlan(layer, slots, applies, ends, after, held, _NO_WRITES, [], all_apply=True, in_place=True)
         check_no_gap(layer, spans, applies, lengths)
 
         ends = np.where(applies, ends, lengths)
@@ -183,7 +180,6 @@ class Cache:
             shared_writes=shared_writes,
             victims=victims,
             all_apply=all_apply,
-            in_place=False,
         )
 
     def apply_append(self, plan: AppendPlan) -> list[PageCopy]:
@@ -193,11 +189,6 @@ class Cache:
             The copies to make, in order, before any key is written.
         """
         sequences, slots = self._sequences, plan.slots
-        if plan.in_place:
-            sequences.lengths[plan.layer][slots] = plan.lengths
-            sequences.revisions[plan.layer][slots] = plan.revisions
-            sequences.last_calls[slots] = self._clock()
-            return []
         self._evict(plan.victims)
         more = plan.held - sequences.held[slots]
         changed = np.flatnonzero(more)
@@ -207,6 +198,63 @@ class Cache:
         sequences.revisions[plan.layer][slots] = plan.revisions
         sequences.last_calls[slots] = self._clock()
         return self._unshare(plan.shared_writes)
+
+    def known_slots(self, tenant: str, epoch: int, spans: Spans) -> NDArray[np.intp] | None:
+        """Slots of the sequences `[N]`; None where one is unknown, or the epoch is another one."""
+        if epoch not in {0, self.epoch}:
+            return None
+        try:
+            return self._sequences.slots(tenant, spans.sequence_ids)
+        except KeyError:
+            return None
+
+    def goes_on_in_place(
+        self,
+        layers: NDArray[np.intp],
+        slots: NDArray[np.intp],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        revisions: NDArray[np.uint64],
+    ) -> NDArray[np.bool_]:
+        """Which appends only go on where their layer ends, in pages that are there and that nobody shares.
+
+        Args:
+            layers: `[N]`, of any requests.
+            slots: `[N]`.
+            starts: `[N]`.
+            lengths: `[N]`, tokens to append.
+            revisions: `[N]`, 0 where unchecked.
+
+        Returns:
+            `[N]`. Nothing can be said against those, and `enter_in_place` is all that is to be done for them.
+        """
+        sequences, block_size = self._sequences, self.spec.block_size
+        fits: NDArray[np.bool_] = starts == sequences.lengths[layers, slots]
+        fits &= starts + lengths <= sequences.held[slots] * block_size
+        if revisions.any():
+            fits &= (revisions > sequences.revisions[layers, slots]) | (revisions == 0)
+        if self._pool.shared:
+            fits &= starts // block_size >= sequences.forked[slots]
+        return fits
+
+    def enter_in_place(
+        self,
+        layers: NDArray[np.intp],
+        slots: NDArray[np.intp],
+        ends: NDArray[np.int64],
+        revisions: NDArray[np.uint64],
+    ) -> NDArray[np.int32]:
+        """Does what `goes_on_in_place` allows: the keys may be written then. No layer of a sequence twice.
+
+        Returns:
+            First rows of the page tables `[N]`: see `table_rows`.
+        """
+        sequences = self._sequences
+        sequences.lengths[layers, slots] = ends
+        if revisions.any():
+            sequences.revisions[layers, slots] = np.maximum(revisions, sequences.revisions[layers, slots])
+        sequences.last_calls[slots] = self._clock()
+        return sequences.tables.first_rows[slots]
 
     def check_selection(self, tenant: str, layer: int, spans: Spans, plan: AppendPlan | None = None) -> None:
         """Checks that the keys which a selection reads are there.
@@ -301,19 +349,6 @@ class Cache:
     def _check_absent(self, tenant: str, sequence_id: int) -> None:
         if self._sequences.slot(tenant, sequence_id) is not None:
             raise AlreadyExistsError(f"sequence {sequence_id}: open already", Reason.SEQUENCE_EXISTS)
-
-    def _goes_on_in_place(
-        self,
-        slots: NDArray[np.intp],
-        starts: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        ends: NDArray[np.int64],
-        held: NDArray[np.int64],
-    ) -> bool:
-        """Whether an append goes on where the layer ends, in pages that are there: what decode does almost always."""
-        if not (starts == lengths).all() or not (ends <= held * self.spec.block_size).all():
-            return False
-        return not self._pool.shared or not (starts // self.spec.block_size < self._sequences.forked[slots]).any()
 
     def _held_after(
         self, layer: int, slots: NDArray[np.intp], lengths: NDArray[np.int64], ends: NDArray[np.int64]

@@ -22,7 +22,6 @@ class AppendPlan:
         shared_writes: intp `[M, 2]`, slot and block of the pages it writes that others hold too when it is planned.
         victims: slots of the sequences that it evicts.
         all_apply: whether all rows do.
-        in_place: whether nothing but lengths and revisions changes: the pages are there, and are written by it alone.
     """
 
     layer: int
@@ -34,4 +33,3 @@ class AppendPlan:
     shared_writes: NDArray[np.intp]
     victims: list[int]
     all_apply: bool
-    in_place: bool

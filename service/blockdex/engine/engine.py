@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from blockdex.cache import TABLE_ROW, Cache
 from blockdex.engine.batch import Batch
+from blockdex.engine.decodes import take_decodes
 from blockdex.engine.entry import Entry, Inbox, Outcome, given_up, shutting_down, too_late
 from blockdex.engine.launcher import Launcher
 from blockdex.engine.stats import Stats
@@ -214,15 +215,29 @@ class Engine:
     def _begin_batch(self, now: float) -> list[Outcome]:
         launcher = self._launcher
         outcomes: list[Outcome] = []
-        if launcher.prefills:
+        if launcher.reads:
             launcher.keep_alive()
             outcomes = launcher.drop_gone(now)
-        batch = self._form(now)
+        elif not self._waiting:
+            self._begin_decodes(now)
         self._next_look = now + _LOOK_SECONDS
+        if not self._backlog and not self._waiting:
+            return outcomes
+        batch = self._form(now)
         formed = time.monotonic()
         for entry, _ in batch.outcomes:
             entry.finished = formed
         return outcomes + batch.outcomes + launcher.begin(batch)
+
+    def _begin_decodes(self, now: float) -> None:
+        """Begins what the backlog has of the most frequent kind; the rest is for a batch."""
+        decodes = take_decodes(self._cache, self._backlog, now, self._decode_queries)
+        if decodes is not None:
+            taken = {entry for entry, _ in decodes.entries}
+            self._backlog = [entry for entry in self._backlog if entry not in taken]
+            self._stats.batches += 1
+            self._stats.batch_requests.observe(len(taken))
+            self._launcher.begin_decodes(decodes)
 
     def _form(self, now: float) -> Batch:
         batch = Batch(self._cache, self._launcher.reading())

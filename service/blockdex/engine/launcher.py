@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from blockdex.cache import Cache
 from blockdex.engine.batch import Batch
+from blockdex.engine.decodes import Decodes
 from blockdex.engine.entry import Entry, Outcome, SequenceKey, selects
 from blockdex.engine.prefill import Prefill, Prefills
 from blockdex.engine.reading import ALL_ROWS, TORCH_DTYPES, Part, Reading, Rows, readings, rows_of, subset, take_rows
@@ -38,7 +39,8 @@ class Flight:
     Attributes:
         pending: how it gets on.
         phase: `append`, `decode` or `prefill`.
-        parts: who gets how many rows of its answer, in their order, and for which of their own.
+        parts: readings that get so many rows of its answer, in their order, and for which of their own.
+        entries: of a group of decodes, who gets how many rows instead.
         sequence: of a prefill, the sequence and layer that it reads.
         products: of a prefill, dot products that it takes, at most.
     """
@@ -46,6 +48,7 @@ class Flight:
     pending: Pending
     phase: Phase
     parts: list[tuple[Reading, int, Rows]]
+    entries: Sequence[tuple[Entry, int]] = ()
     sequence: tuple[SequenceKey, int] | None = None
     products: int = 0
 
@@ -86,6 +89,11 @@ class Launcher:
         return bool(self._flights or self._slices or self._landed)
 
     @property
+    def reads(self) -> bool:
+        """Whether any prefill is not done."""
+        return bool(self.prefills or self._slices)
+
+    @property
     def has_room(self) -> bool:
         """Whether a batch can begin without waiting for one before."""
         return len(self._flights) < self._runner.max_pending
@@ -103,11 +111,6 @@ class Launcher:
         if batch.copies:
             self._runner.copy_pages(*map(list, zip(*batch.copies, strict=True)))
         made = readings(batch.selections, self._spec.head_dim, self._spec.topk)
-        if self._is_one_step(batch, made):
-            keys = [_keys(entry) for entry, _ in batch.appends]
-            packed = Packed(_keys_dtype(batch.appends[0][0]), 1, keys)
-            self._decode([(reading, reading.request.spans, ALL_ROWS) for reading in made], packed)
-            return []
         self._note([entry for entry, _ in batch.appends], "append")
         self._append(batch.appends)
         self._select(made)
@@ -115,6 +118,29 @@ class Launcher:
         for entry in done:
             entry.finished = now
         return [(entry, TokenAnswer(self._cache.epoch)) for entry in done]
+
+    def begin_decodes(self, decodes: Decodes) -> None:
+        """Begins a group of decodes."""
+        request = decodes.request
+        keys, queries = request.keys, request.queries
+        assert keys is not None
+        assert queries is not None
+        step = Step(
+            decodes.columns,
+            Packed(TORCH_DTYPES[keys.tensor.dtype], 1, decodes.keys()),
+            Packed(TORCH_DTYPES[queries.tensor.dtype], queries.num_heads, decodes.queries()),
+            queries.order,
+            queries.return_scores,
+        )
+        entries = [entry for entry, _ in decodes.entries]
+        self._note(entries, "decode")
+        try:
+            self._begin(step, "decode", [], decodes.entries)
+        except torch.OutOfMemoryError as error:
+            self._refuse(entries, error)
+            return
+        self._stats.launched("append", step.num_tokens, len(entries))
+        self._stats.launched("decode", step.num_tokens, len(entries))
 
     def begin_slice(self) -> None:
         """Begins one slice of the prefill whose turn it is, if there is one, and if not enough are on their way."""
@@ -137,7 +163,7 @@ class Launcher:
             self._give_up([reading], error)
             return
         tokens = rows.stop - rows.start
-        flight = Flight(pending, "prefill", [(reading, tokens, rows)], prefill.sequence, tokens * per_token)
+        flight = Flight(pending, "prefill", [(reading, tokens, rows)], (), prefill.sequence, tokens * per_token)
         self._slices.append(flight)
         self._stats.launched("prefill", tokens, 1)
 
@@ -166,20 +192,6 @@ class Launcher:
         if outcomes:
             self.prefills.keep(lambda prefill: bool(prefill.reading.callers))
         return outcomes
-
-    def _is_one_step(self, batch: Batch, made: Sequence[Reading]) -> bool:
-        """Whether all that a batch does is to append and decode for the same tokens, which one launch can do."""
-        if not made or not len(made) == len(batch.selections) == len(batch.appends):
-            return False
-        first, dtype = made[0], _keys_dtype(batch.appends[0][0])
-        return all(
-            reading.callers[0][0] is entry
-            and reading.alike == first.alike
-            and _keys_dtype(entry) == dtype
-            and applies is None
-            and reading.longest <= self._decode_queries
-            for reading, (entry, applies) in zip(made, batch.appends, strict=True)
-        )
 
     def _append(self, appends: Sequence[tuple[Entry, NDArray[np.bool_] | None]]) -> None:
         """Writes the keys of every entry, one step for all that came in the same dtype."""
@@ -212,22 +224,20 @@ class Launcher:
             if short.any():
                 groups.setdefault(reading.alike, []).append((reading, subset(spans, short), rows_of(spans, short)))
         for group in groups.values():
-            self._decode(group, None)
+            self._decode(group)
 
-    def _decode(self, group: Sequence[tuple[Reading, Spans, Rows]], keys: Packed | None) -> None:
-        """Begins to answer short spans that are alike, after appending their keys if they come along."""
+    def _decode(self, group: Sequence[tuple[Reading, Spans, Rows]]) -> None:
+        """Begins to answer short spans that are alike."""
         first = group[0][0]
         queries = first.packed([reading.queries(rows) for reading, _, rows in group])
         parts = [Part(reading.request.tenant, reading.request.layer, spans) for reading, spans, _ in group]
-        step = Step(self._columns(parts), keys, queries, first.order, first.return_scores)
+        step = Step(self._columns(parts), None, queries, first.order, first.return_scores)
         self._note([entry for reading, _, _ in group for entry, _ in reading.callers], "decode")
         try:
             self._begin(step, "decode", [(reading, spans.num_tokens, rows) for reading, spans, rows in group])
         except torch.OutOfMemoryError as error:
             self._give_up([reading for reading, _, _ in group], error)
             return
-        if keys is not None:
-            self._stats.launched("append", step.num_tokens, len(group))
         self._stats.launched("decode", step.num_tokens, len(group))
 
     def _columns(self, parts: Sequence[Part]) -> NDArray[np.int32]:
@@ -241,13 +251,19 @@ class Launcher:
             row += own.shape[1]
         return columns
 
-    def _begin(self, step: Step, phase: Phase, parts: list[tuple[Reading, int, Rows]]) -> None:
+    def _begin(
+        self,
+        step: Step,
+        phase: Phase,
+        parts: list[tuple[Reading, int, Rows]],
+        entries: Sequence[tuple[Entry, int]] = (),
+    ) -> None:
         while not self.has_room:
             if self._flights[0].pending.done():
                 self._arrive(self._flights.popleft())
             time.sleep(0)
         self._note_busy()
-        self._flights.append(Flight(self._runner.begin(step), phase, parts))
+        self._flights.append(Flight(self._runner.begin(step), phase, parts, entries))
 
     def _note_busy(self) -> None:
         if not (self._flights or self._slices):
@@ -258,6 +274,12 @@ class Launcher:
         self._stats.device_seconds[flight.phase] += flight.pending.device_seconds
         answer = flight.pending.answer()
         row = 0
+        for entry, tokens in flight.entries:
+            assert answer is not None
+            entry.finished = now
+            own = answer if len(flight.entries) == 1 else answer[row : row + tokens]
+            self._landed.append((entry, TokenAnswer(self._cache.epoch, own.block_ids, own.scores)))
+            row += tokens
         for reading, tokens, rows in flight.parts:
             assert answer is not None
             reading.write(rows, answer if len(flight.parts) == 1 else answer[row : row + tokens])
@@ -280,12 +302,15 @@ class Launcher:
 
     def _give_up(self, readings: Sequence[Reading], error: torch.OutOfMemoryError) -> None:
         """Answers the callers of selections that the device has no memory for; pages are as they were."""
-        log_event(logger, logging.ERROR, "device out of memory", reason=str(error))
         self.prefills.keep(lambda prefill: prefill.reading not in readings)
+        self._refuse([entry for reading in readings for entry, _ in reading.callers], error)
         for reading in readings:
-            refused = ResourceExhaustedError("device: no memory left to select with", Reason.OVERLOADED)
-            self._landed += [(entry, refused) for entry, _ in reading.callers]
             reading.callers = []
+
+    def _refuse(self, entries: Iterable[Entry], error: torch.OutOfMemoryError) -> None:
+        log_event(logger, logging.ERROR, "device out of memory", reason=str(error))
+        refused = ResourceExhaustedError("device: no memory left to select with", Reason.OVERLOADED)
+        self._landed += [(entry, refused) for entry in entries]
 
     @staticmethod
     def _note(entries: Iterable[Entry], phase: Phase) -> None:

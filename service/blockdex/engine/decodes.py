@@ -1,0 +1,136 @@
+"""What engines ask all the time, token after token: many such requests checked and entered as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockdex.cache import Cache
+from blockdex.engine.entry import Entry
+from blockdex.messages import Keys, Queries, TokenRequest
+
+Number = TypeVar("Number", bound=np.generic)
+
+MAX_RUNS = 256
+"""Most spans of a group: what CUDA graphs are captured for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """Requests that append to the ends of sequences, in pages that these have to themselves, and select for that.
+
+    None of them names a layer of a sequence that another one does, so they may run in any order.
+
+    Attributes:
+        entries: the requests, each with its tokens.
+        columns: int32 `[4, R]`: layers, starts, lengths and first rows of the page tables of their spans.
+    """
+
+    entries: list[tuple[Entry, int]]
+    columns: NDArray[np.int32]
+
+    @property
+    def request(self) -> TokenRequest:
+        """The first one; dtypes, heads, order and whether scores are wanted are the same for all."""
+        return _request(self.entries[0][0])
+
+    def keys(self) -> list[memoryview]:
+        """Bytes of `[T, D]`, request after request."""
+        return [_bytes(_request(entry).keys) for entry, _ in self.entries]
+
+    def queries(self) -> list[memoryview]:
+        """Bytes of `[T, H, D]`, request after request."""
+        return [_bytes(_request(entry).queries) for entry, _ in self.entries]
+
+
+def take_decodes(cache: Cache, backlog: Sequence[Entry], now: float, decode_queries: int) -> Decodes | None:
+    """Enters those requests at the head of a backlog that can run at once, as if they had come one after the other.
+
+    Args:
+        cache: whose books are changed.
+        backlog: entries in order of arrival. The ones that are taken are noted as such, the others not touched.
+        now: `time.monotonic` seconds.
+        decode_queries: a span of at most so many queries is decode.
+
+    Returns:
+        What to run; None where there is nothing of the kind, or two requests name the same layer of a sequence.
+    """
+    alike = list(_alike(cache, backlog, now))
+    if not alike:
+        return None
+    requests = [_request(entry) for entry, _ in alike]
+    counts = [len(slots) for _, slots in alike]
+    slots = _joined([slots for _, slots in alike])
+    starts = _joined([request.spans.starts for request in requests])
+    lengths = _joined([request.spans.lengths for request in requests])
+    revisions = _joined([request.spans.revisions for request in requests])
+    layers = np.repeat([request.layer for request in requests], counts)
+    fits = cache.goes_on_in_place(layers, slots, starts, lengths, revisions)
+    fits &= lengths <= decode_queries
+    if len(alike) > 1 and len(set(zip(layers.tolist(), slots.tolist(), strict=True))) < len(slots):
+        return None
+    if not fits.all():
+        ends = np.cumsum(counts)
+        whole = np.logical_and.reduceat(fits, ends - counts)
+        rows = np.repeat(whole, counts)
+        alike = [one for one, fit in zip(alike, whole.tolist(), strict=True) if fit]
+        slots, starts, lengths, revisions, layers = (
+            column[rows] for column in (slots, starts, lengths, revisions, layers)
+        )
+        if not alike:
+            return None
+    columns = np.empty((4, len(slots)), np.int32)
+    columns[0], columns[1], columns[2] = layers, starts, lengths
+    columns[3] = cache.enter_in_place(layers, slots, starts + lengths, revisions)
+    entries = []
+    row = 0
+    tokens = columns[2].tolist()
+    for entry, own in alike:
+        entry.taken = now
+        entries.append((entry, sum(tokens[row : row + len(own)])))
+        row += len(own)
+    return Decodes(entries, columns)
+
+
+def _alike(cache: Cache, backlog: Sequence[Entry], now: float) -> Iterator[tuple[Entry, NDArray[np.intp]]]:
+    """Entries from the head on that one launch can serve, each with the slots of its sequences."""
+    first: tuple[object, ...] | None = None
+    room = MAX_RUNS
+    for entry in backlog:
+        request = entry.request
+        if not isinstance(request, TokenRequest) or request.keys is None or request.queries is None:
+            return
+        queries = request.queries
+        kind = (
+            request.keys.tensor.dtype,
+            queries.tensor.dtype,
+            queries.num_heads,
+            queries.order,
+            queries.return_scores,
+        )
+        if kind != (first or kind) or entry.cancelled or entry.deadline <= now:
+            return
+        slots = cache.known_slots(request.tenant, request.epoch, request.spans)
+        if slots is None or len(slots) > room:
+            return
+        first = kind
+        room -= len(slots)
+        yield entry, slots
+
+
+def _joined(columns: Sequence[NDArray[Number]]) -> NDArray[Number]:
+    return columns[0] if len(columns) == 1 else np.concatenate(columns)
+
+
+def _request(entry: Entry) -> TokenRequest:
+    assert isinstance(entry.request, TokenRequest)
+    return entry.request
+
+
+def _bytes(half: Keys | Queries | None) -> memoryview:
+    assert half is not None
+    return memoryview(half.tensor.data).cast("B")
