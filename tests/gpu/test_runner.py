@@ -114,6 +114,14 @@ def test_steps_of_all_kinds(key_dtype: Any, generator: torch.Generator) -> None:
         captured += Shape.of(step, both.spec) is not None
         expected = both.expected(step, chosen, "decode")
         torch.cuda.synchronize()
+        if number % 3 == 0:
+            # Keys and queries apart: a step each.
+            while waiting:
+                check(*waiting.pop(0))
+            appended = both.runner.begin(Step(step.columns, step.keys))
+            step = Step(step.columns, None, step.queries, order, scores)
+            wait(appended)
+            assert appended.answer() is None
         if len(waiting) == both.runner.max_pending:
             check(*waiting.pop(0))
         waiting.append((both.runner.begin(step), expected))

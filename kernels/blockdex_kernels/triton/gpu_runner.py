@@ -22,7 +22,7 @@ from blockdex_kernels.runner import (
     on_host,
 )
 from blockdex_kernels.triton.backend import TritonBackend
-from blockdex_kernels.triton.graphs import Graphs, Shape
+from blockdex_kernels.triton.graphs import Graphs, Launched, Shape
 
 _FIRST_CELLS = 1 << 20
 _HIGH, _LOW = -1, 0
@@ -104,7 +104,7 @@ class GpuRunner(Runner):
             selection = _to_host(
                 self.backend.decode(queries, spans, order=step.order, return_scores=step.return_scores)
             )
-        return _Eager(selection, self._main)
+        return Launched(selection, self._main)
 
     def begin_prefill(self, step: Step) -> Pending:
         """See `Runner.begin_prefill`."""
@@ -119,28 +119,6 @@ class GpuRunner(Runner):
     def _empty_tables(self, cells: int) -> torch.Tensor:
         rows = -(-cells // self._table_row)
         return torch.zeros((rows, self._table_row), dtype=torch.int32, device=self.backend.device)
-
-
-class _Eager(Pending):
-    """A step that was launched kernel by kernel."""
-
-    def __init__(self, selection: Selection | None, stream: torch.cuda.Stream) -> None:
-        self._selection = selection
-        self._event = _event()
-        self._event.record(stream)
-        self._began = time.monotonic()
-
-    def done(self) -> bool:
-        """See `Pending.done`."""
-        if not self._event.query():  # type: ignore[no-untyped-call]
-            check_patience(self._began)
-            return False
-        self.device_seconds = time.monotonic() - self._began
-        return True
-
-    def answer(self) -> Answer | None:
-        """See `Pending.answer`."""
-        return None if self._selection is None else on_host(self._selection)
 
 
 class _Prefill(Pending):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from blockdex_kernels.backend import Selection, Spans
-from blockdex_kernels.runner import Answer, Pending, Step, check_patience
+from blockdex_kernels.runner import Answer, Pending, Step, check_patience, on_host
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.backend import TritonBackend
 
@@ -34,9 +34,9 @@ class Shape(NamedTuple):
     Attributes:
         runs: runs.
         length: tokens of each.
-        heads: of the queries.
+        heads: of the queries; 0 where there are none.
         width: blocks that no run exceeds.
-        appends: whether keys come with the queries.
+        appends: whether there are keys.
     """
 
     runs: int
@@ -49,9 +49,9 @@ class Shape(NamedTuple):
     def of(cls, step: Step, spec: IndexSpec) -> Shape | None:
         """The shape that holds a step; None for one that graphs are not made for."""
         keys, queries = step.keys, step.queries
-        if queries is None or queries.dtype != torch.bfloat16 or step.return_scores or step.order != "ascending":
+        if step.return_scores or step.order != "ascending":
             return None
-        if keys is not None and keys.dtype != torch.bfloat16:
+        if any(packed is not None and packed.dtype != torch.bfloat16 for packed in (keys, queries)):
             return None
         num_runs, blocks = step.columns.shape[1], -(-step.end // spec.block_size)
         if num_runs > MAX_RUNS or step.longest > LENGTHS[-1] or blocks > WIDTHS[-1]:
@@ -60,6 +60,8 @@ class Shape(NamedTuple):
         length = 1 << (step.longest - 1).bit_length()
         if runs * length > MAX_TOKENS:
             return None
+        if queries is None:
+            return cls(runs, length, 0, WIDTHS[0], appends=True)
         width = next(width for width in WIDTHS if width >= blocks)
         return cls(runs, length, queries.heads, width, keys is not None)
 
@@ -107,7 +109,7 @@ class Graphs:
         self._head_dim, self._topk, self._heads = spec.head_dim, spec.topk, spec.num_index_heads
 
     def shapes(self) -> Iterator[Shape]:
-        """Shapes that are captured at the start: keys with the queries of all heads, and queries of one head."""
+        """Shapes that are captured at the start: keys with the queries of all heads or of one, keys, and queries."""
         all_runs = [1 << power for power in range(MAX_RUNS.bit_length())]
         most = self._backend.spec.max_blocks
         widths = [width for width, less in zip(WIDTHS, (0, *WIDTHS), strict=False) if less < most]
@@ -117,6 +119,8 @@ class Graphs:
                     yield Shape(runs, length, self._heads, width, appends=True)
             for heads, appends in {(1, True), (1, False), (self._heads, False)} - {(self._heads, True)}:
                 yield Shape(runs, 1, heads, width, appends)
+        for runs in all_runs:
+            yield Shape(runs, 1, 0, WIDTHS[0], appends=True)
 
     def begin(self, shape: Shape, step: Step) -> Pending:
         """Begins a step of a shape, in the slot whose turn it is: the step before it there must be answered."""
@@ -128,6 +132,8 @@ class Graphs:
         written = slot.written[: shape.tokens * shape.heads * self._topk]
         written.fill(_UNWRITTEN)
         self._graphs[shape, number].replay()
+        if not shape.heads:
+            return Launched(None, self._stream)
         return _Replay(written, (step.num_tokens, shape.heads, self._topk), self._stream)
 
     def _fill(self, memory: memoryview, shape: Shape, step: Step) -> None:
@@ -169,6 +175,8 @@ class Graphs:
         spans = Spans(layers, starts, lengths, self._tables, None, shape.length, rows, shape.width)
         if shape.appends:
             backend.append(slot.there[keys_at:queries_at].view(torch.bfloat16).view(-1, head_dim), spans)
+        if not shape.heads:
+            return
         queries = slot.there[queries_at:end].view(torch.bfloat16).view(-1, shape.heads, head_dim)
         block_ids = slot.block_ids[: shape.tokens * shape.heads * self._topk].view(-1, shape.heads, self._topk)
         backend.decode_into(Selection(block_ids, None), queries, spans, order="ascending")
@@ -184,6 +192,28 @@ class Graphs:
         self._stream.synchronize()
         self._graphs.clear()
         self._room = [_Slot(*self._sizes, self._backend.device) for _ in range(self._num_slots)]
+
+
+class Launched(Pending):
+    """A step that is done once its stream has come so far; with its selection on the host then."""
+
+    def __init__(self, selection: Selection | None, stream: torch.cuda.Stream) -> None:
+        self._selection = selection
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record(stream)
+        self._began = time.monotonic()
+
+    def done(self) -> bool:
+        """See `Pending.done`."""
+        if not self._event.query():  # type: ignore[no-untyped-call]
+            check_patience(self._began)
+            return False
+        self.device_seconds = time.monotonic() - self._began
+        return True
+
+    def answer(self) -> Answer | None:
+        """See `Pending.answer`."""
+        return None if self._selection is None else on_host(self._selection)
 
 
 class _Replay(Pending):

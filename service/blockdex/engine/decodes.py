@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockdex.cache import Cache
-from blockdex.engine.entry import Entry
+from blockdex.engine.entry import Entry, SequenceKey
 from blockdex.messages import Keys, Queries, TokenRequest
 
 Number = TypeVar("Number", bound=np.generic)
@@ -47,19 +47,26 @@ class Decodes:
         return [_bytes(_request(entry).queries) for entry, _ in self.entries]
 
 
-def take_decodes(cache: Cache, backlog: Sequence[Entry], now: float, decode_queries: int) -> Decodes | None:
+def take_decodes(
+    cache: Cache,
+    backlog: Sequence[Entry],
+    reading: Set[tuple[SequenceKey, int]],
+    now: float,
+    decode_queries: int,
+) -> Decodes | None:
     """Enters those requests at the head of a backlog that can run at once, as if they had come one after the other.
 
     Args:
         cache: whose books are changed.
         backlog: entries in order of arrival. The ones that are taken are noted as such, the others not touched.
+        reading: the (sequence, layer) pairs that prefills read, to which nothing may be appended.
         now: `time.monotonic` seconds.
         decode_queries: a span of at most so many queries is decode.
 
     Returns:
         What to run; None where there is nothing of the kind, or two requests name the same layer of a sequence.
     """
-    alike = list(_alike(cache, backlog, now))
+    alike = list(_alike(cache, backlog, reading, now))
     if not alike:
         return None
     requests = [_request(entry) for entry, _ in alike]
@@ -74,8 +81,8 @@ def take_decodes(cache: Cache, backlog: Sequence[Entry], now: float, decode_quer
     if len(alike) > 1 and len(set(zip(layers.tolist(), slots.tolist(), strict=True))) < len(slots):
         return None
     if not fits.all():
-        ends = np.cumsum(counts)
-        whole = np.logical_and.reduceat(fits, ends - counts)
+        ends: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64)
+        whole = np.logical_and.reduceat(fits, ends - np.array(counts))
         rows = np.repeat(whole, counts)
         alike = [one for one, fit in zip(alike, whole.tolist(), strict=True) if fit]
         slots, starts, lengths, revisions, layers = (
@@ -96,7 +103,9 @@ def take_decodes(cache: Cache, backlog: Sequence[Entry], now: float, decode_quer
     return Decodes(entries, columns)
 
 
-def _alike(cache: Cache, backlog: Sequence[Entry], now: float) -> Iterator[tuple[Entry, NDArray[np.intp]]]:
+def _alike(
+    cache: Cache, backlog: Sequence[Entry], reading: Set[tuple[SequenceKey, int]], now: float
+) -> Iterator[tuple[Entry, NDArray[np.intp]]]:
     """Entries from the head on that one launch can serve, each with the slots of its sequences."""
     first: tuple[object, ...] | None = None
     room = MAX_RUNS
@@ -113,6 +122,8 @@ def _alike(cache: Cache, backlog: Sequence[Entry], now: float) -> Iterator[tuple
             queries.return_scores,
         )
         if kind != (first or kind) or entry.cancelled or entry.deadline <= now:
+            return
+        if reading and any((sequence, request.layer) in reading for sequence in entry.sequences):
             return
         slots = cache.known_slots(request.tenant, request.epoch, request.spans)
         if slots is None or len(slots) > room:

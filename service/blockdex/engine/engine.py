@@ -218,7 +218,7 @@ class Engine:
         if launcher.reads:
             launcher.keep_alive()
             outcomes = launcher.drop_gone(now)
-        elif not self._waiting:
+        if not self._waiting:
             self._begin_decodes(now)
         self._next_look = now + _LOOK_SECONDS
         if not self._backlog and not self._waiting:
@@ -231,7 +231,8 @@ class Engine:
 
     def _begin_decodes(self, now: float) -> None:
         """Begins what the backlog has of the most frequent kind; the rest is for a batch."""
-        decodes = take_decodes(self._cache, self._backlog, now, self._decode_queries)
+        reading = set(self._launcher.reading())
+        decodes = take_decodes(self._cache, self._backlog, reading, now, self._decode_queries)
         if decodes is not None:
             taken = {entry for entry, _ in decodes.entries}
             self._backlog = [entry for entry in self._backlog if entry not in taken]
