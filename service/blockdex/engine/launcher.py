@@ -212,10 +212,8 @@ class Launcher:
         yield
         ended = time.monotonic()
         for entry in entries:
-            entry.launched, entry.finished = began, ended
-            # A prefill's short spans are decoded first, and what it appends is appended before them.
-            if entry.phase != "prefill":
-                entry.phase = phase
+            # The last one names it: what a request appends comes first, then its short spans, then its long ones.
+            entry.launched, entry.finished, entry.phase = began, ended, phase
         self._stats.launched(phase, tokens, len(entries))
         self._stats.device_seconds[phase] += ended - began
         self._stats.device_busy_seconds += ended - began
