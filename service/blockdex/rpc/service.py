@@ -115,7 +115,7 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
             pending = channel.submit(message, self._timeout(context))
             response = convert.response_of(request, await pending)
         except asyncio.CancelledError:
-            self._log.answered(rpc, "CANCELLED", began, caller)
+            self._log.answered(rpc, "CANCELLED", began, caller, pending)
             raise
         except Exception as fault:
             error = as_blockdex_error(fault, rpc, caller.request_id)
