@@ -26,7 +26,7 @@ COMPILE = (
     *("--universal", "--python-version", "3.11", "--only-binary", ":all:", "--generate-hashes"),
     *("--no-annotate", "--custom-compile-command", "make lock"),
 )
-SERVER = ("--extra", "server", "--extra", "loadtest")
+SERVER = ("--extra", "server", "--extra", "loadtest", "--extra", "tracing")
 CPU = ("--constraint", str(FOLDER / "server.txt"), "--override", str(FOLDER / "without-cuda.txt"))
 
 

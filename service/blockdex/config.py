@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from blockdex_kernels import IndexSpec
 
 ENV_PREFIX = "BLOCKDEX_"
 
+OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+"""What OpenTelemetry's own tools read: the default of `otlp_endpoint`, which as an empty one is none all the same."""
 FREE_SHARE = 0.9
 """Part of a GPU's free memory that a cache of `auto` bytes takes."""
 WORKING_BYTES = 768 << 20
@@ -69,6 +72,14 @@ def _device(value: str) -> str:
 
 def _address(value: str) -> str:
     return str(Address.parse(value))
+
+
+def _endpoint(value: object) -> object:
+    if value is None:
+        value = os.environ.get(OTLP_VARIABLE, "")
+    if not re.fullmatch(r"|https?://[^/\s]+/?", str(value)):
+        raise ValueError(f"must be http://host:port or https://host:port, got {value!r}")
+    return value
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -162,6 +173,14 @@ class ServeSettings(BaseSettings):
     )
     slow_request_seconds: float = _setting(
         1.0, "SECONDS", "A request that takes longer is logged, with its time in each stage.", gt=0, le=86400
+    )
+    otlp_endpoint: Annotated[str | None, BeforeValidator(_endpoint)] = _setting(
+        None,
+        "URL",
+        "Collector that spans of requests are sent to: http://host:4317; else OTEL_EXPORTER_OTLP_ENDPOINT, else none.",
+    )
+    trace_ratio: float = _setting(
+        1.0, "SHARE", "Traced part of the requests whose callers do not say whether to trace them.", ge=0, le=1
     )
     log_format: Literal["human", "json"] = _setting("human", "FORMAT", "Lines on stderr: human or json.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
@@ -302,7 +321,7 @@ def _explain(error: ErrorDetails, flags: Mapping[str, str], environment: Mapping
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, [known for known, *_ in _described()], n=1)
         return f"{path}: unknown setting {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
-    place = f"{path}: {name}"
+    place = name if path is None else f"{path}: {name}"
     if name in flags:
         place = f"--{name.replace('_', '-')}"
     elif name in environment:

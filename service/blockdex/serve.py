@@ -17,7 +17,17 @@ from blockdex.logs import configure_logging, log_event
 from blockdex.messages import Info
 from blockdex.processes.http_side import HttpSide
 from blockdex.processes.supervisor import Supervisor
-from blockdex.starting import StartError, build_engine, claim, gpu_uuid, splits, warm_up
+from blockdex.starting import (
+    FLUSH_SECONDS,
+    StartError,
+    build_engine,
+    check_tracing,
+    claim,
+    gpu_uuid,
+    splits,
+    start_tracing,
+    warm_up,
+)
 from blockdex.web.metrics import RequestMetrics
 from blockdex.web.readiness import Readiness
 from blockdex_kernels import IndexSpec, SpecError
@@ -38,6 +48,7 @@ def serve(settings: ServeSettings) -> int:
     configure_logging(settings.log_format, settings.log_level)
     try:
         spec = settings.index_spec()
+        check_tracing(settings)
         run = _run_split if splits(settings) else _run_single
         # Claimed before torch is loaded: a port in use is told at once. gRPC itself would only say that it failed.
         claim(settings.grpc_address).close()
@@ -65,12 +76,14 @@ async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: soc
         try:
             if not await warm_up(engine, readiness.compiling, told_to_stop):
                 return 0
+            tracing = start_tracing(settings)
             try:
                 rpc = await start_rpc_server(
                     channel,
                     settings.grpc_address,
                     observe=requests.observe,
                     slow_request_seconds=settings.slow_request_seconds,
+                    tracing=tracing,
                 )
             except OSError as error:
                 raise StartError(str(error)) from error
@@ -82,6 +95,8 @@ async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: soc
             await rpc.stop_being_ready()
             await channel.drain(settings.shutdown_grace_seconds)
             await rpc.stop(_WRITE_SECONDS)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close, FLUSH_SECONDS)
         finally:
             await http.stop()
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import socket
@@ -19,10 +20,15 @@ from blockdex_kernels import IndexSpec
 if TYPE_CHECKING:
     from blockdex.engine.engine import Engine
     from blockdex.engine.entry import Inbox
+    from blockdex.rpc.tracing import Tracing
     from blockdex_kernels.backend import Choice
 
 logger = logging.getLogger(__name__)
 
+FLUSH_SECONDS = 2.0
+"""How long the last spans may take to be sent."""
+
+_TRACING_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc")
 _WARM_UP_LINE_SECONDS = 5.0
 _CORES = 4
 """From so many on a server is several processes, which do not wait for each other's turn at the interpreter.
@@ -59,6 +65,32 @@ def splits(settings: ServeSettings) -> bool:
     if settings.processes == "auto":
         return SUPPORTED and (settings.front_doors > 1 or len(os.sched_getaffinity(0)) >= _CORES)
     return settings.processes == "split"
+
+
+def check_tracing(settings: ServeSettings) -> None:
+    """Looks for what tracing needs, and loads nothing.
+
+    Raises:
+        StartError: spans are to be made, and a package for it is missing.
+    """
+    if not settings.otlp_endpoint:
+        return
+    for package in _TRACING_PACKAGES:
+        try:
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise StartError(f"otlp_endpoint: package {package!r} is missing: pip install 'blockdex[server,tracing]'")
+
+
+def start_tracing(settings: ServeSettings) -> Tracing | None:
+    """What makes spans of requests; None where none are wanted."""
+    if not settings.otlp_endpoint:
+        return None
+    from blockdex.rpc.tracing import Tracing  # noqa: PLC0415 - who traces nothing needs none of its packages
+
+    return Tracing(settings.otlp_endpoint, settings.trace_ratio)
 
 
 def build_engine(

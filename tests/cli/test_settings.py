@@ -54,6 +54,19 @@ def test_the_file_of_a_flag_goes_before_the_file_of_the_environment(
     assert load_settings(["--config", str(other)]).max_spans == 7
 
 
+def test_opentelemetry_s_own_variable_is_the_default_of_the_endpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not load_settings([]).otlp_endpoint
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://there:4317")
+    assert load_settings([]).otlp_endpoint == "http://there:4317"
+    assert load_settings(["--otlp-endpoint", "http://here:4317"]).otlp_endpoint == "http://here:4317"
+    assert load_settings(["--config", str(toml(tmp_path, 'otlp_endpoint = ""\n'))]).otlp_endpoint == ""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "there:4317")
+    with pytest.raises(ConfigError, match=r"^otlp_endpoint: must be http://host:port or .*, got 'there:4317'$"):
+        load_settings([])
+
+
 SAMPLES = {
     "device": "cuda:1",
     "grpc_address": "[::1]:0",
@@ -76,6 +89,8 @@ SAMPLES = {
     "prefill_slice_seconds": "0.5",
     "shutdown_grace_seconds": "0",
     "slow_request_seconds": "0.25",
+    "otlp_endpoint": "https://collector:4317",
+    "trace_ratio": "0.5",
     "log_format": "json",
     "log_level": "debug",
 }

@@ -66,9 +66,9 @@ def test_hadolint_has_no_complaint() -> None:
     ("name", "extras", "elsewhere"),
     [
         ("build.txt", ["build"], set()),
-        ("server.txt", ["server", "loadtest", "gpu"], set()),
-        ("cpu.txt", ["server", "loadtest"], {"torch", "triton"}),
-        ("engine.txt", ["server", "loadtest", "examples"], {"torch", "triton"}),
+        ("server.txt", ["server", "loadtest", "tracing", "gpu"], set()),
+        ("cpu.txt", ["server", "loadtest", "tracing"], {"torch", "triton"}),
+        ("engine.txt", ["server", "loadtest", "tracing", "examples"], {"torch", "triton"}),
     ],
 )
 def test_a_lock_has_what_the_project_asks_for(name: str, extras: list[str], elsewhere: set[str], python: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 
 import numpy as np
@@ -83,8 +84,8 @@ def test_what_no_batch_took_up_is_in_no_stage() -> None:
 def test_a_snapshot_no_longer_changes() -> None:
     stats = Stats()
     stats.launched("decode", 3, 2)
-    before, same = stats.snapshot(), stats.snapshot()
-    assert before == stats
+    before, same = stats.snapshot(), copy.deepcopy(stats)
+    assert before == same
     stats.answered(entry(10.0, 11.0, 13.0, 15.5), 16.0)
     stats.launched("decode", 3, 2)
     stats.device_seconds["decode"] += 1.0

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import blockdex
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from blockdex.web.gpu import GAUGES
@@ -227,3 +228,36 @@ def test_the_document_has_every_metric_and_no_other(server: Serving) -> None:
 def test_metrics_of_the_process_are_there(server: Serving) -> None:
     names = {name for name, _ in scrape(server)}
     assert {"process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"} <= names
+
+
+def test_the_totals_of_get_info_are_those_of_the_metrics(server: Serving) -> None:
+    with blockdex.Client(server.grpc_address, tenant="totals") as client:
+        client.open_sequence(1)
+        client.append_keys(0, sequences=[1], lengths=[2], keys=np.ones((2, 128), np.float32))
+        client.close_sequence(1)
+
+        def told() -> Samples:
+            totals = client.info().totals
+            assert 0 < totals.uptime_seconds < 3600
+            same: Samples = {
+                ("blockdex_batch_requests_sum", ()): totals.requests,
+                ("blockdex_batch_requests_count", ()): totals.batches,
+                ("blockdex_engine_busy_seconds_total", ()): totals.busy_seconds,
+                ("blockdex_device_busy_seconds_total", ()): totals.device_busy_seconds,
+            }
+            for why, count in totals.dropped.items():
+                same["blockdex_dropped_requests_total", (("why", why),)] = count
+            for phase, came_to in totals.phases.items():
+                labels = (("phase", phase),)
+                if phase != "sequence":
+                    same["blockdex_tokens_total", labels] = came_to.tokens
+                    same["blockdex_device_seconds_total", labels] = came_to.device_seconds
+                for stage, seconds in came_to.stage_seconds.items():
+                    same["blockdex_stage_seconds_sum", (*labels, ("stage", stage))] = seconds
+                same["blockdex_stage_seconds_count", (*labels, ("stage", "queue"))] = came_to.requests
+            return same
+
+        # The last answer may be read before it is counted.
+        eventually(lambda: told().items() <= scrape(server).items(), "the same")
+        assert told()["blockdex_tokens_total", (("phase", "append"),)] >= 2
+        assert len(told()) == 4 + 2 + 2 * 3 + 5 * 4

@@ -316,10 +316,8 @@ class Launcher:
     def _note(entries: Iterable[Entry], phase: Phase) -> None:
         now = time.monotonic()
         for entry in entries:
-            entry.launched = now
-            # A prefill's short spans are decoded first, and what it appends is appended before them.
-            if entry.phase != "prefill":
-                entry.phase = phase
+            # The last one names it: what a request appends comes first, then its short spans, then its long ones.
+            entry.launched, entry.phase = now, phase
 
 
 def _keys(entry: Entry) -> memoryview:

@@ -9,6 +9,7 @@ from blockdex.config import ServeSettings
 from blockdex.processes.child import run_child
 from blockdex.processes.counts import words_of
 from blockdex.rpc.server import RpcServer, start_rpc_server
+from blockdex.starting import FLUSH_SECONDS, start_tracing
 from blockdex.transport.door import RingChannel
 from blockdex.transport.talk import Talk, Words
 from blockdex.web.metrics import RequestMetrics
@@ -30,6 +31,7 @@ class FrontDoor:
         self._talk = talk
         self._settings = settings
         self._requests = RequestMetrics()
+        self._tracing = start_tracing(settings)
         self._there = asyncio.Event()
         self._changes: asyncio.Queue[bool] = asyncio.Queue()
         self._channel = RingChannel(address, spin_seconds=settings.spin_seconds, changed=self._changes.put_nowait)
@@ -46,6 +48,7 @@ class FrontDoor:
                 grpc_address,
                 observe=self._requests.observe,
                 slow_request_seconds=self._settings.slow_request_seconds,
+                tracing=self._tracing,
                 share_port=share_port,
             )
         except OSError as error:
@@ -82,6 +85,8 @@ class FrontDoor:
     async def _finish(self, rpc: RpcServer, grace: float) -> None:
         await self._channel.drain(grace)
         await rpc.stop(_WRITE_SECONDS)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close, FLUSH_SECONDS)
         self._talk.hang_up()
 
 

@@ -7,13 +7,18 @@ import random
 import re
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
 from blockdex.checks import TENANT_KEY, check_tenant
 from blockdex.logs import RateLimit, log_event
 from blockdex.transport.channel import PendingAnswer
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context as TraceContext
+
+    from blockdex.rpc.tracing import Tracing
 
 Observe = Callable[[str, str, float], None]
 """Called once per answered request with the RPC's name, the code's name and the seconds it took."""
@@ -36,11 +41,18 @@ class Caller(NamedTuple):
         peer: address, as gRPC writes it.
         tenant: the identity as its transport proved it, else what its metadata says, else `default`; to be checked.
         request_id: what its metadata says, if that is 1 to 128 visible ASCII characters, else drawn.
+        trace: what its spans are part of, where requests are traced.
     """
 
     peer: str
     tenant: str
     request_id: str
+    trace: TraceContext | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the log calls it."""
+        return {"peer": self.peer, "tenant": self.tenant, "request_id": self.request_id}
 
     def checked_tenant(self) -> str:
         """The tenant.
@@ -73,12 +85,21 @@ class RequestLog:
     Args:
         observe: told of every answered request.
         slow_seconds: a request that takes longer is logged.
+        tracing: makes a span of every request; None where that is off.
     """
 
-    def __init__(self, observe: Observe, slow_seconds: float) -> None:
+    def __init__(self, observe: Observe, slow_seconds: float, tracing: Tracing | None) -> None:
         self._observe = observe
         self._slow_seconds = slow_seconds
+        self._tracing = tracing
         self._limit = RateLimit(_SLOW_LINES_PER_SECOND)
+
+    def caller_of(self, context: Context) -> Caller:
+        """Who makes the call, and what its spans are to be part of."""
+        caller = caller_of(context)
+        if self._tracing is None:
+            return caller
+        return caller._replace(trace=self._tracing.parent_of(context.invocation_metadata() or ()))
 
     def answered(
         self,
@@ -101,6 +122,9 @@ class RequestLog:
         """
         ended = time.monotonic()
         self._observe(rpc, code, ended - began)
+        if self._tracing is not None and caller.trace is not None:
+            request_id = caller.request_id if number is None else f"{caller.request_id}/{number}"
+            self._tracing.answered(rpc, code, (began, ended), caller.trace, request_id, pending)
         if ended - began > self._slow_seconds and self._limit.allows(ended):
             if number is not None:
                 caller = caller._replace(request_id=f"{caller.request_id}/{number}")
@@ -110,7 +134,7 @@ class RequestLog:
                 "slow request",
                 rpc=rpc,
                 code=code,
-                **caller._asdict(),
+                **caller.names,
                 ms=_milliseconds(ended - began),
                 **_engine_fields(pending),
                 withheld=self._limit.withheld(),
@@ -118,7 +142,7 @@ class RequestLog:
 
     def stream_opened(self, caller: Caller) -> None:
         """Tells of a new stream."""
-        log_event(logger, logging.INFO, "stream opened", **caller._asdict())
+        log_event(logger, logging.INFO, "stream opened", **caller.names)
 
     def stream_closed(self, caller: Caller, seconds: float, requests: int, errors: int) -> None:
         """Tells of a stream's end: how long it was, its requests, and how many of them were not answered OK."""
@@ -126,7 +150,7 @@ class RequestLog:
             logger,
             logging.INFO,
             "stream closed",
-            **caller._asdict(),
+            **caller.names,
             seconds=round(seconds, 3),
             requests=requests,
             errors=errors,

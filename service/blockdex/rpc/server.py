@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -11,6 +13,9 @@ from blockdex.rpc.service import IndexerService
 from blockdex.transport.channel import Channel
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
+
+if TYPE_CHECKING:
+    from blockdex.rpc.tracing import Tracing
 
 SERVICE = pb.DESCRIPTOR.services_by_name["IndexerService"].full_name
 
@@ -70,6 +75,7 @@ async def start_rpc_server(
     *,
     observe: Observe,
     slow_request_seconds: float = 1.0,
+    tracing: Tracing | None = None,
     share_port: bool = False,
 ) -> RpcServer:
     """Starts a server.
@@ -79,11 +85,12 @@ async def start_rpc_server(
         address: `host:port`; port 0 takes a free one.
         observe: told of every answered request.
         slow_request_seconds: a request that takes longer is logged.
+        tracing: makes a span of every request; None where that is off.
         share_port: whether other processes may listen on the port too, and take a part of its connections each.
 
     Raises:
         OSError: the address cannot be bound, for instance since the port is in use.
     """
-    server = RpcServer(channel, address, RequestLog(observe, slow_request_seconds), share_port)
+    server = RpcServer(channel, address, RequestLog(observe, slow_request_seconds, tracing), share_port)
     await server.start()
     return server

@@ -12,7 +12,7 @@ import grpc
 from blockdex import __version__
 from blockdex.errors import BlockdexError
 from blockdex.rpc import convert
-from blockdex.rpc.caller import REQUEST_ID_KEY, Context, RequestLog, caller_of
+from blockdex.rpc.caller import REQUEST_ID_KEY, Context, RequestLog
 from blockdex.rpc.status import DETAILS_KEY, as_blockdex_error, status_of
 from blockdex.rpc.stream import StreamSession
 from blockdex.transport.channel import Channel, PendingAnswer
@@ -43,7 +43,7 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
         """What the server is, holds and can do."""
-        began, caller = time.monotonic(), caller_of(context)
+        began, caller = time.monotonic(), self._log.caller_of(context)
         try:
             response = convert.info_response(await self._channel.info(), __version__, TRANSPORTS)
         except BlockdexError as error:
@@ -89,7 +89,7 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
         self, request_iterator: AsyncIterator[pb.StreamRequest], context: Context
     ) -> AsyncIterator[pb.StreamResponse]:
         """Any of the three token calls, many in flight."""
-        began, caller = time.monotonic(), caller_of(context)
+        began, caller = time.monotonic(), self._log.caller_of(context)
         try:
             caller.checked_tenant()
         except BlockdexError as error:
@@ -107,7 +107,7 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
             self._log.stream_closed(caller, time.monotonic() - began, session.requests, session.errors)
 
     async def _answer(self, rpc: str, request: convert.WireRequest, context: Context) -> Any:
-        began, caller = time.monotonic(), caller_of(context)
+        began, caller = time.monotonic(), self._log.caller_of(context)
         channel = self._channel
         pending: PendingAnswer | None = None
         try:
@@ -115,7 +115,7 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
             pending = channel.submit(message, self._timeout(context))
             response = convert.response_of(request, await pending)
         except asyncio.CancelledError:
-            self._log.answered(rpc, "CANCELLED", began, caller)
+            self._log.answered(rpc, "CANCELLED", began, caller, pending)
             raise
         except Exception as fault:
             error = as_blockdex_error(fault, rpc, caller.request_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
@@ -17,6 +18,8 @@ class PendingAnswer(asyncio.Future[Answer]):
     """An answer to come, or a `BlockdexError`. Cancelling it gives the request up.
 
     Attributes:
+        request: what it is the answer to.
+        received: `time.monotonic` seconds at which that was handed over.
         phase: once it is there, what the request came to.
         stage_seconds: once it is there, the seconds in each of the engine's stages, as far as the request got; the rest
             of its time it was at the front door.
@@ -24,6 +27,11 @@ class PendingAnswer(asyncio.Future[Answer]):
 
     phase: Phase = "sequence"
     stage_seconds: Mapping[Stage, float] = MappingProxyType({})
+
+    def __init__(self, request: Request) -> None:
+        super().__init__()
+        self.request = request
+        self.received = time.monotonic()
 
 
 class Reports(Protocol):
@@ -89,15 +97,15 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._pending)
 
-    def open(self) -> PendingAnswer:
-        """A new one.
+    def open(self, request: Request) -> PendingAnswer:
+        """A new one, to a request.
 
         Raises:
             UnavailableError: no new request is taken (SHUTTING_DOWN).
         """
         if self.closed:
             raise shutting_down("takes no new requests")
-        pending = PendingAnswer()
+        pending = PendingAnswer(request)
         self._pending.add(pending)
         self._none.clear()
         pending.add_done_callback(self._forget)

@@ -294,8 +294,8 @@ class RingChannel(RemoteReports):
             raise ResourceExhaustedError(f"queue: at most {allowed} requests may wait, {queued} do", Reason.OVERLOADED)
         if link is None:
             raise gone()
-        pending = self._in_flight.open()
-        ticket, now = next(self._tickets), time.monotonic()
+        pending = self._in_flight.open(request)
+        ticket, now = next(self._tickets), pending.received
         pending.add_done_callback(lambda done: link.give_up(ticket) if done.cancelled() else None)
         link.send(Outgoing(ticket, pending, request, now, now + timeout))
         return pending

@@ -48,8 +48,8 @@ class LocalChannel:
 
     def submit(self, request: Request, timeout: float) -> PendingAnswer:
         """As `Channel.submit`."""
-        pending = self._in_flight.open()
-        entry = Entry(request, deadline=time.monotonic() + timeout, ticket=pending)
+        pending = self._in_flight.open(request)
+        entry = Entry(request, pending.received + timeout, ticket=pending, received=pending.received)
         try:
             self._engine.submit(entry)
         except BaseException:
