@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import service, service_plot
+from benchmarks import service, service_plot, tables
 from benchmarks.callers import ECHO, ByteStream, Work, call_for, checked, echo_message, messages
 from benchmarks.client import Fleet, percentile, process
 from benchmarks.doors import connect, local_ports, owner
+from benchmarks.environment import environment
 from benchmarks.service_figures import Figure, cells
 from blockdex import Client
 from serving import Serving
@@ -98,6 +99,14 @@ def test_what_is_called_for_is_answered(server: Serving, queries: int) -> None:
             with pytest.raises(RuntimeError, match="refused: sequence"):
                 call_for(stream, requests, len(answer), 0.3)
             stream.close()
+
+
+def test_a_result_becomes_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Figure("step in the core", 1_034.5, "us", 35.0, False, "p99 50.0").row()]
+    result = environment("numpy") | {"rows": rows}
+    (tmp_path / "service-h200.json").write_text(json.dumps(result), encoding="utf-8")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "| step in the core | 1,034.50 us | <= 35 us | no | p99 50.0 |\n" in tables.measured()
 
 
 def test_the_plot_of_all_parts(tmp_path: Path) -> None:

@@ -30,10 +30,19 @@ CACHE_BYTES = 96 << 20
 KEYS = np.zeros((2048, SPEC.head_dim), np.float32)
 """No larger than what callers send, lest the heaps are as large as that once was."""
 
-ANONYMOUS_BYTES = 8 << 20
-"""Private memory that a process may hold more of. The heaps of Python and of the C library are not packed, and their
-edge moves with what happens to be in flight: runs of a minute were seen to differ by -10 to +2.5 MiB. In a minute this
-finds a request that is kept; what is 100 bytes of each takes an hour."""
+LIBRARIES = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_ARENA_MAX": "2",
+    "LRU_CACHE_CAPACITY": "8",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
+}
+"""What the server's libraries are told. The C library: what is freed leaves the process. torch and oneDNN: to keep 8
+compiled products of a shape instead of 1,024. Prefills of ever other lengths otherwise fill these for minutes (60 MiB
+in 18 seconds were seen), and a leak would hide behind them."""
+ANONYMOUS_BYTES = 4 << 20
+"""Private memory that a process may hold more of. Heaps are not packed, and their edge moves with what happens to be in
+flight. In a minute this finds a few KB kept of each request; what is 100 bytes of each takes some ten minutes."""
 SHARED_BYTES = 0
 """Mapped memory of memfds: rings are as large as they were made."""
 DESCRIPTORS = 6
@@ -99,7 +108,7 @@ def growth(samples: list[Held], what: Callable[[Held], int]) -> float:
 
 def test_nothing_grows_and_every_answer_is_right() -> None:
     flags = ("--front-doors", "2", "--cache-bytes", str(CACHE_BYTES))
-    with split(*flags) as server:
+    with split(*flags, **LIBRARIES) as server:
         address = server.serving.grpc_address
         touch_every_page(address)
         commands = [
