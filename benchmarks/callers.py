@@ -84,7 +84,7 @@ class _Order:
 class ByteStream:
     """A bidirectional stream of messages as bytes."""
 
-    def __init__(self, channel: grpc.Channel, method: str) -> None:
+    def __init__(self, channel: grpc.Channel, method: str = INDEXER) -> None:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         stream: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
         self._answers = stream(iter(self._outbox.get, None), timeout=_LONGEST_STREAM_SECONDS)
@@ -232,7 +232,7 @@ def _run(pipe: Connection, work: Work, served: Place, echo: Place | None) -> Non
     try:
         _prepare(work, served)
         requests = messages(work, MOST_IN_FLIGHT if work.queries > 1 else 1)
-        streams = {"served": ByteStream(connect(served.address, served.pid), INDEXER)}
+        streams = {"served": ByteStream(connect(served.address, served.pid))}
         answer = checked(streams["served"].ask(requests[0]))
         if echo is not None:
             streams["echo"] = ByteStream(connect(echo.address, echo.pid), ECHO)

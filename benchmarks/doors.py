@@ -14,7 +14,6 @@ import grpc
 
 _ESTABLISHED = "01"
 _CONNECT_SECONDS = 20.0
-_MOST_TRIES = 200
 
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -24,20 +23,20 @@ OPTIONS = (
 )
 
 
-def connect(address: str, pid: int) -> grpc.Channel:
+def connect(address: str, pid: int, tries: int = 200) -> grpc.Channel:
     """A channel whose connection a given process has accepted: made again and again until it has.
 
     Raises:
         ConnectionError: it never did.
     """
-    for _ in range(_MOST_TRIES):
+    for _ in range(tries):
         before = local_ports(address)
         channel = grpc.insecure_channel(address, options=OPTIONS)
         grpc.channel_ready_future(channel).result(timeout=_CONNECT_SECONDS)
         if owner(address, local_ports(address) - before, [pid]) == pid:
             return channel
         channel.close()
-    raise ConnectionError(f"{address}: process {pid} accepted none of {_MOST_TRIES} connections")
+    raise ConnectionError(f"{address}: process {pid} accepted none of {tries} connections")
 
 
 def local_ports(address: str) -> set[int]:

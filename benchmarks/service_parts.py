@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from benchmarks import served
-from benchmarks.callers import ECHO, INDEXER, ByteStream, Caller, Load, Place, Work, checked, echo_message, messages
+from benchmarks.callers import ECHO, ByteStream, Caller, Load, Place, Work, checked, echo_message, messages
 from benchmarks.client import HEADS, Fleet, percentile, process, timed
 from benchmarks.doors import OPTIONS, local_ports, owner
 from benchmarks.served import Served
@@ -139,7 +139,7 @@ class Bench:
             grpc.insecure_channel(echo.address, options=OPTIONS) as channel,
         ):
             fleet = Fleet(unary, SEQUENCES, TOKENS, _FIRST_IDS["calls"])
-            request, bytes_of = messages(Work(fleet.ids[0], SEQUENCES, TOKENS), 1)[0], ByteStream(bare, INDEXER)
+            request, bytes_of = messages(Work(fleet.ids[0], SEQUENCES, TOKENS), 1)[0], ByteStream(bare)
             message = echo_message(request, checked(bytes_of.ask(request)))
             echo_unary: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
                 "/blockdex.benchmarks.Echo/Unary"
@@ -294,7 +294,7 @@ class Bench:
         server = self._server()
         self._callers.close()
         self._decoding, self._prefilling = [], None
-        time.sleep(_SETTLE_SECONDS)
+        time.sleep(min(_SETTLE_SECONDS, self.idle_seconds))
         share = server.idle_share(self.idle_seconds)
         basis = f"{2 + len(server.doors)} processes, {self.idle_seconds:g} s"
         return [self._figure("idle server", 100 * share, "% of a core", 1.0, basis)], {"share_of_a_core": share}

@@ -12,6 +12,7 @@ from typing import Any
 Numbers = dict[str, Any]
 Panel = Callable[[Any], None]
 
+_HEADROOM = 1.35  # Above the bars, for the legend.
 _ECHO, _KERNEL, _REST = "#9aa5b1", "#3d7ea6", "#e0a458"
 
 
@@ -34,7 +35,8 @@ def plot(result: Numbers, path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+            axes.set_ylim(top=axes.get_ylim()[1] * _HEADROOM)
+            axes.legend(loc="upper right")
     machine = result["machine"]
     device = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
     figure.suptitle(f"A served blockdex on {device}, {machine['cores']} cores (commit {result['commit']})")

@@ -101,11 +101,11 @@ SECTIONS = {
     ),
     "service": Section(
         "A server of several processes, beside bare echoes",
-        "One `blockdex serve` with front doors of its own, asked by Python clients and, as load, by processes that send\n"
-        "bytes made beforehand over one stream each; in the same run bare gRPC echoes of as many bytes each way, and the\n"
-        "kernels alone, called from the host. A decode step is AppendAndSelect of one token of each sequence, 4 heads,\n"
-        "bf16. The step in the core is a real engine on its own thread without a server, the layers walked round. Targets\n"
-        "are for one H200 with 16 cores; a CPU runs smaller shapes and has none.",
+        "One `blockdex serve` of several processes, asked by Python clients and, as load, by processes that send\n"
+        "bytes made beforehand over one stream each; in the same run bare gRPC echoes of as many bytes each way, and\n"
+        "the kernels alone, called from the host. A decode step is AppendAndSelect of one token of each sequence, 4\n"
+        "heads, bf16. The step in the core is that of a real engine on its own thread without a server, the layers\n"
+        "walked round. Targets are for one H200 with 16 cores; a CPU runs smaller shapes and has none.",
         ("figure", "measured", "target", "met", "made of"),
         lambda row: iter(service_figures.cells(row)),
     ),
