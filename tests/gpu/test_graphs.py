@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.backend import Order, Selection
@@ -16,6 +18,17 @@ from triton_device import DEVICE, backend_for
 
 RUNS, MOST, BLOCKS = 6, 4, 40
 """What is captured: so many runs of at most so many queries, and places of the page table."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _write_late_kernel(source, target, count, waits, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Lets the next kernel begin, reads for a while, and only then copies int32 numbers."""
+    tl.extra.cuda.gdc_launch_dependents()
+    number = tl.arange(0, WIDE)
+    value = tl.load(source + number, mask=number < count, other=0)
+    for _ in range(waits):
+        value = tl.maximum(value, tl.load(source + number, mask=number < count, other=0, volatile=True))
+    tl.store(target + number, value, mask=number < count)
 
 
 def assert_same(ours: Selection, theirs: Selection) -> None:
@@ -127,3 +140,27 @@ def test_nothing_is_left_of_a_batch_that_went_before(generator: torch.Generator)
     for _ in range(5):
         for quick, slow in zip([step(*batch) for batch in batches], slowly, strict=True):
             assert_same(quick, slow)
+
+
+@pytest.mark.parametrize("key_dtype", ["bf16", "fp8_e4m3"])
+def test_spans_that_the_kernel_before_writes_late(key_dtype: Any, generator: torch.Generator) -> None:
+    """What kernels fetch ahead, from numbers that are not there yet and may be any, neither fails nor is kept."""
+    spec = IndexSpec(num_layers=2, key_dtype=key_dtype)
+    runs = [random_run(generator, spec, length, 3, layer=1) for length in (9000, 5000, 700, 12_000)]
+    backend = backend_for(spec, runs)
+    spans = dataclasses.replace(load(backend, runs, generator), max_length=3)
+    queries = torch.cat([run.queries for run in runs]).to(DEVICE)
+    expected = backend.decode(queries, spans, order="ascending", return_scores=True)
+    columns = (spans.layers, spans.starts, spans.lengths, spans.page_table.flatten())
+    numbers = torch.cat(columns)
+    written = torch.empty_like(numbers)
+    layers, starts, lengths, table = torch.split(written, [len(column) for column in columns])
+    late = dataclasses.replace(
+        spans, layers=layers, starts=starts, lengths=lengths, page_table=table.view_as(spans.page_table)
+    )
+
+    for wild in (2**31 - 1, 2**20, 1000):
+        written.copy_(torch.randint(-wild, wild, written.shape, generator=generator))
+        torch.cuda.synchronize()
+        _write_late_kernel[(1,)](numbers, written, len(numbers), 4000, WIDE=triton.next_power_of_2(len(numbers)))
+        assert_same(backend.decode(queries, late, order="ascending", return_scores=True), expected)

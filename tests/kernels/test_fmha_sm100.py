@@ -64,7 +64,7 @@ def imported() -> Package:
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Package]:
     """The package that stands in, newly imported, nothing compiled; on the path of child processes too."""
     monkeypatch.syspath_prepend(str(STAND_IN))
-    monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("MINFER_FMHA_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     forget()

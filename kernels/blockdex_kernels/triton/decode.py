@@ -70,14 +70,120 @@ def _only(own, a, b, c, d, e):
     )
 
 
+@triton.jit
+def _share(
+    lengths,
+    starts,
+    num_runs,
+    RUNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLACES: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    ALL: tl.constexpr,
+    CACHE: tl.constexpr,
+):
+    """Which blocks are the program's, where those of all runs are laid end to end: from `at` to `stop`.
+
+    Also the length and start of every run, the blocks of it that are scored, and the last of them in the line.
+    """
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    run = tl.arange(0, RUNS)
+    length = tl.load(lengths + run, mask=run < num_runs, other=0, cache_modifier=CACHE)
+    start = tl.load(starts + run, mask=run < num_runs, other=0, cache_modifier=CACHE)
+    # Blocks that some query of the run ranks: what is forced for all needs no score.
+    needed = tl.where(length > 0, (start + length - 1) // BLOCK + 1 - LOCAL - INIT, 0)
+    if ALL:
+        needed = tl.maximum(needed, 0)
+    else:
+        # Nor does anything where all candidates find a place.
+        needed = tl.where(needed > PLACES, needed, 0)
+    needed_end = tl.cumsum(needed, 0)
+    total = tl.max(needed_end, 0)
+    share = total // num_programs
+    longer = total - share * num_programs
+    at = program * share + tl.minimum(program, longer)
+    stop = at + share + (program < longer).to(tl.int32)
+    return at, stop, length, start, needed, needed_end
+
+
+@triton.jit
+def _fetch(addresses):
+    """Asks for the cache lines at some addresses to come into the L2 cache; nobody waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _fetch_ahead(
+    queries,
+    keys,
+    layers,
+    starts,
+    lengths,
+    page_table,
+    table_rows,
+    num_runs,
+    num_tokens,
+    num_layers,
+    num_cells,
+    stride_t,
+    stride_h,
+    stride_d,
+    table_stride,
+    table_cells,
+    HEADS: tl.constexpr,
+    RUNS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    PLACES: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """Has the program's first queries and keys brought into the L2 cache, while the kernel before still runs.
+
+    That one may yet write what is read here. So nothing that is read is kept, numbers are brought within bounds before
+    they are an address, and the L1 cache, which would not see what is written, is passed by.
+    """
+    LINE: tl.constexpr = 128
+    at, stop, length, _, needed, needed_end = _share(
+        lengths, starts, num_runs, RUNS, BLOCK, PLACES, INIT, LOCAL, ALL, ".cg"
+    )
+    if at < stop:
+        one = tl.minimum(tl.sum((needed_end <= at).to(tl.int32), 0), num_runs - 1)
+        earlier = tl.arange(0, RUNS) < one
+        block = at - tl.sum(tl.where(earlier, needed, 0), 0) + INIT
+        row = one
+        if table_rows is not None:
+            row = tl.load(table_rows + one, cache_modifier=".cg")
+        place = tl.minimum(tl.maximum(row.to(tl.int64) * table_stride + block, 0), table_cells - 1)
+        page = tl.load(page_table + place, cache_modifier=".cg")
+        cell = page.to(tl.int64) * num_layers + tl.load(layers + one, cache_modifier=".cg")
+        cell = tl.minimum(tl.maximum(cell, 0), num_cells - 1)
+        KEY_STEP: tl.constexpr = LINE * 8 // keys.dtype.element_ty.primitive_bitwidth
+        _fetch((keys + cell * (BLOCK * DIM) + tl.arange(0, BLOCK * DIM // KEY_STEP) * KEY_STEP).to(tl.int64))
+        row = tl.sum(tl.where(earlier, length, 0), 0) * HEADS + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        row = tl.minimum(tl.maximum(row, 0), num_tokens * HEADS - 1)
+        ROW_STEP: tl.constexpr = LINE * 8 // queries.dtype.element_ty.primitive_bitwidth
+        ROW_LINES: tl.constexpr = (DIM + ROW_STEP - 1) // ROW_STEP
+        at_row = (row // HEADS).to(tl.int64) * stride_t + (row % HEADS) * stride_h
+        at_line = tl.arange(0, ROW_LINES) * ROW_STEP * stride_d
+        _fetch((queries + at_row[:, None] + at_line[None, :]).to(tl.int64))
+
+
 # What changes from call to call must not ask for another variant of the kernel, compiled while an engine waits.
 @triton.jit(
-    do_not_specialize=["num_runs", "num_tokens", "table_stride"],
+    do_not_specialize=["num_runs", "num_tokens", "table_stride", "table_cells"],
     do_not_specialize_on_alignment=["layers", "starts", "lengths", "page_table", "table_rows", "positions"],
 )
 def _decode_scores_kernel(
     queries,
     pages,
+    keys,
     scores,
     positions,
     unscales,
@@ -89,11 +195,13 @@ def _decode_scores_kernel(
     num_runs,
     num_tokens,
     num_layers,
+    num_cells,
     width,
     stride_t,
     stride_h,
     stride_d,
     table_stride,
+    table_cells,
     HEADS: tl.constexpr,
     RUNS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -112,27 +220,41 @@ def _decode_scores_kernel(
     STAGES: tl.constexpr,
 ):
     """Every program scores an equal share of the blocks of all runs, laid end to end: see `score_decode`."""
+    if PDL:
+        _fetch_ahead(
+            queries,
+            keys,
+            layers,
+            starts,
+            lengths,
+            page_table,
+            table_rows,
+            num_runs,
+            num_tokens,
+            num_layers,
+            num_cells,
+            stride_t,
+            stride_h,
+            stride_d,
+            table_stride,
+            table_cells,
+            HEADS,
+            RUNS,
+            COLUMNS,
+            BLOCK,
+            DIM,
+            PLACES,
+            INIT,
+            LOCAL,
+            ALL,
+        )
     wait_for_previous(PDL)
-    program = tl.program_id(0)
-    num_programs = tl.num_programs(0)
     skipped = tl.program_id(1) * COLUMNS  # rows of each run, that other programs score
+    at, stop, length, start, needed, needed_end = _share(
+        lengths, starts, num_runs, RUNS, BLOCK, PLACES, INIT, LOCAL, ALL, ""
+    )
     run = tl.arange(0, RUNS)
-    length = tl.load(lengths + run, mask=run < num_runs, other=0)
-    start = tl.load(starts + run, mask=run < num_runs, other=0)
-    # Blocks that some query of the run ranks: what is forced for all needs no score.
-    needed = tl.where(length > 0, (start + length - 1) // BLOCK + 1 - LOCAL - INIT, 0)
-    if ALL:
-        needed = tl.maximum(needed, 0)
-    else:
-        # Nor does anything where all candidates find a place.
-        needed = tl.where(needed > PLACES, needed, 0)
-    needed_end = tl.cumsum(needed, 0)
     row_end = tl.cumsum(length, 0)
-    total = tl.max(needed_end, 0)
-    share = total // num_programs
-    longer = total - share * num_programs
-    at = program * share + tl.minimum(program, longer)
-    stop = at + share + (program < longer).to(tl.int32)
     column = tl.arange(0, COLUMNS)
     while at < stop:
         one = tl.sum((needed_end <= at).to(tl.int32), 0)
@@ -161,13 +283,17 @@ def _decode_scores_kernel(
             target = scores + (first_row + column) * width
             position = own_start + (skipped + column) // HEADS
             for block in tl.range(first_block, last_block, num_stages=STAGES):
-                keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+                own_keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
                 page = tl.load(cells + block + 1, mask=block + 1 < last_block, other=0)
-                best = _maxima(rows, keys, block, position, COLUMNS, BLOCK, LOCAL == 0)
-                tl.store(target + block, best, mask=column < num_rows)
+                best = _maxima(rows, own_keys, block, position, COLUMNS, BLOCK, LOCAL == 0)
+                # Keys stream through the L2 cache and push out what is written beside them, a few bytes at a time, and
+                # memory loses more time turning from reads to writes than the bytes take: scores shall stay.
+                tl.store(target + block, best, mask=column < num_rows, eviction_policy="evict_last")
 
     # Each token's position, for the ranking: programs take the runs in turn, and the rows that belong to none.
     if skipped == 0:
+        program = tl.program_id(0)
+        num_programs = tl.num_programs(0)
         for one in tl.range(program, num_runs, num_programs):
             _, _, own_row_end, own_length, own_start = _only(run == one, needed_end, needed, row_end, length, start)
             token = tl.arange(0, QUERIES)
@@ -213,9 +339,11 @@ def score_decode(
     num_tokens, heads, dim = queries.shape
     columns = min(max(triton.next_power_of_2(heads * max_length), 16), MAX_COLUMNS)
     chunks = triton.cdiv(heads * max_length, columns)
+    keys = pages.argument.base if pages.tma else pages.argument
     _decode_scores_kernel[(programs, chunks)](
         queries.view(torch.uint8) if queries.dtype == torch.float8_e4m3fn else queries,
         pages.argument,
+        keys,
         scores,
         positions,
         unscales if unscales is not None else scores,
@@ -227,9 +355,11 @@ def score_decode(
         len(spans.lengths),
         num_tokens,
         spec.num_layers,
+        len(keys) // spec.block_size,
         scores.shape[1],
         *queries.stride(),
         spans.page_table.stride(0),
+        (len(spans.page_table) - 1) * spans.page_table.stride(0) + spans.page_table.shape[1],
         HEADS=heads,
         RUNS=padded_runs(len(spans.lengths)),
         QUERIES=max(triton.next_power_of_2(max_length), 16),
