@@ -121,10 +121,11 @@ def test_more_heads_than_are_compiled(
     counted = Counted(package, monkeypatch)
     spans = load(backend, runs, generator)
 
-    selection = backend.prefill(run.queries, spans, order="ascending", return_scores=False)
+    queries = run.queries.to(DEVICE)
+    selection = backend.prefill(queries, spans, order="ascending", return_scores=False)
 
     assert not counted.calls
-    two = backend.prefill(run.queries[:, 3:].contiguous(), spans, order="ascending", return_scores=False)
+    two = backend.prefill(queries[:, 3:].contiguous(), spans, order="ascending", return_scores=False)
     assert len(counted.calls) == 1
     assert torch.equal(selection.block_ids[:, 3:], two.block_ids)
 

@@ -118,7 +118,6 @@ def _fetch(addresses):
 
 @triton.jit
 def _fetch_ahead(
-    queries,
     keys,
     layers,
     starts,
@@ -126,17 +125,11 @@ def _fetch_ahead(
     page_table,
     table_rows,
     num_runs,
-    num_tokens,
     num_layers,
     num_cells,
-    stride_t,
-    stride_h,
-    stride_d,
     table_stride,
     table_cells,
-    HEADS: tl.constexpr,
     RUNS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM: tl.constexpr,
     PLACES: tl.constexpr,
@@ -144,15 +137,12 @@ def _fetch_ahead(
     LOCAL: tl.constexpr,
     ALL: tl.constexpr,
 ):
-    """Has the program's first queries and keys brought into the L2 cache, while the kernel before still runs.
+    """Has the program's first block of keys brought into the L2 cache, while the kernel before still runs.
 
     That one may yet write what is read here. So nothing that is read is kept, numbers are brought within bounds before
     they are an address, and the L1 cache, which would not see what is written, is passed by.
     """
-    LINE: tl.constexpr = 128
-    at, stop, length, _, needed, needed_end = _share(
-        lengths, starts, num_runs, RUNS, BLOCK, PLACES, INIT, LOCAL, ALL, ".cg"
-    )
+    at, stop, _, _, needed, needed_end = _share(lengths, starts, num_runs, RUNS, BLOCK, PLACES, INIT, LOCAL, ALL, ".cg")
     if at < stop:
         one = tl.minimum(tl.sum((needed_end <= at).to(tl.int32), 0), num_runs - 1)
         earlier = tl.arange(0, RUNS) < one
@@ -164,15 +154,8 @@ def _fetch_ahead(
         page = tl.load(page_table + place, cache_modifier=".cg")
         cell = page.to(tl.int64) * num_layers + tl.load(layers + one, cache_modifier=".cg")
         cell = tl.minimum(tl.maximum(cell, 0), num_cells - 1)
-        KEY_STEP: tl.constexpr = LINE * 8 // keys.dtype.element_ty.primitive_bitwidth
-        _fetch((keys + cell * (BLOCK * DIM) + tl.arange(0, BLOCK * DIM // KEY_STEP) * KEY_STEP).to(tl.int64))
-        row = tl.sum(tl.where(earlier, length, 0), 0) * HEADS + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        row = tl.minimum(tl.maximum(row, 0), num_tokens * HEADS - 1)
-        ROW_STEP: tl.constexpr = LINE * 8 // queries.dtype.element_ty.primitive_bitwidth
-        ROW_LINES: tl.constexpr = (DIM + ROW_STEP - 1) // ROW_STEP
-        at_row = (row // HEADS).to(tl.int64) * stride_t + (row % HEADS) * stride_h
-        at_line = tl.arange(0, ROW_LINES) * ROW_STEP * stride_d
-        _fetch((queries + at_row[:, None] + at_line[None, :]).to(tl.int64))
+        LINE: tl.constexpr = 128 * 8 // keys.dtype.element_ty.primitive_bitwidth  # keys' elements in a cache line
+        _fetch((keys + cell * (BLOCK * DIM) + tl.arange(0, BLOCK * DIM // LINE) * LINE).to(tl.int64))
 
 
 # What changes from call to call must not ask for another variant of the kernel, compiled while an engine waits.
@@ -222,7 +205,6 @@ def _decode_scores_kernel(
     """Every program scores an equal share of the blocks of all runs, laid end to end: see `score_decode`."""
     if PDL:
         _fetch_ahead(
-            queries,
             keys,
             layers,
             starts,
@@ -230,17 +212,11 @@ def _decode_scores_kernel(
             page_table,
             table_rows,
             num_runs,
-            num_tokens,
             num_layers,
             num_cells,
-            stride_t,
-            stride_h,
-            stride_d,
             table_stride,
             table_cells,
-            HEADS,
             RUNS,
-            COLUMNS,
             BLOCK,
             DIM,
             PLACES,

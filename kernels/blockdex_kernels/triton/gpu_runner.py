@@ -60,15 +60,16 @@ class GpuRunner(Runner):
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compiles the kernels, then captures the graphs."""
-        kernels = list(self._graphs.shapes())
+        shapes = list(self._graphs.shapes())
         total = 0
         for done, compiled in self.backend.warm_up():
             total = compiled
-            yield done, total + len(kernels)
-        for done, shape in enumerate(kernels, start=1):
+            yield done, total + len(shapes)
+        for done, shape in enumerate(shapes, start=1):
             self.use_device()
             self._graphs.capture(shape)
-            yield total + done, total + len(kernels)
+            yield total + done, total + len(shapes)
+        torch.cuda.empty_cache()
 
     def write_tables(self, cells: NDArray[np.int32], changes: NDArray[np.intp]) -> None:
         """See `Runner.write_tables`."""

@@ -20,6 +20,8 @@ LENGTHS = (1, 2, 4, 8, 16)
 WIDTHS = (256, 1024, 8192)
 """Blocks of the longest sequence: 32,768, 131,072 and 1,048,576 tokens."""
 MAX_TOKENS = 512
+MAX_PLACES = 1 << 20
+"""Tokens times blocks: their scores take 4 MiB a head, of which graphs keep one buffer."""
 
 _COLUMNS = 4
 _ITEM_BYTES = 2
@@ -58,12 +60,14 @@ class Shape(NamedTuple):
             return None
         runs = 1 << (num_runs - 1).bit_length()
         length = 1 << (step.longest - 1).bit_length()
-        if runs * length > MAX_TOKENS:
-            return None
-        if queries is None:
-            return cls(runs, length, 0, WIDTHS[0], appends=True)
-        width = next(width for width in WIDTHS if width >= blocks)
-        return cls(runs, length, queries.heads, width, keys is not None)
+        heads = 0 if queries is None else queries.heads
+        width = next(width for width in WIDTHS if width >= blocks) if heads else WIDTHS[0]
+        shape = cls(runs, length, heads, width, keys is not None)
+        return shape if shape.is_small() else None
+
+    def is_small(self) -> bool:
+        """Whether a graph may keep room for it."""
+        return self.tokens <= MAX_TOKENS and self.tokens * self.width <= MAX_PLACES
 
     @property
     def tokens(self) -> int:
@@ -114,11 +118,10 @@ class Graphs:
         most = self._backend.spec.max_blocks
         widths = [width for width, less in zip(WIDTHS, (0, *WIDTHS), strict=False) if less < most]
         for runs, width in itertools.product(all_runs, widths):
-            for length in LENGTHS:
-                if runs * length <= MAX_TOKENS:
-                    yield Shape(runs, length, self._heads, width, appends=True)
-            for heads, appends in {(1, True), (1, False), (self._heads, False)} - {(self._heads, True)}:
-                yield Shape(runs, 1, heads, width, appends)
+            shapes = [Shape(runs, length, self._heads, width, appends=True) for length in LENGTHS]
+            others = {(1, True), (1, False), (self._heads, False)} - {(self._heads, True)}
+            shapes += [Shape(runs, 1, heads, width, appends) for heads, appends in others]
+            yield from filter(Shape.is_small, shapes)
         for runs in all_runs:
             yield Shape(runs, 1, 0, WIDTHS[0], appends=True)
 
