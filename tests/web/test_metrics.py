@@ -131,10 +131,10 @@ def test_tokens_pages_and_sequences(calls: pb_grpc.IndexerServiceStub, moved: Ca
         eventually(lambda of=phase, now=counted: now() == requests[of], f"{phase} {stage}")  # type: ignore[misc]
     assert moved("blockdex_stage_seconds_count", phase="decode", stage="device") == 1
     assert moved("blockdex_stage_seconds_count", phase="sequence", stage="device") == 0
-    assert moved("blockdex_engine_busy_seconds_total") > moved("blockdex_device_busy_seconds_total")
-    assert moved("blockdex_device_busy_seconds_total") == pytest.approx(
-        sum(moved("blockdex_device_seconds_total", phase=phase) for phase in ("append", "decode", "prefill"))
-    )
+    # On a CPU launches never overlap, and each is counted with its way there and back.
+    device = sum(moved("blockdex_device_seconds_total", phase=phase) for phase in ("append", "decode", "prefill"))
+    busy = moved("blockdex_device_busy_seconds_total")
+    assert 0 < device < busy < moved("blockdex_engine_busy_seconds_total")
     assert moved("blockdex_sequences") == 2
     assert moved("blockdex_pages", state="shared") == 2
     assert moved("blockdex_pages", state="private") == 2
