@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +28,11 @@ from blockdex.messages import (
     TruncateSequence,
 )
 from blockdex_kernels import IndexSpec, reference
-from running_engine import NUMPY_DTYPES
+from cache_state import check_integrity
+from running_engine import NUMPY_DTYPES, SPEC, Running, open_sequence, tokens
+
+BUSY = 99
+"""A sequence that keeps the engine busy."""
 
 Row = tuple[int, int, int, int]
 """Sequence id, start, length, revision."""
@@ -193,3 +199,28 @@ def check_same(actual: object, expected: Answer | BlockdexError, what: str) -> N
     tokens = isinstance(expected, TokenAnswer)
     for name in ("epoch", "block_ids", "scores") if tokens else ("epoch", "lengths", "revisions"):
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name), f"{what}: {name}")
+
+
+async def answer_together(run: Running, requests: Sequence[Request], *, setup: Sequence[Request] = ()) -> None:
+    """Queues requests while the engine is busy, and compares its answers with those of one after another.
+
+    Args:
+        run: the engine; its notes begin with these requests.
+        requests: what is queued together.
+        setup: what is done before.
+    """
+    naive = NaiveEngine(SPEC, run.engine.info().epoch)
+    for request in (*setup, open_sequence(BUSY)):
+        naive.answer(request)
+        await run.ask(request)
+    with run.backend.held("append") as entered:
+        run.submit(tokens(2, [(BUSY, 0, 1)], keys=np.zeros((1, SPEC.head_dim), np.float32)))
+        await run.reached(entered)
+        futures = [run.submit(request) for request in requests]
+        run.backend.calls.clear()
+    answers = await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), 60)
+    for number, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        expected = naive.answer(request)
+        assert expected is not None
+        check_same(answer, expected, f"request {number}: {request}")
+    check_integrity(run.engine._cache)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from blockdex.messages import FloatDtype, Order, Request
-from cache_state import check_integrity
-from naive_engine import NaiveEngine, check_same
+from naive_engine import answer_together
 from running_engine import (
     SPEC,
-    Running,
     close,
     fork,
     get,
@@ -26,7 +21,6 @@ from running_engine import (
 )
 
 A, B, C = 1, 2, 3
-BUSY = 99
 
 
 @pytest.fixture
@@ -43,31 +37,6 @@ def keys_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
 def queries_of(random: np.random.Generator, length: int, heads: int = SPEC.num_index_heads) -> NDArray[np.float32]:
     """Random queries."""
     return values(random, length, heads, SPEC.head_dim)
-
-
-async def answer_together(run: Running, requests: Sequence[Request], *, setup: Sequence[Request] = ()) -> None:
-    """Queues requests while the engine is busy, and compares its answers with those of one after another.
-
-    Args:
-        run: the engine; its notes begin with these requests.
-        requests: what is queued together.
-        setup: what is done before.
-    """
-    naive = NaiveEngine(SPEC, run.engine.info().epoch)
-    for request in (*setup, open_sequence(BUSY)):
-        naive.answer(request)
-        await run.ask(request)
-    with run.backend.held("append") as entered:
-        run.submit(tokens(2, [(BUSY, 0, 1)], keys=np.zeros((1, SPEC.head_dim), np.float32)))
-        await run.reached(entered)
-        futures = [run.submit(request) for request in requests]
-        run.backend.calls.clear()
-    answers = await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), 60)
-    for number, (request, answer) in enumerate(zip(requests, answers, strict=True)):
-        expected = naive.answer(request)
-        assert expected is not None
-        check_same(answer, expected, f"request {number}: {request}")
-    check_integrity(run.engine._cache)
 
 
 async def test_requests_of_many_tenants_layers_and_dtypes_share_launches(random: np.random.Generator) -> None:

@@ -208,7 +208,7 @@ class Cache:
         except KeyError:
             return None
 
-    def goes_on_in_place(
+    def fits_in_place(
         self,
         layers: NDArray[np.intp],
         slots: NDArray[np.intp],
@@ -216,7 +216,9 @@ class Cache:
         lengths: NDArray[np.int64],
         revisions: NDArray[np.uint64],
     ) -> NDArray[np.bool_]:
-        """Which appends only go on where their layer ends, in pages that are there and that nobody shares.
+        """Which appends need no page: all that they write is there, their sequence's alone, and stays in use.
+
+        They go on where their layer ends, or write its end anew, as after draft tokens that were rejected.
 
         Args:
             layers: `[N]`, of any requests.
@@ -229,8 +231,11 @@ class Cache:
             `[N]`. Nothing can be said against those, and `enter_in_place` is all that is to be done for them.
         """
         sequences, block_size = self._sequences, self.spec.block_size
-        fits: NDArray[np.bool_] = starts == sequences.lengths[layers, slots]
-        fits &= starts + lengths <= sequences.held[slots] * block_size
+        before, ends = sequences.lengths[layers, slots], starts + lengths
+        fits: NDArray[np.bool_] = starts <= before
+        fits &= ends <= sequences.held[slots] * block_size
+        # A layer that reaches fewer pages than before may have been the one that held them.
+        fits &= (ends - 1) // block_size >= (before - 1) // block_size
         if revisions.any():
             fits &= (revisions > sequences.revisions[layers, slots]) | (revisions == 0)
         if self._pool.shared:
@@ -244,7 +249,7 @@ class Cache:
         ends: NDArray[np.int64],
         revisions: NDArray[np.uint64],
     ) -> NDArray[np.int32]:
-        """Does what `goes_on_in_place` allows: the keys may be written then. No layer of a sequence twice.
+        """Does what `fits_in_place` allows: the keys may be written then. No layer of a sequence twice.
 
         Returns:
             First rows of the page tables `[N]`: see `table_rows`.

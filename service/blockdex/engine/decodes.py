@@ -21,7 +21,7 @@ MAX_RUNS = 256
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
-    """Requests that append to the ends of sequences, in pages that these have to themselves, and select for that.
+    """Requests that append to the ends of sequences, in pages that these have to themselves, and select for it.
 
     None of them names a layer of a sequence that another one does, so they may run in any order.
 
@@ -64,9 +64,9 @@ def take_decodes(
         decode_queries: a span of at most so many queries is decode.
 
     Returns:
-        What to run; None where there is nothing of the kind, or two requests name the same layer of a sequence.
+        What to run; None where there is nothing of the kind.
     """
-    alike = list(_alike(cache, backlog, reading, now))
+    alike = _apart(list(_alike(cache, backlog, reading, now)))
     if not alike:
         return None
     requests = [_request(entry) for entry, _ in alike]
@@ -76,10 +76,8 @@ def take_decodes(
     lengths = _joined([request.spans.lengths for request in requests])
     revisions = _joined([request.spans.revisions for request in requests])
     layers = np.repeat([request.layer for request in requests], counts)
-    fits = cache.goes_on_in_place(layers, slots, starts, lengths, revisions)
+    fits = cache.fits_in_place(layers, slots, starts, lengths, revisions)
     fits &= lengths <= decode_queries
-    if len(alike) > 1 and len(set(zip(layers.tolist(), slots.tolist(), strict=True))) < len(slots):
-        return None
     if not fits.all():
         ends: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64)
         whole = np.logical_and.reduceat(fits, ends - np.array(counts))
@@ -131,6 +129,18 @@ def _alike(
         first = kind
         room -= len(slots)
         yield entry, slots
+
+
+def _apart(alike: list[tuple[Entry, NDArray[np.intp]]]) -> list[tuple[Entry, NDArray[np.intp]]]:
+    """Those before the first one that names a layer of a sequence that one before it does."""
+    named: set[tuple[int, int]] = set()
+    for number, (entry, slots) in enumerate(alike if len(alike) > 1 else ()):
+        layer = _request(entry).layer
+        own = {(layer, slot) for slot in slots.tolist()}
+        if not named.isdisjoint(own):
+            return alike[:number]
+        named |= own
+    return alike
 
 
 def _joined(columns: Sequence[NDArray[Number]]) -> NDArray[Number]:
