@@ -15,7 +15,7 @@ from naive_engine import answer_together
 from running_engine import SPEC, fork, open_sequence, running, tokens, values
 
 A, B, C = 1, 2, 3
-LENGTH = 3 * SPEC.block_size + 3
+LENGTH = 4 * SPEC.block_size - 2
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ async def test_all_tenants_layers_and_lengths_at_once(random: np.random.Generato
     setup = filled(random, A, B, tenant="red") + filled(random, A, C, tenant="blue")
     requests: list[Request] = [
         both(random, 0, (A, LENGTH, 1), (B, LENGTH - 2, 3), tenant="red"),
-        both(random, 1, (B, LENGTH, 4), tenant="red"),
+        both(random, 1, (B, LENGTH - 2, 4), tenant="red"),
         both(random, 0, (C, LENGTH - 1, 1, 7), (A, LENGTH, 2), tenant="blue"),
     ]
     later: list[Request] = [
@@ -85,9 +85,9 @@ async def test_all_tenants_layers_and_lengths_at_once(random: np.random.Generato
 @pytest.mark.parametrize(
     "row",
     [
-        (B, LENGTH, 4 + 2),  # into a page that is not there
+        (B, LENGTH, 4),  # into a page that is not there
         (B, LENGTH + 1, 1),  # behind a gap
-        (B, LENGTH - 4, 1),  # ends a page earlier
+        (B, LENGTH - SPEC.block_size, 1),  # ends a page earlier
         (B, LENGTH, 1, 3),  # with a revision that is there already
         (77, 0, 1),
     ],
@@ -115,7 +115,7 @@ async def test_the_same_layer_twice_in_order(random: np.random.Generator, taken:
 
 async def test_a_shared_page_is_copied_first(random: np.random.Generator, taken: list[Any]) -> None:
     setup: list[Request] = [*filled(random, A), fork(A, B, LENGTH - 1)]
-    shared = 2 * SPEC.block_size
+    shared = 3 * SPEC.block_size - 2  # the page before the last one is A's too
     requests: list[Request] = [
         both(random, 1, (B, LENGTH - 1, 1)),
         both(random, 0, (B, shared, 4)),
