@@ -96,17 +96,7 @@ def expected_row(scores: list[float], visible: int, spec: IndexSpec, order: Orde
         (2048, "K=1", "score", True),
     ],
 )
-@pytest.mark.parametrize("few_rows", [0, 1024], ids=["as many", "as few"])
-def test_rows_of_every_kind(
-    width: int,
-    name: str,
-    order: Order,
-    valued: bool,
-    few_rows: int,
-    generator: torch.Generator,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("blockdex_kernels.triton.rank._FEW_ROWS", few_rows)
+def test_rows_of_every_kind(width: int, name: str, order: Order, valued: bool, generator: torch.Generator) -> None:
     spec, (scores, visible) = SPECS[name], rows_of(width, generator)
     hidden = torch.arange(width)[None] >= torch.tensor(visible)[:, None] - spec.local_blocks
     hidden |= torch.arange(width)[None] < spec.init_blocks

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from blockdex_kernels.backend import Spans
 from blockdex_kernels.spec import IndexSpec
-from blockdex_kernels.triton.launch import padded_runs, pdl_launch, wait_for_previous
+from blockdex_kernels.triton.launch import next_may_come_early, padded_runs, pdl_launch, wait_for_previous
 from blockdex_kernels.triton.numbers import scale_to_e4m3, to_float
 from blockdex_kernels.triton.pages import Pages, load_block
 
@@ -199,25 +199,27 @@ def _decode_scores_kernel(
 ):
     """Every program scores an equal share of the blocks of all runs, laid end to end: see `score_decode`."""
     if PDL:
-        _fetch_ahead(
-            keys,
-            layers,
-            starts,
-            lengths,
-            page_table,
-            num_runs,
-            num_layers,
-            num_cells,
-            table_stride,
-            table_width,
-            RUNS,
-            BLOCK,
-            DIM,
-            PLACES,
-            INIT,
-            LOCAL,
-            ALL,
-        )
+        # Else it comes when nothing else runs, and would only be later.
+        if next_may_come_early(num_tokens * HEADS, width):
+            _fetch_ahead(
+                keys,
+                layers,
+                starts,
+                lengths,
+                page_table,
+                num_runs,
+                num_layers,
+                num_cells,
+                table_stride,
+                table_width,
+                RUNS,
+                BLOCK,
+                DIM,
+                PLACES,
+                INIT,
+                LOCAL,
+                ALL,
+            )
     wait_for_previous(PDL)
     skipped = tl.program_id(1) * COLUMNS  # rows of each run, that other programs score
     at, stop, length, start, needed, needed_end = _share(

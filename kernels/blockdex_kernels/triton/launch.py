@@ -17,6 +17,16 @@ def wait_for_previous(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def next_may_come_early(rows, width):
+    """Whether the programs that rank so many rows of scores leave room for those of a next kernel.
+
+    Beside more of them some of its programs find no shared memory (those that rank leave it to the L1 cache), and come
+    only when others of it are done.
+    """
+    return (rows <= 1024) & (rows * width <= 1 << 20)
+
+
 def pdl_launch(pdl: bool) -> dict[str, bool]:
     """The launch option; given only where it is on, since not every Triton backend knows it."""
     return {"launch_pdl": True} if pdl else {}

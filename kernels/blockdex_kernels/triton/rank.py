@@ -10,56 +10,30 @@ import triton.language as tl
 
 from blockdex_kernels.backend import Order
 from blockdex_kernels.spec import IndexSpec
-from blockdex_kernels.triton.launch import pdl_launch
+from blockdex_kernels.triton.launch import next_may_come_early, pdl_launch
 from blockdex_kernels.triton.numbers import ordered
 
 LEAST = tl.constexpr(-(2**31))
 GREATEST = tl.constexpr(2**31 - 1)
 
-_FEW_ROWS = 1024
-"""Rows that fit on the chip beside the programs of another kernel: what counts is how long one row takes."""
-_DEPENDENT_ROWS = 8192
-"""With more rows, waiting inside the kernel costs a large grid more than what is gained at its start."""
+_FEW_ROWS = 8192
 
 
 @triton.jit
-def _middle(low, high):
-    return (low & high) + ((low ^ high) >> 1)
-
-
-@triton.jit
-def _halved(low, high, count, middle, reached, fewest: tl.constexpr):
-    enough = reached >= fewest
-    return tl.where(enough, middle, low), tl.where(enough, high, middle), tl.where(enough, reached, count)
-
-
-@triton.jit
-def _reached(keys, bound):
-    return tl.sum((keys >= bound).to(tl.int32), 0)
-
-
-@triton.jit
-def _bound(keys, low, fewest: tl.constexpr, most: tl.constexpr, FEW: tl.constexpr):
+def _bound(keys, low, fewest: tl.constexpr, most: tl.constexpr):
     """A bound that at least `fewest` keys reach and, but for equal ones, at most `most`; and how many do.
 
-    Halves the interval between `low`, which at least `fewest` keys must reach, and the greatest key; for few rows twice
-    at once, since counts that need not wait for each other take hardly more time than one.
+    Halves the interval between `low`, which at least `fewest` keys must reach, and the greatest key.
     """
     high = tl.max(keys, 0) + 1
-    count = _reached(keys, low)
+    count = tl.sum((keys >= low).to(tl.int32), 0)
     while (count > most) & (low + 1 != high):
-        middle = _middle(low, high)
-        reached = _reached(keys, middle)
-        if FEW:
-            lower, upper = _middle(low, middle), _middle(middle, high)
-            reached_lower, reached_upper = _reached(keys, lower), _reached(keys, upper)
-            enough = reached >= fewest
-            quarter = tl.where(enough, upper, lower)
-            reached_quarter = tl.where(enough, reached_upper, reached_lower)
-            low, high, count = _halved(low, high, count, middle, reached, fewest)
-            low, high, count = _halved(low, high, count, quarter, reached_quarter, fewest)
-        else:
-            low, high, count = _halved(low, high, count, middle, reached, fewest)
+        middle = (low & high) + ((low ^ high) >> 1)
+        reached = tl.sum((keys >= middle).to(tl.int32), 0)
+        enough = reached >= fewest
+        low = tl.where(enough, middle, low)
+        count = tl.where(enough, reached, count)
+        high = tl.where(enough, high, middle)
     return low, count
 
 
@@ -97,7 +71,6 @@ def _best_groups(
     GROUP: tl.constexpr,
     MOST: tl.constexpr,
     INIT: tl.constexpr,
-    FEW: tl.constexpr,
 ):
     """Writes the groups of blocks in which the K best must be, ascending; returns a bound these reach, and how many.
 
@@ -125,7 +98,7 @@ def _best_groups(
         low = tl.min(tl.max(tl.reshape(keys, [GROUPS // 32, 32]), 0), 0)
     if low == LEAST:
         low = tl.min(tl.where(filled, keys, GREATEST), 0)
-    low, count = _bound(keys, low, K, MOST, FEW)
+    low, count = _bound(keys, low, K, MOST)
     return low, _write_best(out, keys, group, low, count, K, MOST)
 
 
@@ -141,7 +114,6 @@ def _best_blocks(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     INIT: tl.constexpr,
-    FEW: tl.constexpr,
 ):
     """Writes the K best of the blocks from `INIT` to `end`, ascending; there are more than K of them.
 
@@ -155,7 +127,7 @@ def _best_blocks(
     group = INIT // GROUP + slot
     low = tl.full([], LEAST, tl.int32)
     if num_groups > MOST:
-        low, num_groups = _best_groups(scores, end, scratch, K, GROUPS, GROUP, MOST, INIT, FEW)
+        low, num_groups = _best_groups(scores, end, scratch, K, GROUPS, GROUP, MOST, INIT)
         tl.debug_barrier()
         group = tl.load(scratch + slot, mask=slot < num_groups, other=0)
     block = group * GROUP + candidate % GROUP
@@ -164,7 +136,7 @@ def _best_blocks(
     keys = tl.where(eligible, ordered(value), LEAST)
     if low == LEAST:
         low = tl.min(tl.where(eligible, keys, GREATEST), 0)
-    low, count = _bound(keys, low, K, K, FEW)
+    low, count = _bound(keys, low, K, K)
     _write_best(out, keys, block, low, count, K, K)
 
 
@@ -191,16 +163,13 @@ def _rank_kernel(
     BY_SCORE: tl.constexpr,
     VALUES: tl.constexpr,
     UNSCALE: tl.constexpr,
-    FEW: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Each program ranks a row: see `rank`."""
     K: tl.constexpr = TOPK - INIT - LOCAL
     if PDL:
-        # The next kernel's programs may come before anything is ranked, and find their first data meanwhile; not beside
-        # many rows, whose programs take the L1 cache for themselves where the next one needs it as shared memory, and
-        # would keep some of its programs waiting for others of it.
-        if FEW:
+        # Where there is room, the next kernel's programs come before anything is ranked, and fetch ahead.
+        if next_may_come_early(tl.num_programs(0), width):
             tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -216,7 +185,7 @@ def _rank_kernel(
     if K > 0:
         if end - INIT > K:
             own_scratch = scratch + row * (CANDIDATES // GROUP)
-            _best_blocks(scores, end, out + INIT, own_scratch, one, K, CANDIDATES, GROUPS, GROUP, INIT, FEW)
+            _best_blocks(scores, end, out + INIT, own_scratch, one, K, CANDIDATES, GROUPS, GROUP, INIT)
             if BY_SCORE or VALUES:
                 tl.debug_barrier()
                 block = tl.load(out + slot, mask=(slot >= INIT) & (slot < INIT + K), other=0)
@@ -251,10 +220,9 @@ def _rank_kernel(
 
 
 @cache
-def grouping(width: int, k: int, few: bool) -> tuple[int, int, int]:
+def grouping(width: int, k: int) -> tuple[int, int, int]:
     """How rows of a width are ranked: groups of blocks, blocks of a group, and how many blocks are looked into.
 
-    For few rows these are twice as many as they have to be: then hardly any bound has to be looked for among groups.
     A thread's share of the blocks, of the groups and of the candidates cost about as 5 to 27 to 35, since groups and
     candidates are compared with one bound after another.
     """
@@ -263,8 +231,7 @@ def grouping(width: int, k: int, few: bool) -> tuple[int, int, int]:
         group = next(size for size in (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 2**20) if groups * size >= width)
         candidates = triton.next_power_of_2(k * group)
         shapes.append((5 * groups * group + 27 * groups + 35 * candidates, groups, group, candidates))
-    _, groups, group, candidates = min(shapes)
-    return groups, group, 2 * candidates if few else candidates
+    return min(shapes)[1:]
 
 
 def rank(
@@ -293,10 +260,10 @@ def rank(
     """
     rows, width = scores.shape
     heads = block_ids.shape[1]
-    few = rows <= _FEW_ROWS
-    groups, group, candidates = grouping(width, max(spec.topk - spec.init_blocks - spec.local_blocks, 1), few)
+    groups, group, candidates = grouping(width, max(spec.topk - spec.init_blocks - spec.local_blocks, 1))
     scratch = torch.empty((rows, candidates // group), dtype=torch.int32, device=scores.device)
-    pdl = pdl and rows <= _DEPENDENT_ROWS
+    # Waiting inside the kernel costs a large grid more than what is gained at its start.
+    pdl = pdl and rows <= _FEW_ROWS
     _rank_kernel[(rows,)](
         scores,
         positions,
@@ -319,7 +286,6 @@ def rank(
         BY_SCORE=order == "score",
         VALUES=values is not None,
         UNSCALE=unscales is not None,
-        FEW=few,
         PDL=pdl,
         num_warps=min(max(triton.next_power_of_2(groups * group) // 2048, 1), 8),
         **pdl_launch(pdl),
