@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_warm_up_calls_everything_and_counts(key_dtype: KeyDtype, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(warm_up, "NUM_RUNS", (1, 4))
     monkeypatch.setattr(warm_up, "LENGTHS", (1, 2))
-    monkeypatch.setattr(warm_up, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(warm_up, "PREFILL_TOKENS", (8, 9))
     spec = small(key_dtype, head_dim=32, block_size=16, max_sequence_tokens=16 * 200)
     backend = GpuBackend(spec, 1, DEVICE, reason="tested")
     asked: set[tuple[Any, ...]] = set()
@@ -188,5 +189,5 @@ def test_warm_up_calls_everything_and_counts(key_dtype: KeyDtype, monkeypatch: p
             assert ("decode", 2, runs, length, bf16, "ascending", False) in asked
     for order, scores in warm_up.ANSWERS:
         assert ("decode", 2, 1, 1, bf16, order, scores) in asked
-    for heads in (1, 2):
-        assert ("prefill", heads, 1, warm_up.PREFILL_TOKENS, bf16, "ascending", False) in asked
+    for heads, length in itertools.product((1, 2), warm_up.PREFILL_TOKENS):
+        assert ("prefill", heads, 1, length, bf16, "ascending", False) in asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ LENGTHS = (1, 2, 4, 8, 16)
 """Queries of a sequence in a decode step; the rows that they make with their heads are padded to powers of two."""
 ANSWERS: tuple[tuple[Order, bool], ...] = (("ascending", True), ("score", False), ("score", True))
 """What else may be asked for than block ids in ascending order: an order, and whether scores."""
-PREFILL_TOKENS = 64
+PREFILL_TOKENS = (64, 1280)
+"""Few rows are ranked by other variants than many, whatever the heads."""
 LEAST_BLOCKS = 128
 KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 
@@ -59,9 +61,9 @@ def _calls(backend: Backend) -> Iterator[Callable[[], object]]:
             yield _select(backend.decode, backend, heads, 1, length, order=order, return_scores=return_scores)
     blocks = LEAST_BLOCKS
     while True:
-        for some in sorted({1, heads}):
-            start = blocks * backend.spec.block_size - PREFILL_TOKENS
-            yield _select(backend.prefill, backend, some, 1, PREFILL_TOKENS, start=start, blocks=blocks)
+        for some, tokens in product(sorted({1, heads}), PREFILL_TOKENS):
+            start = blocks * backend.spec.block_size - tokens
+            yield _select(backend.prefill, backend, some, 1, tokens, start=start, blocks=blocks)
         if blocks >= backend.spec.max_blocks:
             return
         # A power of two, half as much again, the next power of two: how rankings are shaped.
