@@ -33,6 +33,8 @@ from benchmarks.service_parts import Bench
 
 PARTS = ("step", "calls", "clients", "decode", "prefill", "memory", "idle")
 """In the order in which they run: memory after what grows it, idle when nobody is connected any more."""
+BESIDE_KERNELS = {"calls", "prefill"}
+"""Parts that are compared with the kernels alone, which `step` measures."""
 _WIDTH = 140  # Of a log.
 
 
@@ -51,6 +53,8 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, auto_refresh=False) as progress:
             task = progress.add_task("", total=len(arguments.rows))
+            if "step" not in arguments.rows and BESIDE_KERNELS.intersection(arguments.rows):
+                bench.step()
             for part in arguments.rows:
                 progress.update(task, description=part, refresh=True)
                 figures, numbers = getattr(bench, part)()

@@ -166,7 +166,7 @@ class ServeSettings(BaseSettings):
         15, "N", "Draft tokens of a decode step: a span of at most 1 + N queries is decode, else prefill.", ge=0
     )
     prefill_slice_seconds: float = _setting(
-        0.02, "SECONDS", "Time of one slice of a prefill, about; decodes get in between.", gt=0, le=60
+        0.001, "SECONDS", "Time of one slice of a prefill, about; decodes get in between.", gt=0, le=60
     )
     shutdown_grace_seconds: float = _setting(
         30.0, "SECONDS", "How long SIGTERM waits for requests in flight.", ge=0, le=3600

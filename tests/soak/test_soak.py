@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import statistics
@@ -19,6 +20,9 @@ import numpy as np
 import pytest
 
 import blockdex
+from benchmarks.doors import connect
+from blockdex.v1 import indexer_pb2 as pb
+from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from processes import Split, eventually, split
 from soak_caller import WEIGHTS
 from wire import SPEC
@@ -46,8 +50,10 @@ flight. In a minute this finds a few KB kept of each request; what is 100 bytes 
 SHARED_BYTES = 0
 """Mapped memory of memfds: rings are as large as they were made."""
 DESCRIPTORS = 6
-"""Files that a process may have open more of: at times all callers are at one front door, and connections that they
-left are on their way out. One left open by each client would be 20 at each front door, in a minute."""
+"""Files that a process may have open more of while callers run: at times all of them are at one front door, and
+connections that they left are on their way out."""
+LEFT_OVER = 1
+"""Files that a process may have open more of when they are gone than before they came."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS + 300)]
 
@@ -85,6 +91,20 @@ def touch_every_page(address: str) -> None:
             client.close_sequence(sequence)
 
 
+def open_files(server: Split) -> dict[int, int]:
+    """How many files each process of the server has open, once every front door has had a client."""
+    for door in server.doors:
+        with connect(server.serving.grpc_address, door) as channel:
+            pb_grpc.IndexerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=20)
+    time.sleep(1)  # Until these are gone.
+    return {pid: held_by(pid).descriptors for pid in server.serving.pids()}
+
+
+def more_files(before: dict[int, int]) -> list[int]:
+    """How many more each process has open than before."""
+    return [held_by(pid).descriptors - count for pid, count in before.items()]
+
+
 def watch(server: Split, callers: list[subprocess.Popen[str]]) -> dict[int, list[Held]]:
     """What each process of the server holds, once a second, as long as callers run."""
     pids = server.serving.pids()
@@ -115,6 +135,7 @@ def test_nothing_grows_and_every_answer_is_right() -> None:
             [sys.executable, str(PROGRAM), address, transport, str(seed), str(SECONDS)]
             for seed, transport in enumerate(TRANSPORTS, start=1)
         ]
+        before = open_files(server)
         callers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
         try:
             samples = watch(server, callers)
@@ -123,7 +144,8 @@ def test_nothing_grows_and_every_answer_is_right() -> None:
                 caller.kill()
         done = [json.loads(caller.communicate()[0]) for caller in callers if caller.returncode == 0]
         assert len(done) == len(callers), "a caller found something wrong"
-        assert all(each.keys() >= WEIGHTS.keys() for each in done), "all of it was done by each"
+        counts: collections.Counter[str] = sum(map(collections.Counter, done), collections.Counter())
+        assert counts.keys() >= WEIGHTS.keys(), "all of it was done"
         names = {server.supervisor: "supervisor", server.core: "core"}
         for pid, taken in samples.items():
             grown = Held(*(int(growth(taken, what)) for what in (_anonymous, _shared, _descriptors)))
@@ -134,7 +156,9 @@ def test_nothing_grows_and_every_answer_is_right() -> None:
         for what in ("core", "front_door"):
             assert server.metric("blockdex_restarts_total", process=what) == 0
         eventually(lambda: server.metric("blockdex_pages", state="free") == _pages(address), "every page is free again")
-        print({name: sum(each[name] for each in done) for name in done[0]})
+        eventually(lambda: all(left <= LEFT_OVER for left in more_files(before)), "connections are closed")
+        print(f"open files, more than before: {more_files(before)}")
+        print(dict(counts))
 
 
 def _pages(address: str) -> int:
