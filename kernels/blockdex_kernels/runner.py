@@ -27,6 +27,10 @@ ANSWER_SECONDS = 30.0
 """Longest that a device may take for a step."""
 
 
+class DeviceHungError(RuntimeError):
+    """A device does not get on with a step. Whoever waits for it to end waits for ever."""
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
     """Rows of a packed tensor on the host.
@@ -100,7 +104,8 @@ class Pending(ABC):
         """Whether it is; to be asked again and again, oldest first, since it may take that to get on.
 
         Raises:
-            RuntimeError: the device has failed, or has not answered for too long.
+            RuntimeError: the device has failed.
+            DeviceHungError: it has not answered for `ANSWER_SECONDS`.
         """
 
     @abstractmethod
@@ -237,9 +242,9 @@ def append_all(backend: Backend, keys: torch.Tensor, spans: Spans) -> None:
 
 
 def check_patience(began: float) -> None:
-    """Raises RuntimeError for a step that takes longer than any can; `began` by `time.monotonic`."""
+    """Raises DeviceHungError for a step that takes longer than any can; `began` by `time.monotonic`."""
     if time.monotonic() - began > ANSWER_SECONDS:
-        raise RuntimeError(f"device: a step has not ended after {ANSWER_SECONDS:.0f} s")
+        raise DeviceHungError(f"device: a step has not ended after {ANSWER_SECONDS:.0f} s")
 
 
 def joined(packed: Packed, num_tokens: int, head_dim: int) -> torch.Tensor:

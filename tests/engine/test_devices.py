@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from blockdex.errors import Code, Reason, ResourceExhaustedError
 from blockdex.messages import TokenAnswer
 from blockdex.transport.local import LocalChannel
 from blockdex_kernels import IndexSpec
+from blockdex_kernels.runner import Answer, Pending, check_patience
 from blockdex_kernels.triton.gpu import GpuBackend
 from cache_state import check_integrity
 from running_engine import LIMITS, SPEC, Phase, open_sequence, running, tokens, values
@@ -101,6 +103,31 @@ async def test_a_lost_device_is_told_once_and_everything_refused(random: np.rand
         assert run.engine.device_is_lost
         assert told.acquire(blocking=False)
         assert not told.acquire(blocking=False)
+
+
+async def test_a_device_that_hangs_is_not_waited_for(
+    random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that never ends, begun by kernels that are called as always: its time is up at once."""
+    told = threading.Semaphore(0)
+
+    class Hanging(Pending):
+        def done(self) -> bool:
+            check_patience(-1e9)
+            return False
+
+        def answer(self) -> Answer | None:
+            raise AssertionError("it has none")
+
+    async with running() as run:
+        run.engine._on_lost_device = told.release
+        monkeypatch.setattr(run.backend, "synchronize", lambda: time.sleep(3600))
+        monkeypatch.setattr(run.engine._runner, "begin", lambda step: Hanging())
+        await run.ask(open_sequence(A))
+        error = await run.refusal(tokens(0, [(A, 0, 2)], queries=queries_of(random, 2), keys=keys_of(random, 2)))
+        assert error.code == Code.INTERNAL
+        assert await asyncio.to_thread(told.acquire, timeout=20)
+        assert run.engine.device_is_lost
 
 
 TRITON_SPEC = IndexSpec(num_layers=2, num_index_heads=2, head_dim=16, block_size=16, topk=4, max_sequence_tokens=4096)

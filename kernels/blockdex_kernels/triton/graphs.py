@@ -127,7 +127,7 @@ class Graphs:
 
     def begin(self, shape: Shape, step: Step) -> Pending:
         """Begins a step of a shape, in the slot whose turn it is: the step before it there must be answered."""
-        number, self._next = self._next, (self._next + 1) % self._num_slots
+        number = self._next
         if (shape, number) not in self._graphs:
             self._capture(shape, number)
         slot = self._room[number]
@@ -135,6 +135,7 @@ class Graphs:
         written = slot.written[: shape.tokens * shape.heads * self._topk]
         written.fill(_UNWRITTEN)
         self._graphs[shape, number].replay()
+        self._next = (number + 1) % self._num_slots
         if not shape.heads:
             return Launched(None, self._stream)
         return _Replay(written, (step.num_tokens, shape.heads, self._topk), self._stream)

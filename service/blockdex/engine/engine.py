@@ -18,7 +18,7 @@ from blockdex.errors import InternalError, Reason, ResourceExhaustedError
 from blockdex.messages import CacheOverview, Info, Limits
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.backend import Backend
-from blockdex_kernels.runner import make_runner
+from blockdex_kernels.runner import DeviceHungError, make_runner
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +166,9 @@ class Engine:
             began = time.monotonic()
             try:
                 self._step(began, news)
-            except Exception:
+            except Exception as error:
                 logger.exception("a batch failed: the cache is given up and starts anew")
-                self._check_device()
+                self._check_device(error)
                 self._start_anew()
             self._stats.busy_seconds += time.monotonic() - began
 
@@ -301,11 +301,13 @@ class Engine:
         self._be_born()
         self._reply([(entry, fault) for entry in self._unanswered])
 
-    def _check_device(self) -> None:
+    def _check_device(self, fault: Exception) -> None:
         """After a fault: was it one batch, or is the device gone?"""
         if self.device_is_lost:
             return
         try:
+            if isinstance(fault, DeviceHungError):
+                raise fault  # Waiting for it would not end.
             self._backend.synchronize()
         except RuntimeError:
             logger.exception("the device has failed: no batch can run any more")
