@@ -165,8 +165,12 @@ class ServeSettings(BaseSettings):
     num_speculative_tokens: int = _setting(
         15, "N", "Draft tokens of a decode step: a span of at most 1 + N queries is decode, else prefill.", ge=0
     )
-    prefill_slice_seconds: float = _setting(
-        0.001, "SECONDS", "Time of one slice of a prefill, about; decodes get in between.", gt=0, le=60
+    prefill_slice_seconds: float | None = _setting(
+        None,
+        "SECONDS",
+        "Time of one slice of a prefill, about; decodes get in between. Left out: 1 ms on a GPU, 20 ms on a CPU.",
+        gt=0,
+        le=60,
     )
     shutdown_grace_seconds: float = _setting(
         30.0, "SECONDS", "How long SIGTERM waits for requests in flight.", ge=0, le=3600

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Sequence[Outcome]], None]
 
+SLICE_SECONDS = {"cpu": 0.02, "cuda": 0.001}
+"""Time of one slice of a prefill: of shorter ones on a CPU, half goes into their beginnings and ends."""
+
 _STOP_SECONDS = 30.0
 _LONGEST_SLEEP_SECONDS = 3600.0
 # While something runs nobody sleeps; what only time changes, a deadline, is looked after so often.
@@ -42,7 +45,7 @@ class Engine:
         limits: bounds on requests; `max_queued_requests` is kept here.
         lease_seconds: lease of a sequence that names none.
         decode_queries: a span of at most so many queries is decode, a longer one prefill.
-        prefill_slice_seconds: time that one slice of a prefill may take, about.
+        prefill_slice_seconds: time that one slice of a prefill may take, about; None: what suits the device.
         inbox: where entries come from; without one, from `submit`.
         on_lost_device: called, on the engine's thread, when the device has failed for good.
 
@@ -57,7 +60,7 @@ class Engine:
         limits: Limits,
         lease_seconds: float = 600.0,
         decode_queries: int = 16,
-        prefill_slice_seconds: float = 0.001,
+        prefill_slice_seconds: float | None = None,
         inbox: Inbox | None = None,
         on_lost_device: Callable[[], None] | None = None,
     ) -> None:
@@ -68,7 +71,7 @@ class Engine:
         self._runner = make_runner(backend, TABLE_ROW)
         self._lease_seconds = lease_seconds
         self._decode_queries = decode_queries
-        self._prefill_slice_seconds = prefill_slice_seconds
+        self._prefill_slice_seconds = prefill_slice_seconds or SLICE_SECONDS[backend.device.type]
         self._inbox: Inbox = queue.SimpleQueue() if inbox is None else inbox
         self._backlog: list[Entry] = []
         self._waiting: list[Entry] = []
