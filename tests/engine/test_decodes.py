@@ -140,6 +140,21 @@ async def test_what_differs_in_kind_is_not_mixed(random: np.random.Generator, ta
         assert taken[0] == [(0, A)]
 
 
+async def test_others_overtake_what_has_to_wait(random: np.random.Generator, taken: list[Any]) -> None:
+    """A fork waits for a prefill of its parent: decodes of the two stay behind it, all others do not."""
+    long = values(random, LENGTH, SPEC.num_index_heads, SPEC.head_dim)
+    requests: list[Request] = [
+        tokens(0, [(A, 0, LENGTH)], queries=long),
+        fork(A, C, LENGTH),
+        both(random, 1, (A, LENGTH, 1)),
+        both(random, 1, (C, LENGTH, 1)),
+        both(random, 1, (B, LENGTH, 1)),
+    ]
+    async with running() as run:
+        await answer_together(run, requests, setup=filled(random, A, B))
+        assert taken[0] == [(1, B)]
+
+
 async def test_a_group_has_no_more_spans_than_graphs_hold(random: np.random.Generator, taken: list[Any]) -> None:
     count = MAX_RUNS // 8
     names = range(1, 2 * 8 + 1)

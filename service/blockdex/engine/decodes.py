@@ -54,7 +54,7 @@ def take_decodes(
     now: float,
     decode_queries: int,
 ) -> Decodes | None:
-    """Enters those requests at the head of a backlog that can run at once, as if they had come one after the other.
+    """Enters those requests of a backlog that can run at once, as if they had come one after the other.
 
     Args:
         cache: whose books are changed.
@@ -104,31 +104,42 @@ def take_decodes(
 def _alike(
     cache: Cache, backlog: Sequence[Entry], reading: Set[tuple[SequenceKey, int]], now: float
 ) -> Iterator[tuple[Entry, NDArray[np.intp]]]:
-    """Entries from the head on that one launch can serve, each with the slots of its sequences."""
+    """Entries that one launch can serve, each with the slots of its sequences; none overtakes one of its sequences."""
     first: tuple[object, ...] | None = None
     room = MAX_RUNS
+    passed: set[SequenceKey] = set()
     for entry in backlog:
-        request = entry.request
-        if not isinstance(request, TokenRequest) or request.keys is None or request.queries is None:
-            return
-        queries = request.queries
-        kind = (
-            request.keys.tensor.dtype,
-            queries.tensor.dtype,
-            queries.num_heads,
-            queries.order,
-            queries.return_scores,
-        )
-        if kind != (first or kind) or entry.cancelled or entry.deadline <= now:
-            return
-        if reading and any((sequence, request.layer) in reading for sequence in entry.sequences):
-            return
-        slots = cache.known_slots(request.tenant, request.epoch, request.spans)
+        kind = _kind(entry)
+        slots = None
+        if kind is not None and kind == (first or kind) and not entry.cancelled and entry.deadline > now:
+            slots = _free_slots(cache, entry, reading, passed)
         if slots is None or len(slots) > room:
-            return
+            passed.update(entry.sequences)
+            continue
         first = kind
         room -= len(slots)
         yield entry, slots
+
+
+def _kind(entry: Entry) -> tuple[object, ...] | None:
+    """What requests of one launch have in common; None for one that does not both append and select."""
+    request = entry.request
+    if not isinstance(request, TokenRequest) or request.keys is None or request.queries is None:
+        return None
+    queries = request.queries
+    return request.keys.tensor.dtype, queries.tensor.dtype, queries.num_heads, queries.order, queries.return_scores
+
+
+def _free_slots(
+    cache: Cache, entry: Entry, reading: Set[tuple[SequenceKey, int]], passed: Set[SequenceKey]
+) -> NDArray[np.intp] | None:
+    """Slots of a request's sequences; None where one is unknown, read by a prefill, or waited for by one before it."""
+    request = _request(entry)
+    if passed and not passed.isdisjoint(entry.sequences):
+        return None
+    if reading and any((sequence, request.layer) in reading for sequence in entry.sequences):
+        return None
+    return cache.known_slots(request.tenant, request.epoch, request.spans)
 
 
 def _apart(alike: list[tuple[Entry, NDArray[np.intp]]]) -> list[tuple[Entry, NDArray[np.intp]]]:
