@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,34 @@ async def test_others_overtake_what_has_to_wait(random: np.random.Generator, tak
     async with running() as run:
         await answer_together(run, requests, setup=filled(random, A, B))
         assert taken[0] == [(1, B)]
+
+
+async def test_the_heads_of_several_ranks_share_a_read(random: np.random.Generator, taken: list[Any]) -> None:
+    """One rank appends, and all select: one read of the keys for all."""
+    rows = [(A, LENGTH, 1, 5)]
+    queries = values(random, 1, SPEC.num_index_heads, SPEC.head_dim)
+    requests: list[Request] = [
+        tokens(0, rows, keys=keys_of(random, 1), queries=queries[:, :2]),
+        tokens(0, rows, queries=queries[:, 2:], first_head=2),
+    ]
+    async with running() as run:
+        await answer_together(run, requests, setup=filled(random, A))
+        assert not taken
+        assert [call.heads for call in run.backend.calls if call.phase == "decode"] == [SPEC.num_index_heads]
+
+
+async def test_a_selection_that_waits_sees_what_is_taken(random: np.random.Generator, taken: list[Any]) -> None:
+    async with running() as run:
+        for request in filled(random, A, B):
+            await run.ask(request)
+        queries = values(random, 1, SPEC.num_index_heads, SPEC.head_dim)
+        waiting = run.submit(tokens(0, [(A, LENGTH, 1, 5)], queries=queries, wait=True))
+        await run.settled()
+        await run.ask(both(random, 0, (B, LENGTH, 1)))
+        assert not waiting.done()
+        await run.ask(both(random, 0, (A, LENGTH, 1, 5)))
+        await asyncio.wait_for(waiting, 5)
+        assert taken == [[(0, B)], [(0, A)]]
 
 
 async def test_a_group_has_no_more_spans_than_graphs_hold(random: np.random.Generator, taken: list[Any]) -> None:

@@ -109,7 +109,7 @@ def _alike(
     room = MAX_RUNS
     passed: set[SequenceKey] = set()
     for entry in backlog:
-        kind = _kind(entry)
+        kind = _kind(entry, cache.spec.num_index_heads)
         slots = None
         if kind is not None and kind == (first or kind) and not entry.cancelled and entry.deadline > now:
             slots = _free_slots(cache, entry, reading, passed)
@@ -121,13 +121,18 @@ def _alike(
         yield entry, slots
 
 
-def _kind(entry: Entry) -> tuple[object, ...] | None:
-    """What requests of one launch have in common; None for one that does not both append and select."""
+def _kind(entry: Entry, all_heads: int) -> tuple[object, ...] | None:
+    """What requests of one launch have in common; None for one that does not append and select for all heads.
+
+    One that holds some of the heads is for a batch, where it shares its read with those that hold the others.
+    """
     request = entry.request
     if not isinstance(request, TokenRequest) or request.keys is None or request.queries is None:
         return None
     queries = request.queries
-    return request.keys.tensor.dtype, queries.tensor.dtype, queries.num_heads, queries.order, queries.return_scores
+    if queries.num_heads != all_heads:
+        return None
+    return request.keys.tensor.dtype, queries.tensor.dtype, queries.order, queries.return_scores
 
 
 def _free_slots(

@@ -202,18 +202,21 @@ class Engine:
 
     def _step(self, now: float, news: bool) -> None:
         launcher = self._launcher
+        was_full = not launcher.has_room
         landed = launcher.land()
         self._reply(landed)
-        if launcher.has_room and (news or self._looks_again(bool(landed), now)):
+        # Appends end without an answer, and make room all the same.
+        ended = bool(landed) or was_full
+        if launcher.has_room and (news or self._looks_again(ended, now)):
             self._reply(self._begin_batch(now))
         elif not landed:
             time.sleep(0)  # Lets other threads run while the device does.
         launcher.begin_slice()
 
-    def _looks_again(self, landed: bool, now: float) -> bool:
+    def _looks_again(self, ended: bool, now: float) -> bool:
         """Whether what is left from before may get on now: because something ended, or a deadline has passed."""
         left = self._backlog or self._waiting or self._launcher.prefills
-        return bool(left) and (landed or now > self._next_look)
+        return bool(left) and (ended or now > self._next_look)
 
     def _begin_batch(self, now: float) -> list[Outcome]:
         launcher = self._launcher
@@ -221,30 +224,33 @@ class Engine:
         if launcher.reads:
             launcher.keep_alive()
             outcomes = launcher.drop_gone(now)
-        if not self._waiting:
-            self._begin_decodes(now)
+        appended = self._begin_decodes(now)
         self._next_look = now + _LOOK_SECONDS
         if not self._backlog and not self._waiting:
             return outcomes
-        batch = self._form(now)
+        batch = self._form(now, appended)
         formed = time.monotonic()
         for entry, _ in batch.outcomes:
             entry.finished = formed
         return outcomes + batch.outcomes + launcher.begin(batch)
 
-    def _begin_decodes(self, now: float) -> None:
-        """Begins what the backlog has of the most frequent kind; the rest is for a batch."""
+    def _begin_decodes(self, now: float) -> bool:
+        """Begins what the backlog has of the most frequent kind, if anything; the rest is for a batch."""
         reading = set(self._launcher.reading())
         decodes = take_decodes(self._cache, self._backlog, reading, now, self._decode_queries)
-        if decodes is not None:
-            taken = {entry for entry, _ in decodes.entries}
-            self._backlog = [entry for entry in self._backlog if entry not in taken]
-            self._stats.batches += 1
-            self._stats.batch_requests.observe(len(taken))
-            self._launcher.begin_decodes(decodes)
+        if decodes is None:
+            return False
+        taken = {entry for entry, _ in decodes.entries}
+        self._backlog = [entry for entry in self._backlog if entry not in taken]
+        self._stats.batches += 1
+        self._stats.batch_requests.observe(len(taken))
+        self._launcher.begin_decodes(decodes)
+        return True
 
-    def _form(self, now: float) -> Batch:
+    def _form(self, now: float, appended: bool) -> Batch:
+        """A batch of the backlog; `appended`: whether keys came since the last one, which selections may wait for."""
         batch = Batch(self._cache, self._launcher.reading())
+        batch.changed = appended
         late: list[Outcome] = []
         held_back: list[Entry] = []
         admitted = 0
