@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex.cache import Cache, PageCopy
+from blockdex.cache import TABLE_ROW, Cache, PageCopy
 from blockdex.cache.page_table import PageTables
 from blockdex.messages import Spans
 
@@ -53,6 +53,22 @@ def held_pages(cache: Cache) -> dict[Name, list[int]]:
     """Pages of every open sequence, without a call that the cache would notice."""
     sequences = cache._sequences
     return {name: sequences.pages(slot).tolist() for slot, name in sequences._names.items()}
+
+
+def page_table(cache: Cache, tenant: str, spans: Spans) -> NDArray[np.int32]:
+    """Page of each block of each row's sequence, for as many blocks as the longest span reaches, 0 where there is none.
+
+    Raises:
+        NotFoundError: UNKNOWN_SEQUENCE.
+    """
+    width = -(-int((spans.starts + spans.lengths).max()) // cache.spec.block_size)
+    rows = cache.table_rows(tenant, spans)
+    held = [len(pages(cache, tenant, sequence)) for sequence in spans.sequence_ids.tolist()]
+    table = np.zeros((len(rows), width), np.int32)
+    for row, (first, count) in enumerate(zip(rows.tolist(), held, strict=True)):
+        own = cache.table_cells[first * TABLE_ROW :][: min(count, width)]
+        table[row, : len(own)] = own
+    return table
 
 
 def snapshot(cache: Cache) -> dict[str, Any]:
@@ -101,6 +117,13 @@ def check_integrity(cache: Cache) -> None:
         assert not column[free_slots].any(), "a free slot that remembers"
 
 
+def first_blocks(tables: PageTables, slots: NDArray[np.intp], width: int) -> NDArray[np.int32]:
+    """The first `width` cells of slots `[N]`, 0 behind what is a slot's own: `[N, width]`."""
+    blocks = np.arange(width)
+    inside = blocks < tables._num_rows[slots, None] * TABLE_ROW
+    return tables.cells[np.where(inside, tables.first_rows[slots, None] * TABLE_ROW + blocks, 0)]
+
+
 def check_tables(tables: PageTables, held: NDArray[np.int64]) -> NDArray[np.int32]:
     """Checks that every row is in one place, and answers all page tables in full."""
     taken = [range(first, first + rows) for first, rows in zip(tables.first_rows, tables._num_rows, strict=True)]
@@ -113,7 +136,7 @@ def check_tables(tables: PageTables, held: NDArray[np.int64]) -> NDArray[np.int3
     assert not tables.cells[:64].any()
     assert ((tables._num_rows == 0) == (held == 0)).all()
     assert (tables._num_rows * 64 >= held).all()
-    return tables.rows(np.arange(len(held)), 64 * int(tables._num_rows.max()))
+    return first_blocks(tables, np.arange(len(held)), 64 * int(tables._num_rows.max()))
 
 
 class PageStore:

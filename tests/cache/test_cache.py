@@ -11,7 +11,7 @@ import pytest
 from blockdex.cache import Cache, PageCopy
 from blockdex.errors import BlockdexError, FailedPreconditionError, ResourceExhaustedError
 from blockdex_kernels import IndexSpec
-from cache_state import Clock, append, check_integrity, held_pages, pages, snapshot, spans
+from cache_state import Clock, append, check_integrity, held_pages, page_table, pages, snapshot, spans
 
 SPEC = IndexSpec(num_layers=3, head_dim=1, block_size=4, topk=2, max_sequence_tokens=4096)
 
@@ -86,7 +86,7 @@ class TestSequences:
             tokens = 1000 if sequence_id == 5 else 0
             assert lengths(cache, sequence_id) == [0, sequence_id % 9 + 1, tokens]
             assert revisions(cache, sequence_id) == [0, sequence_id + 1, 0]
-        assert cache.page_table("red", spans((5, 999, 1), (6, 0, 7))).shape == (2, 250)
+        assert page_table(cache, "red", spans((5, 999, 1), (6, 0, 7))).shape == (2, 250)
 
     def test_usage(self, cache: Cache) -> None:
         append(cache, "red", 0, (1, 0, 9))
@@ -293,13 +293,13 @@ class TestPageTable:
     def test_is_as_wide_as_the_longest_span(self, cache: Cache) -> None:
         cache.open_sequence("red", 2, 0)
         append(cache, "red", 0, (1, 0, 17), (2, 0, 3))
-        table = cache.page_table("red", spans((2, 0, 1), (1, 0, 9)))
+        table = page_table(cache, "red", spans((2, 0, 1), (1, 0, 9)))
         assert table.dtype == np.int32
         assert table.tolist() == [[*pages(cache, "red", 2), 0, 0], pages(cache, "red", 1)[:3]]
 
     def test_is_a_copy(self, cache: Cache) -> None:
         append(cache, "red", 0, (1, 0, 8))
-        table = cache.page_table("red", spans((1, 0, 8)))
+        table = page_table(cache, "red", spans((1, 0, 8)))
         held = pages(cache, "red", 1)
         cache.close_sequence("red", 1)
         assert table.tolist() == [held]

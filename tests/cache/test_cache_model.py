@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from blockdex.cache import AppendPlan, Cache, Sequence
 from blockdex.errors import BlockdexError, Reason
 from blockdex_kernels import IndexSpec
-from cache_state import Clock, Name, PageStore, check_integrity, held_pages, snapshot, spans
+from cache_state import Clock, Name, PageStore, check_integrity, held_pages, page_table, snapshot, spans
 
 SPEC = IndexSpec(num_layers=3, head_dim=1, block_size=4, topk=2, max_sequence_tokens=64)
 NUM_PAGES = 10
@@ -204,7 +204,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert plan.applies.tolist() == [row in applying for row in request]
         self.store.copy(self.cache.apply_append(plan))
         self.settle_evictions(held, named, effects)
-        table = self.cache.page_table(tenant, spans(*request))
+        table = page_table(self.cache, tenant, spans(*request))
         for row, pages in zip(request, table, strict=True):
             if row in applying:
                 self.write(tenant, layer, row, pages)
@@ -241,7 +241,7 @@ class CacheMachine(RuleBasedStateMachine):
             lambda: self.cache.truncate_sequence(tenant, sequence_id, 0),
             lambda: self.cache.plan_append(tenant, layer, request),
             lambda: self.cache.check_selection(tenant, layer, request),
-            lambda: self.cache.page_table(tenant, request),
+            lambda: page_table(self.cache, tenant, request),
         ):
             self.expect(Reason.UNKNOWN_SEQUENCE, call)
 
@@ -252,7 +252,7 @@ class CacheMachine(RuleBasedStateMachine):
         for (tenant, sequence_id), sequence in self.model.items():
             for layer, keys in enumerate(sequence.layers):
                 if keys:
-                    (table,) = self.cache.page_table(tenant, spans((sequence_id, 0, len(keys))))
+                    (table,) = page_table(self.cache, tenant, spans((sequence_id, 0, len(keys))))
                     assert self.store.read(table, layer, len(keys)) == keys
 
     @invariant()

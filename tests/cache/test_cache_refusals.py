@@ -9,7 +9,7 @@ import pytest
 from blockdex.cache import Cache
 from blockdex.errors import BlockdexError, Code, Reason
 from blockdex_kernels import IndexSpec
-from cache_state import Clock, append, snapshot, spans
+from cache_state import Clock, append, page_table, snapshot, spans
 
 SPEC = IndexSpec(num_layers=4, head_dim=1, block_size=4, topk=2, max_sequence_tokens=4096)
 UNKNOWN = "(never opened, closed, or evicted)"
@@ -188,7 +188,7 @@ REFUSALS: dict[str, tuple[Callable[[Cache], object], Code, Reason, str]] = {
         "sequence 7, layer 0: selection ends at 1, length is 0",
     ),
     "page table of unknown": (
-        lambda cache: cache.page_table("red", spans((6, 0, 1))),
+        lambda cache: page_table(cache, "red", spans((6, 0, 1))),
         Code.NOT_FOUND,
         Reason.UNKNOWN_SEQUENCE,
         f"sequence 6: unknown {UNKNOWN}",

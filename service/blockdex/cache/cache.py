@@ -301,18 +301,6 @@ class Cache:
         """
         return self._sequences.tables.first_rows[self._slots(tenant, spans)]
 
-    def page_table(self, tenant: str, spans: Spans) -> NDArray[np.int32]:
-        """Page of each block of each row's sequence, as of now, for as many blocks as the longest span reaches.
-
-        Returns:
-            int32 `[N, blocks]`, 0 beyond what a sequence holds.
-
-        Raises:
-            NotFoundError: UNKNOWN_SEQUENCE.
-        """
-        width = int(self._blocks(spans.starts + spans.lengths).max())
-        return self._sequences.tables.rows(self._slots(tenant, spans), width)
-
     def usage(self) -> CacheUsage:
         """Pages and sequences, now."""
         pool = self._pool

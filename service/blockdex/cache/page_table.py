@@ -31,12 +31,6 @@ class PageTables:
         self._unused_row = 1
         self._changes: list[NDArray[np.intp]] = []
 
-    def rows(self, slots: NDArray[np.intp], width: int) -> NDArray[np.int32]:
-        """The first `width` blocks of slots `[N]`: a copy `[N, width]`."""
-        blocks = np.arange(width)
-        inside = blocks < self._num_rows[slots, None] * ROW
-        return self.cells[np.where(inside, self.first_rows[slots, None] * ROW + blocks, 0)]
-
     def get(self, slots: NDArray[np.intp] | int, blocks: NDArray[np.intp]) -> NDArray[np.int32]:
         """The pages of blocks `[M]` of slots, one or `[M]`: a copy."""
         places = self._places(slots, blocks)  # before the cells, which grow first: onlookers may be in another thread
