@@ -5,6 +5,7 @@ KEY_DTYPE ?= bf16
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := service/blockdex/_native.abi3.so
 
 # A torch that the machine already has (a CUDA build, say) is used as it is; otherwise exactly the constrained one comes.
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
@@ -29,16 +30,21 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/protobuf-5.29 'protobuf==5.29.6' 'googleapis-common-protos==1.66.0'
 	touch $@
 
+# Installing compiles it; from then on it follows its sources.
+$(NATIVE): $(STAMP) $(wildcard service/blockdex/native/*) service/blockdex/transport/include/blockdex_ring.h
+	$(BIN)/python service/blockdex/native/compile.py
+	touch $@
+
 tools: ## Install what the tests run beside Python, where it is missing (as root on Debian)
 	@tests/tools.sh $(TOOLS)
 
-demo: $(STAMP) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda, KEY_DTYPE=bf16|fp8_e4m3)
+demo: $(NATIVE) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda, KEY_DTYPE=bf16|fp8_e4m3)
 	$(BIN)/python -m examples.transformers_engine --device $(DEVICE) --key-dtype $(KEY_DTYPE)
 
-test: $(STAMP) tools ## The tests (two cores, no GPU, minutes)
+test: $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: $(STAMP) tools ## The tests, and those that take longer: images are built and run, as root
+test-all: $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
 	@tests/tools.sh $(IMAGE_TOOLS)
 	$(BIN)/python -m pytest
 
@@ -58,16 +64,16 @@ proto: $(STAMP) ## Generate service/blockdex/v1 from proto/
 lock: $(STAMP) ## Pin what the images hold: deploy/requirements
 	$(BIN)/python deploy/requirements/lock.py
 
-bench: $(STAMP) ## Client latency beside a bare gRPC echo, several processes beside one; writes JSON and PNG to benchmarks/results
+bench: $(NATIVE) ## Client latency beside a bare gRPC echo, several processes beside one; writes JSON and PNG to benchmarks/results
 	$(BIN)/python -m benchmarks.client
 	$(BIN)/python -m benchmarks.ring
 	$(BIN)/python -m benchmarks.tables
 
-bench-gpu: $(STAMP) ## GPU kernels beside the chip's best, and a peer (PEER=vllm=DIR, an unpacked wheel); JSON and PNG likewise
+bench-gpu: $(NATIVE) ## GPU kernels beside the chip's best, and a peer (PEER=vllm=DIR, an unpacked wheel); JSON and PNG likewise
 	$(BIN)/python -m benchmarks.kernels $(if $(PEER),--peer $(PEER))
 	$(BIN)/python -m benchmarks.tables
 
-bench-service: $(STAMP) ## A server of several processes beside bare gRPC echoes: latency, throughput, memory (DEVICE=cpu|cuda); JSON and PNG likewise
+bench-service: $(NATIVE) ## A server of several processes beside bare gRPC echoes: latency, throughput, memory (DEVICE=cpu|cuda); JSON and PNG likewise
 	$(BIN)/python -m benchmarks.service --device $(DEVICE)
 	$(BIN)/python -m benchmarks.tables
 
