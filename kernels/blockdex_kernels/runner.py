@@ -8,12 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import add
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from blockdex_kernels.backend import Backend, Order, Selection, Spans
+from blockdex_kernels.spec import IndexSpec
 
 # Received bytes are read-only, and nothing here writes through a view of them. torch says so once a process: let it be
 # here, whatever the process makes of warnings.
@@ -22,6 +24,9 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 Bytes = bytes | memoryview
+
+ROOMS, ROOM_RUNS, ROOM_TOKENS = 2, 256, 512
+"""Steps that are made in memory of the host, and how large they may be."""
 
 ANSWER_SECONDS = 30.0
 """Longest that a device may take for a step."""
@@ -88,6 +93,54 @@ class Answer:
     def __getitem__(self, tokens: slice) -> Answer:
         """That of some of the tokens."""
         return Answer(self.block_ids[tokens], None if self.scores is None else self.scores[tokens])
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory of the host in which a step is made by who wants it, without a `Step`, and where its answer appears.
+
+    Attributes:
+        host: uint8: int32 columns `[4, R]` as those of `Step`, with room for 4 runs at least; right behind them bfloat16
+            keys `[T, D]`, and right behind those bfloat16 queries `[T, H, D]`.
+        block_ids: int32 `[T, H, topk]`, in ascending order.
+    """
+
+    host: NDArray[np.uint8]
+    block_ids: NDArray[np.int32]
+
+
+class Replay(NamedTuple):
+    """A step that is captured, in each of the rooms: launched, it does what stands there. R and T are padded.
+
+    Attributes:
+        runs: R; those that are not there have length 0.
+        length: tokens of the longest; T is R times that.
+        heads: of the queries.
+        width: blocks that no run exceeds.
+        programs: CUgraphExec of each room, as numbers.
+    """
+
+    runs: int
+    length: int
+    heads: int
+    width: int
+    programs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replays:
+    """Captured steps that append and select, the smallest first.
+
+    Attributes:
+        launch: address of a C function that takes a program and `stream`, begins it, and returns 0. It writes every
+            block id of R times T, -1 where there is none.
+        stream: of CUDA, as a number.
+        steps: what is captured.
+    """
+
+    launch: int
+    stream: int
+    steps: list[Replay]
 
 
 class Pending(ABC):
@@ -161,6 +214,43 @@ class Runner(ABC):
         """
 
     @abstractmethod
+    def rooms(self) -> Sequence[Room]:
+        """Rooms for `ROOMS` steps of up to `ROOM_RUNS` runs and `ROOM_TOKENS` tokens: the same at each call."""
+
+    @property
+    def replays(self) -> Replays | None:
+        """What of the steps in rooms is captured, as of now; None where `run_room` runs them."""
+        return None
+
+    def run_room(self, room: int, runs: int, tokens: int, heads: int) -> None:
+        """Runs a step that was made in a room to its end, where nothing is captured.
+
+        Args:
+            room: its number.
+            runs: R.
+            tokens: T.
+            heads: H.
+        """
+        raise NotImplementedError
+
+    @property
+    def table_room(self) -> int | None:
+        """Cells of page tables beyond which captured steps have to be captured anew, with none of them on its way."""
+        return None
+
+    def check(self, began: float) -> None:
+        """Asks after a step in a room that is not done.
+
+        Args:
+            began: `time.monotonic` seconds of its launch.
+
+        Raises:
+            RuntimeError: the device has failed.
+            DeviceHungError: it has not answered for `ANSWER_SECONDS`.
+        """
+        check_patience(began)
+
+    @abstractmethod
     def begin_prefill(self, step: Step) -> Pending:
         """Begins to select for one run of many queries, whose keys were appended by steps begun before.
 
@@ -176,6 +266,10 @@ class CpuRunner(Runner):
         super().__init__(backend)
         self._table_row = table_row
         self._cells: NDArray[np.int32] = np.zeros(0, np.int32)
+        spec = backend.spec
+        self._rooms = [
+            Room(np.zeros(room_bytes(spec), np.uint8), np.zeros(room_ids(spec), np.int32)) for _ in range(ROOMS)
+        ]
 
     def write_tables(self, cells: NDArray[np.int32], changes: NDArray[np.intp]) -> None:  # noqa: ARG002
         """See `Runner.write_tables`; reads the tables where they are."""
@@ -191,6 +285,23 @@ class CpuRunner(Runner):
             queries = joined(step.queries, step.num_tokens, self.backend.spec.head_dim)
             selection = self.backend.decode(queries, spans, order=step.order, return_scores=step.return_scores)
         return _Done(selection, time.monotonic() - began)
+
+    def rooms(self) -> Sequence[Room]:
+        """See `Runner.rooms`."""
+        return self._rooms
+
+    def run_room(self, room: int, runs: int, tokens: int, heads: int) -> None:
+        """See `Runner.run_room`."""
+        host, head_dim = self._rooms[room].host, self.backend.spec.head_dim
+        columns = np.frombuffer(host, np.int32, 4 * runs).reshape(4, runs)
+        keys_at = 16 * max(runs, 4)
+        queries_at = keys_at + 2 * tokens * head_dim
+        memory = memoryview(host.data)
+        keys = Packed(torch.bfloat16, 1, [memory[keys_at:queries_at]])
+        queries = Packed(torch.bfloat16, heads, [memory[queries_at : queries_at + 2 * tokens * heads * head_dim]])
+        answer = self.begin(Step(columns.copy(), keys, queries)).answer()
+        assert answer is not None
+        self._rooms[room].block_ids[: answer.block_ids.size] = answer.block_ids.reshape(-1)
 
     def begin_prefill(self, step: Step) -> Pending:
         """See `Runner.begin_prefill`."""
@@ -231,6 +342,16 @@ class _Done(Pending):
 
     def answer(self) -> Answer | None:
         return None if self._selection is None else on_host(self._selection)
+
+
+def room_bytes(spec: IndexSpec) -> int:
+    """Bytes of the largest step that a room holds."""
+    return 16 * ROOM_RUNS + 2 * ROOM_TOKENS * spec.head_dim * (1 + spec.num_index_heads)
+
+
+def room_ids(spec: IndexSpec) -> int:
+    """Block ids of the largest step that a room holds."""
+    return ROOM_TOKENS * spec.num_index_heads * spec.topk
 
 
 def append_all(backend: Backend, keys: torch.Tensor, spans: Spans) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,19 @@ from blockdex.errors import (
 )
 from blockdex.messages import CacheOverview, CacheUsage, Spans
 from blockdex_kernels import IndexSpec
+
+
+class Books(NamedTuple):
+    """What is known of S slots in L layers: see `Sequences`, and `PageTables` for the first rows."""
+
+    lengths: NDArray[np.int64]
+    revisions: NDArray[np.uint64]
+    held: NDArray[np.int64]
+    forked: NDArray[np.int64]
+    last_calls: NDArray[np.float64]
+    first_rows: NDArray[np.int32]
+    generations: NDArray[np.uint32]
+
 
 _NO_WRITES = np.zeros((0, 2), np.intp)
 
@@ -199,67 +213,23 @@ class Cache:
         sequences.last_calls[slots] = self._clock()
         return self._unshare(plan.shared_writes)
 
-    def known_slots(self, tenant: str, epoch: int, spans: Spans) -> NDArray[np.intp] | None:
-        """Slots of the sequences `[N]`; None where one is unknown, or the epoch is another one."""
-        if epoch not in {0, self.epoch}:
-            return None
-        try:
-            return self._sequences.slots(tenant, spans.sequence_ids)
-        except KeyError:
-            return None
+    def slot(self, tenant: str, sequence_id: int) -> int | None:
+        """The slot of a sequence, None where it is not open: its place in the `books`, until it is closed."""
+        return self._sequences.slot(tenant, sequence_id)
 
-    def fits_in_place(
-        self,
-        layers: NDArray[np.intp],
-        slots: NDArray[np.intp],
-        starts: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        revisions: NDArray[np.uint64],
-    ) -> NDArray[np.bool_]:
-        """Which appends need no page: all that they write is there, their sequence's alone, and stays in use.
-
-        They go on where their layer ends, or write its end anew, as after draft tokens that were rejected.
-
-        Args:
-            layers: `[N]`, of any requests.
-            slots: `[N]`.
-            starts: `[N]`.
-            lengths: `[N]`, tokens to append.
-            revisions: `[N]`, 0 where unchecked.
-
-        Returns:
-            `[N]`. Nothing can be said against those, and `enter_in_place` is all that is to be done for them.
-        """
-        sequences, block_size = self._sequences, self.spec.block_size
-        before, ends = sequences.lengths[layers, slots], starts + lengths
-        fits: NDArray[np.bool_] = starts <= before
-        fits &= ends <= sequences.held[slots] * block_size
-        # A layer that reaches fewer pages than before may have been the one that held them.
-        fits &= (ends - 1) // block_size >= (before - 1) // block_size
-        if revisions.any():
-            fits &= (revisions > sequences.revisions[layers, slots]) | (revisions == 0)
-        if self._pool.shared:
-            fits &= starts // block_size >= sequences.forked[slots]
-        return fits
-
-    def enter_in_place(
-        self,
-        layers: NDArray[np.intp],
-        slots: NDArray[np.intp],
-        ends: NDArray[np.int64],
-        revisions: NDArray[np.uint64],
-    ) -> NDArray[np.int32]:
-        """Does what `fits_in_place` allows: the keys may be written then. No layer of a sequence twice.
-
-        Returns:
-            First rows of the page tables `[N]`: see `table_rows`.
-        """
+    @property
+    def books(self) -> Books:
+        """The columns themselves, for who checks and enters appends that need no page; replaced by longer ones."""
         sequences = self._sequences
-        sequences.lengths[layers, slots] = ends
-        if revisions.any():
-            sequences.revisions[layers, slots] = np.maximum(revisions, sequences.revisions[layers, slots])
-        sequences.last_calls[slots] = self._clock()
-        return sequences.tables.first_rows[slots]
+        return Books(
+            sequences.lengths,
+            sequences.revisions,
+            sequences.held,
+            sequences.forked,
+            sequences.last_calls,
+            sequences.tables.first_rows,
+            sequences.generations,
+        )
 
     def check_selection(self, tenant: str, layer: int, spans: Spans, plan: AppendPlan | None = None) -> None:
         """Checks that the keys which a selection reads are there.

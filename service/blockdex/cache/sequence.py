@@ -35,6 +35,7 @@ class Sequences:
         forked: int64 `[S]`, blocks that a fork reached: pages behind them were never shared.
         last_calls: float64 `[S]`, clock reading of the last call that succeeded.
         leases: float64 `[S]`, seconds.
+        generations: uint32 `[S]`, how often a slot was given back: whoever remembers one sees that it is another's now.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -45,6 +46,7 @@ class Sequences:
         self.forked: NDArray[np.int64] = np.zeros(_FIRST_SLOTS, np.int64)
         self.last_calls: NDArray[np.float64] = np.zeros(_FIRST_SLOTS, np.float64)
         self.leases: NDArray[np.float64] = np.zeros(_FIRST_SLOTS, np.float64)
+        self.generations: NDArray[np.uint32] = np.zeros(_FIRST_SLOTS, np.uint32)
         self._free = list(reversed(range(_FIRST_SLOTS)))
         self._slots: dict[str, dict[int, int]] = {}
         self._names: dict[int, tuple[str, int]] = {}
@@ -108,6 +110,7 @@ class Sequences:
         self.revisions[:, slot] = 0
         self.set_pages(slot, 0, np.zeros(0, np.int32))
         self.forked[slot] = 0
+        self.generations[slot] += np.uint32(1)
         self._free.append(slot)
 
     def set_pages(self, slot: int, block: int, pages: NDArray[np.int32]) -> None:
@@ -126,4 +129,5 @@ class Sequences:
         self.forked = np.pad(self.forked, (0, old))
         self.last_calls = np.pad(self.last_calls, (0, old))
         self.leases = np.pad(self.leases, (0, old))
+        self.generations = np.pad(self.generations, (0, old))
         self._free = list(reversed(range(old, 2 * old)))

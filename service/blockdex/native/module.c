@@ -3,11 +3,23 @@
  * The short way takes what is plainly right and asked all the time. Whatever else comes is left, untouched, to the
  * Python beside it, which says what is wrong with it.
  */
-#include "native.h"
+#include "lane.h"
+
+static bool add_type(PyObject *module, PyType_Spec *spec) {
+    PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
+    if (!type) return false;
+    int added = PyModule_AddType(module, (PyTypeObject *)type);
+    Py_DECREF(type);
+    return added == 0;
+}
 
 static int fill(PyObject *module) {
-    (void)module;
-    return 0;
+    if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_lane_spec)) return -1;
+    return PyModule_AddIntConstant(module, "NOTICED", LANE_NOTICED) |
+           PyModule_AddIntConstant(module, "FOR_PYTHON", LANE_FOR_PYTHON) |
+           PyModule_AddIntConstant(module, "LATE", LANE_LATE) | PyModule_AddIntConstant(module, "MAX_RUNS", LANE_RUNS) |
+           PyModule_AddIntConstant(module, "MAX_TOKENS", LANE_TOKENS) |
+           PyModule_AddIntConstant(module, "STEPS", LANE_STEPS);
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};

@@ -1,0 +1,424 @@
+#include "lane.h"
+
+#include <stdlib.h>
+#include <time.h>
+
+static const int64_t LATE_AFTER = 1000000; /* nanoseconds; then the device is asked whether it has failed */
+
+int64_t lane_now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+static bool anyone_waits(const struct lane *lane) {
+    for (size_t number = 0; number < lane->num_lines; number++)
+        if (lane->lines[number]->waits && !lane->lines[number]->gone) return true;
+    return false;
+}
+
+static bool anything_to_do(struct lane *lane) {
+    if (atomic_load_explicit(&lane->noticed, memory_order_acquire)) return true;
+    for (size_t number = 0; number < lane->num_lines; number++)
+        if (!lane->lines[number]->gone && line_filled(lane->lines[number])) return true;
+    return false;
+}
+
+/* Until a front door or another thread rings, or until then. */
+static void sleep_until(struct lane *lane, int64_t now, int64_t until) {
+    nfds_t bells = 1;
+    uint64_t rung;
+    lane->bells[0] = (struct pollfd){lane->nudge, POLLIN, 0};
+    for (size_t number = 0; number < lane->num_lines; number++) {
+        struct line *line = lane->lines[number];
+        if (line->gone) continue;
+        line_lie_down(line);
+        lane->bells[bells++] = (struct pollfd){line->own_bell, POLLIN, 0};
+    }
+    if (!anything_to_do(lane)) {
+        int64_t milliseconds = until == INT64_MAX ? -1 : (until - now + 999999) / 1000000;
+        poll(lane->bells, bells, milliseconds > INT32_MAX ? INT32_MAX : (int)milliseconds);
+        for (nfds_t bell = 0; bell < bells; bell++)
+            if (lane->bells[bell].revents) (void)!read(lane->bells[bell].fd, &rung, sizeof rung);
+    }
+    for (size_t number = 0; number < lane->num_lines; number++)
+        if (!lane->lines[number]->gone) line_get_up(lane->lines[number]);
+}
+
+static bool is_late(struct lane *lane, int64_t now) {
+    int64_t since = lane->steps[lane->first].launched;
+    if (lane->looked > since) since = lane->looked;
+    if (now - since < LATE_AFTER) return false;
+    lane->looked = now;
+    return true;
+}
+
+/* One look at everything; -1: it failed. */
+static int pass(struct lane *lane, int64_t now) {
+    if (!lane_land(lane, now)) return -1;
+    if (lane->in_flight < LANE_STEPS) {
+        lane_gather(lane, now);
+        if (lane->gathered.runs) {
+            lane->active = now;
+            if (!lane_begin(lane, now)) return -1;
+        }
+    }
+    int why = anyone_waits(lane) ? LANE_FOR_PYTHON : 0;
+    if (lane->in_flight && is_late(lane, now)) why |= LANE_LATE;
+    if (atomic_exchange_explicit(&lane->noticed, 0, memory_order_acq_rel)) why |= LANE_NOTICED;
+    return why;
+}
+
+static int run(struct lane *lane, int64_t until) {
+    for (;;) {
+        int64_t now = lane_now();
+        int why = pass(lane, now);
+        if (why || now >= until) return why;
+        if (!lane->in_flight && now >= lane->active + lane->spin)
+            sleep_until(lane, now, until);
+        else
+            __builtin_ia32_pause();
+    }
+}
+
+static PyObject *fail(struct lane *lane) {
+    if (PyErr_Occurred()) return NULL;
+    if (!lane->launch_error) return PyErr_NoMemory();
+    int error = lane->launch_error;
+    lane->launch_error = 0;
+    return PyErr_Format(PyExc_RuntimeError, "device: it takes no step, CUDA error %d", error);
+}
+
+static PyObject *method_run(struct lane *lane, PyObject *argument) {
+    double seconds = PyFloat_AsDouble(argument);
+    if (PyErr_Occurred()) return NULL;
+    int64_t until = seconds >= 1e9 ? INT64_MAX : lane_now() + (int64_t)(1e9 * seconds);
+    if (lane->books.columns == 0) return PyErr_Format(PyExc_RuntimeError, "lane: it has no books");
+    lane->without_gil = PyEval_SaveThread();
+    int why = run(lane, until);
+    /* A step in Python that failed has left the GIL with this thread. */
+    if (lane->without_gil) PyEval_RestoreThread(lane->without_gil);
+    return why < 0 ? fail(lane) : PyLong_FromLong(why);
+}
+
+static PyObject *method_drain(struct lane *lane, PyObject *argument) {
+    double seconds = PyFloat_AsDouble(argument);
+    if (PyErr_Occurred()) return NULL;
+    const int64_t until = lane_now() + (int64_t)(1e9 * seconds);
+    bool landed = true;
+    Py_BEGIN_ALLOW_THREADS;
+    for (int64_t now = lane_now(); landed && lane->in_flight && now < until; now = lane_now()) landed = lane_land(lane, now);
+    Py_END_ALLOW_THREADS;
+    return landed ? PyBool_FromLong(!lane->in_flight) : PyErr_NoMemory();
+}
+
+static PyObject *method_notice(struct lane *lane, PyObject *unused) {
+    (void)unused;
+    const uint64_t once = 1;
+    atomic_store_explicit(&lane->noticed, 1, memory_order_release);
+    (void)!write(lane->nudge, &once, sizeof once);
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_touch(struct lane *lane, PyObject *unused) {
+    (void)unused;
+    lane->active = lane_now();
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_add(struct lane *lane, PyObject *line) {
+    PyTypeObject *type = Py_TYPE(line);
+    PyObject *name = PyObject_GetAttrString((PyObject *)type, "__name__");
+    bool is_line = name && PyUnicode_CompareWithASCIIString(name, "Line") == 0;
+    Py_XDECREF(name);
+    if (!is_line) return PyErr_Format(PyExc_TypeError, "lane: a Line is needed, got %R", line);
+    struct line **lines = PyMem_Realloc(lane->lines, (lane->num_lines + 1) * sizeof *lines);
+    if (!lines) return PyErr_NoMemory();
+    lane->lines = lines;
+    struct pollfd *bells = PyMem_Realloc(lane->bells, (lane->num_lines + 2) * sizeof *bells);
+    if (!bells) return PyErr_NoMemory();
+    lane->bells = bells;
+    lane->lines[lane->num_lines++] = (struct line *)Py_NewRef(line);
+    Py_RETURN_NONE;
+}
+
+static void forget_line(struct step *step, const struct line *line) {
+    for (uint32_t number = 0; number < step->num_asked; number++)
+        if (step->asked[number].line == line) step->asked[number].line = NULL;
+}
+
+static PyObject *method_drop(struct lane *lane, PyObject *line) {
+    for (size_t number = 0; number < lane->num_lines; number++) {
+        if ((PyObject *)lane->lines[number] != line) continue;
+        lane->lines[number]->gone = true;
+        for (uint32_t step = 0; step < LANE_STEPS; step++) forget_line(&lane->steps[step], lane->lines[number]);
+        lane->lines[number] = lane->lines[--lane->num_lines];
+        Py_DECREF(line);
+        Py_RETURN_NONE;
+    }
+    return PyErr_Format(PyExc_ValueError, "lane: %R is not one of its lines", line);
+}
+
+/* Takes a buffer of exactly so many bytes, instead of the one that was there. */
+static bool take_buffer(PyObject *from, Py_buffer *to, const char *name, size_t bytes) {
+    Py_buffer taken;
+    if (PyObject_GetBuffer(from, &taken, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) < 0) return false;
+    if ((size_t)taken.len != bytes) {
+        PyErr_Format(PyExc_ValueError, "lane: %s has %zd bytes, %zu are needed", name, taken.len, bytes);
+        PyBuffer_Release(&taken);
+        return false;
+    }
+    if (to->obj) PyBuffer_Release(to);
+    *to = taken;
+    return true;
+}
+
+static PyObject *method_set_books(struct lane *lane, PyObject *arguments) {
+    PyObject *lengths, *revisions, *held, *forked, *last_calls, *first_rows, *generations, *blocked;
+    if (!PyArg_ParseTuple(arguments, "OOOOOOOO", &lengths, &revisions, &held, &forked, &last_calls, &first_rows,
+                          &generations, &blocked))
+        return NULL;
+    struct books *books = &lane->books;
+    Py_ssize_t length = PyObject_Length(blocked);
+    if (length < 0) return NULL;
+    const size_t columns = (size_t)length, cells = columns * lane->layers;
+    books->columns = 0;
+    if (!take_buffer(lengths, &books->lengths, "lengths", 8 * cells) ||
+        !take_buffer(revisions, &books->revisions, "revisions", 8 * cells) ||
+        !take_buffer(held, &books->held, "held", 8 * columns) ||
+        !take_buffer(forked, &books->forked, "forked", 8 * columns) ||
+        !take_buffer(last_calls, &books->last_calls, "last_calls", 8 * columns) ||
+        !take_buffer(first_rows, &books->first_rows, "first_rows", 4 * columns) ||
+        !take_buffer(generations, &books->generations, "generations", 4 * columns) ||
+        !take_buffer(blocked, &books->blocked, "blocked", columns))
+        return NULL;
+    if (!places_reset(&lane->places, columns)) return PyErr_NoMemory();
+    books->columns = columns;
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_set_epoch(struct lane *lane, PyObject *epoch) {
+    unsigned long long number = PyLong_AsUnsignedLongLong(epoch);
+    if (PyErr_Occurred()) return NULL;
+    lane->epoch = number;
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_learn(struct lane *lane, PyObject *arguments) {
+    const char *tenant;
+    Py_ssize_t tenant_bytes;
+    Py_buffer ids, columns;
+    if (!PyArg_ParseTuple(arguments, "s#y*y*", &tenant, &tenant_bytes, &ids, &columns)) return NULL;
+    size_t count = (size_t)ids.len / 8;
+    bool fits = ids.len == columns.len, learnt = true;
+    for (size_t row = 0; fits && learnt && row < count; row++) {
+        uint64_t id = ((const uint64_t *)ids.buf)[row], column = ((const uint64_t *)columns.buf)[row];
+        fits = column < lane->books.columns;
+        if (fits)
+            learnt = places_learn(&lane->places, tenant, (size_t)tenant_bytes, id, (uint32_t)column,
+                                  ((const uint32_t *)lane->books.generations.buf)[column]);
+    }
+    PyBuffer_Release(&ids);
+    PyBuffer_Release(&columns);
+    if (!fits) return PyErr_Format(PyExc_ValueError, "lane: a column for each sequence is needed, of those there are");
+    if (!learnt) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_set_step(struct lane *lane, PyObject *arguments) {
+    unsigned int number;
+    PyObject *host, *block_ids;
+    if (!PyArg_ParseTuple(arguments, "IOO", &number, &host, &block_ids)) return NULL;
+    if (number >= LANE_STEPS || lane->in_flight)
+        return PyErr_Format(PyExc_ValueError, "lane: step %u of %d, %u in flight", number, LANE_STEPS, lane->in_flight);
+    const size_t most = LANE_TOKENS * (size_t)lane->head_dim;
+    struct step *step = &lane->steps[number];
+    if (!take_buffer(host, &step->host, "host", 16 * LANE_RUNS + 2 * most * (1 + lane->heads)) ||
+        !take_buffer(block_ids, &step->block_ids, "block_ids", 4 * LANE_TOKENS * (size_t)lane->heads * lane->topk))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* One of the device's programs: runs, length, heads, width, and its address for each step. */
+static bool read_replay(const struct lane *lane, PyObject *from, struct replay *to) {
+    unsigned long long programs[LANE_STEPS];
+    if (!PyArg_ParseTuple(from, "IIIIKK", &to->runs, &to->length, &to->heads, &to->width, &programs[0], &programs[1]))
+        return false;
+    if (!to->runs || to->runs > LANE_RUNS || !to->length || to->runs * (uint64_t)to->length > LANE_TOKENS ||
+        !to->heads || to->heads > lane->heads) {
+        PyErr_Format(PyExc_ValueError, "lane: no room for %u runs of %u tokens, %u heads", to->runs, to->length, to->heads);
+        return false;
+    }
+    for (int step = 0; step < LANE_STEPS; step++) to->programs[step] = (void *)(uintptr_t)programs[step];
+    return true;
+}
+
+static PyObject *method_set_replays(struct lane *lane, PyObject *arguments) {
+    PyObject *from;
+    unsigned long long launch, stream;
+    if (!PyArg_ParseTuple(arguments, "OKK", &from, &launch, &stream)) return NULL;
+    Py_ssize_t count = PyList_Size(from);
+    if (count < 0) return NULL;
+    struct replay *replays = PyMem_Calloc((size_t)count + 1, sizeof *replays);
+    if (!replays) return PyErr_NoMemory();
+    for (Py_ssize_t number = 0; number < count; number++) {
+        if (read_replay(lane, PyList_GetItem(from, number), &replays[number])) continue;
+        PyMem_Free(replays);
+        return NULL;
+    }
+    PyMem_Free(lane->replays);
+    lane->replays = replays;
+    lane->num_replays = (size_t)count;
+    lane->launch = (int (*)(void *, void *))(uintptr_t)launch;
+    lane->stream = (void *)(uintptr_t)stream;
+    Py_CLEAR(lane->run_step);
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_set_run_step(struct lane *lane, PyObject *run_step) {
+    PyObject *before = lane->run_step;
+    lane->run_step = Py_NewRef(run_step);
+    Py_XDECREF(before);
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_abandon(struct lane *lane, PyObject *arguments) {
+    unsigned short code, reason_bytes;
+    const char *text;
+    Py_ssize_t bytes;
+    if (!PyArg_ParseTuple(arguments, "HHy#", &code, &reason_bytes, &text, &bytes)) return NULL;
+    if (!lane_abandon(lane, code, text, (size_t)bytes, reason_bytes)) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *histogram_of(const struct histogram *histogram, uint32_t num_bounds) {
+    PyObject *counts = PyList_New(num_bounds + 1);
+    for (uint32_t bucket = 0; counts && bucket <= num_bounds; bucket++)
+        if (PyList_SetItem(counts, bucket, PyLong_FromUnsignedLongLong(histogram->counts[bucket])) < 0) Py_CLEAR(counts);
+    return counts ? Py_BuildValue("Nd", counts, histogram->total) : NULL;
+}
+
+static PyObject *method_counts(struct lane *lane, PyObject *unused) {
+    (void)unused;
+    PyObject *stages = PyList_New(LANE_STAGES);
+    for (int stage = 0; stages && stage < LANE_STAGES; stage++) {
+        PyObject *histogram = histogram_of(&lane->stages[stage], lane->num_seconds_bounds);
+        if (!histogram || PyList_SetItem(stages, stage, histogram) < 0) Py_CLEAR(stages);
+    }
+    if (!stages) return NULL;
+    return Py_BuildValue("NNNKKdd", stages, histogram_of(&lane->requests, lane->num_size_bounds),
+                         histogram_of(&lane->tokens, lane->num_size_bounds), (unsigned long long)lane->num_steps,
+                         (unsigned long long)lane->num_tokens, lane->device_seconds, lane->device_busy_seconds);
+}
+
+static PyObject *get_in_flight(struct lane *lane, void *unused) {
+    (void)unused;
+    return PyLong_FromUnsignedLong(lane->in_flight);
+}
+
+static PyObject *get_launched(struct lane *lane, void *unused) {
+    (void)unused;
+    return PyFloat_FromDouble(lane->in_flight ? 1e-9 * (double)lane->steps[lane->first].launched : 0);
+}
+
+static bool read_bounds(PyObject *from, double *to, uint32_t *count) {
+    Py_ssize_t length = PyTuple_Size(from);
+    if (length < 0) return false;
+    if (length >= LANE_BUCKETS) {
+        PyErr_Format(PyExc_ValueError, "lane: at most %d bounds, got %zd", LANE_BUCKETS - 1, length);
+        return false;
+    }
+    for (Py_ssize_t bound = 0; bound < length; bound++) to[bound] = PyFloat_AsDouble(PyTuple_GetItem(from, bound));
+    *count = (uint32_t)length;
+    return !PyErr_Occurred();
+}
+
+static PyObject *lane_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
+    static char *names[] = {"layers", "heads",        "head_dim", "topk",         "block_size",  "longest",
+                            "nudge",  "spin_seconds", "seconds_bounds", "size_bounds", NULL};
+    unsigned int layers, heads, head_dim, topk, block_size, longest;
+    int nudge;
+    double spin_seconds;
+    PyObject *seconds_bounds, *size_bounds;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "IIIIIIidOO", names, &layers, &heads, &head_dim, &topk,
+                                     &block_size, &longest, &nudge, &spin_seconds, &seconds_bounds, &size_bounds))
+        return NULL;
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    struct lane *lane = (void *)allocate(type, 0);
+    if (!lane) return NULL;
+    lane->layers = layers;
+    lane->heads = heads;
+    lane->head_dim = head_dim;
+    lane->topk = topk;
+    lane->block_size = block_size;
+    lane->longest = longest;
+    lane->nudge = nudge;
+    lane->spin = (int64_t)(1e9 * spin_seconds);
+    lane->bells = PyMem_Calloc(1, sizeof *lane->bells);
+    if (!lane->bells || !read_bounds(seconds_bounds, lane->seconds_bounds, &lane->num_seconds_bounds) ||
+        !read_bounds(size_bounds, lane->size_bounds, &lane->num_size_bounds)) {
+        Py_DECREF(lane);
+        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+    }
+    return (PyObject *)lane;
+}
+
+static void release(Py_buffer *buffer) {
+    if (buffer->obj) PyBuffer_Release(buffer);
+}
+
+static void lane_dealloc(struct lane *lane) {
+    PyTypeObject *type = Py_TYPE((PyObject *)lane);
+    struct books *books = &lane->books;
+    Py_buffer *buffers[] = {&books->lengths,    &books->revisions,  &books->held,        &books->forked,
+                            &books->last_calls, &books->first_rows, &books->generations, &books->blocked};
+    for (size_t number = 0; number < sizeof buffers / sizeof *buffers; number++) release(buffers[number]);
+    for (int step = 0; step < LANE_STEPS; step++) {
+        release(&lane->steps[step].host);
+        release(&lane->steps[step].block_ids);
+    }
+    for (size_t number = 0; number < lane->num_lines; number++) Py_DECREF(lane->lines[number]);
+    places_free(&lane->places);
+    Py_XDECREF(lane->run_step);
+    PyMem_Free(lane->lines);
+    PyMem_Free(lane->bells);
+    PyMem_Free(lane->replays);
+    freefunc deallocate = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    deallocate(lane);
+    Py_DECREF(type);
+}
+
+static PyGetSetDef properties[] = {
+    {"in_flight", (getter)get_in_flight, NULL, "Steps on their way.", NULL},
+    {"launched", (getter)get_launched, NULL, "Monotonic seconds of the oldest one's launch.", NULL},
+    {0},
+};
+
+static PyMethodDef methods[] = {
+    {"run", (PyCFunction)method_run, METH_O, "Serves until there is something for Python, or the time is up."},
+    {"notice", (PyCFunction)method_notice, METH_NOARGS, "Has `run` return; from any thread."},
+    {"drain", (PyCFunction)method_drain, METH_O, "Answers what is on its way, begins nothing; whether all has ended."},
+    {"touch", (PyCFunction)method_touch, METH_NOARGS, "Something came or went: it spins for a while."},
+    {"add", (PyCFunction)method_add, METH_O, "Serves one more line."},
+    {"drop", (PyCFunction)method_drop, METH_O, "Serves a line no more: nothing is written for it."},
+    {"set_books", (PyCFunction)method_set_books, METH_VARARGS, "Shares the cache's columns; forgets whose they are."},
+    {"set_epoch", (PyCFunction)method_set_epoch, METH_O, "The cache's epoch."},
+    {"learn", (PyCFunction)method_learn, METH_VARARGS, "Takes note of the columns of a tenant's sequences."},
+    {"set_step", (PyCFunction)method_set_step, METH_VARARGS, "Memory that one of the steps is made in."},
+    {"set_replays", (PyCFunction)method_set_replays, METH_VARARGS, "The device's programs, and what launches them."},
+    {"set_run_step", (PyCFunction)method_set_run_step, METH_O, "What runs a step, where no program does."},
+    {"abandon", (PyCFunction)method_abandon, METH_VARARGS, "Answers what is on its way with an error."},
+    {"counts", (PyCFunction)method_counts, METH_NOARGS, "What it did so far."},
+    {0},
+};
+
+static PyType_Slot lane_slots[] = {
+    {Py_tp_new, lane_new}, {Py_tp_dealloc, lane_dealloc}, {Py_tp_getset, properties}, {Py_tp_methods, methods}, {0, NULL},
+};
+
+PyType_Spec blockdex_lane_spec = {
+    .name = "blockdex._native.Lane",
+    .basicsize = sizeof(struct lane),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = lane_slots,
+};

@@ -1,0 +1,114 @@
+/* The engine's short way: decodes that go on in place, from the ring to the device and back. */
+#ifndef BLOCKDEX_LANE_H
+#define BLOCKDEX_LANE_H
+
+#include "line.h"
+#include "places.h"
+
+enum { LANE_RUNS = 256, LANE_TOKENS = 512, LANE_STEPS = 2, LANE_MARKS = 1024 };
+/* Why `run` returns, but for the time's being up. */
+enum { LANE_NOTICED = 1, LANE_FOR_PYTHON = 2, LANE_LATE = 4 };
+enum { LANE_STAGES = 4, LANE_BUCKETS = 32 };
+
+/* What the cache knows of its sequences, by column of S, where the cache itself has it. */
+struct books {
+    Py_buffer lengths, revisions;                            /* [L, S] */
+    Py_buffer held, forked, last_calls, first_rows;          /* [S] */
+    Py_buffer generations, blocked;                          /* [S] */
+    size_t columns;
+};
+
+/* Programs of the device, one for each step, for up to so many runs of up to so many tokens, in so many blocks. */
+struct replay {
+    uint32_t runs, length, heads, width;
+    void *programs[LANE_STEPS];
+};
+
+/* What one request of a step is answered. */
+struct asked {
+    struct line *line;
+    uint64_t ticket;
+    uint32_t tokens;
+    int64_t received;
+};
+
+/* One launch, and the memory that it reads and writes. */
+struct step {
+    Py_buffer host, block_ids;
+    bool in_flight;
+    uint32_t heads, num_asked;
+    size_t ids, seen_ids;
+    int64_t taken, launched;
+    struct asked asked[LANE_RUNS];
+};
+
+/* Requests that become one step: a row for each of their runs. */
+struct gathered {
+    uint32_t runs, tokens, longest, heads, num_asked;
+    int64_t end;
+    int32_t layers[LANE_RUNS], starts[LANE_RUNS], lengths[LANE_RUNS], rows[LANE_RUNS];
+    struct asked asked[LANE_RUNS];
+    const char *keys[LANE_RUNS], *queries[LANE_RUNS];
+    uint64_t marks[LANE_MARKS];
+};
+
+struct histogram {
+    uint64_t counts[LANE_BUCKETS];
+    double total;
+};
+
+struct lane {
+    PyObject_HEAD
+    /* What it serves. */
+    uint32_t layers, heads, head_dim, topk, block_size, longest;
+    uint64_t epoch;
+    struct books books;
+    struct places places;
+    /* Who asks. */
+    struct line **lines;
+    size_t num_lines, turn;
+    /* Where it runs. */
+    PyObject *run_step;
+    int (*launch)(void *program, void *stream);
+    void *stream;
+    struct replay *replays;
+    size_t num_replays;
+    struct step steps[LANE_STEPS];
+    uint32_t first, in_flight;
+    int launch_error;
+    PyThreadState *without_gil;
+    /* How it waits. */
+    int nudge;
+    _Atomic uint32_t noticed;
+    int64_t spin, active, looked;
+    struct pollfd *bells;
+    /* What is told of it. */
+    double seconds_bounds[LANE_BUCKETS], size_bounds[LANE_BUCKETS];
+    uint32_t num_seconds_bounds, num_size_bounds;
+    struct histogram stages[LANE_STAGES], requests, tokens;
+    uint64_t num_tokens, num_steps;
+    double device_seconds, device_busy_seconds;
+    int64_t busy_since;
+    struct gathered gathered;
+};
+
+/* Takes what is plainly right at the head of every line into `gathered`; what is not has its line wait. */
+void lane_gather(struct lane *lane, int64_t now);
+
+/* The smallest programs that hold so much; NULL where there are none. */
+const struct replay *lane_replay(const struct lane *lane, uint32_t runs, uint32_t longest, uint32_t heads, int64_t end);
+
+/* Begins what was gathered, without the GIL. False: the device takes no step, or, with the GIL, Python's own has failed. */
+bool lane_begin(struct lane *lane, int64_t now);
+
+/* Answers the steps that have ended; false: no memory is left. */
+bool lane_land(struct lane *lane, int64_t now);
+
+/* Answers what is on its way with an error, and forgets it; false: no memory is left. */
+int64_t lane_now(void);
+
+bool lane_abandon(struct lane *lane, uint16_t code, const char *text, size_t bytes, uint16_t reason_bytes);
+
+extern PyType_Spec blockdex_lane_spec;
+
+#endif

@@ -1,0 +1,37 @@
+/* Which column a sequence has: as much of that as requests had to be told so far. */
+#ifndef BLOCKDEX_PLACES_H
+#define BLOCKDEX_PLACES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* A sequence's column, and how often that column had been given back when it was its. */
+struct place_of {
+    uint64_t sequence_id;
+    uint32_t tenant, column, generation;
+    bool used;
+};
+
+struct places {
+    struct place_of *table; /* open addressing; a power of two of them */
+    size_t capacity, used;
+    char **tenants;
+    uint32_t num_tenants, room_for_tenants;
+};
+
+/* Makes it empty, with room for so many sequences; false without memory. What it held is forgotten. */
+bool places_reset(struct places *places, size_t sequences);
+void places_free(struct places *places);
+
+/* Number of a tenant, -1 for one that nothing is known of. */
+int64_t places_tenant(const struct places *places, const char *name, size_t bytes);
+
+/* NULL where nothing is known of the sequence. */
+const struct place_of *places_find(const struct places *places, uint32_t tenant, uint64_t sequence_id);
+
+/* Takes note of a sequence, instead of what was known of it; false without memory. Forgets all others when full. */
+bool places_learn(struct places *places, const char *tenant, size_t tenant_bytes, uint64_t sequence_id, uint32_t column,
+                  uint32_t generation);
+
+#endif
