@@ -1,14 +1,13 @@
 """A decode step inside the engine core, from message to answer, and its kernels alone, called from the host.
 
-The engine is a real one on its own thread, without a server round it. Its inbox hands out a request as soon as the one
-before is answered, on the engine's thread, so that no other thread comes in between.
+The engine is a real one on its own thread, behind a real ring, without a server round it: a request is written as soon
+as the one before is answered.
 """
 
 from __future__ import annotations
 
 import itertools
-import queue
-import threading
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex.engine.engine import Engine
-from blockdex.engine.entry import Entry, Outcome
+from blockdex.errors import BlockdexError
 from blockdex.messages import Keys, Limits, OpenSequence, Queries, Request, Spans, TensorData, TokenRequest
+from blockdex.transport import codec
+from blockdex.transport.handover import Handles
+from blockdex.transport.host import sizes_of
+from blockdex.transport.inbox import Line, RingInbox
+from blockdex.transport.layout import AT, REQUEST, SLOT_BYTES
+from blockdex.transport.segment import Segment, Sizes
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.backend import Backend, choose_backend
 from blockdex_kernels.backend import Spans as KernelSpans
@@ -32,6 +37,9 @@ _LIMITS = Limits(
 _PATIENCE_SECONDS = 120.0
 _WARM_UP = 0.2  # Of the time of a measurement, before it.
 _FEWEST = 5
+_SPIN_SECONDS = 0.002
+_OFFSETS = {field.name: field.offset for field in REQUEST}
+_RECEIVED_AT, _LAYER_AT = _OFFSETS["received"], _OFFSETS["layer"]
 
 
 @dataclass(frozen=True)
@@ -70,59 +78,78 @@ class Steps:
     made_by: dict[str, str]
 
 
-class Turns:
-    """An inbox with one request at a time, and the place where its answer goes.
+class Asker:
+    """A front door's end of a ring to an engine, one request at a time.
+
+    What is timed is the engine's own: from the time stamp of a request, taken right before it is shown, to the answer's
+    being written.
 
     Args:
-        requests: what is handed out, the next one when the last is answered.
-
-    Attributes:
-        seconds: of every request, from its time stamp to its answer.
-        done: set when all are answered, or one failed.
-        failure: with which.
+        inbox: of the engine, which is started.
+        epoch: of its cache.
+        sizes: of the shared memory.
     """
 
-    def __init__(self, requests: Iterator[Request]) -> None:
-        self.seconds: list[float] = []
-        self.done = threading.Event()
-        self.failure: Exception | None = None
-        self._requests = requests
-        self._in_flight = False
-        self._woken: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+    def __init__(self, inbox: RingInbox, epoch: int, sizes: Sizes) -> None:
+        self._segment = segment = Segment.create(sizes, epoch)
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        self._handles = Handles(segment, os.eventfd(0, flags), os.eventfd(0, flags))
+        self._line = Line(self._handles, hang_up=lambda _: None)
+        inbox.add(self._line)
+        self._asked = 0
 
-    def put(self, item: Entry | None) -> None:
-        """As `Inbox.put`."""
-        self._woken.put(item)
+    def write(self, request: Request) -> bytes:
+        """A request's slot, as `ask` takes it, again and again; its payload lies at the arena's beginning."""
+        far = time.monotonic() + 1e6
+        codec.write_request(self._segment, self._segment.request_slots_offset, 0, 1, request, 0.0, far)
+        begin = self._segment.request_slots_offset
+        return bytes(self._segment.memory[begin : begin + SLOT_BYTES])
 
-    def get(self, block: bool = True, timeout: float | None = None) -> Entry | None:
-        """As `Inbox.get`, on the engine's thread."""
-        if self._in_flight:
-            raise queue.Empty
-        if not self.done.is_set():
-            request = next(self._requests, None)
-            if request is not None:
-                self._in_flight = True
-                return Entry(request, deadline=time.monotonic() + _PATIENCE_SECONDS, ticket=None)
-            self.done.set()
-        return self._woken.get(block, timeout)
+    def ask(self, slot: bytes) -> float:
+        """Asks for what is written in the arena, and waits for the answer: seconds in the engine.
 
-    def qsize(self) -> int:
-        """As `Inbox.qsize`."""
-        return self._woken.qsize()
+        Raises:
+            TimeoutError: it does not come.
+            BlockdexError: it is one.
+        """
+        segment, number = self._segment, self._asked
+        at = segment.request_slots_offset + number % segment.request_slots * SLOT_BYTES
+        segment.memory[at : at + SLOT_BYTES] = slot
+        self._asked += 1
+        segment.counters[(at + _RECEIVED_AT) // 8] = time.monotonic_ns()
+        segment.counters[AT["requests_written"] // 8] = self._asked
+        self._ring()
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while segment.counters[AT["answers_written"] // 8] == number:
+            if time.monotonic() > end:
+                raise TimeoutError(f"engine: no answer in {_PATIENCE_SECONDS} s")
+            time.sleep(0)  # Where the engine's thread needs Python, it is not to wait for this one.
+        return self._take(number)
 
-    def empty(self) -> bool:
-        """As `Inbox.empty`."""
-        return self._woken.empty()
+    def _ring(self) -> None:
+        """Wakes the engine where it sleeps: before the first requests, that is."""
+        if self._segment.flags[AT["engine_sleeps"] // 4]:
+            self._segment.flags[AT["engine_sleeps"] // 4] = 0
+            os.eventfd_write(self._handles.engine_bell, 1)
 
-    def deliver(self, outcomes: Sequence[Outcome]) -> None:
-        """Takes the answer, on the engine's thread."""
-        now = time.monotonic()
-        ((entry, answer),) = outcomes
-        self.seconds.append(now - entry.received)
-        self._in_flight = False
-        if isinstance(answer, Exception):
-            self.failure = answer
-            self.done.set()
+    def _take(self, number: int) -> float:
+        segment = self._segment
+        slot = segment.answer_slots_offset + number % segment.answer_slots * SLOT_BYTES
+        numbers = codec.read_answer_slot(segment, slot)
+        if numbers.code:
+            begin = segment.answer_arena_offset + numbers.payload_offset
+            payload = np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin)
+            error = codec.read_answer(numbers, payload)
+            assert isinstance(error, BlockdexError)
+            raise error
+        if numbers.payload_bytes:
+            segment.counters[AT["answer_bytes_freed"] // 8] = numbers.payload_end
+        segment.counters[AT["answers_read"] // 8] = number + 1
+        return sum(codec.stage_seconds_of(numbers).values())
+
+    def close(self, inbox: RingInbox) -> None:
+        """Goes, as a front door does."""
+        inbox.drop(self._line)
 
 
 def measure(device: str, shapes: Shapes, seconds: float) -> Steps:
@@ -144,34 +171,36 @@ def measure(device: str, shapes: Shapes, seconds: float) -> Steps:
 
 def _engine_us(backend: Backend, shapes: Shapes, seconds: float) -> list[float]:
     """Microseconds of every step after the warm-up."""
-    contexts = list(_contexts(backend.spec, shapes))
-    skipped = len(contexts)
-
-    def requests() -> Iterator[Request]:
-        nonlocal skipped
-        yield from contexts
-        steps = itertools.cycle([_step(backend.spec, layer, shapes) for layer in range(shapes.layers)])
-        warm = time.monotonic() + _WARM_UP * seconds
-        while time.monotonic() < warm:
-            skipped += 1
-            yield next(steps)
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            yield next(steps)
-
-    turns = Turns(requests())
-    engine = Engine(backend, limits=_LIMITS, inbox=turns)
+    inbox = RingInbox(_LIMITS.max_queued_requests, spin_seconds=_SPIN_SECONDS)
+    engine = Engine(backend, limits=_LIMITS, inbox=inbox)
     for _ in engine.warm_up():
         pass
-    engine.start(turns.deliver)
+    engine.start(inbox.deliver)
+    asker = Asker(inbox, engine.info().epoch, sizes_of(backend.spec, _LIMITS))
     try:
-        if not turns.done.wait(_PATIENCE_SECONDS + seconds):
-            raise TimeoutError(f"engine: no answer in {_PATIENCE_SECONDS} s")
+        for request in _contexts(backend.spec, shapes):
+            asker.ask(asker.write(request))
+        return [1e6 * each for each in _steps(asker, backend.spec, shapes, seconds)]
     finally:
+        asker.close(inbox)
         engine.stop()
-    if turns.failure is not None:
-        raise turns.failure
-    return [1e6 * each for each in turns.seconds[skipped:]]
+
+
+def _steps(asker: Asker, spec: IndexSpec, shapes: Shapes, seconds: float) -> list[float]:
+    """Seconds of every step after the warm-up: the layers in turn, with the same numbers."""
+    slot = asker.write(_step(spec, 0, shapes))
+    slots = [slot[:_LAYER_AT] + layer.to_bytes(4, "little") + slot[_LAYER_AT + 4 :] for layer in range(spec.num_layers)]
+    samples: list[float] = []
+    warm = time.monotonic() + _WARM_UP * seconds
+    skipped = 0
+    for each in itertools.cycle(slots):
+        now = time.monotonic()
+        if now > warm + seconds and len(samples) - skipped >= _FEWEST:
+            return samples[skipped:]
+        samples.append(asker.ask(each))
+        if now < warm:
+            skipped = len(samples)
+    raise AssertionError("layers: there is none")
 
 
 def _contexts(spec: IndexSpec, shapes: Shapes) -> Iterator[Request]:

@@ -7,6 +7,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 from blockdex.engine.engine import Engine
 from blockdex.messages import Answer, Limits, Request
@@ -15,7 +16,7 @@ from blockdex.transport.handover import listen
 from blockdex.transport.host import RingHost
 from blockdex.transport.inbox import RingInbox
 from blockdex_kernels import IndexSpec
-from running_engine import DECODE_QUERIES, LIMITS, SPEC, TIMEOUT, WatchedBackend
+from running_engine import DECODE_QUERIES, LIMITS, SPEC, TIMEOUT, Running, WatchedBackend
 
 
 @dataclass
@@ -66,3 +67,24 @@ async def hosted(
                 task.cancel()
             await asyncio.gather(running, hosting, return_exceptions=True)
             engine.stop()
+
+
+class RunningOverRings(Running):
+    """An engine behind rings, its kernels and the channel to it."""
+
+    channel: RingChannel  # type: ignore[assignment]
+
+    @property
+    def short_way_requests(self) -> int:
+        """Requests that the engine has served on its short way so far."""
+        short_way = self.engine._short_way
+        assert short_way is not None
+        _, (_, requests), *_ = short_way._lane.counts()
+        return round(requests)
+
+
+@contextlib.asynccontextmanager
+async def running_over_rings(spec: IndexSpec = SPEC, **options: Any) -> AsyncIterator[RunningOverRings]:
+    """As `running` of `running_engine`, with the engine behind rings: decodes take its short way."""
+    async with hosted(spec, **options) as run:
+        yield RunningOverRings(run.backend, run.engine, run.channel)

@@ -31,7 +31,7 @@ MAY_IMPORT = {
 `/v1/info` says what `GetInfo` says, hence web -> rpc.
 """
 
-WORDS = {"messages", "errors", "checks", "logs", "addresses"}
+WORDS = {"messages", "errors", "checks", "logs", "addresses", "_native"}
 """Modules that every room of the service may use; the package itself, for its version, is one of them."""
 
 FRONT = {"grpc", "google", "grpc_health", "grpc_reflection", "fastapi", "starlette", "uvicorn", "prometheus_client"}

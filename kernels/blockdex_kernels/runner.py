@@ -100,8 +100,8 @@ class Room:
     """Memory of the host in which a step is made by who wants it, without a `Step`, and where its answer appears.
 
     Attributes:
-        host: uint8: int32 columns `[4, R]` as those of `Step`, with room for 4 runs at least; right behind them bfloat16
-            keys `[T, D]`, and right behind those bfloat16 queries `[T, H, D]`.
+        host: uint8: int32 columns `[4, R]` as those of `Step`, with room for 4 runs at least; right behind them
+            bfloat16 keys `[T, D]`, and right behind those bfloat16 queries `[T, H, D]`.
         block_ids: int32 `[T, H, topk]`, in ascending order.
     """
 
@@ -115,14 +115,12 @@ class Replay(NamedTuple):
     Attributes:
         runs: R; those that are not there have length 0.
         length: tokens of the longest; T is R times that.
-        heads: of the queries.
         width: blocks that no run exceeds.
         programs: CUgraphExec of each room, as numbers.
     """
 
     runs: int
     length: int
-    heads: int
     width: int
     programs: tuple[int, ...]
 
@@ -222,14 +220,13 @@ class Runner(ABC):
         """What of the steps in rooms is captured, as of now; None where `run_room` runs them."""
         return None
 
-    def run_room(self, room: int, runs: int, tokens: int, heads: int) -> None:
+    def run_room(self, room: int, runs: int, tokens: int) -> None:
         """Runs a step that was made in a room to its end, where nothing is captured.
 
         Args:
             room: its number.
             runs: R.
             tokens: T.
-            heads: H.
         """
         raise NotImplementedError
 
@@ -290,9 +287,10 @@ class CpuRunner(Runner):
         """See `Runner.rooms`."""
         return self._rooms
 
-    def run_room(self, room: int, runs: int, tokens: int, heads: int) -> None:
+    def run_room(self, room: int, runs: int, tokens: int) -> None:
         """See `Runner.run_room`."""
-        host, head_dim = self._rooms[room].host, self.backend.spec.head_dim
+        spec, host = self.backend.spec, self._rooms[room].host
+        head_dim, heads = spec.head_dim, spec.num_index_heads
         columns = np.frombuffer(host, np.int32, 4 * runs).reshape(4, runs)
         keys_at = 16 * max(runs, 4)
         queries_at = keys_at + 2 * tokens * head_dim

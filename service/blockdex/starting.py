@@ -19,7 +19,7 @@ from blockdex_kernels import IndexSpec
 
 if TYPE_CHECKING:
     from blockdex.engine.engine import Engine
-    from blockdex.engine.entry import Inbox
+    from blockdex.engine.short_way import LaneInbox
     from blockdex.rpc.tracing import Tracing
     from blockdex_kernels.backend import Choice
 
@@ -94,7 +94,7 @@ def start_tracing(settings: ServeSettings) -> Tracing | None:
 
 
 def build_engine(
-    settings: ServeSettings, spec: IndexSpec, on_lost_device: Callable[[], None], inbox: Inbox | None = None
+    settings: ServeSettings, spec: IndexSpec, on_lost_device: Callable[[], None], inbox: LaneInbox | None = None
 ) -> Engine:
     """The engine with its cache, not yet started; loads torch, which takes seconds.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,9 +13,12 @@ from numpy.typing import NDArray
 
 from blockdex_kernels.backend import Selection, Spans
 from blockdex_kernels.runner import (
+    ROOMS,
     Answer,
     Packed,
     Pending,
+    Replays,
+    Room,
     Runner,
     Step,
     append_all,
@@ -22,7 +26,7 @@ from blockdex_kernels.runner import (
     on_host,
 )
 from blockdex_kernels.triton.backend import TritonBackend
-from blockdex_kernels.triton.graphs import Graphs, Launched, Shape
+from blockdex_kernels.triton.graphs import Graphs, Launched, Shape, room_shapes, shapes
 
 _FIRST_CELLS = 1 << 20
 _HIGH, _LOW = -1, 0
@@ -51,6 +55,8 @@ class GpuRunner(Runner):
         self._host_cells: NDArray[np.int32] = np.zeros(0, np.int32)
         self._tables = self._empty_tables(max(_FIRST_CELLS, 2 * len(backend.pages)))
         self._graphs = Graphs(backend, self._main, self._tables, self.max_pending)
+        self._in_rooms = Graphs(backend, self._main, self._tables, ROOMS)
+        self._replays = Replays(0, 0, [])
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="blockdex-stager")
 
     def use_device(self) -> None:
@@ -60,25 +66,55 @@ class GpuRunner(Runner):
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compiles the kernels, then captures the graphs."""
-        shapes = list(self._graphs.shapes())
+        captures = [(self._graphs, shape) for shape in shapes(self.backend.spec)]
+        captures += [(self._in_rooms, shape) for shape in room_shapes(self.backend.spec)]
         total = 0
         for done, compiled in self.backend.warm_up():
             total = compiled
-            yield done, total + len(shapes)
-        for done, shape in enumerate(shapes, start=1):
+            yield done, total + len(captures)
+        for done, (graphs, shape) in enumerate(captures, start=1):
             self.use_device()
-            self._graphs.capture(shape)
-            yield total + done, total + len(shapes)
+            graphs.capture(shape)
+            yield total + done, total + len(captures)
+        self._replays = self._captured()
         torch.cuda.empty_cache()
+
+    def _captured(self) -> Replays:
+        return Replays(_address_of_launch(), self._main.cuda_stream, self._in_rooms.replays())
+
+    def rooms(self) -> list[Room]:
+        """See `Runner.rooms`."""
+        return self._in_rooms.rooms()
+
+    @property
+    def replays(self) -> Replays:
+        """See `Runner.replays`; none before the warm-up."""
+        return self._replays
+
+    @property
+    def table_room(self) -> int:
+        """See `Runner.table_room`."""
+        return self._tables.numel()
+
+    def check(self, began: float) -> None:
+        """See `Runner.check`."""
+        self._main.query()  # raises where the device has failed
+        super().check(began)
 
     def write_tables(self, cells: NDArray[np.int32], changes: NDArray[np.intp]) -> None:
         """See `Runner.write_tables`."""
         self._host_cells = cells
         if len(cells) > self._tables.numel():
-            # Graphs hold its address: they are captured again as they are asked for.
+            # Graphs hold its address: they are captured again, those of batches as they are asked for.
             self._main.synchronize()
             self._tables = self._empty_tables(2 * len(cells))
             self._graphs = Graphs(self.backend, self._main, self._tables, self.max_pending)
+            captured = self._in_rooms.replays()
+            self._in_rooms.move(self._tables)
+            for step in captured:
+                heads = self.backend.spec.num_index_heads
+                self._in_rooms.capture(Shape(step.runs, step.length, heads, step.width, appends=True))
+            self._replays = self._captured()
             changes = np.arange(len(cells))
         if len(changes):
             sent = self._sent(np.concatenate((changes, cells[changes])).astype(np.int32))
@@ -173,6 +209,11 @@ class _Prefill(Pending):
         """See `Pending.answer`."""
         assert self._selection is not None
         return on_host(self._selection)
+
+
+def _address_of_launch() -> int:
+    """That of the driver's cuGraphLaunch, which torch has loaded."""
+    return ctypes.cast(ctypes.CDLL("libcuda.so.1").cuGraphLaunch, ctypes.c_void_p).value or 0
 
 
 def _event(*, timed: bool = False) -> torch.cuda.Event:

@@ -11,18 +11,29 @@ import numpy as np
 import torch
 
 from blockdex_kernels.backend import Selection, Spans
-from blockdex_kernels.runner import Answer, Pending, Step, check_patience, on_host
+from blockdex_kernels.runner import (
+    ROOM_RUNS,
+    ROOM_TOKENS,
+    Answer,
+    Pending,
+    Replay,
+    Room,
+    Step,
+    check_patience,
+    on_host,
+    room_bytes,
+    room_ids,
+)
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.backend import TritonBackend
 
-MAX_RUNS = 256
 LENGTHS = (1, 2, 4, 8, 16)
 WIDTHS = (256, 1024, 8192)
 """Blocks of the longest sequence: 32,768, 131,072 and 1,048,576 tokens."""
-MAX_TOKENS = 512
 MAX_PLACES = 1 << 20
 """Tokens times blocks: their scores take 4 MiB a head, of which graphs keep one buffer."""
 
+_RUNS = [1 << power for power in range(ROOM_RUNS.bit_length())]
 _COLUMNS = 4
 _ITEM_BYTES = 2
 _UNWRITTEN = -2
@@ -56,7 +67,7 @@ class Shape(NamedTuple):
         if any(packed is not None and packed.dtype != torch.bfloat16 for packed in (keys, queries)):
             return None
         num_runs, blocks = step.columns.shape[1], -(-step.end // spec.block_size)
-        if num_runs > MAX_RUNS or step.longest > LENGTHS[-1] or blocks > WIDTHS[-1]:
+        if num_runs > ROOM_RUNS or step.longest > LENGTHS[-1] or blocks > WIDTHS[-1]:
             return None
         runs = 1 << (num_runs - 1).bit_length()
         length = 1 << (step.longest - 1).bit_length()
@@ -67,7 +78,7 @@ class Shape(NamedTuple):
 
     def is_small(self) -> bool:
         """Whether a graph may keep room for it."""
-        return self.tokens <= MAX_TOKENS and self.tokens * self.width <= MAX_PLACES
+        return self.tokens <= ROOM_TOKENS and self.tokens * self.width <= MAX_PLACES
 
     @property
     def tokens(self) -> int:
@@ -81,14 +92,40 @@ class Shape(NamedTuple):
         return keys, queries, queries + _ITEM_BYTES * head_dim * self.tokens * self.heads
 
 
+def widths(spec: IndexSpec) -> list[int]:
+    """Those that sequences of an indexer may need."""
+    return [width for width, less in zip(WIDTHS, (0, *WIDTHS), strict=False) if less < spec.max_blocks]
+
+
+def shapes(spec: IndexSpec) -> Iterator[Shape]:
+    """What is captured at the start for steps of the engine's batches: keys alone, and queries of all heads or one."""
+    for runs in _RUNS:
+        yield Shape(runs, 1, 0, WIDTHS[0], appends=True)
+    every = (
+        Shape(runs, 1, heads, width, appends=False)
+        for runs, width, heads in itertools.product(_RUNS, widths(spec), sorted({1, spec.num_index_heads}))
+    )
+    yield from filter(Shape.is_small, every)
+
+
+def room_shapes(spec: IndexSpec) -> list[Shape]:
+    """What is captured at the start for steps in rooms, which append and select for all heads; smallest first."""
+    every = [
+        Shape(runs, length, spec.num_index_heads, width, appends=True)
+        for runs, width, length in itertools.product(_RUNS, widths(spec), LENGTHS)
+    ]
+    return sorted(filter(Shape.is_small, every), key=lambda shape: (shape.tokens * shape.width, shape.runs))
+
+
 class _Slot:
     """Room for one step on its way, shared by all graphs that use it; they run one after the other."""
 
-    def __init__(self, num_bytes: int, num_ids: int, device: torch.device) -> None:
+    def __init__(self, spec: IndexSpec, device: torch.device) -> None:
+        num_bytes = room_bytes(spec)
         self.host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
         self.memory = memoryview(self.host.numpy().data)
         self.there = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self.block_ids = torch.zeros(num_ids, dtype=torch.int32, pin_memory=True)
+        self.block_ids = torch.zeros(room_ids(spec), dtype=torch.int32, pin_memory=True)
         self.written = self.block_ids.numpy()
 
 
@@ -107,35 +144,38 @@ class Graphs:
         self._graphs: dict[tuple[Shape, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         spec = backend.spec
-        self._room: list[_Slot] = []
-        self._num_slots, self._next = slots, 0
-        self._sizes = 0, 0
-        self._head_dim, self._topk, self._heads = spec.head_dim, spec.topk, spec.num_index_heads
+        self._slots = [_Slot(spec, backend.device) for _ in range(slots)]
+        self._next = 0
+        self._head_dim, self._topk = spec.head_dim, spec.topk
 
-    def shapes(self) -> Iterator[Shape]:
-        """Shapes that are captured at the start: keys with the queries of all heads or of one, keys, and queries."""
-        all_runs = [1 << power for power in range(MAX_RUNS.bit_length())]
-        most = self._backend.spec.max_blocks
-        widths = [width for width, less in zip(WIDTHS, (0, *WIDTHS), strict=False) if less < most]
-        for runs, width in itertools.product(all_runs, widths):
-            shapes = [Shape(runs, length, self._heads, width, appends=True) for length in LENGTHS]
-            others = {(1, True), (1, False), (self._heads, False)} - {(self._heads, True)}
-            shapes += [Shape(runs, 1, heads, width, appends) for heads, appends in others]
-            yield from filter(Shape.is_small, shapes)
-        for runs in all_runs:
-            yield Shape(runs, 1, 0, WIDTHS[0], appends=True)
+    def rooms(self) -> list[Room]:
+        """The memory of the slots."""
+        return [Room(slot.host.numpy(), slot.written) for slot in self._slots]
+
+    def replays(self) -> list[Replay]:
+        """What is captured, in the order in which it was."""
+        captured = dict.fromkeys(shape for shape, _ in self._graphs)
+        return [Replay(shape.runs, shape.length, shape.width, self._programs(shape)) for shape in captured]
+
+    def _programs(self, shape: Shape) -> tuple[int, ...]:
+        return tuple(self._graphs[shape, number].raw_cuda_graph_exec() for number in range(len(self._slots)))
+
+    def move(self, tables: torch.Tensor) -> None:
+        """Forgets what is captured, which reads other page tables; none of it is on its way."""
+        self._tables = tables
+        self._graphs.clear()
 
     def begin(self, shape: Shape, step: Step) -> Pending:
         """Begins a step of a shape, in the slot whose turn it is: the step before it there must be answered."""
         number = self._next
         if (shape, number) not in self._graphs:
             self._capture(shape, number)
-        slot = self._room[number]
+        slot = self._slots[number]
         self._fill(slot.memory, shape, step)
         written = slot.written[: shape.tokens * shape.heads * self._topk]
         written.fill(_UNWRITTEN)
         self._graphs[shape, number].replay()
-        self._next = (number + 1) % self._num_slots
+        self._next = (number + 1) % len(self._slots)
         if not shape.heads:
             return Launched(None, self._stream)
         return _Replay(written, (step.num_tokens, shape.heads, self._topk), self._stream)
@@ -154,13 +194,11 @@ class Graphs:
 
     def capture(self, shape: Shape) -> None:
         """Captures a shape for every slot, none of which is in use; compiles what kernels have left to compile."""
-        for number in range(self._num_slots):
+        for number in range(len(self._slots)):
             self._capture(shape, number)
 
     def _capture(self, shape: Shape, number: int) -> None:
-        *_, num_bytes = shape.parts(self._head_dim)
-        self._make_room(num_bytes, shape.tokens * shape.heads * self._topk)
-        slot = self._room[number]
+        slot = self._slots[number]
         columns = np.frombuffer(slot.memory, np.int32, _COLUMNS * shape.runs)
         columns[:] = 0
         self._run(shape, slot)  # What is compiled now, or allocated for good, must not be so while it is captured.
@@ -184,18 +222,6 @@ class Graphs:
         queries = slot.there[queries_at:end].view(torch.bfloat16).view(-1, shape.heads, head_dim)
         block_ids = slot.block_ids[: shape.tokens * shape.heads * self._topk].view(-1, shape.heads, self._topk)
         backend.decode_into(Selection(block_ids, None), queries, spans, order="ascending")
-
-    def _make_room(self, num_bytes: int, num_ids: int) -> None:
-        """Slots that hold so much; those that graphs hold already stay as they are if they do."""
-        if num_bytes <= self._sizes[0] and num_ids <= self._sizes[1]:
-            return
-        largest = Shape(MAX_RUNS, MAX_TOKENS // MAX_RUNS, self._heads, WIDTHS[0], appends=True)
-        *_, most_bytes = largest.parts(self._head_dim)
-        most_ids = largest.tokens * self._heads * self._topk
-        self._sizes = max(num_bytes, most_bytes), max(num_ids, most_ids)
-        self._stream.synchronize()
-        self._graphs.clear()
-        self._room = [_Slot(*self._sizes, self._backend.device) for _ in range(self._num_slots)]
 
 
 class Launched(Pending):

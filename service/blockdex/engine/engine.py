@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from blockdex.cache import TABLE_ROW, Cache
 from blockdex.engine.batch import Batch
-from blockdex.engine.decodes import take_decodes
 from blockdex.engine.entry import Entry, Inbox, Outcome, given_up, shutting_down, too_late
 from blockdex.engine.launcher import Launcher
+from blockdex.engine.short_way import LaneInbox, ShortWay
 from blockdex.engine.stats import Stats
 from blockdex.errors import InternalError, Reason, ResourceExhaustedError
 from blockdex.messages import CacheOverview, Info, Limits
@@ -29,6 +29,8 @@ SLICE_SECONDS = {"cpu": 0.02, "cuda": 0.001}
 
 _STOP_SECONDS = 30.0
 _LONGEST_SLEEP_SECONDS = 3600.0
+# A prefill's slice takes about a millisecond, and the next one is on its way already.
+_PREFILL_LOOK_SECONDS = 0.0002
 # While something runs nobody sleeps; what only time changes, a deadline, is looked after so often.
 _LOOK_SECONDS = 0.001
 
@@ -46,7 +48,7 @@ class Engine:
         lease_seconds: lease of a sequence that names none.
         decode_queries: a span of at most so many queries is decode, a longer one prefill.
         prefill_slice_seconds: time that one slice of a prefill may take, about; None: what suits the device.
-        inbox: where entries come from; without one, from `submit`.
+        inbox: where entries come from, but for those that its lane serves; without one, from `submit`.
         on_lost_device: called, on the engine's thread, when the device has failed for good.
 
     Attributes:
@@ -61,7 +63,7 @@ class Engine:
         lease_seconds: float = 600.0,
         decode_queries: int = 16,
         prefill_slice_seconds: float | None = None,
-        inbox: Inbox | None = None,
+        inbox: LaneInbox | None = None,
         on_lost_device: Callable[[], None] | None = None,
     ) -> None:
         self.limits = limits
@@ -82,6 +84,8 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._deliver: Deliver | None = None
         self._next_look = 0.0
+        self._has_changed = True
+        self._short_way = None if inbox is None else ShortWay(inbox, self._runner, decode_queries)
         self._be_born()
 
     def _be_born(self) -> None:
@@ -94,6 +98,8 @@ class Engine:
             decode_queries=self._decode_queries,
             prefill_slice_seconds=self._prefill_slice_seconds,
         )
+        if self._short_way is not None:
+            self._short_way.enter(self._cache)
 
     @property
     def spec(self) -> IndexSpec:
@@ -149,7 +155,7 @@ class Engine:
             epoch=cache.epoch,
             device=str(self._backend.device),
             kernels=self._backend.kernels,
-            totals=self._stats.totals(),
+            totals=self.stats().totals(),
         )
 
     def overview(self, max_cells: int) -> CacheOverview:
@@ -160,14 +166,18 @@ class Engine:
         """What was counted and timed since the start; from any thread."""
         self._stats.queued = self._inbox.qsize() + len(self._backlog)
         self._stats.waiting = len(self._waiting)
-        return self._stats.snapshot()
+        snapshot = self._stats.snapshot()
+        if self._short_way is not None:
+            self._short_way.add_to(snapshot)
+        return snapshot
 
     def _run(self) -> None:
         self._runner.use_device()
         while not self._stopping:
-            news = self._take()
             began = time.monotonic()
             try:
+                news = self._take()
+                began = time.monotonic()
                 self._step(began, news)
             except Exception as error:
                 logger.exception("a batch failed: the cache is given up and starts anew")
@@ -182,10 +192,14 @@ class Engine:
             Whether there is any reason to form a batch.
         """
         idle = not self._launcher.in_flight and not self._launcher.prefills and not self._backlog
-        block, news = idle, False
+        # Only prefills are on their way: who decodes meanwhile is served at once, not when they are next looked after.
+        block, news = idle or self._launcher.only_prefills, False
+        if self._short_way is not None and self._has_changed:
+            self._short_way.follow([*self._backlog, *self._waiting], self._launcher.reading())
+            self._has_changed = False
         try:
             while True:
-                entry = self._inbox.get(block=block, timeout=self._patience() if block else None)
+                entry = self._inbox.get(block=block, timeout=self._patience(idle) if block else None)
                 block, news = False, True
                 if entry is not None:
                     self._backlog.append(entry)
@@ -193,8 +207,10 @@ class Engine:
         except queue.Empty:
             return news or idle
 
-    def _patience(self) -> float | None:
+    def _patience(self, idle: bool) -> float | None:
         """Seconds until the first waiting selection is too late, of which a queue may not be able to wait them all."""
+        if not idle:
+            return _PREFILL_LOOK_SECONDS
         if not self._waiting:
             return None
         left = min(entry.deadline for entry in self._waiting) - time.monotonic()
@@ -202,11 +218,14 @@ class Engine:
 
     def _step(self, now: float, news: bool) -> None:
         launcher = self._launcher
+        if self._short_way is not None:
+            self._short_way.check()
         was_full = not launcher.has_room
         landed = launcher.land()
         self._reply(landed)
         # Appends end without an answer, and make room all the same.
         ended = bool(landed) or was_full
+        self._has_changed |= ended or launcher.reads
         if launcher.has_room and (news or self._looks_again(ended, now)):
             self._reply(self._begin_batch(now))
         elif not landed:
@@ -220,37 +239,27 @@ class Engine:
 
     def _begin_batch(self, now: float) -> list[Outcome]:
         launcher = self._launcher
+        self._has_changed = True
         outcomes: list[Outcome] = []
         if launcher.reads:
             launcher.keep_alive()
             outcomes = launcher.drop_gone(now)
-        appended = self._begin_decodes(now)
         self._next_look = now + _LOOK_SECONDS
         if not self._backlog and not self._waiting:
             return outcomes
-        batch = self._form(now, appended)
+        batch = self._form(now)
         formed = time.monotonic()
         for entry, _ in batch.outcomes:
             entry.finished = formed
+        if self._short_way is not None:
+            self._short_way.make_room(len(self._cache.table_cells))
+            for entry, _ in batch.appends:
+                self._short_way.learn(entry)
         return outcomes + batch.outcomes + launcher.begin(batch)
 
-    def _begin_decodes(self, now: float) -> bool:
-        """Begins what the backlog has of the most frequent kind, if anything; the rest is for a batch."""
-        reading = set(self._launcher.reading())
-        decodes = take_decodes(self._cache, self._backlog, reading, now, self._decode_queries)
-        if decodes is None:
-            return False
-        taken = {entry for entry, _ in decodes.entries}
-        self._backlog = [entry for entry in self._backlog if entry not in taken]
-        self._stats.batches += 1
-        self._stats.batch_requests.observe(len(taken))
-        self._launcher.begin_decodes(decodes)
-        return True
-
-    def _form(self, now: float, appended: bool) -> Batch:
-        """A batch of the backlog; `appended`: whether keys came since the last one, which selections may wait for."""
+    def _form(self, now: float) -> Batch:
+        """A batch of the backlog."""
         batch = Batch(self._cache, self._launcher.reading())
-        batch.changed = appended
         late: list[Outcome] = []
         held_back: list[Entry] = []
         admitted = 0
@@ -307,6 +316,8 @@ class Engine:
         """After a fault nobody knows what the pages hold: everything is refused, and a new epoch begins."""
         fault = InternalError("engine: a batch failed; every sequence is gone, a new epoch begins", Reason.INTERNAL)
         self._backlog, self._waiting = [], []
+        if self._short_way is not None:
+            self._short_way.abandon(fault)
         self._be_born()
         self._reply([(entry, fault) for entry in self._unanswered])
 

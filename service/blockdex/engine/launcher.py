@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from blockdex.cache import Cache
 from blockdex.engine.batch import Batch
-from blockdex.engine.decodes import Decodes
 from blockdex.engine.entry import Entry, Outcome, SequenceKey, selects
 from blockdex.engine.prefill import Prefill, Prefills
 from blockdex.engine.reading import ALL_ROWS, TORCH_DTYPES, Part, Reading, Rows, readings, rows_of, subset, take_rows
@@ -40,7 +39,6 @@ class Flight:
         pending: how it gets on.
         phase: `append`, `decode` or `prefill`.
         parts: readings that get so many rows of its answer, in their order, and for which of their own.
-        entries: of a group of decodes, who gets how many rows instead.
         sequence: of a prefill, the sequence and layer that it reads.
         products: of a prefill, dot products that it takes, at most.
     """
@@ -48,7 +46,6 @@ class Flight:
     pending: Pending
     phase: Phase
     parts: list[tuple[Reading, int, Rows]]
-    entries: Sequence[tuple[Entry, int]] = ()
     sequence: tuple[SequenceKey, int] | None = None
     products: int = 0
 
@@ -89,6 +86,11 @@ class Launcher:
         return bool(self._flights or self._slices or self._landed)
 
     @property
+    def only_prefills(self) -> bool:
+        """Whether nothing else is on its way, and enough of that."""
+        return len(self._slices) >= _SLICES_AT_ONCE and not self._flights and not self._landed
+
+    @property
     def reads(self) -> bool:
         """Whether any prefill is not done."""
         return bool(self.prefills or self._slices)
@@ -119,29 +121,6 @@ class Launcher:
             entry.finished = now
         return [(entry, TokenAnswer(self._cache.epoch)) for entry in done]
 
-    def begin_decodes(self, decodes: Decodes) -> None:
-        """Begins a group of decodes."""
-        request = decodes.request
-        keys, queries = request.keys, request.queries
-        assert keys is not None
-        assert queries is not None
-        step = Step(
-            decodes.columns,
-            Packed(TORCH_DTYPES[keys.tensor.dtype], 1, decodes.keys()),
-            Packed(TORCH_DTYPES[queries.tensor.dtype], queries.num_heads, decodes.queries()),
-            queries.order,
-            queries.return_scores,
-        )
-        entries = [entry for entry, _ in decodes.entries]
-        self._note(entries, "decode")
-        try:
-            self._begin(step, "decode", [], decodes.entries)
-        except torch.OutOfMemoryError as error:
-            self._refuse(entries, error)
-            return
-        self._stats.launched("append", step.num_tokens, len(entries))
-        self._stats.launched("decode", step.num_tokens, len(entries))
-
     def begin_slice(self) -> None:
         """Begins one slice of the prefill whose turn it is, if there is one, and if not enough are on their way."""
         if not self.prefills or len(self._slices) >= _SLICES_AT_ONCE:
@@ -163,7 +142,7 @@ class Launcher:
             self._give_up([reading], error)
             return
         tokens = rows.stop - rows.start
-        flight = Flight(pending, "prefill", [(reading, tokens, rows)], (), prefill.sequence, tokens * per_token)
+        flight = Flight(pending, "prefill", [(reading, tokens, rows)], prefill.sequence, tokens * per_token)
         self._slices.append(flight)
         self._stats.launched("prefill", tokens, 1)
 
@@ -256,14 +235,13 @@ class Launcher:
         step: Step,
         phase: Phase,
         parts: list[tuple[Reading, int, Rows]],
-        entries: Sequence[tuple[Entry, int]] = (),
     ) -> None:
         while not self.has_room:
             if self._flights[0].pending.done():
                 self._arrive(self._flights.popleft())
             time.sleep(0)
         self._note_busy()
-        self._flights.append(Flight(self._runner.begin(step), phase, parts, entries))
+        self._flights.append(Flight(self._runner.begin(step), phase, parts))
 
     def _note_busy(self) -> None:
         if not (self._flights or self._slices):
@@ -274,12 +252,6 @@ class Launcher:
         self._stats.device_seconds[flight.phase] += flight.pending.device_seconds
         answer = flight.pending.answer()
         row = 0
-        for entry, tokens in flight.entries:
-            assert answer is not None
-            entry.finished = now
-            own = answer if len(flight.entries) == 1 else answer[row : row + tokens]
-            self._landed.append((entry, TokenAnswer(self._cache.epoch, own.block_ids, own.scores)))
-            row += tokens
         for reading, tokens, rows in flight.parts:
             assert answer is not None
             reading.write(rows, answer if len(flight.parts) == 1 else answer[row : row + tokens])

@@ -17,8 +17,8 @@ static bool is_of_the_kind(const struct lane *lane, const struct blockdex_reques
            request->queries_dtype == BLOCKDEX_BF16 && request->order == BLOCKDEX_ASCENDING && !request->flags &&
            (!request->epoch || request->epoch == lane->epoch) && request->deadline > now &&
            request->layer < lane->layers && request->num_spans && request->num_spans <= LANE_RUNS &&
-           request->first_head < lane->heads && request->num_heads &&
-           request->num_heads <= lane->heads - request->first_head;
+           /* One that holds some of the heads shares its read with those that hold the others, in Python's batches. */
+           !request->first_head && request->num_heads == lane->heads;
 }
 
 /* Where in the arena a request's parts are; false where they are not in it. */
@@ -106,11 +106,10 @@ static enum verdict fits_in_step(const struct lane *lane, const struct blockdex_
     if (request->keys_bytes != 2 * (uint64_t)tokens * lane->head_dim ||
         request->queries_bytes != request->keys_bytes * request->num_heads)
         return FOR_PYTHON;
-    if (to->runs && request->num_heads != to->heads) return LATER;
     longest = longest > to->longest ? longest : to->longest;
     end = end > to->end ? end : to->end;
     bool runs = to->tokens + tokens <= LANE_TOKENS &&
-                (lane->run_step || lane_replay(lane, to->runs + request->num_spans, longest, request->num_heads, end));
+                (lane->run_step || lane_replay(lane, to->runs + request->num_spans, longest, end));
     return runs ? TAKEN : to->runs ? LATER : FOR_PYTHON;
 }
 
@@ -169,7 +168,6 @@ static enum verdict consider(struct lane *lane, struct line *line, int64_t now) 
     to->asked[to->num_asked++] = (struct asked){line, request.ticket, tokens, request.received};
     to->runs += request.num_spans;
     to->tokens += tokens;
-    to->heads = request.num_heads;
     to->longest = longest > to->longest ? longest : to->longest;
     to->end = end > to->end ? end : to->end;
     return TAKEN;

@@ -17,6 +17,13 @@ static bool anyone_waits(const struct lane *lane) {
     return false;
 }
 
+static bool anyone_has_room_again(const struct lane *lane) {
+    bool again = false;
+    for (size_t number = 0; number < lane->num_lines; number++)
+        if (!lane->lines[number]->gone) again |= line_has_room_again(lane->lines[number]);
+    return again;
+}
+
 static bool anything_to_do(struct lane *lane) {
     if (atomic_load_explicit(&lane->noticed, memory_order_acquire)) return true;
     for (size_t number = 0; number < lane->num_lines; number++)
@@ -55,6 +62,7 @@ static bool is_late(struct lane *lane, int64_t now) {
 
 /* One look at everything; -1: it failed. */
 static int pass(struct lane *lane, int64_t now) {
+    int why = anyone_has_room_again(lane) ? LANE_ROOM : 0;
     if (!lane_land(lane, now)) return -1;
     if (lane->in_flight < LANE_STEPS) {
         lane_gather(lane, now);
@@ -63,7 +71,7 @@ static int pass(struct lane *lane, int64_t now) {
             if (!lane_begin(lane, now)) return -1;
         }
     }
-    int why = anyone_waits(lane) ? LANE_FOR_PYTHON : 0;
+    if (anyone_waits(lane)) why |= LANE_FOR_PYTHON;
     if (lane->in_flight && is_late(lane, now)) why |= LANE_LATE;
     if (atomic_exchange_explicit(&lane->noticed, 0, memory_order_acq_rel)) why |= LANE_NOTICED;
     return why;
@@ -239,14 +247,13 @@ static PyObject *method_set_step(struct lane *lane, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
-/* One of the device's programs: runs, length, heads, width, and its address for each step. */
-static bool read_replay(const struct lane *lane, PyObject *from, struct replay *to) {
+/* One of the device's programs: runs, length, width, and its address for each step. */
+static bool read_replay(PyObject *from, struct replay *to) {
     unsigned long long programs[LANE_STEPS];
-    if (!PyArg_ParseTuple(from, "IIIIKK", &to->runs, &to->length, &to->heads, &to->width, &programs[0], &programs[1]))
+    if (!PyArg_ParseTuple(from, "IIIKK", &to->runs, &to->length, &to->width, &programs[0], &programs[1]))
         return false;
-    if (!to->runs || to->runs > LANE_RUNS || !to->length || to->runs * (uint64_t)to->length > LANE_TOKENS ||
-        !to->heads || to->heads > lane->heads) {
-        PyErr_Format(PyExc_ValueError, "lane: no room for %u runs of %u tokens, %u heads", to->runs, to->length, to->heads);
+    if (!to->runs || to->runs > LANE_RUNS || !to->length || to->runs * (uint64_t)to->length > LANE_TOKENS) {
+        PyErr_Format(PyExc_ValueError, "lane: no room for %u runs of %u tokens", to->runs, to->length);
         return false;
     }
     for (int step = 0; step < LANE_STEPS; step++) to->programs[step] = (void *)(uintptr_t)programs[step];
@@ -262,7 +269,7 @@ static PyObject *method_set_replays(struct lane *lane, PyObject *arguments) {
     struct replay *replays = PyMem_Calloc((size_t)count + 1, sizeof *replays);
     if (!replays) return PyErr_NoMemory();
     for (Py_ssize_t number = 0; number < count; number++) {
-        if (read_replay(lane, PyList_GetItem(from, number), &replays[number])) continue;
+        if (read_replay(PyList_GetItem(from, number), &replays[number])) continue;
         PyMem_Free(replays);
         return NULL;
     }

@@ -7,7 +7,7 @@
 
 enum { LANE_RUNS = 256, LANE_TOKENS = 512, LANE_STEPS = 2, LANE_MARKS = 1024 };
 /* Why `run` returns, but for the time's being up. */
-enum { LANE_NOTICED = 1, LANE_FOR_PYTHON = 2, LANE_LATE = 4 };
+enum { LANE_NOTICED = 1, LANE_FOR_PYTHON = 2, LANE_LATE = 4, LANE_ROOM = 8 };
 enum { LANE_STAGES = 4, LANE_BUCKETS = 32 };
 
 /* What the cache knows of its sequences, by column of S, where the cache itself has it. */
@@ -20,7 +20,7 @@ struct books {
 
 /* Programs of the device, one for each step, for up to so many runs of up to so many tokens, in so many blocks. */
 struct replay {
-    uint32_t runs, length, heads, width;
+    uint32_t runs, length, width;
     void *programs[LANE_STEPS];
 };
 
@@ -36,7 +36,7 @@ struct asked {
 struct step {
     Py_buffer host, block_ids;
     bool in_flight;
-    uint32_t heads, num_asked;
+    uint32_t num_asked;
     size_t ids, seen_ids;
     int64_t taken, launched;
     struct asked asked[LANE_RUNS];
@@ -44,7 +44,7 @@ struct step {
 
 /* Requests that become one step: a row for each of their runs. */
 struct gathered {
-    uint32_t runs, tokens, longest, heads, num_asked;
+    uint32_t runs, tokens, longest, num_asked;
     int64_t end;
     int32_t layers[LANE_RUNS], starts[LANE_RUNS], lengths[LANE_RUNS], rows[LANE_RUNS];
     struct asked asked[LANE_RUNS];
@@ -96,7 +96,7 @@ struct lane {
 void lane_gather(struct lane *lane, int64_t now);
 
 /* The smallest programs that hold so much; NULL where there are none. */
-const struct replay *lane_replay(const struct lane *lane, uint32_t runs, uint32_t longest, uint32_t heads, int64_t end);
+const struct replay *lane_replay(const struct lane *lane, uint32_t runs, uint32_t longest, int64_t end);
 
 /* Begins what was gathered, without the GIL. False: the device takes no step, or, with the GIL, Python's own has failed. */
 bool lane_begin(struct lane *lane, int64_t now);

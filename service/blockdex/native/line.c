@@ -101,6 +101,12 @@ void line_publish(struct line *line) {
     blockdex_ring_bell(&line->header->door_sleeps, line->bell);
 }
 
+bool line_has_room_again(struct line *line) {
+    bool again = line->crowded && !atomic_load_explicit(&line->header->engine_waits_for_room, memory_order_acquire);
+    if (again) line->crowded = false;
+    return again;
+}
+
 void line_lie_down(struct line *line) {
     atomic_store_explicit(&line->header->engine_sleeps, 1, memory_order_relaxed);
     atomic_thread_fence(memory_order_seq_cst);
@@ -231,6 +237,7 @@ static PyObject *method_claim(struct line *line, PyObject *bytes) {
 
 static PyObject *method_wait_for_room(struct line *line, PyObject *unused) {
     (void)unused;
+    line->crowded = true;
     atomic_store_explicit(&line->header->engine_waits_for_room, 1, memory_order_relaxed);
     atomic_thread_fence(memory_order_seq_cst);
     Py_RETURN_NONE;

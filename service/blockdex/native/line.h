@@ -27,6 +27,7 @@ struct line {
     bool gone;    /* nobody is there to be answered */
     bool waits;   /* the oldest request is one for Python */
     bool changed; /* answers were written and not yet shown */
+    bool crowded; /* Python has answers for which there was no room */
 };
 
 /* A place for an answer. */
@@ -50,6 +51,9 @@ bool line_answer(struct line *line, struct blockdex_answer numbers, const void *
 
 /* Writes answers that there was no room for; shows the front door what was written, and wakes it. */
 void line_publish(struct line *line);
+
+/* Whether Python may try again to write its answers; once. */
+bool line_has_room_again(struct line *line);
 
 /* Says that the engine sleeps from now on, or is awake; who lies down looks once more before it sleeps. */
 void line_lie_down(struct line *line);

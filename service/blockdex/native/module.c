@@ -17,7 +17,8 @@ static int fill(PyObject *module) {
     if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_lane_spec)) return -1;
     return PyModule_AddIntConstant(module, "NOTICED", LANE_NOTICED) |
            PyModule_AddIntConstant(module, "FOR_PYTHON", LANE_FOR_PYTHON) |
-           PyModule_AddIntConstant(module, "LATE", LANE_LATE) | PyModule_AddIntConstant(module, "MAX_RUNS", LANE_RUNS) |
+           PyModule_AddIntConstant(module, "LATE", LANE_LATE) | PyModule_AddIntConstant(module, "ROOM", LANE_ROOM) |
+           PyModule_AddIntConstant(module, "MAX_RUNS", LANE_RUNS) |
            PyModule_AddIntConstant(module, "MAX_TOKENS", LANE_TOKENS) |
            PyModule_AddIntConstant(module, "STEPS", LANE_STEPS);
 }

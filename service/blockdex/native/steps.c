@@ -16,8 +16,8 @@ static struct shape shape_of(const struct lane *lane, const struct replay *repla
     /* Keys and queries begin at multiples of 16 bytes. */
     shape.keys_at = sizeof(int32_t) * COLUMNS * (shape.runs < 4 ? 4 : shape.runs);
     shape.queries_at = shape.keys_at + ITEM_BYTES * shape.tokens * lane->head_dim;
-    shape.end = shape.queries_at + ITEM_BYTES * shape.tokens * lane->head_dim * from->heads;
-    shape.ids = shape.tokens * from->heads * lane->topk;
+    shape.end = shape.queries_at + ITEM_BYTES * shape.tokens * lane->head_dim * lane->heads;
+    shape.ids = shape.tokens * lane->heads * lane->topk;
     return shape;
 }
 
@@ -38,9 +38,9 @@ static void fill(const struct lane *lane, const struct shape *shape, struct step
     for (uint32_t number = 0; number < from->num_asked; number++) {
         size_t bytes = ITEM_BYTES * (size_t)from->asked[number].tokens * lane->head_dim;
         memcpy(keys, from->keys[number], bytes);
-        memcpy(queries, from->queries[number], bytes * from->heads);
+        memcpy(queries, from->queries[number], bytes * lane->heads);
         keys += bytes;
-        queries += bytes * from->heads;
+        queries += bytes * lane->heads;
     }
     int32_t *ids = step->block_ids.buf;
     for (size_t place = 0; place < shape->ids; place++) ids[place] = UNWRITTEN;
@@ -50,7 +50,7 @@ static bool run_in_python(struct lane *lane, uint32_t number) {
     const struct gathered *from = &lane->gathered;
     PyEval_RestoreThread(lane->without_gil);
     lane->without_gil = NULL;
-    PyObject *done = PyObject_CallFunction(lane->run_step, "IIII", number, from->runs, from->tokens, from->heads);
+    PyObject *done = PyObject_CallFunction(lane->run_step, "III", number, from->runs, from->tokens);
     if (!done) return false;
     Py_DECREF(done);
     lane->without_gil = PyEval_SaveThread();
@@ -69,12 +69,11 @@ bool lane_begin(struct lane *lane, int64_t now) {
     uint32_t number = (lane->first + lane->in_flight) % LANE_STEPS;
     struct step *step = &lane->steps[number];
     const struct replay *replay =
-        lane->run_step ? NULL : lane_replay(lane, from->runs, from->longest, from->heads, from->end);
+        lane->run_step ? NULL : lane_replay(lane, from->runs, from->longest, from->end);
     struct shape shape = shape_of(lane, replay);
     fill(lane, &shape, step);
     memcpy(step->asked, from->asked, sizeof *from->asked * from->num_asked);
     step->num_asked = from->num_asked;
-    step->heads = from->heads;
     step->ids = shape.ids;
     step->seen_ids = 0;
     step->taken = now;
@@ -108,7 +107,7 @@ static bool answer_one(struct lane *lane, const struct step *step, const struct 
         .flags = BLOCKDEX_HAS_BLOCK_IDS,
         .epoch = lane->epoch,
         .num_tokens = asked->tokens,
-        .num_heads = step->heads,
+        .num_heads = lane->heads,
         .topk = lane->topk,
         .phase = BLOCKDEX_DECODE,
         .queue_seconds = 1e-9 * (double)(step->taken - asked->received),
@@ -119,7 +118,7 @@ static bool answer_one(struct lane *lane, const struct step *step, const struct 
     const double *seconds = &answer.queue_seconds;
     for (int stage = 0; stage < LANE_STAGES; stage++)
         count(&lane->stages[stage], lane->seconds_bounds, lane->num_seconds_bounds, seconds[stage]);
-    return line_answer(asked->line, answer, ids, sizeof *ids * asked->tokens * step->heads * lane->topk);
+    return line_answer(asked->line, answer, ids, sizeof *ids * asked->tokens * lane->heads * lane->topk);
 }
 
 bool lane_land(struct lane *lane, int64_t now) {
@@ -130,7 +129,7 @@ bool lane_land(struct lane *lane, int64_t now) {
         for (uint32_t number = 0; number < step->num_asked; number++) {
             const struct asked *asked = &step->asked[number];
             if (asked->line && !answer_one(lane, step, asked, ids, now)) return false;
-            ids += (size_t)asked->tokens * step->heads * lane->topk;
+            ids += (size_t)asked->tokens * lane->heads * lane->topk;
         }
         lane->device_seconds += 1e-9 * (double)(now - step->launched);
         lane->first = (lane->first + 1) % LANE_STEPS;
@@ -162,10 +161,10 @@ bool lane_abandon(struct lane *lane, uint16_t code, const char *text, size_t byt
     return true;
 }
 
-const struct replay *lane_replay(const struct lane *lane, uint32_t runs, uint32_t longest, uint32_t heads, int64_t end) {
+const struct replay *lane_replay(const struct lane *lane, uint32_t runs, uint32_t longest, int64_t end) {
     for (size_t number = 0; number < lane->num_replays; number++) {
         const struct replay *replay = &lane->replays[number];
-        if (replay->runs >= runs && replay->length >= longest && replay->heads == heads &&
+        if (replay->runs >= runs && replay->length >= longest &&
             (int64_t)replay->width * lane->block_size >= end)
             return replay;
     }

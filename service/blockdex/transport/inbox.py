@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import queue
-import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from blockdex import _native as native
 from blockdex.engine.entry import Entry, Outcome
 from blockdex.errors import BlockdexError, InternalError, Reason, ResourceExhaustedError
 from blockdex.messages import Answer
 from blockdex.transport import codec
-from blockdex.transport.arena import Tape
 from blockdex.transport.handover import Handles
-from blockdex.transport.layout import AT
-from blockdex.transport.ring import Bell, Consumer, Producer
 from blockdex.transport.segment import RingError
+
+if TYPE_CHECKING:
+    from blockdex.engine.short_way import ShortWay
+
+_FOR_EVER = 1e10
 
 
 class Line:
-    """One front door, as the engine's thread sees it.
+    """One front door, as the engine's thread sees it: the requests that leave its lane, and their answers.
 
     Args:
         handles: what both sides hold.
         hang_up: ends the connection, from any thread; called where the front door has written what cannot be.
 
     Attributes:
+        native: what the lane serves.
         gone: set, from any thread, when the front door is.
         in_flight: entries that are not answered yet, by ticket.
     """
@@ -38,41 +40,36 @@ class Line:
     def __init__(self, handles: Handles, hang_up: Callable[[RingError], None]) -> None:
         self.handles = handles
         self.hang_up = hang_up
+        self.native = native.Line(handles.segment, handles.door_bell, handles.engine_bell)
         self.gone = False
         self.in_flight: dict[int, Entry] = {}
-        self._segment = segment = handles.segment
-        self._requests = Consumer(segment, "request")
-        self._answers = Producer(segment, "answer", Bell(segment, "door_sleeps", handles.door_bell))
-        self._tape = Tape(segment.answer_arena_bytes)
+        self._segment = handles.segment
         self._unwritten: deque[tuple[int, Answer | BlockdexError, Entry]] = deque()
-        self._room_bell = Bell(segment, "engine_waits_for_room", handles.engine_bell)
-        self.bell = Bell(segment, "engine_sleeps", handles.engine_bell)
 
     @property
     def filled(self) -> int:
         """Requests that are there and were not taken yet."""
-        return self._requests.filled
+        return max(self.native.filled, 0)
 
-    def take(self) -> list[Entry]:
-        """Requests that have come, each as an entry; cancellations are noted in the entries that they are of.
+    def take(self) -> Entry | None:
+        """The oldest request as an entry; a cancellation is noted in the entry that it is of, and is none.
 
         Raises:
-            RingError: they are not what the layout says.
+            RingError: it is not what the layout says.
         """
-        entries: list[Entry] = []
-        for _ in range(self._requests.check()):
-            ticket, request, received, deadline = codec.read_request(self._segment, self._requests.take())
-            if request is None:
-                if ticket in self.in_flight:
-                    self.in_flight[ticket].cancelled = True
-                continue
+        if self.native.filled < 0:
+            raise RingError(f"ring: more slots are said to be filled than the {self._segment.request_slots} there are")
+        ticket, request, received, deadline = codec.read_request(self._segment, self.native.head())
+        self.native.release()
+        if request is None:
             if ticket in self.in_flight:
-                raise RingError(f"request: ticket {ticket} is in flight already")
-            entry = Entry(request, deadline, Ticket(self, ticket), received)
-            self.in_flight[ticket] = entry
-            entries.append(entry)
-        self._requests.release()
-        return entries
+                self.in_flight[ticket].cancelled = True
+            return None
+        if ticket in self.in_flight:
+            raise RingError(f"request: ticket {ticket} is in flight already")
+        entry = Entry(request, deadline, Ticket(self, ticket), received)
+        self.in_flight[ticket] = entry
+        return entry
 
     def answer(self, ticket: int, answer: Answer | BlockdexError) -> None:
         """Answers a request; the front door sees it after `publish`."""
@@ -81,34 +78,32 @@ class Line:
 
     def publish(self) -> None:
         """Writes the answers that there is room for, and wakes the front door."""
-        if self.gone or not self._unwritten:
+        if self.gone:
             return
-        written = self._write()
+        self._write()
         if self._unwritten:
-            self._room_bell.lie_down()
-            written |= self._write()
-        if written:
-            self._answers.publish()
+            self.native.wait_for_room()
+            self._write()
+        self.native.publish()
 
-    def _write(self) -> bool:
-        written = False
-        while self._unwritten and not self._answers.full:
+    def _write(self) -> None:
+        while self._unwritten:
             ticket, answer, entry = self._unwritten[0]
             numbers, columns = codec.columns_of(answer)
             size = codec.answer_bytes(columns)
-            if size > self._tape.longest:
-                words = f"answer: {size} bytes, there is room for {self._tape.longest}"
+            if size > self.native.longest:
+                words = f"answer: {size} bytes, there is room for {self.native.longest}"
                 numbers, columns = codec.columns_of(InternalError(words, Reason.INTERNAL))
                 size = codec.answer_bytes(columns)
-            place = self._tape.take(size, self._segment.counters[AT["answer_bytes_freed"] // 8]) if size else (0, 0)
+            place = self.native.claim(size)
             if place is None:
-                break
-            slot = self._answers.claim()
+                return
+            slot, *room = place
             stage_seconds = entry.stage_seconds(time.monotonic())
-            codec.write_answer(self._segment, slot, ticket, numbers, columns, entry.phase, stage_seconds, place)
+            codec.write_answer(
+                self._segment, slot, ticket, numbers, columns, entry.phase, stage_seconds, (room[0], room[1])
+            )
             self._unwritten.popleft()
-            written = True
-        return written
 
 
 class Ticket(NamedTuple):
@@ -121,24 +116,32 @@ class Ticket(NamedTuple):
 class RingInbox:
     """What an engine takes its entries from and hands its answers to, where front doors are other processes.
 
-    `get`, `put`, `qsize` and `empty` are those of a queue. The engine's thread gets and delivers; others do the rest.
+    Its lane takes the requests off the rings. `get` runs it, and returns what it leaves. `get`, `put`, `qsize` and
+    `empty` are those of a queue. The engine's thread gets and delivers; others do the rest.
 
     Args:
         max_queued: entries that may be unanswered; more are refused as OVERLOADED.
         spin_seconds: after a request or an answer, how long to look for requests before sleeping.
+
+    Attributes:
+        nudge: eventfd that has the lane look round.
+        spin_seconds: the same.
     """
 
     def __init__(self, max_queued: int, spin_seconds: float) -> None:
+        self.nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.spin_seconds = spin_seconds
         self._max_queued = max_queued
-        self._spin_seconds = spin_seconds
+        self._lane: native.Lane | None = None
+        self._short_way: ShortWay | None = None
         self._lines: list[Line] = []
         self._arrivals: queue.SimpleQueue[Line] = queue.SimpleQueue()
         self._entries: deque[Entry] = deque()
         self._noticed = False
-        self._nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._poller = select.poll()
-        self._poller.register(self._nudge, select.POLLIN)
-        self._active = 0.0
+
+    def open_lane(self, lane: native.Lane, short_way: ShortWay) -> None:
+        """As `LaneInbox.open_lane`; before the first line."""
+        self._lane, self._short_way = lane, short_way
 
     def add(self, line: Line) -> None:
         """Takes requests of a front door from now on."""
@@ -153,8 +156,9 @@ class RingInbox:
     def put(self, item: Entry | None) -> None:
         """Has the engine look round; entries come from the rings alone."""
         assert item is None
+        assert self._lane is not None
         self._noticed = True
-        os.eventfd_write(self._nudge, 1)
+        self._lane.notice()
 
     def qsize(self) -> int:
         """Entries, and requests in the rings, that the engine has not taken yet."""
@@ -165,85 +169,86 @@ class RingInbox:
         return not self.qsize()
 
     def get(self, block: bool = True, timeout: float | None = None) -> Entry | None:
-        """The next entry; None after `put`.
+        """The next entry that the lane has left; None after `put`, and where the device should be asked after.
 
         Raises:
             queue.Empty: there is none, within `timeout` seconds where it may block.
         """
+        late = False
         if not self._entries and not self._noticed:
-            self._collect()
-            if block and not self._entries and not self._noticed:
-                self._wait(timeout)
-                self._collect()
+            late = self._collect((_FOR_EVER if timeout is None else timeout) if block else 0.0)
         if self._entries:
             return self._entries.popleft()
         if self._noticed:
             self._noticed = False
             self._look_round()
             return None
+        if late:
+            return None
         raise queue.Empty
 
     def deliver(self, outcomes: Sequence[Outcome]) -> None:
         """Hands answers over, on the engine's thread."""
+        assert self._lane is not None
         for entry, outcome in outcomes:
             asker = _asker(entry)
             assert not isinstance(outcome, Exception) or isinstance(outcome, BlockdexError)
             asker.line.answer(asker.number, outcome)
         for line in self._lines:
             line.publish()
-        self._active = time.monotonic()
+        self._lane.touch()
 
-    def _collect(self) -> None:
-        """Takes what has come over every ring."""
+    def _collect(self, seconds: float) -> bool:
+        """Runs the lane, takes what it leaves, writes what waited for room; whether to ask after the device."""
+        assert self._lane is not None
+        why = self._lane.run(seconds)
+        late = bool(why & native.LATE)
+        while why & native.FOR_PYTHON and len(self._entries) < self._max_queued:
+            for line in self._lines:
+                if line.native.waits and not line.gone:
+                    self._take(line)
+            why = self._lane.run(0.0)
+            late |= bool(why & native.LATE)
+        if self._entries:
+            self._lane.touch()
         for line in self._lines:
-            if line.gone:
-                continue
-            try:
-                entries = line.take()
-            except RingError as error:
-                self._lose(line, error)
-                continue
-            queued = sum(len(each.in_flight) for each in self._lines) - len(entries)
-            for entry in entries:
-                queued += 1
-                if queued > self._max_queued:
-                    line.answer(_asker(entry).number, overloaded(self._max_queued, queued - 1))
-                else:
-                    self._entries.append(entry)
             line.publish()
-            if entries:
-                self._active = time.monotonic()
+        return late
 
-    def _lose(self, line: Line, error: RingError) -> None:
-        line.hang_up(error)
-        self.drop(line)
+    def _take(self, line: Line) -> None:
+        """Takes one request that the lane has left."""
+        assert self._short_way is not None
+        try:
+            entry = line.take()
+        except RingError as error:
+            line.native.gone = True
+            line.hang_up(error)
+            self.drop(line)
+            return
+        if entry is None:
+            return
+        queued = sum(len(each.in_flight) for each in self._lines) - 1
+        if queued >= self._max_queued:
+            line.answer(_asker(entry).number, overloaded(self._max_queued, queued))
+            line.publish()
+            return
+        self._short_way.hold_up(entry)
+        self._entries.append(entry)
 
     def _look_round(self) -> None:
         """Front doors come and go."""
+        assert self._lane is not None
         with contextlib.suppress(queue.Empty):
             while True:
                 line = self._arrivals.get_nowait()
                 self._lines.append(line)
-                self._poller.register(line.handles.engine_bell, select.POLLIN)
+                self._lane.add(line.native)
         for line in [line for line in self._lines if line.gone]:
             self._lines.remove(line)
-            self._poller.unregister(line.handles.engine_bell)
+            self._lane.drop(line.native)
             line.handles.close()
             for entry in line.in_flight.values():
                 entry.cancelled = True
-
-    def _wait(self, timeout: float | None) -> None:
-        """Until something has come, or has been noticed; sleeps once nothing came for a while."""
-        while time.monotonic() < self._active + self._spin_seconds:
-            if self._noticed or any(line.filled for line in self._lines):
-                return
-        for line in self._lines:
-            line.bell.lie_down()
-        if not self._noticed and not any(line.filled for line in self._lines):
-            for fd, _ in self._poller.poll(None if timeout is None else math.ceil(1000 * timeout)):
-                os.eventfd_read(fd)
-        for line in self._lines:
-            line.bell.get_up()
 
 
 def overloaded(allowed: int, queued: int) -> ResourceExhaustedError:
