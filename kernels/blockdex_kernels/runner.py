@@ -95,9 +95,11 @@ class Pending(ABC):
 
     Attributes:
         device_seconds: how long the device worked on it, once it is done.
+        device_waited: whether that holds time in which it may have waited for the host.
     """
 
     device_seconds: float = 0.0
+    device_waited: bool = False
 
     @abstractmethod
     def done(self) -> bool:
@@ -122,9 +124,13 @@ class Runner(ABC):
     Attributes:
         backend: the same.
         max_pending: steps, other than prefills, that may be on their way at once.
+        max_slices: slices of prefills that may be on their way at once: as many as keep the device busy.
+        least_slice: tokens; of shorter slices, most is beginning and end.
     """
 
     max_pending: int = 1
+    max_slices: int = 2
+    least_slice: int = 16
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend

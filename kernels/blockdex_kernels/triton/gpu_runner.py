@@ -32,7 +32,8 @@ class GpuRunner(Runner):
     """See `Runner`. One thread begins all steps, after `use_device`.
 
     Appends and decodes go through one stream, in order; prefills through another one, between whose programs they come
-    first. What prefills read crosses in a third, so that the copy of one goes on beside the kernels of another.
+    first. What prefills read crosses in a third and what they answer in a fourth, so that the copies of one go on
+    beside the kernels of another. A second thread launches them: only the host's part of decodes holds up decodes.
 
     Args:
         backend: the kernels and their pages.
@@ -40,6 +41,8 @@ class GpuRunner(Runner):
     """
 
     max_pending = 2
+    max_slices = 3
+    least_slice = 256
 
     def __init__(self, backend: TritonBackend, table_row: int) -> None:
         super().__init__(backend)
@@ -47,16 +50,21 @@ class GpuRunner(Runner):
         self._main = torch.cuda.Stream(backend.device, priority=_HIGH)  # type: ignore[no-untyped-call]
         self._side = torch.cuda.Stream(backend.device, priority=_LOW)  # type: ignore[no-untyped-call]
         self._uploads = torch.cuda.Stream(backend.device, priority=_LOW)  # type: ignore[no-untyped-call]
+        self._downloads = torch.cuda.Stream(backend.device, priority=_LOW)  # type: ignore[no-untyped-call]
         self._table_row = table_row
         self._host_cells: NDArray[np.int32] = np.zeros(0, np.int32)
         self._tables = self._empty_tables(max(_FIRST_CELLS, 2 * len(backend.pages)))
         self._graphs = Graphs(backend, self._main, self._tables, self.max_pending)
-        self._stager = ThreadPoolExecutor(1, thread_name_prefix="blockdex-stager")
+        self._launcher = ThreadPoolExecutor(1, "blockdex-prefill", self._use_side)
 
     def use_device(self) -> None:
         """See `Runner.use_device`."""
         super().use_device()
         torch.cuda.set_stream(self._main)
+
+    def _use_side(self) -> None:
+        super().use_device()
+        torch.cuda.set_stream(self._side)
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compiles the kernels, then captures the graphs."""
@@ -123,56 +131,65 @@ class GpuRunner(Runner):
 
 
 class _Prefill(Pending):
-    """A slice of a prefill: its queries are staged beside the engine's thread, then it is launched by `done`."""
+    """A slice of a prefill: staged, uploaded and launched beside the engine's thread, which only asks whether it is done.
+
+    The time between its start and its end is the device's alone where all was launched before the device came to it.
+    """
 
     def __init__(self, runner: GpuRunner, step: Step) -> None:
-        assert step.queries is not None
-        self._runner, self._step = runner, step
         self._keys_there = _event()
         self._keys_there.record(runner._main)
         first = int(step.columns[3, 0]) * runner._table_row
         blocks = -(-step.end // runner.backend.spec.block_size)
-        self._page_table = runner._host_cells[None, first : first + blocks].copy()
-        self._staged: Future[torch.Tensor] = runner._stager.submit(_pinned, step.queries, runner.backend.spec.head_dim)
-        self._selection: Selection | None = None
+        # Copied here: the next step may change the tables.
+        numbers = np.concatenate((step.columns[:3, 0], runner._host_cells[first : first + blocks]))
         self._start, self._end = (_event(timed=True) for _ in range(2))
+        self._answered = _event()
+        self._launched: Future[Selection] = runner._launcher.submit(self._launch, runner, step, numbers)
         self._began = time.monotonic()
 
     def done(self) -> bool:
         """See `Pending.done`."""
-        if self._selection is None and self._staged.done():
-            self._launch(self._staged.result())
-        if self._selection is None or not self._end.query():  # type: ignore[no-untyped-call]
+        if not self._launched.done() or not (self._launched.exception() or self._answered.query()):
             check_patience(self._began)
             return False
+        self._launched.result()
         self.device_seconds = self._start.elapsed_time(self._end) / 1000
         return True
 
-    def _launch(self, queries: torch.Tensor) -> None:
-        runner, step = self._runner, self._step
-        backend, device = runner.backend, runner.backend.device
-        numbers = np.concatenate((step.columns[:3].reshape(-1), self._page_table[0]))
+    def _launch(self, runner: GpuRunner, step: Step, numbers: NDArray[np.int32]) -> Selection:
+        """On the launching thread: the selection on the host, which is there once it was `_answered`."""
+        queries = step.queries
+        assert queries is not None
+        side = runner._side
         with torch.cuda.stream(runner._uploads):
-            sent = queries.to(device, non_blocking=True)
+            sent = runner._upload(queries)
             numbers_there = runner._sent(numbers)
             uploaded = _event()
             uploaded.record(runner._uploads)
-        with torch.cuda.stream(runner._side):
-            runner._side.wait_event(self._keys_there)
-            runner._side.wait_event(uploaded)
-            sent.record_stream(runner._side)
-            numbers_there.record_stream(runner._side)
-            self._start.record(runner._side)
-            layers, starts, lengths = numbers_there[:3].view(3, 1)
-            spans = Spans(layers, starts, lengths, numbers_there[None, 3:], step.columns[:3])
-            selection = backend.prefill(sent, spans, order=step.order, return_scores=step.return_scores)
-            self._selection = _to_host(selection)
-            self._end.record(runner._side)
+        for tensor in (sent, numbers_there):
+            tensor.record_stream(side)
+        layers, starts, lengths = numbers_there[:3].view(3, 1)
+        spans = Spans(layers, starts, lengths, numbers_there[None, 3:], step.columns[:3])
+        side.wait_event(self._keys_there)
+        side.wait_event(uploaded)
+        self._start.record(side)
+        selection = runner.backend.prefill(sent, spans, order=step.order, return_scores=step.return_scores)
+        self._end.record(side)
+        self.device_waited = self._start.query()
+        # The next slice need not wait for the way to the host.
+        runner._downloads.wait_event(self._end)
+        with torch.cuda.stream(runner._downloads):
+            there = _to_host(selection)
+            self._answered.record(runner._downloads)
+        for tensor in (selection.block_ids, selection.scores):
+            if tensor is not None:
+                tensor.record_stream(runner._downloads)
+        return there
 
     def answer(self) -> Answer | None:
         """See `Pending.answer`."""
-        assert self._selection is not None
-        return on_host(self._selection)
+        return on_host(self._launched.result())
 
 
 def _event(*, timed: bool = False) -> torch.cuda.Event:

@@ -26,10 +26,8 @@ from blockdex_kernels.runner import Packed, Pending, Runner, Step
 
 logger = logging.getLogger(__name__)
 
-# A slice is never shorter than this, so that a slow machine still gets on: one tile of rows.
-_MIN_SLICE_TOKENS = 16
-# One runs while the next one's queries cross.
-_SLICES_AT_ONCE = 2
+# Share of the last slice in what is expected of the next one.
+_LEARNING_RATE = 0.25
 
 
 @dataclass(slots=True)
@@ -42,7 +40,7 @@ class Flight:
         parts: readings that get so many rows of its answer, in their order, and for which of their own.
         entries: of a group of decodes, who gets how many rows instead.
         sequence: of a prefill, the sequence and layer that it reads.
-        products: of a prefill, dot products that it takes, at most.
+        products: of a prefill, dot products that it takes.
     """
 
     pending: Pending
@@ -50,7 +48,7 @@ class Flight:
     parts: list[tuple[Reading, int, Rows]]
     entries: Sequence[tuple[Entry, int]] = ()
     sequence: tuple[SequenceKey, int] | None = None
-    products: int = 0
+    products: float = 0.0
 
 
 class Launcher:
@@ -144,12 +142,14 @@ class Launcher:
 
     def begin_slice(self) -> None:
         """Begins one slice of the prefill whose turn it is, if there is one, and if not enough are on their way."""
-        if not self.prefills or len(self._slices) >= _SLICES_AT_ONCE:
+        if not self.prefills or len(self._slices) >= self._runner.max_slices:
             return
         prefill = self.prefills.pop()
-        reading, per_token = prefill.reading, prefill.products_per_token
-        wanted = int(self._products_per_second * self._slice_seconds / per_token)
-        part, rows = prefill.take(max(wanted, _MIN_SLICE_TOKENS))
+        reading = prefill.reading
+        in_time = prefill.tokens_within(self._products_per_second * self._slice_seconds)
+        tokens = min(max(in_time, self._runner.least_slice), prefill.remaining)
+        products = prefill.products(tokens)
+        part, rows = prefill.take(tokens)
         if prefill.remaining:
             # Behind the others: a short prefill does not wait for a long one to end.
             self.prefills.add(prefill)
@@ -162,9 +162,7 @@ class Launcher:
         except torch.OutOfMemoryError as error:
             self._give_up([reading], error)
             return
-        tokens = rows.stop - rows.start
-        flight = Flight(pending, "prefill", [(reading, tokens, rows)], (), prefill.sequence, tokens * per_token)
-        self._slices.append(flight)
+        self._slices.append(Flight(pending, "prefill", [(reading, tokens, rows)], (), prefill.sequence, products))
         self._stats.launched("prefill", tokens, 1)
 
     def land(self) -> list[Outcome]:
@@ -172,12 +170,7 @@ class Launcher:
         while self._flights and self._flights[0].pending.done():
             self._arrive(self._flights.popleft())
         while self._slices and self._has_ended(self._slices[0]):
-            flight = self._slices.popleft()
-            self._arrive(flight)
-            rate = flight.products / max(flight.pending.device_seconds, 1e-6)
-            self._products_per_second += 0.25 * (rate - self._products_per_second)
-        for flight in self._slices:
-            flight.pending.done()  # which takes the next one to the device while this one runs
+            self._arrive(self._slices.popleft())
         landed, self._landed = self._landed, []
         return landed
 
@@ -272,7 +265,7 @@ class Launcher:
     def _arrive(self, flight: Flight) -> None:
         now = time.monotonic()
         self._stats.device_seconds[flight.phase] += flight.pending.device_seconds
-        answer = flight.pending.answer()
+        answer = flight.pending.answer() if flight.parts or flight.entries else None
         row = 0
         for entry, tokens in flight.entries:
             assert answer is not None
@@ -294,11 +287,20 @@ class Launcher:
     def _has_ended(self, flight: Flight) -> bool:
         """Whether a slice is done, or has failed for want of memory, which ends its readings."""
         try:
-            return flight.pending.done()
+            if not flight.pending.done():
+                return False
         except torch.OutOfMemoryError as error:
             self._give_up([reading for reading, _, _ in flight.parts], error)
             flight.parts.clear()
             return True
+        self._learn(flight)
+        return True
+
+    def _learn(self, flight: Flight) -> None:
+        """Corrects the rate by a slice's; what may have waited for the host only says that the device is no slower."""
+        rate = flight.products / max(flight.pending.device_seconds, 1e-6)
+        if rate > self._products_per_second or not flight.pending.device_waited:
+            self._products_per_second += _LEARNING_RATE * (rate - self._products_per_second)
 
     def _give_up(self, readings: Sequence[Reading], error: torch.OutOfMemoryError) -> None:
         """Answers the callers of selections that the device has no memory for; pages are as they were."""
