@@ -126,11 +126,13 @@ class Runner(ABC):
         max_pending: steps, other than prefills, that may be on their way at once.
         max_slices: slices of prefills that may be on their way at once: as many as keep the device busy.
         least_slice: tokens; of shorter slices, most is beginning and end.
+        max_slice_rows: tokens times heads of a slice, at most.
     """
 
     max_pending: int = 1
     max_slices: int = 2
     least_slice: int = 16
+    max_slice_rows: int = 1 << 31
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -170,7 +172,8 @@ class Runner(ABC):
     def begin_prefill(self, step: Step) -> Pending:
         """Begins to select for one run of many queries, whose keys were appended by steps begun before.
 
-        Whoever begins it sees to it that no page it reads is written before it is done.
+        Whoever begins it sees to it that no page it reads is written before it is done, and copies its answer before
+        another one is begun.
         """
 
 

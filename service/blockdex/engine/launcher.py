@@ -147,7 +147,8 @@ class Launcher:
         prefill = self.prefills.pop()
         reading = prefill.reading
         in_time = prefill.tokens_within(self._products_per_second * self._slice_seconds)
-        tokens = min(max(in_time, self._runner.least_slice), prefill.remaining)
+        most = min(prefill.remaining, max(self._runner.max_slice_rows // reading.heads, 1))
+        tokens = min(max(in_time, self._runner.least_slice), most)
         products = prefill.products(tokens)
         part, rows = prefill.take(tokens)
         if prefill.remaining:
