@@ -115,6 +115,7 @@ class Slices:
             for _ in range(3)
         )
         self._graphs: dict[tuple[SliceShape, int], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
         self._num_slots = slots
         self._slots: list[_Slot] = []
         self._turns = itertools.cycle(range(slots))
@@ -142,11 +143,12 @@ class Slices:
             num_bytes = self._queries_at + _ITEM_BYTES * self._spec.head_dim * MAX_ROWS
             num_ids = MAX_ROWS * self._spec.topk
             self._slots = [_Slot(num_bytes, num_ids, self._backend.device) for _ in range(self._num_slots)]
-            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(self._kernels):
+            first = self._slots[0]
+            first.there[: self._queries_at].zero_()  # A run of no tokens: its last one may be longer than the shape.
+            self._run(shape, first)
+        self._kernels.synchronize()
         for number, slot in enumerate(self._slots):
-            with torch.cuda.stream(self._kernels):
-                self._run(shape, slot)
-            self._kernels.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._kernels, capture_error_mode="thread_local"):
                 self._run(shape, slot)
@@ -179,7 +181,7 @@ class Slices:
         self._begin(slot.uploaded, marks)
         graph.replay()
         self._end(marks)
-        slot.ended.record(self._kernels)
+        slot.ended = marks.ended
         ids = step.num_tokens * shape.heads * self._spec.topk
         with torch.cuda.stream(self._downloads):
             there = slot.block_ids[:ids].copy_(slot.block_ids_there[:ids], non_blocking=True)
