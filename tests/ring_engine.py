@@ -72,8 +72,6 @@ async def hosted(
 class RunningOverRings(Running):
     """An engine behind rings, its kernels and the channel to it."""
 
-    channel: RingChannel  # type: ignore[assignment]
-
     @property
     def short_way_requests(self) -> int:
         """Requests that the engine has served on its short way so far."""

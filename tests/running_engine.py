@@ -142,7 +142,7 @@ class Running:
 
     backend: WatchedBackend
     engine: Engine
-    channel: LocalChannel
+    channel: Any
 
     def submit(self, request: Request, timeout: float = TIMEOUT) -> PendingAnswer:
         """Queues a request."""

@@ -146,9 +146,11 @@ class Pending(ABC):
 
     Attributes:
         device_seconds: how long the device worked on it, once it is done.
+        device_waited: whether that holds time in which it may have waited for the host.
     """
 
     device_seconds: float = 0.0
+    device_waited: bool = False
 
     @abstractmethod
     def done(self) -> bool:
@@ -173,9 +175,15 @@ class Runner(ABC):
     Attributes:
         backend: the same.
         max_pending: steps, other than prefills, that may be on their way at once.
+        max_slices: slices of prefills that may be on their way at once: as many as keep the device busy.
+        least_slice: tokens; of shorter slices, most is beginning and end.
+        max_slice_rows: tokens times heads of a slice, at most.
     """
 
     max_pending: int = 1
+    max_slices: int = 2
+    least_slice: int = 16
+    max_slice_rows: int = 1 << 31
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -251,7 +259,8 @@ class Runner(ABC):
     def begin_prefill(self, step: Step) -> Pending:
         """Begins to select for one run of many queries, whose keys were appended by steps begun before.
 
-        Whoever begins it sees to it that no page it reads is written before it is done.
+        Whoever begins it sees to it that no page it reads is written before it is done, and copies its answer before
+        another one is begun.
         """
 
 

@@ -7,10 +7,20 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from blockdex.cache import TABLE_ROW
+from blockdex.engine.entry import Entry
+from blockdex.engine.prefill import Prefill
+from blockdex.engine.reading import Reading
 from blockdex.errors import Code, Reason
 from blockdex.messages import Answer, Request
+from blockdex_kernels.backend import Backend
+from blockdex_kernels.runner import Answer as Selected
+from blockdex_kernels.runner import CpuRunner, Pending, Step
 from naive_engine import NaiveEngine, check_same
 from running_engine import (
     DECODE_QUERIES,
@@ -30,6 +40,57 @@ from running_engine import (
 A, B = 1, 2
 LONG = 200
 SLICE = 16
+
+
+class Later(Pending):
+    """A slice that goes to the kernels when it is asked for the second time, and says how long that took."""
+
+    def __init__(self, runner: LateRunner, step: Step) -> None:
+        self._runner, self._step = runner, step
+        self._asked = 0
+        self._done: Pending | None = None
+
+    def done(self) -> bool:
+        self._asked += 1
+        if self._asked < 2:
+            return False
+        if self._done is None:
+            self._done = self._runner.now(self._step)
+            self.device_seconds, self.device_waited = self._runner.seconds, self._runner.waited
+        return True
+
+    def answer(self) -> Selected | None:
+        assert self._done is not None
+        return self._done.answer()
+
+
+class LateRunner(CpuRunner):
+    """The CPU kernels as a device has them: what is wrong with a slice comes out when it is waited for.
+
+    Attributes:
+        seconds: what every slice is said to take.
+        waited: whether that is said to hold time in which the device waited for the host.
+    """
+
+    max_slices = 3
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend, TABLE_ROW)
+        self.seconds, self.waited = 1e-3, False
+
+    def begin_prefill(self, step: Step) -> Pending:
+        return Later(self, step)
+
+    def now(self, step: Step) -> Pending:
+        return super().begin_prefill(step)
+
+
+def run_late(run: Running) -> LateRunner:
+    """Gives an engine that was not started such a runner."""
+    runner = LateRunner(run.backend)
+    run.engine._runner = run.engine._launcher._runner = runner
+    run.channel.start()
+    return runner
 
 
 @pytest.fixture
@@ -238,3 +299,56 @@ async def test_a_prefill_keeps_its_pages_beyond_the_lease(random: np.random.Gene
         await run.ask(greedy)
         assert run.engine.info().cache.evictions == 1
         assert (await run.refusal(get(A))).reason == Reason.UNKNOWN_SEQUENCE
+
+
+async def test_slices_on_their_way_are_answered_in_order(random: np.random.Generator) -> None:
+    prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG), scores=True)
+    async with running(start=False) as run:
+        run_late(run)
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, A)
+        check_all(naive, [prefill], [await run.ask(prefill)])
+
+
+async def test_a_slice_that_fails_later_ends_its_request_alone(random: np.random.Generator) -> None:
+    prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
+    async with running(start=False) as run:
+        run_late(run)
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        await fill(run, naive, random, A)
+        epoch, rate = run.engine.info().epoch, run.engine._launcher._products_per_second
+        run.backend.fault, run.backend.error = "prefill", torch.OutOfMemoryError("made for this test")
+
+        assert (await run.refusal(prefill)).reason == Reason.OVERLOADED
+
+        await run.settled()
+        assert run.engine._launcher._products_per_second < rate, "by the slices behind it"
+        assert run.engine.info().epoch == epoch
+        check_all(naive, [prefill], [await run.ask(prefill)])
+
+
+@pytest.mark.parametrize("waited", [False, True])
+async def test_time_that_the_device_waited_does_not_shorten_slices(random: np.random.Generator, waited: bool) -> None:
+    prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
+    async with running(start=False) as run:
+        runner = run_late(run)
+        await fill(run, NaiveEngine(SPEC, run.engine.info().epoch), random, A)
+        rate = run.engine._launcher._products_per_second
+        runner.seconds, runner.waited = 1.0, waited
+        await run.ask(prefill)
+        assert (run.engine._launcher._products_per_second == rate) is waited
+        runner.seconds = 1e-6
+        low = run.engine._launcher._products_per_second
+        await run.ask(prefill)
+        assert run.engine._launcher._products_per_second > low, "what is faster than expected always counts"
+
+
+@given(st.integers(0, 10**6), st.integers(1, 20_000), st.integers(0, 20_000), st.floats(1, 1e12))
+def test_a_slice_takes_what_its_time_allows(start: int, length: int, taken: int, products: float) -> None:
+    """Keys grow along a prefill; the next slice is counted from where it begins, to within rounding."""
+    request = tokens(0, [(A, start, length)], queries=np.zeros((length, 1, 1), np.float32))
+    prefill = Prefill(Reading([Entry(request, 0.0, None)], 1, SPEC.topk), 0)
+    prefill.take(min(taken, length - 1))
+    most = prefill.tokens_within(products)
+    assert prefill.products(max(most - 1, 0)) <= products
+    assert prefill.products(most + 2) > products

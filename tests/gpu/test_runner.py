@@ -14,7 +14,9 @@ from blockdex_kernels import IndexSpec
 from blockdex_kernels.backend import Order, Selection, Spans
 from blockdex_kernels.runner import Packed, Pending, Step, make_runner
 from blockdex_kernels.triton.gpu import GpuBackend
+from blockdex_kernels.triton.gpu_runner import GpuRunner
 from blockdex_kernels.triton.graphs import Shape
+from blockdex_kernels.triton.slices import SliceShape
 from triton_device import DEVICE
 
 ROW, BLOCKS, SEQUENCES = 64, 300, 12
@@ -149,6 +151,57 @@ def test_prefills_beside_decodes(generator: torch.Generator) -> None:
         check(both.runner.begin(selecting), expected)
     for one, expected in pending:
         check(one, expected)
+
+
+@pytest.mark.parametrize("key_dtype", ["bf16", "fp8_e4m3"])
+def test_slices_as_graphs(key_dtype: Any, generator: torch.Generator) -> None:
+    """More than there are slots, of several shapes, and others in between."""
+    both = Both(IndexSpec(num_layers=2, key_dtype=key_dtype), generator)
+    runner = both.runner
+    assert isinstance(runner, GpuRunner)
+    shapes = [SliceShape(tokens, 4, 512) for tokens in (256, 1024)] + [SliceShape(1024, 1, 256)]
+    for shape in shapes:
+        runner._slices.capture(shape)
+    runner.use_device()
+    kinds = [(200, 4), (1, 4), (1024, 4), (257, 4), (256, 4), (700, 1), (999, 4), (3000, 4), (17, 4), (1000, 4)]
+    steps = []
+    for number, (length, heads) in enumerate(kinds):
+        step, chosen = both.step([length], torch.bfloat16, heads)
+        if heads == 1:
+            step.columns[1] = 0
+        scores = number == 4
+        step = Step(step.columns, None, step.queries, return_scores=scores)
+        steps.append((step, both.expected(step, chosen, "prefill")))
+    torch.cuda.synchronize()
+    assert {SliceShape.of(step, both.spec) for step, _ in steps} > set(shapes)
+    waiting: list[tuple[Pending, Selection]] = []
+    for step, expected in steps:
+        if len(waiting) == runner.max_slices:
+            check(*waiting.pop(0))
+        waiting.append((runner.begin_prefill(step), expected))
+    for pending, expected in waiting:
+        check(pending, expected)
+        assert pending.device_seconds > 0
+    for shape in shapes:
+        runner._slices.capture(shape)
+    torch.cuda.synchronize()
+
+
+def test_a_slice_without_memory(generator: torch.Generator) -> None:
+    """Fails where it is waited for; the next one does not."""
+    both = Both(IndexSpec(num_layers=2), generator)
+    step, chosen = both.step([1000], torch.float32, 4)
+    step = Step(step.columns, None, step.queries)
+    expected = both.expected(step, chosen, "prefill")
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            wait(both.runner.begin_prefill(step))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    check(both.runner.begin_prefill(step), expected)
 
 
 def test_tables_that_outgrow_the_device(generator: torch.Generator) -> None:

@@ -15,6 +15,7 @@ from blockdex_kernels.backend import Fp8Scoring, Order, Selection, Spans
 from blockdex_kernels.casts import cast_keys
 from blockdex_kernels.reference import select
 from blockdex_kernels.triton import TritonBackend
+from blockdex_kernels.triton.prefill import max_items, split
 from kernel_cases import Run, check, compare, load, poison, random_run, spans_of
 from triton_device import DEVICE, backend_for
 
@@ -358,3 +359,45 @@ def test_pages_are_copied_in_order_and_in_every_layer(key_dtype: Any, generator:
     backend.copy_pages(torch.tensor([0, 1]), torch.tensor([1, 3]))
 
     assert torch.equal(pages, before[torch.tensor([0, 0, 2, 0])])
+
+
+@pytest.mark.parametrize(
+    ("forced", "cache", "length", "start"),
+    [
+        ((0, 1), CACHES[0], 16, 300),
+        ((0, 0), CACHES[1], 11, 501),
+        ((2, 1), CACHES[2], 3, 400),
+        ((2, 0), CACHES[0], 15, 90),
+        ((0, 1), CACHES[0], 1, 0),
+    ],
+)
+def test_a_run_planned_on_the_device(
+    forced: tuple[int, int], cache: tuple[Any, Fp8Scoring], length: int, start: int, generator: torch.Generator
+) -> None:
+    """As one planned on the host, bit for bit, and nothing for the tokens that pad it."""
+    spec = small_spec(num_index_heads=3, key_dtype=cache[0], init_blocks=forced[0], local_blocks=forced[1])
+    runs = [random_run(generator, spec, start + length, length, layer=2)]
+    backend = backend_for(spec, runs, cache[1])
+    spans = load(backend, runs, generator)
+    expected = backend.prefill(runs[0].queries.to(DEVICE), spans, order="ascending", return_scores=False)
+    queries = torch.zeros(16, 3, spec.head_dim, dtype=runs[0].queries.dtype, device=DEVICE)
+    queries[:length] = runs[0].queries.to(DEVICE)
+    plan = backend.split(3 * length, -(-(start + length) // spec.block_size))
+    numbers = torch.tensor([2, start, length, *plan, 0, 0, 0], dtype=torch.int32, device=DEVICE)
+    block_ids = torch.full((16, 3, spec.topk), 12345, dtype=torch.int32, device=DEVICE)
+
+    backend.prefill_into(block_ids, queries, numbers, spans.page_table, 96)
+
+    assert torch.equal(block_ids[:length], expected.block_ids)
+    assert (block_ids[length:] == -1).all()
+
+
+@pytest.mark.parametrize("blocks", [1, 40, 1000, 8192])
+def test_the_last_round_of_a_split_keeps_most_programs_busy(blocks: int) -> None:
+    for rows in range(256, 32_769, 256):
+        tiles, ranges = split(rows, blocks, tile=256, programs=132)
+        items = tiles * ranges
+        assert items <= max_items(rows, tile=256, programs=132)
+        assert ranges == 1 or blocks // ranges >= 16
+        if blocks >= 1000 and tiles > 1:
+            assert items / (132 * -(-items // 132)) > 0.85, (tiles, ranges)

@@ -87,6 +87,7 @@ def test_kernels_compile_to_what_the_chip_is_good_at(
         "append_kernel",
         "cast_queries_kernel",
         "decode_scores_kernel",
+        "plan_run_kernel",
         "prefill_scores_kernel",
         "rank_kernel",
     }

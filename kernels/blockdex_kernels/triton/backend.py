@@ -11,10 +11,18 @@ from blockdex_kernels.backend import FP8_FLIP_TOLERANCE, Backend, Fp8Scoring, Or
 from blockdex_kernels.casts import TORCH_DTYPES
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.append import append
-from blockdex_kernels.triton.chip import Chip
+from blockdex_kernels.triton.chip import Chip, Launch
 from blockdex_kernels.triton.decode import score_decode
 from blockdex_kernels.triton.pages import Pages
-from blockdex_kernels.triton.prefill import cast_queries, cut, score_prefill
+from blockdex_kernels.triton.prefill import (
+    ITEM_FIELDS,
+    cast_queries,
+    cut,
+    max_items,
+    plan_run,
+    score_prefill,
+    split,
+)
 from blockdex_kernels.triton.rank import rank
 from blockdex_kernels.triton.runs import Runs
 
@@ -37,9 +45,14 @@ class TritonBackend(Backend):
         fp8_scoring: `native` or `upcast`; read for an fp8 cache only. A chip that cannot multiply e4m3 upcasts.
         score_bytes: most that the scores of one launch take.
 
+    Attributes:
+        plans_on_device: whether `prefill_into` is to be asked for what `prefill` is.
+
     Raises:
         ValueError: the spec or the device is not one that the kernels are made for.
     """
+
+    plans_on_device: bool = True
 
     def __init__(
         self,
@@ -143,32 +156,72 @@ class TritonBackend(Backend):
         self, queries: torch.Tensor, page_table: torch.Tensor, runs: Runs, *, every_block: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Scores of queries `[T, H, D]` of runs: what `rank` reads, in buffers of its own."""
-        chip = self.chip
-        launch = chip.prefill_fp8 if self._scaled else chip.prefill
-        tiles = cut(
-            runs,
-            queries.shape[1],
-            self.spec,
-            tile=launch.tile,
-            programs=chip.multiprocessors * launch.programs,
-            every_block=every_block,
-        )
-        scores, positions, unscales = self._score_buffers(queries, _width(tiles.width))
+        launch, programs = self._prefill_launch()
+        tiles = cut(runs, queries.shape[1], self.spec, tile=launch.tile, programs=programs, every_block=every_block)
+        buffers = self._score_buffers(queries, _width(tiles.width))
+        self._score(queries, page_table, self._sent(tiles.items), *buffers)
+        return buffers
+
+    def split(self, rows: int, blocks: int) -> tuple[int, int]:
+        """Tiles of a run of so many rows, and ranges of the blocks that its last row sees: see `prefill_into`."""
+        launch, programs = self._prefill_launch()
+        return split(rows, blocks, tile=launch.tile, programs=programs)
+
+    def prefill_into(
+        self,
+        block_ids: torch.Tensor,
+        queries: torch.Tensor,
+        numbers: torch.Tensor,
+        page_table: torch.Tensor,
+        width: int,
+    ) -> None:
+        """As `prefill` for one run, unchecked, planned on the device: what a CUDA graph holds, and replays for others.
+
+        Args:
+            block_ids: int32 `[T, H, topk]`, written; -1 beyond the run's tokens.
+            queries: `[T, H, D]`, of at least as many tokens as the run has.
+            numbers: int32 `[RUN_NUMBERS]`: see `plan_run`.
+            page_table: int32 `[1, max_blocks]`.
+            width: blocks that the run does not exceed.
+        """
+        launch, programs = self._prefill_launch()
+        num_tokens, heads, _ = queries.shape
+        count = max_items(num_tokens * heads, tile=launch.tile, programs=programs)
+        items = torch.empty((count, ITEM_FIELDS.value), dtype=torch.int32, device=self.device)
+        scores, positions, unscales = self._score_buffers(queries, _width(width))
+        plan_run(numbers, items, positions, heads, self.spec, tile=launch.tile, pdl=self.chip.pdl)
+        self._score(queries, page_table, items, scores, positions, unscales)
+        self.rank(scores, positions, unscales, Selection(block_ids, None), "ascending")
+
+    def _prefill_launch(self) -> tuple[Launch, int]:
+        """The shape of its launch, and how many programs run at once."""
+        launch = self.chip.prefill_fp8 if self._scaled else self.chip.prefill
+        return launch, self.chip.multiprocessors * launch.programs
+
+    def _score(
+        self,
+        queries: torch.Tensor,
+        page_table: torch.Tensor,
+        items: torch.Tensor,
+        scores: torch.Tensor,
+        positions: torch.Tensor,
+        unscales: torch.Tensor | None,
+    ) -> None:
+        launch, _ = self._prefill_launch()
         score_prefill(
             self._rows(queries, unscales),
             queries.shape[1],
             page_table,
             self._keys,
             self.spec,
-            self._sent(tiles.items),
+            items,
             scores,
             positions,
             tile=launch.tile,
             warps=launch.warps,
             stages=launch.stages,
-            pdl=chip.pdl,
+            pdl=self.chip.pdl,
         )
-        return scores, positions, unscales
 
     def rank(
         self,

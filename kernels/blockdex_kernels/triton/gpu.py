@@ -49,6 +49,7 @@ class GpuBackend(TritonBackend):
             found = "fmha_sm100 does not upcast keys" if self._keys.upcast else find_scorer(self.pages, spec)
             if isinstance(found, FmhaScorer):
                 self._scorer = found
+                self.plans_on_device = False
                 kernel, found = "fmha_sm100" + ("-fp8" if self._scaled else ""), f"{found.package.name} is compiled"
             self.kernels["prefill"] = (kernel, f"{reason}; {found}")
 

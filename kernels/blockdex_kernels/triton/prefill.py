@@ -19,6 +19,14 @@ from blockdex_kernels.triton.runs import Runs
 
 ITEM_FIELDS = tl.constexpr(8)
 
+_LEAST_RANGE = 16
+"""Blocks that a program scores, about, where there are enough of them."""
+_MOST_ROUNDS = 8
+"""Programs that a multiprocessor runs one after the other."""
+
+RUN_NUMBERS = 8
+"""int32 numbers that describe a run which is planned on the device: see `plan_run`."""
+
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _cast_queries_kernel(
@@ -136,6 +144,56 @@ def _prefill_scores_kernel(
             tl.store((lower_scores if half else upper_scores) + block, tl.max(products, 1), mask=row < end)
 
 
+@triton.jit
+def _plan_run_kernel(
+    numbers,
+    items,
+    positions,
+    num_items,
+    num_tokens,
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    PLACES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Each program plans some of the items, and marks some of the tokens as padding: see `plan_run`."""
+    wait_for_previous(PDL)
+    layer = tl.load(numbers)
+    start = tl.load(numbers + 1)
+    end = tl.load(numbers + 2) * HEADS
+    tiles = tl.maximum(tl.load(numbers + 3), 1)
+    ranges = tl.load(numbers + 4)
+    number = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    tl.store(positions + number, tl.full([AT_ONCE], -1, tl.int32), mask=number < num_tokens)
+    # Neighbours in time share their keys.
+    nth = number // tiles
+    first = number % tiles * TILE
+    visible = (start + (tl.minimum(first + TILE, end) - 1) // HEADS) // BLOCK + 1
+    needed_end = tl.maximum(visible - LOCAL, INIT)
+    needed_end = tl.where(needed_end - INIT <= PLACES, INIT, needed_end)
+    whole_end = needed_end
+    if LOCAL == 0:
+        whole_end = tl.minimum(tl.maximum((start + first // HEADS + 1) // BLOCK, INIT), needed_end)
+    blocks = whole_end - INIT
+    used = nth < ranges  # None is where there are no tokens, as before a graph's first replay.
+    ranges = tl.maximum(ranges, 1)
+    last = nth + 1 == ranges
+    item = items + number * ITEM_FIELDS
+    inside = number < num_items
+    tl.store(item, first, mask=inside)
+    tl.store(item + 1, tl.where(used, end, 0), mask=inside)
+    tl.store(item + 2, start * HEADS + tl.zeros_like(number), mask=inside)
+    tl.store(item + 3, tl.zeros_like(number), mask=inside)
+    tl.store(item + 4, layer + tl.zeros_like(number), mask=inside)
+    tl.store(item + 5, tl.where(used, INIT + blocks * nth // ranges, 0), mask=inside)
+    tl.store(item + 6, tl.where(used, INIT + blocks * (nth + 1) // ranges, 0), mask=inside)
+    tl.store(item + 7, tl.where(last, needed_end, 0), mask=inside)
+
+
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """What the programs of a prefill launch do: every row of `items` is one program's.
@@ -183,7 +241,7 @@ def cut(runs: Runs, heads: int, spec: IndexSpec, *, tile: int, programs: int, ev
         whole_end = np.clip((first_position + 1) // spec.block_size, spec.init_blocks, needed_end)
     blocks = whole_end - spec.init_blocks
     # Few enough that each gets a long run of blocks, many enough that the last to end does not end much later.
-    rounds = np.clip(blocks.sum() // (programs * 16), 1, 8)
+    rounds = np.clip(blocks.sum() // (programs * _LEAST_RANGE), 1, _MOST_ROUNDS)
     size = max(-(-int(blocks.sum()) // int(programs * rounds)), 1)
     ranges = np.maximum(-(-blocks // size), 1)
     of = np.repeat(np.arange(len(ranges)), ranges)
@@ -195,6 +253,68 @@ def cut(runs: Runs, heads: int, spec: IndexSpec, *, tile: int, programs: int, ev
     items = np.stack(columns, axis=1).astype(np.int32)
     # Neighbours in time share their keys.
     return Tiles(items[np.argsort(begin, kind="stable")], int(visible.max(initial=1)))
+
+
+def split(rows: int, blocks: int, *, tile: int, programs: int) -> tuple[int, int]:
+    """How one run is cut, as `cut` does it, in numbers: its tiles, and the ranges of blocks of each.
+
+    Args:
+        rows: of the run, tokens times heads.
+        blocks: that its last row sees.
+        tile: rows of a tile.
+        programs: how many run at once.
+    """
+    tiles = -(-rows // tile)
+    most = max(min(_MOST_ROUNDS * programs // tiles, blocks // _LEAST_RANGE), 1)
+    # All ranges take about as long: the best are as many as keep all programs busy in the last round too.
+    counts = range(most, most // 2, -1)
+    return tiles, max(counts, key=lambda ranges: tiles * ranges / -(-tiles * ranges // programs))
+
+
+def max_items(rows: int, *, tile: int, programs: int) -> int:
+    """Most items that a run of so many rows is split into."""
+    return max(_MOST_ROUNDS * programs, -(-rows // tile))
+
+
+def plan_run(
+    numbers: torch.Tensor,
+    items: torch.Tensor,
+    positions: torch.Tensor,
+    heads: int,
+    spec: IndexSpec,
+    *,
+    tile: int,
+    pdl: bool,
+) -> None:
+    """Plans one run on the device, so that a CUDA graph can hold its launch: what `cut` does on the host.
+
+    Args:
+        numbers: int32 `[RUN_NUMBERS]`: layer, start, tokens, tiles, ranges (as `split` says), and nothing.
+        items: int32 `[max_items, 8]`, written: those of the run, and behind them some that do nothing.
+        positions: int32 `[T]`, written: -1, what those of padding stay.
+        heads: rows of a token.
+        spec: the indexer.
+        tile: rows of a tile.
+        pdl: whether to launch as a programmatic dependent.
+    """
+    at_once = 256
+    _plan_run_kernel[(triton.cdiv(max(len(items), len(positions)), at_once),)](
+        numbers,
+        items,
+        positions,
+        len(items),
+        len(positions),
+        HEADS=heads,
+        TILE=tile,
+        BLOCK=spec.block_size,
+        INIT=spec.init_blocks,
+        LOCAL=spec.local_blocks,
+        PLACES=spec.topk - spec.init_blocks - spec.local_blocks,
+        AT_ONCE=at_once,
+        PDL=pdl,
+        num_warps=4,
+        **pdl_launch(pdl),
+    )
 
 
 def cast_queries(queries: torch.Tensor, rows: torch.Tensor, unscales: torch.Tensor | None, *, pdl: bool) -> None:

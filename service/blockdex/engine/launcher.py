@@ -25,10 +25,8 @@ from blockdex_kernels.runner import Packed, Pending, Runner, Step
 
 logger = logging.getLogger(__name__)
 
-# A slice is never shorter than this, so that a slow machine still gets on: one tile of rows.
-_MIN_SLICE_TOKENS = 16
-# One runs while the next one's queries cross.
-_SLICES_AT_ONCE = 2
+# Share of the last slice in what is expected of the next one.
+_LEARNING_RATE = 0.25
 
 
 @dataclass(slots=True)
@@ -40,14 +38,14 @@ class Flight:
         phase: `append`, `decode` or `prefill`.
         parts: readings that get so many rows of its answer, in their order, and for which of their own.
         sequence: of a prefill, the sequence and layer that it reads.
-        products: of a prefill, dot products that it takes, at most.
+        products: of a prefill, dot products that it takes.
     """
 
     pending: Pending
     phase: Phase
     parts: list[tuple[Reading, int, Rows]]
     sequence: tuple[SequenceKey, int] | None = None
-    products: int = 0
+    products: float = 0.0
 
 
 class Launcher:
@@ -87,8 +85,10 @@ class Launcher:
 
     @property
     def only_prefills(self) -> bool:
-        """Whether nothing else is on its way, and enough of that."""
-        return len(self._slices) >= _SLICES_AT_ONCE and not self._flights and not self._landed
+        """Whether nothing else is on its way, and no other slice is to begin now."""
+        if not self._slices or self._flights or self._landed:
+            return False
+        return not self.prefills or len(self._slices) >= self._runner.max_slices
 
     @property
     def reads(self) -> bool:
@@ -123,12 +123,15 @@ class Launcher:
 
     def begin_slice(self) -> None:
         """Begins one slice of the prefill whose turn it is, if there is one, and if not enough are on their way."""
-        if not self.prefills or len(self._slices) >= _SLICES_AT_ONCE:
+        if not self.prefills or len(self._slices) >= self._runner.max_slices:
             return
         prefill = self.prefills.pop()
-        reading, per_token = prefill.reading, prefill.products_per_token
-        wanted = int(self._products_per_second * self._slice_seconds / per_token)
-        part, rows = prefill.take(max(wanted, _MIN_SLICE_TOKENS))
+        reading = prefill.reading
+        in_time = prefill.tokens_within(self._products_per_second * self._slice_seconds)
+        most = min(prefill.remaining, max(self._runner.max_slice_rows // reading.heads, 1))
+        tokens = min(max(in_time, self._runner.least_slice), most)
+        products = prefill.products(tokens)
+        part, rows = prefill.take(tokens)
         if prefill.remaining:
             # Behind the others: a short prefill does not wait for a long one to end.
             self.prefills.add(prefill)
@@ -141,9 +144,7 @@ class Launcher:
         except torch.OutOfMemoryError as error:
             self._give_up([reading], error)
             return
-        tokens = rows.stop - rows.start
-        flight = Flight(pending, "prefill", [(reading, tokens, rows)], prefill.sequence, tokens * per_token)
-        self._slices.append(flight)
+        self._slices.append(Flight(pending, "prefill", [(reading, tokens, rows)], prefill.sequence, products))
         self._stats.launched("prefill", tokens, 1)
 
     def land(self) -> list[Outcome]:
@@ -151,12 +152,7 @@ class Launcher:
         while self._flights and self._flights[0].pending.done():
             self._arrive(self._flights.popleft())
         while self._slices and self._has_ended(self._slices[0]):
-            flight = self._slices.popleft()
-            self._arrive(flight)
-            rate = flight.products / max(flight.pending.device_seconds, 1e-6)
-            self._products_per_second += 0.25 * (rate - self._products_per_second)
-        for flight in self._slices:
-            flight.pending.done()  # which takes the next one to the device while this one runs
+            self._arrive(self._slices.popleft())
         landed, self._landed = self._landed, []
         return landed
 
@@ -250,7 +246,7 @@ class Launcher:
     def _arrive(self, flight: Flight) -> None:
         now = time.monotonic()
         self._stats.device_seconds[flight.phase] += flight.pending.device_seconds
-        answer = flight.pending.answer()
+        answer = flight.pending.answer() if flight.parts or flight.entries else None
         row = 0
         for reading, tokens, rows in flight.parts:
             assert answer is not None
@@ -266,11 +262,20 @@ class Launcher:
     def _has_ended(self, flight: Flight) -> bool:
         """Whether a slice is done, or has failed for want of memory, which ends its readings."""
         try:
-            return flight.pending.done()
+            if not flight.pending.done():
+                return False
         except torch.OutOfMemoryError as error:
             self._give_up([reading for reading, _, _ in flight.parts], error)
             flight.parts.clear()
             return True
+        self._learn(flight)
+        return True
+
+    def _learn(self, flight: Flight) -> None:
+        """Corrects the rate by a slice's; what may have waited for the host only says that the device is no slower."""
+        rate = flight.products / max(flight.pending.device_seconds, 1e-6)
+        if rate > self._products_per_second or not flight.pending.device_waited:
+            self._products_per_second += _LEARNING_RATE * (rate - self._products_per_second)
 
     def _give_up(self, readings: Sequence[Reading], error: torch.OutOfMemoryError) -> None:
         """Answers the callers of selections that the device has no memory for; pages are as they were."""

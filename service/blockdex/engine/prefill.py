@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -37,10 +38,14 @@ class Prefill:
         """Tokens that are in no slice yet."""
         return self._length - self._done
 
-    @property
-    def products_per_token(self) -> int:
-        """Upper bound of the dot products of one token of the next slice."""
-        return self.reading.heads * (self._start + self._length)
+    def products(self, tokens: int) -> float:
+        """Dot products that the next slice takes if it has so many tokens."""
+        return self.reading.heads * tokens * (self._start + self._done + tokens / 2)
+
+    def tokens_within(self, products: float) -> int:
+        """Most tokens of the next slice that take no more dot products."""
+        before = self._start + self._done
+        return int(math.sqrt(before * before + 2 * products / self.reading.heads)) - before
 
     def take(self, tokens: int) -> tuple[Part, slice]:
         """The next slice: its run, and its rows in the reading."""
