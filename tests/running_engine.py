@@ -142,11 +142,12 @@ class Running:
 
     backend: WatchedBackend
     engine: Engine
-    channel: Any
+    channel: Any  # A LocalChannel, or one over rings.
 
     def submit(self, request: Request, timeout: float = TIMEOUT) -> PendingAnswer:
         """Queues a request."""
-        return self.channel.submit(request, timeout)
+        pending: PendingAnswer = self.channel.submit(request, timeout)
+        return pending
 
     async def ask(self, request: Request, timeout: float = TIMEOUT) -> Answer:
         """Queues a request and waits for its answer."""

@@ -246,7 +246,7 @@ class Launcher:
     def _arrive(self, flight: Flight) -> None:
         now = time.monotonic()
         self._stats.device_seconds[flight.phase] += flight.pending.device_seconds
-        answer = flight.pending.answer() if flight.parts or flight.entries else None
+        answer = flight.pending.answer() if flight.parts else None
         row = 0
         for reading, tokens, rows in flight.parts:
             assert answer is not None
