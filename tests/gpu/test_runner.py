@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.backend import Order, Selection, Spans
-from blockdex_kernels.runner import Packed, Pending, Step, make_runner
+from blockdex_kernels.runner import Packed, Pending, Replay, Room, Step, make_runner
 from blockdex_kernels.triton.gpu import GpuBackend
 from blockdex_kernels.triton.gpu_runner import GpuRunner
 from blockdex_kernels.triton.graphs import Shape
@@ -202,6 +203,51 @@ def test_a_slice_without_memory(generator: torch.Generator) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     check(both.runner.begin_prefill(step), expected)
+
+
+@pytest.mark.parametrize("key_dtype", ["bf16", "fp8_e4m3"])
+def test_steps_that_are_made_in_rooms(key_dtype: Any, generator: torch.Generator) -> None:
+    """Whoever writes a step into a room and launches its program finds the answer there, as the kernels give it."""
+    both = Both(IndexSpec(num_layers=2, key_dtype=key_dtype), generator)
+    runner = both.runner
+    assert isinstance(runner, GpuRunner)
+    for shape in (Shape(8, 1, 4, 1024, appends=True), Shape(2, 4, 4, 1024, appends=True)):
+        runner._in_rooms.capture(shape)
+    replays = runner._captured()
+    launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(replays.launch)
+    for number in range(24):
+        replay, room = replays.steps[number % 2], runner.rooms()[number // 2 % 2]
+        runs = int(torch.randint(1, replay.runs + 1, (), generator=generator))
+        lengths = torch.randint(1, replay.length + 1, (runs,), generator=generator).tolist()
+        step, chosen = both.step(lengths, torch.bfloat16, 4)
+        expected = both.expected(step, chosen, "decode").block_ids.cpu().numpy()
+        torch.cuda.synchronize()
+        ids = _make(step, room, replay)
+        assert launch(replay.programs[number // 2 % 2], replays.stream) == 0
+        until = time.monotonic() + SECONDS
+        while (ids == -2).any():
+            assert time.monotonic() < until, "not done in time"
+        np.testing.assert_array_equal(ids[: expected.size].reshape(expected.shape), expected)
+        assert (ids[expected.size :] == -1).all()
+    torch.cuda.synchronize()
+    assert torch.equal(runner.backend.pages.view(torch.uint8), both.direct.pages.view(torch.uint8))
+
+
+def _make(step: Step, room: Room, replay: Replay) -> NDArray[np.int32]:
+    """Writes a step into a room; the place of its block ids, which is made to look unwritten."""
+    columns = np.zeros((4, replay.runs), np.int32)
+    columns[:, : step.columns.shape[1]] = step.columns
+    assert step.keys is not None
+    assert step.queries is not None
+    at = 16 * max(replay.runs, 4)
+    room.host[: columns.nbytes] = columns.reshape(-1).view(np.uint8)
+    for packed in (step.keys, step.queries):
+        data = np.frombuffer(b"".join(packed.parts), np.uint8)
+        room.host[at : at + len(data)] = data
+        at += 2 * replay.runs * replay.length * packed.heads * 128
+    ids = room.block_ids[: replay.runs * replay.length * 4 * 16]
+    ids[:] = -2
+    return ids
 
 
 def test_tables_that_outgrow_the_device(generator: torch.Generator) -> None:
