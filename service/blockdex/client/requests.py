@@ -62,17 +62,6 @@ class Queries:
     wait_for_keys: bool = False
 
 
-@dataclass(slots=True)
-class _Part:
-    """A tensor on its way into a request: where it goes, what it is, and the shape that it must have."""
-
-    name: str
-    target: Any
-    dtype: FloatDtype
-    array: NDArray[Any]
-    shape: tuple[int, ...]
-
-
 def spans_of(
     layer: int,
     sequences: Integers,
@@ -154,22 +143,30 @@ def fill(
     spec = info.spec
     checks.check_columns(spec, info.limits.max_spans, spans.sequences, starts, spans.lengths, spans.revisions)
     tokens, num_heads = sum(spans.lengths), 0
-    parts = []
+    num_bytes = 0
     if keys is not None:
-        parts.append(_Part("keys", request.keys, *elements_of("keys", keys), (tokens, spec.head_dim)))
+        keys_dtype, keys = elements_of("keys", keys)
+        num_bytes = keys.nbytes
     if queries is not None:
         num_heads = checks.check_heads(spec, queries.first_head, queries.num_heads)
         _fill_selection(request, queries)
-        elements = elements_of("queries", queries.tensor)
-        parts.append(_Part("queries", request.queries, *elements, (tokens, num_heads, spec.head_dim)))
-    checks.check_message_bytes(sum(part.array.nbytes for part in parts), info.limits.max_message_bytes)
-    for part in parts:
-        checks.check_tensor_bytes(part.name, part.dtype, part.array.nbytes, part.shape)
-        checks.check_shape(part.name, part.array.shape, part.shape)
-        part.target.dtype = _DTYPES[part.dtype]
-        part.target.data = part.array.tobytes()
+        queries_dtype, vectors = elements_of("queries", queries.tensor)
+        num_bytes += vectors.nbytes
+    checks.check_message_bytes(num_bytes, info.limits.max_message_bytes)
+    if keys is not None:
+        _fill_tensor(request.keys, "keys", keys_dtype, keys, (tokens, spec.head_dim))
+    if queries is not None:
+        _fill_tensor(request.queries, "queries", queries_dtype, vectors, (tokens, num_heads, spec.head_dim))
     _fill_spans(request, info, spans, starts)
     return tokens, num_heads, spec.topk
+
+
+def _fill_tensor(target: Any, name: str, dtype: FloatDtype, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        checks.check_tensor_bytes(name, dtype, array.nbytes, shape)
+        checks.check_shape(name, array.shape, shape)
+    target.dtype = _DTYPES[dtype]
+    target.data = array.tobytes()
 
 
 def _fill_spans(request: Any, info: Info, spans: Spans, starts: list[int]) -> None:

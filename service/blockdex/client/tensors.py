@@ -33,7 +33,7 @@ _TORCH_DTYPES: dict[str, FloatDtype] = {
 }
 # numpy has no such types of its own: the same bits under another name.
 _TORCH_BITS = {"torch.bfloat16": "int16", "torch.float8_e4m3fn": "uint8"}
-_ANSWER_DTYPES = {pb.DTYPE_INT32: "int32", pb.DTYPE_FP32: "float32"}
+_ANSWER_DTYPES = {pb.DTYPE_INT32: np.dtype("<i4"), pb.DTYPE_FP32: np.dtype("<f4")}
 
 
 def elements_of(name: str, tensor: Any) -> tuple[FloatDtype, NDArray[Any]]:
@@ -76,8 +76,8 @@ def tensor_like(tensor: Any, name: str, answer: pb.Tensor, shape: tuple[int, ...
         )
     torch = _torch_of(tensor)
     if torch is None:
-        return np.frombuffer(buffer, dtype).reshape(shape)
-    return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).reshape(shape).to(tensor.device)
+        return np.ndarray(shape, dtype, buffer)
+    return torch.frombuffer(buffer, dtype=getattr(torch, dtype.name)).reshape(shape).to(tensor.device)
 
 
 def _torch_of(tensor: object) -> Any:

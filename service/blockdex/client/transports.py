@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import grpc
@@ -19,6 +19,7 @@ from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1.indexer_pb2_grpc import IndexerServiceStub
 
 _JOIN_SECONDS = 5.0
+_STREAM = f"/{pb.DESCRIPTOR.services_by_name['IndexerService'].full_name}/Stream"
 
 
 class Transport(Protocol):
@@ -43,14 +44,14 @@ class UnaryTransport:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._closed = False
-        self._channel = grpc.insecure_channel(core.address, options=CHANNEL_OPTIONS)
-        self.stub: Any = IndexerServiceStub(self._channel)
+        self.channel = grpc.insecure_channel(core.address, options=CHANNEL_OPTIONS)
+        self._stub: Any = IndexerServiceStub(self.channel)
 
     def send(self, call: Call[Any]) -> Any:
         """The response to one attempt."""
         if self._closed:
             raise closed()
-        method = getattr(self.stub, call.rpc)
+        method = getattr(self._stub, call.rpc)
         try:
             return method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
         except grpc.RpcError as failure:
@@ -59,7 +60,7 @@ class UnaryTransport:
     def close(self) -> None:
         """Ends what is in flight and closes the channel."""
         self._closed = True
-        self._channel.close()
+        self.channel.close()
 
 
 class StreamTransport:
@@ -91,14 +92,19 @@ class StreamTransport:
             if self._closed:
                 raise closed()
             if self._exchange is None or self._exchange.broken:
-                self._exchange = _Exchange(self._unary.stub.Stream, self._core)
+                self._exchange = _Exchange(self._unary.channel, self._core)
             return self._exchange
 
 
 class _Exchange:
-    """One stream, from its opening until it breaks. A thread reads the answers and drops them into inboxes."""
+    """One stream, from its opening until it breaks.
 
-    def __init__(self, open_stream: Callable[..., Any], core: Core) -> None:
+    gRPC's own thread drops each answer into its caller's inbox, so that no other thread stands between the two. Callers
+    do not read the stream themselves, since gRPC's read cannot be given a timeout; the one thread that does only asks
+    gRPC for the next answer, and sees the end.
+    """
+
+    def __init__(self, channel: grpc.Channel, core: Core) -> None:
         self._failure: BlockdexError | None = None
         self._address = core.address
         self._closing = False
@@ -106,7 +112,8 @@ class _Exchange:
         self._request_ids = itertools.count(1)
         self._outbox: queue.SimpleQueue[pb.StreamRequest | None] = queue.SimpleQueue()
         self._inboxes: dict[int, queue.SimpleQueue[pb.StreamResponse | BlockdexError]] = {}
-        self._responses = open_stream(self._requests(), metadata=core.metadata)
+        method = channel.stream_stream(_STREAM, pb.StreamRequest.SerializeToString, self._deliver)
+        self._responses: Any = method(self._requests(), metadata=core.metadata)
         self._reader = threading.Thread(target=self._read, name="blockdex-stream", daemon=True)
         self._reader.start()
 
@@ -147,13 +154,18 @@ class _Exchange:
             if frame.request_id in self._inboxes or frame.HasField("cancel"):
                 yield frame
 
+    def _deliver(self, answer: bytes) -> pb.StreamResponse:
+        frame = pb.StreamResponse.FromString(answer)
+        inbox = self._inboxes.get(frame.request_id)
+        if inbox is not None:
+            inbox.put(frame)
+        return frame
+
     def _read(self) -> None:
         end: BlockdexError = UnavailableError(f"{self._address} ended it", Reason.UNREACHABLE)
         try:
-            for frame in self._responses:
-                inbox = self._inboxes.get(frame.request_id)
-                if inbox is not None:
-                    inbox.put(frame)
+            for _ in self._responses:
+                pass
         except grpc.RpcError as failure:
             end = error_of_call(failure, self._address)
         with self._lock:
