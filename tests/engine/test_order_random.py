@@ -13,6 +13,7 @@ from blockdex.messages import Answer, FloatDtype, Order, Request
 from blockdex_kernels.spec import KeyDtype
 from cache_state import check_integrity
 from naive_engine import NaiveEngine, check_same
+from ring_engine import running_over_rings
 from running_engine import (
     DECODE_QUERIES,
     SPEC,
@@ -36,10 +37,12 @@ ORDERS: tuple[Order, ...] = ("ascending", "score")
 class Caller:
     """Draws requests that mostly make sense: it follows the sequences' lengths as they will be when each is done."""
 
-    def __init__(self, seed: int, naive: NaiveEngine, *, waits: bool) -> None:
+    def __init__(self, seed: int, naive: NaiveEngine, *, waits: bool, plain: float = 0.0) -> None:
+        """`plain`: share of the token requests that are such as engines ask all the time."""
         self._random = np.random.default_rng(seed)
         self._naive = naive
         self._waits = waits
+        self._plain = plain
         self._fresh = 1
 
     def request(self) -> Request:
@@ -61,10 +64,33 @@ class Caller:
             case "close":
                 return close(self._some_id(tenant), tenant=tenant)
             case kind:
-                return self._tokens(tenant, appends=kind != "select", selects=kind != "append")
+                plain = random.random() < self._plain
+                return self._decode(tenant) if plain else self._tokens(tenant, kind)
 
-    def _tokens(self, tenant: str, *, appends: bool, selects: bool) -> Request:
+    def _decode(self, tenant: str) -> Request:
+        """Appends to the ends of sequences, or writes these anew, and selects for that with all heads."""
+        random, layer = self._random, int(self._random.integers(SPEC.num_layers))
+        rows = []
+        for sequence_id in sorted({self._some_id(tenant) for _ in range(random.choice([1, 2, 4]))}):
+            _, _, length, revision = self._row(tenant, sequence_id, layer, appends=True, wait=False)
+            layers = self._naive.sequences.get((tenant, sequence_id))
+            held = len(layers[layer].keys) if layers else 0
+            start = max(held - int(random.choice([0, 0, 0, 1, 2])), 0)
+            rows.append((sequence_id, start, min(length, DECODE_QUERIES), revision))
+        total = sum(length for _, _, length, _ in rows)
+        keys, queries = (values(random, total, *heads, SPEC.head_dim) for heads in ((), (SPEC.num_index_heads,)))
+        return tokens(layer, rows, keys=keys, queries=queries, tenant=tenant)
+
+    def request_answered(self) -> tuple[Request, Answer | BlockdexError]:
+        """The next request, and its answer."""
+        request = self.request()
+        answer = self._naive.answer(request)
+        assert answer is not None
+        return request, answer
+
+    def _tokens(self, tenant: str, kind: str) -> Request:
         random = self._random
+        appends, selects = kind != "select", kind != "append"
         layer = int(random.integers(SPEC.num_layers))
         wait = self._waits and not appends and bool(random.random() < 0.4)
         # One sequence where it waits: of several it might see one before, another after what came in between.
@@ -155,4 +181,24 @@ async def test_answers_are_those_of_one_request_after_another(seed: int, key_dty
         refusals = sum(isinstance(answer, BlockdexError) for answer in expected)
         assert REQUESTS // 20 < refusals < REQUESTS // 2, "neither all refused nor all easy"
         assert run.engine.stats().batches < REQUESTS // 3, "most ran together"
+        assert {call.phase for call in run.backend.calls} == {"append", "decode", "prefill"}
+
+
+@pytest.mark.parametrize(("seed", "key_dtype"), [(4, "bf16"), (5, "bf16"), (6, "bf16"), (7, "fp8_e4m3")])
+async def test_behind_rings_too(seed: int, key_dtype: KeyDtype) -> None:
+    """Some take the short way and overtake others, and nobody can tell."""
+    spec = dataclasses.replace(SPEC, key_dtype=key_dtype)
+    async with running_over_rings(spec, num_pages=4096) as run:
+        naive = NaiveEngine(spec, run.engine.info().epoch)
+        caller = Caller(seed, naive, waits=False, plain=0.8)
+        for _ in range(8):
+            requests = [caller.request_answered() for _ in range(60)]
+            futures = [run.submit(request, timeout=60) for request, _ in requests]
+            await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), 60)
+            for number, (future, (request, answer)) in enumerate(zip(futures, requests, strict=True)):
+                actual = future.exception() or future.result()
+                check_same(actual, answer, f"request {number}: {request}")
+            del futures, future, actual
+        check_integrity(run.engine._cache)
+        assert run.short_way_requests > 8
         assert {call.phase for call in run.backend.calls} == {"append", "decode", "prefill"}
