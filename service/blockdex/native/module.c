@@ -3,12 +3,10 @@
  * The short way takes what is plainly right and asked all the time. Whatever else comes is left, untouched, to the
  * Python beside it, which says what is wrong with it.
  */
+#include "link.h"
 #include "native.h"
 
-static int fill(PyObject *module) {
-    (void)module;
-    return 0;
-}
+static int fill(PyObject *module) { return add_link(module); }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};
 
