@@ -318,6 +318,15 @@ static PyObject *given_up(Link *self, struct flight *flight) {
                          (long long)flight->received, (unsigned long long)flight->ticket);
 }
 
+PyDoc_STRVAR(awaits_doc, "Whether somebody's request of that number is on the short way.");
+
+static PyObject *link_awaits(PyObject *object, PyObject *arguments) {
+    PyObject *owner;
+    unsigned long long number;
+    if (!PyArg_ParseTuple(arguments, "OK:awaits", &owner, &number)) return NULL;
+    return PyBool_FromLong(flights_of(&((Link *)object)->flights, owner, number) != NULL);
+}
+
 PyDoc_STRVAR(give_up_doc, "Takes a request on the short way from who asked; None where there is none.");
 
 static PyObject *link_give_up(PyObject *object, PyObject *arguments) {
@@ -443,29 +452,37 @@ static bool take_one(Link *self, PyObject *list, int64_t at) {
     return true;
 }
 
+/* Adds the answers that are there to the list; false with an error set where none could be added. */
+static bool take_all(Link *self, PyObject *list) {
+    uint64_t count = filled(self);
+    int64_t at = now();
+    if (count > self->num_answer_slots) {
+        PyErr_Format(PyExc_ValueError, "ring: %llu slots are said to be filled, there are %u", count,
+                     self->num_answer_slots);
+        return false;
+    }
+    while (count && take_one(self, list, at)) count--;
+    atomic_store_explicit(&self->header->answers_read, self->read, memory_order_release);
+    blockdex_ring_bell(&self->header->engine_waits_for_room, self->engine_bell);
+    if (!count) return true;
+    /* What went wrong behind others goes wrong again when the next are taken; these are not lost. */
+    if (PyList_Size(list)) PyErr_Clear();
+    return !PyErr_Occurred();
+}
+
 PyDoc_STRVAR(take_doc, "The answers that are there; where there are none, the bell rings when some come.");
 
 static PyObject *link_take(PyObject *object, PyObject *unused) {
     (void)unused;
     Link *self = (Link *)object;
     PyObject *list = PyList_New(0);
-    if (!list || (!filled(self) && lie_down(self))) return list;
-    atomic_store_explicit(&self->header->door_sleeps, 0, memory_order_relaxed);
-    uint64_t count = filled(self);
-    int64_t at = now();
-    if (count > self->num_answer_slots) {
-        Py_DECREF(list);
-        return PyErr_Format(PyExc_ValueError, "ring: %llu slots are said to be filled, there are %u", count,
-                            self->num_answer_slots);
+    /* Nobody may wait for those that were there; then it looks again. */
+    while (list && !PyList_Size(list)) {
+        if (!filled(self) && lie_down(self)) return list;
+        atomic_store_explicit(&self->header->door_sleeps, 0, memory_order_relaxed);
+        if (!take_all(self, list)) Py_CLEAR(list);
     }
-    while (count && take_one(self, list, at)) count--;
-    atomic_store_explicit(&self->header->answers_read, self->read, memory_order_release);
-    blockdex_ring_bell(&self->header->engine_waits_for_room, self->engine_bell);
-    /* What went wrong behind others goes wrong again when the next are taken; these are not lost. */
-    if (count && PyList_Size(list)) PyErr_Clear();
-    if (!PyErr_Occurred()) return list;
-    Py_DECREF(list);
-    return NULL;
+    return list;
 }
 
 PyDoc_STRVAR(take_times_doc, "What was timed since the last call: for every RPC its counts and their sum in seconds.");
@@ -511,6 +528,7 @@ static PyMethodDef methods[] = {
     {"claim", link_claim, METH_VARARGS, claim_doc},
     {"publish", link_publish, METH_NOARGS, publish_doc},
     {"cancel", link_cancel, METH_O, cancel_doc},
+    {"awaits", link_awaits, METH_VARARGS, awaits_doc},
     {"give_up", link_give_up, METH_VARARGS, give_up_doc},
     {"give_up_all", link_give_up_all, METH_O, give_up_all_doc},
     {"take", link_take, METH_NOARGS, take_doc},
