@@ -48,10 +48,8 @@ class Link:
     ) -> None:
         """Takes requests the short way from now on, within the bounds of `IndexSpec` and `Limits`.
 
-        Args:
-            max_waiting: requests that may be waited for before one is left to Python.
-            slow_seconds: of an answer that took longer, the rest is told.
-            time_bounds: upper bounds, rising, of the buckets in which answers are counted.
+        While `max_waiting` are waited for, all are left to Python. Of an answer that took longer than `slow_seconds`
+        the rest is told, too. Answers are counted in buckets whose upper bounds `time_bounds` are, rising.
         """
 
     def send(self, asker: object, rpc: int, tenant: str, timeout: float, message: bytes, /) -> bool:
@@ -72,7 +70,7 @@ class Link:
         """Shows the engine what was claimed."""
 
     def cancel(self, ticket: int, /) -> bool:
-        """Tells the engine that nobody waits for a request, and tells nobody of its answer; False while no slot is free."""
+        """Tells the engine that nobody waits for a request: none hears of its answer. False while no slot is free."""
 
     def awaits(self, asker: object, number: int, /) -> bool:
         """Whether such a request is on the short way, and not given up."""
@@ -94,5 +92,7 @@ class Link:
         """
 
     def take_times(self) -> list[tuple[list[int], float]]:
-        """Of every RPC from 0 to 5, how many answers of the short way fell into each bucket since the last call, and the
-        sum of their seconds; the last bucket has no bound. Empty before the short way is opened."""
+        """What was timed since the last call: of every RPC from 0 to 5, answers by bucket, and their seconds in all.
+
+        Of the short way alone, and empty before that is opened. The last bucket has no bound.
+        """

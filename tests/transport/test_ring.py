@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import ring_echo
 from blockdex.transport.arena import Tape
-from blockdex.transport.layout import AT, HEADER_BYTES, aligned
+from blockdex.transport.layout import AT, HEADER_BYTES
 from blockdex.transport.ring import Bell, Consumer, Producer
 from blockdex.transport.segment import RingError, Segment, Sizes
 

@@ -63,7 +63,7 @@ class Core:
 
     @property
     def written(self) -> int:
-        return self.segment.counters[AT["requests_written"] // 8]
+        return int(self.segment.words[AT["requests_written"] // 8])
 
     def slot(self, number: int) -> int:
         return self.segment.request_slots_offset + number % self.segment.request_slots * layout.SLOT_BYTES
@@ -250,7 +250,7 @@ def test_whatever_bytes_come_python_says_the_same(right: tuple[int, Any], data: 
     for _ in range(data.draw(st.integers(1, 3))):
         # Mostly among tags and lengths, which lie in front.
         at = min(data.draw(st.integers(0, 80)), len(wire) - 1)
-        match data.draw(st.sampled_from("change insert delete double cut".split())):
+        match data.draw(st.sampled_from(["change", "insert", "delete", "double", "cut"])):
             case "change":
                 wire[at] = data.draw(st.integers(0, 255))
             case "insert":
@@ -314,7 +314,9 @@ def test_two_of_a_stream_s_requests_in_one_message_are_left() -> None:
         assert not core.link.send(ME, STREAM, TENANT, 7.0, wire + wire)
 
 
-@pytest.mark.parametrize(("tenant", "taken"), [("", 0), ("x" * 256, 1), ("x" * 257, 0), ("\x7f", 0), ("ü", 0), (" ~", 1)])
+@pytest.mark.parametrize(
+    ("tenant", "taken"), [("", 0), ("x" * 256, 1), ("x" * 257, 0), ("\x7f", 0), ("ü", 0), (" ~", 1)]
+)
 def test_tenants(tenant: str, taken: int) -> None:
     with opened() as core:
         assert core.link.send(ME, 0, tenant, 7.0, append().SerializeToString()) == taken
@@ -360,10 +362,12 @@ def test_more_than_may_wait_and_full_rings_are_left() -> None:
 
 @given(st.integers(0, 2), st.booleans(), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.data())
 def test_responses_are_those_of_protobuf(kind: int, stream: bool, number: int, epoch: int, data: st.DataObject) -> None:
-    body = append()
+    body: Any = append()
     if kind:
         queries = pb.Tensor(dtype=pb.DTYPE_BF16, data=bytes(2 * 4 * 4 * 2))
-        body = KINDS[kind](spans=body.spans, queries=queries, **({"keys": body.keys} if kind == 2 else {}))
+        keys: dict[str, Any] = {"keys": body.keys} if kind == 2 else {}
+        make: Any = KINDS[kind]
+        body = make(spans=body.spans, queries=queries, **keys)
     shape = tuple(data.draw(st.integers(1, 9)) for _ in range(3))
     ids = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) - 1 if kind else None
     scores = np.sqrt(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape) if data.draw(st.booleans()) else None

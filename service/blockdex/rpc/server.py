@@ -37,7 +37,9 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection(
+            (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
         host, _, _ = address.rpartition(":")
         try:
             self.address = f"{host}:{self._server.add_insecure_port(address)}"

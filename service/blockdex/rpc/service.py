@@ -19,7 +19,7 @@ from blockdex.v1 import indexer_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["IndexerService"]
 TRANSPORTS = ("grpc",)
-_REQUESTS = {
+_REQUESTS: dict[str, type[convert.TokenWireRequest]] = {
     "AppendKeys": pb.AppendKeysRequest,
     "SelectBlocks": pb.SelectBlocksRequest,
     "AppendAndSelect": pb.AppendAndSelectRequest,

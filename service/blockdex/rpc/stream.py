@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from typing import Any
 
 import grpc
 
@@ -26,9 +27,8 @@ class StreamSession:
     """The requests of one stream.
 
     A reading task takes requests off the wire and hands them to the channel; `run` writes the answers. When
-    `max_stream_requests` are unanswered or unwritten the reading pauses, and the wire holds the client back. Bytes go
-    through the channel's short way as they are; what that does not take is read here. While such a request is in flight,
-    those behind it are read here, too.
+    `max_stream_requests` are unanswered or unwritten the reading pauses, and the wire holds the client back. Bytes take
+    the channel's short way as they are. What that leaves is read here, and so is, while it is in flight, all behind it.
 
     Args:
         channel: the engine.
@@ -166,7 +166,7 @@ class StreamSession:
         elif error := pending.exception():
             self.failed(number, rpc, began, error, pending)
         else:
-            response = {kind: convert.response_of(body, pending.result())}
+            response: dict[str, Any] = {kind: convert.response_of(body, pending.result())}
             self._log.answered(rpc, "OK", began, self._caller, pending, number)
             self.answered(number, pb.StreamResponse(request_id=number, **response).SerializeToString())
 

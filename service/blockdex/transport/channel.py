@@ -14,7 +14,6 @@ from blockdex.errors import BlockdexError, UnavailableError
 from blockdex.messages import Answer, CacheOverview, Info, Limits, Phase, Request, Stage
 from blockdex_kernels import IndexSpec
 
-
 TOKEN_RPCS = ("AppendKeys", "SelectBlocks", "AppendAndSelect")
 STREAM = len(TOKEN_RPCS)
 """Number of a request of a stream, which says itself which of the token RPCs it is; those are numbered from 0."""

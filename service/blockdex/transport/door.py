@@ -17,7 +17,7 @@ from blockdex import _native
 from blockdex.engine.stats import SECONDS_BUCKETS
 from blockdex.errors import BlockdexError, Reason, ResourceExhaustedError, UnavailableError
 from blockdex.logs import log_event
-from blockdex.messages import Info, Limits, Request
+from blockdex.messages import Answer, Info, Limits, Request
 from blockdex.transport import codec
 from blockdex.transport.channel import SHORT_RPCS, Asker, CameTo, GivenUp, InFlight, PendingAnswer, not_done_within
 from blockdex.transport.handover import Handles, take
@@ -210,7 +210,7 @@ class Link:
                     if rest is None:
                         asker.answered(number, response)
                     else:
-                        _tell(asker, number, response, *rest)
+                        _tell(asker, number, response, rest)
                 if self._outbox:
                     self._flush()
         except ValueError:
@@ -223,31 +223,34 @@ def _given_up(taken: _native.Taken) -> GivenUp:
     return GivenUp(number, SHORT_RPCS[rpc], received / 1e9)
 
 
-def _tell(
-    asker: Asker | PendingAnswer,
-    number: int,
-    response: bytes | None,
-    rpc: int,
-    received: int,
-    slot: bytes,
-    payload: bytes,
-) -> None:
+def _tell(asker: Asker | PendingAnswer, number: int, response: bytes | None, rest: _native.Rest) -> None:
     """Tells of an answer of which there is more to say than its response."""
+    rpc, received, slot, payload = rest
     numbers = AnswerSlot._make(ANSWER_STRUCT.unpack(slot))
     came_to = CameTo(codec.phase_of(numbers), codec.stage_seconds_of(numbers))
-    if response is not None:
+    if isinstance(asker, PendingAnswer):
+        if not asker.done():
+            asker.phase, asker.stage_seconds = came_to
+            _resolve(asker, codec.read_answer(numbers, np.frombuffer(payload, np.uint8)))
+    elif response is not None:
         asker.answered(number, response)
         asker.was_slow(number, SHORT_RPCS[rpc], received / 1e9, came_to)
-        return
-    answer = codec.read_answer(numbers, np.frombuffer(payload, np.uint8))
-    if not isinstance(asker, PendingAnswer):
-        asker.failed(number, SHORT_RPCS[rpc], received / 1e9, answer, came_to)
-    elif not asker.done():
-        asker.phase, asker.stage_seconds = came_to
-        if isinstance(answer, BlockdexError):
-            asker.set_exception(answer)
-        else:
-            asker.set_result(answer)
+    else:
+        error = codec.read_answer(numbers, np.frombuffer(payload, np.uint8))
+        assert isinstance(error, BlockdexError)
+        asker.failed(number, SHORT_RPCS[rpc], received / 1e9, error, came_to)
+
+
+def _resolve(pending: PendingAnswer, answer: Answer | BlockdexError) -> None:
+    if isinstance(answer, BlockdexError):
+        pending.set_exception(answer)
+    else:
+        pending.set_result(answer)
+
+
+def _untimed(rpc: str, counts: list[int], seconds: float) -> None:
+    """Nobody counts."""
+    del rpc, counts, seconds
 
 
 class RingChannel(RemoteReports):
@@ -266,7 +269,7 @@ class RingChannel(RemoteReports):
         *,
         changed: Callable[[bool], None],
         slow_seconds: float = 1.0,
-        timed: Timed = lambda rpc, counts, seconds: None,
+        timed: Timed = _untimed,
     ) -> None:
         super().__init__(lambda: self._talk)
         self._address = address
@@ -350,9 +353,7 @@ class RingChannel(RemoteReports):
         """As `Channel.send`."""
         link = self._link
         return (
-            link is not None
-            and not self._in_flight.closed
-            and link.send_message(asker, rpc, tenant, timeout, message)
+            link is not None and not self._in_flight.closed and link.send_message(asker, rpc, tenant, timeout, message)
         )
 
     def awaits(self, asker: Asker, number: int) -> bool:
