@@ -55,7 +55,6 @@ async def hosted(
         hosting = asyncio.create_task(RingHost(engine, inbox, listening).run())
         channel = RingChannel(
             str(listening.getsockname(), "latin-1"),
-            spin_seconds=spin_seconds,
             changed=lambda connected: there.set() if connected else there.clear(),
         )
         running = asyncio.create_task(channel.run())

@@ -25,9 +25,9 @@ DRAWN = re.compile("[0-9a-f]{16}")
 Lines = Callable[..., list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module")
-def logging_server() -> Iterator[Serving]:
-    with serve(*SMALL, "--slow-request-seconds", "0.15") as serving:
+@pytest.fixture(scope="module", params=["single", "split"])
+def logging_server(request: pytest.FixtureRequest) -> Iterator[Serving]:
+    with serve(*SMALL, "--slow-request-seconds", "0.15", "--processes", request.param) as serving:
         yield serving
 
 

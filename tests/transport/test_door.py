@@ -17,6 +17,7 @@ import pytest
 from blockdex.errors import BlockdexError, Reason, ResourceExhaustedError, UnavailableError
 from blockdex.messages import SequenceState, TokenAnswer
 from blockdex.transport import codec, door
+from blockdex.transport.channel import STREAM, CameTo
 from blockdex.transport.door import RingChannel
 from blockdex.transport.handover import Handles, take
 from blockdex.transport.host import RingHost, sizes_of
@@ -24,11 +25,13 @@ from blockdex.transport.inbox import Line, RingInbox
 from blockdex.transport.layout import AT, REQUEST_STRUCT, RequestSlot
 from blockdex.transport.ring import Bell, Producer
 from blockdex.transport.segment import Segment, Sizes
+from blockdex.v1 import indexer_pb2 as pb
 from naive_engine import NaiveEngine
 from ring_engine import Hosted, hosted
 from running_engine import (
     LIMITS,
     SPEC,
+    TENANT,
     TIMEOUT,
     block_ids,
     close,
@@ -105,6 +108,7 @@ async def test_what_is_asked_about_the_engine(random: np.random.Generator) -> No
     async with hosted() as run:
         await run.ask(open_sequence(1))
         await run.ask(tokens(0, [(1, 0, 9)], keys=values(random, 9, SPEC.head_dim)))
+        await eventually(lambda: run.engine.stats().device_seconds["append"] > 0)  # counted after it has answered
         told, info = await run.channel.info(), run.engine.info()
         assert told.totals.uptime_seconds <= info.totals.uptime_seconds
         # Time goes on: the engine's thread goes to sleep after it has answered.
@@ -128,12 +132,14 @@ async def test_a_deadline_and_a_cancellation_give_everything_back(random: np.ran
         given_up.cancel()
         await eventually(lambda: run.engine.stats().dropped["cancelled"] == 1)
         await run.ask(get(1))
-        assert run.channel._link is not None and not run.channel._link._sent
-        assert run.channel._link._arena.take(run.channel._link._segment.request_arena_bytes) == 0
+        link = run.channel._link
+        assert link is not None and link._ring.waiting == 0
+        place = link._ring.claim(None, link._segment.request_arena_bytes)
+        assert place is not None and place[2] == 0
 
 
 async def test_answers_that_are_kept_stay_as_they_are(random: np.random.Generator) -> None:
-    """An answer is looked at where the engine wrote it; what comes later must not be written over it."""
+    """What comes later is written where they were."""
     async with hosted() as run:
         await run.ask(open_sequence(1))
         keys, queries = values(random, 64, SPEC.head_dim), values(random, 64, 4, SPEC.head_dim)
@@ -191,20 +197,24 @@ async def test_no_room_for_long_is_overload(random: np.random.Generator, monkeyp
 async def test_answers_wait_for_room_and_the_engine_does_not(
     random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reader that keeps its answers holds up its own, and nobody else's."""
+    """A front door that does not look at its answers holds up its own, and nobody else's."""
     async with cramped(monkeypatch, requests=1 << 20, answers=256_000) as run:
         await run.ask(tokens(0, [(1, 0, LONG)], keys=values(random, LONG, SPEC.head_dim)))
         queries = values(random, LONG, 4, SPEC.head_dim)
         request = tokens(0, [(1, 0, LONG)], queries=queries)  # answered with 102,400 bytes
-        kept: list[object] = [await run.ask(request), await run.ask(request)]
-        third = run.channel.submit(request, TIMEOUT)
-        await eventually(lambda: run.engine.stats().tokens["prefill"] == 3 * LONG)
+        link = run.channel._link
+        assert link is not None
+        bell = link._handles.door_bell
+        link._loop.remove_reader(bell)
+        three = [run.channel.submit(request, TIMEOUT) for _ in range(3)]
+        await eventually(lambda: run.engine.stats().tokens["prefill"] == LONG)  # which they share
         await asyncio.sleep(0.05)
-        assert not third.done()
+        assert link._segment.counters[AT["answers_written"] // 8] == 2 + 2, "there is room for two; two came before"
         async with another(run) as other:
             await asyncio.wait_for(other.submit(get(1), TIMEOUT), TIMEOUT)
-        kept.clear()
-        assert block_ids(await asyncio.wait_for(third, TIMEOUT)).shape == (LONG, 4, SPEC.topk)
+        link._loop.add_reader(bell, link._woken)
+        for answer in await asyncio.wait_for(asyncio.gather(*three), TIMEOUT):
+            assert block_ids(answer).shape == (LONG, 4, SPEC.topk)
 
 
 async def test_an_answer_beyond_all_room_is_a_fault_and_not_a_hang(
@@ -289,6 +299,100 @@ async def test_an_engine_that_goes_and_comes_back() -> None:
         await asyncio.wait_for(run.there.wait(), TIMEOUT)
         assert isinstance(await run.ask(get(1)), SequenceState)
         hosting.cancel()
+
+
+class Asked:
+    """An asker, and what it was told."""
+
+    def __init__(self) -> None:
+        self.told: dict[int, bytes | BlockdexError] = {}
+
+    def answered(self, number: int, response: bytes) -> None:
+        self.told[number] = response
+
+    def was_slow(self, number: int, rpc: str, began: float, came_to: CameTo) -> None:
+        raise AssertionError(f"{rpc} {number} was slow")
+
+    def failed(self, number: int, rpc: str, began: float, error: BlockdexError, came_to: CameTo | None) -> None:
+        assert rpc == "Stream/SelectBlocks" and time.monotonic() - began < TIMEOUT
+        self.told[number] = error
+
+    async def error(self, number: int) -> BlockdexError:
+        """What that request is refused with."""
+        await eventually(lambda: number in self.told)
+        error = self.told[number]
+        assert isinstance(error, BlockdexError)
+        return error
+
+
+def waiting_selection(number: int, timeout_ms: int = 0, layer: int = 0) -> bytes:
+    """A request of a stream: of sequence 1, whose keys do not come."""
+    select = pb.SelectBlocksRequest(
+        layer=layer,
+        spans=pb.Spans(sequence_ids=[1], starts=[0], lengths=[1]),
+        queries=pb.Tensor(dtype=pb.DTYPE_BF16, data=bytes(2 * 4 * SPEC.head_dim)),
+        wait_for_keys=True,
+    )
+    return pb.StreamRequest(request_id=number, timeout_ms=timeout_ms, select_blocks=select).SerializeToString()
+
+
+async def test_the_short_way_to_an_engine(random: np.random.Generator) -> None:
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        asker, send = Asked(), run.channel.send
+        assert send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(1))
+        assert send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(2, timeout_ms=30))
+        assert send(asker, STREAM, TENANT, 0.03, waiting_selection(3))
+        assert send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(4))
+        for number in (2, 3):
+            assert (await asker.error(number)).reason == Reason.DEADLINE_EXCEEDED
+        given_up = run.channel.give_up(asker, 4)
+        assert given_up is not None and (given_up.number, given_up.rpc) == (4, "Stream/SelectBlocks")
+        await eventually(lambda: run.engine.stats().dropped["cancelled"] == 1)
+        assert run.channel.awaits(asker, 1) and not run.channel.awaits(asker, 4)
+        await run.ask(tokens(0, [(1, 0, 1)], keys=values(random, 1, SPEC.head_dim)))
+        await eventually(lambda: 1 in asker.told)
+        response = asker.told[1]
+        assert isinstance(response, bytes)
+        ids = np.frombuffer(pb.StreamResponse.FromString(response).select_blocks.block_ids.data, "<i4")
+        np.testing.assert_array_equal(ids.reshape(4, SPEC.topk), [[0] + [-1] * (SPEC.topk - 1)] * 4)
+        assert set(asker.told) == {1, 2, 3}, "nobody is told of what was given up"
+
+
+async def test_the_short_way_ends_with_the_engine() -> None:
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        asker = Asked()
+        assert run.channel.send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(1))
+        run.hosting.cancel()
+        assert (await asker.error(1)).reason == Reason.UNREACHABLE
+        assert not run.channel.send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(2))
+
+
+async def test_draining_the_short_way() -> None:
+    async with hosted() as run:
+        await run.ask(open_sequence(1))
+        asker = Asked()
+        assert run.channel.send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(1, timeout_ms=30))
+        assert run.channel.send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(2))
+        run.channel.refuse_new()
+        assert not run.channel.send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(3))
+        await run.channel.drain(0.2)
+        assert (await asker.error(1)).reason == Reason.DEADLINE_EXCEEDED
+        assert (await asker.error(2)).message == "server: shutting down, the request was not done within 0.2 s"
+
+
+async def test_nothing_overtakes_what_waits_for_room(
+    random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cramped(monkeypatch, requests=250_000, answers=1 << 20) as run:
+        queries = values(random, LONG, 4, SPEC.head_dim)
+        long_one = tokens(0, [(1, 0, LONG)], queries=queries, wait=True)
+        first, second = (run.channel.submit(long_one, TIMEOUT) for _ in range(2))
+        assert not run.channel.send(Asked(), STREAM, TENANT, TIMEOUT, waiting_selection(1, layer=1))
+        second.cancel()
+        first.cancel()
+        await eventually(lambda: run.channel.send(Asked(), STREAM, TENANT, TIMEOUT, waiting_selection(1, layer=1)))
 
 
 async def test_draining() -> None:

@@ -4,6 +4,7 @@
  * Python beside it, which says what is wrong with it.
  */
 #include "lane.h"
+#include "link.h"
 
 static bool add_type(PyObject *module, PyType_Spec *spec) {
     PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
@@ -14,7 +15,7 @@ static bool add_type(PyObject *module, PyType_Spec *spec) {
 }
 
 static int fill(PyObject *module) {
-    if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_lane_spec)) return -1;
+    if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_lane_spec) || add_link(module) < 0) return -1;
     return PyModule_AddIntConstant(module, "NOTICED", LANE_NOTICED) |
            PyModule_AddIntConstant(module, "FOR_PYTHON", LANE_FOR_PYTHON) |
            PyModule_AddIntConstant(module, "LATE", LANE_LATE) | PyModule_AddIntConstant(module, "ROOM", LANE_ROOM) |

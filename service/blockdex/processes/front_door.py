@@ -34,7 +34,12 @@ class FrontDoor:
         self._tracing = start_tracing(settings)
         self._there = asyncio.Event()
         self._changes: asyncio.Queue[bool] = asyncio.Queue()
-        self._channel = RingChannel(address, spin_seconds=settings.spin_seconds, changed=self._changes.put_nowait)
+        self._channel = RingChannel(
+            address,
+            changed=self._changes.put_nowait,
+            slow_seconds=settings.slow_request_seconds,
+            timed=self._requests.observe_many,
+        )
 
     async def run(self, grpc_address: str, share_port: bool, heard: AsyncIterator[Words]) -> None:
         """Serves until the supervisor has it finish, or is gone."""
@@ -60,6 +65,7 @@ class FrontDoor:
         async for told in heard:
             match told:
                 case {"ask": "requests"}:
+                    self._channel.tell_times()
                     self._talk.tell({"answer": words_of(self._requests)})
                 case {"ask": "refuse_new"}:
                     telling.cancel()

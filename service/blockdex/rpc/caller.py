@@ -13,7 +13,7 @@ import grpc
 
 from blockdex.checks import TENANT_KEY, check_tenant
 from blockdex.logs import RateLimit, log_event
-from blockdex.transport.channel import PendingAnswer
+from blockdex.transport.channel import CameTo, PendingAnswer
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context as TraceContext
@@ -38,21 +38,21 @@ class Caller(NamedTuple):
     """Who makes a call.
 
     Attributes:
-        peer: address, as gRPC writes it.
+        context: of its RPC, which still runs.
         tenant: the identity as its transport proved it, else what its metadata says, else `default`; to be checked.
         request_id: what its metadata says, if that is 1 to 128 visible ASCII characters, else drawn.
         trace: what its spans are part of, where requests are traced.
     """
 
-    peer: str
+    context: Context
     tenant: str
     request_id: str
     trace: TraceContext | None = None
 
     @property
     def names(self) -> dict[str, str]:
-        """What the log calls it."""
-        return {"peer": self.peer, "tenant": self.tenant, "request_id": self.request_id}
+        """What the log calls it; the peer is its address, as gRPC writes it."""
+        return {"peer": self.context.peer(), "tenant": self.tenant, "request_id": self.request_id}
 
     def checked_tenant(self) -> str:
         """The tenant.
@@ -76,7 +76,7 @@ def caller_of(context: Context) -> Caller:
         tenant = str(next(iter(identities)), "utf-8")
     if request_id is None or not _REQUEST_ID.fullmatch(request_id):
         request_id = f"{random.getrandbits(64):016x}"
-    return Caller(context.peer(), DEFAULT_TENANT if tenant is None else tenant, request_id)
+    return Caller(context, DEFAULT_TENANT if tenant is None else tenant, request_id)
 
 
 class RequestLog:
@@ -94,6 +94,11 @@ class RequestLog:
         self._tracing = tracing
         self._limit = RateLimit(_SLOW_LINES_PER_SECOND)
 
+    @property
+    def traces(self) -> bool:
+        """Whether spans are made of requests, which takes more of them than their answers' bytes."""
+        return self._tracing is not None
+
     def caller_of(self, context: Context) -> Caller:
         """Who makes the call, and what its spans are to be part of."""
         caller = caller_of(context)
@@ -107,7 +112,7 @@ class RequestLog:
         code: str,
         began: float,
         caller: Caller,
-        pending: PendingAnswer | None = None,
+        pending: PendingAnswer | CameTo | None = None,
         number: int | None = None,
     ) -> None:
         """Tells of one answered request.
@@ -117,15 +122,30 @@ class RequestLog:
             code: name of the canonical code it was answered with.
             began: `time.monotonic` seconds of its arrival.
             caller: who made it.
-            pending: its answer from the engine, where it got that far.
+            pending: its answer from the engine, or what it came to there, where it got that far.
             number: on a stream, the request's own id in it: its lines are named by both.
         """
         ended = time.monotonic()
         self._observe(rpc, code, ended - began)
         if self._tracing is not None and caller.trace is not None:
             request_id = caller.request_id if number is None else f"{caller.request_id}/{number}"
+            assert pending is None or isinstance(pending, PendingAnswer)
             self._tracing.answered(rpc, code, (began, ended), caller.trace, request_id, pending)
-        if ended - began > self._slow_seconds and self._limit.allows(ended):
+        if ended - began > self._slow_seconds:
+            self.was_slow(rpc, code, (began, ended), caller, pending, number)
+
+    def was_slow(
+        self,
+        rpc: str,
+        code: str,
+        times: tuple[float, float],
+        caller: Caller,
+        came_to: PendingAnswer | CameTo | None,
+        number: int | None = None,
+    ) -> None:
+        """Logs a slow request, unless there were too many of late; `times` are those of its arrival and its answer."""
+        began, ended = times
+        if self._limit.allows(ended):
             if number is not None:
                 caller = caller._replace(request_id=f"{caller.request_id}/{number}")
             log_event(
@@ -136,7 +156,7 @@ class RequestLog:
                 code=code,
                 **caller.names,
                 ms=_milliseconds(ended - began),
-                **_engine_fields(pending),
+                **_engine_fields(came_to),
                 withheld=self._limit.withheld(),
             )
 
@@ -157,12 +177,12 @@ class RequestLog:
         )
 
 
-def _engine_fields(pending: PendingAnswer | None) -> dict[str, str | float]:
+def _engine_fields(came_to: PendingAnswer | CameTo | None) -> dict[str, str | float]:
     """What the engine says of a request, if it says anything."""
-    if pending is None or not pending.stage_seconds:
+    if came_to is None or not came_to.stage_seconds:
         return {}
-    times = {f"{stage}_ms": _milliseconds(seconds) for stage, seconds in pending.stage_seconds.items()}
-    return {"phase": pending.phase, **times}
+    times = {f"{stage}_ms": _milliseconds(seconds) for stage, seconds in came_to.stage_seconds.items()}
+    return {"phase": came_to.phase, **times}
 
 
 def _milliseconds(seconds: float) -> float:

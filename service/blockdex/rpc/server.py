@@ -9,15 +9,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from blockdex.rpc.caller import Observe, RequestLog
-from blockdex.rpc.service import IndexerService
+from blockdex.rpc.service import SERVICE, IndexerService
 from blockdex.transport.channel import Channel
-from blockdex.v1 import indexer_pb2 as pb
-from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
     from blockdex.rpc.tracing import Tracing
-
-SERVICE = pb.DESCRIPTOR.services_by_name["IndexerService"].full_name
 
 
 class RpcServer:
@@ -39,9 +35,11 @@ class RpcServer:
         )
         self._service = IndexerService(channel, log)
         self._health = health.aio.HealthServicer()
-        pb_grpc.add_IndexerServiceServicer_to_server(self._service, self._server)
+        self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection(
+            (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
         host, _, _ = address.rpartition(":")
         try:
             self.address = f"{host}:{self._server.add_insecure_port(address)}"
@@ -56,7 +54,7 @@ class RpcServer:
     async def be_ready(self, ready: bool) -> None:
         """Health probes hear SERVING or NOT_SERVING from now on."""
         status = health_pb2.HealthCheckResponse
-        for name in ("", SERVICE):
+        for name in ("", SERVICE.full_name):
             await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
 
     async def stop_being_ready(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
 import grpc
@@ -12,18 +11,50 @@ import grpc
 from blockdex import __version__
 from blockdex.errors import BlockdexError
 from blockdex.rpc import convert
-from blockdex.rpc.caller import REQUEST_ID_KEY, Context, RequestLog
+from blockdex.rpc.caller import REQUEST_ID_KEY, Caller, Context, RequestLog
 from blockdex.rpc.status import DETAILS_KEY, as_blockdex_error, status_of
 from blockdex.rpc.stream import StreamSession
-from blockdex.transport.channel import Channel, PendingAnswer
+from blockdex.transport.channel import TOKEN_RPCS, CameTo, Channel, PendingAnswer
 from blockdex.v1 import indexer_pb2 as pb
-from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 
+SERVICE = pb.DESCRIPTOR.services_by_name["IndexerService"]
 TRANSPORTS = ("grpc",)
+_REQUESTS: dict[str, type[convert.TokenWireRequest]] = {
+    "AppendKeys": pb.AppendKeysRequest,
+    "SelectBlocks": pb.SelectBlocksRequest,
+    "AppendAndSelect": pb.AppendAndSelectRequest,
+}
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-class IndexerService(pb_grpc.IndexerServiceServicer):
+class ShortCall(asyncio.Future[bytes]):
+    """A unary RPC on the short way, as `Asker`; cancelled where its caller is gone."""
+
+    def __init__(self, caller: Caller, log: RequestLog) -> None:
+        super().__init__()
+        self._caller = caller
+        self._log = log
+
+    def answered(self, number: int, response: bytes) -> None:
+        """As `Asker.answered`."""
+        del number
+        if not self.done():
+            self.set_result(response)
+
+    def was_slow(self, number: int, rpc: str, began: float, came_to: CameTo) -> None:
+        """As `Asker.was_slow`."""
+        del number
+        self._log.was_slow(rpc, "OK", (began, time.monotonic()), self._caller, came_to)
+
+    def failed(self, number: int, rpc: str, began: float, error: BlockdexError, came_to: CameTo | None) -> None:
+        """As `Asker.failed`."""
+        del number
+        if not self.done():
+            self._log.answered(rpc, error.code.name, began, self._caller, came_to)
+            self.set_exception(error)
+
+
+class IndexerService:
     """Answers RPCs from a channel to the engine.
 
     Args:
@@ -35,6 +66,21 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
         self._channel = channel
         self._log = log
         self._sessions: set[StreamSession] = set()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """The methods by their names. Token calls come and go as bytes, the others as messages."""
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            name: grpc.unary_unary_rpc_method_handler(getattr(self, name)) for name in TOKEN_RPCS
+        }
+        handlers["Stream"] = grpc.stream_stream_rpc_method_handler(self.Stream)
+        for method in SERVICE.methods:
+            if method.name not in handlers:
+                handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+                    getattr(self, method.name),
+                    request_deserializer=getattr(pb, method.input_type.name).FromString,
+                    response_serializer=getattr(pb, method.output_type.name).SerializeToString,
+                )
+        return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
     def finish_streams(self) -> None:
         """Has every stream end once what it has in flight is answered."""
@@ -73,21 +119,19 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
         """Gives up a sequence."""
         return await self._answer("CloseSequence", request, context)
 
-    async def AppendKeys(self, request: pb.AppendKeysRequest, context: Context) -> Any:
+    async def AppendKeys(self, message: bytes, context: Context) -> bytes:
         """Writes index keys."""
-        return await self._answer("AppendKeys", request, context)
+        return await self._answer_tokens(0, message, context)
 
-    async def SelectBlocks(self, request: pb.SelectBlocksRequest, context: Context) -> Any:
+    async def SelectBlocks(self, message: bytes, context: Context) -> bytes:
         """Selects key blocks."""
-        return await self._answer("SelectBlocks", request, context)
+        return await self._answer_tokens(1, message, context)
 
-    async def AppendAndSelect(self, request: pb.AppendAndSelectRequest, context: Context) -> Any:
+    async def AppendAndSelect(self, message: bytes, context: Context) -> bytes:
         """Writes index keys, then selects key blocks for the same tokens."""
-        return await self._answer("AppendAndSelect", request, context)
+        return await self._answer_tokens(2, message, context)
 
-    async def Stream(
-        self, request_iterator: AsyncIterator[pb.StreamRequest], context: Context
-    ) -> AsyncIterator[pb.StreamResponse]:
+    async def Stream(self, requests: object, context: Context) -> None:
         """Any of the three token calls, many in flight."""
         began, caller = time.monotonic(), self._log.caller_of(context)
         try:
@@ -95,16 +139,34 @@ class IndexerService(pb_grpc.IndexerServiceServicer):
         except BlockdexError as error:
             await _abort(context, error, caller.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
-        session = StreamSession(self._channel, caller, request_iterator, self._log)
+        session = StreamSession(self._channel, caller, self._log)
         self._sessions.add(session)
         self._log.stream_opened(caller)
         try:
-            async for response in session.responses():
-                yield response
+            await session.run()
         finally:
             self._sessions.discard(session)
             await session.close()
             self._log.stream_closed(caller, time.monotonic() - began, session.requests, session.errors)
+
+    async def _answer_tokens(self, rpc: int, message: bytes, context: Context) -> bytes:
+        """Answers a token RPC, which comes and goes as bytes: by the short way where that takes it."""
+        caller = self._log.caller_of(context)
+        call = ShortCall(caller, self._log)
+        if self._log.traces or not self._channel.send(call, rpc, caller.tenant, self._timeout(context), message):
+            name = TOKEN_RPCS[rpc]
+            response = await self._answer(name, _REQUESTS[name].FromString(message), context)
+            return bytes(response.SerializeToString())
+        try:
+            response = await call
+        except asyncio.CancelledError:
+            if given_up := self._channel.give_up(call, 0):
+                self._log.answered(given_up.rpc, "CANCELLED", given_up.began, caller)
+            raise
+        except BlockdexError as error:
+            await _abort(context, error, caller.request_id)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
+        return response
 
     async def _answer(self, rpc: str, request: convert.WireRequest, context: Context) -> Any:
         began, caller = time.monotonic(), self._log.caller_of(context)

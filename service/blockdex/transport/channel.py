@@ -6,12 +6,51 @@ import asyncio
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from blockdex.engine.entry import shutting_down
 from blockdex.engine.stats import Stats
+from blockdex.errors import BlockdexError, UnavailableError
 from blockdex.messages import Answer, CacheOverview, Info, Limits, Phase, Request, Stage
 from blockdex_kernels import IndexSpec
+
+TOKEN_RPCS = ("AppendKeys", "SelectBlocks", "AppendAndSelect")
+STREAM = len(TOKEN_RPCS)
+"""Number of a request of a stream, which says itself which of the token RPCs it is; those are numbered from 0."""
+
+SHORT_RPCS = (*TOKEN_RPCS, *(f"Stream/{rpc}" for rpc in TOKEN_RPCS))
+"""RPCs that may take the short way, as metrics and log name them."""
+
+
+class CameTo(NamedTuple):
+    """What a request came to in the engine: its phase, and the seconds in each stage that it reached."""
+
+    phase: Phase
+    stage_seconds: Mapping[Stage, float]
+
+
+class Asker(Protocol):
+    """Who sends requests the short way; each is answered or failed once, unless it is given up."""
+
+    def answered(self, number: int, response: bytes) -> None:
+        """The response to a request, as it goes over the wire; it was counted and timed."""
+        ...
+
+    def was_slow(self, number: int, rpc: str, began: float, came_to: CameTo) -> None:
+        """The request just answered took longer than slow ones do; `began` are `time.monotonic` seconds."""
+        ...
+
+    def failed(self, number: int, rpc: str, began: float, error: BlockdexError, came_to: CameTo | None) -> None:
+        """A request was refused; neither counted nor timed yet."""
+        ...
+
+
+class GivenUp(NamedTuple):
+    """A request on the short way that nobody waits for any more: its RPC, and the `time.monotonic` of its arrival."""
+
+    number: int
+    rpc: str
+    began: float
 
 
 class PendingAnswer(asyncio.Future[Answer]):
@@ -80,6 +119,34 @@ class Channel(Reports, Protocol):
         """
         ...
 
+    def send(self, asker: Asker, rpc: int, tenant: str, timeout: float, message: bytes) -> bool:
+        """Sends a token request the short way, past protobuf and plain messages.
+
+        Args:
+            asker: who is told of the answer; no two of its requests in flight have the same number.
+            rpc: which of `TOKEN_RPCS` the message is the request of, or `STREAM`.
+            tenant: whose sequences it names.
+            timeout: seconds, where the message says none itself.
+            message: as it came off the wire.
+
+        Returns:
+            False where nothing was sent: something is wrong with it, or this is no time or channel for the short way.
+            `submit` is the way then.
+        """
+        ...
+
+    def awaits(self, asker: Asker, number: int) -> bool:
+        """Whether a request is under way on the short way. On its own, a unary one has the number 0."""
+        ...
+
+    def give_up(self, asker: Asker, number: int) -> GivenUp | None:
+        """Gives up a request on the short way; None where there is no such one."""
+        ...
+
+    def give_up_all(self, asker: Asker) -> list[GivenUp]:
+        """Gives up all requests of an asker on the short way."""
+        ...
+
 
 class InFlight:
     """The answers to come of one channel, and its end; used on one asyncio loop.
@@ -122,9 +189,14 @@ class InFlight:
         try:
             await asyncio.wait_for(self._none.wait(), timeout=grace)
         except TimeoutError:
-            self.fail_all(shutting_down(f"the request was not done within {grace:g} s"))
+            self.fail_all(not_done_within(grace))
 
     def _forget(self, pending: PendingAnswer) -> None:
         self._pending.discard(pending)
         if not self._pending:
             self._none.set()
+
+
+def not_done_within(grace: float) -> UnavailableError:
+    """What is refused that is in flight so long after the server was told to stop."""
+    return shutting_down(f"the request was not done within {grace:g} s")

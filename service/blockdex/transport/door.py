@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
+import os
 import socket
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from blockdex import _native
+from blockdex.engine.stats import SECONDS_BUCKETS
 from blockdex.errors import BlockdexError, Reason, ResourceExhaustedError, UnavailableError
 from blockdex.logs import log_event
-from blockdex.messages import Answer, Limits, Request
+from blockdex.messages import Answer, Info, Limits, Request
 from blockdex.transport import codec
-from blockdex.transport.arena import Arena, Reader
-from blockdex.transport.channel import InFlight, PendingAnswer
+from blockdex.transport.channel import SHORT_RPCS, Asker, CameTo, GivenUp, InFlight, PendingAnswer, not_done_within
 from blockdex.transport.handover import Handles, take
-from blockdex.transport.layout import AT, AnswerSlot
+from blockdex.transport.layout import ANSWER_STRUCT, AnswerSlot
 from blockdex.transport.reports import RemoteReports, gone, info_of
-from blockdex.transport.ring import Bell, Consumer, Producer
 from blockdex.transport.segment import RingError
 from blockdex.transport.talk import Talk
 from blockdex_kernels import IndexSpec
@@ -36,47 +34,57 @@ ROOM_SECONDS = 2.0
 
 _AGAIN_SECONDS = 0.02
 
+Timed = Callable[[str, list[int], float], None]
+"""Told of answers on the short way: an RPC, how many fell into each of `SECONDS_BUCKETS`, and their seconds in all."""
 
-class Outgoing(NamedTuple):
-    """A request to send; None as request: give up the one with that ticket."""
 
-    ticket: int
+@dataclass(eq=False, slots=True)
+class Outgoing:
+    """A request to send the long way; its ticket is 0 until it is sent."""
+
     pending: PendingAnswer
-    request: Request | None
-    received: float
+    request: Request
     deadline: float
+    ticket: int = 0
 
 
 class Link:
     """The rings to one life of the engine; ends with it.
 
+    What is sent the short way is written by the compiled part, whole; only what it leaves comes here as messages.
+    Once a request waits for room, all others wait behind it.
+
     Args:
         handles: what the engine has handed out.
-        spin_seconds: after a request or an answer, how long to look for answers before sleeping.
         broken: called once the engine has written what cannot be.
     """
 
-    def __init__(self, handles: Handles, spin_seconds: float, broken: Callable[[], None]) -> None:
+    def __init__(self, handles: Handles, broken: Callable[[], None]) -> None:
         self._handles = handles
-        self._segment = segment = handles.segment
-        self._spin_seconds = spin_seconds
+        self._segment = handles.segment
         self._broken = broken
         self._loop = asyncio.get_running_loop()
-        self._requests = Producer(segment, "request", Bell(segment, "engine_sleeps", handles.engine_bell))
-        self._arena = Arena(segment.request_arena_bytes)
-        self._answers = Consumer(segment, "answer")
-        self._payloads = Reader()
-        self._payload_refs: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
-        self._room_bell = Bell(segment, "engine_waits_for_room", handles.engine_bell)
-        self._bell = Bell(segment, "door_sleeps", handles.door_bell)
-        self._outbox: deque[Outgoing] = deque()
-        self._sent: dict[int, tuple[PendingAnswer, int]] = {}
+        self._ring = _native.Link(handles.segment.memory, handles.engine_bell)
+        self._outbox: deque[Outgoing | int] = deque()
         self._waits_for_room = False
-        self._active = 0.0
-        self._looking = False
         self._closed = False
-        self._bell.lie_down()
         self._loop.add_reader(handles.door_bell, self._woken)
+        self._look()
+
+    def open_short_way(self, info: Info, slow_seconds: float) -> None:
+        """Takes requests the short way from now on, within the bounds of an engine."""
+        spec, limits = info.spec, info.limits
+        self._ring.open_short_way(
+            num_layers=spec.num_layers,
+            num_heads=spec.num_index_heads,
+            head_dim=spec.head_dim,
+            max_sequence_tokens=spec.max_sequence_tokens,
+            max_spans=limits.max_spans,
+            max_message_bytes=limits.max_message_bytes,
+            max_waiting=limits.max_queued_requests,
+            slow_seconds=slow_seconds,
+            time_bounds=SECONDS_BUCKETS,
+        )
 
     def close(self) -> None:
         """Lets go of everything; what is on its way stays unanswered."""
@@ -84,44 +92,82 @@ class Link:
         self._loop.remove_reader(self._handles.door_bell)
         self._handles.close()
 
+    @property
+    def on_short_way(self) -> int:
+        """Requests that took the short way and are not answered."""
+        return self._ring.on_short_way
+
+    def send_message(self, asker: Asker, rpc: int, tenant: str, timeout: float, message: bytes) -> bool:
+        """As `Channel.send`."""
+        return not self._outbox and self._ring.send(asker, rpc, tenant, timeout, message)
+
     def send(self, outgoing: Outgoing) -> None:
         """Sends a request as soon as there is room; refuses it as OVERLOADED if that takes `ROOM_SECONDS`."""
         self._outbox.append(outgoing)
         if len(self._outbox) == 1:
             self._flush()
         self._flush_later()
-        self._active = outgoing.received
-        if self._spin_seconds and not self._looking:
-            self._bell.get_up()
-            self._look()
 
-    def give_up(self, ticket: int) -> None:
-        """Tells the engine that nobody waits for a request any more."""
-        if ticket in self._sent and not self._closed:
-            pending, _ = self._sent[ticket]
-            # Before those that wait for room: this one makes some.
-            self._outbox.appendleft(Outgoing(ticket, pending, None, time.monotonic(), 0.0))
-            self._flush()
-            self._flush_later()
+    def withdraw(self, outgoing: Outgoing) -> None:
+        """Tells the engine that nobody waits for a request any more; it is not sent if it was not."""
+        if outgoing.ticket and not self._closed:
+            self._cancel(outgoing.ticket)
+
+    def awaits(self, asker: Asker, number: int) -> bool:
+        """As `Channel.awaits`."""
+        return self._ring.awaits(asker, number)
+
+    def give_up(self, asker: Asker, number: int) -> GivenUp | None:
+        """As `Channel.give_up`."""
+        taken = self._ring.give_up(asker, number)
+        if taken is None:
+            return None
+        self._cancel(taken[-1])
+        return _given_up(taken)
+
+    def give_up_all(self, asker: Asker) -> list[GivenUp]:
+        """As `Channel.give_up_all`."""
+        taken = self._ring.give_up_all(asker)
+        for *_, ticket in taken:
+            self._cancel(ticket)
+        return [_given_up(each) for each in taken]
+
+    def fail_all(self, error: BlockdexError) -> None:
+        """Refuses all requests on the short way."""
+        for asker, number, rpc, received, _ in self._ring.give_up_all(None):
+            asker.failed(number, SHORT_RPCS[rpc], received / 1e9, error, None)
+
+    def tell_times(self, timed: Timed) -> None:
+        """Tells of the answers on the short way since the last time."""
+        for rpc, (counts, seconds) in zip(SHORT_RPCS, self._ring.take_times(), strict=False):
+            if any(counts):
+                timed(rpc, counts, seconds)
+
+    def _cancel(self, ticket: int) -> None:
+        # Before those that wait for room: this one makes some.
+        self._outbox.appendleft(ticket)
+        self._flush()
+        self._flush_later()
 
     def _flush(self) -> None:
         """Writes what there is room for, in order."""
         published = False
-        while self._outbox and not self._requests.full:
-            ticket, pending, request, received, deadline = self._outbox[0]
-            if request is None:
-                codec.write_cancellation(self._segment, self._requests.claim(), ticket)
-            elif not pending.done():
-                offset = self._arena.take(codec.request_bytes(request))
-                if offset is None:
+        while self._outbox:
+            first = self._outbox[0]
+            if isinstance(first, int):
+                if not self._ring.cancel(first):
                     break
-                slot = self._requests.claim()
-                codec.write_request(self._segment, slot, offset, ticket, request, received, deadline)
-                self._sent[ticket] = pending, offset
+            elif not first.pending.done():
+                place = self._ring.claim(first.pending, codec.request_bytes(first.request))
+                if place is None:
+                    break
+                first.ticket, slot, offset = place
+                received, deadline = first.pending.received, first.deadline
+                codec.write_request(self._segment, slot, offset, first.ticket, first.request, received, deadline)
+                published = True
             self._outbox.popleft()
-            published = True
         if published:
-            self._requests.publish()
+            self._ring.publish()
 
     def _flush_later(self) -> None:
         # The engine tells of answers, but not of slots that it has emptied: who waits for one looks again.
@@ -135,12 +181,16 @@ class Link:
             return
         self._flush()
         too_late = time.monotonic() - ROOM_SECONDS
-        while self._outbox and self._outbox[0].received < too_late:
-            self._refuse(self._outbox.popleft())
+        while self._outbox:
+            first = self._outbox[0]
+            if isinstance(first, int) or first.pending.received >= too_late:
+                break
+            self._refuse(first)
+            self._outbox.popleft()
         self._flush_later()
 
     def _refuse(self, outgoing: Outgoing) -> None:
-        if outgoing.request is not None and not outgoing.pending.done():
+        if not outgoing.pending.done():
             wanted, room = codec.request_bytes(outgoing.request), self._segment.request_arena_bytes
             outgoing.pending.set_exception(
                 ResourceExhaustedError(
@@ -149,68 +199,58 @@ class Link:
             )
 
     def _woken(self) -> None:
-        self._bell.silence()
-        self._bell.get_up()
-        if not self._looking:
-            self._look()
+        os.eventfd_read(self._handles.door_bell)
+        self._look()
 
     def _look(self) -> None:
-        """Takes the answers that are there; then looks again soon, or sleeps."""
-        self._looking = False
-        if self._closed:
-            return
+        """Takes the answers that are there, until there are none and the bell will ring for the next."""
         try:
-            self._take_answers()
-            if not self._sent or time.monotonic() - self._active >= self._spin_seconds:
-                self._bell.lie_down()
-                if not self._answers.filled:
-                    return
-                self._bell.get_up()
-        except RingError:
+            while taken := self._ring.take():
+                for asker, number, response, rest in taken:
+                    if rest is None:
+                        asker.answered(number, response)
+                    else:
+                        _tell(asker, number, response, rest)
+                if self._outbox:
+                    self._flush()
+        except ValueError:
             logger.exception("the link to the engine broke")
             self._broken()
-            return
-        self._looking = True
-        self._loop.call_soon(self._look)
 
-    def _take_answers(self) -> None:
-        filled = self._answers.check()
-        if not filled:
-            return
-        for _ in range(filled):
-            numbers = codec.read_answer_slot(self._segment, self._answers.take())
-            self._answered(numbers, codec.read_answer(numbers, self._payload(numbers)))
-        self._answers.release()
-        self._room_bell.ring()
-        self._active = time.monotonic()
-        self._flush()
 
-    def _answered(self, numbers: AnswerSlot, answer: Answer | BlockdexError) -> None:
-        pending, offset = self._sent.pop(numbers.ticket)
-        self._arena.give_back(offset)
-        if pending.done():
-            return
-        pending.phase, pending.stage_seconds = codec.phase_of(numbers), codec.stage_seconds_of(numbers)
-        if isinstance(answer, BlockdexError):
-            pending.set_exception(answer)
-        else:
-            pending.set_result(answer)
+def _given_up(taken: _native.Taken) -> GivenUp:
+    _, number, rpc, received, _ = taken
+    return GivenUp(number, SHORT_RPCS[rpc], received / 1e9)
 
-    def _payload(self, numbers: AnswerSlot) -> NDArray[np.uint8]:
-        """What an answer carries; its room is given back when nobody looks at it any more."""
-        segment, end = self._segment, numbers.payload_end
-        begin = segment.answer_arena_offset + numbers.payload_offset
-        payload = np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin)
-        if numbers.payload_bytes:
-            self._payloads.hold(end)
-            self._payload_refs[end] = weakref.ref(payload, lambda _: self._give_back(end))
-        return payload
 
-    def _give_back(self, end: int) -> None:
-        del self._payload_refs[end]
-        if self._payloads.give_back(end) and not self._closed:
-            self._segment.counters[AT["answer_bytes_freed"] // 8] = self._payloads.freed
-            self._room_bell.ring()
+def _tell(asker: Asker | PendingAnswer, number: int, response: bytes | None, rest: _native.Rest) -> None:
+    """Tells of an answer of which there is more to say than its response."""
+    rpc, received, slot, payload = rest
+    numbers = AnswerSlot._make(ANSWER_STRUCT.unpack(slot))
+    came_to = CameTo(codec.phase_of(numbers), codec.stage_seconds_of(numbers))
+    if isinstance(asker, PendingAnswer):
+        if not asker.done():
+            asker.phase, asker.stage_seconds = came_to
+            _resolve(asker, codec.read_answer(numbers, np.frombuffer(payload, np.uint8)))
+    elif response is not None:
+        asker.answered(number, response)
+        asker.was_slow(number, SHORT_RPCS[rpc], received / 1e9, came_to)
+    else:
+        error = codec.read_answer(numbers, np.frombuffer(payload, np.uint8))
+        assert isinstance(error, BlockdexError)
+        asker.failed(number, SHORT_RPCS[rpc], received / 1e9, error, came_to)
+
+
+def _resolve(pending: PendingAnswer, answer: Answer | BlockdexError) -> None:
+    if isinstance(answer, BlockdexError):
+        pending.set_exception(answer)
+    else:
+        pending.set_result(answer)
+
+
+def _untimed(rpc: str, counts: list[int], seconds: float) -> None:
+    """Nobody counts."""
+    del rpc, counts, seconds
 
 
 class RingChannel(RemoteReports):
@@ -218,17 +258,25 @@ class RingChannel(RemoteReports):
 
     Args:
         address: where the engine listens for front doors.
-        spin_seconds: as `Link` takes it.
         changed: called with whether the engine is there, whenever that changes.
+        slow_seconds: an asker is told of requests on the short way that take longer.
+        timed: told of the answers on the short way by `tell_times`, and when a link ends.
     """
 
-    def __init__(self, address: str, *, spin_seconds: float = 0.0, changed: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        changed: Callable[[bool], None],
+        slow_seconds: float = 1.0,
+        timed: Timed = _untimed,
+    ) -> None:
         super().__init__(lambda: self._talk)
         self._address = address
-        self._spin_seconds = spin_seconds
         self._changed = changed
+        self._slow_seconds = slow_seconds
+        self._timed = timed
         self._in_flight = InFlight()
-        self._tickets = itertools.count(1)
         self._talk: Talk | None = None
         self._link: Link | None = None
         self._spec: IndexSpec | None = None
@@ -264,15 +312,18 @@ class RingChannel(RemoteReports):
             handles = await take(connected)
             talk = await Talk.on(connected.dup())
         hearing = asyncio.create_task(_listen(talk))
-        link = Link(handles, self._spin_seconds, broken=talk.hang_up)
+        link = Link(handles, broken=talk.hang_up)
         try:
             info = info_of(await talk.ask({"ask": "info"}))
+            link.open_short_way(info, self._slow_seconds)
             self._spec, self._limits, self._talk, self._link = info.spec, info.limits, talk, link
             self._changed(True)
             await hearing
         finally:
             self._talk = self._link = None
+            link.tell_times(self._timed)
             link.close()
+            link.fail_all(gone())
             self._in_flight.fail_all(gone())
             self._changed(False)
             hearing.cancel()
@@ -284,20 +335,51 @@ class RingChannel(RemoteReports):
 
     async def drain(self, grace: float) -> None:
         """Waits until the requests in flight are answered; after `grace` seconds they are refused."""
-        await self._in_flight.drain(grace)
+        await asyncio.gather(self._in_flight.drain(grace), self._drain_short_way(grace))
+
+    async def _drain_short_way(self, grace: float) -> None:
+        deadline = time.monotonic() + grace
+        while (link := self._link) and link.on_short_way:
+            if time.monotonic() > deadline:
+                link.fail_all(not_done_within(grace))
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+    def tell_times(self) -> None:
+        """Tells of the answers on the short way since the last time."""
+        if link := self._link:
+            link.tell_times(self._timed)
+
+    def send(self, asker: Asker, rpc: int, tenant: str, timeout: float, message: bytes) -> bool:
+        """As `Channel.send`."""
+        link = self._link
+        return (
+            link is not None and not self._in_flight.closed and link.send_message(asker, rpc, tenant, timeout, message)
+        )
+
+    def awaits(self, asker: Asker, number: int) -> bool:
+        """As `Channel.awaits`."""
+        return self._link is not None and self._link.awaits(asker, number)
+
+    def give_up(self, asker: Asker, number: int) -> GivenUp | None:
+        """As `Channel.give_up`."""
+        return None if self._link is None else self._link.give_up(asker, number)
+
+    def give_up_all(self, asker: Asker) -> list[GivenUp]:
+        """As `Channel.give_up_all`."""
+        return [] if self._link is None else self._link.give_up_all(asker)
 
     def submit(self, request: Request, timeout: float) -> PendingAnswer:
         """As `Channel.submit`."""
         link = self._link
-        queued, allowed = len(self._in_flight), self.limits.max_queued_requests
-        if queued >= allowed:
+        queued = len(self._in_flight) + (0 if link is None else link.on_short_way)
+        if queued >= (allowed := self.limits.max_queued_requests):
             raise ResourceExhaustedError(f"queue: at most {allowed} requests may wait, {queued} do", Reason.OVERLOADED)
         if link is None:
             raise gone()
         pending = self._in_flight.open(request)
-        ticket, now = next(self._tickets), pending.received
-        pending.add_done_callback(lambda done: link.give_up(ticket) if done.cancelled() else None)
-        link.send(Outgoing(ticket, pending, request, now, now + timeout))
+        outgoing = Outgoing(pending, request, pending.received + timeout)
+        pending.add_done_callback(lambda done: link.withdraw(outgoing) if done.cancelled() else None)
+        link.send(outgoing)
         return pending
 
 

@@ -86,6 +86,17 @@ class RequestMetrics:
         self.counts[key] = self.counts.get(key, 0) + 1
         self.seconds[rpc].observe(seconds)
 
+    def observe_many(self, rpc: str, counts: list[int], seconds: float) -> None:
+        """Counts requests of one of `RPCS` that were answered well.
+
+        Args:
+            rpc: as in `observe`.
+            counts: how many of them took as long as each bucket of `SECONDS_BUCKETS` says; the last one has no bound.
+            seconds: of all together.
+        """
+        self.counts[rpc, "OK"] += sum(counts)
+        self.seconds[rpc].add(Histogram(SECONDS_BUCKETS, counts, seconds))
+
 
 class ServerCollector:
     """Turns what engine, front doors and readiness say into metrics; of an engine that is gone, what it said last."""

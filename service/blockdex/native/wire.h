@@ -1,0 +1,56 @@
+/* Token requests and their answers as protobuf, as proto/blockdex/v1/indexer.proto has them.
+ *
+ * What is read here is what encoders write: any order of fields, packed and unpacked numbers, unknown fields. What else
+ * protobuf would take (one message in two pieces, groups, numbers beyond their type) is left to protobuf.
+ */
+#ifndef BLOCKDEX_WIRE_H
+#define BLOCKDEX_WIRE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { APPEND_KEYS, SELECT_BLOCKS, APPEND_AND_SELECT, NUM_KINDS };
+
+/* Views of the message; `data` is NULL where there is none. */
+struct wire_tensor {
+    const uint8_t *data;
+    uint64_t bytes;
+    uint32_t dtype;
+};
+
+enum { SEQUENCE_IDS, STARTS, LENGTHS, REVISIONS, NUM_COLUMNS };
+
+/* Columns of numbers, each with room for `most`. */
+struct wire_spans {
+    uint64_t *columns[NUM_COLUMNS];
+    uint32_t counts[NUM_COLUMNS];
+    uint32_t most;
+};
+
+struct wire_request {
+    struct wire_spans *spans;
+    struct wire_tensor keys, queries;
+    uint64_t number, epoch;
+    uint32_t kind, timeout_ms, layer, first_head, num_heads, order, return_scores, wait_for_keys;
+    bool has_spans;
+};
+
+/* Reads one request of a kind, or one of a stream, which names its kind; `spans` has been set, the rest is zero. False
+ * where it is to be left to protobuf. */
+bool wire_read(struct wire_request *request, const uint8_t *bytes, size_t size);
+bool wire_read_streamed(struct wire_request *request, const uint8_t *bytes, size_t size);
+
+/* An answer to such a request; a tensor without data is left out. */
+struct wire_response {
+    struct wire_tensor block_ids, scores;
+    uint64_t number, epoch;
+    uint32_t kind;
+    bool streamed;
+};
+
+/* Bytes that `wire_write` writes. */
+uint64_t wire_size(const struct wire_response *response);
+void wire_write(const struct wire_response *response, uint8_t *to);
+
+#endif
