@@ -104,7 +104,7 @@ async def test_a_shared_page_is_copied_first(random: np.random.Generator) -> Non
     async with running_over_rings() as run:
         await answer_together(run, requests, setup=setup)
         # A request that leaves the lane takes those for its sequences with it, until it is done.
-        assert run.short_way_requests in {2, 1}
+        assert run.short_way_requests in {0, 1, 2}
 
 
 async def test_what_differs_in_kind_is_not_mixed(random: np.random.Generator) -> None:

@@ -129,7 +129,9 @@ class Cache:
         sources, pages[partial] = pages[partial], pool.allocate(len(partial))
         sequences.set_pages(child, 0, pages)
         sequences.lengths[:, child] = lengths
-        sequences.forked[[parent, child]] = np.maximum(sequences.forked[[parent, child]], len(pages))
+        # Those that were copied are nobody else's, so who goes on in one of them writes into no page that is shared.
+        shared = np.setdiff1d(np.arange(len(pages)), partial, assume_unique=True)
+        sequences.forked[[parent, child]] = np.maximum(sequences.forked[[parent, child]], shared.max(initial=-1) + 1)
         return sequences.state(child), list(map(PageCopy, sources.tolist(), pages[partial].tolist()))
 
     def truncate_sequence(self, tenant: str, sequence_id: int, length: int) -> Sequence:

@@ -32,7 +32,7 @@ class Sequences:
         revisions: uint64 `[L, S]`.
         held: int64 `[S]`, pages: as many as the longest layer reaches.
         tables: page of each block of each slot, 0 from `held` on.
-        forked: int64 `[S]`, blocks that a fork reached: pages behind them were never shared.
+        forked: int64 `[S]`, blocks up to the last page that a fork shared: pages behind them never were.
         last_calls: float64 `[S]`, clock reading of the last call that succeeded.
         leases: float64 `[S]`, seconds.
         generations: uint32 `[S]`, how often a slot was given back: whoever remembers one sees that it is another's now.
