@@ -66,7 +66,7 @@ class Core:
         return int(self.segment.words[AT["requests_written"] // 8])
 
     def slot(self, number: int) -> int:
-        return self.segment.request_slots_offset + number % self.segment.request_slots * layout.SLOT_BYTES
+        return int(self.segment.request_slots_offset + number % self.segment.request_slots * layout.SLOT_BYTES)
 
     def numbers(self, number: int) -> RequestSlot:
         return RequestSlot._make(REQUEST_STRUCT.unpack_from(self.segment.memory, self.slot(number)))
