@@ -66,7 +66,7 @@ class Core:
         return int(self.segment.words[AT["requests_written"] // 8])
 
     def slot(self, number: int) -> int:
-        return self.segment.request_slots_offset + number % self.segment.request_slots * layout.SLOT_BYTES
+        return int(self.segment.request_slots_offset + number % self.segment.request_slots * layout.SLOT_BYTES)
 
     def numbers(self, number: int) -> RequestSlot:
         return RequestSlot._make(REQUEST_STRUCT.unpack_from(self.segment.memory, self.slot(number)))
@@ -274,6 +274,85 @@ def test_whatever_bytes_come_python_says_the_same(right: tuple[int, Any], data: 
         assert message is not None
         check_sent(core, message, request.timeout_ms / 1000 if request.timeout_ms else 7.0)
         assert core.link.awaits(ME, request.request_id)
+
+
+def selection(tokens: int = 2, **fields: Any) -> pb.SelectBlocksRequest:
+    """A right one, of one sequence and all heads."""
+    queries = pb.Tensor(dtype=pb.DTYPE_BF16, data=bytes(4 * 8 * tokens))
+    return pb.SelectBlocksRequest(spans=append(tokens).spans, queries=queries, **fields)
+
+
+def appending(**columns: list[int]) -> pb.AppendKeysRequest:
+    """A right one but for what is said of its spans."""
+    spans: dict[str, Any] = {"sequence_ids": [7, 8], "starts": [1, 2], "lengths": [1, 1]} | columns
+    return pb.AppendKeysRequest(spans=pb.Spans(**spans), keys=append().keys)
+
+
+WRONG: dict[str, Any] = {
+    "layer": pb.AppendKeysRequest(layer=3, spans=append().spans, keys=append().keys),
+    "end": appending(starts=[1, 300]),
+    "length": appending(lengths=[2, 0]),
+    "twice": appending(sequence_ids=[7, 7]),
+    "few starts": appending(starts=[1]),
+    "few lengths": appending(lengths=[2]),
+    "few revisions": appending(revisions=[1]),
+    "many revisions": appending(revisions=[1, 2, 3]),
+    "no spans": pb.AppendKeysRequest(keys=append().keys),
+    "no keys": pb.AppendKeysRequest(spans=append().spans),
+    "bytes": pb.AppendKeysRequest(spans=append(3).spans, keys=append().keys),
+    "no dtype": pb.AppendKeysRequest(spans=append().spans, keys=pb.Tensor(data=append().keys.data)),
+    "int32": pb.AppendKeysRequest(spans=append().spans, keys=pb.Tensor(dtype=pb.DTYPE_INT32, data=bytes(32))),
+    "region": pb.AppendKeysRequest(
+        spans=append().spans, keys=pb.Tensor(dtype=pb.DTYPE_BF16, region=pb.RegionRef(region_id=1))
+    ),
+    "large": append(LIMITS.max_message_bytes // 8 + 1),
+    "order": selection(order=3),
+    "first head": selection(first_head=4),
+    "heads": selection(first_head=1, num_heads=4),
+    "all heads": selection(first_head=1),
+    "feature 0": selection(required_features=[0]),
+    "feature 5": selection(required_features=[1, 5]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_each_wrong_thing_is_left_to_python(name: str) -> None:
+    body = WRONG[name]
+    kind = KINDS.index(type(body))
+    assert verdict(body) is None
+    with opened() as core:
+        before = bytes(core.segment.memory)
+        assert not core.link.send(ME, kind, TENANT, 7.0, body.SerializeToString())
+        assert not core.link.send(ME, STREAM, TENANT, 7.0, in_stream(kind, body).SerializeToString())
+        check_untouched(core, before)
+
+
+def test_what_is_right_up_to_the_last() -> None:
+    for body in (appending(starts=[1, 299]), append(LIMITS.max_message_bytes // 8), selection(order=2)):
+        assert verdict(body) is not None
+        with opened() as core:
+            assert core.link.send(ME, KINDS.index(type(body)), TENANT, 7.0, body.SerializeToString())
+
+
+def test_data_that_a_region_follows_is_left() -> None:
+    """Of the two the last one counts."""
+    tensor = append().keys.SerializeToString() + field(3, 2, b"\x09" + bytes(8))
+    body = field(2, 2, append().spans.SerializeToString()) + field(3, 2, tensor)
+    assert pb.AppendKeysRequest.FromString(body).keys.WhichOneof("source") == "region"
+    with opened() as core:
+        assert not core.link.send(ME, 0, TENANT, 7.0, body)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"topk": 5}, {"topk": 2**32 - 1, "num_heads": 2**32 - 1}, {"flags": 3}, {"flags": 0}]
+)
+def test_selections_that_are_not_in_their_payload(numbers: dict[str, int]) -> None:
+    with opened() as core:
+        assert core.link.send(ME, 1, TENANT, 7.0, selection().SerializeToString())
+        core.answer(core.take().ticket, TokenAnswer(9, np.zeros((2, 4, 4), np.int32)))
+        core.spoil(**numbers)
+        with pytest.raises(ValueError, match="it is none to its request"):
+            core.link.take()
 
 
 def field(number: int, kind: int, payload: bytes) -> bytes:
