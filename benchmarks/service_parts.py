@@ -16,7 +16,7 @@ import grpc
 
 from benchmarks import served
 from benchmarks.callers import ECHO, ByteStream, Caller, Load, Place, Work, checked, echo_message, messages
-from benchmarks.client import HEADS, Fleet, percentile, process, timed
+from benchmarks.client import Fleet, percentile, process, timed
 from benchmarks.doors import OPTIONS, local_ports, owner
 from benchmarks.served import Served
 from benchmarks.service_figures import Figure
@@ -29,8 +29,7 @@ _CALLS_IN_TURN = 50
 _WAVES = 2
 _WARM_UP = 0.2
 _SETTLE_SECONDS = 2.0
-_SCORE_BYTES = 512 << 20
-_BLOCK_SIZE = 128
+_SCORE_BYTES = 4 << 25  # what captured slices of prefill keep, all together
 _PREFILLS_IN_FLIGHT = {"decode": 2, "prefill": 4}
 _FIRST_IDS = {"calls": 1, "decode": 1_001, "prefill": 2_001, "clients": 10_001}
 
@@ -274,8 +273,7 @@ class Bench:
         if self.device.startswith("cuda"):
             own = served.device_bytes(server.core)
             held = own or served.all_device_bytes() - self._device_bytes_before
-            blocks = -(-self.scale.prefill_tokens // _BLOCK_SIZE)
-            scores = min(4 * HEADS * self.scale.prefill_queries * blocks, _SCORE_BYTES) if self._prefilling else 0
+            scores = _SCORE_BYTES
             told = "as the driver tells of the engine core" if own else "more on the device than before the server"
             basis = f"{held / gib:,.2f} GiB {told}, less cache and {scores / gib:,.2f} of scores"
             beyond = (held - cache_bytes - scores) / gib

@@ -72,6 +72,7 @@ class Lane:
         seconds_bounds, size_bounds: of the histograms.
 
     Attributes:
+        steps: steps begun so far.
         in_flight: steps on their way.
         launched: `time.monotonic` seconds of the oldest one's launch.
     """
@@ -89,6 +90,8 @@ class Lane:
         seconds_bounds: tuple[float, ...],
         size_bounds: tuple[float, ...],
     ) -> None: ...
+    @property
+    def steps(self) -> int: ...
     @property
     def in_flight(self) -> int: ...
     @property

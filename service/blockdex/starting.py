@@ -114,6 +114,8 @@ def build_engine(
     # Threads that wait for a kernel's others must not spin: on cores that have other work too, the engine beside this
     # server to begin with, they keep those they wait for from running. OpenMP reads it when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Memory that came in pieces of one size serves others, too: without it a quarter of a GiB lies idle.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # What can be refused without torch has been.
     from blockdex.engine.engine import Engine  # noqa: PLC0415
     from blockdex_kernels.backend import choose_backend, choose_device  # noqa: PLC0415

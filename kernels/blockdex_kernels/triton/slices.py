@@ -54,9 +54,14 @@ class SliceShape(NamedTuple):
         shape = cls(rows // queries.heads, queries.heads, max(1 << (blocks - 1).bit_length(), _LEAST_WIDTH))
         return shape if shape.is_small() else None
 
+    @property
+    def places(self) -> int:
+        """Scores that it keeps."""
+        return self.tokens * self.heads * self.width
+
     def is_small(self) -> bool:
         """Whether a graph may keep room for it."""
-        return self.tokens * self.heads * self.width <= _MAX_PLACES
+        return self.places <= _MAX_PLACES
 
 
 @dataclass(slots=True)
@@ -133,9 +138,12 @@ class Slices:
         widths = [_LEAST_WIDTH]
         while widths[-1] < self._spec.max_blocks:
             widths.append(2 * widths[-1])
-        for heads in sorted({1, self._spec.num_index_heads}):
-            shapes = (SliceShape(rows // heads, heads, width) for rows, width in itertools.product(_ROWS, widths))
-            yield from filter(SliceShape.is_small, shapes)
+        every = (
+            SliceShape(rows // heads, heads, width)
+            for heads, rows, width in itertools.product(sorted({1, self._spec.num_index_heads}), _ROWS, widths)
+        )
+        # The largest first: what the others need then lies in the memory that these have taken.
+        yield from sorted(filter(SliceShape.is_small, every), key=lambda shape: shape.places, reverse=True)
 
     def capture(self, shape: SliceShape) -> None:
         """Captures a shape for every slot, none of which is in use; compiles what kernels have left to compile."""

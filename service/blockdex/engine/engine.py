@@ -97,6 +97,7 @@ class Engine:
             self._stats,
             decode_queries=self._decode_queries,
             prefill_slice_seconds=self._prefill_slice_seconds,
+            short_way=self._short_way,
         )
         if self._short_way is not None:
             self._short_way.enter(self._cache)

@@ -17,6 +17,7 @@ from blockdex.engine.batch import Batch
 from blockdex.engine.entry import Entry, Outcome, SequenceKey, selects
 from blockdex.engine.prefill import Prefill, Prefills
 from blockdex.engine.reading import ALL_ROWS, TORCH_DTYPES, Part, Reading, Rows, readings, rows_of, subset, take_rows
+from blockdex.engine.short_way import ShortWay
 from blockdex.engine.stats import Stats
 from blockdex.errors import Reason, ResourceExhaustedError
 from blockdex.logs import log_event
@@ -39,6 +40,7 @@ class Flight:
         parts: readings that get so many rows of its answer, in their order, and for which of their own.
         sequence: of a prefill, the sequence and layer that it reads.
         products: of a prefill, dot products that it takes.
+        steps_before: of a prefill, steps that had begun before it.
     """
 
     pending: Pending
@@ -46,6 +48,7 @@ class Flight:
     parts: list[tuple[Reading, int, Rows]]
     sequence: tuple[SequenceKey, int] | None = None
     products: float = 0.0
+    steps_before: int = 0
 
 
 class Launcher:
@@ -57,13 +60,21 @@ class Launcher:
         stats: where time and sizes are counted.
         decode_queries: a span of at most so many queries is decode, a longer one prefill.
         prefill_slice_seconds: time that one slice of a prefill may take, about.
+        short_way: what runs decodes beside it, if anything does.
 
     Attributes:
         prefills: what is left to begin of the long spans.
     """
 
     def __init__(
-        self, cache: Cache, runner: Runner, stats: Stats, *, decode_queries: int, prefill_slice_seconds: float
+        self,
+        cache: Cache,
+        runner: Runner,
+        stats: Stats,
+        *,
+        decode_queries: int,
+        prefill_slice_seconds: float,
+        short_way: ShortWay | None,
     ) -> None:
         self.prefills = Prefills()
         self._cache = cache
@@ -72,6 +83,8 @@ class Launcher:
         self._stats = stats
         self._decode_queries = decode_queries
         self._slice_seconds = prefill_slice_seconds
+        self._short_way = short_way
+        self._steps = 0
         self._products_per_second = 1e8
         self._flights: deque[Flight] = deque()
         self._slices: deque[Flight] = deque()
@@ -144,7 +157,9 @@ class Launcher:
         except torch.OutOfMemoryError as error:
             self._give_up([reading], error)
             return
-        self._slices.append(Flight(pending, "prefill", [(reading, tokens, rows)], prefill.sequence, products))
+        self._slices.append(
+            Flight(pending, "prefill", [(reading, tokens, rows)], prefill.sequence, products, self._steps_begun())
+        )
         self._stats.launched("prefill", tokens, 1)
 
     def land(self) -> list[Outcome]:
@@ -237,7 +252,12 @@ class Launcher:
                 self._arrive(self._flights.popleft())
             time.sleep(0)
         self._note_busy()
+        self._steps += 1
         self._flights.append(Flight(self._runner.begin(step), phase, parts))
+
+    def _steps_begun(self) -> int:
+        """Other steps that have begun so far, on the short way too."""
+        return self._steps + (0 if self._short_way is None else self._short_way.steps)
 
     def _note_busy(self) -> None:
         if not (self._flights or self._slices):
@@ -272,9 +292,14 @@ class Launcher:
         return True
 
     def _learn(self, flight: Flight) -> None:
-        """Corrects the rate by a slice's; what may have waited for the host only says that the device is no slower."""
+        """Corrects the rate by a slice's.
+
+        One that may have waited for the host, or for decodes, only says that the device is no slower. Otherwise what
+        slices wait for would make them shorter, and shorter ones wait for more of it.
+        """
         rate = flight.products / max(flight.pending.device_seconds, 1e-6)
-        if rate > self._products_per_second or not flight.pending.device_waited:
+        disturbed = flight.pending.device_waited or self._steps_begun() != flight.steps_before
+        if rate > self._products_per_second or not disturbed:
             self._products_per_second += _LEARNING_RATE * (rate - self._products_per_second)
 
     def _give_up(self, readings: Sequence[Reading], error: torch.OutOfMemoryError) -> None:

@@ -71,6 +71,11 @@ class ShortWay:
             self._lane.set_run_step(runner.run_room)
         inbox.open_lane(self._lane, self)
 
+    @property
+    def steps(self) -> int:
+        """Steps that the lane has begun so far."""
+        return self._lane.steps
+
     def enter(self, cache: Cache) -> None:
         """Serves another cache from now on."""
         self._cache = cache

@@ -395,7 +395,13 @@ static void lane_dealloc(struct lane *lane) {
     Py_DECREF(type);
 }
 
+static PyObject *get_steps(struct lane *lane, void *unused) {
+    (void)unused;
+    return PyLong_FromUnsignedLongLong(lane->num_steps);
+}
+
 static PyGetSetDef properties[] = {
+    {"steps", (getter)get_steps, NULL, "Steps begun so far.", NULL},
     {"in_flight", (getter)get_in_flight, NULL, "Steps on their way.", NULL},
     {"launched", (getter)get_launched, NULL, "Monotonic seconds of the oldest one's launch.", NULL},
     {0},
