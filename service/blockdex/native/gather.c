@@ -173,10 +173,12 @@ static enum verdict consider(struct lane *lane, struct line *line, int64_t now) 
     return TAKEN;
 }
 
-/* Whether there is anything to look at: asked again and again while nothing comes. */
-static bool anything_came(const struct lane *lane) {
+/* Who does not read answers gets no more of them. */
+static bool is_heard(const struct line *line) { return !line->gone && !line->waits && !line->first_unwritten; }
+
+bool lane_anything_came(const struct lane *lane) {
     for (size_t number = 0; number < lane->num_lines; number++)
-        if (!lane->lines[number]->gone && line_filled(lane->lines[number])) return true;
+        if (is_heard(lane->lines[number]) && line_filled(lane->lines[number])) return true;
     return false;
 }
 
@@ -184,12 +186,11 @@ void lane_gather(struct lane *lane, int64_t now) {
     struct gathered *to = &lane->gathered;
     to->runs = to->tokens = to->longest = to->num_asked = 0;
     to->end = 0;
-    if (!anything_came(lane)) return;
+    if (!lane_anything_came(lane)) return;
     memset(to->marks, 0, sizeof to->marks);
     for (size_t number = 0; number < lane->num_lines; number++) {
         struct line *line = lane->lines[(lane->turn + number) % lane->num_lines];
-        /* Who does not read answers gets no more of them. */
-        if (line->gone || line->waits || line->first_unwritten) continue;
+        if (!is_heard(line)) continue;
         int64_t filled = line_filled(line);
         for (line->waits = filled < 0; filled > 0; filled--) {
             enum verdict verdict = consider(lane, line, now);

@@ -25,10 +25,7 @@ static bool anyone_has_room_again(const struct lane *lane) {
 }
 
 static bool anything_to_do(struct lane *lane) {
-    if (atomic_load_explicit(&lane->noticed, memory_order_acquire)) return true;
-    for (size_t number = 0; number < lane->num_lines; number++)
-        if (!lane->lines[number]->gone && line_filled(lane->lines[number])) return true;
-    return false;
+    return atomic_load_explicit(&lane->noticed, memory_order_acquire) || lane_anything_came(lane);
 }
 
 /* Until a front door or another thread rings, or until then. */
