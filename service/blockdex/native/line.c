@@ -20,6 +20,7 @@ static bool take_extent(struct line *line, uint64_t bytes, struct place *place) 
     uint64_t freed = atomic_load_explicit(&line->header->answer_bytes_freed, memory_order_acquire);
     uint64_t size = line->answer_arena_bytes, begin = line->tape_end, wanted = blockdex_aligned(bytes);
     uint64_t to_the_edge = size - begin % size;
+    if (begin - freed > size) return false; /* no such position: only who harms itself says that */
     /* From the front again where nothing is in use, so that memory which was never needed is never touched. */
     bool unused = freed == begin && to_the_edge + wanted <= size;
     if (wanted > to_the_edge || unused) begin += to_the_edge;
