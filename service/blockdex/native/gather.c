@@ -5,7 +5,7 @@
 /* What becomes of a request: it is taken; it is for a later step, or for Python. */
 enum verdict { TAKEN, LATER, FOR_PYTHON };
 
-/* A request's own words, copied where another process could still change them. */
+/* Where a request's own words are: another process can still change them. */
 struct parts {
     const char *tenant, *columns, *keys, *queries;
 };
@@ -76,11 +76,12 @@ static int64_t free_column(const struct lane *lane, uint32_t tenant, uint64_t se
     return place->column;
 }
 
-/* Adds a request's rows behind those that are there, which it changes nothing of. */
+/* Adds a request's rows behind those that are there, which it changes nothing of. Each word of the request is read once,
+ * and what was checked is what is taken: another process could change it between the two. */
 static enum verdict add_rows(struct lane *lane, const struct blockdex_request *request, const struct parts *parts,
                              uint64_t revisions[LANE_RUNS], uint32_t columns[LANE_RUNS], struct gathered *to) {
     const uint32_t spans = request->num_spans;
-    const uint64_t *words = (const uint64_t *)(const void *)parts->columns;
+    const volatile uint64_t *words = (const volatile uint64_t *)(const void *)parts->columns;
     int64_t tenant = places_tenant(&lane->places, parts->tenant, request->tenant_bytes);
     if (tenant < 0) return FOR_PYTHON;
     for (uint32_t row = 0; row < spans; row++) {
@@ -143,7 +144,7 @@ static enum verdict mark_all(struct gathered *to, uint32_t layer, uint32_t spans
 }
 
 static enum verdict consider(struct lane *lane, struct line *line, int64_t now) {
-    const struct blockdex_request request = *line_head(line);
+    const struct blockdex_request request = *(const volatile struct blockdex_request *)line_head(line);
     struct gathered *to = &lane->gathered;
     struct parts parts;
     uint64_t revisions[LANE_RUNS];
