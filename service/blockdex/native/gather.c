@@ -102,9 +102,10 @@ static enum verdict add_rows(struct lane *lane, const struct blockdex_request *r
 
 /* Whether a step that holds a request too, whose rows are there behind the others, can be run. */
 static enum verdict fits_in_step(const struct lane *lane, const struct blockdex_request *request, uint32_t tokens,
-                                 uint32_t longest, int64_t end) {
+                                 uint32_t longest, int64_t end, uint64_t most_answered) {
     const struct gathered *to = &lane->gathered;
-    if (request->keys_bytes != 2 * (uint64_t)tokens * lane->head_dim ||
+    /* Keys and queries are as many as the tokens; an answer for which there is never room is Python's to refuse. */
+    if (4 * (uint64_t)tokens * lane->heads * lane->topk > most_answered || request->keys_bytes != 2 * (uint64_t)tokens * lane->head_dim ||
         request->queries_bytes != request->keys_bytes * request->num_heads)
         return FOR_PYTHON;
     longest = longest > to->longest ? longest : to->longest;
@@ -160,7 +161,7 @@ static enum verdict consider(struct lane *lane, struct line *line, int64_t now) 
         longest = length > longest ? length : longest;
         end = to->starts[at] + to->lengths[at] > end ? to->starts[at] + to->lengths[at] : end;
     }
-    verdict = fits_in_step(lane, &request, tokens, longest, end);
+    verdict = fits_in_step(lane, &request, tokens, longest, end, line_longest(line));
     if (verdict == TAKEN) verdict = mark_all(to, request.layer, request.num_spans, columns);
     if (verdict != TAKEN) return verdict;
     enter(lane, &request, revisions, columns, now);

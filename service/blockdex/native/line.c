@@ -7,6 +7,8 @@ int64_t line_filled(const struct line *line) {
     return filled <= line->request_slots ? (int64_t)filled : -1;
 }
 
+uint64_t line_longest(const struct line *line) { return line->answer_arena_bytes / 2; }
+
 const struct blockdex_request *line_head(const struct line *line) {
     return (const void *)(line->requests + line->read % line->request_slots * BLOCKDEX_SLOT_BYTES);
 }
@@ -205,7 +207,7 @@ static int set_gone(struct line *line, PyObject *value, void *unused) {
 
 static PyObject *get_longest(struct line *line, void *unused) {
     (void)unused;
-    return PyLong_FromUnsignedLongLong(line->answer_arena_bytes / 2);
+    return PyLong_FromUnsignedLongLong(line_longest(line));
 }
 
 static PyObject *get_has_unwritten(struct line *line, void *unused) {

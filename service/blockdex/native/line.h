@@ -42,6 +42,9 @@ extern PyType_Spec blockdex_line_spec;
 /* Requests that are there, as far as that can be; -1 where the front door says what cannot be. */
 int64_t line_filled(const struct line *line);
 
+/* Bytes of an answer that there is room for at some time. */
+uint64_t line_longest(const struct line *line);
+
 /* The oldest request, of which there is one. It stays as it is until line_release. */
 const struct blockdex_request *line_head(const struct line *line);
 void line_release(struct line *line);
