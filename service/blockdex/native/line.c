@@ -179,6 +179,8 @@ static void line_dealloc(struct line *line) {
     Py_DECREF(type);
 }
 
+bool line_is_one(PyObject *object) { return PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc) == (void *)line_dealloc; }
+
 static PyObject *get_filled(struct line *line, void *unused) {
     (void)unused;
     return PyLong_FromLongLong(line_filled(line));

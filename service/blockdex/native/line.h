@@ -39,6 +39,9 @@ struct place {
 
 extern PyType_Spec blockdex_line_spec;
 
+/* Whether an object is a line. */
+bool line_is_one(PyObject *object);
+
 /* Requests that are there, as far as that can be; -1 where the front door says what cannot be. */
 int64_t line_filled(const struct line *line);
 
