@@ -174,3 +174,20 @@ async def test_a_group_has_no_more_spans_than_graphs_hold(random: np.random.Gene
         await answer_together(run, requests, setup=setup)
         assert run.short_way_requests == len(requests)
         assert all(call.tokens <= MAX_RUNS for call in run.backend.calls)
+
+
+async def test_columns_that_grow_in_the_batch_that_fills_them(random: np.random.Generator) -> None:
+    """Twice as many columns, for sequences that are opened and appended to at once."""
+    names = range(1, 2 * 64 + 2)
+    async with running_over_rings() as run:
+        epoch = run.engine.info().epoch
+        with run.backend.held("append") as entered:
+            await run.ask(open_sequence(1000))
+            run.submit(tokens(2, [(1000, 0, 1)], keys=keys_of(random, 1)))
+            await run.reached(entered)
+            setup = [run.submit(request) for name in names for request in (open_sequence(name), both(random, 0, (name, 0, 4)))]
+        answers = await asyncio.gather(*setup, return_exceptions=True)
+        assert not [answer for answer in answers if isinstance(answer, Exception)]
+        assert run.engine.info().epoch == epoch
+        await asyncio.gather(*(run.submit(both(random, 0, (name, 4, 2))) for name in names))
+        assert run.short_way_requests == len(names)

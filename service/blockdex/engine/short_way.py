@@ -106,6 +106,7 @@ class ShortWay:
         request = entry.request
         if not isinstance(request, TokenRequest) or request.keys is None:
             return
+        self._share()  # The columns may have grown for this very entry.
         slots = [self._cache.slot(*sequence) for sequence in entry.sequences]
         if None not in slots:
             self._lane.learn(request.tenant, request.spans.sequence_ids, np.array(slots, np.int64))

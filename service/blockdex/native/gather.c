@@ -5,7 +5,7 @@
 /* What becomes of a request: it is taken; it is for a later step, or for Python. */
 enum verdict { TAKEN, LATER, FOR_PYTHON };
 
-/* A request's own words, copied where another process could still change them. */
+/* Where a request's own words are: another process can still change them. */
 struct parts {
     const char *tenant, *columns, *keys, *queries;
 };
@@ -76,11 +76,12 @@ static int64_t free_column(const struct lane *lane, uint32_t tenant, uint64_t se
     return place->column;
 }
 
-/* Adds a request's rows behind those that are there, which it changes nothing of. */
+/* Adds a request's rows behind those that are there, which it changes nothing of. Each word of the request is read once,
+ * and what was checked is what is taken: another process could change it between the two. */
 static enum verdict add_rows(struct lane *lane, const struct blockdex_request *request, const struct parts *parts,
                              uint64_t revisions[LANE_RUNS], uint32_t columns[LANE_RUNS], struct gathered *to) {
     const uint32_t spans = request->num_spans;
-    const uint64_t *words = (const uint64_t *)(const void *)parts->columns;
+    const volatile uint64_t *words = (const volatile uint64_t *)(const void *)parts->columns;
     int64_t tenant = places_tenant(&lane->places, parts->tenant, request->tenant_bytes);
     if (tenant < 0) return FOR_PYTHON;
     for (uint32_t row = 0; row < spans; row++) {
@@ -101,9 +102,10 @@ static enum verdict add_rows(struct lane *lane, const struct blockdex_request *r
 
 /* Whether a step that holds a request too, whose rows are there behind the others, can be run. */
 static enum verdict fits_in_step(const struct lane *lane, const struct blockdex_request *request, uint32_t tokens,
-                                 uint32_t longest, int64_t end) {
+                                 uint32_t longest, int64_t end, uint64_t most_answered) {
     const struct gathered *to = &lane->gathered;
-    if (request->keys_bytes != 2 * (uint64_t)tokens * lane->head_dim ||
+    /* Keys and queries are as many as the tokens; an answer for which there is never room is Python's to refuse. */
+    if (4 * (uint64_t)tokens * lane->heads * lane->topk > most_answered || request->keys_bytes != 2 * (uint64_t)tokens * lane->head_dim ||
         request->queries_bytes != request->keys_bytes * request->num_heads)
         return FOR_PYTHON;
     longest = longest > to->longest ? longest : to->longest;
@@ -143,7 +145,7 @@ static enum verdict mark_all(struct gathered *to, uint32_t layer, uint32_t spans
 }
 
 static enum verdict consider(struct lane *lane, struct line *line, int64_t now) {
-    const struct blockdex_request request = *line_head(line);
+    const struct blockdex_request request = *(const volatile struct blockdex_request *)line_head(line);
     struct gathered *to = &lane->gathered;
     struct parts parts;
     uint64_t revisions[LANE_RUNS];
@@ -159,7 +161,7 @@ static enum verdict consider(struct lane *lane, struct line *line, int64_t now) 
         longest = length > longest ? length : longest;
         end = to->starts[at] + to->lengths[at] > end ? to->starts[at] + to->lengths[at] : end;
     }
-    verdict = fits_in_step(lane, &request, tokens, longest, end);
+    verdict = fits_in_step(lane, &request, tokens, longest, end, line_longest(line));
     if (verdict == TAKEN) verdict = mark_all(to, request.layer, request.num_spans, columns);
     if (verdict != TAKEN) return verdict;
     enter(lane, &request, revisions, columns, now);
@@ -173,10 +175,12 @@ static enum verdict consider(struct lane *lane, struct line *line, int64_t now) 
     return TAKEN;
 }
 
-/* Whether there is anything to look at: asked again and again while nothing comes. */
-static bool anything_came(const struct lane *lane) {
+/* Who does not read answers gets no more of them. */
+static bool is_heard(const struct line *line) { return !line->gone && !line->waits && !line->first_unwritten; }
+
+bool lane_anything_came(const struct lane *lane) {
     for (size_t number = 0; number < lane->num_lines; number++)
-        if (!lane->lines[number]->gone && line_filled(lane->lines[number])) return true;
+        if (is_heard(lane->lines[number]) && line_filled(lane->lines[number])) return true;
     return false;
 }
 
@@ -184,12 +188,11 @@ void lane_gather(struct lane *lane, int64_t now) {
     struct gathered *to = &lane->gathered;
     to->runs = to->tokens = to->longest = to->num_asked = 0;
     to->end = 0;
-    if (!anything_came(lane)) return;
+    if (!lane_anything_came(lane)) return;
     memset(to->marks, 0, sizeof to->marks);
     for (size_t number = 0; number < lane->num_lines; number++) {
         struct line *line = lane->lines[(lane->turn + number) % lane->num_lines];
-        /* Who does not read answers gets no more of them. */
-        if (line->gone || line->waits || line->first_unwritten) continue;
+        if (!is_heard(line)) continue;
         int64_t filled = line_filled(line);
         for (line->waits = filled < 0; filled > 0; filled--) {
             enum verdict verdict = consider(lane, line, now);

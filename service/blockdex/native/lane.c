@@ -25,10 +25,7 @@ static bool anyone_has_room_again(const struct lane *lane) {
 }
 
 static bool anything_to_do(struct lane *lane) {
-    if (atomic_load_explicit(&lane->noticed, memory_order_acquire)) return true;
-    for (size_t number = 0; number < lane->num_lines; number++)
-        if (!lane->lines[number]->gone && line_filled(lane->lines[number])) return true;
-    return false;
+    return atomic_load_explicit(&lane->noticed, memory_order_acquire) || lane_anything_came(lane);
 }
 
 /* Until a front door or another thread rings, or until then. */
@@ -97,10 +94,16 @@ static PyObject *fail(struct lane *lane) {
     return PyErr_Format(PyExc_RuntimeError, "device: it takes no step, CUDA error %d", error);
 }
 
+/* So many seconds from now; at once where that is no time. */
+static int64_t time_after(double seconds) {
+    if (seconds >= 1e9) return INT64_MAX;
+    return lane_now() + (seconds > 0 ? (int64_t)(1e9 * seconds) : 0);
+}
+
 static PyObject *method_run(struct lane *lane, PyObject *argument) {
     double seconds = PyFloat_AsDouble(argument);
     if (PyErr_Occurred()) return NULL;
-    int64_t until = seconds >= 1e9 ? INT64_MAX : lane_now() + (int64_t)(1e9 * seconds);
+    int64_t until = time_after(seconds);
     if (lane->books.columns == 0) return PyErr_Format(PyExc_RuntimeError, "lane: it has no books");
     lane->without_gil = PyEval_SaveThread();
     int why = run(lane, until);
@@ -112,7 +115,7 @@ static PyObject *method_run(struct lane *lane, PyObject *argument) {
 static PyObject *method_drain(struct lane *lane, PyObject *argument) {
     double seconds = PyFloat_AsDouble(argument);
     if (PyErr_Occurred()) return NULL;
-    const int64_t until = lane_now() + (int64_t)(1e9 * seconds);
+    const int64_t until = time_after(seconds);
     bool landed = true;
     Py_BEGIN_ALLOW_THREADS;
     for (int64_t now = lane_now(); landed && lane->in_flight && now < until; now = lane_now()) landed = lane_land(lane, now);
@@ -135,11 +138,7 @@ static PyObject *method_touch(struct lane *lane, PyObject *unused) {
 }
 
 static PyObject *method_add(struct lane *lane, PyObject *line) {
-    PyTypeObject *type = Py_TYPE(line);
-    PyObject *name = PyObject_GetAttrString((PyObject *)type, "__name__");
-    bool is_line = name && PyUnicode_CompareWithASCIIString(name, "Line") == 0;
-    Py_XDECREF(name);
-    if (!is_line) return PyErr_Format(PyExc_TypeError, "lane: a Line is needed, got %R", line);
+    if (!line_is_one(line)) return PyErr_Format(PyExc_TypeError, "lane: a Line is needed, got %R", line);
     struct line **lines = PyMem_Realloc(lane->lines, (lane->num_lines + 1) * sizeof *lines);
     if (!lines) return PyErr_NoMemory();
     lane->lines = lines;

@@ -95,6 +95,9 @@ struct lane {
 /* Takes what is plainly right at the head of every line into `gathered`; what is not has its line wait. */
 void lane_gather(struct lane *lane, int64_t now);
 
+/* Whether there is a request that lane_gather would look at: asked again and again while nothing comes. */
+bool lane_anything_came(const struct lane *lane);
+
 /* The smallest programs that hold so much; NULL where there are none. */
 const struct replay *lane_replay(const struct lane *lane, uint32_t runs, uint32_t longest, int64_t end);
 

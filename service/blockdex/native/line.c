@@ -7,6 +7,8 @@ int64_t line_filled(const struct line *line) {
     return filled <= line->request_slots ? (int64_t)filled : -1;
 }
 
+uint64_t line_longest(const struct line *line) { return line->answer_arena_bytes / 2; }
+
 const struct blockdex_request *line_head(const struct line *line) {
     return (const void *)(line->requests + line->read % line->request_slots * BLOCKDEX_SLOT_BYTES);
 }
@@ -20,6 +22,7 @@ static bool take_extent(struct line *line, uint64_t bytes, struct place *place) 
     uint64_t freed = atomic_load_explicit(&line->header->answer_bytes_freed, memory_order_acquire);
     uint64_t size = line->answer_arena_bytes, begin = line->tape_end, wanted = blockdex_aligned(bytes);
     uint64_t to_the_edge = size - begin % size;
+    if (begin - freed > size) return false; /* no such position: only who harms itself says that */
     /* From the front again where nothing is in use, so that memory which was never needed is never touched. */
     bool unused = freed == begin && to_the_edge + wanted <= size;
     if (wanted > to_the_edge || unused) begin += to_the_edge;
@@ -176,6 +179,8 @@ static void line_dealloc(struct line *line) {
     Py_DECREF(type);
 }
 
+bool line_is_one(PyObject *object) { return PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc) == (void *)line_dealloc; }
+
 static PyObject *get_filled(struct line *line, void *unused) {
     (void)unused;
     return PyLong_FromLongLong(line_filled(line));
@@ -204,7 +209,7 @@ static int set_gone(struct line *line, PyObject *value, void *unused) {
 
 static PyObject *get_longest(struct line *line, void *unused) {
     (void)unused;
-    return PyLong_FromUnsignedLongLong(line->answer_arena_bytes / 2);
+    return PyLong_FromUnsignedLongLong(line_longest(line));
 }
 
 static PyObject *get_has_unwritten(struct line *line, void *unused) {

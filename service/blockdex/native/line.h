@@ -39,8 +39,14 @@ struct place {
 
 extern PyType_Spec blockdex_line_spec;
 
+/* Whether an object is a line. */
+bool line_is_one(PyObject *object);
+
 /* Requests that are there, as far as that can be; -1 where the front door says what cannot be. */
 int64_t line_filled(const struct line *line);
+
+/* Bytes of an answer that there is room for at some time. */
+uint64_t line_longest(const struct line *line);
 
 /* The oldest request, of which there is one. It stays as it is until line_release. */
 const struct blockdex_request *line_head(const struct line *line);

@@ -12,7 +12,7 @@ static size_t spread(uint32_t tenant, uint64_t sequence_id) {
 }
 
 static void forget_tenants(struct places *places) {
-    for (uint32_t tenant = 0; tenant < places->num_tenants; tenant++) free(places->tenants[tenant]);
+    for (uint32_t tenant = 0; tenant < places->num_tenants; tenant++) free(places->tenants[tenant].name);
     places->num_tenants = 0;
 }
 
@@ -41,8 +41,8 @@ void places_free(struct places *places) {
 
 int64_t places_tenant(const struct places *places, const char *name, size_t bytes) {
     for (uint32_t tenant = 0; tenant < places->num_tenants; tenant++) {
-        const char *known = places->tenants[tenant];
-        if (!strncmp(known, name, bytes) && !known[bytes]) return tenant;
+        const struct tenant *known = &places->tenants[tenant];
+        if (known->bytes == bytes && !memcmp(known->name, name, bytes)) return tenant;
     }
     return -1;
 }
@@ -63,14 +63,15 @@ const struct place_of *places_find(const struct places *places, uint32_t tenant,
 static int64_t add_tenant(struct places *places, const char *name, size_t bytes) {
     if (places->num_tenants == places->room_for_tenants) {
         uint32_t room = places->room_for_tenants ? 2 * places->room_for_tenants : 16;
-        char **tenants = realloc(places->tenants, room * sizeof *tenants);
+        struct tenant *tenants = realloc(places->tenants, room * sizeof *tenants);
         if (!tenants) return -1;
         places->tenants = tenants;
         places->room_for_tenants = room;
     }
-    char *copy = strndup(name, bytes);
+    char *copy = malloc(bytes + 1); /* none takes no memory, which malloc may say with NULL */
     if (!copy) return -1;
-    places->tenants[places->num_tenants] = copy;
+    memcpy(copy, name, bytes);
+    places->tenants[places->num_tenants] = (struct tenant){copy, bytes};
     return places->num_tenants++;
 }
 

@@ -13,10 +13,15 @@ struct place_of {
     bool used;
 };
 
+struct tenant {
+    char *name; /* any bytes: a front door may write what is no text */
+    size_t bytes;
+};
+
 struct places {
     struct place_of *table; /* open addressing; a power of two of them */
     size_t capacity, used;
-    char **tenants;
+    struct tenant *tenants;
     uint32_t num_tenants, room_for_tenants;
 };
 

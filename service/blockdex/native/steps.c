@@ -110,7 +110,7 @@ static bool answer_one(struct lane *lane, const struct step *step, const struct 
         .num_heads = lane->heads,
         .topk = lane->topk,
         .phase = BLOCKDEX_DECODE,
-        .queue_seconds = 1e-9 * (double)(step->taken - asked->received),
+        .queue_seconds = 1e-9 * ((double)step->taken - (double)asked->received),
         .plan_seconds = 1e-9 * (double)(step->launched - step->taken),
         .device_seconds = 1e-9 * (double)(ended - step->launched),
         .reply_seconds = 1e-9 * (double)(lane_now() - ended),

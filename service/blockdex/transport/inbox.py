@@ -203,7 +203,8 @@ class RingInbox:
         assert self._lane is not None
         why = self._lane.run(seconds)
         late = bool(why & native.LATE)
-        while why & native.FOR_PYTHON and len(self._entries) < self._max_queued:
+        # Who goes leaves requests that nobody takes: first it is to be dropped.
+        while why & native.FOR_PYTHON and not self._noticed and len(self._entries) < self._max_queued:
             for line in self._lines:
                 if line.native.waits and not line.gone:
                     self._take(line)
