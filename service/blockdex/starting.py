@@ -31,6 +31,10 @@ FLUSH_SECONDS = 2.0
 _TRACING_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc")
 _WARM_UP_LINE_SECONDS = 5.0
 _CORES = 4
+_NO_SPLIT = (
+    "processes: split needs Linux on x86-64, which orders plain stores, and the compiled module blockdex._native; "
+    "single goes everywhere"
+)
 """From so many on a server is several processes, which do not wait for each other's turn at the interpreter.
 
 On two cores that was faster as well, but takes them from the engine that the server is beside."""
@@ -59,7 +63,7 @@ def splits(settings: ServeSettings) -> bool:
         StartError: it cannot be what the settings say.
     """
     if settings.processes == "split" and not SUPPORTED:
-        raise StartError("processes: split needs Linux on x86-64, which orders plain stores; single goes everywhere")
+        raise StartError(_NO_SPLIT)
     if settings.front_doors > 1 and not (settings.processes != "single" and SUPPORTED):
         raise StartError(f"front_doors: {settings.front_doors} need --processes split, on Linux and x86-64")
     if settings.processes == "auto":

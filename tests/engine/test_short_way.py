@@ -185,7 +185,11 @@ async def test_columns_that_grow_in_the_batch_that_fills_them(random: np.random.
             await run.ask(open_sequence(1000))
             run.submit(tokens(2, [(1000, 0, 1)], keys=keys_of(random, 1)))
             await run.reached(entered)
-            setup = [run.submit(request) for name in names for request in (open_sequence(name), both(random, 0, (name, 0, 4)))]
+            setup = [
+                run.submit(request)
+                for name in names
+                for request in (open_sequence(name), both(random, 0, (name, 0, 4)))
+            ]
         answers = await asyncio.gather(*setup, return_exceptions=True)
         assert not [answer for answer in answers if isinstance(answer, Exception)]
         assert run.engine.info().epoch == epoch

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import os
-import queue
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,10 +19,9 @@ from blockdex.transport.channel import STREAM, CameTo
 from blockdex.transport.door import RingChannel
 from blockdex.transport.handover import Handles, take
 from blockdex.transport.host import RingHost, sizes_of
-from blockdex.transport.inbox import Line, RingInbox
-from blockdex.transport.layout import AT, REQUEST_STRUCT, RequestSlot
+from blockdex.transport.layout import AT, CANCEL, REQUEST_STRUCT, RequestSlot
 from blockdex.transport.ring import Bell, Producer
-from blockdex.transport.segment import Segment, Sizes
+from blockdex.transport.segment import Sizes
 from blockdex.v1 import indexer_pb2 as pb
 from naive_engine import NaiveEngine
 from ring_engine import Hosted, hosted
@@ -448,30 +445,54 @@ async def test_who_breaks_the_rules_loses_its_link(what: str, caplog: pytest.Log
         await run.ask(get(1))
 
 
-def test_a_request_that_comes_while_the_engine_lies_down_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too early for the bell, since nobody sleeps yet, and too late for the look before."""
-    segment = Segment.create(sizes_of(SPEC, LIMITS), epoch=1)
-    handles = Handles(segment, os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK))
-    inbox = RingInbox(LIMITS.max_queued_requests, spin_seconds=0.0)
-    inbox.add(Line(handles, hang_up=lambda error: None))
-    assert inbox.get(timeout=TIMEOUT) is None
-    with pytest.raises(queue.Empty):
-        inbox.get(timeout=0)
-    producer = Producer(segment, "request", Bell(segment, "engine_sleeps", handles.engine_bell))
-    lie_down = Bell.lie_down
+async def test_a_request_that_comes_while_the_engine_lies_down_is_seen() -> None:
+    """Too early for the bell, since nobody sleeps yet, and too late for the look before: one of many comes just then."""
+    async with hosted() as run:
+        connected, handles = await _connected(run)
+        segment = handles.segment
+        producer = Producer(segment, "request", Bell(segment, "engine_sleeps", handles.engine_bell))
+        read, sleeps = AT["requests_read"] // 8, AT["engine_sleeps"] // 4
+        for number in range(1000):
+            deadline = time.monotonic() + TIMEOUT
+            while segment.counters[read] < number or (number % 2 and not segment.flags[sleeps]):
+                assert time.monotonic() < deadline, f"request {number} was not seen"
+            REQUEST_STRUCT.pack_into(segment.memory, producer.claim(), *RequestSlot(ticket=1, kind=CANCEL))
+            producer.publish()
+        connected.close()
+        handles.close()
 
-    def write_and_lie_down(bell: Bell) -> None:
-        now = time.monotonic()
-        codec.write_request(segment, producer.claim(), 0, 1, get(5), now, now + TIMEOUT)
-        producer.publish()
-        lie_down(bell)
 
-    monkeypatch.setattr(Bell, "lie_down", write_and_lie_down)
-    began = time.monotonic()
-    entry = inbox.get(timeout=TIMEOUT)
-    assert time.monotonic() - began < TIMEOUT / 2
-    assert entry is not None and entry.request == get(5)
-    handles.close()
+@pytest.mark.parametrize("seed", range(3))
+async def test_garbage_harms_nobody_else(seed: int, random: np.random.Generator) -> None:
+    """Decodes with random words in them, many of which are nearly right."""
+    noise = np.random.default_rng(seed)
+    now = time.monotonic()
+    async with hosted() as run:
+        epoch = run.engine.info().epoch
+        await run.ask(open_sequence(1))
+        await run.ask(open_sequence(2))
+        keys, queries = values(random, 1, SPEC.head_dim), values(random, 1, 4, SPEC.head_dim)
+        await run.ask(tokens(0, [(1, 0, 1)], keys=keys))
+        plain = tokens(0, [(2, 0, 1)], keys=keys, queries=queries)
+        await run.ask(plain)
+        for attempt in range(60):
+            connected, handles = await _connected(run)
+            segment = handles.segment
+            producer = Producer(segment, "request", Bell(segment, "engine_sleeps", handles.engine_bell))
+            slot = producer.claim()
+            codec.write_request(segment, slot, 0, attempt + 1, plain, now, now + 600)
+            words = segment.words
+            for _ in range(int(noise.integers(1, 3))):
+                begin = slot // 8 if noise.random() < 0.5 else segment.request_arena_offset // 8
+                place = begin + int(noise.integers(8 if begin != slot // 8 else 16))
+                words[place] = noise.choice(np.array([0, 1, 64, 2**31, 2**32, 2**63, 2**64 - 1, 8 << 32], np.uint64))
+            if noise.random() < 0.3:
+                segment.counters[AT["answer_bytes_freed"] // 8] = int(noise.choice([64, 2**63, 2**64 - 64]))
+            producer.publish()
+            await asyncio.wait_for(run.channel.submit(plain, TIMEOUT), TIMEOUT)
+            connected.close()
+            handles.close()
+        assert run.engine.info().epoch == epoch, "nothing of it failed a batch"
 
 
 async def test_who_goes_while_it_connects_harms_nobody() -> None:

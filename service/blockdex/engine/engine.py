@@ -7,18 +7,21 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from blockdex.cache import TABLE_ROW, Cache
 from blockdex.engine.batch import Batch
 from blockdex.engine.entry import Entry, Inbox, Outcome, given_up, shutting_down, too_late
 from blockdex.engine.launcher import Launcher
-from blockdex.engine.short_way import LaneInbox, ShortWay
 from blockdex.engine.stats import Stats
 from blockdex.errors import InternalError, Reason, ResourceExhaustedError
 from blockdex.messages import CacheOverview, Info, Limits
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.backend import Backend
-from blockdex_kernels.runner import DeviceHungError, make_runner
+from blockdex_kernels.runner import DeviceHungError, Runner, make_runner
+
+if TYPE_CHECKING:
+    from blockdex.engine.short_way import LaneInbox, ShortWay
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +88,7 @@ class Engine:
         self._deliver: Deliver | None = None
         self._next_look = 0.0
         self._has_changed = True
-        self._short_way = None if inbox is None else ShortWay(inbox, self._runner, decode_queries)
+        self._short_way = None if inbox is None else _short_way(inbox, self._runner, decode_queries)
         self._be_born()
 
     def _be_born(self) -> None:
@@ -335,3 +338,10 @@ class Engine:
             self.device_is_lost = True
             if self._on_lost_device is not None:
                 self._on_lost_device()
+
+
+def _short_way(inbox: LaneInbox, runner: Runner, longest: int) -> ShortWay:
+    # It is compiled, which a server of one process does without, where there is no compiler.
+    from blockdex.engine.short_way import ShortWay  # noqa: PLC0415
+
+    return ShortWay(inbox, runner, longest)

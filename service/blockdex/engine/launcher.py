@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,12 +18,14 @@ from blockdex.engine.batch import Batch
 from blockdex.engine.entry import Entry, Outcome, SequenceKey, selects
 from blockdex.engine.prefill import Prefill, Prefills
 from blockdex.engine.reading import ALL_ROWS, TORCH_DTYPES, Part, Reading, Rows, readings, rows_of, subset, take_rows
-from blockdex.engine.short_way import ShortWay
 from blockdex.engine.stats import Stats
 from blockdex.errors import Reason, ResourceExhaustedError
 from blockdex.logs import log_event
 from blockdex.messages import Phase, Spans, TensorData, TokenAnswer, TokenRequest
 from blockdex_kernels.runner import Packed, Pending, Runner, Step
+
+if TYPE_CHECKING:
+    from blockdex.engine.short_way import ShortWay
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ number would have to be a release and every load an acquire, which Python cannot
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import threading
@@ -17,8 +18,12 @@ import threading
 from blockdex.transport.layout import AT, SLOT_BYTES
 from blockdex.transport.segment import RingError, Segment
 
-SUPPORTED = platform.system() == "Linux" and platform.machine() == "x86_64"
-"""Whether this machine orders plain stores and loads as the ring needs it."""
+SUPPORTED = (
+    platform.system() == "Linux"
+    and platform.machine() == "x86_64"
+    and importlib.util.find_spec("blockdex._native") is not None
+)
+"""Whether this machine orders plain stores and loads as the ring needs it, and what is compiled for it is there."""
 
 
 class Bell:
