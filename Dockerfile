@@ -12,14 +12,19 @@
 # is there while building only: --secret id=pip.conf,src=pip.conf
 ARG BASE=python:3.12-slim-bookworm
 
-# blockdex's own wheel.
+# blockdex's own wheel, with its compiled module: the C compiler stays in this stage.
 FROM ${BASE} AS wheel
 WORKDIR /src
-RUN python3 -m venv /opt/build
+# Debian keeps only the newest of a package: a pinned version would stop building within weeks.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/build
 COPY deploy/requirements/build.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     /opt/build/bin/python -m pip install --no-cache-dir --require-hashes --no-deps --only-binary :all: -r build.txt
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY kernels kernels
 COPY service service
 RUN /opt/build/bin/python -m pip wheel --no-cache-dir --no-deps --no-build-isolation --no-index --wheel-dir /wheels .

@@ -130,7 +130,7 @@ class ServeSettings(BaseSettings):
     spin_seconds: float = _setting(
         0.0001,
         "SECONDS",
-        "Split: how long to look for work, after some came, before sleeping; 0 sleeps at once.",
+        "Split: how long the engine core looks for work, after some came, before it sleeps; 0 sleeps at once.",
         ge=0,
         le=0.01,
     )
