@@ -1,4 +1,4 @@
-# Every target works on a fresh clone with nothing installed but Python 3.11 or later: it makes .venv itself.
+# Every target works on a fresh clone with nothing installed but Python 3.11 or later and a C compiler: it makes .venv itself.
 PYTHON ?= python3
 DEVICE ?= cpu
 KEY_DTYPE ?= bf16
