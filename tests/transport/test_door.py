@@ -446,7 +446,7 @@ async def test_who_breaks_the_rules_loses_its_link(what: str, caplog: pytest.Log
 
 
 async def test_a_request_that_comes_while_the_engine_lies_down_is_seen() -> None:
-    """Too early for the bell, since nobody sleeps yet, and too late for the look before: one of many comes just then."""
+    """Too early for the bell, since nobody sleeps yet, and too late for the look before: one of many does."""
     async with hosted() as run:
         connected, handles = await _connected(run)
         segment = handles.segment

@@ -1,4 +1,4 @@
-"""What is in the wheel: the page, and the compiled module, which loads where nothing else of blockdex is."""
+"""What is in the wheel: the page, and the compiled module, which loads from there."""
 
 from __future__ import annotations
 
