@@ -462,39 +462,6 @@ async def test_a_request_that_comes_while_the_engine_lies_down_is_seen() -> None
         handles.close()
 
 
-@pytest.mark.parametrize("seed", range(3))
-async def test_garbage_harms_nobody_else(seed: int, random: np.random.Generator) -> None:
-    """Decodes with random words in them, many of which are nearly right."""
-    noise = np.random.default_rng(seed)
-    now = time.monotonic()
-    async with hosted() as run:
-        epoch = run.engine.info().epoch
-        await run.ask(open_sequence(1))
-        await run.ask(open_sequence(2))
-        keys, queries = values(random, 1, SPEC.head_dim), values(random, 1, 4, SPEC.head_dim)
-        await run.ask(tokens(0, [(1, 0, 1)], keys=keys))
-        plain = tokens(0, [(2, 0, 1)], keys=keys, queries=queries)
-        await run.ask(plain)
-        for attempt in range(60):
-            connected, handles = await _connected(run)
-            segment = handles.segment
-            producer = Producer(segment, "request", Bell(segment, "engine_sleeps", handles.engine_bell))
-            slot = producer.claim()
-            codec.write_request(segment, slot, 0, attempt + 1, plain, now, now + 600)
-            words = segment.words
-            for _ in range(int(noise.integers(1, 3))):
-                begin = slot // 8 if noise.random() < 0.5 else segment.request_arena_offset // 8
-                place = begin + int(noise.integers(8 if begin != slot // 8 else 16))
-                words[place] = noise.choice(np.array([0, 1, 64, 2**31, 2**32, 2**63, 2**64 - 1, 8 << 32], np.uint64))
-            if noise.random() < 0.3:
-                segment.counters[AT["answer_bytes_freed"] // 8] = int(noise.choice([64, 2**63, 2**64 - 64]))
-            producer.publish()
-            await asyncio.wait_for(run.channel.submit(plain, TIMEOUT), TIMEOUT)
-            connected.close()
-            handles.close()
-        assert run.engine.info().epoch == epoch, "nothing of it failed a batch"
-
-
 async def test_who_goes_while_it_connects_harms_nobody() -> None:
     async with hosted() as run:
         for seconds in (0.0, 0.01):
