@@ -214,6 +214,7 @@ def check_untouched(core: Core, before: bytes) -> None:
     assert core.link.claim(ME, ROOM) is not None, "all room is there"
 
 
+@settings(deadline=None)
 @given(right_requests(), st.booleans(), st.integers(0, 2**64 - 1), st.sampled_from((0, 1, 1500, 2**32 - 1)))
 def test_right_requests_take_the_short_way(right: tuple[int, Any], stream: bool, number: int, timeout_ms: int) -> None:
     kind, body = right
@@ -226,6 +227,7 @@ def test_right_requests_take_the_short_way(right: tuple[int, Any], stream: bool,
         assert core.link.awaits(ME, number if stream else 0)
 
 
+@settings(deadline=None)
 @given(any_requests(), st.booleans())
 def test_wrong_requests_are_left_to_python(any_request: tuple[int, Any], stream: bool) -> None:
     kind, body = any_request
@@ -242,7 +244,7 @@ def test_wrong_requests_are_left_to_python(any_request: tuple[int, Any], stream:
             assert message is None
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(right_requests(), st.data())
 def test_whatever_bytes_come_python_says_the_same(right: tuple[int, Any], data: st.DataObject) -> None:
     kind, body = right
@@ -439,6 +441,7 @@ def test_more_than_may_wait_and_full_rings_are_left() -> None:
         assert core.link.send(ME, STREAM, TENANT, 7.0, in_stream(0, append(), 99).SerializeToString())
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2), st.booleans(), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.data())
 def test_responses_are_those_of_protobuf(kind: int, stream: bool, number: int, epoch: int, data: st.DataObject) -> None:
     body: Any = append()
@@ -566,6 +569,7 @@ def test_answers_are_timed() -> None:
 ARENA = 4096
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 2000), st.integers(0, 100)), max_size=120))
 def test_extents_never_overlap_and_all_room_comes_back(steps: list[tuple[bool, int, int]]) -> None:
     with opened(requests=ARENA, slots=256) as core:
