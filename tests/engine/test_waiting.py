@@ -200,6 +200,30 @@ async def test_ranks_wait_for_one_append_and_share_one_read(
         assert sum(call.tokens for call in reads) == 2 * length, "every token is read for once"
 
 
+async def test_a_shared_read_holds_each_head_once(random: np.random.Generator) -> None:
+    """Who asks for the same heads of the same tokens gets another read: no kernel is made ready for more heads."""
+    heads = SPEC.num_index_heads
+    queries = values(random, 20, heads, SPEC.head_dim)
+    asked = [slice(0, heads), slice(0, 2), slice(0, heads), slice(2, heads), slice(1, 2)]
+    requests: list[Request] = [
+        open_sequence(A),
+        tokens(0, [(A, 0, 20)], keys=values(random, 20, SPEC.head_dim)),
+        *(tokens(0, [(A, 0, 20)], queries=queries[:, own], first_head=own.start) for own in asked),
+        *(tokens(0, [(A, 9, 1)], queries=queries[:1, own], first_head=own.start) for own in asked),
+    ]
+    async with running(start=False) as run:
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        futures = [run.submit(request) for request in requests]
+        run.channel.start()
+        for request, answer in zip(requests, await asyncio.wait_for(asyncio.gather(*futures), 20), strict=True):
+            expected = naive.answer(request)
+            assert expected is not None
+            check_same(answer, expected, str(request))
+        reads = [(call.phase, call.heads) for call in run.backend.calls if call.phase != "append"]
+        assert sorted(heads for phase, heads in reads if phase == "decode") == [1, 4, 4, 4]
+        assert {heads for phase, heads in reads if phase == "prefill"} == {1, 4}
+
+
 async def test_only_the_same_spans_share_a_read(random: np.random.Generator) -> None:
     queries = values(random, 2, 1, SPEC.head_dim)
     requests: list[Request] = [

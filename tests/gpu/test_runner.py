@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.backend import Order, Selection, Spans
 from blockdex_kernels.runner import Packed, Pending, Replay, Room, Step, make_runner
+from blockdex_kernels.triton import decode, prefill, rank
 from blockdex_kernels.triton.gpu import GpuBackend
 from blockdex_kernels.triton.gpu_runner import GpuRunner
 from blockdex_kernels.triton.graphs import Shape
@@ -160,11 +161,11 @@ def test_slices_as_graphs(key_dtype: Any, generator: torch.Generator) -> None:
     both = Both(IndexSpec(num_layers=2, key_dtype=key_dtype), generator)
     runner = both.runner
     assert isinstance(runner, GpuRunner)
-    shapes = [SliceShape(tokens, 4, 512) for tokens in (256, 1024)] + [SliceShape(1024, 1, 256)]
+    shapes = [SliceShape(rows, 512) for rows in (1024, 4096)] + [SliceShape(1024, 256)]
     for shape in shapes:
         runner._slices.capture(shape)
     runner.use_device()
-    kinds = [(200, 4), (1, 4), (1024, 4), (257, 4), (256, 4), (700, 1), (999, 4), (3000, 4), (17, 4), (1000, 4)]
+    kinds = [(200, 4), (1, 4), (1024, 4), (257, 4), (256, 4), (700, 1), (999, 4), (3000, 4), (17, 3), (1000, 2)]
     steps = []
     for number, (length, heads) in enumerate(kinds):
         step, chosen = both.step([length], torch.bfloat16, heads)
@@ -186,6 +187,26 @@ def test_slices_as_graphs(key_dtype: Any, generator: torch.Generator) -> None:
     for shape in shapes:
         runner._slices.capture(shape)
     torch.cuda.synchronize()
+
+
+def test_any_number_of_heads_takes_the_same_kernels(generator: torch.Generator) -> None:
+    """Which ranks meet in a batch is chance: nobody is to wait for a compiler for it."""
+    both = Both(IndexSpec(num_layers=1), generator)
+    kernels = (decode._decode_scores_kernel, prefill._prefill_scores_kernel, rank._rank_kernel)
+    variants: list[list[int]] = []
+    for heads in (4, 1, 2, 3):
+        for length, phase in ((1, "decode"), (1100, "prefill")):
+            made, chosen = both.step([length], torch.bfloat16, heads)
+            made.columns[1] = BLOCKS * 128 - length
+            step = Step(made.columns, None, made.queries, "score", return_scores=True)
+            begin = both.runner.begin if phase == "decode" else both.runner.begin_prefill
+            expected = both.expected(step, chosen, phase)
+            torch.cuda.synchronize()
+            check(begin(step), expected)
+        caches = [kernel.device_caches[both.direct.device.index][0] for kernel in kernels]
+        variants.append([len(cache) for cache in caches])
+    assert all(variants[0])
+    assert variants == variants[:1] * 4
 
 
 def test_a_slice_without_memory(generator: torch.Generator) -> None:

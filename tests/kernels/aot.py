@@ -140,8 +140,8 @@ def launch_everything(key_dtype: Any) -> None:
     backend.prefill(queries(2, 1000), spans(2, 1000, 80_000), order="ascending", return_scores=False)
     case = f"{name}: slice of prefill"
     packed, table = queries(1, 2048), spans(1, 2048, 80_000).page_table
-    numbers, block_ids = torch.zeros(RUN_NUMBERS, dtype=torch.int32), torch.zeros(2048, 4, 16, dtype=torch.int32)
-    backend.prefill_into(block_ids, packed, numbers, table, 1024)
+    numbers, block_ids = torch.zeros(RUN_NUMBERS, dtype=torch.int32), torch.zeros(8192, 16, dtype=torch.int32)
+    backend.prefill_into(block_ids, packed.flatten(0, 1), numbers, table, 1024)
     for num_runs, length in ((128, 1), (8, 8), (1, 16)):
         case = f"{name}: decode of {num_runs} runs of {length}"
         packed, runs = queries(num_runs, length), spans(num_runs, length, 100_000)

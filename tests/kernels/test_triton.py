@@ -374,22 +374,23 @@ def test_pages_are_copied_in_order_and_in_every_layer(key_dtype: Any, generator:
 def test_a_run_planned_on_the_device(
     forced: tuple[int, int], cache: tuple[Any, Fp8Scoring], length: int, start: int, generator: torch.Generator
 ) -> None:
-    """As one planned on the host, bit for bit, and nothing for the tokens that pad it."""
+    """As one planned on the host, bit for bit, and nothing for the rows that pad it."""
     spec = small_spec(num_index_heads=3, key_dtype=cache[0], init_blocks=forced[0], local_blocks=forced[1])
     runs = [random_run(generator, spec, start + length, length, layer=2)]
     backend = backend_for(spec, runs, cache[1])
     spans = load(backend, runs, generator)
     expected = backend.prefill(runs[0].queries.to(DEVICE), spans, order="ascending", return_scores=False)
-    queries = torch.zeros(16, 3, spec.head_dim, dtype=runs[0].queries.dtype, device=DEVICE)
-    queries[:length] = runs[0].queries.to(DEVICE)
-    plan = backend.split(3 * length, -(-(start + length) // spec.block_size))
-    numbers = torch.tensor([2, start, length, *plan, 0, 0, 0], dtype=torch.int32, device=DEVICE)
-    block_ids = torch.full((16, 3, spec.topk), 12345, dtype=torch.int32, device=DEVICE)
+    rows = 3 * length
+    queries = torch.zeros(50, spec.head_dim, dtype=runs[0].queries.dtype, device=DEVICE)
+    queries[:rows] = runs[0].queries.to(DEVICE).flatten(0, 1)
+    plan = backend.split(rows, -(-(start + length) // spec.block_size))
+    numbers = torch.tensor([2, start, length, *plan, 3, 0, 0], dtype=torch.int32, device=DEVICE)
+    block_ids = torch.full((50, spec.topk), 12345, dtype=torch.int32, device=DEVICE)
 
     backend.prefill_into(block_ids, queries, numbers, spans.page_table, 96)
 
-    assert torch.equal(block_ids[:length], expected.block_ids)
-    assert (block_ids[length:] == -1).all()
+    assert torch.equal(block_ids[:rows].view_as(expected.block_ids), expected.block_ids)
+    assert (block_ids[rows:] == -1).all()
 
 
 @pytest.mark.parametrize("blocks", [1, 40, 1000, 8192])

@@ -110,7 +110,8 @@ class TritonBackend(Backend):
         max_length = spans.max_length
         if max_length is None:
             max_length = int(Runs.of(spans).lengths.max())
-        scores, positions, unscales = self._score_buffers(queries, _width(spans.width))
+        num_tokens, heads, _ = queries.shape
+        scores, positions, unscales = self._score_buffers(num_tokens * heads, num_tokens, _width(spans.width))
         wide = queries.shape[1] * max_length > 32
         fp8 = self.chip.decode_fp8_wide if wide else self.chip.decode_fp8
         launch = fp8 if self._scaled else self.chip.decode
@@ -158,7 +159,8 @@ class TritonBackend(Backend):
         """Scores of queries `[T, H, D]` of runs: what `rank` reads, in buffers of its own."""
         launch, programs = self._prefill_launch()
         tiles = cut(runs, queries.shape[1], self.spec, tile=launch.tile, programs=programs, every_block=every_block)
-        buffers = self._score_buffers(queries, _width(tiles.width))
+        rows = queries.shape[0] * queries.shape[1]
+        buffers = self._score_buffers(rows, rows, _width(tiles.width))
         self._score(queries, page_table, self._sent(tiles.items), *buffers)
         return buffers
 
@@ -178,19 +180,19 @@ class TritonBackend(Backend):
         """As `prefill` for one run, unchecked, planned on the device: what a CUDA graph holds, and replays for others.
 
         Args:
-            block_ids: int32 `[T, H, topk]`, written; -1 beyond the run's tokens.
-            queries: `[T, H, D]`, of at least as many tokens as the run has.
+            block_ids: int32 `[N, topk]`, written; -1 beyond the run's rows, which are its tokens times its heads.
+            queries: `[N, D]`, of at least as many rows as the run has.
             numbers: int32 `[RUN_NUMBERS]`: see `plan_run`.
             page_table: int32 `[1, max_blocks]`.
             width: blocks that the run does not exceed.
         """
         launch, programs = self._prefill_launch()
-        num_tokens, heads, _ = queries.shape
-        count = max_items(num_tokens * heads, tile=launch.tile, programs=programs)
+        rows = len(queries)
+        count = max_items(rows, tile=launch.tile, programs=programs)
         items = torch.empty((count, ITEM_FIELDS.value), dtype=torch.int32, device=self.device)
-        scores, positions, unscales = self._score_buffers(queries, _width(width))
-        plan_run(numbers, items, positions, heads, self.spec, tile=launch.tile, pdl=self.chip.pdl)
-        self._score(queries, page_table, items, scores, positions, unscales)
+        scores, positions, unscales = self._score_buffers(rows, rows, _width(width))
+        plan_run(numbers, items, positions, self.spec, tile=launch.tile, pdl=self.chip.pdl)
+        self._score(queries[:, None], page_table, items, scores, positions, unscales)
         self.rank(scores, positions, unscales, Selection(block_ids, None), "ascending")
 
     def _prefill_launch(self) -> tuple[Launch, int]:
@@ -210,7 +212,6 @@ class TritonBackend(Backend):
         launch, _ = self._prefill_launch()
         score_prefill(
             self._rows(queries, unscales),
-            queries.shape[1],
             page_table,
             self._keys,
             self.spec,
@@ -269,13 +270,13 @@ class TritonBackend(Backend):
         return rows
 
     def _score_buffers(
-        self, queries: torch.Tensor, width: int
+        self, rows: int, positions: int, width: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        num_tokens, heads, _ = queries.shape
-        scores = torch.empty((num_tokens * heads, width), dtype=torch.float32, device=self.device)
-        positions = torch.empty(num_tokens, dtype=torch.int32, device=self.device)
-        unscales = torch.empty(num_tokens * heads, dtype=torch.float32, device=self.device) if self._scaled else None
-        return scores, positions, unscales
+        return (
+            torch.empty((rows, width), dtype=torch.float32, device=self.device),
+            torch.empty(positions, dtype=torch.int32, device=self.device),
+            torch.empty(rows, dtype=torch.float32, device=self.device) if self._scaled else None,
+        )
 
     def _empty_selection(self, queries: torch.Tensor, return_scores: bool) -> Selection:
         shape = (*queries.shape[:2], self.spec.topk)

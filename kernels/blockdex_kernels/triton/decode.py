@@ -19,19 +19,20 @@ MAX_COLUMNS = 128
 @triton.jit
 def _load_queries(
     queries,
-    first_row,
+    first_token,
+    skipped,
     num_rows,
+    heads,
     stride_t,
     stride_h,
     stride_d,
-    HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """float32 `[COLUMNS, DIM]`: consecutive rows (query, head), zero beyond `num_rows`."""
+    """float32 `[COLUMNS, DIM]`: rows (query, head) from one of a token's on, zero beyond `num_rows`."""
     column = tl.arange(0, COLUMNS)
-    row = first_row + column
-    at = (row // HEADS) * stride_t + (row % HEADS) * stride_h
+    row = skipped + column
+    at = (first_token + row // heads).to(tl.int64) * stride_t + (row % heads) * stride_h
     at = at[:, None] + tl.arange(0, DIM)[None, :] * stride_d
     return to_float(tl.load(queries + at, mask=(column < num_rows)[:, None], other=0))
 
@@ -160,7 +161,7 @@ def _fetch_ahead(
 
 # What changes from call to call must not ask for another variant of the kernel, compiled while an engine waits.
 @triton.jit(
-    do_not_specialize=["num_runs", "num_tokens", "table_stride", "table_cells"],
+    do_not_specialize=["num_runs", "num_tokens", "heads", "table_stride", "table_cells"],
     do_not_specialize_on_alignment=["layers", "starts", "lengths", "page_table", "table_rows", "positions"],
 )
 def _decode_scores_kernel(
@@ -177,6 +178,7 @@ def _decode_scores_kernel(
     table_rows,
     num_runs,
     num_tokens,
+    heads,
     num_layers,
     num_cells,
     width,
@@ -185,7 +187,6 @@ def _decode_scores_kernel(
     stride_d,
     table_stride,
     table_cells,
-    HEADS: tl.constexpr,
     RUNS: tl.constexpr,
     QUERIES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -244,12 +245,15 @@ def _decode_scores_kernel(
         first_block = at - (own_end - own_needed) + INIT
         at = tl.minimum(stop, own_end)
         last_block = at - (own_end - own_needed) + INIT
-        first_row = (own_row_end - own_length).to(tl.int64) * HEADS + skipped
-        num_rows = own_length * HEADS - skipped
+        first_token = own_row_end - own_length
+        first_row = first_token.to(tl.int64) * heads + skipped
+        num_rows = own_length * heads - skipped
         if num_rows > 0:
             page = tl.load(cells + first_block)
             layer = tl.load(layers + one)
-            rows = _load_queries(queries, first_row, num_rows, stride_t, stride_h, stride_d, HEADS, COLUMNS, DIM)
+            rows = _load_queries(
+                queries, first_token, skipped, num_rows, heads, stride_t, stride_h, stride_d, COLUMNS, DIM
+            )
             if SCALED:
                 rows, undo = scale_to_e4m3(rows)
                 tl.store(unscales + first_row + column, undo, mask=column < num_rows)
@@ -257,7 +261,7 @@ def _decode_scores_kernel(
             else:
                 rows = rows.to(KEY)
             target = scores + (first_row + column) * width
-            position = own_start + (skipped + column) // HEADS
+            position = own_start + (skipped + column) // heads
             for block in tl.range(first_block, last_block, num_stages=STAGES):
                 own_keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
                 page = tl.load(cells + block + 1, mask=block + 1 < last_block, other=0)
@@ -330,13 +334,13 @@ def score_decode(
         spans.table_rows,
         len(spans.lengths),
         num_tokens,
+        heads,
         spec.num_layers,
         len(keys) // spec.block_size,
         scores.shape[1],
         *queries.stride(),
         spans.page_table.stride(0),
         (len(spans.page_table) - 1) * spans.page_table.stride(0) + spans.page_table.shape[1],
-        HEADS=heads,
         RUNS=padded_runs(len(spans.lengths)),
         QUERIES=max(triton.next_power_of_2(max_length), 16),
         COLUMNS=columns,

@@ -66,7 +66,8 @@ class GpuBackend(TritonBackend):
         if scorer is None or queries.shape[1] > scorer.max_heads:
             return super().score_prefill(queries, page_table, runs, every_block=every_block)
         num_blocks = -(-int((runs.starts + runs.lengths).max()) // BLOCK_SIZE)
-        scores, positions, unscales = self._score_buffers(queries, buffer_width(num_blocks))
+        num_tokens, heads, _ = queries.shape
+        scores, positions, unscales = self._score_buffers(num_tokens * heads, num_tokens, buffer_width(num_blocks))
         positions.copy_(self._sent(_positions(runs)))
         scorer.score(
             self._rows(queries, unscales).view(queries.shape),

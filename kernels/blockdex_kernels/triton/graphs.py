@@ -98,12 +98,13 @@ def widths(spec: IndexSpec) -> list[int]:
 
 
 def shapes(spec: IndexSpec) -> Iterator[Shape]:
-    """What is captured at the start for steps of the engine's batches: keys alone, and queries of all heads or one."""
+    """What is captured at the start for steps of the engine's batches: keys alone, and queries of ranks alike."""
     for runs in _RUNS:
         yield Shape(runs, 1, 0, WIDTHS[0], appends=True)
+    ranks = [heads for heads in range(1, spec.num_index_heads + 1) if spec.num_index_heads % heads == 0]
     every = (
         Shape(runs, 1, heads, width, appends=False)
-        for runs, width, heads in itertools.product(_RUNS, widths(spec), sorted({1, spec.num_index_heads}))
+        for runs, width, heads in itertools.product(_RUNS, widths(spec), ranks)
     )
     yield from filter(Shape.is_small, every)
 

@@ -17,7 +17,7 @@ from blockdex_kernels.triton.numbers import scale_to_e4m3, to_float
 from blockdex_kernels.triton.pages import Pages, load_block
 from blockdex_kernels.triton.runs import Runs
 
-ITEM_FIELDS = tl.constexpr(8)
+ITEM_FIELDS = tl.constexpr(9)
 
 _LEAST_RANGE = 16
 """Blocks that a program scores, about, where there are enough of them."""
@@ -28,16 +28,18 @@ RUN_NUMBERS = 8
 """int32 numbers that describe a run which is planned on the device: see `plan_run`."""
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+# What changes from call to call must not ask for another variant of a kernel, compiled while an engine waits: callers
+# that hold some of the heads share a read with any others.
+@triton.jit(do_not_specialize=["num_rows", "heads"])
 def _cast_queries_kernel(
     queries,
     rows,
     unscales,
     num_rows,
+    heads,
     stride_t,
     stride_h,
     stride_d,
-    HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     SCALED: tl.constexpr,
@@ -45,15 +47,17 @@ def _cast_queries_kernel(
 ):
     """Packs queries of any dtype and strides as rows of what is scored."""
     wait_for_previous(PDL)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     dim = tl.arange(0, DIM)
-    at = (row // HEADS) * stride_t + (row % HEADS) * stride_h
+    at = (row // heads).to(tl.int64) * stride_t + (row % heads) * stride_h
     values = to_float(tl.load(queries + at[:, None] + dim[None, :] * stride_d, mask=inside[:, None], other=0))
     if SCALED:
         values, undo = scale_to_e4m3(values)
         tl.store(unscales + row, undo, mask=inside)
-    tl.store(rows + row[:, None] * DIM + dim[None, :], values.to(rows.dtype.element_ty), mask=inside[:, None])
+    tl.store(
+        rows + row.to(tl.int64)[:, None] * DIM + dim[None, :], values.to(rows.dtype.element_ty), mask=inside[:, None]
+    )
 
 
 @triton.jit
@@ -77,7 +81,6 @@ def _prefill_scores_kernel(
     num_layers,
     width,
     table_stride,
-    HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM: tl.constexpr,
@@ -98,13 +101,14 @@ def _prefill_scores_kernel(
     begin = tl.load(item + 5)
     stop = tl.load(item + 6)
     masked_stop = tl.load(item + 7)
+    heads = tl.load(item + 8)
 
     upper = first + tl.arange(0, ROWS)
     lower = upper + ROWS
-    upper_position = (upper + shift) // HEADS
-    lower_position = (lower + shift) // HEADS
-    tl.store(positions + upper // HEADS, upper_position, mask=upper < end)
-    tl.store(positions + lower // HEADS, lower_position, mask=lower < end)
+    upper_position = (upper + shift) // heads
+    lower_position = (lower + shift) // heads
+    tl.store(positions + upper, upper_position, mask=upper < end)
+    tl.store(positions + lower, lower_position, mask=lower < end)
     cells = page_table + run.to(tl.int64) * table_stride
     upper_scores = scores + upper.to(tl.int64) * width
     lower_scores = scores + lower.to(tl.int64) * width
@@ -150,8 +154,7 @@ def _plan_run_kernel(
     items,
     positions,
     num_items,
-    num_tokens,
-    HEADS: tl.constexpr,
+    num_rows,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     INIT: tl.constexpr,
@@ -160,24 +163,25 @@ def _plan_run_kernel(
     AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Each program plans some of the items, and marks some of the tokens as padding: see `plan_run`."""
+    """Each program plans some of the items, and marks some of the rows as padding: see `plan_run`."""
     wait_for_previous(PDL)
     layer = tl.load(numbers)
     start = tl.load(numbers + 1)
-    end = tl.load(numbers + 2) * HEADS
+    heads = tl.maximum(tl.load(numbers + 5), 1)
+    end = tl.load(numbers + 2) * heads
     tiles = tl.maximum(tl.load(numbers + 3), 1)
     ranges = tl.load(numbers + 4)
     number = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
-    tl.store(positions + number, tl.full([AT_ONCE], -1, tl.int32), mask=number < num_tokens)
+    tl.store(positions + number, tl.full([AT_ONCE], -1, tl.int32), mask=number < num_rows)
     # Neighbours in time share their keys.
     nth = number // tiles
     first = number % tiles * TILE
-    visible = (start + (tl.minimum(first + TILE, end) - 1) // HEADS) // BLOCK + 1
+    visible = (start + (tl.minimum(first + TILE, end) - 1) // heads) // BLOCK + 1
     needed_end = tl.maximum(visible - LOCAL, INIT)
     needed_end = tl.where(needed_end - INIT <= PLACES, INIT, needed_end)
     whole_end = needed_end
     if LOCAL == 0:
-        whole_end = tl.minimum(tl.maximum((start + first // HEADS + 1) // BLOCK, INIT), needed_end)
+        whole_end = tl.minimum(tl.maximum((start + first // heads + 1) // BLOCK, INIT), needed_end)
     blocks = whole_end - INIT
     used = nth < ranges  # None is where there are no tokens, as before a graph's first replay.
     ranges = tl.maximum(ranges, 1)
@@ -186,12 +190,13 @@ def _plan_run_kernel(
     inside = number < num_items
     tl.store(item, first, mask=inside)
     tl.store(item + 1, tl.where(used, end, 0), mask=inside)
-    tl.store(item + 2, start * HEADS + tl.zeros_like(number), mask=inside)
+    tl.store(item + 2, start * heads + tl.zeros_like(number), mask=inside)
     tl.store(item + 3, tl.zeros_like(number), mask=inside)
     tl.store(item + 4, layer + tl.zeros_like(number), mask=inside)
     tl.store(item + 5, tl.where(used, INIT + blocks * nth // ranges, 0), mask=inside)
     tl.store(item + 6, tl.where(used, INIT + blocks * (nth + 1) // ranges, 0), mask=inside)
     tl.store(item + 7, tl.where(last, needed_end, 0), mask=inside)
+    tl.store(item + 8, heads + tl.zeros_like(number), mask=inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +204,9 @@ class Tiles:
     """What the programs of a prefill launch do: every row of `items` is one program's.
 
     Attributes:
-        items: int32 `[N, 8]`: first row, end of the run's rows, what to add to a row and divide by the heads to get
+        items: int32 `[N, 9]`: first row, end of the run's rows, what to add to a row and divide by the heads to get
             its position, row of the page table, layer, first block, end of the blocks that no row ranks in part, end of
-            those that some row does (or 0).
+            those that some row does (or 0), heads.
         width: columns of the score buffer that the blocks need.
     """
 
@@ -249,7 +254,9 @@ def cut(runs: Runs, heads: int, spec: IndexSpec, *, tile: int, programs: int, ev
     begin = spec.init_blocks + blocks[of] * nth // ranges[of]
     stop = spec.init_blocks + blocks[of] * (nth + 1) // ranges[of]
     masked_stop = np.where(nth + 1 == ranges[of], needed_end[of], 0)
-    columns = (first[of], end[of], shift[of], runs.rows[run[of]], runs.layers[run[of]], begin, stop, masked_stop)
+    table_rows, layers = runs.rows[run[of]], runs.layers[run[of]]
+    every_heads = np.full_like(begin, heads)
+    columns = (first[of], end[of], shift[of], table_rows, layers, begin, stop, masked_stop, every_heads)
     items = np.stack(columns, axis=1).astype(np.int32)
     # Neighbours in time share their keys.
     return Tiles(items[np.argsort(begin, kind="stable")], int(visible.max(initial=1)))
@@ -280,7 +287,6 @@ def plan_run(
     numbers: torch.Tensor,
     items: torch.Tensor,
     positions: torch.Tensor,
-    heads: int,
     spec: IndexSpec,
     *,
     tile: int,
@@ -289,10 +295,9 @@ def plan_run(
     """Plans one run on the device, so that a CUDA graph can hold its launch: what `cut` does on the host.
 
     Args:
-        numbers: int32 `[RUN_NUMBERS]`: layer, start, tokens, tiles, ranges (as `split` says), and nothing.
-        items: int32 `[max_items, 8]`, written: those of the run, and behind them some that do nothing.
-        positions: int32 `[T]`, written: -1, what those of padding stay.
-        heads: rows of a token.
+        numbers: int32 `[RUN_NUMBERS]`: layer, start, tokens, tiles, ranges (as `split` says), heads, and nothing.
+        items: int32 `[max_items, 9]`, written: those of the run, and behind them some that do nothing.
+        positions: int32 `[rows]`, written: -1, what those of padding stay.
         spec: the indexer.
         tile: rows of a tile.
         pdl: whether to launch as a programmatic dependent.
@@ -304,7 +309,6 @@ def plan_run(
         positions,
         len(items),
         len(positions),
-        HEADS=heads,
         TILE=tile,
         BLOCK=spec.block_size,
         INIT=spec.init_blocks,
@@ -333,8 +337,8 @@ def cast_queries(queries: torch.Tensor, rows: torch.Tensor, unscales: torch.Tens
         rows,
         unscales if unscales is not None else rows,
         num_rows,
+        queries.shape[1],
         *queries.stride(),
-        HEADS=queries.shape[1],
         DIM=dim,
         ROWS=at_once,
         SCALED=unscales is not None,
@@ -346,7 +350,6 @@ def cast_queries(queries: torch.Tensor, rows: torch.Tensor, unscales: torch.Tens
 
 def score_prefill(
     rows: torch.Tensor,
-    heads: int,
     page_table: torch.Tensor,
     pages: Pages,
     spec: IndexSpec,
@@ -363,13 +366,12 @@ def score_prefill(
 
     Args:
         rows: `[T * H, D]`, contiguous, of the dtype that the pages are scored in.
-        heads: rows of a token.
         page_table: int32 `[R, max_blocks]`.
         pages: the keys.
         spec: the indexer.
-        items: int32 `[N, 8]` on the device: `Tiles.items`.
+        items: int32 `[N, 9]` on the device: `Tiles.items`.
         scores: float32 `[T * H, width]`, written where a query ranks a block by its score, and beyond that anything.
-        positions: int32 `[T]`, written: each token's position.
+        positions: int32 `[T * H]`, written: each row's position.
         tile: rows of a tile, as the items were cut; a multiple of 2.
         warps: of a program.
         stages: blocks of keys that a program has room for.
@@ -386,7 +388,6 @@ def score_prefill(
         spec.num_layers,
         scores.shape[1],
         page_table.stride(0),
-        HEADS=heads,
         ROWS=tile // 2,
         BLOCK=spec.block_size,
         DIM=rows.shape[1],

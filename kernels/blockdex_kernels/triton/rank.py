@@ -168,7 +168,7 @@ def _best_blocks(
     _write_best(out, keys, block, low, count, K, K)
 
 
-@triton.jit(do_not_specialize=["one"], do_not_specialize_on_alignment=["positions"])
+@triton.jit(do_not_specialize=["heads", "one"], do_not_specialize_on_alignment=["positions"])
 def _rank_kernel(
     scores,
     positions,
@@ -179,7 +179,7 @@ def _rank_kernel(
     width,
     scale,
     one,
-    HEADS: tl.constexpr,
+    heads,
     BLOCK: tl.constexpr,
     TOPK: tl.constexpr,
     TOPK_PADDED: tl.constexpr,
@@ -204,7 +204,7 @@ def _rank_kernel(
             tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    visible = (tl.load(positions + row // HEADS) + BLOCK) // BLOCK
+    visible = (tl.load(positions + tl.program_id(0) // heads) + BLOCK) // BLOCK
     scores += row * width
     out = block_ids + row * TOPK
     num_init = tl.minimum(visible, INIT)
@@ -283,16 +283,16 @@ def rank(
     Args:
         scores: float32 `[rows, width]`; of a row, only the visible blocks that are not forced are read, and none where
             all of them find a place, unless the order or `values` asks for it. The width is a multiple of 32.
-        positions: int32 `[rows / heads]`, position of each token; below 0 for a padded one, which gets -1 throughout.
+        positions: int32 `[rows / n]`, position of each n rows: of a token's, or of each alone; below 0 for padding,
+            which gets -1 throughout.
         unscales: float32 `[rows]`, what returned scores are multiplied by besides the spec's scale; or None.
-        block_ids: int32 `[tokens, heads, topk]`, written.
+        block_ids: int32 `[..., topk]` of so many rows, written.
         values: float32 like `block_ids`, written; or None.
         spec: the indexer.
         order: of each row.
         pdl: whether to launch as a programmatic dependent.
     """
     rows, width = scores.shape
-    heads = block_ids.shape[1]
     few = rows <= _FEW_ROWS
     groups, group, candidates = grouping(width, max(spec.topk - spec.init_blocks - spec.local_blocks, 1), few)
     scratch = torch.empty((rows, candidates // group), dtype=torch.int32, device=scores.device)
@@ -307,7 +307,7 @@ def rank(
         width,
         spec.score_scale,
         1,
-        HEADS=heads,
+        rows // len(positions),
         BLOCK=spec.block_size,
         TOPK=spec.topk,
         TOPK_PADDED=triton.next_power_of_2(spec.topk),

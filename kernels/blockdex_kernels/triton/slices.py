@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,13 +33,11 @@ class SliceShape(NamedTuple):
     """What slices are padded to, to share a graph.
 
     Attributes:
-        tokens: tokens.
-        heads: of the queries.
+        rows: tokens times heads.
         width: blocks of the sequence.
     """
 
-    tokens: int
-    heads: int
+    rows: int
     width: int
 
     @classmethod
@@ -48,16 +47,16 @@ class SliceShape(NamedTuple):
         if queries is None or queries.dtype != torch.bfloat16 or step.return_scores or step.order != "ascending":
             return None
         blocks, wanted = -(-step.end // spec.block_size), step.num_tokens * queries.heads
-        rows = next((rows for rows in _ROWS if rows // queries.heads * queries.heads >= wanted), None)
+        rows = next((rows for rows in _ROWS if rows >= wanted), None)
         if rows is None:
             return None
-        shape = cls(rows // queries.heads, queries.heads, max(1 << (blocks - 1).bit_length(), _LEAST_WIDTH))
+        shape = cls(rows, max(1 << (blocks - 1).bit_length(), _LEAST_WIDTH))
         return shape if shape.is_small() else None
 
     @property
     def places(self) -> int:
         """Scores that it keeps."""
-        return self.tokens * self.heads * self.width
+        return self.rows * self.width
 
     def is_small(self) -> bool:
         """Whether a graph may keep room for it."""
@@ -132,16 +131,13 @@ class Slices:
         torch.cuda.set_stream(self._kernels)
 
     def shapes(self) -> Iterator[SliceShape]:
-        """Shapes that are captured at the start, for all heads and for one; others are launched kernel by kernel."""
+        """Shapes that are captured at the start; others are launched kernel by kernel."""
         if not self._backend.plans_on_device:
             return
         widths = [_LEAST_WIDTH]
         while widths[-1] < self._spec.max_blocks:
             widths.append(2 * widths[-1])
-        every = (
-            SliceShape(rows // heads, heads, width)
-            for heads, rows, width in itertools.product(sorted({1, self._spec.num_index_heads}), _ROWS, widths)
-        )
+        every = itertools.starmap(SliceShape, itertools.product(_ROWS, widths))
         # The largest first: what the others need then lies in the memory that these have taken.
         yield from sorted(filter(SliceShape.is_small, every), key=lambda shape: shape.places, reverse=True)
 
@@ -182,7 +178,7 @@ class Slices:
         # Whoever gave a slice up did not wait for it.
         slot.uploaded.synchronize()
         self._uploads.wait_event(slot.ended)
-        end = self._fill(slot, shape, step, cells)
+        end = self._fill(slot, step, cells)
         with torch.cuda.stream(self._uploads):
             slot.there[:end].copy_(slot.host[:end], non_blocking=True)
             slot.uploaded.record(self._uploads)
@@ -190,29 +186,31 @@ class Slices:
         graph.replay()
         self._end(marks)
         slot.ended = marks.ended
-        ids = step.num_tokens * shape.heads * self._spec.topk
+        assert step.queries is not None
+        answer = (step.num_tokens, step.queries.heads, self._spec.topk)
+        ids = math.prod(answer)
         with torch.cuda.stream(self._downloads):
             there = slot.block_ids[:ids].copy_(slot.block_ids_there[:ids], non_blocking=True)
             marks.answered.record(self._downloads)
-        return Selection(there.view(step.num_tokens, shape.heads, self._spec.topk), None)
+        return Selection(there.view(answer), None)
 
-    def _fill(self, slot: _Slot, shape: SliceShape, step: Step, cells: NDArray[np.int32]) -> int:
+    def _fill(self, slot: _Slot, step: Step, cells: NDArray[np.int32]) -> int:
         """Writes what the device is to read; returns where it ends."""
         assert step.queries is not None
         layer, start, length, _ = step.columns[:, 0].tolist()
-        tiles, ranges = self._backend.split(length * shape.heads, len(cells))
-        slot.numbers[:RUN_NUMBERS] = (layer, start, length, tiles, ranges, 0, 0, 0)
+        heads = step.queries.heads
+        tiles, ranges = self._backend.split(length * heads, len(cells))
+        slot.numbers[:RUN_NUMBERS] = (layer, start, length, tiles, ranges, heads, 0, 0)
         slot.numbers[RUN_NUMBERS : RUN_NUMBERS + len(cells)] = cells
         return copy_parts(step.queries, slot.host, self._queries_at)
 
     def _run(self, shape: SliceShape, slot: _Slot) -> None:
         numbers = slot.there[: self._queries_at].view(torch.int32)
-        rows = shape.tokens * shape.heads
-        end = self._queries_at + _ITEM_BYTES * self._spec.head_dim * rows
+        end = self._queries_at + _ITEM_BYTES * self._spec.head_dim * shape.rows
         queries = slot.there[self._queries_at : end].view(torch.bfloat16)
         self._backend.prefill_into(
-            slot.block_ids_there[: rows * self._spec.topk].view(shape.tokens, shape.heads, -1),
-            queries.view(shape.tokens, shape.heads, -1),
+            slot.block_ids_there[: shape.rows * self._spec.topk].view(shape.rows, -1),
+            queries.view(shape.rows, -1),
             numbers[:RUN_NUMBERS],
             numbers[None, RUN_NUMBERS : RUN_NUMBERS + self._spec.max_blocks],
             shape.width,

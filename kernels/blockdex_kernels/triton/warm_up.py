@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
 
 import numpy as np
 import torch
@@ -27,10 +26,9 @@ KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 def warm_up(backend: Backend) -> Iterator[tuple[int, int]]:
     """Makes a call of every kind that engines make, through the public methods alone.
 
-    Covered: keys of every dtype; bf16 queries of all heads, and of one, which is a tensor-parallel rank's; runs and
-    lengths up to those above; both orders, with scores and without; sequences of every length. What else a caller may
-    ask for (queries of another dtype, other numbers of heads, more runs, scores of many runs) is compiled when it
-    is first asked for.
+    Covered: keys of every dtype; bf16 queries, of all heads or some; runs and lengths up to those above; both orders,
+    with scores and without; sequences of every length. What else a caller may ask for (queries of another dtype, more
+    runs, scores of many runs) is compiled when it is first asked for.
 
     Args:
         backend: its pages hold nothing yet; the first one is overwritten.
@@ -55,15 +53,14 @@ def _calls(backend: Backend) -> Iterator[Callable[[], object]]:
     for num_runs in NUM_RUNS:
         for length in LENGTHS:
             yield _select(backend.decode, backend, heads, num_runs, length)
-        yield _select(backend.decode, backend, 1, num_runs, 1)
     for order, return_scores in ANSWERS:
         for length in LENGTHS:
             yield _select(backend.decode, backend, heads, 1, length, order=order, return_scores=return_scores)
     blocks = LEAST_BLOCKS
     while True:
-        for some, tokens in product(sorted({1, heads}), PREFILL_TOKENS):
+        for tokens in PREFILL_TOKENS:
             start = blocks * backend.spec.block_size - tokens
-            yield _select(backend.prefill, backend, some, 1, tokens, start=start, blocks=blocks)
+            yield _select(backend.prefill, backend, heads, 1, tokens, start=start, blocks=blocks)
         if blocks >= backend.spec.max_blocks:
             return
         # A power of two, half as much again, the next power of two: how rankings are shaped.

@@ -178,11 +178,13 @@ class Engine:
     def _run(self) -> None:
         self._runner.use_device()
         while not self._stopping:
-            began = time.monotonic()
+            began, idle = time.monotonic(), not self._launcher.in_flight
             try:
                 news = self._take()
-                began = time.monotonic()
-                self._step(began, news)
+                now = time.monotonic()
+                if idle:
+                    began = now
+                self._step(now, news)
             except Exception as error:
                 logger.exception("a batch failed: the cache is given up and starts anew")
                 self._check_device(error)

@@ -128,7 +128,7 @@ class Launcher:
             self._runner.write_tables(self._cache.table_cells, changes)
         if batch.copies:
             self._runner.copy_pages(*map(list, zip(*batch.copies, strict=True)))
-        made = readings(batch.selections, self._spec.head_dim, self._spec.topk)
+        made = readings(batch.selections, self._spec)
         self._note([entry for entry, _ in batch.appends], "append")
         self._append(batch.appends)
         self._select(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from blockdex.engine.entry import Entry, Outcome, too_late
 from blockdex.messages import Queries, Spans, TokenAnswer, TokenRequest
+from blockdex_kernels import IndexSpec
 from blockdex_kernels.runner import Answer, Packed
 
 Rows = slice | NDArray[np.intp]
@@ -133,20 +135,37 @@ class Reading:
         ]
 
 
-def readings(entries: Iterable[Entry], head_dim: int, topk: int) -> list[Reading]:
-    """Groups selections whose tokens, order and dtype are the same, so that they share one read of the keys."""
+@dataclass(slots=True)
+class _Group:
+    """Entries that share a read, and their heads as the bits of a number."""
+
+    entries: list[Entry] = field(default_factory=list)
+    heads: int = 0
+
+
+def readings(entries: Iterable[Entry], spec: IndexSpec) -> list[Reading]:
+    """Groups selections whose tokens, order and dtype are the same, so that they share one read of the keys.
+
+    A group holds each head once at most: whoever asks for the same again is another engine, and no kernel is made ready
+    for more heads than the indexer has.
+    """
     entries = list(entries)
     if len(entries) == 1:
-        return [Reading(entries, head_dim, topk)]
-    groups: dict[tuple[object, ...], list[Entry]] = {}
+        return [Reading(entries, spec.head_dim, spec.topk)]
+    groups: dict[tuple[object, ...], list[_Group]] = {}
     for entry in entries:
         request, half = entry.request, queries_of(entry)
         assert isinstance(request, TokenRequest)
         spans = request.spans
         what = (request.tenant, request.layer, half.order, half.return_scores, half.tensor.dtype)
         where = (spans.sequence_ids.tobytes(), spans.starts.tobytes(), spans.lengths.tobytes())
-        groups.setdefault((*what, *where), []).append(entry)
-    return [Reading(group, head_dim, topk) for group in groups.values()]
+        alike, heads = groups.setdefault((*what, *where), []), (1 << half.num_heads) - 1 << half.first_head
+        group = next((group for group in alike if not group.heads & heads), None)
+        if group is None:
+            alike.append(group := _Group())
+        group.entries.append(entry)
+        group.heads |= heads
+    return [Reading(group.entries, spec.head_dim, spec.topk) for alike in groups.values() for group in alike]
 
 
 def queries_of(entry: Entry) -> Queries:
