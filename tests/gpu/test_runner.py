@@ -169,8 +169,7 @@ def test_slices_as_graphs(key_dtype: Any, generator: torch.Generator) -> None:
     steps = []
     for number, (length, heads) in enumerate(kinds):
         step, chosen = both.step([length], torch.bfloat16, heads)
-        if heads == 1:
-            step.columns[1] = 0
+        step.columns[1] = 0 if heads == 1 else BLOCKS * 128 - length
         scores = number == 4
         step = Step(step.columns, None, step.queries, return_scores=scores)
         steps.append((step, both.expected(step, chosen, "prefill")))
