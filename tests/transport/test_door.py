@@ -204,7 +204,7 @@ async def test_answers_wait_for_room_and_the_engine_does_not(
         bell = link._handles.door_bell
         link._loop.remove_reader(bell)
         three = [run.channel.submit(request, TIMEOUT) for _ in range(3)]
-        await eventually(lambda: run.engine.stats().tokens["prefill"] == LONG)  # which they share
+        await eventually(lambda: run.engine.stats().tokens["prefill"] == 3 * LONG)
         await asyncio.sleep(0.05)
         assert link._segment.counters[AT["answers_written"] // 8] == 2 + 2, "there is room for two; two came before"
         async with another(run) as other:
