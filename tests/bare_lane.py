@@ -69,7 +69,9 @@ class Device:
     def replays(self, shapes: Sequence[tuple[int, int, int]]) -> tuple[list[tuple[int, ...]], int, int]:
         """Arguments of `Lane.set_replays`, for programs of (runs, length, width)."""
         self._shapes = [(runs, length) for runs, length, _ in shapes]
-        programs = [(*shape, 1 + 2 * number, 2 + 2 * number) for number, shape in enumerate(shapes)]
+        programs: list[tuple[int, ...]] = [
+            (*shape, 1 + 2 * number, 2 + 2 * number) for number, shape in enumerate(shapes)
+        ]
         address = ctypes.cast(self._launch, ctypes.c_void_p).value
         assert address is not None
         return programs, address, 9
