@@ -144,8 +144,9 @@ class BareLane:
             seconds_bounds=SECONDS_BOUNDS,
             size_bounds=SIZE_BOUNDS,
         )
-        self.lengths = np.full((spec.num_layers, sequences), LENGTH, np.int64)
-        self.revisions = np.zeros((spec.num_layers, sequences), np.uint64)
+        # Behind them is a layer more, for which all would be right.
+        self.lengths = np.full((spec.num_layers + 1, sequences), LENGTH, np.int64)[:-1]
+        self.revisions = np.zeros((spec.num_layers + 1, sequences), np.uint64)[:-1]
         self.held = np.full(sequences, HELD, np.int64)
         self.forked = np.zeros(sequences, np.int64)
         self.last_calls = np.zeros(sequences, np.float64)
@@ -198,6 +199,10 @@ class BareLane:
         keys = values(random, length, self.spec.head_dim)
         queries = values(random, length, self.spec.num_index_heads, self.spec.head_dim)
         return tokens(layer, rows, keys=keys, queries=queries, **options)
+
+    def look(self) -> int:
+        """Has the lane look round once; answers why it returned, but for a device that takes its time."""
+        return self.lane.run(0.0) & ~native.LATE
 
     def close(self) -> None:
         """Gives the files back."""

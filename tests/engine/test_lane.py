@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from bare_lane import EPOCH, HELD, LENGTH, LONGEST, SPEC, BareLane, Seen, bare_lane
+from bare_lane import EPOCH, HELD, LENGTH, LONGEST, SIZES, SPEC, BareLane, Seen, bare_lane
 from blockdex import _native as native
 from blockdex.errors import BlockdexError, Code
 from blockdex.messages import TokenAnswer, TokenRequest
 from blockdex.transport.layout import AT, RequestSlot
 from blockdex.transport.segment import Sizes
 from foreign_door import ForeignDoor
-from running_engine import TENANT, TIMEOUT
+from running_engine import TENANT, TIMEOUT, tokens, values
 
 SIZE = SPEC.block_size
 ALL = [(native.MAX_RUNS, 2, 1000), (128, LONGEST, 1000)]
@@ -113,6 +113,7 @@ LEFT = {
     "more tokens than a decode has": Case(rows=((1, LENGTH, LONGEST + 1), NEXT)),
     "a page that is not there": Case(rows=((1, HELD * SIZE - 1, 2), NEXT), books=change("lengths", HELD * SIZE - 1)),
     "a page less": Case(rows=((1, SIZE, SIZE // 2), NEXT)),
+    "up to the end of the page before": Case(rows=((1, 2 * SIZE - 1, 1), NEXT)),
     "a page that was shared": Case(books=change("forked", LENGTH // SIZE + 1)),
     "a revision that is there": Case(books=change("revisions", 5)),
     "a revision before": Case(books=change("revisions", 6)),
@@ -142,7 +143,7 @@ def test_whatever_is_unusual_is_left_as_it_is(bare: BareLane, name: str) -> None
     doors[2].send(bare.both(1, (6, LENGTH, 1)))
     case.books(bare)
     before = snapshot(bare)
-    assert bare.lane.run(0.0) == native.FOR_PYTHON
+    assert bare.look() == native.FOR_PYTHON
     assert [line.waits for line in bare.lines] == [False, True, False]
     assert [line.filled for line in bare.lines] == [0, 1, 0]
     assert bare.counted["requests"][1] == 2, "those beside it"
@@ -182,8 +183,8 @@ def test_what_is_right_to_the_last_number_is_taken(bare: BareLane, name: str) ->
     last_calls, before = time.monotonic(), bare.lengths.copy()
     other = bare.both(0, (5, LENGTH, 1))
     door.write(door.lay(other, 0), door.lay(request, 1)._replace(**case.slot))
-    assert bare.lane.run(0.0) == 0
-    assert bare.lane.run(0.0) == 0  # its answers
+    assert bare.look() == 0
+    assert bare.look() == 0  # its answers
     door.read()
     check_answer(door, 0, other)
     check_answer(door, 1, request)
@@ -204,6 +205,36 @@ def test_what_is_right_to_the_last_number_is_taken(bare: BareLane, name: str) ->
         assert bare.revisions[1, 0] == 4, "as it was"
 
 
+def test_some_of_the_heads_are_left(bare: BareLane) -> None:
+    door = bare.open_door()
+    whole = bare.both(0, (1, LENGTH, 1))
+    queries = values(np.random.default_rng(1), 1, 1, SPEC.head_dim)
+    door.write(door.lay(dataclasses.replace(whole, queries=tokens(0, [(1, LENGTH, 1)], queries=queries).queries), 0))
+    assert bare.look() == native.FOR_PYTHON
+
+
+def test_tensors_that_are_twice_as_long_as_the_spans_are_left(bare: BareLane) -> None:
+    """They agree with each other."""
+    door = bare.open_door()
+    long = bare.both(0, (1, LENGTH, 2))
+    door.send(dataclasses.replace(long, spans=bare.both(0, (1, LENGTH, 1)).spans))
+    assert bare.look() == native.FOR_PYTHON
+
+
+@pytest.mark.parametrize("begin", [8, SIZES.request_bytes - 64])
+def test_a_payload_where_none_can_be_is_left(bare: BareLane, begin: int) -> None:
+    """Not at a multiple of 64, or with its end in the answers' arena, which lies behind that of the requests."""
+    door = bare.open_door()
+    slot = door.lay(bare.both(0, (1, LENGTH, 1)), 0)
+    segment = door.handles.segment
+    assert segment.answer_arena_offset == segment.request_arena_offset + segment.request_arena_bytes
+    payload = bytes(door.arena[: slot.payload_bytes])
+    at = segment.request_arena_offset + begin
+    segment.memory[at : at + len(payload)] = payload
+    door.write(slot._replace(payload_offset=begin))
+    assert bare.look() == native.FOR_PYTHON
+
+
 def test_an_answer_for_which_there_is_never_room_is_left() -> None:
     with bare_lane() as bare:
         ids = 4 * 2 * SPEC.num_index_heads * SPEC.topk
@@ -212,7 +243,7 @@ def test_an_answer_for_which_there_is_never_room_is_left() -> None:
         )
         for number, door in enumerate((exact, small)):
             door.send(bare.both(0, (1 + number, LENGTH, 2)))
-        assert bare.lane.run(0.0) == native.FOR_PYTHON
+        assert bare.look() == native.FOR_PYTHON
         assert [line.waits for line in bare.lines] == [False, True]
 
 
@@ -221,26 +252,26 @@ def test_the_head_of_a_line_is_for_python_until_it_is_taken(bare: BareLane) -> N
     request = usual(bare)
     door.write(door.lay(request, 0)._replace(flags=1), door.lay(request, 1))
     for _ in range(3):
-        assert bare.lane.run(0.0) == native.FOR_PYTHON
+        assert bare.look() == native.FOR_PYTHON
     (line,) = bare.lines
     assert bare.lane.steps == 0
     line.release()
     assert not line.waits
-    assert bare.lane.run(0.0) == 0
+    assert bare.look() == 0
     assert (bare.lane.steps, line.filled) == (1, 0)
 
 
 def test_a_number_that_cannot_be_is_for_python(bare: BareLane) -> None:
     door = bare.open_door()
     door.handles.segment.counters[AT["requests_written"] // 8] = 65
-    assert bare.lane.run(0.0) == native.FOR_PYTHON
+    assert bare.look() == native.FOR_PYTHON
     assert (bare.lines[0].filled, bare.lines[0].waits) == (-1, True)
 
 
 def test_a_whole_ring_is_no_such_number(bare: BareLane) -> None:
     door = bare.open_door(Sizes(slots=4, request_bytes=1 << 16, answer_bytes=1 << 16))
     door.send(*[bare.both(0, (sequence, LENGTH, 1)) for sequence in (1, 2, 3, 4)])
-    assert (bare.lines[0].filled, bare.lane.run(0.0), bare.lines[0].filled) == (4, 0, 0)
+    assert (bare.lines[0].filled, bare.look(), bare.lines[0].filled) == (4, 0, 0)
 
 
 # --- Steps ---
@@ -258,7 +289,7 @@ def test_a_step_holds_all_that_came(device_lane: BareLane) -> None:
     requests = [usual(bare), bare.both(2, (3, LENGTH, LONGEST)), bare.both(2, (1, LENGTH - 1, 2))]
     first.send(*requests[:2])
     second.send(requests[2])
-    assert bare.lane.run(0.0) == 0
+    assert bare.look() == 0
     (seen,) = bare.device.begun
     assert columns(seen, 4) == [
         (1, LENGTH, 1, 100),
@@ -271,10 +302,10 @@ def test_a_step_holds_all_that_came(device_lane: BareLane) -> None:
     )
     assert seen.keys[:10].tobytes() == keys
     assert seen.queries[:10].tobytes() == queries
-    assert bare.lane.run(0.0) == 0
+    assert bare.look() == 0
     assert not first.read() and not second.read(), "nothing has ended yet"
     bare.device.end()
-    assert bare.lane.run(0.0) == 0
+    assert bare.look() == 0
     assert (first.read(), second.read()) == (2, 1)
     for door, ticket, request in ((first, 0, requests[0]), (first, 1, requests[1]), (second, 0, requests[2])):
         check_answer(door, ticket, request)
@@ -298,11 +329,11 @@ def test_the_smallest_program_that_holds_it() -> None:
             bare.lengths[:] = 24
             request = bare.both(0, *rows)
             door.send(request, first_ticket=number)
-            assert bare.lane.run(0.0) == 0
+            assert bare.look() == 0
             assert bare.device.begun[0].columns.shape[1] == runs
             assert len(bare.device.begun[0].keys) == runs * length
             bare.device.end()
-            bare.lane.run(0.0)
+            bare.look()
             door.read()
             check_answer(door, number, request)
 
@@ -319,7 +350,7 @@ def test_what_no_program_holds_is_left(rows: list[tuple[int, ...]]) -> None:
     with bare_lane(replays=[(2, 1, 3)]) as bare:
         bare.lengths[:] = 24
         bare.open_door().send(bare.both(0, *rows))
-        assert bare.lane.run(0.0) == native.FOR_PYTHON
+        assert bare.look() == native.FOR_PYTHON
         assert not bare.device.begun
 
 
@@ -328,17 +359,42 @@ def test_what_no_program_holds_together_is_in_two_steps() -> None:
         door = bare.open_door()
         requests = [bare.both(0, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 2)), bare.both(0, (3, LENGTH, 1))]
         door.send(*requests)
-        assert bare.lane.run(0.0) == 0
-        assert bare.lane.run(0.0) == 0
+        assert bare.look() == 0
+        assert bare.look() == 0
         assert [columns(seen, 1) for seen in bare.device.begun] == [[(0, LENGTH, 1, 100)], [(0, LENGTH, 2, 101)]]
         bare.device.end()
-        assert bare.lane.run(0.0) == 0
+        assert bare.look() == 0
         bare.device.end()
         bare.device.end()
-        bare.lane.run(0.0)
+        bare.look()
         door.read()
         for ticket, request in enumerate(requests):
             check_answer(door, ticket, request)
+
+
+def test_what_is_long_and_what_is_wide_is_not_put_together_where_no_program_is_both() -> None:
+    with bare_lane(replays=[(1, 1, 4), (2, 1, 3), (1, LONGEST, 3)]) as bare:
+        bare.lengths[:] = 24
+        door = bare.open_door()
+        door.send(
+            bare.both(0, (1, 24, 1)), bare.both(0, (2, 23, 1)), bare.both(0, (3, 20, 4)), bare.both(0, (4, 23, 1))
+        )
+        widths = []
+        for _ in range(4):
+            bare.look()
+            widths.append(bare.device.end().columns[1].tolist())
+        assert widths == [[24], [23], [20], [23]]
+
+
+def test_the_last_token_of_a_step() -> None:
+    with bare_lane(sequences=200) as bare:
+        door = bare.open_door()
+        rows = [(sequence, LENGTH, LONGEST) for sequence in range(1, 128)]
+        door.send(bare.both(0, *rows), bare.both(0, (150, LENGTH, 4)), bare.both(0, (151, LENGTH, 1)))
+        bare.look()
+        assert (bare.lane.steps, bare.counted["num_tokens"]) == (1, native.MAX_TOKENS)
+        bare.look()
+        assert (bare.lane.steps, bare.counted["num_tokens"]) == (2, native.MAX_TOKENS + 1)
 
 
 @pytest.mark.parametrize("replays", [None, ALL])
@@ -361,7 +417,7 @@ def test_as_many_runs_and_tokens_as_a_step_holds(replays: list[tuple[int, int, i
         door.send(*requests)
         runs, tokens = [], []
         for _ in range(8):
-            bare.lane.run(0.0)
+            bare.look()
             if bare.device.begun:
                 seen = bare.device.end()
                 runs.append(int((seen.columns[2] > 0).sum()))
@@ -377,7 +433,7 @@ def test_as_many_runs_and_tokens_as_a_step_holds(replays: list[tuple[int, int, i
 def test_a_request_of_more_runs_than_a_step_is_left() -> None:
     with bare_lane(sequences=300) as bare:
         bare.open_door().send(bare.both(0, *[(sequence, LENGTH, 1) for sequence in range(1, native.MAX_RUNS + 2)]))
-        assert bare.lane.run(0.0) == native.FOR_PYTHON
+        assert bare.look() == native.FOR_PYTHON
 
 
 def test_a_request_of_more_tokens_than_a_step_is_left() -> None:
@@ -385,8 +441,8 @@ def test_a_request_of_more_tokens_than_a_step_is_left() -> None:
         rows = [(sequence, LENGTH, LONGEST) for sequence in range(1, native.MAX_TOKENS // LONGEST + 1)]
         door = bare.open_door()
         door.send(bare.both(0, *rows), bare.both(1, *rows, (250, LENGTH, 1)))
-        assert bare.lane.run(0.0) == 0
-        assert bare.lane.run(0.0) == native.FOR_PYTHON
+        assert bare.look() == 0
+        assert bare.look() == native.FOR_PYTHON
         assert (bare.lane.steps, bare.counted["num_tokens"]) == (1, native.MAX_TOKENS)
 
 
@@ -397,8 +453,8 @@ def test_one_layer_of_a_sequence_is_once_in_a_step(device_lane: BareLane) -> Non
     doors[0].send(bare.both(0, (1, LENGTH, 1)))
     doors[1].send(bare.both(0, (2, LENGTH, 1), (1, LENGTH + 1, 1)), bare.both(0, (3, LENGTH, 1)))
     doors[2].send(bare.both(1, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 1)))
-    bare.lane.run(0.0)
-    bare.lane.run(0.0)
+    bare.look()
+    bare.look()
     first, second = bare.device.begun
     assert columns(first, 3) == [(0, LENGTH, 1, 100), (1, LENGTH, 1, 100), (0, LENGTH, 1, 101)]
     assert bare.lines[1].waits is False
@@ -415,9 +471,9 @@ def test_more_marks_than_there_are_places_near_each_other() -> None:
         second.send(
             bare.both(0, *[(sequence, LENGTH, 1) for sequence in range(201, 240)], (200, LENGTH + 1, 1)),
         )
-        bare.lane.run(0.0)
+        bare.look()
         assert len(bare.device.begun) == 1
-        bare.lane.run(0.0)
+        bare.look()
         assert bare.device.begun[1].columns[2].sum() == 40
 
 
@@ -430,7 +486,7 @@ def test_the_lines_take_turns() -> None:
         for ticket in range(3):
             modest.send(bare.both(0, (590 + ticket, LENGTH, 1)), first_ticket=ticket)
             for _ in range(3):
-                bare.lane.run(0.0)
+                bare.look()
             assert modest.read() == 1, ticket
         greedy.read()
         assert len(greedy.told) >= 3
@@ -441,7 +497,7 @@ def test_answers_come_when_every_block_id_is_there(device_lane: BareLane) -> Non
     door = bare.open_door()
     request = bare.both(0, (1, LENGTH, 1), (2, LENGTH, 1))
     door.send(request)
-    bare.lane.run(0.0)
+    bare.look()
     ids = bare.device.rooms[0][1]
     untouched = ids.copy()
     seen = bare.device.begun[0]
@@ -451,10 +507,10 @@ def test_answers_come_when_every_block_id_is_there(device_lane: BareLane) -> Non
     for missing in (0, size // 2, size - 1):
         ids[:] = ended
         ids[missing] = untouched[missing]
-        bare.lane.run(0.0)
+        bare.look()
         assert not door.read(), missing
     ids[:] = ended
-    bare.lane.run(0.0)
+    bare.look()
     door.read()
     check_answer(door, 0, request)
 
@@ -465,18 +521,18 @@ def test_two_steps_are_on_their_way_and_no_third(device_lane: BareLane) -> None:
     requests = [bare.both(0, (1, LENGTH + number, 1)) for number in range(5)]
     for ticket, request in enumerate(requests[:3]):
         door.send(request, first_ticket=ticket)
-        bare.lane.run(0.0)
+        bare.look()
     assert [seen.room for seen in bare.device.begun] == [0, 1]
     assert (bare.lane.in_flight, bare.lane.steps) == (2, 2)
     bare.device.end()
-    bare.lane.run(0.0)  # answers the first, begins the third in its room
+    bare.look()  # answers the first, begins the third in its room
     assert [seen.room for seen in bare.device.begun] == [1, 0]
     assert door.read() == 1
     for ticket, request in enumerate(requests[3:], start=3):
         door.send(request, first_ticket=ticket)
     while len(door.told) < 5:
         bare.device.end()
-        bare.lane.run(0.0)
+        bare.look()
         door.read()
     for ticket, request in enumerate(requests):
         check_answer(door, ticket, request)
@@ -505,12 +561,12 @@ def test_a_device_that_takes_no_step_while_another_is_on_its_way(device_lane: Ba
     bare = device_lane
     door, other = bare.open_door(), bare.open_door()
     door.send(bare.both(0, (1, LENGTH, 1)))
-    bare.lane.run(0.0)
+    bare.look()
     door.send(bare.both(0, (1, LENGTH + 1, 1)), first_ticket=1)
     other.send(bare.both(0, (2, LENGTH, 1)), bare.both(0, (2, LENGTH + 1, 1)))
     bare.device.error = 700
     with pytest.raises(RuntimeError, match="device: it takes no step, CUDA error 700"):
-        bare.lane.run(0.0)
+        bare.look()
     assert bare.lane.in_flight == 2
     abandon(bare)
     check_refused(door, 0, 1)
@@ -522,9 +578,9 @@ def test_a_device_that_takes_no_step_while_another_is_on_its_way(device_lane: Ba
     # What had not been taken is served as if nothing had been: the error is forgotten.
     request = bare.both(1, (1, LENGTH, 1))
     door.send(request, first_ticket=2)
-    bare.lane.run(0.0)
+    bare.look()
     bare.device.end()
-    bare.lane.run(0.0)
+    bare.look()
     door.read()
     check_answer(door, 2, request)
 
@@ -534,15 +590,15 @@ def test_a_step_in_python_that_fails(bare: BareLane) -> None:
     door.send(bare.both(0, (1, LENGTH, 1)), bare.both(1, (1, LENGTH, 1)))
     bare.device.error = 3
     with pytest.raises(RuntimeError, match="error 3, made for this test"):
-        bare.lane.run(0.0)
+        bare.look()
     assert (bare.lane.in_flight, bare.lane.steps) == (1, 0)
     abandon(bare)
     check_refused(door, 0, 1)
     bare.device.error = 0
     request = bare.both(0, (2, LENGTH, 1))
     door.send(request, first_ticket=2)
-    bare.lane.run(0.0)
-    bare.lane.run(0.0)
+    bare.look()
+    bare.look()
     door.read()
     check_answer(door, 2, request)
 
@@ -576,7 +632,7 @@ def test_what_is_on_its_way_is_drained(device_lane: BareLane) -> None:
     door = bare.open_door()
     request = bare.both(0, (1, LENGTH, 1))
     door.send(request)
-    bare.lane.run(0.0)
+    bare.look()
     door.send(bare.both(0, (2, LENGTH, 1)), first_ticket=1)
     later = threading.Timer(0.05, bare.device.end)
     later.start()
@@ -595,16 +651,16 @@ def test_a_door_that_goes_with_requests_and_answers_on_their_way(device_lane: Ba
     small = Sizes(slots=2, request_bytes=1 << 16, answer_bytes=1 << 16)
     gone, other = bare.open_door(small), bare.open_door()
     gone.send(*[bare.both(layer, (1, LENGTH, 1)) for layer in (0, 1)])
-    bare.lane.run(0.0)
+    bare.look()
     bare.device.end()
     gone.send(*[bare.both(layer, (1, LENGTH + 1, 1)) for layer in (0, 1)], first_ticket=2)
     request = bare.both(2, (1, LENGTH, 1))
     other.send(request)
-    bare.lane.run(0.0)  # two answers fill its ring; two requests are on their way
+    bare.look()  # two answers fill its ring; two requests are on their way
     gone.send(bare.both(0, (3, LENGTH, 1)), first_ticket=4)
     bare.lane.drop(bare.lines[0])
     bare.device.end()
-    bare.lane.run(0.0)
+    bare.look()
     other.read()
     check_answer(other, 0, request)
     assert gone.handles.segment.counters[AT["answers_written"] // 8] == 2, "nothing is written for it"
@@ -620,7 +676,7 @@ def test_a_line_that_is_gone_is_not_served_until_it_is_dropped(bare: BareLane) -
     door.send(bare.both(0, (1, LENGTH, 1)))
     other.send(bare.both(0, (2, LENGTH, 1)))
     for _ in range(2):
-        bare.lane.run(0.0)
+        bare.look()
     assert (door.read(), other.read()) == (0, 1)
     bare.lane.notice()
     assert bare.lane.run(TIMEOUT) == native.NOTICED
@@ -633,8 +689,8 @@ def test_who_does_not_read_is_served_no_more_and_harms_nobody(bare: BareLane, si
     sent = 0
     while sent < len(requests) and door.free:
         door.send(requests[sent], first_ticket=sent)
-        bare.lane.run(0.0)
-        bare.lane.run(0.0)
+        bare.look()
+        bare.look()
         sent += 1
     (line, _) = bare.lines
     assert line.has_unwritten and line.filled > 0, "what there is no room for stays where it is"
@@ -642,8 +698,8 @@ def test_who_does_not_read_is_served_no_more_and_harms_nobody(bare: BareLane, si
     assert door.handles.segment.flags[flag] == 1
     request = bare.both(0, (9, LENGTH, 1))
     other.send(request)
-    bare.lane.run(0.0)
-    bare.lane.run(0.0)
+    bare.look()
+    bare.look()
     other.read()
     check_answer(other, 0, request)
     assert bare.lane.steps == steps + 1
@@ -651,7 +707,7 @@ def test_who_does_not_read_is_served_no_more_and_harms_nobody(bare: BareLane, si
     assert door.read(1) == 1
     assert door.handles.segment.flags[flag] == 0
     while len(door.told) < len(requests):
-        bare.lane.run(0.0)
+        bare.look()
         door.read(1)
         if sent < len(requests) and door.free:
             door.send(requests[sent], first_ticket=sent)
@@ -670,11 +726,11 @@ def test_python_is_told_when_there_is_room_for_its_answers(bare: BareLane) -> No
     assert line.claim(0) is None
     line.publish()
     line.wait_for_room()
-    assert bare.lane.run(0.0) == 0
+    assert bare.look() == 0
     door.handles.segment.counters[AT["answers_read"] // 8] = 1
     door._room.ring()
-    assert bare.lane.run(0.0) == native.ROOM
-    assert bare.lane.run(0.0) == 0, "once"
+    assert bare.look() == native.ROOM
+    assert bare.look() == 0, "once"
     assert line.claim(0) is not None
 
 
@@ -685,16 +741,16 @@ def test_a_column_that_was_given_to_another_sequence(bare: BareLane) -> None:
     door = bare.open_door()
     bare.generations[0] += 1
     door.send(bare.both(0, (1, LENGTH, 1)))
-    assert bare.lane.run(0.0) == native.FOR_PYTHON
+    assert bare.look() == native.FOR_PYTHON
     bare.lines[0].release()
     bare.lane.learn(TENANT, np.array([500], np.uint64), np.array([0]))
     door.send(bare.both(0, (500, LENGTH, 1)), first_ticket=1)
-    assert bare.lane.run(0.0) == 0
+    assert bare.look() == 0
     bare.lane.learn(TENANT, np.array([1], np.uint64), np.array([3]))
     request = bare.both(0, (1, LENGTH, 1))
     door.send(request, first_ticket=2)
-    assert bare.lane.run(0.0) == 0
-    assert bare.lane.run(0.0) == 0
+    assert bare.look() == 0
+    assert bare.look() == 0
     assert (bare.lengths[0, 0], bare.lengths[0, 3]) == (LENGTH + 1, LENGTH + 1)
     door.read()
     check_answer(door, 2, request)
@@ -709,11 +765,11 @@ def test_thousands_of_tenants() -> None:
             bare.lane.learn(tenant, np.array([1], np.uint64), np.array([column]))
         for ticket, column in enumerate((0, 1, 7, 4095, 2048)):
             door.send(bare.both(0, (1, LENGTH, 1), tenant=tenants[column]), first_ticket=ticket)
-            assert bare.lane.run(0.0) == 0
+            assert bare.look() == 0
             assert bare.lengths[0, column] == LENGTH + 1
         assert bare.lengths.sum() == SPEC.num_layers * 4096 * LENGTH + 5
         door.send(bare.both(0, (1, LENGTH, 1), tenant="t"), first_ticket=9)
-        assert bare.lane.run(0.0) == native.FOR_PYTHON
+        assert bare.look() == native.FOR_PYTHON
 
 
 def test_more_sequences_than_there_is_room_for_are_forgotten(bare: BareLane) -> None:
@@ -722,20 +778,20 @@ def test_more_sequences_than_there_is_room_for_are_forgotten(bare: BareLane) -> 
         bare.generations[0] += 1
         bare.lane.learn(f"tenant {name}", np.array([name], np.uint64), np.array([0]))
     door.send(bare.both(0, (1199, LENGTH, 1), tenant="tenant 1199"))
-    assert bare.lane.run(0.0) == 0
+    assert bare.look() == 0
     door.send(bare.both(0, (2, LENGTH, 1)), first_ticket=1)
-    assert bare.lane.run(0.0) == native.FOR_PYTHON, "it was forgotten with the rest"
+    assert bare.look() == native.FOR_PYTHON, "it was forgotten with the rest"
     bare.lines[0].release()
     bare.learn()
     door.send(bare.both(0, (2, LENGTH, 1)), first_ticket=2)
-    assert bare.lane.run(0.0) == 0
+    assert bare.look() == 0
 
 
 def test_books_that_are_shared_anew_are_nobody_s(bare: BareLane) -> None:
     door = bare.open_door()
     bare.share_books()
     door.send(bare.both(0, (1, LENGTH, 1)))
-    assert bare.lane.run(0.0) == native.FOR_PYTHON
+    assert bare.look() == native.FOR_PYTHON
 
 
 # --- Statistics ---
@@ -745,15 +801,15 @@ def test_what_is_counted(device_lane: BareLane) -> None:
     bare = device_lane
     door = bare.open_door()
     door.send(bare.both(0, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 2), (3, LENGTH, 1)), bare.both(1, (1, LENGTH, 4)))
-    bare.lane.run(0.0)
+    bare.look()
     door.send(bare.both(2, (1, LENGTH, 1)), first_ticket=3)
-    bare.lane.run(0.0)
+    bare.look()
     time.sleep(0.03)
     bare.device.end()
-    bare.lane.run(0.0)
+    bare.look()
     time.sleep(0.02)
     bare.device.end()
-    bare.lane.run(0.0)
+    bare.look()
     counted = bare.counted
     assert (counted["steps"], counted["num_tokens"]) == (2, 9)
     assert counted["requests"] == ([1, 0, 1, 0], 4.0)
@@ -776,7 +832,7 @@ def test_a_bound_belongs_to_the_bucket_below_it(bare: BareLane) -> None:
     for ticket, count in enumerate((1, 2, 3)):
         door.send(bare.both(0, *[(sequence, LENGTH, 1) for sequence in range(1, count + 1)]), first_ticket=ticket)
         bare.lengths[:] = LENGTH
-        bare.lane.run(0.0)
+        bare.look()
     assert bare.counted["tokens"] == ([1, 1, 1, 0], 6.0)
 
 
@@ -784,7 +840,7 @@ def test_a_step_that_is_given_up_was_on_the_device(device_lane: BareLane) -> Non
     bare = device_lane
     door = bare.open_door()
     door.send(bare.both(0, (1, LENGTH, 1)))
-    bare.lane.run(0.0)
+    bare.look()
     time.sleep(0.02)
     abandon(bare)
     assert 0.02 <= bare.counted["device_busy_seconds"] < 1
@@ -797,8 +853,8 @@ def test_a_step_that_is_given_up_was_on_the_device(device_lane: BareLane) -> Non
 def test_a_request_from_the_future_has_waited_for_no_time(bare: BareLane) -> None:
     door = bare.open_door()
     door.write(door.lay(bare.both(0, (1, LENGTH, 1)), 0)._replace(received=2**62))
-    bare.lane.run(0.0)
-    bare.lane.run(0.0)
+    bare.look()
+    bare.look()
     door.read()
     assert door.told[0].numbers.queue_seconds == 0
     assert bare.counted["stages"][0][1] == 0
