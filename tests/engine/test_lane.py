@@ -272,6 +272,14 @@ def test_a_number_that_cannot_be_is_for_python(bare: BareLane) -> None:
     assert (bare.lines[0].filled, bare.lines[0].waits) == (-1, True)
 
 
+def test_who_goes_leaves_nothing_for_python(bare: BareLane) -> None:
+    door = bare.open_door()
+    door.write(door.lay(usual(bare), 0)._replace(flags=1))
+    assert bare.look() == native.FOR_PYTHON
+    bare.lines[0].gone = True
+    assert bare.look() == 0
+
+
 def test_a_whole_ring_is_no_such_number(bare: BareLane) -> None:
     door = bare.open_door(Sizes(slots=4, request_bytes=1 << 16, answer_bytes=1 << 16))
     door.send(*[bare.both(0, (sequence, LENGTH, 1)) for sequence in (1, 2, 3, 4)])
@@ -543,6 +551,26 @@ def test_two_steps_are_on_their_way_and_no_third(device_lane: BareLane) -> None:
     assert (bare.lane.in_flight, bare.lane.launched) == (0, 0.0)
 
 
+def test_what_cannot_be_set_is_refused(device_lane: BareLane) -> None:
+    bare = device_lane
+    host, ids = bare.device.rooms[0]
+    with pytest.raises(ValueError, match=r"host has \d+ bytes, \d+ are needed"):
+        bare.lane.set_step(0, host[:-1], ids)
+    with pytest.raises(ValueError, match="no room for 257 runs of 1 tokens"):
+        bare.lane.set_replays([(257, 1, 1, 1, 2)], 1, 1)
+    with pytest.raises(ValueError, match="no room for 129 runs of 4 tokens"):
+        bare.lane.set_replays([(129, 4, 1, 1, 2)], 1, 1)
+    with pytest.raises(ValueError, match="a column for each sequence"):
+        bare.lane.learn(TENANT, np.array([1], np.uint64), np.array([16]))
+    with pytest.raises(ValueError, match="a column for each sequence"):
+        bare.lane.learn(TENANT, np.array([1, 2], np.uint64), np.array([1]))
+    bare.open_door().send(bare.both(0, (1, LENGTH, 1)))
+    bare.look()
+    for number in (0, 2):
+        with pytest.raises(ValueError, match=f"step {number} of 2, 1 in flight"):
+            bare.lane.set_step(number, host, ids)
+
+
 # --- Faults ---
 
 
@@ -676,6 +704,7 @@ def test_a_door_that_goes_with_requests_and_answers_on_their_way(device_lane: Ba
     assert gone.handles.segment.counters[AT["answers_written"] // 8] == 2, "nothing is written for it"
     assert not bare.lines[0].has_unwritten
     assert bare.lines[0].gone
+    assert sum(bare.counted["stages"][0][0]) == 3, "those that were answered"
     with pytest.raises(ValueError, match="is not one of its lines"):
         bare.lane.drop(bare.lines[0])
 
@@ -689,6 +718,8 @@ def test_a_line_that_is_gone_is_not_served_until_it_is_dropped(bare: BareLane) -
         bare.look()
     assert (door.read(), other.read()) == (0, 1)
     assert (bare.lines[0].filled, bare.lane.steps) == (1, 1)
+    bare.lane.run(0.02)
+    assert not door.handles.segment.flags[AT["engine_sleeps"] // 4], "it is not told that it should ring"
     bare.lane.notice()
     assert bare.lane.run(TIMEOUT) == native.NOTICED
 
@@ -893,6 +924,17 @@ def test_it_spins_for_as_long_as_it_is_told_to() -> None:
         assert 0.03 < time.thread_time() - busy < 0.2
 
 
+def test_it_spins_after_an_answer() -> None:
+    with bare_lane(spin_seconds=0.05, replays=ALL) as bare:
+        bare.open_door().send(bare.both(0, (1, LENGTH, 1)))
+        bare.look()
+        time.sleep(0.1)
+        bare.device.end()
+        busy = time.thread_time()
+        bare.lane.run(0.3)
+        assert 0.02 < time.thread_time() - busy < 0.2
+
+
 @pytest.mark.parametrize("what", ["request", "notice"])
 def test_a_sleeper_is_woken(bare: BareLane, what: str) -> None:
     door, quiet = bare.open_door(), bare.open_door()
@@ -908,13 +950,17 @@ def test_a_sleeper_is_woken(bare: BareLane, what: str) -> None:
         else:
             door.write(door.lay(bare.both(0, (1, LENGTH, 1)), 0)._replace(flags=1))
 
-    for expected in (native.NOTICED if what == "notice" else native.FOR_PYTHON,):
-        waker = threading.Thread(target=wake)
-        waker.start()
-        began = time.monotonic()
-        assert bare.lane.run(TIMEOUT) == expected
-        assert time.monotonic() - began < 1
-        waker.join()
+    waker = threading.Thread(target=wake)
+    waker.start()
+    began = time.monotonic()
+    assert bare.lane.run(TIMEOUT) == (native.NOTICED if what == "notice" else native.FOR_PYTHON)
+    assert time.monotonic() - began < 1
+    waker.join()
+    if bare.lines[0].waits:
+        bare.lines[0].release()
+    busy = time.thread_time()
+    assert bare.lane.run(0.2) == 0
+    assert time.thread_time() - busy < 0.05, "it sleeps again"
     assert not quiet.read()
 
 

@@ -63,10 +63,7 @@ static int pass(struct lane *lane, int64_t now) {
     if (!lane_land(lane, now)) return -1;
     if (lane->in_flight < LANE_STEPS) {
         lane_gather(lane, now);
-        if (lane->gathered.runs) {
-            lane->active = now;
-            if (!lane_begin(lane, now)) return -1;
-        }
+        if (lane->gathered.runs && !lane_begin(lane, now)) return -1;
     }
     if (anyone_waits(lane)) why |= LANE_FOR_PYTHON;
     if (lane->in_flight && is_late(lane, now)) why |= LANE_LATE;
