@@ -55,7 +55,8 @@ static bool fits(const struct lane *lane, uint32_t layer, uint32_t column, int64
     int64_t held = ((const int64_t *)books->held.buf)[column];
     int64_t forked = ((const int64_t *)books->forked.buf)[column];
     int64_t size = lane->block_size;
-    if (start < 0 || start > before || length < 1 || length > lane->longest || start + length > held * size) return false;
+    if (start < 0 || start > before || length < 1 || length > lane->longest || start + length > held * size)
+        return false;
     /* A layer that reaches fewer pages than before may have been the one that held them. */
     if (before && (start + length - 1) / size < (before - 1) / size) return false;
     return start / size >= forked && (!revision || revision > known);
@@ -100,7 +101,8 @@ static enum verdict fits_in_step(const struct lane *lane, const struct blockdex_
                                  uint32_t longest, int64_t end, uint64_t most_answered) {
     const struct gathered *to = &lane->gathered;
     /* Keys and queries are as many as the tokens; an answer for which there is never room is Python's to refuse. */
-    if (4 * (uint64_t)tokens * lane->heads * lane->topk > most_answered || request->keys_bytes != 2 * (uint64_t)tokens * lane->head_dim ||
+    if (4 * (uint64_t)tokens * lane->heads * lane->topk > most_answered ||
+        request->keys_bytes != 2 * (uint64_t)tokens * lane->head_dim ||
         request->queries_bytes != request->keys_bytes * request->num_heads)
         return FOR_PYTHON;
     longest = longest > to->longest ? longest : to->longest;
@@ -169,7 +171,8 @@ static enum verdict consider(struct lane *lane, struct line *line, int64_t now) 
     enter(lane, &request, revisions, columns, now);
     to->keys[to->num_asked] = parts.keys;
     to->queries[to->num_asked] = parts.queries;
-    to->asked[to->num_asked++] = (struct asked){line, request.ticket, tokens, request.received < now ? request.received : now};
+    to->asked[to->num_asked++] =
+        (struct asked){line, request.ticket, tokens, request.received < now ? request.received : now};
     to->runs += request.num_spans;
     to->tokens += tokens;
     to->longest = longest > to->longest ? longest : to->longest;

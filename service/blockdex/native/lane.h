@@ -12,9 +12,9 @@ enum { LANE_STAGES = 4, LANE_BUCKETS = 32 };
 
 /* What the cache knows of its sequences, by column of S, where the cache itself has it. */
 struct books {
-    Py_buffer lengths, revisions;                            /* [L, S] */
-    Py_buffer held, forked, last_calls, first_rows;          /* [S] */
-    Py_buffer generations, blocked;                          /* [S] */
+    Py_buffer lengths, revisions;                   /* [L, S] */
+    Py_buffer held, forked, last_calls, first_rows; /* [S] */
+    Py_buffer generations, blocked;                 /* [S] */
     size_t columns;
 };
 

@@ -1,7 +1,11 @@
 /* Steps of the lane: what was gathered goes to the device, and what it has written to who asked. */
 #include "lane.h"
 
-enum { ITEM_BYTES = 2, COLUMNS = 4, UNWRITTEN = -2 }; /* less than any block id, and than the -1 of a place without one */
+enum {
+    ITEM_BYTES = 2,
+    COLUMNS = 4,
+    UNWRITTEN = -2
+}; /* less than any block id, and than the -1 of a place without one */
 
 /* How much of a step's memory a step takes: with the padding of its program, where it is one of the device's. */
 struct shape {
@@ -68,8 +72,7 @@ bool lane_begin(struct lane *lane, int64_t now) {
     const struct gathered *from = &lane->gathered;
     uint32_t number = (lane->first + lane->in_flight) % LANE_STEPS;
     struct step *step = &lane->steps[number];
-    const struct replay *replay =
-        lane->run_step ? NULL : lane_replay(lane, from->runs, from->longest, from->end);
+    const struct replay *replay = lane->run_step ? NULL : lane_replay(lane, from->runs, from->longest, from->end);
     struct shape shape = shape_of(lane, replay);
     fill(lane, &shape, step);
     memcpy(step->asked, from->asked, sizeof *from->asked * from->num_asked);
@@ -172,8 +175,7 @@ bool lane_abandon(struct lane *lane, uint16_t code, const char *text, size_t byt
 const struct replay *lane_replay(const struct lane *lane, uint32_t runs, uint32_t longest, int64_t end) {
     for (size_t number = 0; number < lane->num_replays; number++) {
         const struct replay *replay = &lane->replays[number];
-        if (replay->runs >= runs && replay->length >= longest &&
-            (int64_t)replay->width * lane->block_size >= end)
+        if (replay->runs >= runs && replay->length >= longest && (int64_t)replay->width * lane->block_size >= end)
             return replay;
     }
     return NULL;
