@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import lane_without_memory
-from bare_lane import EPOCH, HELD, LENGTH, LONGEST, SIZES, SPEC, BareLane, Seen, bare_lane
+from bare_lane import EPOCH, HELD, LENGTH, LONGEST, SECONDS_BOUNDS, SIZES, SPEC, BareLane, Seen, bare_lane
 from blockdex import _native as native
 from blockdex.errors import BlockdexError, Code
 from blockdex.messages import TokenAnswer, TokenRequest
-from blockdex.transport.layout import AT, RequestSlot
+from blockdex.transport.layout import AT, SLOT_BYTES, RequestSlot
 from blockdex.transport.segment import Sizes
 from foreign_door import ForeignDoor
 from running_engine import TENANT, TIMEOUT, tokens, values
@@ -724,6 +724,32 @@ def test_a_line_that_is_gone_is_not_served_until_it_is_dropped(bare: BareLane) -
     assert bare.lane.run(TIMEOUT) == native.NOTICED
 
 
+def test_nothing_is_written_for_who_is_gone(device_lane: BareLane) -> None:
+    bare = device_lane
+    door = bare.open_door()
+    door.send(bare.both(0, (1, LENGTH, 1)))
+    bare.look()
+    bare.lines[0].gone = True
+    bare.device.end()
+    bare.look()
+    segment = door.handles.segment
+    assert not any(segment.memory[segment.answer_slots_offset :][:SLOT_BYTES])
+
+
+def test_a_short_answer_does_not_overtake_a_long_one_that_waits_for_room(bare: BareLane) -> None:
+    door = bare.open_door(Sizes(8, 1 << 16, 256))
+    long, short = (1, LENGTH, 3), (2, LENGTH, 1)
+    door.send(*[bare.both(layer, long) for layer in (0, 1)], bare.both(2, short))
+    bare.look()
+    bare.look()
+    assert bare.lines[0].has_unwritten, "128 bytes are left, of which the second one leaves none"
+    door.send(bare.both(0, (3, LENGTH, 1)), first_ticket=3)
+    while len(door.told) < 4:
+        bare.look()
+        door.read(1)
+    assert list(door.told) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("sizes", [Sizes(2, 1 << 16, 1 << 16), Sizes(64, 1 << 16, 256)], ids=["slots", "arena"])
 def test_who_does_not_read_is_served_no_more_and_harms_nobody(bare: BareLane, sizes: Sizes) -> None:
     door, other = bare.open_door(sizes), bare.open_door()
@@ -857,17 +883,14 @@ def test_what_is_counted(device_lane: BareLane) -> None:
     assert (counted["steps"], counted["num_tokens"]) == (2, 9)
     assert counted["requests"] == ([1, 0, 1, 0], 4.0)
     assert counted["tokens"] == ([1, 0, 1, 0], 9.0)
-    queue, plan, device, reply = counted["stages"]
-    assert [sum(counts) for counts, _ in (queue, plan, device, reply)] == [4] * 4
-    assert device[0] == [0, 4, 0]
-    assert 3 * 0.04 + 0.05 <= device[1] < 1
-    assert queue[0][0] == plan[0][0] == reply[0][0] == 4
-    assert 0 < queue[1] < 0.1 and 0 < plan[1] < 0.1 and 0 < reply[1] < 0.1
     assert 0.04 + 0.05 <= counted["device_seconds"] < 1
     assert 0.06 <= counted["device_busy_seconds"] < counted["device_seconds"] - 0.025, "for 0.03 s both were there"
     door.read()
-    assert door.told[0].numbers.device_seconds >= 0.03
-    assert sum(door.told[ticket].numbers.queue_seconds for ticket in range(4)) == pytest.approx(queue[1])
+    told = np.array([door.told[ticket].numbers[-4:] for ticket in range(4)])
+    assert (told[:, 2] >= [0.04, 0.04, 0.04, 0.05]).all() and (told > 0).all()
+    for (counts, total), seconds in zip(counted["stages"], told.T, strict=True):
+        assert total == pytest.approx(seconds.sum())
+        assert counts == np.bincount(np.searchsorted(SECONDS_BOUNDS, seconds), minlength=3).tolist()
 
 
 def test_a_bound_belongs_to_the_bucket_below_it(bare: BareLane) -> None:
@@ -921,18 +944,17 @@ def test_it_spins_for_as_long_as_it_is_told_to() -> None:
         bare.lane.touch()
         busy = time.thread_time()
         bare.lane.run(0.4)
-        assert 0.03 < time.thread_time() - busy < 0.2
+        assert 0.01 < time.thread_time() - busy < 0.2
 
 
 def test_it_spins_after_an_answer() -> None:
-    with bare_lane(spin_seconds=0.05, replays=ALL) as bare:
+    with bare_lane(spin_seconds=TIMEOUT, replays=ALL) as bare:
         bare.open_door().send(bare.both(0, (1, LENGTH, 1)))
         bare.look()
-        time.sleep(0.1)
         bare.device.end()
         busy = time.thread_time()
-        bare.lane.run(0.3)
-        assert 0.02 < time.thread_time() - busy < 0.2
+        bare.lane.run(0.2)
+        assert time.thread_time() - busy > 0.01
 
 
 @pytest.mark.parametrize("what", ["request", "notice"])
