@@ -840,6 +840,26 @@ def test_thousands_of_tenants() -> None:
         assert bare.look() == native.FOR_PYTHON
 
 
+def test_a_tenant_whose_name_begins_like_others_is_another_one(bare: BareLane) -> None:
+    door = bare.open_door()
+    for length in range(2, 220, 2):
+        bare.lane.learn("a" * length, np.array([1], np.uint64), np.array([0]))
+    for ticket, length in enumerate(range(1, 120, 2)):
+        door.send(bare.both(0, (1, LENGTH, 1), tenant="a" * length), first_ticket=ticket)
+        assert bare.look() == native.FOR_PYTHON
+        bare.lines[0].release()
+    door.send(bare.both(0, (1, LENGTH, 1), tenant="a" * 218), first_ticket=1000)
+    assert bare.look() == 0
+
+
+def test_what_is_learnt_again_is_no_more_than_it_was(bare: BareLane) -> None:
+    door = bare.open_door()
+    for _ in range(500):
+        bare.lane.learn(TENANT, np.array([1], np.uint64), np.array([0]))
+    door.send(bare.both(0, (2, LENGTH, 1)))
+    assert bare.look() == 0
+
+
 def test_more_sequences_than_there_is_room_for_are_forgotten(bare: BareLane) -> None:
     door = bare.open_door()
     for name in range(1000, 1200):  # one after another in the same column, as they are opened and closed
@@ -850,6 +870,10 @@ def test_more_sequences_than_there_is_room_for_are_forgotten(bare: BareLane) -> 
     door.send(bare.both(0, (2, LENGTH, 1)), first_ticket=1)
     assert bare.look() == native.FOR_PYTHON, "it was forgotten with the rest"
     bare.lines[0].release()
+    bare.lane.learn(TENANT, np.array([3], np.uint64), np.array([2]))
+    door.send(bare.both(0, (2, LENGTH, 1)), first_ticket=9)
+    assert bare.look() == native.FOR_PYTHON, "of its tenant just the other one is known again"
+    bare.lines[0].release()
     bare.learn()
     door.send(bare.both(0, (2, LENGTH, 1)), first_ticket=2)
     assert bare.look() == 0
@@ -858,6 +882,7 @@ def test_more_sequences_than_there_is_room_for_are_forgotten(bare: BareLane) -> 
 def test_books_that_are_shared_anew_are_nobody_s(bare: BareLane) -> None:
     door = bare.open_door()
     bare.share_books()
+    bare.lane.learn(TENANT, np.array([2], np.uint64), np.array([1]))
     door.send(bare.both(0, (1, LENGTH, 1)))
     assert bare.look() == native.FOR_PYTHON
 
