@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from blockdex.errors import BlockdexError
 from blockdex.messages import Limits, Request, Spans, TokenAnswer
 from blockdex.transport.handover import take
-from blockdex.transport.layout import AT, REQUEST, REQUEST_STRUCT, RequestSlot
+from blockdex.transport.layout import AT, CANCEL, REQUEST, REQUEST_STRUCT, RequestSlot
 from cache_state import check_integrity
 from foreign_door import ForeignDoor
 from naive_engine import NaiveEngine, check_same
@@ -272,6 +274,37 @@ async def test_who_never_reads_its_answers_loses_its_link() -> None:
             await asyncio.sleep(0)
             assert sent <= 4 * SMALL.max_queued_requests
         assert sent > 2 * SMALL.max_queued_requests
+
+
+FLOOD = """
+import mmap, os, sys
+fd, bell, read, written, slots = map(int, sys.argv[1:])
+counters = memoryview(mmap.mmap(fd, 0)).cast("Q")
+while True:
+    os.eventfd_write(bell, 1)
+    for _ in range(100):
+        counters[written] = counters[read] + slots
+"""
+
+
+async def test_who_never_stops_is_not_the_only_one_who_is_served() -> None:
+    """Its ring is always full of what is done with at once."""
+    async with host() as run:
+        await fill(run.ask, 1)
+        door = await run.connect()
+        segment, slots = door.handles.segment, SMALL.max_queued_requests
+        read, written = AT["requests_read"] // 8, AT["requests_written"] // 8
+        door.write(*[RequestSlot(ticket=1, kind=CANCEL)] * slots)
+        files = (segment.fd, door.handles.engine_bell)
+        arguments = [str(number) for number in (*files, read, written, slots)]
+        with subprocess.Popen([sys.executable, "-c", FLOOD, *arguments], pass_fds=files) as flooding:
+            try:
+                await eventually(lambda: segment.counters[read] > 10 * slots)
+                for _ in range(5):
+                    await run.ask(both(ROW, dtype="fp32"))
+                    await run.ask(both(ROW))
+            finally:
+                flooding.kill()
 
 
 # --- Whatever comes ---

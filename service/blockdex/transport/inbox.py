@@ -209,8 +209,11 @@ class RingInbox:
         assert self._lane is not None
         why = self._lane.run(seconds)
         late = bool(why & native.LATE)
-        # Who goes leaves requests that nobody takes: first it is to be dropped.
-        while why & native.FOR_PYTHON and not self._noticed and len(self._entries) < self._max_queued:
+        # Not for ever, even where there is always another one that is done with at once.
+        for _ in range(self._max_queued):
+            # Who goes leaves requests that nobody takes: first it is to be dropped.
+            if not why & native.FOR_PYTHON or self._noticed:
+                break
             for line in self._lines:
                 if line.native.waits and not line.gone:
                     self._take(line)
