@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import queue
+import resource
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from foreign_door import ForeignDoor
 from running_engine import TENANT, TIMEOUT, tokens, values
 
 SIZE = SPEC.block_size
+MANY_LINES = 10_000
 ALL = [(native.MAX_RUNS, 2, 1000), (128, LONGEST, 1000)]
 """Programs for more than any request of these tests."""
 
@@ -1017,11 +1019,14 @@ def test_a_request_that_is_written_while_it_lies_down_is_seen() -> None:
     Lines lie down one after another. The first one is in the lane many times over, which takes long enough for the last
     one's request to be written in between.
     """
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < MANY_LINES + 2:  # poll takes as many
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(MANY_LINES + 2, most), most))
     with bare_lane(spin_seconds=0.0005) as bare:  # this thread is awake by then
         first, last = bare.open_door(), bare.open_door()
         bare.lane.drop(bare.lines[1])
         bare.lines[1].gone = False
-        for _ in range(500):
+        for _ in range(min(MANY_LINES, most) - 2):
             bare.lane.add(bare.lines[0])
         bare.lane.add(bare.lines[1])
         sleeping = AT["engine_sleeps"] // 4

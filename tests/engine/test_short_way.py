@@ -17,7 +17,7 @@ from blockdex.messages import Request, TokenRequest
 from blockdex_kernels import runner
 from naive_engine import answer_together
 from ring_engine import running_over_rings
-from running_engine import SPEC, Call, fork, open_sequence, refusal, tokens, values
+from running_engine import SPEC, Call, close, fork, open_sequence, refusal, tokens, values
 
 A, B, C = 1, 2, 3
 LENGTH = 4 * SPEC.block_size - 2
@@ -178,6 +178,20 @@ async def test_a_group_has_no_more_spans_than_graphs_hold(random: np.random.Gene
         await answer_together(run, requests, setup=setup)
         assert run.short_way_requests == len(requests)
         assert all(call.tokens <= MAX_RUNS for call in run.backend.calls)
+
+
+async def test_a_sequence_that_is_closed_and_opened_again(random: np.random.Generator) -> None:
+    """Its column may be another one's by then: the lane goes by what was told of it since."""
+    again: list[Request] = [close(A), close(B), open_sequence(B), open_sequence(A)]
+    short = [tokens(0, [(name, 0, length)], keys=keys_of(random, length)) for name, length in ((A, 9), (B, 17))]
+    late = [both(random, 0, (A, 9, 1)), both(random, 0, (B, 17, 2)), both(random, 0, (A, 10, 2))]
+    gone: list[Request] = [both(random, 0, (A, LENGTH, 1)), both(random, 1, (B, LENGTH, 1))]
+    async with running_over_rings() as run:
+        await answer_together(run, [*gone, *again, *gone, *short, *late], setup=filled(random, A, B))
+        taken = run.short_way_requests
+        await run.ask(both(random, 0, (A, 12, 1)))
+        await run.ask(both(random, 0, (B, 19, 1)))
+        assert run.short_way_requests == taken + 2
 
 
 async def test_columns_that_grow_in_the_batch_that_fills_them(random: np.random.Generator) -> None:
