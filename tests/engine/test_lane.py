@@ -740,16 +740,27 @@ def test_nothing_is_written_for_who_is_gone(device_lane: BareLane) -> None:
 
 def test_a_short_answer_does_not_overtake_a_long_one_that_waits_for_room(bare: BareLane) -> None:
     door = bare.open_door(Sizes(8, 1 << 16, 256))
-    long, short = (1, LENGTH, 3), (2, LENGTH, 1)
-    door.send(*[bare.both(layer, long) for layer in (0, 1)], bare.both(2, short))
+    rows = [(1, LENGTH, 3), (2, LENGTH, 1)]
+    door.send(*[bare.both(layer, row) for layer in (0, 1) for row in rows])
     bare.look()
     bare.look()
-    assert bare.lines[0].has_unwritten, "128 bytes are left, of which the second one leaves none"
-    door.send(bare.both(0, (3, LENGTH, 1)), first_ticket=3)
+    assert bare.lines[0].has_unwritten, "of 256 bytes 64 are left, of which the third one needs twice as many"
     while len(door.told) < 4:
         bare.look()
         door.read(1)
     assert list(door.told) == [0, 1, 2, 3]
+
+
+def test_answers_that_wait_for_room_go_with_who_goes(bare: BareLane) -> None:
+    door = bare.open_door(Sizes(2, 1 << 16, 1 << 16))
+    for ticket in range(3):
+        door.send(bare.both(0, (1, LENGTH + ticket, 1)), first_ticket=ticket)
+        bare.look()
+        bare.look()
+    assert bare.lines[0].has_unwritten
+    bare.lines[0].gone = True
+    bare.look()
+    assert not bare.lines[0].has_unwritten
 
 
 @pytest.mark.parametrize("sizes", [Sizes(2, 1 << 16, 1 << 16), Sizes(64, 1 << 16, 256)], ids=["slots", "arena"])

@@ -118,7 +118,7 @@ def test_a_front_door_ends_and_the_others_go_on(server: Split, stubs: list[pb_gr
     eventually(lambda: any(one.done() for one in waiting), "some hear of it")
 
     def given_up() -> bool:
-        return server.metric("blockdex_waiting_requests") == CLIENTS - sum(one.done() for one in waiting)
+        return bool(server.metric("blockdex_waiting_requests") == CLIENTS - sum(one.done() for one in waiting))
 
     eventually(given_up, "they are given up")
     lost = [one for one in waiting if one.done()]
