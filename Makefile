@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := service/blockdex/_native.abi3.so
+FORMATTED_C := $(addprefix service/blockdex/native/,arena.[ch] flights.[ch] gather.c lane.[ch] line.[ch] native.h places.[ch] steps.c wire.[ch]) tests/transport/line_stress.c
 
 # A torch that the machine already has (a CUDA build, say) is used as it is; otherwise exactly the constrained one comes.
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
@@ -50,12 +51,14 @@ test-all: $(NATIVE) tools ## The tests, and those that take longer: images are b
 
 lint: $(STAMP) ## Formatting, lints, types, the protobuf style rules
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_C)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python proto/generate.py --lint
 
 format: $(STAMP) ## Reformat and fix what can be fixed by itself
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED_C)
 	$(BIN)/ruff check --fix .
 
 proto: $(STAMP) ## Generate service/blockdex/v1 from proto/

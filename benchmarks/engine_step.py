@@ -94,7 +94,7 @@ class Asker:
         self._segment = segment = Segment.create(sizes, epoch)
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         self._handles = Handles(segment, os.eventfd(0, flags), os.eventfd(0, flags))
-        self._line = Line(self._handles, hang_up=lambda _: None)
+        self._line = Line(self._handles, check=lambda _: None, hang_up=lambda _: None)
         inbox.add(self._line)
         self._asked = 0
 

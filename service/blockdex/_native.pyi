@@ -27,6 +27,7 @@ class Line:
         waits: whether the oldest one is for Python.
         gone: whether nobody is there to be answered.
         longest: bytes of an answer that there is room for at some time.
+        has_unwritten: whether answers wait for room, of those that the lane wrote.
     """
 
     def __init__(self, segment: object, bell: int, own_bell: int) -> None: ...
@@ -37,6 +38,8 @@ class Line:
     gone: bool
     @property
     def longest(self) -> int: ...
+    @property
+    def has_unwritten(self) -> bool: ...
     def head(self) -> int:
         """Offset in the segment of the oldest request's slot, which stays as it is until `release`."""
 

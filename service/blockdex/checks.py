@@ -1,4 +1,4 @@
-"""Checks of a request that need no cache: shapes, sizes, bounds. Client and front door refuse with the same words."""
+"""Checks of a request that need no cache: shapes, sizes, bounds. Client, front door and engine refuse alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from operator import add
 import numpy as np
 
 from blockdex.errors import InvalidArgumentError, Reason, ResourceExhaustedError
-from blockdex.messages import Spans
+from blockdex.messages import ForkSequence, Limits, Request, Spans, TokenRequest, TruncateSequence
 from blockdex_kernels import IndexSpec
 
 TENANT_KEY = "blockdex-tenant"
@@ -84,8 +84,7 @@ def check_columns(
             f"{num_spans} sequence_ids, {len(starts)} starts, {len(lengths)} lengths, {num_revisions} revisions",
             Reason.INVALID_SPANS,
         )
-    if not 1 <= num_spans <= max_spans:
-        raise InvalidArgumentError(f"spans: must be 1 to {max_spans}, got {num_spans}", Reason.INVALID_SPANS)
+    check_num_spans(max_spans, num_spans)
     if min(lengths) < 1 or min(starts) < 0 or max(map(add, starts, lengths)) > spec.max_sequence_tokens:
         raise _misplaced(spec, zip(ids, starts, lengths, strict=True))
     if len(set(ids)) != num_spans:
@@ -93,6 +92,12 @@ def check_columns(
         raise InvalidArgumentError(
             f"spans: sequence {sequence} is named {times} times, at most 1 is allowed", Reason.DUPLICATE_SEQUENCE
         )
+
+
+def check_num_spans(max_spans: int, num_spans: int) -> None:
+    """Refuses a request of no spans, and one of too many."""
+    if not 1 <= num_spans <= max_spans:
+        raise InvalidArgumentError(f"spans: must be 1 to {max_spans}, got {num_spans}", Reason.INVALID_SPANS)
 
 
 def _misplaced(spec: IndexSpec, spans: Iterable[tuple[int, int, int]]) -> InvalidArgumentError:
@@ -146,3 +151,36 @@ def check_length(spec: IndexSpec, sequence_id: int, length: int) -> None:
             f"sequence {sequence_id}: length must be 0 to {spec.max_sequence_tokens}, got {length}",
             Reason.INVALID_LENGTH,
         )
+
+
+def check_request(spec: IndexSpec, limits: Limits, request: Request) -> None:
+    """Refuses a message that no front door of this project would have passed on: all of the above at once."""
+    check_tenant(request.tenant)
+    match request:
+        case TokenRequest():
+            _check_tokens(spec, limits, request)
+        case (
+            ForkSequence(parent_id=sequence_id, length=length)
+            | TruncateSequence(sequence_id=sequence_id, length=length)
+        ):
+            check_length(spec, sequence_id, length)
+
+
+def _check_tokens(spec: IndexSpec, limits: Limits, request: TokenRequest) -> None:
+    spans, keys, queries = request.spans, request.keys, request.queries
+    check_layer(spec, request.layer)
+    check_num_spans(limits.max_spans, len(spans.sequence_ids))
+    columns = (spans.sequence_ids, spans.starts, spans.lengths, spans.revisions)
+    check_columns(spec, limits.max_spans, *(column.tolist() for column in columns))
+    tensors = [half.tensor for half in (keys, queries) if half is not None]
+    if not tensors:
+        raise InvalidArgumentError("request: has neither keys nor queries", Reason.EMPTY_REQUEST)
+    check_message_bytes(sum(len(tensor.data) for tensor in tensors), limits.max_message_bytes)
+    if keys is not None:
+        shape: tuple[int, ...] = (spans.num_tokens, spec.head_dim)
+        check_tensor_bytes("keys", keys.tensor.dtype, len(keys.tensor.data), shape)
+    if queries is not None:
+        if queries.num_heads != check_heads(spec, queries.first_head, queries.num_heads):
+            raise InvalidArgumentError("num_heads must be at least 1, got 0", Reason.INVALID_HEADS)
+        shape = (spans.num_tokens, queries.num_heads, spec.head_dim)
+        check_tensor_bytes("queries", queries.tensor.dtype, len(queries.tensor.data), shape)

@@ -126,6 +126,12 @@ def test_a_container_answers_a_real_selection(server: Container) -> None:
     assert json.loads(done.stdout) == [list(range(4, 20))] * 4
 
 
+def test_a_container_holds_the_compiled_module_and_no_compiler(server: Container) -> None:
+    loaded = "from blockdex import _native; import shutil; print(_native.MAX_RUNS, shutil.which('gcc'))"
+    done = server.execute("python", "-c", loaded)
+    assert done.stdout.split() == ["256", "None"], done.stderr
+
+
 def test_a_container_is_confined(server: Container) -> None:
     (status,) = [
         dict(

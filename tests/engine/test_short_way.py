@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,12 @@ import pytest
 from numpy.typing import NDArray
 
 from blockdex._native import MAX_RUNS
+from blockdex.errors import Reason
 from blockdex.messages import Request, TokenRequest
+from blockdex_kernels import runner
 from naive_engine import answer_together
 from ring_engine import running_over_rings
-from running_engine import SPEC, Call, fork, open_sequence, tokens, values
+from running_engine import SPEC, Call, close, fork, open_sequence, refusal, tokens, values
 
 A, B, C = 1, 2, 3
 LENGTH = 4 * SPEC.block_size - 2
@@ -176,6 +180,20 @@ async def test_a_group_has_no_more_spans_than_graphs_hold(random: np.random.Gene
         assert all(call.tokens <= MAX_RUNS for call in run.backend.calls)
 
 
+async def test_a_sequence_that_is_closed_and_opened_again(random: np.random.Generator) -> None:
+    """Its column may be another one's by then: the lane goes by what was told of it since."""
+    again: list[Request] = [close(A), close(B), open_sequence(B), open_sequence(A)]
+    short = [tokens(0, [(name, 0, length)], keys=keys_of(random, length)) for name, length in ((A, 9), (B, 17))]
+    late = [both(random, 0, (A, 9, 1)), both(random, 0, (B, 17, 2)), both(random, 0, (A, 10, 2))]
+    gone: list[Request] = [both(random, 0, (A, LENGTH, 1)), both(random, 1, (B, LENGTH, 1))]
+    async with running_over_rings() as run:
+        await answer_together(run, [*gone, *again, *gone, *short, *late], setup=filled(random, A, B))
+        taken = run.short_way_requests
+        await run.ask(both(random, 0, (A, 12, 1)))
+        await run.ask(both(random, 0, (B, 19, 1)))
+        assert run.short_way_requests == taken + 2
+
+
 async def test_columns_that_grow_in_the_batch_that_fills_them(random: np.random.Generator) -> None:
     """Twice as many columns, for sequences that are opened and appended to at once."""
     names = range(1, 2 * 64 + 2)
@@ -195,3 +213,55 @@ async def test_columns_that_grow_in_the_batch_that_fills_them(random: np.random.
         assert run.engine.info().epoch == epoch
         await asyncio.gather(*(run.submit(both(random, 0, (name, 4, 2))) for name in names))
         assert run.short_way_requests == len(names)
+
+
+async def test_a_step_that_fails_takes_all_with_it_and_nobody_is_left_waiting(random: np.random.Generator) -> None:
+    """Those in it, those that came meanwhile, and those that a batch has; each is answered once, and all goes on."""
+    async with running_over_rings() as run:
+        for request in filled(random, A, B, C):
+            await run.ask(request)
+        epoch = run.engine.info().epoch
+        with run.backend.held("append") as entered:
+            held = [run.submit(both(random, 0, (A, LENGTH, 1)))]
+            await run.reached(entered)
+            run.backend.fault = "decode"
+            held += [run.submit(both(random, layer, (B, LENGTH, 1))) for layer in range(SPEC.num_layers)]
+            held.append(run.submit(both(random, 0, (C, LENGTH, 1), dtype="fp32")))
+        errors = [await refusal(future) for future in held]
+        # The later ones may have come to the next cache, which does not know their sequences.
+        assert errors[0].message == "engine: a batch failed; every sequence is gone, a new epoch begins"
+        assert {error.reason for error in errors} <= {Reason.INTERNAL, Reason.UNKNOWN_SEQUENCE}
+        assert run.engine.info().epoch != epoch
+        taken = run.short_way_requests
+        for request in filled(random, A):
+            await run.ask(request)
+        await run.ask(both(random, 0, (A, LENGTH, 1)))
+        assert run.short_way_requests == taken + 1
+
+
+@pytest.mark.parametrize("grows", [False, True], ids=["", "while page tables grow"])
+async def test_a_step_that_hangs_is_given_up(
+    random: np.random.Generator, monkeypatch: pytest.MonkeyPatch, grows: bool
+) -> None:
+    """A device that takes steps and does not end them; one with captured steps wants none of them on its way then."""
+    told = threading.Event()
+    async with running_over_rings() as run:
+        run.engine._on_lost_device = told.set
+        for request in filled(random, A, B):
+            await run.ask(request)
+        monkeypatch.setattr(runner, "ANSWER_SECONDS", 0.3)
+        short_way = run.engine._short_way
+        assert short_way is not None
+        short_way._lane.set_run_step(lambda room, runs, tokens: None)
+        if grows:
+            monkeypatch.setattr(type(run.engine._runner), "table_room", 0)
+        began = time.monotonic()
+        hanging = [run.submit(both(random, 0, (A, LENGTH, 1))), run.submit(both(random, 0, (A, LENGTH + 1, 1)))]
+        behind = run.submit(both(random, 1, (B, LENGTH, 1), dtype="fp32"))
+        for future in hanging:
+            assert (await refusal(future)).reason == Reason.INTERNAL
+        await asyncio.wait([behind], timeout=10)
+        assert behind.done()
+        assert time.monotonic() - began < 5
+        assert await asyncio.to_thread(told.wait, 10)
+        assert run.engine.device_is_lost

@@ -116,9 +116,13 @@ def test_a_front_door_ends_and_the_others_go_on(server: Split, stubs: list[pb_gr
 
     kill(first)
     eventually(lambda: any(one.done() for one in waiting), "some hear of it")
+
+    def given_up() -> bool:
+        return bool(server.metric("blockdex_waiting_requests") == CLIENTS - sum(one.done() for one in waiting))
+
+    eventually(given_up, "they are given up")
     lost = [one for one in waiting if one.done()]
     assert {one.code() for one in lost} == {grpc.StatusCode.UNAVAILABLE}
-    eventually(lambda: server.metric("blockdex_waiting_requests") == CLIENTS - len(lost), "they are given up")
     with blockdex.Client(server.serving.grpc_address, tenant="doors") as client:
         assert client.get_sequence(1).lengths == (300, 0, 0), "no sequence went with it"
         client.close_sequence(1)

@@ -16,7 +16,7 @@ from blockdex.errors import BlockdexError
 from blockdex.messages import STAGES, TokenRequest
 from blockdex_kernels.runner import Replays, Runner
 
-_DRAIN_SECONDS = 30.0
+_LOOK_SECONDS = 0.1
 
 
 class LaneInbox(Inbox, Protocol):
@@ -112,10 +112,16 @@ class ShortWay:
             self._lane.learn(request.tenant, request.spans.sequence_ids, np.array(slots, np.int64))
 
     def make_room(self, cells: int) -> None:
-        """Waits for the lane's steps where page tables of so many cells have them captured anew."""
+        """Waits for the lane's steps where page tables of so many cells have them captured anew.
+
+        Raises:
+            RuntimeError: as `check`: they do not end.
+        """
         room = self._runner.table_room
-        if room is not None and cells > room:
-            self._lane.drain(_DRAIN_SECONDS)
+        if room is None or cells <= room:
+            return
+        while not self._lane.drain(_LOOK_SECONDS):
+            self.check()
 
     def check(self) -> None:
         """Asks after a step that is on its way.

@@ -36,17 +36,12 @@ static bool find_parts(const struct line *line, const struct blockdex_request *r
     return true;
 }
 
-/* Marks a layer of a sequence as named; false where it is already. */
-static bool mark(struct gathered *gathered, uint32_t layer, uint32_t column) {
-    uint64_t named = ((uint64_t)layer << 32 | column) + 1;
+/* Where a layer of a sequence is marked as named; where it is not, 0 stands there. */
+static uint64_t *mark_of(struct gathered *gathered, uint64_t named) {
     size_t at = (size_t)(named * UINT64_C(0x9e3779b97f4a7c15) >> 32);
     for (;; at++) {
         uint64_t *place = &gathered->marks[at % LANE_MARKS];
-        if (*place == named) return false;
-        if (!*place) {
-            *place = named;
-            return true;
-        }
+        if (!*place || *place == named) return place;
     }
 }
 
@@ -60,7 +55,8 @@ static bool fits(const struct lane *lane, uint32_t layer, uint32_t column, int64
     int64_t held = ((const int64_t *)books->held.buf)[column];
     int64_t forked = ((const int64_t *)books->forked.buf)[column];
     int64_t size = lane->block_size;
-    if (start < 0 || start > before || length < 1 || length > lane->longest || start + length > held * size) return false;
+    if (start < 0 || start > before || length < 1 || length > lane->longest || start + length > held * size)
+        return false;
     /* A layer that reaches fewer pages than before may have been the one that held them. */
     if (before && (start + length - 1) / size < (before - 1) / size) return false;
     return start / size >= forked && (!revision || revision > known);
@@ -105,7 +101,8 @@ static enum verdict fits_in_step(const struct lane *lane, const struct blockdex_
                                  uint32_t longest, int64_t end, uint64_t most_answered) {
     const struct gathered *to = &lane->gathered;
     /* Keys and queries are as many as the tokens; an answer for which there is never room is Python's to refuse. */
-    if (4 * (uint64_t)tokens * lane->heads * lane->topk > most_answered || request->keys_bytes != 2 * (uint64_t)tokens * lane->head_dim ||
+    if (4 * (uint64_t)tokens * lane->heads * lane->topk > most_answered ||
+        request->keys_bytes != 2 * (uint64_t)tokens * lane->head_dim ||
         request->queries_bytes != request->keys_bytes * request->num_heads)
         return FOR_PYTHON;
     longest = longest > to->longest ? longest : to->longest;
@@ -131,15 +128,22 @@ static void enter(struct lane *lane, const struct blockdex_request *request, con
 
 /* Marks what a request names; where that is named already, undoes it. */
 static enum verdict mark_all(struct gathered *to, uint32_t layer, uint32_t spans, const uint32_t columns[LANE_RUNS]) {
-    uint64_t before[LANE_MARKS];
-    memcpy(before, to->marks, sizeof before);
+    uint64_t *marked[LANE_RUNS];
     for (uint32_t row = 0; row < spans; row++) {
-        if (mark(to, layer, columns[row])) continue;
-        memcpy(to->marks, before, sizeof before);
-        /* Two rows of its own are Python's to refuse. */
-        for (uint32_t other = 0; other < row; other++)
-            if (columns[other] == columns[row]) return FOR_PYTHON;
-        return LATER;
+        uint64_t named = ((uint64_t)layer << 32 | columns[row]) + 1;
+        marked[row] = mark_of(to, named);
+        if (!*marked[row]) {
+            *marked[row] = named;
+            continue;
+        }
+        /* The last ones first: whoever was entered before them is found without them. */
+        enum verdict verdict = LATER;
+        while (row-- > 0) {
+            /* Two rows of its own are Python's to refuse. */
+            if (*marked[row] == named) verdict = FOR_PYTHON;
+            *marked[row] = 0;
+        }
+        return verdict;
     }
     return TAKEN;
 }
@@ -167,7 +171,8 @@ static enum verdict consider(struct lane *lane, struct line *line, int64_t now) 
     enter(lane, &request, revisions, columns, now);
     to->keys[to->num_asked] = parts.keys;
     to->queries[to->num_asked] = parts.queries;
-    to->asked[to->num_asked++] = (struct asked){line, request.ticket, tokens, request.received};
+    to->asked[to->num_asked++] =
+        (struct asked){line, request.ticket, tokens, request.received < now ? request.received : now};
     to->runs += request.num_spans;
     to->tokens += tokens;
     to->longest = longest > to->longest ? longest : to->longest;

@@ -63,10 +63,7 @@ static int pass(struct lane *lane, int64_t now) {
     if (!lane_land(lane, now)) return -1;
     if (lane->in_flight < LANE_STEPS) {
         lane_gather(lane, now);
-        if (lane->gathered.runs) {
-            lane->active = now;
-            if (!lane_begin(lane, now)) return -1;
-        }
+        if (lane->gathered.runs && !lane_begin(lane, now)) return -1;
     }
     if (anyone_waits(lane)) why |= LANE_FOR_PYTHON;
     if (lane->in_flight && is_late(lane, now)) why |= LANE_LATE;
@@ -118,7 +115,8 @@ static PyObject *method_drain(struct lane *lane, PyObject *argument) {
     const int64_t until = time_after(seconds);
     bool landed = true;
     Py_BEGIN_ALLOW_THREADS;
-    for (int64_t now = lane_now(); landed && lane->in_flight && now < until; now = lane_now()) landed = lane_land(lane, now);
+    for (int64_t now = lane_now(); landed && lane->in_flight && now < until; now = lane_now())
+        landed = lane_land(lane, now);
     Py_END_ALLOW_THREADS;
     return landed ? PyBool_FromLong(!lane->in_flight) : PyErr_NoMemory();
 }
@@ -249,8 +247,7 @@ static PyObject *method_set_step(struct lane *lane, PyObject *arguments) {
 /* One of the device's programs: runs, length, width, and its address for each step. */
 static bool read_replay(PyObject *from, struct replay *to) {
     unsigned long long programs[LANE_STEPS];
-    if (!PyArg_ParseTuple(from, "IIIKK", &to->runs, &to->length, &to->width, &programs[0], &programs[1]))
-        return false;
+    if (!PyArg_ParseTuple(from, "IIIKK", &to->runs, &to->length, &to->width, &programs[0], &programs[1])) return false;
     if (!to->runs || to->runs > LANE_RUNS || !to->length || to->runs * (uint64_t)to->length > LANE_TOKENS) {
         PyErr_Format(PyExc_ValueError, "lane: no room for %u runs of %u tokens", to->runs, to->length);
         return false;
@@ -300,7 +297,8 @@ static PyObject *method_abandon(struct lane *lane, PyObject *arguments) {
 static PyObject *histogram_of(const struct histogram *histogram, uint32_t num_bounds) {
     PyObject *counts = PyList_New(num_bounds + 1);
     for (uint32_t bucket = 0; counts && bucket <= num_bounds; bucket++)
-        if (PyList_SetItem(counts, bucket, PyLong_FromUnsignedLongLong(histogram->counts[bucket])) < 0) Py_CLEAR(counts);
+        if (PyList_SetItem(counts, bucket, PyLong_FromUnsignedLongLong(histogram->counts[bucket])) < 0)
+            Py_CLEAR(counts);
     return counts ? Py_BuildValue("Nd", counts, histogram->total) : NULL;
 }
 
@@ -340,7 +338,7 @@ static bool read_bounds(PyObject *from, double *to, uint32_t *count) {
 }
 
 static PyObject *lane_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"layers", "heads",        "head_dim", "topk",         "block_size",  "longest",
+    static char *names[] = {"layers", "heads",        "head_dim",       "topk",        "block_size", "longest",
                             "nudge",  "spin_seconds", "seconds_bounds", "size_bounds", NULL};
     unsigned int layers, heads, head_dim, topk, block_size, longest;
     int nudge;
@@ -425,7 +423,11 @@ static PyMethodDef methods[] = {
 };
 
 static PyType_Slot lane_slots[] = {
-    {Py_tp_new, lane_new}, {Py_tp_dealloc, lane_dealloc}, {Py_tp_getset, properties}, {Py_tp_methods, methods}, {0, NULL},
+    {Py_tp_new, lane_new},
+    {Py_tp_dealloc, lane_dealloc},
+    {Py_tp_getset, properties},
+    {Py_tp_methods, methods},
+    {0, NULL},
 };
 
 PyType_Spec blockdex_lane_spec = {

@@ -12,9 +12,9 @@ enum { LANE_STAGES = 4, LANE_BUCKETS = 32 };
 
 /* What the cache knows of its sequences, by column of S, where the cache itself has it. */
 struct books {
-    Py_buffer lengths, revisions;                            /* [L, S] */
-    Py_buffer held, forked, last_calls, first_rows;          /* [S] */
-    Py_buffer generations, blocked;                          /* [S] */
+    Py_buffer lengths, revisions;                   /* [L, S] */
+    Py_buffer held, forked, last_calls, first_rows; /* [S] */
+    Py_buffer generations, blocked;                 /* [S] */
     size_t columns;
 };
 
@@ -26,7 +26,7 @@ struct replay {
 
 /* What one request of a step is answered. */
 struct asked {
-    struct line *line;
+    struct line *line; /* NULL: nobody is there any more, or it is answered already */
     uint64_t ticket;
     uint32_t tokens;
     int64_t received;
@@ -92,6 +92,9 @@ struct lane {
     struct gathered gathered;
 };
 
+/* Nanoseconds of CLOCK_MONOTONIC. */
+int64_t lane_now(void);
+
 /* Takes what is plainly right at the head of every line into `gathered`; what is not has its line wait. */
 void lane_gather(struct lane *lane, int64_t now);
 
@@ -107,9 +110,7 @@ bool lane_begin(struct lane *lane, int64_t now);
 /* Answers the steps that have ended; false: no memory is left. */
 bool lane_land(struct lane *lane, int64_t now);
 
-/* Answers what is on its way with an error, and forgets it; false: no memory is left. */
-int64_t lane_now(void);
-
+/* Answers what is on its way and not yet answered with an error, and forgets it; false: no memory is left. */
 bool lane_abandon(struct lane *lane, uint16_t code, const char *text, size_t bytes, uint16_t reason_bytes);
 
 extern PyType_Spec blockdex_lane_spec;

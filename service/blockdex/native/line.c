@@ -115,9 +115,7 @@ void line_lie_down(struct line *line) {
     atomic_thread_fence(memory_order_seq_cst);
 }
 
-void line_get_up(struct line *line) {
-    atomic_store_explicit(&line->header->engine_sleeps, 0, memory_order_relaxed);
-}
+void line_get_up(struct line *line) { atomic_store_explicit(&line->header->engine_sleeps, 0, memory_order_relaxed); }
 
 static bool number_of(PyObject *segment, const char *name, uint64_t *number) {
     PyObject *value = PyObject_GetAttrString(segment, name);
@@ -135,7 +133,8 @@ static bool map_segment(struct line *line, PyObject *segment) {
     int got = PyObject_GetBuffer(memory, &line->memory, PyBUF_WRITABLE);
     Py_DECREF(memory);
     if (got < 0) return false;
-    if (!number_of(segment, "request_slots_offset", &requests) || !number_of(segment, "answer_slots_offset", &answers) ||
+    if (!number_of(segment, "request_slots_offset", &requests) ||
+        !number_of(segment, "answer_slots_offset", &answers) ||
         !number_of(segment, "request_arena_offset", &request_arena) ||
         !number_of(segment, "answer_arena_offset", &answer_arena) ||
         !number_of(segment, "request_slots", &line->request_slots) ||
@@ -273,7 +272,11 @@ static PyMethodDef methods[] = {
 };
 
 static PyType_Slot line_slots[] = {
-    {Py_tp_new, line_new}, {Py_tp_dealloc, line_dealloc}, {Py_tp_getset, properties}, {Py_tp_methods, methods}, {0, NULL},
+    {Py_tp_new, line_new},
+    {Py_tp_dealloc, line_dealloc},
+    {Py_tp_getset, properties},
+    {Py_tp_methods, methods},
+    {0, NULL},
 };
 
 PyType_Spec blockdex_line_spec = {

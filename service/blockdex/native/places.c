@@ -11,40 +11,59 @@ static size_t spread(uint32_t tenant, uint64_t sequence_id) {
     return (size_t)(mixed ^ mixed >> 32);
 }
 
-static void forget_tenants(struct places *places) {
-    for (uint32_t tenant = 0; tenant < places->num_tenants; tenant++) free(places->tenants[tenant].name);
-    places->num_tenants = 0;
+static size_t spread_name(const char *name, size_t bytes) {
+    uint64_t mixed = UINT64_C(0xcbf29ce484222325); /* FNV-1a */
+    for (size_t at = 0; at < bytes; at++) mixed = (mixed ^ (uint8_t)name[at]) * UINT64_C(0x100000001b3);
+    return (size_t)(mixed ^ mixed >> 32);
+}
+
+static void forget(struct places *places) {
+    for (size_t tenant = 0; tenant < places->capacity; tenant++) free(places->tenants[tenant].name);
+    memset(places->tenants, 0, places->capacity * sizeof *places->tenants);
+    memset(places->table, 0, places->capacity * sizeof *places->table);
+    places->used = 0;
 }
 
 bool places_reset(struct places *places, size_t sequences) {
     size_t capacity = FEWEST;
     while (capacity < 4 * sequences) capacity *= 2;
-    forget_tenants(places);
-    places->used = 0;
     if (capacity == places->capacity) {
-        memset(places->table, 0, capacity * sizeof *places->table);
+        forget(places);
         return true;
     }
-    struct place_of *table = calloc(capacity, sizeof *table);
-    if (!table) return false;
-    free(places->table);
-    places->table = table;
-    places->capacity = capacity;
+    struct places empty = {
+        .table = calloc(capacity, sizeof *empty.table),
+        .tenants = calloc(capacity, sizeof *empty.tenants),
+        .capacity = capacity,
+    };
+    if (!empty.table || !empty.tenants) {
+        free(empty.table);
+        free(empty.tenants);
+        return false;
+    }
+    places_free(places);
+    *places = empty;
     return true;
 }
 
 void places_free(struct places *places) {
-    forget_tenants(places);
+    if (places->capacity) forget(places);
     free(places->tenants);
     free(places->table);
 }
 
-int64_t places_tenant(const struct places *places, const char *name, size_t bytes) {
-    for (uint32_t tenant = 0; tenant < places->num_tenants; tenant++) {
-        const struct tenant *known = &places->tenants[tenant];
-        if (known->bytes == bytes && !memcmp(known->name, name, bytes)) return tenant;
+/* The place of a tenant; where it is not known, one without a name. */
+static struct tenant *look_up_tenant(const struct places *places, const char *name, size_t bytes) {
+    size_t at = spread_name(name, bytes);
+    for (;; at++) {
+        struct tenant *tenant = &places->tenants[at & (places->capacity - 1)];
+        if (!tenant->name || (tenant->bytes == bytes && !memcmp(tenant->name, name, bytes))) return tenant;
     }
-    return -1;
+}
+
+int64_t places_tenant(const struct places *places, const char *name, size_t bytes) {
+    const struct tenant *tenant = look_up_tenant(places, name, bytes);
+    return tenant->name ? tenant - places->tenants : -1;
 }
 
 static struct place_of *look_up(const struct places *places, uint32_t tenant, uint64_t sequence_id) {
@@ -60,31 +79,24 @@ const struct place_of *places_find(const struct places *places, uint32_t tenant,
     return place->used ? place : NULL;
 }
 
-static int64_t add_tenant(struct places *places, const char *name, size_t bytes) {
-    if (places->num_tenants == places->room_for_tenants) {
-        uint32_t room = places->room_for_tenants ? 2 * places->room_for_tenants : 16;
-        struct tenant *tenants = realloc(places->tenants, room * sizeof *tenants);
-        if (!tenants) return -1;
-        places->tenants = tenants;
-        places->room_for_tenants = room;
+/* The number of a tenant that is known from now on; -1 without memory. */
+static int64_t learn_tenant(struct places *places, const char *name, size_t bytes) {
+    struct tenant *tenant = look_up_tenant(places, name, bytes);
+    if (!tenant->name) {
+        char *copy = malloc(bytes + 1); /* none takes no memory, which malloc may say with NULL */
+        if (!copy) return -1;
+        memcpy(copy, name, bytes);
+        *tenant = (struct tenant){copy, bytes};
     }
-    char *copy = malloc(bytes + 1); /* none takes no memory, which malloc may say with NULL */
-    if (!copy) return -1;
-    memcpy(copy, name, bytes);
-    places->tenants[places->num_tenants] = (struct tenant){copy, bytes};
-    return places->num_tenants++;
+    return tenant - places->tenants;
 }
 
 bool places_learn(struct places *places, const char *tenant, size_t tenant_bytes, uint64_t sequence_id, uint32_t column,
                   uint32_t generation) {
-    if (2 * places->used >= places->capacity) {
-        /* Most of them may be closed by now. Those that are not are learnt again with their next request. */
-        forget_tenants(places);
-        memset(places->table, 0, places->capacity * sizeof *places->table);
-        places->used = 0;
-    }
-    int64_t number = places_tenant(places, tenant, tenant_bytes);
-    if (number < 0) number = add_tenant(places, tenant, tenant_bytes);
+    /* Most of them may be closed by now. Those that are not are learnt again with their next request. Tenants are never
+     * more than sequences, so this leaves room for them, too. */
+    if (2 * places->used >= places->capacity) forget(places);
+    int64_t number = learn_tenant(places, tenant, tenant_bytes);
     if (number < 0) return false;
     struct place_of *place = look_up(places, (uint32_t)number, sequence_id);
     places->used += !place->used;

@@ -14,22 +14,22 @@ struct place_of {
 };
 
 struct tenant {
-    char *name; /* any bytes: a front door may write what is no text */
+    char *name; /* NULL where there is none */
     size_t bytes;
 };
 
+/* Two tables with open addressing, of `capacity` each, a power of two. A tenant's number is its place. */
 struct places {
-    struct place_of *table; /* open addressing; a power of two of them */
-    size_t capacity, used;
+    struct place_of *table;
     struct tenant *tenants;
-    uint32_t num_tenants, room_for_tenants;
+    size_t capacity, used;
 };
 
 /* Makes it empty, with room for so many sequences; false without memory. What it held is forgotten. */
 bool places_reset(struct places *places, size_t sequences);
 void places_free(struct places *places);
 
-/* Number of a tenant, -1 for one that nothing is known of. */
+/* Number of a tenant, any bytes; -1 for one that nothing is known of. */
 int64_t places_tenant(const struct places *places, const char *name, size_t bytes);
 
 /* NULL where nothing is known of the sequence. */

@@ -1,7 +1,11 @@
 /* Steps of the lane: what was gathered goes to the device, and what it has written to who asked. */
 #include "lane.h"
 
-enum { ITEM_BYTES = 2, COLUMNS = 4, UNWRITTEN = -2 }; /* less than any block id, and than the -1 of a place without one */
+enum {
+    ITEM_BYTES = 2,
+    COLUMNS = 4,
+    UNWRITTEN = -2
+}; /* less than any block id, and than the -1 of a place without one */
 
 /* How much of a step's memory a step takes: with the padding of its program, where it is one of the device's. */
 struct shape {
@@ -68,8 +72,7 @@ bool lane_begin(struct lane *lane, int64_t now) {
     const struct gathered *from = &lane->gathered;
     uint32_t number = (lane->first + lane->in_flight) % LANE_STEPS;
     struct step *step = &lane->steps[number];
-    const struct replay *replay =
-        lane->run_step ? NULL : lane_replay(lane, from->runs, from->longest, from->end);
+    const struct replay *replay = lane->run_step ? NULL : lane_replay(lane, from->runs, from->longest, from->end);
     struct shape shape = shape_of(lane, replay);
     fill(lane, &shape, step);
     memcpy(step->asked, from->asked, sizeof *from->asked * from->num_asked);
@@ -127,8 +130,9 @@ bool lane_land(struct lane *lane, int64_t now) {
         atomic_thread_fence(memory_order_acquire);
         const int32_t *ids = step->block_ids.buf;
         for (uint32_t number = 0; number < step->num_asked; number++) {
-            const struct asked *asked = &step->asked[number];
+            struct asked *asked = &step->asked[number];
             if (asked->line && !answer_one(lane, step, asked, ids, now)) return false;
+            asked->line = NULL;
             ids += (size_t)asked->tokens * lane->heads * lane->topk;
         }
         lane->device_seconds += 1e-9 * (double)(now - step->launched);
@@ -140,23 +144,30 @@ bool lane_land(struct lane *lane, int64_t now) {
     return true;
 }
 
+static bool refuse(struct step *step, struct blockdex_answer answer, const char *text, size_t bytes) {
+    for (uint32_t number = 0; number < step->num_asked; number++) {
+        struct asked *asked = &step->asked[number];
+        answer.ticket = asked->ticket;
+        if (asked->line && !line_answer(asked->line, answer, text, bytes)) return false;
+        asked->line = NULL;
+    }
+    return true;
+}
+
 bool lane_abandon(struct lane *lane, uint16_t code, const char *text, size_t bytes, uint16_t reason_bytes) {
+    const struct blockdex_answer answer = {.code = code,
+                                           .reason_bytes = reason_bytes,
+                                           .phase = BLOCKDEX_DECODE,
+                                           .queue_seconds = -1,
+                                           .plan_seconds = -1,
+                                           .device_seconds = -1,
+                                           .reply_seconds = -1};
+    if (!lane->in_flight) return true;
     for (; lane->in_flight; lane->in_flight--) {
-        const struct step *step = &lane->steps[lane->first];
-        for (uint32_t number = 0; number < step->num_asked; number++) {
-            struct blockdex_answer answer = {.ticket = step->asked[number].ticket,
-                                             .code = code,
-                                             .reason_bytes = reason_bytes,
-                                             .phase = BLOCKDEX_DECODE,
-                                             .queue_seconds = -1,
-                                             .plan_seconds = -1,
-                                             .device_seconds = -1,
-                                             .reply_seconds = -1};
-            struct line *line = step->asked[number].line;
-            if (line && !line_answer(line, answer, text, bytes)) return false;
-        }
+        if (!refuse(&lane->steps[lane->first], answer, text, bytes)) return false;
         lane->first = (lane->first + 1) % LANE_STEPS;
     }
+    lane->device_busy_seconds += 1e-9 * (double)(lane_now() - lane->busy_since);
     for (size_t number = 0; number < lane->num_lines; number++) line_publish(lane->lines[number]);
     return true;
 }
@@ -164,8 +175,7 @@ bool lane_abandon(struct lane *lane, uint16_t code, const char *text, size_t byt
 const struct replay *lane_replay(const struct lane *lane, uint32_t runs, uint32_t longest, int64_t end) {
     for (size_t number = 0; number < lane->num_replays; number++) {
         const struct replay *replay = &lane->replays[number];
-        if (replay->runs >= runs && replay->length >= longest &&
-            (int64_t)replay->width * lane->block_size >= end)
+        if (replay->runs >= runs && replay->length >= longest && (int64_t)replay->width * lane->block_size >= end)
             return replay;
     }
     return NULL;

@@ -195,6 +195,10 @@ def _read_tokens(segment: Segment, begin: int, tenant: str, numbers: RequestSlot
     columns = segment.words[word : word + _COLUMNS * num_spans].copy()
     positions = columns[num_spans : 3 * num_spans].view(np.int64)
     spans = Spans(columns[:num_spans], positions[:num_spans], positions[num_spans:], columns[3 * num_spans :])
+    if numbers.flags & ~(layout.RETURN_SCORES | layout.WAIT_FOR_KEYS):
+        raise RingError(f"request: flags must be 0 to 3, got {numbers.flags}")
+    if (keys_bytes and not numbers.keys_dtype) or (queries_bytes and not numbers.queries_dtype):
+        raise RingError(f"request: {keys_bytes} bytes of keys and {queries_bytes} of queries, one without a dtype")
     keys = queries = None
     if numbers.keys_dtype:
         keys = Keys(_tensor(segment, numbers.keys_dtype, begin + keys_at, keys_bytes))

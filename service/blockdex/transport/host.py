@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from functools import partial
 from typing import TYPE_CHECKING
 
+from blockdex.checks import check_request
 from blockdex.logs import log_event
 from blockdex.messages import Limits
 from blockdex.transport.handover import offer
@@ -70,7 +72,7 @@ class RingHost:
             log_event(logger, logging.WARNING, "link broken", reason=str(error))
             loop.call_soon_threadsafe(talk.hang_up)
 
-        line = Line(handles, hang_up)
+        line = Line(handles, partial(check_request, info.spec, info.limits), hang_up)
         self._inbox.add(line)
         try:
             async for words in talk.heard():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from blockdex import _native as native
 from blockdex.engine.entry import Entry, Outcome
 from blockdex.errors import BlockdexError, InternalError, Reason, ResourceExhaustedError
-from blockdex.messages import Answer
+from blockdex.messages import Answer, Request
 from blockdex.transport import codec
 from blockdex.transport.handover import Handles
 from blockdex.transport.segment import RingError
@@ -29,6 +29,7 @@ class Line:
 
     Args:
         handles: what both sides hold.
+        check: refuses what no request can be, whatever the cache holds; as `checks.check_request` does.
         hang_up: ends the connection, from any thread; called where the front door has written what cannot be.
 
     Attributes:
@@ -37,8 +38,11 @@ class Line:
         in_flight: entries that are not answered yet, by ticket.
     """
 
-    def __init__(self, handles: Handles, hang_up: Callable[[RingError], None]) -> None:
+    def __init__(
+        self, handles: Handles, check: Callable[[Request], None], hang_up: Callable[[RingError], None]
+    ) -> None:
         self.handles = handles
+        self.check = check
         self.hang_up = hang_up
         self.native = native.Line(handles.segment, handles.door_bell, handles.engine_bell)
         self.gone = False
@@ -55,8 +59,10 @@ class Line:
         """The oldest request as an entry; a cancellation is noted in the entry that it is of, and is none.
 
         Raises:
-            RingError: it is not what the layout says.
+            RingError: it is not what the layout says; or too many answers are there that nobody reads.
         """
+        if len(self._unwritten) >= self._segment.answer_slots:
+            raise RingError(f"answers: {len(self._unwritten)} wait for room, which nobody makes")
         if self.native.filled < 0:
             raise RingError(f"ring: more slots are said to be filled than the {self._segment.request_slots} there are")
         ticket, request, received, deadline = codec.read_request(self._segment, self.native.head())
@@ -67,7 +73,7 @@ class Line:
             return None
         if ticket in self.in_flight:
             raise RingError(f"request: ticket {ticket} is in flight already")
-        entry = Entry(request, deadline, Ticket(self, ticket), received)
+        entry = Entry(request, deadline, Ticket(self, ticket), min(received, time.monotonic()))
         self.in_flight[ticket] = entry
         return entry
 
@@ -203,8 +209,11 @@ class RingInbox:
         assert self._lane is not None
         why = self._lane.run(seconds)
         late = bool(why & native.LATE)
-        # Who goes leaves requests that nobody takes: first it is to be dropped.
-        while why & native.FOR_PYTHON and not self._noticed and len(self._entries) < self._max_queued:
+        # Not for ever, even where there is always another one that is done with at once.
+        for _ in range(self._max_queued):
+            # Who goes leaves requests that nobody takes: first it is to be dropped.
+            if not why & native.FOR_PYTHON or self._noticed:
+                break
             for line in self._lines:
                 if line.native.waits and not line.gone:
                     self._take(line)
@@ -228,13 +237,21 @@ class RingInbox:
             return
         if entry is None:
             return
-        queued = sum(len(each.in_flight) for each in self._lines) - 1
-        if queued >= self._max_queued:
-            line.answer(_asker(entry).number, overloaded(self._max_queued, queued))
+        try:
+            line.check(entry.request)
+            self._check_room()
+        except BlockdexError as refused:
+            line.answer(_asker(entry).number, refused)
             line.publish()
             return
         self._short_way.hold_up(entry)
         self._entries.append(entry)
+
+    def _check_room(self) -> None:
+        """Refuses the request that was taken last where it is one too many."""
+        queued = sum(len(each.in_flight) for each in self._lines) - 1
+        if queued >= self._max_queued:
+            raise overloaded(self._max_queued, queued)
 
     def _look_round(self) -> None:
         """Front doors come and go."""
