@@ -165,6 +165,67 @@ class Lane:
             tokens, seconds of steps on the device, and seconds with any of them there.
         """
 
+# --- The client's side ---
+
+class Writer:
+    """Writes the data calls that a server takes, as protobuf.
+
+    Args:
+        array: `numpy.ndarray`.
+        dtypes: numpy dtypes to their numbers on the wire.
+
+    Raises:
+        ValueError: bounds that no server has.
+    """
+
+    def __new__(
+        cls,
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        max_sequence_tokens: int,
+        max_spans: int,
+        max_message_bytes: int,
+        array: type[Any],
+        dtypes: dict[np.dtype[Any], int],
+    ) -> Writer: ...
+    def write(
+        self,
+        kind: int,
+        layer: int,
+        epoch: int,
+        sequences: list[int],
+        starts: list[int],
+        lengths: list[int],
+        revisions: list[int],
+        keys: object,
+        queries: object,
+        first_head: int,
+        num_heads: int,
+        order: int | None,
+        return_scores: bool,
+        wait_for_keys: bool,
+        /,
+    ) -> tuple[bytes, int, int] | None:
+        """A request, the sum of its lengths, and its heads: those named, or all from the first one; 0 without queries.
+
+        Args:
+            kind: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect.
+
+        Returns:
+            None where anything is wrong with it or merely unusual.
+        """
+
+def integers(value: object, bits: int, /) -> list[int] | None:
+    """A copy of a list whose members are exact integers, not below 0, of so many bits (32 or 64); None for any other."""
+
+def find_response(kind: int, frame: bytes, /) -> bytes | None:
+    """The response to a call of that kind inside a `StreamResponse`; None where it is none, or unusual."""
+
+def read_selection(response: bytes, num_bytes: int, scored: bool, /) -> tuple[bytearray, bytearray | None] | None:
+    """Block ids, and scores where there should be any, of so many bytes each; None where they are not there like that."""
+
 # --- The front door's side ---
 
 Taken = tuple[Any, int, int, int, int]

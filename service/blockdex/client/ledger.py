@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockdex.client.answers import Info
+from blockdex.client.writer import Writer
 from blockdex.errors import FailedPreconditionError, Reason
 
 _UNKNOWN = -1
@@ -58,14 +59,20 @@ class Ledger:
 
     Attributes:
         info: the server's answer to GetInfo.
+        writer: writes the requests that such a server takes.
         over: whether the server has said that its epoch is another one.
     """
 
     def __init__(self, info: Info) -> None:
-        self.info = info
+        self.learn(info)
         self.over = False
         self._sequences: dict[int, _Layers] = {}
         self._lock = threading.Lock()
+
+    def learn(self, info: Info) -> None:
+        """Takes up a newer answer to GetInfo, of the same epoch."""
+        self.info = info
+        self.writer = Writer(info)
 
     def open(self, sequence: int, lengths: Sequence[int]) -> None:
         """Takes up a sequence of known lengths."""

@@ -13,19 +13,17 @@ import grpc
 from blockdex.client.call import Call
 from blockdex.client.core import CHANNEL_OPTIONS, Core
 from blockdex.client.failures import another, error_of_call, error_of_stream
-from blockdex.client.frames import answer_of, cancel_of, closed, frame_of
+from blockdex.client.frames import CANCELS, answer_of, cancel_of, closed, frame_of, number_of
+from blockdex.client.paths import STREAM_PATH, UNARY_PATHS
 from blockdex.errors import BlockdexError, Reason, UnavailableError
-from blockdex.v1 import indexer_pb2 as pb
-from blockdex.v1.indexer_pb2_grpc import IndexerServiceStub
 
 _JOIN_SECONDS = 5.0
-_STREAM = f"/{pb.DESCRIPTOR.services_by_name['IndexerService'].full_name}/Stream"
 
 
 class Transport(Protocol):
     """Sends calls; safe to share between threads."""
 
-    def send(self, call: Call[Any]) -> Any:
+    def send(self, call: Call[Any]) -> bytes:
         """The response to one attempt.
 
         Raises:
@@ -45,17 +43,18 @@ class UnaryTransport:
         self._core = core
         self._closed = False
         self.channel = grpc.insecure_channel(core.address, options=CHANNEL_OPTIONS)
-        self._stub: Any = IndexerServiceStub(self.channel)
+        self._methods: dict[str, Any] = {rpc: self.channel.unary_unary(path) for rpc, path in UNARY_PATHS.items()}
 
-    def send(self, call: Call[Any]) -> Any:
+    def send(self, call: Call[Any]) -> bytes:
         """The response to one attempt."""
         if self._closed:
             raise closed()
-        method = getattr(self._stub, call.rpc)
+        method = self._methods[call.rpc]
         try:
-            return method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
+            answer: bytes = method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
         except grpc.RpcError as failure:
             raise error_of_call(failure, f"{call.rpc} at {self._core.address}") from failure
+        return answer
 
     def close(self) -> None:
         """Ends what is in flight and closes the channel."""
@@ -73,9 +72,9 @@ class StreamTransport:
         self._closed = False
         self._exchange: _Exchange | None = None
 
-    def send(self, call: Call[Any]) -> Any:
+    def send(self, call: Call[Any]) -> bytes:
         """The response to one attempt."""
-        if call.envelope is None:
+        if call.kind is None:
             return self._unary.send(call)
         return self._open_exchange().send(call)
 
@@ -110,9 +109,9 @@ class _Exchange:
         self._closing = False
         self._lock = threading.Lock()
         self._request_ids = itertools.count(1)
-        self._outbox: queue.SimpleQueue[pb.StreamRequest | None] = queue.SimpleQueue()
-        self._inboxes: dict[int, queue.SimpleQueue[pb.StreamResponse | BlockdexError]] = {}
-        method = channel.stream_stream(_STREAM, pb.StreamRequest.SerializeToString, self._deliver)
+        self._outbox: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
+        self._inboxes: dict[int, queue.SimpleQueue[bytes | BlockdexError]] = {}
+        method: Any = channel.stream_stream(STREAM_PATH, response_deserializer=self._deliver)
         self._responses: Any = method(self._requests(), metadata=core.metadata)
         self._reader = threading.Thread(target=self._read, name="blockdex-stream", daemon=True)
         self._reader.start()
@@ -121,42 +120,43 @@ class _Exchange:
     def broken(self) -> bool:
         return self._failure is not None
 
-    def send(self, call: Call[Any]) -> Any:
-        inbox: queue.SimpleQueue[pb.StreamResponse | BlockdexError] = queue.SimpleQueue()
+    def send(self, call: Call[Any]) -> bytes:
+        inbox: queue.SimpleQueue[bytes | BlockdexError] = queue.SimpleQueue()
         timeout = call.remaining()
         with self._lock:
             if self._failure is not None:
                 raise another(self._failure)
             request_id = next(self._request_ids)
             self._inboxes[request_id] = inbox
-        self._outbox.put(frame_of(call, request_id, timeout))
+        self._outbox.put((request_id, frame_of(call, request_id, timeout)))
         try:
             frame = inbox.get(timeout=timeout)
         except BaseException as failure:
             del self._inboxes[request_id]
-            self._outbox.put(cancel_of(request_id))
+            self._outbox.put((CANCELS, cancel_of(request_id)))
             if isinstance(failure, queue.Empty):
                 raise call.late() from None
             raise
         del self._inboxes[request_id]
         if isinstance(frame, BlockdexError):
             raise frame
-        return answer_of(frame)
+        assert call.kind is not None
+        return answer_of(call.kind, frame)
 
     def close(self) -> None:
         self._closing = True
         self._responses.cancel()
         self._reader.join(_JOIN_SECONDS)
 
-    def _requests(self) -> Iterator[pb.StreamRequest]:
-        while (frame := self._outbox.get()) is not None:
+    def _requests(self) -> Iterator[bytes]:
+        while (request := self._outbox.get()) is not None:
+            request_id, frame = request
             # A caller that has gone while its request was queued here leaves nothing to send.
-            if frame.request_id in self._inboxes or frame.HasField("cancel"):
+            if request_id in self._inboxes or request_id == CANCELS:
                 yield frame
 
-    def _deliver(self, answer: bytes) -> pb.StreamResponse:
-        frame = pb.StreamResponse.FromString(answer)
-        inbox = self._inboxes.get(frame.request_id)
+    def _deliver(self, frame: bytes) -> bytes:
+        inbox = self._inboxes.get(number_of(frame))
         if inbox is not None:
             inbox.put(frame)
         return frame

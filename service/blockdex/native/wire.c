@@ -74,8 +74,6 @@ static bool read_tensor(struct wire_tensor *tensor, const struct field *message)
     return tensor->data != NULL;
 }
 
-enum { LAST_FEATURE = 4 };
-
 static bool is_feature(uint64_t value) { return value >= 1 && value <= LAST_FEATURE; }
 
 static bool read_features(struct field *field) {
@@ -191,4 +189,125 @@ void wire_write(const struct wire_response *response, uint8_t *to) {
     to = write_tensor(to, 1, &response->block_ids);
     to = write_tensor(to, 2, &response->scores);
     write_fixed64(to, response->kind == APPEND_KEYS ? 1 : 3, response->epoch);
+}
+
+static uint64_t varints_inside(const struct wire_spans *spans, unsigned column) {
+    uint64_t bytes = 0;
+    for (uint32_t at = 0; at < spans->counts[column]; at++) bytes += varint_size(spans->columns[column][at]);
+    return bytes;
+}
+
+static uint64_t fixed64s_inside(const struct wire_spans *spans, unsigned column) {
+    return spans->counts[column] * sizeof(uint64_t);
+}
+
+/* Of bytes with their tag and length; those of none are left out. */
+static uint64_t packed_size(uint64_t inside) { return inside ? 1 + varint_size(inside) + inside : 0; }
+
+static uint64_t spans_inside(const struct wire_spans *spans) {
+    return packed_size(fixed64s_inside(spans, SEQUENCE_IDS)) + packed_size(varints_inside(spans, STARTS)) +
+           packed_size(varints_inside(spans, LENGTHS)) + packed_size(fixed64s_inside(spans, REVISIONS));
+}
+
+static uint8_t *write_varints(uint8_t *to, unsigned number, const struct wire_spans *spans, unsigned column) {
+    if (!spans->counts[column]) return to;
+    to = write_varint(write_tag(to, number, BYTES), varints_inside(spans, column));
+    for (uint32_t at = 0; at < spans->counts[column]; at++) to = write_varint(to, spans->columns[column][at]);
+    return to;
+}
+
+static uint8_t *write_fixed64s(uint8_t *to, unsigned number, const struct wire_spans *spans, unsigned column) {
+    uint64_t bytes = fixed64s_inside(spans, column);
+    if (!bytes) return to;
+    to = write_varint(write_tag(to, number, BYTES), bytes);
+    memcpy(to, spans->columns[column], bytes);
+    return to + bytes;
+}
+
+static uint8_t *write_spans(uint8_t *to, unsigned number, const struct wire_spans *spans) {
+    to = write_varint(write_tag(to, number, BYTES), spans_inside(spans));
+    to = write_fixed64s(to, 1, spans, SEQUENCE_IDS);
+    to = write_varints(to, 2, spans, STARTS);
+    to = write_varints(to, 3, spans, LENGTHS);
+    return write_fixed64s(to, 4, spans, REVISIONS);
+}
+
+static uint64_t number_size(uint64_t value) { return value ? 1 + varint_size(value) : 0; }
+
+static uint8_t *write_number(uint8_t *to, unsigned number, uint64_t value) {
+    return value ? write_varint(write_tag(to, number, VARINT), value) : to;
+}
+
+static uint64_t role_size(const struct wire_request *request, enum role role) {
+    switch (role) {
+        case LAYER: return number_size(request->layer);
+        case SPANS: return packed_size(spans_inside(request->spans));
+        case KEYS: return tensor_size(&request->keys);
+        case QUERIES: return tensor_size(&request->queries);
+        case FIRST_HEAD: return number_size(request->first_head);
+        case NUM_HEADS: return number_size(request->num_heads);
+        case ORDER: return number_size(request->order);
+        case SCORES: return number_size(request->return_scores);
+        case WAIT: return number_size(request->wait_for_keys);
+        case EPOCH: return fixed64_size(request->epoch);
+        case FEATURES: return packed_size(request->num_features);
+        default: return 0;
+    }
+}
+
+static uint8_t *write_role(uint8_t *to, unsigned number, const struct wire_request *request, enum role role) {
+    switch (role) {
+        case LAYER: return write_number(to, number, request->layer);
+        case SPANS: return write_spans(to, number, request->spans);
+        case KEYS: return write_tensor(to, number, &request->keys);
+        case QUERIES: return write_tensor(to, number, &request->queries);
+        case FIRST_HEAD: return write_number(to, number, request->first_head);
+        case NUM_HEADS: return write_number(to, number, request->num_heads);
+        case ORDER: return write_number(to, number, request->order);
+        case SCORES: return write_number(to, number, request->return_scores);
+        case WAIT: return write_number(to, number, request->wait_for_keys);
+        case EPOCH: return write_fixed64(to, number, request->epoch);
+        case FEATURES:
+            if (!request->num_features) return to;
+            to = write_varint(write_tag(to, number, BYTES), request->num_features);
+            memcpy(to, request->features, request->num_features);
+            return to + request->num_features;
+        default: return to;
+    }
+}
+
+uint64_t wire_request_size(const struct wire_request *request) {
+    uint64_t size = 0;
+    for (unsigned number = 1; number <= LAST_FIELD; number++) size += role_size(request, ROLES[request->kind][number]);
+    return size;
+}
+
+void wire_write_request(const struct wire_request *request, uint8_t *to) {
+    for (unsigned number = 1; number <= LAST_FIELD; number++)
+        to = write_role(to, number, request, ROLES[request->kind][number]);
+}
+
+bool wire_read_response(struct wire_response *response, const uint8_t *bytes, size_t size) {
+    struct cursor cursor = {bytes, bytes + size};
+    struct field field = {0};
+    while (cursor.at < cursor.end) {
+        if (!read_field(&cursor, &field)) return false;
+        if (field.number == 1 && !read_tensor(&response->block_ids, &field)) return false;
+        if (field.number == 2 && !read_tensor(&response->scores, &field)) return false;
+    }
+    return true;
+}
+
+bool wire_find_response(uint32_t kind, const uint8_t *bytes, size_t size, const uint8_t **body, size_t *body_size) {
+    struct cursor cursor = {bytes, bytes + size};
+    struct field field = {0};
+    *body = NULL;
+    while (cursor.at < cursor.end) {
+        if (!read_field(&cursor, &field)) return false;
+        if (field.number == 1 && field.type == FIXED64) continue;
+        if (field.number != 2 + kind || field.type != BYTES || *body) return false;
+        *body = field.inside.at;
+        *body_size = (size_t)(field.inside.end - field.inside.at);
+    }
+    return *body != NULL;
 }
