@@ -210,21 +210,18 @@ class Writer:
     ) -> tuple[bytes, int, int] | None:
         """A request, the sum of its lengths, and its heads: those named, or all from the first one; 0 without queries.
 
-        Args:
-            kind: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect.
-
-        Returns:
-            None where anything is wrong with it or merely unusual.
+        Kinds are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect. None where anything is wrong with it or
+        merely unusual.
         """
 
 def integers(value: object, bits: int, /) -> list[int] | None:
-    """A copy of a list whose members are exact integers, not below 0, of so many bits (32 or 64); None for any other."""
+    """A copy of a list of exact integers, not below 0, that take so many bits (32 or 64); None of anything else."""
 
 def find_response(kind: int, frame: bytes, /) -> bytes | None:
     """The response to a call of that kind inside a `StreamResponse`; None where it is none, or unusual."""
 
 def read_selection(response: bytes, num_bytes: int, scored: bool, /) -> tuple[bytearray, bytearray | None] | None:
-    """Block ids, and scores where there should be any, of so many bytes each; None where they are not there like that."""
+    """Block ids, and scores where there should be any, of so many bytes each; None where they are not."""
 
 # --- The front door's side ---
 
