@@ -24,6 +24,9 @@ def frame_of(call: Call[Any], request_id: int, timeout: float) -> bytes:
     """A data call, numbered; the server gives it up when the caller does."""
     assert call.kind is not None
     timeout_ms = min(math.ceil(1000 * timeout), _LONGEST_TIMEOUT_MS)
+    if compiled.native is not None:
+        frame: bytes = compiled.native.frame(call.kind.number, request_id, timeout_ms, call.request)
+        return frame
     head = pb.StreamRequest(request_id=request_id, timeout_ms=timeout_ms).SerializeToString()
     return b"".join((head, call.kind.tag, _varint(len(call.request)), call.request))
 

@@ -9,5 +9,6 @@ extern PyType_Spec blockdex_writer_spec;
 PyObject *blockdex_integers(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 PyObject *blockdex_find_response(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 PyObject *blockdex_read_selection(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
+PyObject *blockdex_frame(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 
 #endif

@@ -30,6 +30,7 @@ static PyMethodDef methods[] = {
     {"integers", (PyCFunction)(void (*)(void))blockdex_integers, METH_FASTCALL, NULL},
     {"find_response", (PyCFunction)(void (*)(void))blockdex_find_response, METH_FASTCALL, NULL},
     {"read_selection", (PyCFunction)(void (*)(void))blockdex_read_selection, METH_FASTCALL, NULL},
+    {"frame", (PyCFunction)(void (*)(void))blockdex_frame, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -83,7 +83,13 @@ static inline uint8_t *write_varint(uint8_t *to, uint64_t value) {
 
 static inline uint8_t *write_tag(uint8_t *to, unsigned number, unsigned type) { return write_varint(to, number << 3 | type); }
 
-/* A number that is 0 is left out, as protobuf does. */
+/* A number that is 0 is left out, as protobuf does. Tags are of fields below 16. */
+static inline uint64_t number_size(uint64_t value) { return value ? 1 + varint_size(value) : 0; }
+
+static inline uint8_t *write_number(uint8_t *to, unsigned number, uint64_t value) {
+    return value ? write_varint(write_tag(to, number, VARINT), value) : to;
+}
+
 static inline uint64_t fixed64_size(uint64_t value) { return value ? 9 : 0; }
 
 static inline uint8_t *write_fixed64(uint8_t *to, unsigned number, uint64_t value) {

@@ -232,12 +232,6 @@ static uint8_t *write_spans(uint8_t *to, unsigned number, const struct wire_span
     return write_fixed64s(to, 4, spans, REVISIONS);
 }
 
-static uint64_t number_size(uint64_t value) { return value ? 1 + varint_size(value) : 0; }
-
-static uint8_t *write_number(uint8_t *to, unsigned number, uint64_t value) {
-    return value ? write_varint(write_tag(to, number, VARINT), value) : to;
-}
-
 static uint64_t role_size(const struct wire_request *request, enum role role) {
     switch (role) {
         case LAYER: return number_size(request->layer);
