@@ -214,6 +214,52 @@ class Writer:
         merely unusual.
         """
 
+class Layers:
+    """What a client knows of one sequence, by layer: as `blockdex.client.ledger` has it.
+
+    Args:
+        lengths: `[L]`.
+
+    Raises:
+        IndexError: by its methods, of a layer that it does not have.
+    """
+
+    def __new__(cls, lengths: list[int], /) -> Layers: ...
+    def length(self, layer: int, /) -> int: ...
+    def put(self, layer: int, length: int, /) -> None: ...
+    def begin(self, layer: int, length: int, /) -> int: ...
+    def end(self, layer: int, /) -> None: ...
+    def writes(self) -> list[int]: ...
+    def in_flight(self) -> list[int]: ...
+
+def begin_append(
+    sequences: dict[int, Layers], layer: int, ids: list[int], lengths: list[int], starts: list[int] | None, /
+) -> tuple[list[int], list[tuple[Layers, int, int]]] | None:
+    """Begins a write of each sequence, at their ends without `starts`.
+
+    Returns:
+        The starts, and each sequence with its length before and after; None, and nothing has changed, where one of
+        them or its length is unknown, or the columns are uneven.
+    """
+
+def end_append(layer: int, changes: list[tuple[Layers, int, int]], /) -> None:
+    """Ends what `begin_append` began."""
+
+class Signal:
+    """One thread waits for another one's word without sleeping."""
+
+    def give(self) -> None:
+        """The word."""
+
+    def take_back(self) -> None:
+        """There is none yet."""
+
+    def spin(self, seconds: float, /) -> bool:
+        """Looks for the word, for so long at most and without the interpreter's lock; whether it was given."""
+
+def frame(kind: int, number: int, timeout_ms: int, request: bytes, /) -> bytes:
+    """A `StreamRequest` that holds a request of that kind."""
+
 def integers(value: object, bits: int, /) -> list[int] | None:
     """A copy of a list of exact integers, not below 0, that take so many bits (32 or 64); None of anything else."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -84,7 +83,7 @@ def tensor_like(tensor: Any, name: str, answer: pb.Tensor, shape: tuple[int, ...
 
 def array_like(tensor: Any, dtype: np.dtype[Any], buffer: bytearray, shape: tuple[int, ...]) -> Any:
     """The elements in the buffer, which it keeps; of the kind and on the device of the caller's tensor."""
-    torch = _torch_of(tensor)
+    torch = None if isinstance(tensor, np.ndarray) else _torch_of(tensor)
     if torch is None:
         return np.ndarray(shape, dtype, buffer)
     return torch.frombuffer(buffer, dtype=getattr(torch, dtype.name)).reshape(shape).to(tensor.device)
@@ -92,7 +91,8 @@ def array_like(tensor: Any, dtype: np.dtype[Any], buffer: bytearray, shape: tupl
 
 def answer_bytes(shape: tuple[int, ...]) -> int:
     """Bytes of block ids, or of scores, of that shape."""
-    return 4 * math.prod(shape)
+    tokens, num_heads, topk = shape
+    return 4 * tokens * num_heads * topk
 
 
 def _torch_of(tensor: object) -> Any:

@@ -17,7 +17,7 @@ static bool add_type(PyObject *module, PyType_Spec *spec) {
 
 static int fill(PyObject *module) {
     if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_lane_spec) || add_link(module) < 0) return -1;
-    if (!add_type(module, &blockdex_writer_spec)) return -1;
+    if (!add_type(module, &blockdex_layers_spec) || !add_type(module, &blockdex_signal_spec) || !add_type(module, &blockdex_writer_spec)) return -1;
     return PyModule_AddIntConstant(module, "NOTICED", LANE_NOTICED) |
            PyModule_AddIntConstant(module, "FOR_PYTHON", LANE_FOR_PYTHON) |
            PyModule_AddIntConstant(module, "LATE", LANE_LATE) | PyModule_AddIntConstant(module, "ROOM", LANE_ROOM) |
@@ -30,6 +30,8 @@ static PyMethodDef methods[] = {
     {"integers", (PyCFunction)(void (*)(void))blockdex_integers, METH_FASTCALL, NULL},
     {"find_response", (PyCFunction)(void (*)(void))blockdex_find_response, METH_FASTCALL, NULL},
     {"read_selection", (PyCFunction)(void (*)(void))blockdex_read_selection, METH_FASTCALL, NULL},
+    {"begin_append", (PyCFunction)(void (*)(void))blockdex_begin_append, METH_FASTCALL, NULL},
+    {"end_append", (PyCFunction)(void (*)(void))blockdex_end_append, METH_FASTCALL, NULL},
     {"frame", (PyCFunction)(void (*)(void))blockdex_frame, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
