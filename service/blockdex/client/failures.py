@@ -25,6 +25,7 @@ _TRANSPORT_REASONS = {
 _OUTCOME_UNKNOWN = frozenset(
     {Code.CANCELLED, Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS}
 )
+_CODE_NAMES: dict[int, str] = {code: code.name for code in Code}
 _STREAM_REFUSED = frozenset({Code.INVALID_ARGUMENT, Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.UNIMPLEMENTED})
 
 
@@ -46,7 +47,7 @@ def error_of_status(status: Status) -> BlockdexError:
         info = ErrorInfo()
         if detail.Unpack(info) and info.domain == _DOMAIN:
             return error_of(status.code, status.message, _reason_of(info.reason))
-    name = Code(status.code).name if status.code in Code else str(status.code)
+    name = _CODE_NAMES.get(status.code, str(status.code))
     return error_of(status.code, status.message, _reason_of(name))
 
 
