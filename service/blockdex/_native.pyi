@@ -255,7 +255,10 @@ class Signal:
         """There is none yet."""
 
     def spin(self, seconds: float, /) -> bool:
-        """Looks for the word, for so long at most and without the interpreter's lock; whether it was given."""
+        """Looks for the word, for so long at most and without the interpreter's lock; whether it was given.
+
+        Then it goes on for up to 50 us, until whoever gave it has probably let go of that lock.
+        """
 
 def frame(kind: int, number: int, timeout_ms: int, request: bytes, /) -> bytes:
     """A `StreamRequest` that holds a request of that kind."""

@@ -108,7 +108,9 @@ def arguments(draw: st.DrawFn) -> tuple[Kind, Spans, list[int], Any, Queries | N
 def tensors(draw: st.DrawFn, *shape: int) -> Any:
     dtype = draw(pick(*DTYPES, unusual=(np.float64, np.dtype(">f4"), np.int16)))
     values = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 9, shape).astype(dtype)
-    how = draw(pick("as it is", unusual=("torch", "strided", "flat", "transposed", "list", "masked", "read-only")))
+    how = draw(
+        pick("as it is", unusual=("torch", "strided", "flat", "transposed", "turned", "list", "masked", "read-only"))
+    )
     if how == "torch" and dtype in (np.float16, np.float32):
         return torch.from_numpy(values)
     if how == "strided":
@@ -116,7 +118,12 @@ def tensors(draw: st.DrawFn, *shape: int) -> Any:
     if how == "masked":
         return np.ma.masked_equal(values.astype(np.float32), 3)
     values.flags.writeable = how != "read-only"
-    return {"flat": values.reshape(-1), "transposed": values.T, "list": values.tolist()}.get(how, values)
+    return {
+        "flat": values.reshape(-1),
+        "transposed": values.T,
+        "turned": np.ascontiguousarray(values.T),
+        "list": values.tolist(),
+    }.get(how, values)
 
 
 @settings(max_examples=1500, deadline=None)
