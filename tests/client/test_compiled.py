@@ -89,7 +89,7 @@ def arguments(draw: st.DrawFn) -> tuple[Kind, Spans, list[int], Any, Queries | N
     )
     if runs > 1 and draw(pick(False, unusual=(True,))):
         spans.sequences[-1] = spans.sequences[0]
-    starts = column((0, 127, 128, 290), (-1, 299, 2**32))
+    starts = column((0, 127, 128, 290), (-1, 299, 2**32, 2**64 - 1))
     if draw(pick(False, unusual=(True,))):
         draw(st.sampled_from((starts, spans.lengths, spans.revisions))).append(1)
     kind, first_head, num_heads = draw(pick(*KINDS)), draw(pick(0, 1, unusual=(4, -1))), draw(pick(0, 2, unusual=(5,)))
@@ -108,22 +108,19 @@ def arguments(draw: st.DrawFn) -> tuple[Kind, Spans, list[int], Any, Queries | N
 def tensors(draw: st.DrawFn, *shape: int) -> Any:
     dtype = draw(pick(*DTYPES, unusual=(np.float64, np.dtype(">f4"), np.int16)))
     values = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 9, shape).astype(dtype)
-    how = draw(
-        pick("as it is", unusual=("torch", "strided", "flat", "transposed", "turned", "list", "masked", "read-only"))
-    )
-    if how == "torch" and dtype in (np.float16, np.float32):
-        return torch.from_numpy(values)
-    if how == "strided":
-        return np.repeat(values, 2, axis=0)[::2]
-    if how == "masked":
-        return np.ma.masked_equal(values.astype(np.float32), 3)
-    values.flags.writeable = how != "read-only"
-    return {
-        "flat": values.reshape(-1),
-        "transposed": values.T,
-        "turned": np.ascontiguousarray(values.T),
-        "list": values.tolist(),
-    }.get(how, values)
+    ways: dict[str, Callable[[], Any]] = {
+        "as it is": lambda: values,
+        "torch": lambda: torch.from_numpy(values.astype(np.float32)),
+        "strided": lambda: np.repeat(values, 2, axis=0)[::2],
+        "masked": lambda: np.ma.MaskedArray(values.astype(np.float32), mask=values == 3, fill_value=7),
+        "flat": lambda: values.reshape(-1),
+        "transposed": lambda: values.T,
+        "turned": lambda: np.ascontiguousarray(values.T),
+        "regrouped": lambda: values.reshape(-1, *([1] * (values.ndim - 2)), shape[-1]),
+        "list": values.tolist,
+        "read-only": lambda: np.frombuffer(values.tobytes(), values.dtype).reshape(shape),
+    }
+    return ways[draw(pick("as it is", unusual=tuple(ways)))]()
 
 
 @settings(max_examples=1500, deadline=None)
