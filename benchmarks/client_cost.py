@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,6 @@ import numpy as np
 
 from benchmarks.callers import ByteStream
 from blockdex import Client
-from blockdex.client import transports
 from blockdex.loadtest.null_server import NullServer
 from blockdex.v1 import indexer_pb2 as pb
 
@@ -187,9 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=2000, help="of each way")
     parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--spin", choices=("auto", "never", "always"), default="auto", help="of callers over a stream")
     arguments = parser.parse_args()
-    transports._SPIN_CORES = {"auto": transports._SPIN_CORES, "never": sys.maxsize, "always": 0}[arguments.spin]
     print(f"{len(os.sched_getaffinity(0))} cores; us a call, medians")
     print(f"{'':24}{'clock':>12}{'thread CPU':>12}{'process CPU':>12}{'sleeps':>12}")
     with null_server() as address:

@@ -245,21 +245,6 @@ def begin_append(
 def end_append(layer: int, changes: list[tuple[Layers, int, int]], /) -> None:
     """Ends what `begin_append` began."""
 
-class Signal:
-    """One thread waits for another one's word without sleeping."""
-
-    def give(self) -> None:
-        """The word."""
-
-    def take_back(self) -> None:
-        """There is none yet."""
-
-    def spin(self, seconds: float, /) -> bool:
-        """Looks for the word, for so long at most and without the interpreter's lock; whether it was given.
-
-        Then it goes on for up to 50 us, until whoever gave it has probably let go of that lock.
-        """
-
 def frame(kind: int, number: int, timeout_ms: int, request: bytes, /) -> bytes:
     """A `StreamRequest` that holds a request of that kind."""
 

@@ -4,7 +4,7 @@
 
 #include "native.h"
 
-extern PyType_Spec blockdex_layers_spec, blockdex_signal_spec, blockdex_writer_spec;
+extern PyType_Spec blockdex_layers_spec, blockdex_writer_spec;
 
 PyObject *blockdex_integers(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 PyObject *blockdex_find_response(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
