@@ -248,6 +248,12 @@ def test_frames_are_opened_alike(kind: Kind, name: str) -> None:
     assert assert_alike(lambda: same_message(kind, answer_of(kind, unknown))) == found
 
 
+def test_an_answer_in_two_pieces_is_put_together() -> None:
+    pieces = [pb.SelectBlocksResponse(scores=SCORES, epoch=3), pb.SelectBlocksResponse(block_ids=IDS)]
+    frame = b"".join(pb.StreamResponse(request_id=5, select_blocks=piece).SerializeToString() for piece in pieces)
+    assert assert_alike(lambda: same_message(SELECT_BLOCKS, answer_of(SELECT_BLOCKS, frame))) == RESPONSE
+
+
 @settings(max_examples=1500, deadline=None)
 @given(st.sampled_from(sorted(FRAMES)).flatmap(lambda name: damaged(FRAMES[name].SerializeToString())))
 def test_damaged_frames_are_opened_alike(frame: bytes) -> None:
