@@ -168,6 +168,98 @@ class Lane:
             tokens, seconds of steps on the device, and seconds with any of them there.
         """
 
+# --- The client's side ---
+
+class Writer:
+    """Writes the data calls that a server takes, as protobuf.
+
+    Args:
+        array: `numpy.ndarray`.
+        dtypes: numpy dtypes to their numbers on the wire.
+
+    Raises:
+        ValueError: bounds that no server has.
+    """
+
+    def __new__(
+        cls,
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        max_sequence_tokens: int,
+        max_spans: int,
+        max_message_bytes: int,
+        array: type[Any],
+        dtypes: dict[np.dtype[Any], int],
+    ) -> Writer: ...
+    def write(
+        self,
+        kind: int,
+        layer: int,
+        epoch: int,
+        sequences: list[int],
+        starts: list[int],
+        lengths: list[int],
+        revisions: list[int],
+        keys: object,
+        queries: object,
+        first_head: int,
+        num_heads: int,
+        order: int | None,
+        return_scores: bool,
+        wait_for_keys: bool,
+        /,
+    ) -> tuple[bytes, int, int] | None:
+        """A request, the sum of its lengths, and its heads: those named, or all from the first one; 0 without queries.
+
+        Kinds are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect. None where anything is wrong with it or
+        merely unusual.
+        """
+
+class Layers:
+    """What a client knows of one sequence, by layer: as `blockdex.client.ledger` has it.
+
+    Args:
+        lengths: `[L]`.
+
+    Raises:
+        IndexError: by its methods, of a layer that it does not have.
+    """
+
+    def __new__(cls, lengths: list[int], /) -> Layers: ...
+    def length(self, layer: int, /) -> int: ...
+    def put(self, layer: int, length: int, /) -> None: ...
+    def begin(self, layer: int, length: int, /) -> int: ...
+    def end(self, layer: int, /) -> None: ...
+    def writes(self) -> list[int]: ...
+    def in_flight(self) -> list[int]: ...
+
+def begin_append(
+    sequences: dict[int, Layers], layer: int, ids: list[int], lengths: list[int], starts: list[int] | None, /
+) -> tuple[list[int], list[tuple[Layers, int, int]]] | None:
+    """Begins a write of each sequence, at their ends without `starts`.
+
+    Returns:
+        The starts, and each sequence with its length before and after; None, and nothing has changed, where one of
+        them or its length is unknown, or the columns are uneven.
+    """
+
+def end_append(layer: int, changes: list[tuple[Layers, int, int]], /) -> None:
+    """Ends what `begin_append` began."""
+
+def frame(kind: int, number: int, timeout_ms: int, request: bytes, /) -> bytes:
+    """A `StreamRequest` that holds a request of that kind."""
+
+def integers(value: object, bits: int, /) -> list[int] | None:
+    """A copy of a list of exact integers, not below 0, that take so many bits (32 or 64); None of anything else."""
+
+def find_response(kind: int, frame: bytes, /) -> bytes | None:
+    """The response to a call of that kind inside a `StreamResponse`; None where it is none, or unusual."""
+
+def read_selection(response: bytes, num_bytes: int, scored: bool, /) -> tuple[bytearray, bytearray | None] | None:
+    """Block ids, and scores where there should be any, of so many bytes each; None where they are not."""
+
 # --- The front door's side ---
 
 Taken = tuple[Any, int, int, int, int]

@@ -61,6 +61,12 @@ def test_the_clients_work_without_the_server_s_dependencies(server: Serving) -> 
     assert run(program) == "(1, 4, 16)\n(5, 0, 0)\n"
 
 
+def test_the_clients_work_where_nothing_is_compiled(server: Serving) -> None:
+    program = "import sys\nsys.modules['blockdex._native'] = None\n" + CALLS.format(address=server.grpc_address)
+    program += "from blockdex.client import compiled\nassert compiled.native is None\n"
+    assert run(program) == "(1, 4, 16)\n(5, 0, 0)\n"
+
+
 def test_torch_is_left_alone_where_it_is_installed(server: Serving) -> None:
     program = CALLS.format(address=server.grpc_address) + "import sys\nassert 'torch' not in sys.modules\n"
     assert run(program) == "(1, 4, 16)\n(5, 0, 0)\n"

@@ -8,6 +8,8 @@ from blockdex import FailedPreconditionError
 from blockdex.client.ledger import Ledger
 from clients import some_info
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 @pytest.fixture
 def ledger() -> Ledger:

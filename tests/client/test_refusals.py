@@ -21,6 +21,8 @@ from clients import connect, new_sequence
 from serving import Serving
 from tcp_proxy import proxy_to
 
+pytestmark = pytest.mark.usefixtures("way")
+
 Words = tuple[str, str, str]
 """Code, reason and message of a refusal."""
 

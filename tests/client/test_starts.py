@@ -12,6 +12,8 @@ import blockdex
 from blockdex import FailedPreconditionError, NotFoundError, OutOfRangeError, Reason
 from clients import new_sequence
 
+pytestmark = pytest.mark.usefixtures("way")
+
 RANDOM = np.random.default_rng(3)
 
 

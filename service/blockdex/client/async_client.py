@@ -32,7 +32,7 @@ class AsyncClient:
     A client belongs to the loop of its first call, whose tasks may share it; neither another loop nor a forked process
     may use it. Cancelling a task gives up its request, whose outcome is then unknown.
 
-    Everything else is as `Client` says, each method included.
+    Its data calls share one stream. Everything else is as `Client` says, each method included.
     """
 
     def __init__(

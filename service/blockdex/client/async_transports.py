@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import grpc
@@ -12,16 +12,15 @@ import grpc
 from blockdex.client.call import Call
 from blockdex.client.core import CHANNEL_OPTIONS, Core
 from blockdex.client.failures import another, error_of_call, error_of_stream
-from blockdex.client.frames import answer_of, cancel_of, closed, frame_of
+from blockdex.client.frames import CANCELS, answer_of, cancel_of, closed, frame_of, number_of
+from blockdex.client.paths import STREAM_PATH, UNARY_PATHS
 from blockdex.errors import BlockdexError, DeadlineExceededError, Reason, UnavailableError
-from blockdex.v1 import indexer_pb2 as pb
-from blockdex.v1.indexer_pb2_grpc import IndexerServiceStub
 
 
 class AsyncTransport(Protocol):
     """Sends calls; belongs to the loop of its first one."""
 
-    async def send(self, call: Call[Any]) -> Any:
+    async def send(self, call: Call[Any]) -> bytes:
         """The response to one attempt.
 
         Raises:
@@ -41,23 +40,24 @@ class AsyncUnaryTransport:
         self._core = core
         self._closed = False
         self._channel: grpc.aio.Channel | None = None
-        self._stub: Any = None
+        self._methods: dict[str, Any] = {}
 
     @property
-    def stub(self) -> Any:
-        """The server's methods. Made by the first call: a channel belongs to the loop that it is made on."""
+    def channel(self) -> grpc.aio.Channel:
+        """Made by the first call: a channel belongs to the loop that it is made on."""
         if self._channel is None:
             self._channel = grpc.aio.insecure_channel(self._core.address, options=CHANNEL_OPTIONS)
-            self._stub = IndexerServiceStub(self._channel)
-        return self._stub
+            self._methods = {rpc: self._channel.unary_unary(path) for rpc, path in UNARY_PATHS.items()}
+        return self._channel
 
-    async def send(self, call: Call[Any]) -> Any:
+    async def send(self, call: Call[Any]) -> bytes:
         """The response to one attempt."""
         if self._closed:
             raise closed()
-        method = getattr(self.stub, call.rpc)
+        _ = self.channel
+        method = self._methods[call.rpc]
         try:
-            return await method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
+            answer: bytes = await method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
         except grpc.RpcError as failure:
             raise error_of_call(failure, f"{call.rpc} at {self._core.address}") from failure
         except asyncio.CancelledError:
@@ -66,6 +66,7 @@ class AsyncUnaryTransport:
             if self._closed and task is not None and not task.cancelling():
                 raise closed() from None
             raise
+        return answer
 
     async def close(self) -> None:
         """Ends what is in flight and closes the channel."""
@@ -83,14 +84,14 @@ class AsyncStreamTransport:
         self._closed = False
         self._exchange: _Exchange | None = None
 
-    async def send(self, call: Call[Any]) -> Any:
+    async def send(self, call: Call[Any]) -> bytes:
         """The response to one attempt."""
-        if call.envelope is None:
+        if call.kind is None:
             return await self._unary.send(call)
         if self._closed:
             raise closed()
         if self._exchange is None or self._exchange.broken:
-            self._exchange = _Exchange(self._unary.stub.Stream, self._core)
+            self._exchange = _Exchange(self._unary.channel, self._core)
         return await self._exchange.send(call)
 
     async def close(self) -> None:
@@ -104,27 +105,29 @@ class AsyncStreamTransport:
 class _Exchange:
     """One stream, from its opening until it breaks. A task reads the answers and sets each caller's future."""
 
-    def __init__(self, open_stream: Callable[..., Any], core: Core) -> None:
+    def __init__(self, channel: grpc.aio.Channel, core: Core) -> None:
         self.broken = False
         self._address = core.address
         self._closing = False
         self._loop = asyncio.get_running_loop()
         self._request_ids = itertools.count(1)
-        self._outbox: asyncio.Queue[pb.StreamRequest | None] = asyncio.Queue()
-        self._waiting: dict[int, asyncio.Future[pb.StreamResponse]] = {}
-        self._responses = open_stream(self._requests(), metadata=core.metadata)
+        self._outbox: asyncio.Queue[tuple[int, bytes] | None] = asyncio.Queue()
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        method: Any = channel.stream_stream(STREAM_PATH)
+        self._responses = method(self._requests(), metadata=core.metadata)
         self._reader = self._loop.create_task(self._read(), name="blockdex-stream")
 
-    async def send(self, call: Call[Any]) -> Any:
+    async def send(self, call: Call[Any]) -> bytes:
+        assert call.kind is not None
         timeout = call.remaining()
         request_id = next(self._request_ids)
         future = self._waiting[request_id] = self._loop.create_future()
-        self._outbox.put_nowait(frame_of(call, request_id, timeout))
+        self._outbox.put_nowait((request_id, frame_of(call, request_id, timeout)))
         alarm = self._loop.call_later(timeout, _expire, future, call)
         try:
-            return answer_of(await future)
+            return answer_of(call.kind, await future)
         except (asyncio.CancelledError, DeadlineExceededError):
-            self._outbox.put_nowait(cancel_of(request_id))
+            self._outbox.put_nowait((CANCELS, cancel_of(request_id)))
             raise
         finally:
             alarm.cancel()
@@ -135,21 +138,25 @@ class _Exchange:
         self._responses.cancel()
         await self._reader
 
-    async def _requests(self) -> AsyncIterator[pb.StreamRequest]:
-        while (frame := await self._outbox.get()) is not None:
+    async def _requests(self) -> AsyncIterator[bytes]:
+        while (request := await self._outbox.get()) is not None:
+            request_id, frame = request
             # A caller that has gone while its request was queued here leaves nothing to send.
-            if frame.request_id in self._waiting or frame.HasField("cancel"):
+            if request_id in self._waiting or request_id == CANCELS:
                 yield frame
 
     async def _read(self) -> None:
         end: BlockdexError = UnavailableError(f"{self._address} ended it", Reason.UNREACHABLE)
         try:
             async for frame in self._responses:
-                future = self._waiting.get(frame.request_id)
+                future = self._waiting.get(number_of(frame))
                 if future is not None and not future.done():
                     future.set_result(frame)
         except grpc.RpcError as failure:
             end = error_of_call(failure, self._address)
+        except BlockdexError as failure:
+            end = failure
+            self._responses.cancel()
         except asyncio.CancelledError:
             if not self._closing:
                 raise
@@ -162,6 +169,6 @@ class _Exchange:
             self._outbox.put_nowait(None)
 
 
-def _expire(future: asyncio.Future[pb.StreamResponse], call: Call[Any]) -> None:
+def _expire(future: asyncio.Future[bytes], call: Call[Any]) -> None:
     if not future.done():
         future.set_exception(call.late())

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from blockdex.client.failures import changed_nothing
+from blockdex.client.kinds import Kind
 from blockdex.client.ledger import Ledger
 from blockdex.errors import BlockdexError, Code, DeadlineExceededError, Reason
-from blockdex.v1 import indexer_pb2 as pb
 
 Result = TypeVar("Result")
 
@@ -30,23 +30,25 @@ class Call(Generic[Result]):
 
     Attributes:
         rpc: name of the RPC.
-        request: its request.
+        request: its request, as bytes.
         deadline: `time.monotonic()` at which the caller stops waiting.
-        finish: makes the caller's answer of the response.
+        finish: makes the caller's answer of the response's bytes.
         repeatable: whether sending it twice has the effect of sending it once.
         ledger: what the request was built from; None for the question what the server is.
         fail: told, when the call fails for good, whether it is certain that it changed nothing.
-        envelope: the message of a stream that holds the request, where a stream takes it.
+        epoch: the one that the request names.
+        kind: which data call it is; None for the others, which no stream takes.
     """
 
     rpc: str
-    request: Any
+    request: bytes
     deadline: float
-    finish: Callable[[Any], Result]
+    finish: Callable[[bytes], Result]
     repeatable: bool
     ledger: Ledger | None = None
     fail: Callable[[bool], None] = _nothing_to_settle
-    envelope: pb.StreamRequest | None = None
+    epoch: int = 0
+    kind: Kind | None = None
     _backoff: float = field(default=_FIRST_BACKOFF, init=False)
     _certain: bool = field(default=True, init=False)
 
@@ -89,4 +91,4 @@ class Call(Generic[Result]):
             return
         self.fail(self._certain and changed_nothing(failure))
         if self.ledger is not None and getattr(failure, "reason", None) == Reason.EPOCH_MISMATCH:
-            self.ledger.over |= self.request.epoch == self.ledger.info.epoch
+            self.ledger.over |= self.epoch == self.ledger.info.epoch

@@ -46,8 +46,8 @@ class Client:
         address: `HOST:PORT`, or any gRPC target, such as `unix:/path`.
         tenant: whose sequences these are, where the transport proves no identity; None leaves it to the server.
         timeout: seconds that a call may take when it names no timeout.
-        transport: `stream` (data calls share one stream; the default, since its calls were measured to be the faster
-            ones) or `unary` (each is an RPC of its own, which no large request of another thread holds up).
+        transport: `stream` (data calls go over streams that stay open, as many as there are calls in flight; the
+            default, since its calls were measured to be the faster ones) or `unary` (each is an RPC of its own).
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).

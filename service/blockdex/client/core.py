@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from blockdex import checks
 from blockdex.client.answers import SequenceState, info_of
-from blockdex.client.call import Call
+from blockdex.client.call import Call, Result
+from blockdex.client.failures import message_of
+from blockdex.client.kinds import APPEND_AND_SELECT, APPEND_KEYS, SELECT_BLOCKS, Kind
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import Queries, Spans, fill, integer
-from blockdex.client.tensors import tensor_like
+from blockdex.client.requests import Queries, Shape, Spans, integer
+from blockdex.client.selection import selection_of
 from blockdex.v1 import indexer_pb2 as pb
 
 DEFAULT_TIMEOUT = 30.0
@@ -72,16 +75,18 @@ class Core:
     def get_info(self, deadline: float) -> Call[Ledger]:
         """GetInfo. The answer is what the client knows from then on; a new epoch drops every length."""
 
-        def finish(response: pb.GetInfoResponse) -> Ledger:
+        def finish(answer: bytes) -> Ledger:
+            response = message_of(pb.GetInfoResponse, answer)
             info = info_of(response)
             with self._lock:
                 ledger = self.ledger
                 if ledger is None or ledger.info.epoch != info.epoch:
                     ledger = self._ledger = Ledger(info)
-                ledger.info = info
+                else:
+                    ledger.learn(info)
                 return ledger
 
-        return Call("GetInfo", pb.GetInfoRequest(), deadline, finish, repeatable=True)
+        return Call("GetInfo", pb.GetInfoRequest().SerializeToString(), deadline, finish, repeatable=True)
 
     def open_sequence(
         self, ledger: Ledger, deadline: float, sequence_id: int, lease_seconds: int, epoch: int | None
@@ -93,10 +98,19 @@ class Core:
             sequence_id=sequence_id, lease_seconds=lease_seconds, epoch=_epoch(ledger, epoch)
         )
 
-        def finish(_: pb.OpenSequenceResponse) -> None:
+        def finish(answer: bytes) -> None:
+            message_of(pb.OpenSequenceResponse, answer)
             ledger.open(sequence_id, [0] * ledger.info.spec.num_layers)
 
-        return Call("OpenSequence", request, deadline, finish, repeatable=False, ledger=ledger)
+        return Call(
+            "OpenSequence",
+            request.SerializeToString(),
+            deadline,
+            finish,
+            repeatable=False,
+            ledger=ledger,
+            epoch=request.epoch,
+        )
 
     def get_sequence(self, ledger: Ledger, deadline: float, sequence_id: int, epoch: int | None) -> Call[SequenceState]:
         """GetSequence; the answer settles lengths that are unknown."""
@@ -104,12 +118,21 @@ class Core:
         request = pb.GetSequenceRequest(sequence_id=sequence_id, epoch=_epoch(ledger, epoch))
         watch = ledger.begin_question(sequence_id)
 
-        def finish(response: pb.GetSequenceResponse) -> SequenceState:
+        def finish(answer: bytes) -> SequenceState:
+            response = message_of(pb.GetSequenceResponse, answer)
             state = SequenceState(tuple(response.lengths), tuple(response.revisions), response.epoch)
             ledger.end_question(watch, state.lengths)
             return state
 
-        return Call("GetSequence", request, deadline, finish, repeatable=True, ledger=ledger)
+        return Call(
+            "GetSequence",
+            request.SerializeToString(),
+            deadline,
+            finish,
+            repeatable=True,
+            ledger=ledger,
+            epoch=request.epoch,
+        )
 
     def fork_sequence(
         self, ledger: Ledger, deadline: float, parent_id: int, child_id: int, length: int, epoch: int | None
@@ -121,12 +144,21 @@ class Core:
             parent_id=parent_id, child_id=child_id, length=length, epoch=_epoch(ledger, epoch)
         )
 
-        def finish(response: pb.ForkSequenceResponse) -> tuple[int, ...]:
+        def finish(answer: bytes) -> tuple[int, ...]:
+            response = message_of(pb.ForkSequenceResponse, answer)
             lengths = tuple(response.lengths)
             ledger.open(child_id, lengths)
             return lengths
 
-        return Call("ForkSequence", request, deadline, finish, repeatable=False, ledger=ledger)
+        return Call(
+            "ForkSequence",
+            request.SerializeToString(),
+            deadline,
+            finish,
+            repeatable=False,
+            ledger=ledger,
+            epoch=request.epoch,
+        )
 
     def truncate_sequence(
         self, ledger: Ledger, deadline: float, sequence_id: int, length: int, epoch: int | None
@@ -137,7 +169,8 @@ class Core:
         request = pb.TruncateSequenceRequest(sequence_id=sequence_id, length=length, epoch=_epoch(ledger, epoch))
         watch = ledger.begin_truncation(sequence_id)
 
-        def finish(response: pb.TruncateSequenceResponse) -> tuple[int, ...]:
+        def finish(answer: bytes) -> tuple[int, ...]:
+            response = message_of(pb.TruncateSequenceResponse, answer)
             lengths = tuple(response.lengths)
             ledger.end_truncation(watch, lengths)
             return lengths
@@ -145,30 +178,53 @@ class Core:
         def fail(changed_nothing: bool) -> None:
             ledger.fail_truncation(watch, changed_nothing)
 
-        return Call("TruncateSequence", request, deadline, finish, repeatable=False, ledger=ledger, fail=fail)
+        return Call(
+            "TruncateSequence",
+            request.SerializeToString(),
+            deadline,
+            finish,
+            repeatable=False,
+            ledger=ledger,
+            fail=fail,
+            epoch=request.epoch,
+        )
 
     def close_sequence(self, ledger: Ledger, deadline: float, sequence_id: int, epoch: int | None) -> Call[None]:
         """CloseSequence; closing what is closed already is fine, so it may be repeated."""
         sequence_id = integer("sequence_id", sequence_id)
         request = pb.CloseSequenceRequest(sequence_id=sequence_id, epoch=_epoch(ledger, epoch))
 
-        def finish(_: pb.CloseSequenceResponse) -> None:
+        def finish(answer: bytes) -> None:
+            message_of(pb.CloseSequenceResponse, answer)
             ledger.close(sequence_id)
 
-        return Call("CloseSequence", request, deadline, finish, repeatable=True, ledger=ledger)
+        return Call(
+            "CloseSequence",
+            request.SerializeToString(),
+            deadline,
+            finish,
+            repeatable=True,
+            ledger=ledger,
+            epoch=request.epoch,
+        )
 
     def append_keys(self, ledger: Ledger, deadline: float, spans: Spans, keys: Any) -> Call[None]:
         """AppendKeys."""
-        envelope = pb.StreamRequest()
-        return self._append("AppendKeys", envelope, envelope.append_keys, ledger, deadline, spans, keys, None)
+
+        def answer_of(answer: bytes, _: Shape) -> None:
+            message_of(pb.AppendKeysResponse, answer)
+
+        return self._append(APPEND_KEYS, ledger, deadline, spans, keys, None, answer_of)
 
     def append_and_select(
         self, ledger: Ledger, deadline: float, spans: Spans, keys: Any, queries: Queries
     ) -> Call[Any]:
         """AppendAndSelect."""
-        envelope = pb.StreamRequest()
-        request = envelope.append_and_select
-        return self._append("AppendAndSelect", envelope, request, ledger, deadline, spans, keys, queries)
+
+        def answer_of(answer: bytes, shape: Shape) -> Any:
+            return selection_of(APPEND_AND_SELECT, answer, queries, shape)
+
+        return self._append(APPEND_AND_SELECT, ledger, deadline, spans, keys, queries, answer_of)
 
     def select_blocks(self, ledger: Ledger, deadline: float, spans: Spans, queries: Queries) -> Call[Any]:
         """SelectBlocks; without starts it asks for the last positions."""
@@ -176,51 +232,59 @@ class Core:
         starts = spans.starts
         if starts is None:
             starts = ledger.last_positions(spans.layer, spans.sequences, spans.lengths)
-        envelope = pb.StreamRequest()
-        request = envelope.select_blocks
-        shape = fill(request, ledger.info, spans, starts, None, queries)
+        request, shape = ledger.writer.write(SELECT_BLOCKS, spans, starts, None, queries)
 
-        def finish(response: pb.SelectBlocksResponse) -> Any:
-            return _selection(response, queries, shape)
+        def finish(answer: bytes) -> Any:
+            return selection_of(SELECT_BLOCKS, answer, queries, shape)
 
-        return Call("SelectBlocks", request, deadline, finish, repeatable=True, ledger=ledger, envelope=envelope)
+        return Call(
+            SELECT_BLOCKS.rpc,
+            request,
+            deadline,
+            finish,
+            repeatable=True,
+            ledger=ledger,
+            epoch=_epoch(ledger, spans.epoch),
+            kind=SELECT_BLOCKS,
+        )
 
     def _append(
         self,
-        rpc: str,
-        envelope: pb.StreamRequest,
-        request: Any,
+        kind: Kind,
         ledger: Ledger,
         deadline: float,
         spans: Spans,
         keys: Any,
         queries: Queries | None,
-    ) -> Call[Any]:
+        answer_of: Callable[[bytes, Shape], Result],
+    ) -> Call[Result]:
         checks.check_layer(ledger.info.spec, spans.layer)
         append = ledger.begin_append(spans.layer, spans.sequences, spans.lengths, spans.starts)
         try:
-            shape = fill(request, ledger.info, spans, append.starts, keys, queries)
+            request, shape = ledger.writer.write(kind, spans, append.starts, keys, queries)
         except BaseException:
             ledger.fail_append(append, changed_nothing=True)
             raise
 
-        def finish(response: Any) -> Any:
-            answer = None if queries is None else _selection(response, queries, shape)
+        def finish(answer: bytes) -> Result:
+            result = answer_of(answer, shape)
             ledger.end_append(append)
-            return answer
+            return result
 
         def fail(changed_nothing: bool) -> None:
             ledger.fail_append(append, changed_nothing)
 
-        repeatable = bool(spans.revisions) and all(spans.revisions)
-        return Call(rpc, request, deadline, finish, repeatable, ledger, fail, envelope)
-
-
-def _selection(response: Any, queries: Queries, shape: tuple[int, int, int]) -> Any:
-    block_ids = tensor_like(queries.tensor, "block_ids", response.block_ids, shape)
-    if not queries.return_scores:
-        return block_ids
-    return block_ids, tensor_like(queries.tensor, "scores", response.scores, shape)
+        return Call(
+            kind.rpc,
+            request,
+            deadline,
+            finish,
+            repeatable=bool(spans.revisions) and all(spans.revisions),
+            ledger=ledger,
+            fail=fail,
+            epoch=_epoch(ledger, spans.epoch),
+            kind=kind,
+        )
 
 
 def _epoch(ledger: Ledger, epoch: int | None) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
-from blockdex.errors import BlockdexError, Code, Reason, UnavailableError, error_of
+from blockdex.errors import BlockdexError, Code, InternalError, Reason, UnavailableError, error_of
+
+M = TypeVar("M", bound=Message)
 
 _DOMAIN = "blockdex"
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -23,7 +25,20 @@ _TRANSPORT_REASONS = {
 _OUTCOME_UNKNOWN = frozenset(
     {Code.CANCELLED, Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS}
 )
+_CODE_NAMES: dict[int, str] = {code: code.name for code in Code}
 _STREAM_REFUSED = frozenset({Code.INVALID_ARGUMENT, Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.UNIMPLEMENTED})
+
+
+def message_of(kind: type[M], answer: bytes) -> M:
+    """What a server answered.
+
+    Raises:
+        InternalError: its bytes are no such message (INTERNAL).
+    """
+    try:
+        return kind.FromString(answer)
+    except DecodeError:
+        raise InternalError(f"the answer is no {kind.DESCRIPTOR.name}", Reason.INTERNAL) from None
 
 
 def error_of_status(status: Status) -> BlockdexError:
@@ -32,7 +47,7 @@ def error_of_status(status: Status) -> BlockdexError:
         info = ErrorInfo()
         if detail.Unpack(info) and info.domain == _DOMAIN:
             return error_of(status.code, status.message, _reason_of(info.reason))
-    name = Code(status.code).name if status.code in Code else str(status.code)
+    name = _CODE_NAMES.get(status.code, str(status.code))
     return error_of(status.code, status.message, _reason_of(name))
 
 

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from blockdex.client import compiled
 from blockdex.client.answers import Info
+from blockdex.client.writer import Writer
 from blockdex.errors import FailedPreconditionError, Reason
 
 _UNKNOWN = -1
@@ -14,14 +16,40 @@ _OVERLAPPED = -1
 
 
 class _Layers:
-    """One sequence, by layer: its length, the writes begun so far, and those in flight."""
+    """One sequence, by layer: its length, how many writes were begun so far, and how many are in flight.
 
-    __slots__ = ("in_flight", "lengths", "writes")
+    The compiled module has the same.
+    """
+
+    __slots__ = ("_in_flight", "_lengths", "_writes")
 
     def __init__(self, lengths: list[int]) -> None:
-        self.lengths = lengths
-        self.writes = [0] * len(lengths)
-        self.in_flight = [0] * len(lengths)
+        self._lengths = lengths
+        self._writes = [0] * len(lengths)
+        self._in_flight = [0] * len(lengths)
+
+    def length(self, layer: int) -> int:
+        return self._lengths[layer]
+
+    def put(self, layer: int, length: int) -> None:
+        self._lengths[layer] = length
+
+    def begin(self, layer: int, length: int) -> int:
+        """A write that makes the layer so long has begun; the answer is how long it was before."""
+        before, self._lengths[layer] = self._lengths[layer], length
+        self._writes[layer] += 1
+        self._in_flight[layer] += 1
+        return before
+
+    def end(self, layer: int) -> None:
+        """A write has ended."""
+        self._in_flight[layer] -= 1
+
+    def writes(self) -> list[int]:
+        return list(self._writes)
+
+    def in_flight(self) -> list[int]:
+        return list(self._in_flight)
 
 
 @dataclass(slots=True)
@@ -58,19 +86,27 @@ class Ledger:
 
     Attributes:
         info: the server's answer to GetInfo.
+        writer: writes the requests that such a server takes.
         over: whether the server has said that its epoch is another one.
     """
 
     def __init__(self, info: Info) -> None:
-        self.info = info
+        self.learn(info)
         self.over = False
+        self._native = compiled.native
+        self._new_layers: type[_Layers] = _Layers if self._native is None else self._native.Layers
         self._sequences: dict[int, _Layers] = {}
         self._lock = threading.Lock()
+
+    def learn(self, info: Info) -> None:
+        """Takes up a newer answer to GetInfo, of the same epoch."""
+        self.info = info
+        self.writer = Writer(info)
 
     def open(self, sequence: int, lengths: Sequence[int]) -> None:
         """Takes up a sequence of known lengths."""
         with self._lock:
-            self._sequences[sequence] = _Layers(list(lengths))
+            self._sequences[sequence] = self._new_layers(list(lengths))
 
     def close(self, sequence: int) -> None:
         """Lets go of a sequence."""
@@ -94,21 +130,25 @@ class Ledger:
         """
         changes = []
         with self._lock:
+            if self._native is not None:
+                begun = self._native.begin_append(self._sequences, layer, sequences, lengths, starts)
+                if begun is not None:
+                    return Append(layer, *begun)
             if starts is None:
                 starts = [self._length(sequence, layer) for sequence in sequences]
             for sequence, start, rows in zip(sequences, starts, lengths, strict=False):
                 layers = self._sequences.get(sequence) or self._layers(sequence)
-                changes.append((layers, layers.lengths[layer], start + rows))
-                layers.lengths[layer] = start + rows
-                layers.writes[layer] += 1
-                layers.in_flight[layer] += 1
+                changes.append((layers, layers.begin(layer, start + rows), start + rows))
         return Append(layer, starts, changes)
 
     def end_append(self, append: Append) -> None:
         """The append took effect."""
         with self._lock:
-            for layers, _, _ in append.changes:
-                layers.in_flight[append.layer] -= 1
+            if self._native is not None:
+                self._native.end_append(append.layer, append.changes)
+            else:
+                for layers, _, _ in append.changes:
+                    layers.end(append.layer)
             append.changes = []
 
     def fail_append(self, append: Append, changed_nothing: bool) -> None:
@@ -116,9 +156,9 @@ class Ledger:
         layer = append.layer
         with self._lock:
             for layers, before, after in reversed(append.changes):
-                layers.in_flight[layer] -= 1
-                certain = changed_nothing and layers.lengths[layer] == after
-                layers.lengths[layer] = before if certain else _UNKNOWN
+                layers.end(layer)
+                certain = changed_nothing and layers.length(layer) == after
+                layers.put(layer, before if certain else _UNKNOWN)
             append.changes = []
 
     def begin_question(self, sequence: int) -> Watch:
@@ -130,52 +170,55 @@ class Ledger:
         """What the server said; a layer that was written meanwhile stays as it is."""
         with self._lock:
             layers = self._layers(watch.sequence)
+            writes = layers.writes()
             for layer, length in enumerate(lengths):
-                if layers.writes[layer] == watch.writes[layer]:
-                    layers.lengths[layer] = length
+                if writes[layer] == watch.writes[layer]:
+                    layers.put(layer, length)
 
     def begin_truncation(self, sequence: int) -> Watch:
         """All layers of a sequence are about to be cut."""
         with self._lock:
             watch = self._watch(sequence)
             layers = self._layers(sequence)
-            layers.writes = [writes + 1 for writes in layers.writes]
-            layers.in_flight = [in_flight + 1 for in_flight in layers.in_flight]
+            for layer in range(len(watch.writes)):
+                layers.begin(layer, layers.length(layer))
             return watch
 
     def end_truncation(self, watch: Watch, lengths: Sequence[int]) -> None:
         """The sequence is cut; a layer that was written meanwhile has an unknown length."""
         with self._lock:
             layers = self._layers(watch.sequence)
-            layers.in_flight = [in_flight - 1 for in_flight in layers.in_flight]
+            writes = layers.writes()
             for layer, length in enumerate(lengths):
-                alone = layers.writes[layer] == watch.writes[layer] + 1
-                layers.lengths[layer] = length if alone else _UNKNOWN
+                layers.end(layer)
+                alone = writes[layer] == watch.writes[layer] + 1
+                layers.put(layer, length if alone else _UNKNOWN)
 
     def fail_truncation(self, watch: Watch, changed_nothing: bool) -> None:
         """The truncation failed: lengths stay where it is certain that it changed nothing, else they are unknown."""
         with self._lock:
             layers = self._layers(watch.sequence)
-            layers.in_flight = [in_flight - 1 for in_flight in layers.in_flight]
-            if not changed_nothing:
-                layers.lengths = [_UNKNOWN] * len(layers.lengths)
+            for layer in range(len(watch.writes)):
+                layers.end(layer)
+                if not changed_nothing:
+                    layers.put(layer, _UNKNOWN)
 
     def _layers(self, sequence: int) -> _Layers:
         layers = self._sequences.get(sequence)
         if layers is None:
-            layers = self._sequences[sequence] = _Layers([_UNKNOWN] * self.info.spec.num_layers)
+            layers = self._sequences[sequence] = self._new_layers([_UNKNOWN] * self.info.spec.num_layers)
         return layers
 
     def _watch(self, sequence: int) -> Watch:
         layers = self._sequences.get(sequence)
         if layers is None:
             return Watch(sequence, [0] * self.info.spec.num_layers)
-        pairs = zip(layers.writes, layers.in_flight, strict=True)
+        pairs = zip(layers.writes(), layers.in_flight(), strict=True)
         return Watch(sequence, [_OVERLAPPED if in_flight else writes for writes, in_flight in pairs])
 
     def _length(self, sequence: int, layer: int) -> int:
         layers = self._sequences.get(sequence)
-        length = _UNKNOWN if layers is None else layers.lengths[layer]
+        length = _UNKNOWN if layers is None else layers.length(layer)
         if length == _UNKNOWN:
             raise FailedPreconditionError(
                 f"sequence {sequence}, layer {layer}: its length is not known to this client; "

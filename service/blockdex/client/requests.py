@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockdex import checks
+from blockdex.client import compiled
 from blockdex.client.answers import Info
 from blockdex.client.tensors import elements_of
 from blockdex.errors import InvalidArgumentError, Reason
@@ -20,16 +21,17 @@ from blockdex.v1 import indexer_pb2 as pb
 Integers = int | Sequence[int] | NDArray[Any]
 """One integer, or one for each sequence of a request."""
 
-Request = pb.AppendKeysRequest | pb.SelectBlocksRequest | pb.AppendAndSelectRequest
+Shape = tuple[int, int, int]
+"""Of an answer: `[T, num_heads, topk]`, with no heads where there were no queries."""
 
-_DTYPES: dict[FloatDtype, pb.Dtype] = {
+DTYPES: dict[FloatDtype, pb.Dtype] = {
     "bf16": pb.DTYPE_BF16,
     "fp16": pb.DTYPE_FP16,
     "fp32": pb.DTYPE_FP32,
     "fp8_e4m3": pb.DTYPE_FP8_E4M3,
 }
 _NUMPY = (np.ndarray, np.integer)
-_ORDERS = {"ascending": pb.SELECTION_ORDER_ASCENDING, "score": pb.SELECTION_ORDER_SCORE}
+ORDERS = {"ascending": pb.SELECTION_ORDER_ASCENDING, "score": pb.SELECTION_ORDER_SCORE}
 
 
 @dataclass(slots=True)
@@ -111,6 +113,9 @@ def integers(name: str, value: Integers, *, bits: int) -> list[int]:
         TypeError: not integers.
     """
     plain = value.tolist() if isinstance(value, _NUMPY) else value
+    quick: list[int] | None = None if compiled.native is None else compiled.native.integers(plain, bits)
+    if quick is not None:
+        return quick
     try:
         column = [plain] if isinstance(plain, int) else list(map(operator.index, plain))
     except TypeError:
@@ -121,9 +126,7 @@ def integers(name: str, value: Integers, *, bits: int) -> list[int]:
     return column
 
 
-def fill(
-    request: Any, info: Info, spans: Spans, starts: list[int], keys: Any | None, queries: Queries | None
-) -> tuple[int, int, int]:
+def fill(request: Any, info: Info, spans: Spans, starts: list[int], keys: Any | None, queries: Queries | None) -> Shape:
     """Checks everything that needs no cache, in the server's order, and writes it into the request.
 
     Args:
@@ -135,7 +138,7 @@ def fill(
         queries: `[T, num_heads, D]` or None.
 
     Returns:
-        The shape of the answer, `[T, num_heads, topk]`; num_heads is 0 without queries.
+        The shape of the answer.
 
     Raises:
         BlockdexError: a field is out of bounds.
@@ -165,7 +168,7 @@ def _fill_tensor(target: Any, name: str, dtype: FloatDtype, array: NDArray[Any],
     if array.shape != shape:
         checks.check_tensor_bytes(name, dtype, array.nbytes, shape)
         checks.check_shape(name, array.shape, shape)
-    target.dtype = _DTYPES[dtype]
+    target.dtype = DTYPES[dtype]
     target.data = array.tobytes()
 
 
@@ -182,16 +185,16 @@ def _fill_spans(request: Any, info: Info, spans: Spans, starts: list[int]) -> No
 
 
 def _fill_selection(request: Any, queries: Queries) -> None:
-    if queries.order not in _ORDERS:
+    if queries.order not in ORDERS:
         raise InvalidArgumentError(
-            f"order must be one of {', '.join(_ORDERS)}, got {queries.order}", Reason.INVALID_ORDER
+            f"order must be one of {', '.join(ORDERS)}, got {queries.order}", Reason.INVALID_ORDER
         )
     if queries.first_head or queries.num_heads:
         request.first_head = queries.first_head
         request.num_heads = queries.num_heads
         request.required_features.append(pb.FEATURE_HEAD_RANGES)
     if queries.order != "ascending" or queries.return_scores:
-        request.order = _ORDERS[queries.order]
+        request.order = ORDERS[queries.order]
         request.return_scores = queries.return_scores
         request.required_features.append(pb.FEATURE_SCORES)
     if queries.wait_for_keys:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Array = TypeVar("Array", NDArray[Any], "torch.Tensor")
 """numpy or torch: what goes in comes out."""
 
-_NUMPY_DTYPES: dict[np.dtype[Any], FloatDtype] = {
+NUMPY_DTYPES: dict[np.dtype[Any], FloatDtype] = {
     np.dtype(ml_dtypes.bfloat16): "bf16",
     np.dtype("<f2"): "fp16",
     np.dtype("<f4"): "fp32",
@@ -31,8 +31,11 @@ _TORCH_DTYPES: dict[str, FloatDtype] = {
     "torch.float32": "fp32",
     "torch.float8_e4m3fn": "fp8_e4m3",
 }
-# numpy has no such types of its own: the same bits under another name.
-_TORCH_BITS = {"torch.bfloat16": "int16", "torch.float8_e4m3fn": "uint8"}
+# torch gives numpy no such types: the same bits cross under another name.
+_TORCH_BITS = {
+    "torch.bfloat16": ("int16", np.dtype(ml_dtypes.bfloat16)),
+    "torch.float8_e4m3fn": ("uint8", np.dtype(ml_dtypes.float8_e4m3fn)),
+}
 _ANSWER_DTYPES = {pb.DTYPE_INT32: np.dtype("<i4"), pb.DTYPE_FP32: np.dtype("<f4")}
 
 
@@ -45,9 +48,9 @@ def elements_of(name: str, tensor: Any) -> tuple[FloatDtype, NDArray[Any]]:
     """
     if isinstance(tensor, np.ndarray):
         array = tensor if tensor.dtype.byteorder != ">" else tensor.astype(tensor.dtype.newbyteorder("<"))
-        if array.dtype not in _NUMPY_DTYPES:
+        if array.dtype not in NUMPY_DTYPES:
             raise _unknown_dtype(name, tensor.dtype)
-        return _NUMPY_DTYPES[array.dtype], array
+        return NUMPY_DTYPES[array.dtype], array
     torch = _torch_of(tensor)
     if torch is None:
         raise TypeError(f"{name} must be a numpy array or a torch tensor, got {type(tensor).__name__}")
@@ -56,7 +59,8 @@ def elements_of(name: str, tensor: Any) -> tuple[FloatDtype, NDArray[Any]]:
         raise _unknown_dtype(name, dtype)
     host = tensor.detach().cpu()
     if dtype in _TORCH_BITS:
-        host = host.view(getattr(torch, _TORCH_BITS[dtype]))
+        bits, same = _TORCH_BITS[dtype]
+        return _TORCH_DTYPES[dtype], host.view(getattr(torch, bits)).numpy().view(same)
     return _TORCH_DTYPES[dtype], host.numpy()
 
 
@@ -67,17 +71,28 @@ def tensor_like(tensor: Any, name: str, answer: pb.Tensor, shape: tuple[int, ...
         DataLossError: the answer does not have that many elements.
     """
     dtype = _ANSWER_DTYPES.get(answer.dtype)
-    expected = 4 * shape[0] * shape[1] * shape[2]
+    expected = answer_bytes(shape)
     buffer = bytearray(answer.data)
     if dtype is None or len(buffer) != expected:
         raise DataLossError(
             f"{name}: [{', '.join(map(str, shape))}] takes {expected} bytes, the answer has {len(buffer)}",
             Reason.INTERNAL,
         )
-    torch = _torch_of(tensor)
+    return array_like(tensor, dtype, buffer, shape)
+
+
+def array_like(tensor: Any, dtype: np.dtype[Any], buffer: bytearray, shape: tuple[int, ...]) -> Any:
+    """The elements in the buffer, which it keeps; of the kind and on the device of the caller's tensor."""
+    torch = None if isinstance(tensor, np.ndarray) else _torch_of(tensor)
     if torch is None:
         return np.ndarray(shape, dtype, buffer)
     return torch.frombuffer(buffer, dtype=getattr(torch, dtype.name)).reshape(shape).to(tensor.device)
+
+
+def answer_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of block ids, or of scores, of that shape."""
+    tokens, num_heads, topk = shape
+    return 4 * tokens * num_heads * topk
 
 
 def _torch_of(tensor: object) -> Any:

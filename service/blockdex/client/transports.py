@@ -1,31 +1,26 @@
-"""How the blocking client's calls reach the server: one RPC each, or data calls together on a stream."""
+"""How the blocking client's calls reach the server: one RPC each, or data calls over streams."""
 
 from __future__ import annotations
 
-import itertools
-import queue
 import threading
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import grpc
 
+from blockdex.client.alarm import Alarm
 from blockdex.client.call import Call
 from blockdex.client.core import CHANNEL_OPTIONS, Core
-from blockdex.client.failures import another, error_of_call, error_of_stream
-from blockdex.client.frames import answer_of, cancel_of, closed, frame_of
-from blockdex.errors import BlockdexError, Reason, UnavailableError
-from blockdex.v1 import indexer_pb2 as pb
-from blockdex.v1.indexer_pb2_grpc import IndexerServiceStub
-
-_JOIN_SECONDS = 5.0
-_STREAM = f"/{pb.DESCRIPTOR.services_by_name['IndexerService'].full_name}/Stream"
+from blockdex.client.failures import error_of_call
+from blockdex.client.frames import answer_of, closed, frame_of
+from blockdex.client.paths import UNARY_PATHS
+from blockdex.client.stream import Stream
+from blockdex.errors import BlockdexError
 
 
 class Transport(Protocol):
     """Sends calls; safe to share between threads."""
 
-    def send(self, call: Call[Any]) -> Any:
+    def send(self, call: Call[Any]) -> bytes:
         """The response to one attempt.
 
         Raises:
@@ -45,17 +40,18 @@ class UnaryTransport:
         self._core = core
         self._closed = False
         self.channel = grpc.insecure_channel(core.address, options=CHANNEL_OPTIONS)
-        self._stub: Any = IndexerServiceStub(self.channel)
+        self._methods: dict[str, Any] = {rpc: self.channel.unary_unary(path) for rpc, path in UNARY_PATHS.items()}
 
-    def send(self, call: Call[Any]) -> Any:
+    def send(self, call: Call[Any]) -> bytes:
         """The response to one attempt."""
         if self._closed:
             raise closed()
-        method = getattr(self._stub, call.rpc)
+        method = self._methods[call.rpc]
         try:
-            return method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
+            answer: bytes = method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
         except grpc.RpcError as failure:
             raise error_of_call(failure, f"{call.rpc} at {self._core.address}") from failure
+        return answer
 
     def close(self) -> None:
         """Ends what is in flight and closes the channel."""
@@ -64,113 +60,63 @@ class UnaryTransport:
 
 
 class StreamTransport:
-    """Data calls share one stream, reopened by the next call after it broke; the others are RPCs of their own."""
+    """Data calls go over streams, each of which is one caller's at a time; the others are RPCs of their own.
+
+    A caller reads its answer itself, so that no other thread stands between the two. Streams are opened as callers
+    come that find none free, and stay open.
+    """
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._unary = UnaryTransport(core)
         self._lock = threading.Lock()
+        self._alarm = Alarm()
         self._closed = False
-        self._exchange: _Exchange | None = None
+        self._free: list[Stream] = []
+        self._all: set[Stream] = set()
 
-    def send(self, call: Call[Any]) -> Any:
+    def send(self, call: Call[Any]) -> bytes:
         """The response to one attempt."""
-        if call.envelope is None:
+        if call.kind is None:
             return self._unary.send(call)
-        return self._open_exchange().send(call)
+        timeout = call.remaining()
+        stream = self._take()
+        try:
+            frame = stream.ask(frame_of(call, stream.number(), timeout), call.deadline)
+        except TimeoutError:
+            raise call.late() from None
+        except BlockdexError as failure:
+            raise closed() if self._closed else failure from None
+        finally:
+            self._give_back(stream)
+        return answer_of(call.kind, frame)
 
     def close(self) -> None:
-        """Ends what is in flight, then stream and channel."""
+        """Ends what is in flight, then streams and channel."""
         with self._lock:
             self._closed = True
-        if self._exchange is not None:
-            self._exchange.close()
+            streams = list(self._all)
+        for stream in streams:
+            stream.end()
+        self._alarm.close()
         self._unary.close()
 
-    def _open_exchange(self) -> _Exchange:
+    def _take(self) -> Stream:
         with self._lock:
             if self._closed:
                 raise closed()
-            if self._exchange is None or self._exchange.broken:
-                self._exchange = _Exchange(self._unary.channel, self._core)
-            return self._exchange
+            while self._free:
+                stream = self._free.pop()
+                if not stream.ended:
+                    return stream
+                self._all.discard(stream)
+            stream = Stream(self._unary.channel, self._core, self._alarm)
+            self._all.add(stream)
+            return stream
 
-
-class _Exchange:
-    """One stream, from its opening until it breaks.
-
-    gRPC's own thread drops each answer into its caller's inbox, so that no other thread stands between the two. Callers
-    do not read the stream themselves, since gRPC's read cannot be given a timeout; the one thread that does only asks
-    gRPC for the next answer, and sees the end.
-    """
-
-    def __init__(self, channel: grpc.Channel, core: Core) -> None:
-        self._failure: BlockdexError | None = None
-        self._address = core.address
-        self._closing = False
-        self._lock = threading.Lock()
-        self._request_ids = itertools.count(1)
-        self._outbox: queue.SimpleQueue[pb.StreamRequest | None] = queue.SimpleQueue()
-        self._inboxes: dict[int, queue.SimpleQueue[pb.StreamResponse | BlockdexError]] = {}
-        method = channel.stream_stream(_STREAM, pb.StreamRequest.SerializeToString, self._deliver)
-        self._responses: Any = method(self._requests(), metadata=core.metadata)
-        self._reader = threading.Thread(target=self._read, name="blockdex-stream", daemon=True)
-        self._reader.start()
-
-    @property
-    def broken(self) -> bool:
-        return self._failure is not None
-
-    def send(self, call: Call[Any]) -> Any:
-        inbox: queue.SimpleQueue[pb.StreamResponse | BlockdexError] = queue.SimpleQueue()
-        timeout = call.remaining()
+    def _give_back(self, stream: Stream) -> None:
         with self._lock:
-            if self._failure is not None:
-                raise another(self._failure)
-            request_id = next(self._request_ids)
-            self._inboxes[request_id] = inbox
-        self._outbox.put(frame_of(call, request_id, timeout))
-        try:
-            frame = inbox.get(timeout=timeout)
-        except BaseException as failure:
-            del self._inboxes[request_id]
-            self._outbox.put(cancel_of(request_id))
-            if isinstance(failure, queue.Empty):
-                raise call.late() from None
-            raise
-        del self._inboxes[request_id]
-        if isinstance(frame, BlockdexError):
-            raise frame
-        return answer_of(frame)
-
-    def close(self) -> None:
-        self._closing = True
-        self._responses.cancel()
-        self._reader.join(_JOIN_SECONDS)
-
-    def _requests(self) -> Iterator[pb.StreamRequest]:
-        while (frame := self._outbox.get()) is not None:
-            # A caller that has gone while its request was queued here leaves nothing to send.
-            if frame.request_id in self._inboxes or frame.HasField("cancel"):
-                yield frame
-
-    def _deliver(self, answer: bytes) -> pb.StreamResponse:
-        frame = pb.StreamResponse.FromString(answer)
-        inbox = self._inboxes.get(frame.request_id)
-        if inbox is not None:
-            inbox.put(frame)
-        return frame
-
-    def _read(self) -> None:
-        end: BlockdexError = UnavailableError(f"{self._address} ended it", Reason.UNREACHABLE)
-        try:
-            for _ in self._responses:
-                pass
-        except grpc.RpcError as failure:
-            end = error_of_call(failure, self._address)
-        with self._lock:
-            self._failure = closed() if self._closing else error_of_stream(end)
-            inboxes = list(self._inboxes.values())
-        for inbox in inboxes:
-            inbox.put(another(self._failure))
-        self._outbox.put(None)
+            if stream.ended:
+                self._all.discard(stream)
+            else:
+                self._free.append(stream)

@@ -3,6 +3,7 @@
  * The short way takes what is plainly right and asked all the time. Whatever else comes is left, untouched, to the
  * Python beside it, which says what is wrong with it.
  */
+#include "client.h"
 #include "lane.h"
 #include "link.h"
 
@@ -16,6 +17,7 @@ static bool add_type(PyObject *module, PyType_Spec *spec) {
 
 static int fill(PyObject *module) {
     if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_lane_spec) || add_link(module) < 0) return -1;
+    if (!add_type(module, &blockdex_layers_spec) || !add_type(module, &blockdex_writer_spec)) return -1;
     return PyModule_AddIntConstant(module, "NOTICED", LANE_NOTICED) |
            PyModule_AddIntConstant(module, "FOR_PYTHON", LANE_FOR_PYTHON) |
            PyModule_AddIntConstant(module, "LATE", LANE_LATE) | PyModule_AddIntConstant(module, "ROOM", LANE_ROOM) |
@@ -24,12 +26,23 @@ static int fill(PyObject *module) {
            PyModule_AddIntConstant(module, "STEPS", LANE_STEPS);
 }
 
+static PyMethodDef methods[] = {
+    {"integers", (PyCFunction)(void (*)(void))blockdex_integers, METH_FASTCALL, NULL},
+    {"find_response", (PyCFunction)(void (*)(void))blockdex_find_response, METH_FASTCALL, NULL},
+    {"read_selection", (PyCFunction)(void (*)(void))blockdex_read_selection, METH_FASTCALL, NULL},
+    {"begin_append", (PyCFunction)(void (*)(void))blockdex_begin_append, METH_FASTCALL, NULL},
+    {"end_append", (PyCFunction)(void (*)(void))blockdex_end_append, METH_FASTCALL, NULL},
+    {"frame", (PyCFunction)(void (*)(void))blockdex_frame, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "blockdex._native",
     .m_doc = "What a request passes on its short way, without Python in between.",
+    .m_methods = methods,
     .m_slots = slots,
 };
 

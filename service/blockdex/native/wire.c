@@ -1,69 +1,6 @@
 #include "wire.h"
 
-#include <string.h>
-
-enum { VARINT = 0, FIXED64 = 1, BYTES = 2, FIXED32 = 5 };
-
-struct cursor {
-    const uint8_t *at, *end;
-};
-
-/* One field: `value` of a number, `inside` of bytes. */
-struct field {
-    uint32_t number, type;
-    uint64_t value;
-    struct cursor inside;
-};
-
-/* A number of at most `most_bytes`, which may be written longer than it needs. */
-static bool read_varint(struct cursor *cursor, unsigned most_bytes, uint64_t *value) {
-    *value = 0;
-    for (unsigned count = 0; count < most_bytes && cursor->at < cursor->end; count++) {
-        uint64_t byte = *cursor->at++;
-        if (count == 9 && byte > 1) return false;
-        *value |= (byte & 0x7f) << (7 * count);
-        if (byte < 0x80) return true;
-    }
-    return false;
-}
-
-static uint64_t little_endian(const uint8_t *bytes) {
-    uint64_t value;
-    memcpy(&value, bytes, sizeof value);
-    return value;
-}
-
-static bool read_fixed64(struct cursor *cursor, uint64_t *value) {
-    if (cursor->end - cursor->at < 8) return false;
-    *value = little_endian(cursor->at);
-    cursor->at += 8;
-    return true;
-}
-
-static bool read_bytes(struct cursor *cursor, struct cursor *inside) {
-    uint64_t size;
-    if (!read_varint(cursor, 5, &size) || size > (uint64_t)(cursor->end - cursor->at)) return false;
-    *inside = (struct cursor){cursor->at, cursor->at + size};
-    cursor->at += size;
-    return true;
-}
-
-static bool read_field(struct cursor *cursor, struct field *field) {
-    uint64_t tag;
-    if (!read_varint(cursor, 5, &tag) || tag > UINT32_MAX || tag < 8) return false;
-    field->number = (uint32_t)tag >> 3;
-    field->type = tag & 7;
-    switch (field->type) {
-        case VARINT: return read_varint(cursor, 10, &field->value);
-        case FIXED64: return read_fixed64(cursor, &field->value);
-        case BYTES: return read_bytes(cursor, &field->inside);
-        case FIXED32:
-            if (cursor->end - cursor->at < 4) return false;
-            cursor->at += 4;
-            return true;
-        default: return false;
-    }
-}
+#include "protobuf.h"
 
 /* The last one wins. */
 static bool read_number(const struct field *field, uint64_t largest, uint32_t *number) {
@@ -136,8 +73,6 @@ static bool read_tensor(struct wire_tensor *tensor, const struct field *message)
     }
     return tensor->data != NULL;
 }
-
-enum { LAST_FEATURE = 4 };
 
 static bool is_feature(uint64_t value) { return value >= 1 && value <= LAST_FEATURE; }
 
@@ -219,30 +154,6 @@ bool wire_read_streamed(struct wire_request *request, const uint8_t *bytes, size
     return read_request(request, body.inside);
 }
 
-static unsigned varint_size(uint64_t value) {
-    unsigned size = 1;
-    for (; value >= 0x80; value >>= 7) size++;
-    return size;
-}
-
-static uint8_t *write_varint(uint8_t *to, uint64_t value) {
-    for (; value >= 0x80; value >>= 7) *to++ = (uint8_t)(value | 0x80);
-    *to++ = (uint8_t)value;
-    return to;
-}
-
-static uint8_t *write_tag(uint8_t *to, unsigned number, unsigned type) { return write_varint(to, number << 3 | type); }
-
-/* A number that is 0 is left out, as protobuf does. */
-static uint64_t fixed64_size(uint64_t value) { return value ? 9 : 0; }
-
-static uint8_t *write_fixed64(uint8_t *to, unsigned number, uint64_t value) {
-    if (!value) return to;
-    to = write_tag(to, number, FIXED64);
-    memcpy(to, &value, sizeof value);
-    return to + sizeof value;
-}
-
 /* Dtype (below 128), then the data, with their tags. */
 static uint64_t tensor_inside(const struct wire_tensor *tensor) {
     return 2 + 1 + varint_size(tensor->bytes) + tensor->bytes;
@@ -278,4 +189,119 @@ void wire_write(const struct wire_response *response, uint8_t *to) {
     to = write_tensor(to, 1, &response->block_ids);
     to = write_tensor(to, 2, &response->scores);
     write_fixed64(to, response->kind == APPEND_KEYS ? 1 : 3, response->epoch);
+}
+
+static uint64_t varints_inside(const struct wire_spans *spans, unsigned column) {
+    uint64_t bytes = 0;
+    for (uint32_t at = 0; at < spans->counts[column]; at++) bytes += varint_size(spans->columns[column][at]);
+    return bytes;
+}
+
+static uint64_t fixed64s_inside(const struct wire_spans *spans, unsigned column) {
+    return spans->counts[column] * sizeof(uint64_t);
+}
+
+/* Of bytes with their tag and length; those of none are left out. */
+static uint64_t packed_size(uint64_t inside) { return inside ? 1 + varint_size(inside) + inside : 0; }
+
+static uint64_t spans_inside(const struct wire_spans *spans) {
+    return packed_size(fixed64s_inside(spans, SEQUENCE_IDS)) + packed_size(varints_inside(spans, STARTS)) +
+           packed_size(varints_inside(spans, LENGTHS)) + packed_size(fixed64s_inside(spans, REVISIONS));
+}
+
+static uint8_t *write_varints(uint8_t *to, unsigned number, const struct wire_spans *spans, unsigned column) {
+    if (!spans->counts[column]) return to;
+    to = write_varint(write_tag(to, number, BYTES), varints_inside(spans, column));
+    for (uint32_t at = 0; at < spans->counts[column]; at++) to = write_varint(to, spans->columns[column][at]);
+    return to;
+}
+
+static uint8_t *write_fixed64s(uint8_t *to, unsigned number, const struct wire_spans *spans, unsigned column) {
+    uint64_t bytes = fixed64s_inside(spans, column);
+    if (!bytes) return to;
+    to = write_varint(write_tag(to, number, BYTES), bytes);
+    memcpy(to, spans->columns[column], bytes);
+    return to + bytes;
+}
+
+static uint8_t *write_spans(uint8_t *to, unsigned number, const struct wire_spans *spans) {
+    to = write_varint(write_tag(to, number, BYTES), spans_inside(spans));
+    to = write_fixed64s(to, 1, spans, SEQUENCE_IDS);
+    to = write_varints(to, 2, spans, STARTS);
+    to = write_varints(to, 3, spans, LENGTHS);
+    return write_fixed64s(to, 4, spans, REVISIONS);
+}
+
+static uint64_t role_size(const struct wire_request *request, enum role role) {
+    switch (role) {
+        case LAYER: return number_size(request->layer);
+        case SPANS: return packed_size(spans_inside(request->spans));
+        case KEYS: return tensor_size(&request->keys);
+        case QUERIES: return tensor_size(&request->queries);
+        case FIRST_HEAD: return number_size(request->first_head);
+        case NUM_HEADS: return number_size(request->num_heads);
+        case ORDER: return number_size(request->order);
+        case SCORES: return number_size(request->return_scores);
+        case WAIT: return number_size(request->wait_for_keys);
+        case EPOCH: return fixed64_size(request->epoch);
+        case FEATURES: return packed_size(request->num_features);
+        default: return 0;
+    }
+}
+
+static uint8_t *write_role(uint8_t *to, unsigned number, const struct wire_request *request, enum role role) {
+    switch (role) {
+        case LAYER: return write_number(to, number, request->layer);
+        case SPANS: return write_spans(to, number, request->spans);
+        case KEYS: return write_tensor(to, number, &request->keys);
+        case QUERIES: return write_tensor(to, number, &request->queries);
+        case FIRST_HEAD: return write_number(to, number, request->first_head);
+        case NUM_HEADS: return write_number(to, number, request->num_heads);
+        case ORDER: return write_number(to, number, request->order);
+        case SCORES: return write_number(to, number, request->return_scores);
+        case WAIT: return write_number(to, number, request->wait_for_keys);
+        case EPOCH: return write_fixed64(to, number, request->epoch);
+        case FEATURES:
+            if (!request->num_features) return to;
+            to = write_varint(write_tag(to, number, BYTES), request->num_features);
+            memcpy(to, request->features, request->num_features);
+            return to + request->num_features;
+        default: return to;
+    }
+}
+
+uint64_t wire_request_size(const struct wire_request *request) {
+    uint64_t size = 0;
+    for (unsigned number = 1; number <= LAST_FIELD; number++) size += role_size(request, ROLES[request->kind][number]);
+    return size;
+}
+
+void wire_write_request(const struct wire_request *request, uint8_t *to) {
+    for (unsigned number = 1; number <= LAST_FIELD; number++)
+        to = write_role(to, number, request, ROLES[request->kind][number]);
+}
+
+bool wire_read_response(struct wire_response *response, const uint8_t *bytes, size_t size) {
+    struct cursor cursor = {bytes, bytes + size};
+    struct field field = {0};
+    while (cursor.at < cursor.end) {
+        if (!read_field(&cursor, &field)) return false;
+        if (field.number == 1 && !read_tensor(&response->block_ids, &field)) return false;
+        if (field.number == 2 && !read_tensor(&response->scores, &field)) return false;
+    }
+    return true;
+}
+
+bool wire_find_response(uint32_t kind, const uint8_t *bytes, size_t size, const uint8_t **body, size_t *body_size) {
+    struct cursor cursor = {bytes, bytes + size};
+    struct field field = {0};
+    *body = NULL;
+    while (cursor.at < cursor.end) {
+        if (!read_field(&cursor, &field)) return false;
+        if (field.number == 1 && field.type == FIXED64) continue;
+        if (field.number != 2 + kind || field.type != BYTES || *body) return false;
+        *body = field.inside.at;
+        *body_size = (size_t)(field.inside.end - field.inside.at);
+    }
+    return *body != NULL;
 }

@@ -1,0 +1,103 @@
+"""Requests of the data calls as bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from blockdex.client import compiled
+from blockdex.client.answers import Info
+from blockdex.client.kinds import Kind
+from blockdex.client.requests import DTYPES, ORDERS, Queries, Shape, Spans, fill
+from blockdex.client.tensors import NUMPY_DTYPES, elements_of
+from blockdex.errors import InvalidArgumentError
+
+_NO_QUERIES = Queries(None, 0, 0, "ascending", False)
+
+
+class Writer:
+    """Writes the requests that one server takes, and refuses the others.
+
+    What is plainly right is written by the compiled module, where that is there. Whatever else comes is checked and
+    written by `fill`, so that errors have one place.
+
+    Args:
+        info: what the server is.
+    """
+
+    def __init__(self, info: Info) -> None:
+        self._info = info
+        self._native = None if compiled.native is None else _native_writer(compiled.native, info)
+
+    def write(
+        self, kind: Kind, spans: Spans, starts: list[int], keys: Any | None, queries: Queries | None
+    ) -> tuple[bytes, Shape]:
+        """A request, and the shape of its answer.
+
+        Args:
+            kind: which call it is.
+            spans: the runs.
+            starts: `[N]`, where they start.
+            keys: `[T, D]` where it takes any, else None.
+            queries: `[T, num_heads, D]`, likewise.
+
+        Raises:
+            BlockdexError: a field is out of bounds.
+        """
+        if self._native is not None:
+            written = self._write_quickly(kind, spans, starts, keys, queries or _NO_QUERIES)
+            if written is not None:
+                return written
+        request = kind.request()
+        shape = fill(request, self._info, spans, starts, keys, queries)
+        return request.SerializeToString(), shape
+
+    def _write_quickly(
+        self, kind: Kind, spans: Spans, starts: list[int], keys: Any | None, queries: Queries
+    ) -> tuple[bytes, Shape] | None:
+        assert self._native is not None
+        written = self._native.write(
+            kind.number,
+            spans.layer,
+            self._info.epoch if spans.epoch is None else spans.epoch,
+            spans.sequences,
+            starts,
+            spans.lengths,
+            spans.revisions,
+            _host(keys),
+            _host(queries.tensor),
+            queries.first_head,
+            queries.num_heads,
+            ORDERS.get(queries.order),
+            queries.return_scores,
+            queries.wait_for_keys,
+        )
+        if written is None:
+            return None
+        message, tokens, num_heads = written
+        return message, (tokens, num_heads, self._info.spec.topk)
+
+
+def _native_writer(native: Any, info: Info) -> Any:
+    spec, limits = info.spec, info.limits
+    return native.Writer(
+        num_layers=spec.num_layers,
+        num_heads=spec.num_index_heads,
+        head_dim=spec.head_dim,
+        max_sequence_tokens=spec.max_sequence_tokens,
+        max_spans=limits.max_spans,
+        max_message_bytes=limits.max_message_bytes,
+        array=np.ndarray,
+        dtypes={dtype: int(DTYPES[name]) for dtype, name in NUMPY_DTYPES.items()},
+    )
+
+
+def _host(tensor: Any) -> Any:
+    """The tensor as numpy's, or as it is where it cannot be: `fill` has the words for that."""
+    if tensor is None or isinstance(tensor, np.ndarray):
+        return tensor
+    try:
+        return elements_of("", tensor)[1]
+    except (InvalidArgumentError, TypeError):
+        return tensor

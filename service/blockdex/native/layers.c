@@ -1,0 +1,192 @@
+/* What the client knows of one sequence, by layer, and what an append does to it: blockdex/client/ledger.py says what it
+ * means, and does the same in Python. */
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "client.h"
+
+enum { LENGTHS, WRITES, IN_FLIGHT, NUM_MEMBERS };
+
+static const int64_t UNKNOWN = -1;
+
+/* `numbers` has `count` of each member. */
+typedef struct {
+    PyObject_HEAD
+    Py_ssize_t count;
+    int64_t *numbers;
+} Layers;
+
+static int64_t *member(Layers *self, int which) { return self->numbers + which * self->count; }
+
+static bool fill(int64_t *numbers, PyObject *list) {
+    for (Py_ssize_t at = 0; at < PyList_Size(list); at++) {
+        numbers[at] = PyLong_AsLongLong(PyList_GetItem(list, at));
+        if (numbers[at] == -1 && PyErr_Occurred()) return false;
+    }
+    return true;
+}
+
+static PyObject *layers_new(PyTypeObject *type, PyObject *arguments, PyObject *Py_UNUSED(keywords)) {
+    PyObject *lengths;
+    if (!PyArg_ParseTuple(arguments, "O!:Layers", &PyList_Type, &lengths)) return NULL;
+    Layers *self = (Layers *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    if (!self) return NULL;
+    self->count = PyList_Size(lengths);
+    self->numbers = PyMem_Calloc((size_t)self->count * NUM_MEMBERS + 1, sizeof(int64_t));
+    if (self->numbers && fill(member(self, LENGTHS), lengths)) return (PyObject *)self;
+    Py_DECREF(self);
+    return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+}
+
+static void layers_dealloc(PyObject *object) {
+    PyTypeObject *type = Py_TYPE(object);
+    PyMem_Free(((Layers *)object)->numbers);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF(type);
+}
+
+static bool has(const Layers *self, Py_ssize_t layer) { return layer >= 0 && layer < self->count; }
+
+/* The layer that a method's first argument names; -1 with an error. */
+static Py_ssize_t layer_of(const Layers *self, PyObject *argument) {
+    Py_ssize_t layer = PyLong_AsSsize_t(argument);
+    if (has(self, layer)) return layer;
+    if (!PyErr_Occurred()) PyErr_Format(PyExc_IndexError, "layer: there is none of number %zd", layer);
+    return -1;
+}
+
+/* Counts a write, and says how long the layer was before it. */
+static int64_t begin(Layers *self, Py_ssize_t layer, int64_t length) {
+    int64_t before = member(self, LENGTHS)[layer];
+    member(self, LENGTHS)[layer] = length;
+    member(self, WRITES)[layer]++;
+    member(self, IN_FLIGHT)[layer]++;
+    return before;
+}
+
+static PyObject *layers_length(PyObject *object, PyObject *number) {
+    Py_ssize_t layer = layer_of((Layers *)object, number);
+    return layer < 0 ? NULL : PyLong_FromLongLong(member((Layers *)object, LENGTHS)[layer]);
+}
+
+static PyObject *layers_put(PyObject *object, PyObject *arguments) {
+    long long layer, length;
+    Layers *self = (Layers *)object;
+    if (!PyArg_ParseTuple(arguments, "LL:put", &layer, &length)) return NULL;
+    if (!has(self, layer)) return PyErr_Format(PyExc_IndexError, "layer: there is none of number %lld", layer);
+    member(self, LENGTHS)[layer] = length;
+    Py_RETURN_NONE;
+}
+
+static PyObject *layers_begin(PyObject *object, PyObject *arguments) {
+    long long layer, length;
+    Layers *self = (Layers *)object;
+    if (!PyArg_ParseTuple(arguments, "LL:begin", &layer, &length)) return NULL;
+    if (!has(self, layer)) return PyErr_Format(PyExc_IndexError, "layer: there is none of number %lld", layer);
+    return PyLong_FromLongLong(begin(self, layer, length));
+}
+
+static PyObject *layers_end(PyObject *object, PyObject *number) {
+    Py_ssize_t layer = layer_of((Layers *)object, number);
+    if (layer < 0) return NULL;
+    member((Layers *)object, IN_FLIGHT)[layer]--;
+    Py_RETURN_NONE;
+}
+
+static PyObject *list_of(const int64_t *numbers, Py_ssize_t count) {
+    PyObject *list = PyList_New(count);
+    for (Py_ssize_t at = 0; list && at < count; at++) PyList_SetItem(list, at, PyLong_FromLongLong(numbers[at]));
+    return list;
+}
+
+static PyObject *layers_writes(PyObject *object, PyObject *Py_UNUSED(none)) {
+    return list_of(member((Layers *)object, WRITES), ((Layers *)object)->count);
+}
+
+static PyObject *layers_in_flight(PyObject *object, PyObject *Py_UNUSED(none)) {
+    return list_of(member((Layers *)object, IN_FLIGHT), ((Layers *)object)->count);
+}
+
+static PyMethodDef methods[] = {
+    {"length", layers_length, METH_O, NULL},         {"put", layers_put, METH_VARARGS, NULL},
+    {"begin", layers_begin, METH_VARARGS, NULL},     {"end", layers_end, METH_O, NULL},
+    {"writes", layers_writes, METH_NOARGS, NULL},    {"in_flight", layers_in_flight, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_new, layers_new}, {Py_tp_dealloc, layers_dealloc}, {Py_tp_methods, methods}, {0, NULL}};
+
+PyType_Spec blockdex_layers_spec = {
+    .name = "blockdex._native.Layers",
+    .basicsize = sizeof(Layers),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = slots,
+};
+
+/* --- An append --- */
+
+/* One that is known and has such a layer, else NULL. */
+static Layers *layers_of(PyObject *sequences, PyObject *id, Py_ssize_t layer) {
+    PyObject *found = id ? PyDict_GetItemWithError(sequences, id) : NULL;
+    Layers *layers = (Layers *)found;
+    return found && has(layers, layer) ? layers : NULL;
+}
+
+static bool read_number(PyObject *list, Py_ssize_t at, int64_t *number) {
+    PyObject *item = PyList_GetItem(list, at);
+    if (!item || !PyLong_CheckExact(item)) return false;
+    *number = PyLong_AsLongLong(item);
+    return *number != -1 || !PyErr_Occurred();
+}
+
+/* Where the runs start: as they were named, else where their sequences end. NULL where anything is unknown or unusual. */
+static PyObject *starts_of(PyObject *sequences, Py_ssize_t layer, PyObject *ids, PyObject *lengths, PyObject *named) {
+    int64_t start = 0, length;
+    PyObject *starts = PyList_New(PyList_Size(ids));
+    for (Py_ssize_t at = 0; starts && at < PyList_Size(ids); at++) {
+        Layers *layers = layers_of(sequences, PyList_GetItem(ids, at), layer);
+        bool good = layers && read_number(lengths, at, &length);
+        if (good && named != Py_None) good = read_number(named, at, &start);
+        if (good && named == Py_None) good = (start = member(layers, LENGTHS)[layer]) != UNKNOWN;
+        if (good)
+            PyList_SetItem(starts, at, PyLong_FromLongLong(start));
+        else
+            Py_CLEAR(starts);
+    }
+    return starts;
+}
+
+static PyObject *changes_of(PyObject *sequences, Py_ssize_t layer, PyObject *ids, PyObject *lengths, PyObject *starts) {
+    int64_t start, length;
+    PyObject *changes = PyList_New(PyList_Size(ids));
+    for (Py_ssize_t at = 0; changes && at < PyList_Size(ids); at++) {
+        Layers *layers = layers_of(sequences, PyList_GetItem(ids, at), layer);
+        if (!layers || !read_number(starts, at, &start) || !read_number(lengths, at, &length)) break;
+        PyList_SetItem(changes, at, Py_BuildValue("OLL", layers, begin(layers, layer, start + length), start + length));
+    }
+    return changes;
+}
+
+PyObject *blockdex_begin_append(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count) {
+    if (count != 5) return PyErr_Format(PyExc_TypeError, "begin_append takes 5 arguments");
+    PyObject *sequences = arguments[0], *ids = arguments[2], *lengths = arguments[3], *named = arguments[4];
+    Py_ssize_t layer = PyLong_AsSsize_t(arguments[1]), runs = PyList_Size(ids);
+    if (PyErr_Occurred()) return NULL;
+    if (PyList_Size(lengths) != runs || (named != Py_None && PyList_Size(named) != runs)) Py_RETURN_NONE;
+    PyObject *starts = starts_of(sequences, layer, ids, lengths, named);
+    if (starts) return Py_BuildValue("NN", starts, changes_of(sequences, layer, ids, lengths, starts));
+    if (PyErr_Occurred()) return NULL;
+    Py_RETURN_NONE;
+}
+
+PyObject *blockdex_end_append(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count) {
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "end_append takes 2 arguments");
+    Py_ssize_t layer = PyLong_AsSsize_t(arguments[0]), runs = PyList_Size(arguments[1]);
+    for (Py_ssize_t at = 0; !PyErr_Occurred() && at < runs; at++) {
+        Layers *layers = (Layers *)PyTuple_GetItem(PyList_GetItem(arguments[1], at), 0);
+        if (layers && has(layers, layer)) member(layers, IN_FLIGHT)[layer]--;
+    }
+    if (PyErr_Occurred()) return NULL;
+    Py_RETURN_NONE;
+}
