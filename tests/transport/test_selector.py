@@ -114,7 +114,7 @@ def test_it_looks_no_longer_than_a_timer_waits(make: Callable[[float], Door]) ->
     may, seconds = door.may_sleep(SHORT)
     assert may
     assert door.sleeps
-    assert seconds < LONG / 2
+    assert seconds < 4 * SHORT
 
 
 def test_it_leaves_its_core_to_who_has_something_to_do(make: Callable[[float], Door]) -> None:
