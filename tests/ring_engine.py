@@ -11,7 +11,7 @@ from typing import Any
 
 from blockdex.engine.engine import Engine
 from blockdex.messages import Answer, Limits, Request
-from blockdex.transport.door import RingChannel
+from blockdex.transport.door import RingChannel, Spinning
 from blockdex.transport.handover import listen
 from blockdex.transport.host import RingHost
 from blockdex.transport.inbox import RingInbox
@@ -43,7 +43,12 @@ class Hosted:
 
 @contextlib.asynccontextmanager
 async def hosted(
-    spec: IndexSpec = SPEC, *, limits: Limits = LIMITS, num_pages: int = 512, spin_seconds: float = 0.0
+    spec: IndexSpec = SPEC,
+    *,
+    limits: Limits = LIMITS,
+    num_pages: int = 512,
+    spin_seconds: float = 0.0,
+    spinning: Spinning | None = None,
 ) -> AsyncIterator[Hosted]:
     """Runs an engine behind rings and connects a channel to it."""
     inbox = RingInbox(limits.max_queued_requests, spin_seconds)
@@ -56,6 +61,7 @@ async def hosted(
         channel = RingChannel(
             str(listening.getsockname(), "latin-1"),
             changed=lambda connected: there.set() if connected else there.clear(),
+            spinning=spinning,
         )
         running = asyncio.create_task(channel.run())
         try:

@@ -277,12 +277,17 @@ class Link:
     Args:
         memory: the whole segment, writable.
         engine_bell: the eventfd that the engine sleeps on; it must stay open while this is used.
+        spin_seconds: after a request or an answer, how long `may_sleep` looks for more; 0: nobody calls that.
 
     Raises:
         ValueError: it is no segment of this layout.
     """
 
-    def __new__(cls, memory: memoryview, engine_bell: int) -> Link: ...
+    def __new__(cls, memory: memoryview, engine_bell: int, spin_seconds: float = 0.0) -> Link: ...
+    @property
+    def answered(self) -> bool:
+        """Whether there are answers to take."""
+
     @property
     def waiting(self) -> int:
         """Requests that somebody waits for."""
@@ -343,10 +348,21 @@ class Link:
         """The answers that are there: asker, number, response and rest. Their room is free again.
 
         The response is that of a request on the short way which was answered well; the rest is None where it says all.
-        Where none is there, the bell rings when one comes; else it has to be asked again.
+        Where none is there, the bell rings when one comes, or, while it spins, `may_sleep` sees it; else it has to be
+        asked again.
 
         Raises:
             ValueError: the oldest answer is not what the layout says.
+        """
+
+    def may_sleep(self, epoll: int, seconds: float, /) -> bool:
+        """Looks for answers and for events of an epoll, without the interpreter's lock.
+
+        For as long as it spins since the last request or answer, so many seconds at most, and no longer once another
+        thread has wanted the core that it looks on.
+
+        Returns:
+            Whether nothing came: from now on the bell rings for the next answer. Otherwise it need not.
         """
 
     def take_times(self) -> list[tuple[list[int], float]]:

@@ -127,12 +127,10 @@ class ServeSettings(BaseSettings):
     front_doors: int = _setting(
         1, "N", "Processes that answer gRPC and share its port; more than 1 makes the server split.", ge=1, le=256
     )
-    spin_seconds: float = _setting(
-        0.0001,
+    spin_seconds: Annotated[float, Field(ge=0, le=0.01)] | Literal["auto"] = _setting(
+        "auto",
         "SECONDS",
-        "Split: how long the engine core looks for work, after some came, before it sleeps; 0 sleeps at once.",
-        ge=0,
-        le=0.01,
+        "Split: how long core and front doors look for work before they sleep; auto: 0.001, with too few cores 0.",
     )
     # `model_config` is pydantic's own name inside the class.
     model_file: Path | None = _setting(

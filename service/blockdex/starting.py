@@ -30,11 +30,13 @@ FLUSH_SECONDS = 2.0
 
 _TRACING_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc")
 _WARM_UP_LINE_SECONDS = 5.0
-_CORES = 4
+_SPIN_SECONDS = 0.001
+"""Longer than what an engine does between two layers, so that both are awake when the next one asks."""
 _NO_SPLIT = (
     "processes: split needs Linux on x86-64, which orders plain stores, and the compiled module blockdex._native; "
     "single goes everywhere"
 )
+_CORES = 4
 """From so many on a server is several processes, which do not wait for each other's turn at the interpreter.
 
 On two cores that was faster as well, but takes them from the engine that the server is beside."""
@@ -69,6 +71,14 @@ def splits(settings: ServeSettings) -> bool:
     if settings.processes == "auto":
         return SUPPORTED and (settings.front_doors > 1 or len(os.sched_getaffinity(0)) >= _CORES)
     return settings.processes == "split"
+
+
+def spin_seconds(settings: ServeSettings) -> float:
+    """How long engine core and front doors look for work before they sleep; not at all where cores are few."""
+    if settings.spin_seconds != "auto":
+        return settings.spin_seconds
+    processes = 2 + settings.front_doors
+    return _SPIN_SECONDS if len(os.sched_getaffinity(0)) >= processes else 0.0
 
 
 def check_tracing(settings: ServeSettings) -> None:

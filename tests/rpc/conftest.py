@@ -26,11 +26,11 @@ def random() -> np.random.Generator:
 
 @pytest.fixture(scope="session", params=["single", "split"])
 def server(server: Serving, request: pytest.FixtureRequest) -> Iterator[Serving]:
-    """The small server, and one of several processes, which answers alike."""
+    """The small server, and one of several processes, which looks for work before it sleeps; both answer alike."""
     if request.param == "single":
         yield server
     else:
-        with serve(*SMALL, "--processes", "split") as serving:
+        with serve(*SMALL, "--processes", "split", "--spin-seconds", "0.001") as serving:
             yield serving
 
 

@@ -1,4 +1,4 @@
-"""Whether a server is one process or several, and what is refused."""
+"""Whether a server is one process or several, how long those spin, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from blockdex import starting
 from blockdex.addresses import Address
 from blockdex.config import load_settings
-from blockdex.starting import StartError, splits
+from blockdex.starting import StartError, spin_seconds, splits
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,25 @@ def test_how_many_processes(
             splits(settings)
     else:
         assert splits(settings) is expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "cores", "expected"),
+    [
+        ((), 3, 0.001),
+        ((), 2, 0.0),
+        (("--front-doors", "4"), 6, 0.001),
+        (("--front-doors", "4"), 5, 0.0),
+        (("--spin-seconds", "auto"), 2, 0.0),
+        (("--spin-seconds", "0.0003"), 1, 0.0003),
+        (("--spin-seconds", "0"), 64, 0.0),
+    ],
+)
+def test_how_long_its_processes_spin(
+    flags: tuple[str, ...], cores: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert spin_seconds(load_settings(flags)) == expected
 
 
 def test_a_reserved_port_is_shared_with_those_who_share_and_refused_to_others() -> None:

@@ -41,7 +41,7 @@ def random() -> np.random.Generator:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Split]:
     """One server, whose children die in these tests, and whose supervisor is told to stop after them."""
-    with split("--front-doors", "2") as running:
+    with split("--front-doors", "2", "--spin-seconds", "0.001") as running:
         yield running
         pids = [running.core, *running.doors, running.supervisor]
     assert left_over(pids) == []

@@ -1,6 +1,8 @@
 #include "link.h"
 
+#include <sched.h>
 #include <stdlib.h>
+#include <sys/epoll.h>
 #include <time.h>
 
 #include "arena.h"
@@ -28,6 +30,7 @@ typedef struct {
     char *request_slots, *request_arena;
     const char *answer_slots, *answer_arena;
     uint64_t answer_arena_bytes, written, read;
+    int64_t spin, active;
     uint32_t num_request_slots, num_answer_slots;
     int engine_bell;
     struct arena arena;
@@ -84,14 +87,17 @@ static bool read_header(Link *self) {
 }
 
 static PyObject *link_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"memory", "engine_bell", NULL};
+    static char *names[] = {"memory", "engine_bell", "spin_seconds", NULL};
     PyObject *memory;
     int engine_bell;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "Oi:Link", names, &memory, &engine_bell)) return NULL;
+    double spin_seconds = 0.0;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "Oi|d:Link", names, &memory, &engine_bell, &spin_seconds))
+        return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     Link *self = (Link *)allocate(type, 0);
     if (!self) return NULL;
     self->engine_bell = engine_bell;
+    self->spin = (int64_t)(1e9 * spin_seconds);
     self->flights.free = UINT32_MAX;
     if (PyObject_GetBuffer(memory, &self->memory, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) < 0) {
         Py_DECREF(self);
@@ -197,6 +203,7 @@ static struct blockdex_request *free_slot(const Link *self) {
 }
 
 static void publish(Link *self) {
+    self->active = now();
     atomic_store_explicit(&self->header->requests_written, self->written, memory_order_release);
     blockdex_ring_bell(&self->header->engine_sleeps, self->engine_bell);
 }
@@ -456,6 +463,7 @@ static bool take_one(Link *self, PyObject *list, int64_t at) {
 static bool take_all(Link *self, PyObject *list) {
     uint64_t count = filled(self);
     int64_t at = now();
+    if (count) self->active = at;
     if (count > self->num_answer_slots) {
         PyErr_Format(PyExc_ValueError, "ring: %llu slots are said to be filled, there are %u", count,
                      self->num_answer_slots);
@@ -470,7 +478,7 @@ static bool take_all(Link *self, PyObject *list) {
     return !PyErr_Occurred();
 }
 
-PyDoc_STRVAR(take_doc, "The answers that are there; where there are none, the bell rings when some come.");
+PyDoc_STRVAR(take_doc, "The answers that are there; without any, the bell rings when some come, unless it spins.");
 
 static PyObject *link_take(PyObject *object, PyObject *unused) {
     (void)unused;
@@ -478,11 +486,52 @@ static PyObject *link_take(PyObject *object, PyObject *unused) {
     PyObject *list = PyList_New(0);
     /* Nobody may wait for those that were there; then it looks again. */
     while (list && !PyList_Size(list)) {
-        if (!filled(self) && lie_down(self)) return list;
+        if (!filled(self) && (self->spin || lie_down(self))) return list;
         atomic_store_explicit(&self->header->door_sleeps, 0, memory_order_relaxed);
         if (!take_all(self, list)) Py_CLEAR(list);
     }
     return list;
+}
+
+/* Each look at an epoll is a system call; those at the ring are as good as free. */
+enum { LOOKS_BETWEEN = 16 };
+
+/* Giving the core up takes longer only if somebody has taken it. */
+enum { LONGEST_YIELD_NANOSECONDS = 20000 };
+
+/* Whether answers come, or events of the epoll, until then; not if another thread wants this core meanwhile. */
+static bool look_until(const Link *self, int epoll, int64_t until) {
+    struct epoll_event event;
+    for (int64_t at = now(), before = at; at < until && at - before < LONGEST_YIELD_NANOSECONDS; at = now()) {
+        for (int look = 0; look < LOOKS_BETWEEN; look++) {
+            if (filled(self)) return true;
+            __builtin_ia32_pause();
+        }
+        if (epoll_wait(epoll, &event, 1, 0)) return true;
+        before = now();
+        sched_yield();
+    }
+    return false;
+}
+
+PyDoc_STRVAR(may_sleep_doc, "Looks for answers, or events of an epoll, as long as it spins; whether there are none.");
+
+static PyObject *link_may_sleep(PyObject *object, PyObject *arguments) {
+    Link *self = (Link *)object;
+    int epoll;
+    double seconds;
+    if (!PyArg_ParseTuple(arguments, "id:may_sleep", &epoll, &seconds)) return NULL;
+    int64_t at = now(), until = self->active + self->spin;
+    if (seconds < 1 && at + (int64_t)(1e9 * seconds) < until) until = at + (int64_t)(1e9 * seconds);
+    if (at < until) {
+        bool comes;
+        atomic_store_explicit(&self->header->door_sleeps, 0, memory_order_relaxed);
+        Py_BEGIN_ALLOW_THREADS;
+        comes = look_until(self, epoll, until);
+        Py_END_ALLOW_THREADS;
+        if (comes) Py_RETURN_FALSE;
+    }
+    return PyBool_FromLong(lie_down(self));
 }
 
 PyDoc_STRVAR(take_times_doc, "What was timed since the last call: for every RPC its counts and their sum in seconds.");
@@ -522,6 +571,11 @@ static PyObject *link_on_short_way(PyObject *object, void *unused) {
     return PyLong_FromUnsignedLong(((Link *)object)->flights.on_short_way);
 }
 
+static PyObject *link_answered(PyObject *object, void *unused) {
+    (void)unused;
+    return PyBool_FromLong(filled((Link *)object) != 0);
+}
+
 static PyMethodDef methods[] = {
     {"open_short_way", (PyCFunction)(void (*)(void))link_open_short_way, METH_VARARGS | METH_KEYWORDS, open_short_way_doc},
     {"send", (PyCFunction)(void (*)(void))link_send, METH_FASTCALL, send_doc},
@@ -532,12 +586,14 @@ static PyMethodDef methods[] = {
     {"give_up", link_give_up, METH_VARARGS, give_up_doc},
     {"give_up_all", link_give_up_all, METH_O, give_up_all_doc},
     {"take", link_take, METH_NOARGS, take_doc},
+    {"may_sleep", link_may_sleep, METH_VARARGS, may_sleep_doc},
     {"take_times", link_take_times, METH_NOARGS, take_times_doc},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef attributes[] = {
     {"waiting", link_waiting, NULL, "Requests that somebody waits for.", NULL},
+    {"answered", link_answered, NULL, "Whether there are answers to take.", NULL},
     {"on_short_way", link_on_short_way, NULL, "Those of them that took the short way.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -97,18 +98,23 @@ class Child:
         self.ended.set_result(self._process.wait())
 
 
-def run_child(run: Run) -> None:
+def run_child(run: Run, selector: selectors.BaseSelector | None = None) -> None:
     """What the process of a child does, from its beginning to its end.
 
     Signals that stop a server are the supervisor's to act on, who may still need the child then. When the supervisor
     has ended, the kernel ends the child.
+
+    Args:
+        run: what is a child's own.
+        selector: what its asyncio loop waits with; left out, asyncio's own.
     """
     connected, supervisor = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == supervisor:  # else it ended before the kernel was asked
-        asyncio.run(_converse(connected, run))
+        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+            runner.run(_converse(connected, run))
 
 
 async def _converse(connected: socket.socket, run: Run) -> None:

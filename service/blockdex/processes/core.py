@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from blockdex.config import ServeSettings
 from blockdex.logs import log_fault
 from blockdex.processes.child import run_child
-from blockdex.starting import StartError, build_engine, gpu_uuid, warm_up
+from blockdex.starting import StartError, build_engine, gpu_uuid, spin_seconds, warm_up
 from blockdex.transport.host import RingHost
 from blockdex.transport.inbox import RingInbox
 from blockdex.transport.reports import answer_of
@@ -31,7 +31,7 @@ async def run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIte
     """Builds the engine, compiles its kernels and lets front doors in, until the supervisor has it stop or is gone."""
     threading.excepthook = _end_with_the_thread
     loop = asyncio.get_running_loop()
-    inbox = RingInbox(settings.max_queued_requests, settings.spin_seconds)
+    inbox = RingInbox(settings.max_queued_requests, spin_seconds(settings))
 
     def on_lost_device() -> None:
         loop.call_soon_threadsafe(talk.hang_up)

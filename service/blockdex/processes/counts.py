@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
 
-from blockdex.engine.stats import Histogram
+from blockdex.engine.stats import SECONDS_BUCKETS, Histogram
 from blockdex.errors import UnavailableError
 from blockdex.processes.child import Child
 from blockdex.transport.talk import Words
@@ -16,10 +16,10 @@ _ANSWER_SECONDS = 1.0
 
 
 def words_of(requests: RequestMetrics) -> Words:
-    """Counts as an object of JSON."""
+    """Counts as an object of JSON; RPCs that nobody has called are left out."""
     return {
-        "counts": [[rpc, code, count] for (rpc, code), count in requests.counts.items()],
-        "seconds": {rpc: [made.bounds, made.counts, made.total] for rpc, made in requests.seconds.items()},
+        "counts": [[rpc, code, count] for (rpc, code), count in requests.counts.items() if count],
+        "seconds": {rpc: [made.counts, made.total] for rpc, made in requests.seconds.items() if any(made.counts)},
     }
 
 
@@ -28,7 +28,7 @@ def requests_of(words: Words) -> RequestMetrics:
     requests = RequestMetrics()
     requests.counts = {(rpc, code): count for rpc, code, count in words["counts"]}
     requests.seconds = {
-        rpc: Histogram(tuple(bounds), counts, total) for rpc, (bounds, counts, total) in words["seconds"].items()
+        rpc: Histogram(SECONDS_BUCKETS, counts, total) for rpc, (counts, total) in words["seconds"].items()
     }
     return requests
 

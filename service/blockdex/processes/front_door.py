@@ -9,8 +9,9 @@ from blockdex.config import ServeSettings
 from blockdex.processes.child import run_child
 from blockdex.processes.counts import words_of
 from blockdex.rpc.server import RpcServer, start_rpc_server
-from blockdex.starting import FLUSH_SECONDS, start_tracing
-from blockdex.transport.door import RingChannel
+from blockdex.starting import FLUSH_SECONDS, spin_seconds, start_tracing
+from blockdex.transport.door import RingChannel, Spinning
+from blockdex.transport.selector import RingSelector
 from blockdex.transport.talk import Talk, Words
 from blockdex.web.metrics import RequestMetrics
 
@@ -25,20 +26,23 @@ class FrontDoor:
         talk: with the supervisor.
         settings: of the server.
         address: where the engine core listens.
+        selector: of its loop.
     """
 
-    def __init__(self, talk: Talk, settings: ServeSettings, address: str) -> None:
+    def __init__(self, talk: Talk, settings: ServeSettings, address: str, selector: RingSelector) -> None:
         self._talk = talk
         self._settings = settings
         self._requests = RequestMetrics()
         self._tracing = start_tracing(settings)
         self._there = asyncio.Event()
         self._changes: asyncio.Queue[bool] = asyncio.Queue()
+        seconds = spin_seconds(settings)
         self._channel = RingChannel(
             address,
             changed=self._changes.put_nowait,
             slow_seconds=settings.slow_request_seconds,
             timed=self._requests.observe_many,
+            spinning=Spinning(selector, seconds) if seconds else None,
         )
 
     async def run(self, grpc_address: str, share_port: bool, heard: AsyncIterator[Words]) -> None:
@@ -96,9 +100,16 @@ class FrontDoor:
         self._talk.hang_up()
 
 
-async def _run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
-    await FrontDoor(talk, settings, words["address"]).run(words["grpc_address"], words["share_port"], heard)
+def main() -> None:
+    """The process."""
+    selector = RingSelector()
+
+    async def run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
+        front_door = FrontDoor(talk, settings, words["address"], selector)
+        await front_door.run(words["grpc_address"], words["share_port"], heard)
+
+    run_child(run, selector)
 
 
 if __name__ == "__main__":
-    run_child(_run)
+    main()

@@ -101,23 +101,23 @@ class IndexerService:
 
     async def OpenSequence(self, request: pb.OpenSequenceRequest, context: Context) -> Any:
         """Opens an empty sequence."""
-        return await self._answer("OpenSequence", request, context)
+        return await self._answer("OpenSequence", request, context, self._log.caller_of(context))
 
     async def GetSequence(self, request: pb.GetSequenceRequest, context: Context) -> Any:
         """Lengths and revisions of a sequence."""
-        return await self._answer("GetSequence", request, context)
+        return await self._answer("GetSequence", request, context, self._log.caller_of(context))
 
     async def ForkSequence(self, request: pb.ForkSequenceRequest, context: Context) -> Any:
         """Opens a sequence as a prefix of another."""
-        return await self._answer("ForkSequence", request, context)
+        return await self._answer("ForkSequence", request, context, self._log.caller_of(context))
 
     async def TruncateSequence(self, request: pb.TruncateSequenceRequest, context: Context) -> Any:
         """Cuts a sequence."""
-        return await self._answer("TruncateSequence", request, context)
+        return await self._answer("TruncateSequence", request, context, self._log.caller_of(context))
 
     async def CloseSequence(self, request: pb.CloseSequenceRequest, context: Context) -> Any:
         """Gives up a sequence."""
-        return await self._answer("CloseSequence", request, context)
+        return await self._answer("CloseSequence", request, context, self._log.caller_of(context))
 
     async def AppendKeys(self, message: bytes, context: Context) -> bytes:
         """Writes index keys."""
@@ -155,7 +155,7 @@ class IndexerService:
         call = ShortCall(caller, self._log)
         if self._log.traces or not self._channel.send(call, rpc, caller.tenant, self._timeout(context), message):
             name = TOKEN_RPCS[rpc]
-            response = await self._answer(name, _REQUESTS[name].FromString(message), context)
+            response = await self._answer(name, _REQUESTS[name].FromString(message), context, caller)
             return bytes(response.SerializeToString())
         try:
             response = await call
@@ -168,9 +168,8 @@ class IndexerService:
         context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
         return response
 
-    async def _answer(self, rpc: str, request: convert.WireRequest, context: Context) -> Any:
-        began, caller = time.monotonic(), self._log.caller_of(context)
-        channel = self._channel
+    async def _answer(self, rpc: str, request: convert.WireRequest, context: Context, caller: Caller) -> Any:
+        began, channel = time.monotonic(), self._channel
         pending: PendingAnswer | None = None
         try:
             message = convert.message_of(channel.spec, channel.limits, caller.checked_tenant(), request)

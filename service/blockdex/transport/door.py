@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -10,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from blockdex.transport.handover import Handles, take
 from blockdex.transport.layout import ANSWER_STRUCT, AnswerSlot
 from blockdex.transport.reports import RemoteReports, gone, info_of
 from blockdex.transport.segment import RingError
+from blockdex.transport.selector import RingSelector
 from blockdex.transport.talk import Talk
 from blockdex_kernels import IndexSpec
 
@@ -36,6 +39,13 @@ _AGAIN_SECONDS = 0.02
 
 Timed = Callable[[str, list[int], float], None]
 """Told of answers on the short way: an RPC, how many fell into each of `SECONDS_BUCKETS`, and their seconds in all."""
+
+
+class Spinning(NamedTuple):
+    """The selector of the channel's loop, and the seconds for which it looks, after a request or an answer."""
+
+    selector: RingSelector
+    seconds: float
 
 
 @dataclass(eq=False, slots=True)
@@ -57,18 +67,22 @@ class Link:
     Args:
         handles: what the engine has handed out.
         broken: called once the engine has written what cannot be.
+        spinning: as `RingChannel` takes it.
     """
 
-    def __init__(self, handles: Handles, broken: Callable[[], None]) -> None:
+    def __init__(self, handles: Handles, broken: Callable[[], None], spinning: Spinning | None) -> None:
         self._handles = handles
         self._segment = handles.segment
         self._broken = broken
+        self._spinning = spinning
         self._loop = asyncio.get_running_loop()
-        self._ring = _native.Link(handles.segment.memory, handles.engine_bell)
+        self._ring = _native.Link(handles.segment.memory, handles.engine_bell, spinning.seconds if spinning else 0.0)
         self._outbox: deque[Outgoing | int] = deque()
         self._waits_for_room = False
         self._closed = False
         self._loop.add_reader(handles.door_bell, self._woken)
+        if spinning is not None:
+            spinning.selector.watch(self._ring, handles.door_bell)
         self._look()
 
     def open_short_way(self, info: Info, slow_seconds: float) -> None:
@@ -89,6 +103,8 @@ class Link:
     def close(self) -> None:
         """Lets go of everything; what is on its way stays unanswered."""
         self._closed = True
+        if self._spinning is not None:
+            self._spinning.selector.forget()
         self._loop.remove_reader(self._handles.door_bell)
         self._handles.close()
 
@@ -199,7 +215,9 @@ class Link:
             )
 
     def _woken(self) -> None:
-        os.eventfd_read(self._handles.door_bell)
+        # A selector that looks by itself tells of answers for which nobody rang.
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._handles.door_bell)
         self._look()
 
     def _look(self) -> None:
@@ -261,6 +279,7 @@ class RingChannel(RemoteReports):
         changed: called with whether the engine is there, whenever that changes.
         slow_seconds: an asker is told of requests on the short way that take longer.
         timed: told of the answers on the short way by `tell_times`, and when a link ends.
+        spinning: looks for answers and requests before the loop sleeps; without it that sleeps at once.
     """
 
     def __init__(
@@ -270,12 +289,14 @@ class RingChannel(RemoteReports):
         changed: Callable[[bool], None],
         slow_seconds: float = 1.0,
         timed: Timed = _untimed,
+        spinning: Spinning | None = None,
     ) -> None:
         super().__init__(lambda: self._talk)
         self._address = address
         self._changed = changed
         self._slow_seconds = slow_seconds
         self._timed = timed
+        self._spinning = spinning
         self._in_flight = InFlight()
         self._talk: Talk | None = None
         self._link: Link | None = None
@@ -312,7 +333,7 @@ class RingChannel(RemoteReports):
             handles = await take(connected)
             talk = await Talk.on(connected.dup())
         hearing = asyncio.create_task(_listen(talk))
-        link = Link(handles, broken=talk.hang_up)
+        link = Link(handles, talk.hang_up, self._spinning)
         try:
             info = info_of(await talk.ask({"ask": "info"}))
             link.open_short_way(info, self._slow_seconds)

@@ -52,11 +52,11 @@ async def answer_of(engine: Engine, words: Words) -> Words:
     """What a question about an engine is answered: beside its thread, so that batches do not wait."""
     match words:
         case {"ask": "info"}:
-            return words_of(engine.info())
+            return _fields_of(engine.info())
         case {"ask": "stats"}:
-            return words_of(engine.stats())
+            return _fields_of(engine.stats())
         case {"ask": "overview", "max_cells": int(max_cells)}:
-            return words_of(await asyncio.to_thread(engine.overview, max_cells))
+            return _fields_of(await asyncio.to_thread(engine.overview, max_cells))
         case _:
             return {}
 
@@ -66,10 +66,8 @@ def gone() -> UnavailableError:
     return UnavailableError("engine: it is gone and starts anew, without any sequence", Reason.UNREACHABLE)
 
 
-def words_of(report: Info | Stats | CacheOverview) -> Words:
-    """A report as an object of JSON."""
-    fields = dataclasses.asdict(report)
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields.items()}
+def _fields_of(report: Info | Stats | CacheOverview) -> Words:
+    return {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
 
 
 def info_of(words: Words) -> Info:

@@ -6,11 +6,14 @@ For what is rare and of any length: what the engine is, holds and counts, and wh
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import socket
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
+
+import numpy as np
 
 from blockdex.errors import Reason, UnavailableError
 
@@ -40,8 +43,8 @@ class Talk:
         return cls(*await asyncio.open_unix_connection(sock=connected))
 
     def tell(self, words: Words) -> None:
-        """Sends words; to nobody, once the other end is gone."""
-        body = json.dumps(words, separators=(",", ":")).encode()
+        """Sends words, dataclasses and arrays in them as objects and lists; to nobody, once the other end is gone."""
+        body = json.dumps(words, separators=(",", ":"), default=_plain).encode()
         self._writer.write(len(body).to_bytes(_LENGTH_BYTES, "little") + body)
 
     async def ask(self, words: Words) -> Words:
@@ -87,6 +90,13 @@ class Talk:
     def hang_up(self) -> None:
         """Ends the conversation: the other end is told, and so is who listens here."""
         self._writer.close()
+
+
+def _plain(value: Any) -> Words | list[Any]:
+    """What JSON has no word for; `dataclasses.asdict` would copy every number."""
+    if isinstance(value, np.ndarray):
+        return list(value.tolist())
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def _gone() -> UnavailableError:

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import time
 from collections import deque
-from copy import deepcopy
 from dataclasses import dataclass
 
 from blockdex.engine.stats import Histogram, Stats
@@ -83,7 +82,7 @@ class History:
             at=time.monotonic(),
             stats=stats,
             requests=dict(self._requests.counts),
-            request_seconds=deepcopy(self._requests.seconds),
+            request_seconds={rpc: seconds.copy() for rpc, seconds in self._requests.seconds.items()},
             info=info,
             stage_p99={name: seconds.since(before[name]).quantile(0.99) for name, seconds in stages_of(stats).items()},
         )
