@@ -355,6 +355,12 @@ class Link:
             ValueError: the oldest answer is not what the layout says.
         """
 
+    def await_alone(self, epoll: int, seconds: float, /) -> bool:
+        """Waits so long for the only request in flight, if it spins at all; whether answers are there.
+
+        It waits no longer where an epoll has events: there is something else to do.
+        """
+
     def may_sleep(self, epoll: int, seconds: float, /) -> bool:
         """Looks for answers and for events of an epoll, without the interpreter's lock.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -40,10 +41,16 @@ NAMES = ("append_keys", "select_blocks", "append_and_select")
 class Core:
     """The engine's side of a link, by `codec`."""
 
-    def __init__(self, requests: int = ROOM, slots: int = SLOTS, max_waiting: int = LIMITS.max_queued_requests) -> None:
+    def __init__(
+        self,
+        requests: int = ROOM,
+        slots: int = SLOTS,
+        max_waiting: int = LIMITS.max_queued_requests,
+        spin_seconds: float = 0.0,
+    ) -> None:
         self.segment = Segment.create(Sizes(slots, requests, ROOM), epoch=1)
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
-        self.link = _native.Link(self.segment.memory, self.bell)
+        self.link = _native.Link(self.segment.memory, self.bell, spin_seconds)
         self.link.open_short_way(
             num_layers=SPEC.num_layers,
             num_heads=SPEC.num_index_heads,
@@ -56,8 +63,11 @@ class Core:
             time_bounds=BOUNDS,
         )
         self.answered = 0
+        self.epoll = select.epoll()
+        self.epoll.register(self.bell, select.EPOLLIN)
 
     def close(self) -> None:
+        self.epoll.close()
         os.close(self.segment.fd)
         os.close(self.bell)
 
@@ -96,7 +106,7 @@ class Core:
 
 
 @contextmanager
-def opened(**options: int) -> Iterator[Core]:
+def opened(**options: Any) -> Iterator[Core]:
     core = Core(**options)
     try:
         yield core
@@ -469,6 +479,53 @@ def test_responses_are_those_of_protobuf(kind: int, stream: bool, number: int, e
         if ids is not None:
             assert core.segment.counters[AT["answer_bytes_freed"] // 8] > 0
         assert core.link.take() == [] and core.segment.flags[AT["door_sleeps"] // 4] == 1
+
+
+def waits(core: Core, seconds: float = 5.0) -> bool:
+    return core.link.await_alone(core.epoll.fileno(), seconds)
+
+
+@pytest.mark.parametrize("event", [False, True])
+def test_the_only_request_in_flight_is_waited_for_while_there_is_nothing_else_to_do(event: bool) -> None:
+    seconds = 0.02
+
+    def looked() -> tuple[float, float]:
+        """Seconds that it waited for an answer that does not come, and those of its core."""
+        with opened(spin_seconds=1.0) as core:
+            core.segment.flags[AT["door_sleeps"] // 4] = 1
+            assert core.link.send(ME, STREAM, TENANT, 7.0, in_stream(0, append(), 1).SerializeToString())
+            if event:
+                os.eventfd_write(core.bell, 1)
+            began, took = time.monotonic(), time.thread_time()
+            assert not waits(core, seconds)
+            assert core.segment.flags[AT["door_sleeps"] // 4] == 0, "nobody rings for what is looked for"
+            return time.monotonic() - began, time.thread_time() - took
+
+    waited, took = zip(*(looked() for _ in range(10)), strict=True)
+    assert max(waited) < 10
+    assert max(took) < seconds / 4 if event else min(waited) >= seconds
+
+
+def test_its_answer_ends_the_wait() -> None:
+    with opened(spin_seconds=1.0) as core:
+        assert core.link.send(ME, STREAM, TENANT, 7.0, in_stream(0, append(), 1).SerializeToString())
+        core.answer(core.take().ticket, TokenAnswer(9))
+        took = time.thread_time()
+        assert waits(core)
+        assert time.thread_time() - took < 0.001
+
+
+@pytest.mark.parametrize(("spin_seconds", "requests"), [(0.0, 1), (1.0, 2), (1.0, 0)])
+def test_nothing_is_waited_for_beside_others_or_without_spinning(spin_seconds: float, requests: int) -> None:
+    with opened(spin_seconds=spin_seconds) as core:
+        core.segment.flags[AT["door_sleeps"] // 4] = 1
+        for number in range(requests):
+            assert core.link.send(ME, STREAM, TENANT, 7.0, in_stream(0, append(), number).SerializeToString())
+        assert not waits(core)
+        assert core.segment.flags[AT["door_sleeps"] // 4] == 1
+        for _ in range(requests):
+            core.answer(core.take().ticket, TokenAnswer(9))
+        assert waits(core) == (requests > 0)
 
 
 def test_errors_and_what_python_wrote_come_as_they_are() -> None:

@@ -499,19 +499,41 @@ enum { LOOKS_BETWEEN = 16 };
 /* Giving the core up takes longer only if somebody has taken it. */
 enum { LONGEST_YIELD_NANOSECONDS = 20000 };
 
-/* Whether answers come, or events of the epoll, until then; not if another thread wants this core meanwhile. */
-static bool look_until(const Link *self, int epoll, int64_t until) {
+/* Whether answers are there, or events of the epoll. */
+static bool look(const Link *self, int epoll) {
     struct epoll_event event;
+    for (int look = 0; look < LOOKS_BETWEEN; look++) {
+        if (filled(self)) return true;
+        __builtin_ia32_pause();
+    }
+    return epoll_wait(epoll, &event, 1, 0) != 0;
+}
+
+/* Whether any come until then; not if another thread wants this core meanwhile. */
+static bool look_until(const Link *self, int epoll, int64_t until) {
     for (int64_t at = now(), before = at; at < until && at - before < LONGEST_YIELD_NANOSECONDS; at = now()) {
-        for (int look = 0; look < LOOKS_BETWEEN; look++) {
-            if (filled(self)) return true;
-            __builtin_ia32_pause();
-        }
-        if (epoll_wait(epoll, &event, 1, 0)) return true;
+        if (look(self, epoll)) return true;
         before = now();
         sched_yield();
     }
     return false;
+}
+
+PyDoc_STRVAR(await_alone_doc, "Waits a moment for the only request in flight, if it spins; whether there are answers.");
+
+static PyObject *link_await_alone(PyObject *object, PyObject *arguments) {
+    Link *self = (Link *)object;
+    int epoll;
+    double seconds;
+    if (!PyArg_ParseTuple(arguments, "id:await_alone", &epoll, &seconds)) return NULL;
+    if (self->flights.waiting == 1 && self->spin) {
+        /* Nobody is to ring for what is looked for. */
+        atomic_store_explicit(&self->header->door_sleeps, 0, memory_order_relaxed);
+        Py_BEGIN_ALLOW_THREADS;
+        for (int64_t until = now() + (int64_t)(1e9 * seconds); now() < until && !look(self, epoll);) continue;
+        Py_END_ALLOW_THREADS;
+    }
+    return PyBool_FromLong(filled(self) != 0);
 }
 
 PyDoc_STRVAR(may_sleep_doc, "Looks for answers, or events of an epoll, as long as it spins; whether there are none.");
@@ -586,6 +608,7 @@ static PyMethodDef methods[] = {
     {"give_up", link_give_up, METH_VARARGS, give_up_doc},
     {"give_up_all", link_give_up_all, METH_O, give_up_all_doc},
     {"take", link_take, METH_NOARGS, take_doc},
+    {"await_alone", link_await_alone, METH_VARARGS, await_alone_doc},
     {"may_sleep", link_may_sleep, METH_VARARGS, may_sleep_doc},
     {"take_times", link_take_times, METH_NOARGS, take_times_doc},
     {NULL, NULL, 0, NULL},

@@ -157,6 +157,7 @@ class IndexerService:
             name = TOKEN_RPCS[rpc]
             response = await self._answer(name, _REQUESTS[name].FromString(message), context, caller)
             return bytes(response.SerializeToString())
+        self._channel.look()
         try:
             response = await call
         except asyncio.CancelledError:

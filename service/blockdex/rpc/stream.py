@@ -109,7 +109,8 @@ class StreamSession:
         self.answered(number, pb.StreamResponse(request_id=number, error=status_of(known)).SerializeToString())
 
     async def _read(self) -> None:
-        read, send, tenant = self._caller.context.read, self._channel.send, self._caller.tenant
+        channel, tenant = self._channel, self._caller.tenant
+        read, send, look = self._caller.context.read, channel.send, channel.look
         try:
             while (message := await read()) is not grpc.aio.EOF:
                 if self._unwritten >= self._allowed:
@@ -119,6 +120,10 @@ class StreamSession:
                 else:
                     self.requests += 1
                     self._unwritten += 1
+                    look()
+                    if self._outbox:
+                        # What is answered already is written before anything else is read.
+                        await asyncio.sleep(0)
         finally:
             self.finish()
 

@@ -135,6 +135,14 @@ class Channel(Reports, Protocol):
         """
         ...
 
+    def look(self) -> None:
+        """Tells the askers of the answers that are there, after a moment if the only request in flight has none yet.
+
+        To be called once a request was sent the short way: where it is alone, its answer then has come before the loop
+        could have turned. It holds the loop up while there is nothing else to do, for a tenth of a millisecond at most.
+        """
+        ...
+
     def awaits(self, asker: Asker, number: int) -> bool:
         """Whether a request is under way on the short way. On its own, a unary one has the number 0."""
         ...

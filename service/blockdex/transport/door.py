@@ -37,6 +37,9 @@ ROOM_SECONDS = 2.0
 
 _AGAIN_SECONDS = 0.02
 
+_ALONE_SECONDS = 0.0001
+"""How long the loop waits for the only request in flight: a decode of a few sequences is done well within it."""
+
 Timed = Callable[[str, list[int], float], None]
 """Told of answers on the short way: an RPC, how many fell into each of `SECONDS_BUCKETS`, and their seconds in all."""
 
@@ -116,6 +119,12 @@ class Link:
     def send_message(self, asker: Asker, rpc: int, tenant: str, timeout: float, message: bytes) -> bool:
         """As `Channel.send`."""
         return not self._outbox and self._ring.send(asker, rpc, tenant, timeout, message)
+
+    def look(self) -> None:
+        """As `Channel.look`."""
+        spinning = self._spinning
+        if spinning is not None and self._ring.await_alone(spinning.selector.fileno(), _ALONE_SECONDS):
+            self._look()
 
     def send(self, outgoing: Outgoing) -> None:
         """Sends a request as soon as there is room; refuses it as OVERLOADED if that takes `ROOM_SECONDS`."""
@@ -376,6 +385,11 @@ class RingChannel(RemoteReports):
         return (
             link is not None and not self._in_flight.closed and link.send_message(asker, rpc, tenant, timeout, message)
         )
+
+    def look(self) -> None:
+        """As `Channel.look`."""
+        if link := self._link:
+            link.look()
 
     def awaits(self, asker: Asker, number: int) -> bool:
         """As `Channel.awaits`."""
