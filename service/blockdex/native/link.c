@@ -30,7 +30,7 @@ typedef struct {
     char *request_slots, *request_arena;
     const char *answer_slots, *answer_arena;
     uint64_t answer_arena_bytes, written, read;
-    int64_t spin, active;
+    int64_t spin, active, rests_until;
     uint32_t num_request_slots, num_answer_slots;
     int engine_bell;
     struct arena arena;
@@ -496,20 +496,26 @@ static PyObject *link_take(PyObject *object, PyObject *unused) {
 /* Each look at an epoll is a system call; those at the ring are as good as free. */
 enum { LOOKS_BETWEEN = 16 };
 
-/* Giving the core up takes longer only if somebody has taken it. */
-enum { LONGEST_YIELD_NANOSECONDS = 20000 };
+/* Giving the core up takes longer only if somebody has taken it. That costs a request as long as the scheduler lets
+ * others run, so it is not tried again at once. */
+enum { LONGEST_YIELD_NANOSECONDS = 20000, REST_NANOSECONDS = 100000000 };
 
 /* Whether answers come, or events of the epoll, until then; not if another thread wants this core meanwhile. */
-static bool look_until(const Link *self, int epoll, int64_t until) {
+static bool look_until(Link *self, int epoll, int64_t until) {
     struct epoll_event event;
-    for (int64_t at = now(), before = at; at < until && at - before < LONGEST_YIELD_NANOSECONDS; at = now()) {
+    for (int64_t at = now(); at < until;) {
         for (int look = 0; look < LOOKS_BETWEEN; look++) {
             if (filled(self)) return true;
             __builtin_ia32_pause();
         }
         if (epoll_wait(epoll, &event, 1, 0)) return true;
-        before = now();
+        int64_t before = now();
         sched_yield();
+        at = now();
+        if (at - before > LONGEST_YIELD_NANOSECONDS) {
+            self->rests_until = at + REST_NANOSECONDS;
+            return false;
+        }
     }
     return false;
 }
@@ -523,7 +529,7 @@ static PyObject *link_may_sleep(PyObject *object, PyObject *arguments) {
     if (!PyArg_ParseTuple(arguments, "id:may_sleep", &epoll, &seconds)) return NULL;
     int64_t at = now(), until = self->active + self->spin;
     if (seconds < 1 && at + (int64_t)(1e9 * seconds) < until) until = at + (int64_t)(1e9 * seconds);
-    if (at < until) {
+    if (at < until && at >= self->rests_until) {
         bool comes;
         atomic_store_explicit(&self->header->door_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;
