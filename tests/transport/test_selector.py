@@ -107,12 +107,14 @@ def test_it_looks_for_as_long_as_it_spins_after_a_request_and_then_sleeps(make: 
 
 
 def test_it_looks_no_longer_than_a_timer_waits(make: Callable[[float], Door]) -> None:
-    door = make(LONG)
-    door.link.publish()
-    may, seconds = door.may_sleep(SHORT)
-    assert may
-    assert door.sleeps
-    assert seconds < 4 * SHORT
+    # Many times: others end its looking, too.
+    for _ in range(50):
+        door = make(LONG)
+        door.link.publish()
+        may, seconds = door.may_sleep(SHORT)
+        assert may
+        assert door.sleeps
+        assert seconds < 2 * SHORT
 
 
 def test_it_leaves_its_core_to_who_has_something_to_do_and_does_not_try_at_once(make: Callable[[float], Door]) -> None:
