@@ -30,7 +30,7 @@ typedef struct {
     char *request_slots, *request_arena;
     const char *answer_slots, *answer_arena;
     uint64_t answer_arena_bytes, written, read;
-    int64_t spin, active;
+    int64_t spin, active, rests_until;
     uint32_t num_request_slots, num_answer_slots;
     int engine_bell;
     struct arena arena;
@@ -496,8 +496,9 @@ static PyObject *link_take(PyObject *object, PyObject *unused) {
 /* Each look at an epoll is a system call; those at the ring are as good as free. */
 enum { LOOKS_BETWEEN = 16 };
 
-/* Giving the core up takes longer only if somebody has taken it. */
-enum { LONGEST_YIELD_NANOSECONDS = 20000 };
+/* Giving the core up takes longer only if somebody has taken it. That costs a request as long as the scheduler lets
+ * others run, so it is not tried again at once. */
+enum { LONGEST_YIELD_NANOSECONDS = 20000, REST_NANOSECONDS = 100000000 };
 
 /* Whether answers are there, or events of the epoll. */
 static bool look(const Link *self, int epoll) {
@@ -510,11 +511,16 @@ static bool look(const Link *self, int epoll) {
 }
 
 /* Whether any come until then; not if another thread wants this core meanwhile. */
-static bool look_until(const Link *self, int epoll, int64_t until) {
-    for (int64_t at = now(), before = at; at < until && at - before < LONGEST_YIELD_NANOSECONDS; at = now()) {
+static bool look_until(Link *self, int epoll, int64_t until) {
+    for (int64_t at = now(); at < until;) {
         if (look(self, epoll)) return true;
-        before = now();
+        int64_t before = now();
         sched_yield();
+        at = now();
+        if (at - before > LONGEST_YIELD_NANOSECONDS) {
+            self->rests_until = at + REST_NANOSECONDS;
+            return false;
+        }
     }
     return false;
 }
@@ -526,7 +532,7 @@ static PyObject *link_await_alone(PyObject *object, PyObject *arguments) {
     int epoll;
     double seconds;
     if (!PyArg_ParseTuple(arguments, "id:await_alone", &epoll, &seconds)) return NULL;
-    if (self->flights.waiting == 1 && self->spin) {
+    if (self->flights.waiting == 1 && self->spin && now() >= self->rests_until) {
         /* Nobody is to ring for what is looked for. */
         atomic_store_explicit(&self->header->door_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;
@@ -545,7 +551,7 @@ static PyObject *link_may_sleep(PyObject *object, PyObject *arguments) {
     if (!PyArg_ParseTuple(arguments, "id:may_sleep", &epoll, &seconds)) return NULL;
     int64_t at = now(), until = self->active + self->spin;
     if (seconds < 1 && at + (int64_t)(1e9 * seconds) < until) until = at + (int64_t)(1e9 * seconds);
-    if (at < until) {
+    if (at < until && at >= self->rests_until) {
         bool comes;
         atomic_store_explicit(&self->header->door_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;
