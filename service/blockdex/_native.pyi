@@ -198,10 +198,10 @@ class Writer:
         kind: int,
         layer: int,
         epoch: int,
-        sequences: list[int],
-        starts: list[int],
-        lengths: list[int],
-        revisions: list[int],
+        sequences: object,
+        starts: object,
+        lengths: object,
+        revisions: object,
         keys: object,
         queries: object,
         first_head: int,
@@ -213,8 +213,20 @@ class Writer:
     ) -> tuple[bytes, int, int] | None:
         """A request, the sum of its lengths, and its heads: those named, or all from the first one; 0 without queries.
 
-        Kinds are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect. None where anything is wrong with it or
-        merely unusual.
+        Kinds are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect. Columns are lists, and revisions may be
+        None. None where anything is wrong with it or merely unusual.
+        """
+
+    def append(
+        self, layers: dict[int, Layers], /, *arguments: Any
+    ) -> tuple[tuple[bytes, int, int], list[tuple[Layers, int, int]]] | None:
+        """As `write`, of a request that appends; then begins the write of each sequence in a client's books.
+
+        Starts may be None: at the ends of the sequences.
+
+        Returns:
+            What `write` does, and each sequence with its length before and after. None, and nothing has changed, where
+            `write` returns None or one of the sequences, or its length that counts, is unknown.
         """
 
 class Layers:
@@ -235,24 +247,11 @@ class Layers:
     def writes(self) -> list[int]: ...
     def in_flight(self) -> list[int]: ...
 
-def begin_append(
-    sequences: dict[int, Layers], layer: int, ids: list[int], lengths: list[int], starts: list[int] | None, /
-) -> tuple[list[int], list[tuple[Layers, int, int]]] | None:
-    """Begins a write of each sequence, at their ends without `starts`.
-
-    Returns:
-        The starts, and each sequence with its length before and after; None, and nothing has changed, where one of
-        them or its length is unknown, or the columns are uneven.
-    """
-
 def end_append(layer: int, changes: list[tuple[Layers, int, int]], /) -> None:
-    """Ends what `begin_append` began."""
+    """Ends what `Writer.append` or `Layers.begin` began."""
 
 def frame(kind: int, number: int, timeout_ms: int, request: bytes, /) -> bytes:
     """A `StreamRequest` that holds a request of that kind."""
-
-def integers(value: object, bits: int, /) -> list[int] | None:
-    """A copy of a list of exact integers, not below 0, that take so many bits (32 or 64); None of anything else."""
 
 def find_response(kind: int, frame: bytes, /) -> bytes | None:
     """The response to a call of that kind inside a `StreamResponse`; None where it is none, or unusual."""

@@ -13,7 +13,7 @@ from blockdex.client.async_transports import AsyncStreamTransport, AsyncTranspor
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import Integers, Queries, spans_of
+from blockdex.client.requests import Integers, Queries
 from blockdex.client.tensors import Array
 from blockdex.errors import BlockdexError
 from blockdex.messages import Order
@@ -105,8 +105,8 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> None:
         """Writes index keys of one layer for one or many sequences: all of them, or, on any error, none."""
-        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=keys)
-        await self._run(timeout, self._core.append_keys, spans, keys)
+        named = (layer, sequences, lengths, starts, revisions, epoch)
+        await self._run(timeout, self._core.append_keys, named, keys)
 
     @overload
     async def select_blocks(
@@ -141,9 +141,9 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> Any:
         """Selects the key blocks that each query reads."""
-        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=queries)
+        named = (layer, sequences, lengths, starts, revisions, epoch)
         selection = Queries(queries, first_head, num_heads, order, return_scores, wait_for_keys)
-        return await self._run(timeout, self._core.select_blocks, spans, selection)
+        return await self._run(timeout, self._core.select_blocks, named, selection)
 
     @overload
     async def append_and_select(
@@ -186,9 +186,9 @@ class AsyncClient:
 
         Arguments and answer are theirs; the queries are those of the tokens appended.
         """
-        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=keys)
+        named = (layer, sequences, lengths, starts, revisions, epoch)
         selection = Queries(queries, first_head, num_heads, order, return_scores)
-        return await self._run(timeout, self._core.append_and_select, spans, keys, selection)
+        return await self._run(timeout, self._core.append_and_select, named, keys, selection)
 
     async def _run(
         self,
@@ -204,7 +204,7 @@ class AsyncClient:
         return await self._complete(build(ledger, deadline, *args, **kwargs))
 
     async def _complete(self, call: Call[Result]) -> Result:
-        with call:
+        try:
             while True:
                 try:
                     response = await self._transport.send(call)
@@ -212,3 +212,6 @@ class AsyncClient:
                     await asyncio.sleep(call.retry_after(error))
                 else:
                     return call.finish(response)
+        except BaseException as failure:
+            call.failed(failure)
+            raise

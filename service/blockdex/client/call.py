@@ -6,7 +6,6 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from blockdex.client.failures import changed_nothing
@@ -26,7 +25,7 @@ def _nothing_to_settle(changed_nothing: bool) -> None:
 
 @dataclass(slots=True, repr=False)
 class Call(Generic[Result]):
-    """A request, what its answer means and what its failure means. Entered before its first attempt, left at its end.
+    """A request, what its answer means and what its failure means. Whoever completes it says so when it has failed.
 
     Attributes:
         rpc: name of the RPC.
@@ -81,14 +80,8 @@ class Call(Generic[Result]):
         self._backoff = min(2 * self._backoff, _LONGEST_BACKOFF)
         return pause
 
-    def __enter__(self) -> Call[Result]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if failure is None:
-            return
+    def failed(self, failure: BaseException) -> None:
+        """It has failed for good."""
         self.fail(self._certain and changed_nothing(failure))
         if self.ledger is not None and getattr(failure, "reason", None) == Reason.EPOCH_MISMATCH:
             self.ledger.over |= self.epoch == self.ledger.info.epoch

@@ -12,7 +12,7 @@ from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import Integers, Queries, spans_of
+from blockdex.client.requests import Integers, Queries
 from blockdex.client.tensors import Array
 from blockdex.client.transports import StreamTransport, Transport, UnaryTransport
 from blockdex.errors import BlockdexError
@@ -142,8 +142,8 @@ class Client:
             epoch: None = the one that the client knows, 0 = any.
             timeout: seconds; None = the client's.
         """
-        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=keys)
-        self._run(timeout, self._core.append_keys, spans, keys)
+        named = (layer, sequences, lengths, starts, revisions, epoch)
+        self._run(timeout, self._core.append_keys, named, keys)
 
     @overload
     def select_blocks(
@@ -198,9 +198,9 @@ class Client:
             Block ids, int32 `[T, num_heads, topk]`, -1 in unused places at the end of a row; with `return_scores` also
             float32 scores of that shape. Of the kind of `queries`, and on their device.
         """
-        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=queries)
+        named = (layer, sequences, lengths, starts, revisions, epoch)
         selection = Queries(queries, first_head, num_heads, order, return_scores, wait_for_keys)
-        return self._run(timeout, self._core.select_blocks, spans, selection)
+        return self._run(timeout, self._core.select_blocks, named, selection)
 
     @overload
     def append_and_select(
@@ -243,9 +243,9 @@ class Client:
 
         Arguments and answer are theirs; the queries are those of the tokens appended.
         """
-        spans = spans_of(layer, sequences, lengths, starts, revisions, epoch, tensor=keys)
+        named = (layer, sequences, lengths, starts, revisions, epoch)
         selection = Queries(queries, first_head, num_heads, order, return_scores)
-        return self._run(timeout, self._core.append_and_select, spans, keys, selection)
+        return self._run(timeout, self._core.append_and_select, named, keys, selection)
 
     def _run(
         self,
@@ -261,7 +261,7 @@ class Client:
         return self._complete(build(ledger, deadline, *args, **kwargs))
 
     def _complete(self, call: Call[Result]) -> Result:
-        with call:
+        try:
             while True:
                 try:
                     response = self._transport.send(call)
@@ -269,3 +269,6 @@ class Client:
                     time.sleep(call.retry_after(error))
                 else:
                     return call.finish(response)
+        except BaseException as failure:
+            call.failed(failure)
+            raise

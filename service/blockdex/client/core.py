@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from blockdex import checks
 from blockdex.client.answers import SequenceState, info_of
-from blockdex.client.call import Call, Result
+from blockdex.client.call import Call
 from blockdex.client.failures import message_of
 from blockdex.client.kinds import APPEND_AND_SELECT, APPEND_KEYS, SELECT_BLOCKS, Kind
-from blockdex.client.ledger import Ledger
-from blockdex.client.requests import Queries, Shape, Spans, integer
+from blockdex.client.ledger import Append, Ledger
+from blockdex.client.requests import Integers, Named, Queries, Shape, integer, spans_of
 from blockdex.client.selection import selection_of
 from blockdex.v1 import indexer_pb2 as pb
 
@@ -208,26 +209,19 @@ class Core:
             epoch=request.epoch,
         )
 
-    def append_keys(self, ledger: Ledger, deadline: float, spans: Spans, keys: Any) -> Call[None]:
+    def append_keys(self, ledger: Ledger, deadline: float, named: Named, keys: Any) -> Call[None]:
         """AppendKeys."""
-
-        def answer_of(answer: bytes, _: Shape) -> None:
-            message_of(pb.AppendKeysResponse, answer)
-
-        return self._append(APPEND_KEYS, ledger, deadline, spans, keys, None, answer_of)
+        return self._append(APPEND_KEYS, ledger, deadline, named, keys, None)
 
     def append_and_select(
-        self, ledger: Ledger, deadline: float, spans: Spans, keys: Any, queries: Queries
+        self, ledger: Ledger, deadline: float, named: Named, keys: Any, queries: Queries
     ) -> Call[Any]:
         """AppendAndSelect."""
+        return self._append(APPEND_AND_SELECT, ledger, deadline, named, keys, queries)
 
-        def answer_of(answer: bytes, shape: Shape) -> Any:
-            return selection_of(APPEND_AND_SELECT, answer, queries, shape)
-
-        return self._append(APPEND_AND_SELECT, ledger, deadline, spans, keys, queries, answer_of)
-
-    def select_blocks(self, ledger: Ledger, deadline: float, spans: Spans, queries: Queries) -> Call[Any]:
+    def select_blocks(self, ledger: Ledger, deadline: float, named: Named, queries: Queries) -> Call[Any]:
         """SelectBlocks; without starts it asks for the last positions."""
+        spans = spans_of(*named, tensor=queries.tensor)
         checks.check_layer(ledger.info.spec, spans.layer)
         starts = spans.starts
         if starts is None:
@@ -249,25 +243,19 @@ class Core:
         )
 
     def _append(
-        self,
-        kind: Kind,
-        ledger: Ledger,
-        deadline: float,
-        spans: Spans,
-        keys: Any,
-        queries: Queries | None,
-        answer_of: Callable[[bytes, Shape], Result],
-    ) -> Call[Result]:
-        checks.check_layer(ledger.info.spec, spans.layer)
-        append = ledger.begin_append(spans.layer, spans.sequences, spans.lengths, spans.starts)
-        try:
-            request, shape = ledger.writer.write(kind, spans, append.starts, keys, queries)
-        except BaseException:
-            ledger.fail_append(append, changed_nothing=True)
-            raise
+        self, kind: Kind, ledger: Ledger, deadline: float, named: Named, keys: Any, queries: Queries | None
+    ) -> Call[Any]:
+        request, shape, append = ledger.write_append(kind, named, keys, queries) or _begin_append(
+            kind, ledger, named, keys, queries
+        )
+        *_, revisions, epoch = named
 
-        def finish(answer: bytes) -> Result:
-            result = answer_of(answer, shape)
+        def finish(answer: bytes) -> Any:
+            if queries is None:
+                message_of(pb.AppendKeysResponse, answer)
+                result = None
+            else:
+                result = selection_of(kind, answer, queries, shape)
             ledger.end_append(append)
             return result
 
@@ -279,12 +267,35 @@ class Core:
             request,
             deadline,
             finish,
-            repeatable=bool(spans.revisions) and all(spans.revisions),
+            repeatable=_are_all_checked(revisions),
             ledger=ledger,
             fail=fail,
-            epoch=_epoch(ledger, spans.epoch),
+            epoch=_epoch(ledger, epoch),
             kind=kind,
         )
+
+
+def _are_all_checked(revisions: Integers | None) -> bool:
+    if revisions is None:
+        return False
+    if isinstance(revisions, list):
+        return bool(revisions) and all(revisions)
+    return np.size(revisions) > 0 and bool(np.all(revisions))
+
+
+def _begin_append(
+    kind: Kind, ledger: Ledger, named: Named, keys: Any, queries: Queries | None
+) -> tuple[bytes, Shape, Append]:
+    """As `Ledger.write_append`, of whatever may be appended."""
+    spans = spans_of(*named, tensor=keys)
+    checks.check_layer(ledger.info.spec, spans.layer)
+    append = ledger.begin_append(spans.layer, spans.sequences, spans.lengths, spans.starts)
+    try:
+        request, shape = ledger.writer.write(kind, spans, append.starts, keys, queries)
+    except BaseException:
+        ledger.fail_append(append, changed_nothing=True)
+        raise
+    return request, shape, append
 
 
 def _epoch(ledger: Ledger, epoch: int | None) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from blockdex.client import compiled
 from blockdex.client.answers import Info
+from blockdex.client.kinds import Kind
+from blockdex.client.requests import Named, Queries, Shape
 from blockdex.client.writer import Writer
 from blockdex.errors import FailedPreconditionError, Reason
 
@@ -57,13 +60,13 @@ class Append:
     """An append in flight. The ledger counts it from its beginning, so that the next one follows it.
 
     Attributes:
-        starts: `[N]`, where each run goes.
         changes: `[N]`, each sequence with its length before and after; empty once the append has ended.
+        starts: `[N]`, where each run goes; empty where the request is written already.
     """
 
     layer: int
-    starts: list[int]
     changes: list[tuple[_Layers, int, int]]
+    starts: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -122,6 +125,20 @@ class Ledger:
         with self._lock:
             return [self._length(sequence, layer) - rows for sequence, rows in zip(sequences, lengths, strict=False)]
 
+    def write_append(
+        self, kind: Kind, named: Named, keys: Any, queries: Queries | None
+    ) -> tuple[bytes, Shape, Append] | None:
+        """Writes a request that appends and counts it, where both are plain; None, and nothing has changed, else.
+
+        What it returns is the request, the shape of its answer and what to end the append with.
+        """
+        with self._lock:
+            written = self.writer.append(kind, named, keys, queries, self._sequences)
+        if written is None:
+            return None
+        request, shape, changes = written
+        return request, shape, Append(named[0], changes)
+
     def begin_append(self, layer: int, sequences: list[int], lengths: list[int], starts: list[int] | None) -> Append:
         """Counts an append that is about to be sent; without starts it goes to the ends of the sequences.
 
@@ -130,16 +147,12 @@ class Ledger:
         """
         changes = []
         with self._lock:
-            if self._native is not None:
-                begun = self._native.begin_append(self._sequences, layer, sequences, lengths, starts)
-                if begun is not None:
-                    return Append(layer, *begun)
             if starts is None:
                 starts = [self._length(sequence, layer) for sequence in sequences]
             for sequence, start, rows in zip(sequences, starts, lengths, strict=False):
                 layers = self._sequences.get(sequence) or self._layers(sequence)
                 changes.append((layers, layers.begin(layer, start + rows), start + rows))
-        return Append(layer, starts, changes)
+        return Append(layer, changes, starts)
 
     def end_append(self, append: Append) -> None:
         """The append took effect."""

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockdex import checks
-from blockdex.client import compiled
 from blockdex.client.answers import Info
 from blockdex.client.tensors import elements_of
 from blockdex.errors import InvalidArgumentError, Reason
@@ -20,6 +19,9 @@ from blockdex.v1 import indexer_pb2 as pb
 
 Integers = int | Sequence[int] | NDArray[Any]
 """One integer, or one for each sequence of a request."""
+
+Named = tuple[int, Integers, Integers | None, Integers | None, Integers | None, int | None]
+"""The runs of a data call as its caller named them: layer, sequences, lengths, starts, revisions and epoch."""
 
 Shape = tuple[int, int, int]
 """Of an answer: `[T, num_heads, topk]`, with no heads where there were no queries."""
@@ -36,7 +38,7 @@ ORDERS = {"ascending": pb.SELECTION_ORDER_ASCENDING, "score": pb.SELECTION_ORDER
 
 @dataclass(slots=True)
 class Spans:
-    """The runs of a request as the caller named them: columns of Python integers.
+    """The runs of a request: columns of Python integers.
 
     Attributes:
         starts: None where they are the client's to count.
@@ -113,9 +115,6 @@ def integers(name: str, value: Integers, *, bits: int) -> list[int]:
         TypeError: not integers.
     """
     plain = value.tolist() if isinstance(value, _NUMPY) else value
-    quick: list[int] | None = None if compiled.native is None else compiled.native.integers(plain, bits)
-    if quick is not None:
-        return quick
     try:
         column = [plain] if isinstance(plain, int) else list(map(operator.index, plain))
     except TypeError:

@@ -10,7 +10,7 @@ from blockdex.client import compiled
 from blockdex.client.failures import message_of
 from blockdex.client.kinds import Kind
 from blockdex.client.requests import Queries, Shape
-from blockdex.client.tensors import answer_bytes, array_like, tensor_like
+from blockdex.client.tensors import array_like, tensor_like
 
 _IDS, _SCORES = np.dtype("<i4"), np.dtype("<f4")
 
@@ -23,7 +23,8 @@ def selection_of(kind: Kind, answer: bytes, queries: Queries, shape: Shape) -> A
         InternalError: it is no answer of that kind.
     """
     if compiled.native is not None:
-        quick = compiled.native.read_selection(answer, answer_bytes(shape), queries.return_scores)
+        tokens, num_heads, topk = shape
+        quick = compiled.native.read_selection(answer, 4 * tokens * num_heads * topk, queries.return_scores)
         if quick is not None:
             ids, scores = quick
             block_ids = array_like(queries.tensor, _IDS, ids, shape)

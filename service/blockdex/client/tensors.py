@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -71,7 +72,7 @@ def tensor_like(tensor: Any, name: str, answer: pb.Tensor, shape: tuple[int, ...
         DataLossError: the answer does not have that many elements.
     """
     dtype = _ANSWER_DTYPES.get(answer.dtype)
-    expected = answer_bytes(shape)
+    expected = 4 * math.prod(shape)
     buffer = bytearray(answer.data)
     if dtype is None or len(buffer) != expected:
         raise DataLossError(
@@ -87,12 +88,6 @@ def array_like(tensor: Any, dtype: np.dtype[Any], buffer: bytearray, shape: tupl
     if torch is None:
         return np.ndarray(shape, dtype, buffer)
     return torch.frombuffer(buffer, dtype=getattr(torch, dtype.name)).reshape(shape).to(tensor.device)
-
-
-def answer_bytes(shape: tuple[int, ...]) -> int:
-    """Bytes of block ids, or of scores, of that shape."""
-    tokens, num_heads, topk = shape
-    return 4 * tokens * num_heads * topk
 
 
 def _torch_of(tensor: object) -> Any:

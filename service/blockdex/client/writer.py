@@ -9,7 +9,7 @@ import numpy as np
 from blockdex.client import compiled
 from blockdex.client.answers import Info
 from blockdex.client.kinds import Kind
-from blockdex.client.requests import DTYPES, ORDERS, Queries, Shape, Spans, fill
+from blockdex.client.requests import DTYPES, ORDERS, Named, Queries, Shape, Spans, fill
 from blockdex.client.tensors import NUMPY_DTYPES, elements_of
 from blockdex.errors import InvalidArgumentError
 
@@ -28,6 +28,7 @@ class Writer:
 
     def __init__(self, info: Info) -> None:
         self._info = info
+        self._topk = info.spec.topk
         self._native = None if compiled.native is None else _native_writer(compiled.native, info)
 
     def write(
@@ -53,30 +54,59 @@ class Writer:
         shape = fill(request, self._info, spans, starts, keys, queries)
         return request.SerializeToString(), shape
 
+    def append(
+        self, kind: Kind, named: Named, keys: Any, queries: Queries | None, books: dict[int, Any]
+    ) -> tuple[bytes, Shape, list[Any]] | None:
+        """A request that appends, the shape of its answer, and what it changes in the client's books, all in one.
+
+        Args:
+            kind: which call it is.
+            named: the runs; starts left out are found in the books.
+            keys: `[T, D]`.
+            queries: `[T, num_heads, D]`, or None where it takes none.
+            books: sequences by id, compiled ones; whoever has them sees to it that nobody else changes them meanwhile.
+
+        Returns:
+            None, and nothing has changed, where anything is wrong with it or unusual.
+        """
+        if self._native is None:
+            return None
+        begun = self._native.append(books, *self._arguments(kind, named, keys, queries or _NO_QUERIES))
+        if begun is None:
+            return None
+        (message, tokens, num_heads), changes = begun
+        return message, (tokens, num_heads, self._topk), changes
+
     def _write_quickly(
         self, kind: Kind, spans: Spans, starts: list[int], keys: Any | None, queries: Queries
     ) -> tuple[bytes, Shape] | None:
         assert self._native is not None
-        written = self._native.write(
+        named = (spans.layer, spans.sequences, spans.lengths, starts, spans.revisions, spans.epoch)
+        written = self._native.write(*self._arguments(kind, named, keys, queries))
+        if written is None:
+            return None
+        message, tokens, num_heads = written
+        return message, (tokens, num_heads, self._topk)
+
+    def _arguments(self, kind: Kind, named: Named, keys: Any | None, queries: Queries) -> tuple[Any, ...]:
+        layer, sequences, lengths, starts, revisions, epoch = named
+        tensor = queries.tensor
+        return (
             kind.number,
-            spans.layer,
-            self._info.epoch if spans.epoch is None else spans.epoch,
-            spans.sequences,
+            layer,
+            self._info.epoch if epoch is None else epoch,
+            sequences,
             starts,
-            spans.lengths,
-            spans.revisions,
-            _host(keys),
-            _host(queries.tensor),
+            lengths,
+            revisions,
+            keys if type(keys) is np.ndarray else _host(keys),
+            tensor if type(tensor) is np.ndarray else _host(tensor),
             queries.first_head,
             queries.num_heads,
             ORDERS.get(queries.order),
             queries.return_scores,
             queries.wait_for_keys,
         )
-        if written is None:
-            return None
-        message, tokens, num_heads = written
-        return message, (tokens, num_heads, self._info.spec.topk)
 
 
 def _native_writer(native: Any, info: Info) -> Any:

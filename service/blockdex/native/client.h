@@ -2,14 +2,23 @@
 #ifndef BLOCKDEX_CLIENT_H
 #define BLOCKDEX_CLIENT_H
 
+#include <stdint.h>
+
 #include "native.h"
+
+/* The `Layers` of a sequence, where it is known and has such a layer; borrowed, else NULL. */
+PyObject *blockdex_layers_of(PyObject *sequences, PyObject *id, Py_ssize_t layer);
+
+/* How long a layer is; below 0 where that is unknown. */
+int64_t blockdex_length_of(PyObject *layers, Py_ssize_t layer);
+
+/* Begins a write that makes a layer so long: the `Layers`, and the length before and after. */
+PyObject *blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t length);
 
 extern PyType_Spec blockdex_layers_spec, blockdex_writer_spec;
 
-PyObject *blockdex_integers(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 PyObject *blockdex_find_response(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 PyObject *blockdex_read_selection(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
-PyObject *blockdex_begin_append(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 PyObject *blockdex_end_append(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 PyObject *blockdex_frame(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 

@@ -7,8 +7,6 @@
 
 enum { LENGTHS, WRITES, IN_FLIGHT, NUM_MEMBERS };
 
-static const int64_t UNKNOWN = -1;
-
 /* `numbers` has `count` of each member. */
 typedef struct {
     PyObject_HEAD
@@ -126,58 +124,17 @@ PyType_Spec blockdex_layers_spec = {
 
 /* --- An append --- */
 
-/* One that is known and has such a layer, else NULL. */
-static Layers *layers_of(PyObject *sequences, PyObject *id, Py_ssize_t layer) {
-    PyObject *found = id ? PyDict_GetItemWithError(sequences, id) : NULL;
-    Layers *layers = (Layers *)found;
-    return found && has(layers, layer) ? layers : NULL;
+PyObject *blockdex_layers_of(PyObject *sequences, PyObject *id, Py_ssize_t layer) {
+    PyObject *found = PyDict_GetItemWithError(sequences, id);
+    return found && has((Layers *)found, layer) ? found : NULL;
 }
 
-static bool read_number(PyObject *list, Py_ssize_t at, int64_t *number) {
-    PyObject *item = PyList_GetItem(list, at);
-    if (!item || !PyLong_CheckExact(item)) return false;
-    *number = PyLong_AsLongLong(item);
-    return *number != -1 || !PyErr_Occurred();
-}
+int64_t blockdex_length_of(PyObject *layers, Py_ssize_t layer) { return member((Layers *)layers, LENGTHS)[layer]; }
 
-/* Where the runs start: as they were named, else where their sequences end. NULL where anything is unknown or unusual. */
-static PyObject *starts_of(PyObject *sequences, Py_ssize_t layer, PyObject *ids, PyObject *lengths, PyObject *named) {
-    int64_t start = 0, length;
-    PyObject *starts = PyList_New(PyList_Size(ids));
-    for (Py_ssize_t at = 0; starts && at < PyList_Size(ids); at++) {
-        Layers *layers = layers_of(sequences, PyList_GetItem(ids, at), layer);
-        bool good = layers && read_number(lengths, at, &length);
-        if (good && named != Py_None) good = read_number(named, at, &start);
-        if (good && named == Py_None) good = (start = member(layers, LENGTHS)[layer]) != UNKNOWN;
-        if (good)
-            PyList_SetItem(starts, at, PyLong_FromLongLong(start));
-        else
-            Py_CLEAR(starts);
-    }
-    return starts;
-}
-
-static PyObject *changes_of(PyObject *sequences, Py_ssize_t layer, PyObject *ids, PyObject *lengths, PyObject *starts) {
-    int64_t start, length;
-    PyObject *changes = PyList_New(PyList_Size(ids));
-    for (Py_ssize_t at = 0; changes && at < PyList_Size(ids); at++) {
-        Layers *layers = layers_of(sequences, PyList_GetItem(ids, at), layer);
-        if (!layers || !read_number(starts, at, &start) || !read_number(lengths, at, &length)) break;
-        PyList_SetItem(changes, at, Py_BuildValue("OLL", layers, begin(layers, layer, start + length), start + length));
-    }
-    return changes;
-}
-
-PyObject *blockdex_begin_append(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count) {
-    if (count != 5) return PyErr_Format(PyExc_TypeError, "begin_append takes 5 arguments");
-    PyObject *sequences = arguments[0], *ids = arguments[2], *lengths = arguments[3], *named = arguments[4];
-    Py_ssize_t layer = PyLong_AsSsize_t(arguments[1]), runs = PyList_Size(ids);
-    if (PyErr_Occurred()) return NULL;
-    if (PyList_Size(lengths) != runs || (named != Py_None && PyList_Size(named) != runs)) Py_RETURN_NONE;
-    PyObject *starts = starts_of(sequences, layer, ids, lengths, named);
-    if (starts) return Py_BuildValue("NN", starts, changes_of(sequences, layer, ids, lengths, starts));
-    if (PyErr_Occurred()) return NULL;
-    Py_RETURN_NONE;
+PyObject *blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t length) {
+    PyObject *change = Py_BuildValue("OLL", layers, (long long)blockdex_length_of(layers, layer), (long long)length);
+    if (change) begin((Layers *)layers, layer, length);
+    return change;
 }
 
 PyObject *blockdex_end_append(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count) {

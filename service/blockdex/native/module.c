@@ -27,10 +27,8 @@ static int fill(PyObject *module) {
 }
 
 static PyMethodDef methods[] = {
-    {"integers", (PyCFunction)(void (*)(void))blockdex_integers, METH_FASTCALL, NULL},
     {"find_response", (PyCFunction)(void (*)(void))blockdex_find_response, METH_FASTCALL, NULL},
     {"read_selection", (PyCFunction)(void (*)(void))blockdex_read_selection, METH_FASTCALL, NULL},
-    {"begin_append", (PyCFunction)(void (*)(void))blockdex_begin_append, METH_FASTCALL, NULL},
     {"end_append", (PyCFunction)(void (*)(void))blockdex_end_append, METH_FASTCALL, NULL},
     {"frame", (PyCFunction)(void (*)(void))blockdex_frame, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},

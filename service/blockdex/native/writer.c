@@ -106,6 +106,7 @@ static bool read_flag(PyObject *object, uint32_t *flag) {
 }
 
 static bool read_column(PyObject *list, struct wire_spans *spans, unsigned column) {
+    if (list == Py_None) return true;
     uint64_t largest = column == STARTS || column == LENGTHS ? UINT32_MAX : UINT64_MAX;
     if (!PyList_CheckExact(list)) return false;
     Py_ssize_t count = PyList_Size(list);
@@ -208,7 +209,59 @@ static PyObject *writer_write(PyObject *object, PyObject *const *arguments, Py_s
     return result;
 }
 
+/* --- An append, in the client's books too --- */
+
+/* Whether all sequences are known to have such a layer; where no starts are named, their runs go to its ends. */
+static bool find_ends(PyObject *sequences, PyObject *ids, bool counts, struct wire_request *request) {
+    struct wire_spans *spans = request->spans;
+    for (uint32_t at = 0; at < spans->counts[SEQUENCE_IDS]; at++) {
+        PyObject *layers = blockdex_layers_of(sequences, PyList_GetItem(ids, at), request->layer);
+        int64_t length = layers ? blockdex_length_of(layers, request->layer) : -1;
+        if (!layers || (counts && length < 0)) return false;
+        if (counts) spans->columns[STARTS][at] = (uint64_t)length;
+    }
+    if (counts) spans->counts[STARTS] = spans->counts[SEQUENCE_IDS];
+    return true;
+}
+
+static PyObject *begun(PyObject *sequences, PyObject *ids, const struct wire_request *request) {
+    const struct wire_spans *spans = request->spans;
+    PyObject *changes = PyList_New(spans->counts[SEQUENCE_IDS]);
+    for (uint32_t at = 0; changes && at < spans->counts[SEQUENCE_IDS]; at++) {
+        PyObject *layers = blockdex_layers_of(sequences, PyList_GetItem(ids, at), request->layer);
+        int64_t end = (int64_t)(spans->columns[STARTS][at] + spans->columns[LENGTHS][at]);
+        PyObject *change = layers ? blockdex_begin(layers, request->layer, end) : NULL;
+        if (change)
+            PyList_SetItem(changes, at, change);
+        else
+            Py_CLEAR(changes);
+    }
+    return changes;
+}
+
+static PyObject *writer_append(PyObject *object, PyObject *const *arguments, Py_ssize_t count) {
+    Writer *self = (Writer *)object;
+    Py_buffer keys = {.obj = NULL}, queries = {.obj = NULL};
+    struct wire_request request = {.spans = &self->scratch.spans}, whole;
+    PyObject *message = NULL, *changes = NULL;
+    if (count != 1 + NUM_ARGUMENTS) return PyErr_Format(PyExc_TypeError, "append takes %d arguments", 1 + NUM_ARGUMENTS);
+    PyObject *sequences = *arguments++, *ids = arguments[COLUMNS + SEQUENCE_IDS];
+    const bool counts = arguments[COLUMNS + STARTS] == Py_None;
+    memset(request.spans->counts, 0, sizeof request.spans->counts);
+    if (read_arguments(arguments, &request) && find_ends(sequences, ids, counts, &request) &&
+        read_tensors(self, arguments, &keys, &queries, &request) && is_right(self, &request, &whole))
+        message = written(&request, whole.num_heads);
+    if (message) changes = begun(sequences, ids, &request);
+    if (keys.obj) PyBuffer_Release(&keys);
+    if (queries.obj) PyBuffer_Release(&queries);
+    if (changes) return Py_BuildValue("NN", message, changes);
+    Py_XDECREF(message);
+    if (PyErr_Occurred()) return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef writer_methods[] = {
+    {"append", (PyCFunction)(void (*)(void))writer_append, METH_FASTCALL, NULL},
     {"write", (PyCFunction)(void (*)(void))writer_write, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
