@@ -229,6 +229,16 @@ class Writer:
             `write` returns None or one of the sequences, or its length that counts, is unknown.
         """
 
+class Baton:
+    """Hands what one thread has put somewhere to another one that waits for it, and the interpreter's lock with it."""
+
+    def __new__(cls) -> Baton: ...
+    def wait(self, seconds: float, /) -> bool:
+        """Waits so long for `pass_on` without sleeping, and without the lock; whether that came."""
+
+    def pass_on(self) -> bool:
+        """Lets go of the lock until whoever waits has it, 0.05 ms at most; whether anybody did."""
+
 class Layers:
     """What a client knows of one sequence, by layer: as `blockdex.client.ledger` has it.
 

@@ -23,7 +23,7 @@ from blockdex.client.ledger import Ledger
 from blockdex.client.requests import Queries, Spans
 from blockdex.client.selection import selection_of
 from blockdex.client.writer import Writer
-from blockdex.errors import BlockdexError
+from blockdex.errors import BlockdexError, InternalError
 from blockdex.messages import Limits
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
@@ -258,8 +258,11 @@ def test_an_answer_in_two_pieces_is_put_together() -> None:
 @given(st.sampled_from(sorted(FRAMES)).flatmap(lambda name: damaged(FRAMES[name].SerializeToString())))
 def test_damaged_frames_are_opened_alike(frame: bytes) -> None:
     def whole() -> Any:
-        answer = answer_of(SELECT_BLOCKS, frame)
-        return seen(selection_of(SELECT_BLOCKS, answer, ASKED, SHAPE))
+        try:
+            answer = answer_of(SELECT_BLOCKS, frame)
+            return seen(selection_of(SELECT_BLOCKS, answer, ASKED, SHAPE))
+        except InternalError:
+            return "no answer"  # The frame, or what it holds: which is said depends on who sees it first.
 
     assert_alike(lambda: number_of(frame))
     assert_alike(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any, Protocol
 
@@ -15,6 +16,9 @@ from blockdex.client.frames import answer_of, closed, frame_of
 from blockdex.client.paths import UNARY_PATHS
 from blockdex.client.stream import Stream
 from blockdex.errors import BlockdexError
+
+SPIN_CORES = 4
+"""With fewer, whoever looks keeps from running what it looks for."""
 
 
 class Transport(Protocol):
@@ -110,7 +114,9 @@ class StreamTransport:
                 if not stream.ended:
                     return stream
                 self._all.discard(stream)
-            stream = Stream(self._unary.channel, self._core, self._alarm)
+            # Threads that all look would take the cores from what they wait for.
+            spins = not self._all and len(os.sched_getaffinity(0)) >= SPIN_CORES
+            stream = Stream(self._unary.channel, self._core, self._alarm, spins=spins)
             self._all.add(stream)
             return stream
 

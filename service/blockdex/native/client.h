@@ -15,7 +15,7 @@ int64_t blockdex_length_of(PyObject *layers, Py_ssize_t layer);
 /* Begins a write that makes a layer so long: the `Layers`, and the length before and after. */
 PyObject *blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t length);
 
-extern PyType_Spec blockdex_layers_spec, blockdex_writer_spec;
+extern PyType_Spec blockdex_baton_spec, blockdex_layers_spec, blockdex_writer_spec;
 
 PyObject *blockdex_find_response(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 PyObject *blockdex_read_selection(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
