@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := service/blockdex/_native.abi3.so
-FORMATTED_C := $(addprefix service/blockdex/native/,arena.[ch] flights.[ch] gather.c lane.[ch] line.[ch] native.h places.[ch] steps.c wire.[ch]) tests/transport/line_stress.c
+FORMATTED_C := $(wildcard service/blockdex/native/*.[ch] service/blockdex/transport/include/*.h tests/transport/*.c)
 
 # A torch that the machine already has (a CUDA build, say) is used as it is; otherwise exactly the constrained one comes.
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)

@@ -25,7 +25,8 @@ static const struct blockdex_answer *ask(struct blockdex_ring *ring, struct bloc
 }
 
 /* What a token request of one span carries, at the beginning of the arena; the tenant is "c". */
-static struct blockdex_request *tokens(struct blockdex_ring *ring, uint64_t start, uint64_t length, uint64_t keys_bytes) {
+static struct blockdex_request *tokens(struct blockdex_ring *ring, uint64_t start, uint64_t length,
+                                       uint64_t keys_bytes) {
     struct blockdex_request *request = blockdex_claim(ring);
     const uint64_t columns[4] = {7, start, length, 0};
     memcpy(blockdex_request_payload(ring, 0), "c", 1);
@@ -84,7 +85,8 @@ int main(int argc, char **argv) {
     request->keys_bytes = head_dim * 4;
     request->payload_bytes = 64 + head_dim * 4;
     answer = ask(&ring, request);
-    printf("%d %.*s\n", answer->code, (int)answer->reason_bytes, blockdex_answer_payload(&ring, answer->payload_offset));
+    printf("%d %.*s\n", answer->code, (int)answer->reason_bytes,
+           blockdex_answer_payload(&ring, answer->payload_offset));
     blockdex_release(&ring, answer);
     return 0;
 }

@@ -106,9 +106,12 @@ static PyObject *layers_in_flight(PyObject *object, PyObject *Py_UNUSED(none)) {
 }
 
 static PyMethodDef methods[] = {
-    {"length", layers_length, METH_O, NULL},         {"put", layers_put, METH_VARARGS, NULL},
-    {"begin", layers_begin, METH_VARARGS, NULL},     {"end", layers_end, METH_O, NULL},
-    {"writes", layers_writes, METH_NOARGS, NULL},    {"in_flight", layers_in_flight, METH_NOARGS, NULL},
+    {"length", layers_length, METH_O, NULL},
+    {"put", layers_put, METH_VARARGS, NULL},
+    {"begin", layers_begin, METH_VARARGS, NULL},
+    {"end", layers_end, METH_O, NULL},
+    {"writes", layers_writes, METH_NOARGS, NULL},
+    {"in_flight", layers_in_flight, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -57,7 +57,8 @@ static bool is_inside(const Link *self, uint64_t offset, uint64_t bytes) {
 }
 
 static bool is_slots(const Link *self, uint64_t offset, uint32_t slots) {
-    return slots && !(slots & (slots - 1)) && slots <= 1u << 24 && is_inside(self, offset, (uint64_t)slots * SLOT_BYTES);
+    return slots && !(slots & (slots - 1)) && slots <= 1u << 24 &&
+           is_inside(self, offset, (uint64_t)slots * SLOT_BYTES);
 }
 
 static bool read_header(Link *self) {
@@ -124,8 +125,7 @@ static void forget_bounds(Link *self) {
 static int link_traverse(PyObject *object, visitproc visit, void *arg) {
     Link *self = (Link *)object;
     Py_VISIT(Py_TYPE(object));
-    for (uint32_t at = 0; at < self->flights.capacity; at++)
-        Py_VISIT((PyObject *)self->flights.all[at].owner);
+    for (uint32_t at = 0; at < self->flights.capacity; at++) Py_VISIT((PyObject *)self->flights.all[at].owner);
     return 0;
 }
 
@@ -273,7 +273,8 @@ static PyObject *link_send(PyObject *object, PyObject *const *arguments, Py_ssiz
     return PyBool_FromLong(send_short((Link *)object, &asked, bytes, (size_t)size));
 }
 
-PyDoc_STRVAR(claim_doc, "A ticket, a slot and room for a request that Python writes; None while there is none of them.");
+PyDoc_STRVAR(claim_doc,
+             "A ticket, a slot and room for a request that Python writes; None while there is none of them.");
 
 static PyObject *link_claim(PyObject *object, PyObject *arguments) {
     Link *self = (Link *)object;
@@ -605,7 +606,8 @@ static PyObject *link_answered(PyObject *object, void *unused) {
 }
 
 static PyMethodDef methods[] = {
-    {"open_short_way", (PyCFunction)(void (*)(void))link_open_short_way, METH_VARARGS | METH_KEYWORDS, open_short_way_doc},
+    {"open_short_way", (PyCFunction)(void (*)(void))link_open_short_way, METH_VARARGS | METH_KEYWORDS,
+     open_short_way_doc},
     {"send", (PyCFunction)(void (*)(void))link_send, METH_FASTCALL, send_doc},
     {"claim", link_claim, METH_VARARGS, claim_doc},
     {"publish", link_publish, METH_NOARGS, publish_doc},

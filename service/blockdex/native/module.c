@@ -16,8 +16,11 @@ static bool add_type(PyObject *module, PyType_Spec *spec) {
 }
 
 static int fill(PyObject *module) {
-    if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_lane_spec) || add_link(module) < 0) return -1;
-    if (!add_type(module, &blockdex_baton_spec) || !add_type(module, &blockdex_layers_spec) || !add_type(module, &blockdex_writer_spec)) return -1;
+    if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_lane_spec) || add_link(module) < 0)
+        return -1;
+    if (!add_type(module, &blockdex_baton_spec) || !add_type(module, &blockdex_layers_spec) ||
+        !add_type(module, &blockdex_writer_spec))
+        return -1;
     return PyModule_AddIntConstant(module, "NOTICED", LANE_NOTICED) |
            PyModule_AddIntConstant(module, "FOR_PYTHON", LANE_FOR_PYTHON) |
            PyModule_AddIntConstant(module, "LATE", LANE_LATE) | PyModule_AddIntConstant(module, "ROOM", LANE_ROOM) |

@@ -81,7 +81,9 @@ static inline uint8_t *write_varint(uint8_t *to, uint64_t value) {
     return to;
 }
 
-static inline uint8_t *write_tag(uint8_t *to, unsigned number, unsigned type) { return write_varint(to, number << 3 | type); }
+static inline uint8_t *write_tag(uint8_t *to, unsigned number, unsigned type) {
+    return write_varint(to, number << 3 | type);
+}
 
 /* A number that is 0 is left out, as protobuf does. Tags are of fields below 16. */
 static inline uint64_t number_size(uint64_t value) { return value ? 1 + varint_size(value) : 0; }

@@ -4,7 +4,8 @@
 
 enum { BLOCKDEX_INT32 = 5 };
 
-static const uint8_t DTYPE_BYTES[] = {[BLOCKDEX_BF16] = 2, [BLOCKDEX_FP16] = 2, [BLOCKDEX_FP32] = 4, [BLOCKDEX_FP8_E4M3] = 1};
+static const uint8_t DTYPE_BYTES[] = {
+    [BLOCKDEX_BF16] = 2, [BLOCKDEX_FP16] = 2, [BLOCKDEX_FP32] = 4, [BLOCKDEX_FP8_E4M3] = 1};
 
 /* Places for `max_spans` ids, half of them empty at least. */
 static uint64_t num_places(uint64_t num_spans) {
@@ -43,7 +44,8 @@ static bool all_different(const uint64_t *ids, uint32_t count, struct scratch *s
 }
 
 /* Counts the tokens. */
-static bool check_spans(struct wire_spans *spans, const struct bounds *bounds, struct scratch *scratch, uint64_t *tokens) {
+static bool check_spans(struct wire_spans *spans, const struct bounds *bounds, struct scratch *scratch,
+                        uint64_t *tokens) {
     uint32_t count = spans->counts[SEQUENCE_IDS];
     if (!count || spans->counts[STARTS] != count || spans->counts[LENGTHS] != count) return false;
     if (!spans->counts[REVISIONS])
@@ -63,7 +65,8 @@ static bool check_spans(struct wire_spans *spans, const struct bounds *bounds, s
 static bool check_tensor(const struct wire_tensor *tensor, uint64_t tokens, uint64_t heads, uint64_t head_dim) {
     uint64_t expected;
     if (!tensor->data || tensor->dtype < BLOCKDEX_BF16 || tensor->dtype > BLOCKDEX_FP8_E4M3) return false;
-    return !__builtin_mul_overflow(tokens, heads, &expected) && !__builtin_mul_overflow(expected, head_dim, &expected) &&
+    return !__builtin_mul_overflow(tokens, heads, &expected) &&
+           !__builtin_mul_overflow(expected, head_dim, &expected) &&
            !__builtin_mul_overflow(expected, DTYPE_BYTES[tensor->dtype], &expected) && tensor->bytes == expected;
 }
 
@@ -117,7 +120,8 @@ void tokens_describe(const struct wire_request *request, size_t tenant_bytes, st
     slot->payload_bytes = parts_of(slot).queries + slot->queries_bytes;
 }
 
-void tokens_carry(const struct wire_request *request, const char *tenant, const struct blockdex_request *slot, char *to) {
+void tokens_carry(const struct wire_request *request, const char *tenant, const struct blockdex_request *slot,
+                  char *to) {
     struct parts parts = parts_of(slot);
     size_t column_bytes = slot->num_spans * sizeof(uint64_t);
     memcpy(to, tenant, slot->tenant_bytes);

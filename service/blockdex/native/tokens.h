@@ -28,7 +28,8 @@ bool tokens_check(struct wire_request *request, const struct bounds *bounds, str
 void tokens_describe(const struct wire_request *request, size_t tenant_bytes, struct blockdex_request *slot);
 
 /* Writes what a slot that was so filled has described to its place in the arena. */
-void tokens_carry(const struct wire_request *request, const char *tenant, const struct blockdex_request *slot, char *to);
+void tokens_carry(const struct wire_request *request, const char *tenant, const struct blockdex_request *slot,
+                  char *to);
 
 /* Fills the response of an answer without an error from its slot; false where its parts are not in its payload. */
 bool tokens_answer(const struct blockdex_answer *slot, const char *payload, struct wire_response *response);

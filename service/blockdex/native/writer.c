@@ -244,7 +244,8 @@ static PyObject *writer_append(PyObject *object, PyObject *const *arguments, Py_
     Py_buffer keys = {.obj = NULL}, queries = {.obj = NULL};
     struct wire_request request = {.spans = &self->scratch.spans}, whole;
     PyObject *message = NULL, *changes = NULL;
-    if (count != 1 + NUM_ARGUMENTS) return PyErr_Format(PyExc_TypeError, "append takes %d arguments", 1 + NUM_ARGUMENTS);
+    if (count != 1 + NUM_ARGUMENTS)
+        return PyErr_Format(PyExc_TypeError, "append takes %d arguments", 1 + NUM_ARGUMENTS);
     PyObject *sequences = *arguments++, *ids = arguments[COLUMNS + SEQUENCE_IDS];
     const bool counts = arguments[COLUMNS + STARTS] == Py_None;
     memset(request.spans->counts, 0, sizeof request.spans->counts);
@@ -267,8 +268,8 @@ static PyMethodDef writer_methods[] = {
 };
 
 static PyType_Slot writer_slots[] = {
-    {Py_tp_new, writer_new},         {Py_tp_dealloc, writer_dealloc}, {Py_tp_traverse, writer_traverse},
-    {Py_tp_clear, writer_clear},     {Py_tp_methods, writer_methods}, {0, NULL},
+    {Py_tp_new, writer_new},     {Py_tp_dealloc, writer_dealloc}, {Py_tp_traverse, writer_traverse},
+    {Py_tp_clear, writer_clear}, {Py_tp_methods, writer_methods}, {0, NULL},
 };
 
 PyType_Spec blockdex_writer_spec = {

@@ -26,7 +26,15 @@
 #define BLOCKDEX_VERSION 2u
 #define BLOCKDEX_SLOT_BYTES 128u
 
-enum { BLOCKDEX_OPEN = 1, BLOCKDEX_GET, BLOCKDEX_FORK, BLOCKDEX_TRUNCATE, BLOCKDEX_CLOSE, BLOCKDEX_TOKENS, BLOCKDEX_CANCEL };
+enum {
+    BLOCKDEX_OPEN = 1,
+    BLOCKDEX_GET,
+    BLOCKDEX_FORK,
+    BLOCKDEX_TRUNCATE,
+    BLOCKDEX_CLOSE,
+    BLOCKDEX_TOKENS,
+    BLOCKDEX_CANCEL
+};
 enum { BLOCKDEX_BF16 = 1, BLOCKDEX_FP16, BLOCKDEX_FP32, BLOCKDEX_FP8_E4M3 };
 enum { BLOCKDEX_ASCENDING = 1, BLOCKDEX_SCORE };
 enum { BLOCKDEX_RETURN_SCORES = 1, BLOCKDEX_WAIT_FOR_KEYS = 2 };
@@ -112,8 +120,7 @@ static inline int blockdex_connect(const char *name, size_t name_bytes, struct b
     }
     memcpy(fds, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof fds);
     void *memory = MAP_FAILED;
-    if (!fstat(fds[0], &file))
-        memory = mmap(NULL, (size_t)file.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
+    if (!fstat(fds[0], &file)) memory = mmap(NULL, (size_t)file.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
     close(fds[0]);
     *ring = (struct blockdex_ring){.header = memory, .link = link, .engine_bell = fds[1], .door_bell = fds[2]};
     if (memory == MAP_FAILED || ring->header->magic != BLOCKDEX_MAGIC || ring->header->version != BLOCKDEX_VERSION) {
