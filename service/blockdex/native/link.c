@@ -533,7 +533,7 @@ static PyObject *link_await_alone(PyObject *object, PyObject *arguments) {
     int epoll;
     double seconds;
     if (!PyArg_ParseTuple(arguments, "id:await_alone", &epoll, &seconds)) return NULL;
-    if (self->flights.waiting == 1 && self->spin && now() >= self->rests_until) {
+    if (self->flights.waiting == 1 && self->spin) {
         /* Nobody is to ring for what is looked for. */
         atomic_store_explicit(&self->header->door_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;
@@ -552,7 +552,7 @@ static PyObject *link_may_sleep(PyObject *object, PyObject *arguments) {
     if (!PyArg_ParseTuple(arguments, "id:may_sleep", &epoll, &seconds)) return NULL;
     int64_t at = now(), until = self->active + self->spin;
     if (seconds < 1 && at + (int64_t)(1e9 * seconds) < until) until = at + (int64_t)(1e9 * seconds);
-    if (at < until && at >= self->rests_until) {
+    if (at < until) {
         bool comes;
         atomic_store_explicit(&self->header->door_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;
