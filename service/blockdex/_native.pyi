@@ -373,8 +373,8 @@ class Link:
     def may_sleep(self, epoll: int, seconds: float, /) -> bool:
         """Looks for answers and for events of an epoll, without the interpreter's lock.
 
-        For as long as it spins since the last request or answer, and so many seconds at most. Once another thread has
-        wanted the core that it looks on, not for a tenth of a second.
+        For as long as it spins since the last request or answer, so many seconds at most, and no longer once another
+        thread has wanted the core that it looks on.
 
         Returns:
             Whether nothing came: from now on the bell rings for the next answer. Otherwise it need not.

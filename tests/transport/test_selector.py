@@ -117,7 +117,7 @@ def test_it_looks_no_longer_than_a_timer_waits(make: Callable[[float], Door]) ->
         assert seconds < 2 * SHORT
 
 
-def test_it_leaves_its_core_to_who_has_something_to_do_and_does_not_try_at_once(make: Callable[[float], Door]) -> None:
+def test_it_leaves_its_core_to_who_has_something_to_do(make: Callable[[float], Door]) -> None:
     door = make(LONG)
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
@@ -126,21 +126,17 @@ def test_it_leaves_its_core_to_who_has_something_to_do_and_does_not_try_at_once(
             assert other.stdout is not None
             other.stdout.readline()
             looked = 0.0
-            began = time.monotonic()
             for _ in range(20):
                 door.link.publish()
                 may, seconds = door.may_sleep()
                 assert may
                 assert door.sleeps
                 looked += seconds
-            took = time.monotonic() - began
             other.kill()
     finally:
         os.sched_setaffinity(0, cores)
     # Without that it would look each time until it is sent away, which is a few milliseconds.
     assert looked < 0.02
-    # Once it has waited for the other one, which the scheduler lets run for milliseconds, and not twenty times.
-    assert took < 0.05
 
 
 @pytest.mark.parametrize("what", ["answer", "event"])

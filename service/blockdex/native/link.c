@@ -30,7 +30,7 @@ typedef struct {
     char *request_slots, *request_arena;
     const char *answer_slots, *answer_arena;
     uint64_t answer_arena_bytes, written, read;
-    int64_t spin, active, rests_until;
+    int64_t spin, active;
     uint32_t num_request_slots, num_answer_slots;
     int engine_bell;
     struct arena arena;
@@ -497,9 +497,8 @@ static PyObject *link_take(PyObject *object, PyObject *unused) {
 /* Each look at an epoll is a system call; those at the ring are as good as free. */
 enum { LOOKS_BETWEEN = 16 };
 
-/* Giving the core up takes longer only if somebody has taken it. That costs a request as long as the scheduler lets
- * others run, so it is not tried again at once. */
-enum { LONGEST_YIELD_NANOSECONDS = 20000, REST_NANOSECONDS = 100000000 };
+/* Giving the core up takes longer only if somebody has taken it. */
+enum { LONGEST_YIELD_NANOSECONDS = 20000 };
 
 /* Whether answers are there, or events of the epoll. */
 static bool look(const Link *self, int epoll) {
@@ -512,16 +511,11 @@ static bool look(const Link *self, int epoll) {
 }
 
 /* Whether any come until then; not if another thread wants this core meanwhile. */
-static bool look_until(Link *self, int epoll, int64_t until) {
-    for (int64_t at = now(); at < until;) {
+static bool look_until(const Link *self, int epoll, int64_t until) {
+    for (int64_t at = now(), before = at; at < until && at - before < LONGEST_YIELD_NANOSECONDS; at = now()) {
         if (look(self, epoll)) return true;
-        int64_t before = now();
+        before = now();
         sched_yield();
-        at = now();
-        if (at - before > LONGEST_YIELD_NANOSECONDS) {
-            self->rests_until = at + REST_NANOSECONDS;
-            return false;
-        }
     }
     return false;
 }
