@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
