@@ -11,17 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from blockdex_kernels.cpu.tiles import (
-    CHUNK_BYTES,
-    CONVOLVED_ROWS,
-    ROW_QUANTUM,
-    Batch,
-    Segment,
-    blocks_per_chunk,
-    max_slice_rows,
-)
+from blockdex_kernels.cpu.tiles import CHUNK_BYTES, ROW_QUANTUM, Batch, Segment, blocks_per_chunk, max_slice_rows
 from blockdex_kernels.spec import IndexSpec
 
+# From so many rows on a product is made by `_convolve`.
+_CONVOLVED_ROWS = 16
 # What the bits of an e4m3 number, shifted into a float16's places, have to be multiplied by.
 _FP8_UNIT = np.float32(2.0**8)
 
@@ -35,7 +29,7 @@ class BlockScorer:
     """
 
     def __init__(self, cells: torch.Tensor, spec: IndexSpec) -> None:
-        chunk = max(blocks_per_chunk(spec, rows) for rows in (ROW_QUANTUM, CONVOLVED_ROWS))
+        chunk = blocks_per_chunk(spec, ROW_QUANTUM)
         self._spec = spec
         self._cells = cells
         self._fp8 = cells.dtype == torch.uint8
@@ -61,12 +55,12 @@ class BlockScorer:
         num_slices, num_rows, _ = queries.shape
         cells = torch.from_numpy(segment.cells)
         maxima = np.empty((len(cells), num_rows), np.float32)
-        for part in _chunks(segment.owners, blocks_per_chunk(self._spec, num_rows), apart=num_rows >= CONVOLVED_ROWS):
+        for part in _chunks(segment.owners, blocks_per_chunk(self._spec, num_rows), apart=num_rows >= _CONVOLVED_ROWS):
             keys = self._read(cells[part])
             owners = segment.owners[part]
             if owners[0] != owners[-1]:
                 products = self._multiply(queries[torch.from_numpy(owners)], keys)
-            elif num_rows < CONVOLVED_ROWS:
+            elif num_rows < _CONVOLVED_ROWS:
                 products = self._multiply(queries[owners[0]].expand(len(keys), -1, -1), keys)
             else:
                 products = _convolve(queries[owners[0]], keys)

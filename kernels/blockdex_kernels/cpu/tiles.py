@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +14,6 @@ from blockdex_kernels.spec import IndexSpec
 
 CHUNK_BYTES = 8 << 20
 """Keys and products of one matrix product: what stays in a shared cache of a core or two."""
-CONVOLVED_ROWS = 16
-"""From so many rows on a product is a convolution."""
-LARGE_CACHE = 2 << 20
-"""Bytes of an L2 cache that holds the keys of enough blocks to pay for starting operations on them."""
-_CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 MAX_SLICE_ROWS = 2048
 """Rows that share one read of the keys; more gain nothing, the product is bound by arithmetic long before."""
 MAX_BATCH_ROWS = 8192
@@ -90,20 +83,8 @@ def max_slice_rows(spec: IndexSpec) -> int:
 
 
 def blocks_per_chunk(spec: IndexSpec, num_rows: int) -> int:
-    """Blocks whose keys, products and gathered queries keep `CHUNK_BYTES`; those of few rows a large L2 cache."""
-    most = CHUNK_BYTES
-    if num_rows < CONVOLVED_ROWS and _cache_bytes() >= LARGE_CACHE:
-        most = _cache_bytes()
-    return max(1, most // (_keys_bytes(spec) + num_rows * _row_bytes(spec)))
-
-
-@cache
-def _cache_bytes() -> int:
-    """Of a core's L2 cache; 0 where the system does not say."""
-    try:
-        return int(_CACHE_SIZE.read_text("ascii").strip().removesuffix("K")) << 10
-    except (OSError, ValueError):
-        return 0
+    """Blocks whose keys, products and gathered queries keep `CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES // (_keys_bytes(spec) + num_rows * _row_bytes(spec)))
 
 
 def _keys_bytes(spec: IndexSpec) -> int:
