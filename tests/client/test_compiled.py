@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from blockdex.client import compiled, requests
 from blockdex.client.call import Call
+from blockdex.client.core import _begin_append
 from blockdex.client.frames import answer_of, frame_of, number_of
 from blockdex.client.kinds import APPEND_AND_SELECT, APPEND_KEYS, SELECT_BLOCKS, Kind
 from blockdex.client.ledger import Ledger
@@ -130,6 +131,64 @@ def test_requests_are_written_alike_or_refused_alike(arguments: Any) -> None:
     found = assert_alike(lambda: Writer(INFO).write(kind, spans, starts, keys, queries))
     if isinstance(found[0], bytes):
         kind.request.FromString(found[0])
+
+
+def begun(arguments: Any, known: list[int | None], named: bool, ledger: Ledger) -> Any:
+    """An append by the ledger: its bytes, its shape and the lengths that it makes; then, that it is undone."""
+    kind, spans, starts, keys, queries = arguments
+    runs = spans.layer, spans.sequences, spans.lengths, starts if named else None, spans.revisions or None, spans.epoch
+    for sequence, length in zip(spans.sequences, known, strict=False):
+        if length is not None:
+            ledger.open(sequence, [length] * SPEC.num_layers)
+
+    def lengths() -> Any:
+        return [
+            [outcome(lambda s=sequence, a=layer: ledger.last_positions(a, [s], [0])) for layer in range(3)]  # type: ignore[misc]
+            for sequence in spans.sequences
+        ]
+
+    before = lengths()
+    try:
+        written = ledger.write_append(kind, runs, keys, queries)
+        quick = written is not None
+        request, shape, append = written or _begin_append(kind, ledger, runs, keys, queries)
+    except (BlockdexError, TypeError, ValueError, OverflowError) as error:
+        assert lengths() == before, "a refused append counts for nothing"
+        return False, (type(error), str(error), getattr(error, "reason", None))
+    after = lengths()
+    ledger.fail_append(append, changed_nothing=True)
+    assert lengths() == before
+    return quick, (request, shape, after)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    arguments().filter(lambda call: call[0] is not SELECT_BLOCKS),
+    st.lists(st.sampled_from((0, 5, 128, 290, None)), min_size=5, max_size=5),
+    st.booleans(),
+)
+def test_appends_are_written_and_counted_alike(arguments: Any, known: list[int | None], named: bool) -> None:
+    """In one call in C, and step by step in Python; what is refused leaves the books as they were."""
+    _, found = begun(arguments, known, named, Ledger(INFO))
+    with in_python():
+        quick, expected = begun(arguments, known, named, Ledger(INFO))
+    assert not quick
+    assert found == expected
+
+
+@pytest.mark.parametrize("starts", [None, [3, 0]])
+def test_plain_appends_go_the_compiled_way(starts: list[int] | None) -> None:
+    ledger = Ledger(INFO)
+    for sequence, length in ((7, 3), (8, 0)):
+        ledger.open(sequence, [length] * SPEC.num_layers)
+    runs = (1, [7, 8], [1, 1], starts, None, None)
+    written = ledger.write_append(APPEND_AND_SELECT, runs, np.zeros((2, 4), np.float32), ASKED)
+    assert written is not None
+    message = pb.AppendAndSelectRequest.FromString(written[0])
+    assert (list(message.spans.starts), list(message.spans.lengths), written[1]) == ([3, 0], [1, 1], SHAPE)
+    assert ledger.last_positions(1, [7, 8], [0, 0]) == [4, 1]
+    assert ledger.last_positions(0, [7, 8], [0, 0]) == [3, 0]
+    assert ledger.write_append(APPEND_AND_SELECT, (1, [9], [1], None, None, None), np.zeros((1, 4)), ASKED) is None
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.rpc)

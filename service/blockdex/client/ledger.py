@@ -132,8 +132,13 @@ class Ledger:
 
         What it returns is the request, the shape of its answer and what to end the append with.
         """
+        writer = self.writer
+        # Tensors may come from a device, for which nobody is to wait with the lock.
+        prepared = writer.prepare_append(kind, named, keys, queries)
+        if prepared is None:
+            return None
         with self._lock:
-            written = self.writer.append(kind, named, keys, queries, self._sequences)
+            written = writer.append(prepared, self._sequences)
         if written is None:
             return None
         request, shape, changes = written

@@ -54,24 +54,29 @@ class Writer:
         shape = fill(request, self._info, spans, starts, keys, queries)
         return request.SerializeToString(), shape
 
-    def append(
-        self, kind: Kind, named: Named, keys: Any, queries: Queries | None, books: dict[int, Any]
-    ) -> tuple[bytes, Shape, list[Any]] | None:
-        """A request that appends, the shape of its answer, and what it changes in the client's books, all in one.
+    def prepare_append(self, kind: Kind, named: Named, keys: Any, queries: Queries | None) -> tuple[Any, ...] | None:
+        """What `append` takes of a request that appends, its tensors on the host; None without the compiled module.
 
         Args:
             kind: which call it is.
-            named: the runs; starts left out are found in the books.
+            named: the runs.
             keys: `[T, D]`.
             queries: `[T, num_heads, D]`, or None where it takes none.
+        """
+        return None if self._native is None else self._arguments(kind, named, keys, queries or _NO_QUERIES)
+
+    def append(self, prepared: tuple[Any, ...], books: dict[int, Any]) -> tuple[bytes, Shape, list[Any]] | None:
+        """A request, the shape of its answer, and what it changes in the client's books, all in one.
+
+        Args:
+            prepared: by `prepare_append`; starts left out are found in the books.
             books: sequences by id, compiled ones; whoever has them sees to it that nobody else changes them meanwhile.
 
         Returns:
             None, and nothing has changed, where anything is wrong with it or unusual.
         """
-        if self._native is None:
-            return None
-        begun = self._native.append(books, *self._arguments(kind, named, keys, queries or _NO_QUERIES))
+        assert self._native is not None
+        begun = self._native.append(books, *prepared)
         if begun is None:
             return None
         (message, tokens, num_heads), changes = begun

@@ -47,7 +47,7 @@ static bool has(const Layers *self, Py_ssize_t layer) { return layer >= 0 && lay
 
 /* The layer that a method's first argument names; -1 with an error. */
 static Py_ssize_t layer_of(const Layers *self, PyObject *argument) {
-    Py_ssize_t layer = PyLong_AsSsize_t(argument);
+    Py_ssize_t layer = PyNumber_AsSsize_t(argument, PyExc_IndexError);
     if (has(self, layer)) return layer;
     if (!PyErr_Occurred()) PyErr_Format(PyExc_IndexError, "layer: there is none of number %zd", layer);
     return -1;
@@ -142,7 +142,7 @@ PyObject *blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t length) {
 
 PyObject *blockdex_end_append(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count) {
     if (count != 2) return PyErr_Format(PyExc_TypeError, "end_append takes 2 arguments");
-    Py_ssize_t layer = PyLong_AsSsize_t(arguments[0]), runs = PyList_Size(arguments[1]);
+    Py_ssize_t layer = PyNumber_AsSsize_t(arguments[0], PyExc_IndexError), runs = PyList_Size(arguments[1]);
     for (Py_ssize_t at = 0; !PyErr_Occurred() && at < runs; at++) {
         Layers *layers = (Layers *)PyTuple_GetItem(PyList_GetItem(arguments[1], at), 0);
         if (layers && has(layers, layer)) member(layers, IN_FLIGHT)[layer]--;
