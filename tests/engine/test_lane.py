@@ -799,6 +799,24 @@ def test_who_does_not_read_is_served_no_more_and_harms_nobody(bare: BareLane, si
     assert not line.has_unwritten
 
 
+def test_python_is_asked_nothing_by_who_does_not_read(bare: BareLane) -> None:
+    door = bare.open_door(Sizes(2, 1 << 16, 1 << 16))
+    (line,) = bare.lines
+    for ticket in range(2):
+        door.send(bare.both(0, (1, LENGTH + ticket, 1)), first_ticket=ticket)
+        bare.look()
+        bare.look()
+    door.write(door.lay(bare.both(0, (2, LENGTH, 1)), 2), door.lay(usual(bare), 3)._replace(flags=1))
+    bare.look()
+    bare.look()
+    assert line.has_unwritten and line.filled == 1
+    assert not line.waits
+    assert bare.look() == 0
+    assert door.read() == 2
+    assert bare.look() == native.FOR_PYTHON
+    assert line.waits and not line.has_unwritten
+
+
 def test_python_is_told_when_there_is_room_for_its_answers(bare: BareLane) -> None:
     door = bare.open_door(Sizes(2, 1 << 16, 1 << 16))
     (line,) = bare.lines

@@ -180,12 +180,11 @@ static enum verdict consider(struct lane *lane, struct line *line, int64_t now) 
     return TAKEN;
 }
 
-/* Who does not read answers gets no more of them. */
-static bool is_heard(const struct line *line) { return !line->gone && !line->waits && !line->first_unwritten; }
+static bool is_looked_at(const struct line *line) { return line_is_heard(line) && !line->waits; }
 
 bool lane_anything_came(const struct lane *lane) {
     for (size_t number = 0; number < lane->num_lines; number++)
-        if (is_heard(lane->lines[number]) && line_filled(lane->lines[number])) return true;
+        if (is_looked_at(lane->lines[number]) && line_filled(lane->lines[number])) return true;
     return false;
 }
 
@@ -197,7 +196,7 @@ void lane_gather(struct lane *lane, int64_t now) {
     memset(to->marks, 0, sizeof to->marks);
     for (size_t number = 0; number < lane->num_lines; number++) {
         struct line *line = lane->lines[(lane->turn + number) % lane->num_lines];
-        if (!is_heard(line)) continue;
+        if (!is_looked_at(line)) continue;
         int64_t filled = line_filled(line);
         for (line->waits = filled < 0; filled > 0; filled--) {
             enum verdict verdict = consider(lane, line, now);

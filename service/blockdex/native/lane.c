@@ -13,7 +13,7 @@ int64_t lane_now(void) {
 
 static bool anyone_waits(const struct lane *lane) {
     for (size_t number = 0; number < lane->num_lines; number++)
-        if (lane->lines[number]->waits && !lane->lines[number]->gone) return true;
+        if (line_is_for_python(lane->lines[number])) return true;
     return false;
 }
 

@@ -104,6 +104,10 @@ void line_publish(struct line *line) {
     blockdex_ring_bell(&line->header->door_sleeps, line->bell);
 }
 
+bool line_is_heard(const struct line *line) { return !line->gone && !line->first_unwritten && !line->crowded; }
+
+bool line_is_for_python(const struct line *line) { return line->waits && line_is_heard(line); }
+
 bool line_has_room_again(struct line *line) {
     bool again = line->crowded && !atomic_load_explicit(&line->header->engine_waits_for_room, memory_order_acquire);
     if (again) line->crowded = false;
@@ -187,7 +191,7 @@ static PyObject *get_filled(struct line *line, void *unused) {
 
 static PyObject *get_waits(struct line *line, void *unused) {
     (void)unused;
-    return PyBool_FromLong(line->waits);
+    return PyBool_FromLong(line_is_for_python(line));
 }
 
 static PyObject *get_gone(struct line *line, void *unused) {
@@ -255,7 +259,7 @@ static PyObject *method_publish(struct line *line, PyObject *unused) {
 
 static PyGetSetDef properties[] = {
     {"filled", (getter)get_filled, NULL, "Requests that were not taken yet; -1 where that cannot be.", NULL},
-    {"waits", (getter)get_waits, NULL, "Whether the oldest request is one for Python.", NULL},
+    {"waits", (getter)get_waits, NULL, "Whether the oldest request is one for Python to take now.", NULL},
     {"gone", (getter)get_gone, (setter)set_gone, "Whether nobody is there to be answered.", NULL},
     {"longest", (getter)get_longest, NULL, "Bytes of an answer that there is room for at some time.", NULL},
     {"has_unwritten", (getter)get_has_unwritten, NULL, "Whether answers wait for room.", NULL},

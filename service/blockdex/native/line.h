@@ -27,7 +27,7 @@ struct line {
     bool gone;    /* nobody is there to be answered */
     bool waits;   /* the oldest request is one for Python */
     bool changed; /* answers were written and not yet shown */
-    bool crowded; /* Python has answers for which there was no room */
+    bool crowded; /* Python had answers for which there was no room, and nobody has said since that there is */
 };
 
 /* A place for an answer. */
@@ -57,6 +57,12 @@ bool line_answer(struct line *line, struct blockdex_answer numbers, const void *
 
 /* Writes answers that there was no room for; shows the front door what was written, and wakes it. */
 void line_publish(struct line *line);
+
+/* Whether it gets answers: who does not read them gets no more, and so is asked nothing until there is room. */
+bool line_is_heard(const struct line *line);
+
+/* Whether the oldest request is one for Python to take now. */
+bool line_is_for_python(const struct line *line);
 
 /* Whether Python may try again to write its answers; once. */
 bool line_has_room_again(struct line *line);

@@ -59,10 +59,8 @@ class Line:
         """The oldest request as an entry; a cancellation is noted in the entry that it is of, and is none.
 
         Raises:
-            RingError: it is not what the layout says; or too many answers are there that nobody reads.
+            RingError: it is not what the layout says.
         """
-        if len(self._unwritten) >= self._segment.answer_slots:
-            raise RingError(f"answers: {len(self._unwritten)} wait for room, which nobody makes")
         if self.native.filled < 0:
             raise RingError(f"ring: more slots are said to be filled than the {self._segment.request_slots} there are")
         ticket, request, received, deadline = codec.read_request(self._segment, self.native.head())
