@@ -24,7 +24,7 @@ class Line:
 
     Attributes:
         filled: requests that are there and were not taken; -1 where the front door says what cannot be.
-        waits: whether the oldest one is for Python.
+        waits: whether the oldest one is for Python to take now; of who does not read its answers, none is.
         gone: whether nobody is there to be answered.
         longest: bytes of an answer that there is room for at some time.
         has_unwritten: whether answers wait for room, of those that the lane wrote.

@@ -34,7 +34,7 @@ from blockdex.messages import (
     TruncateSequence,
 )
 from blockdex.transport import codec, layout
-from blockdex.transport.layout import ANSWER_STRUCT, REQUEST_STRUCT, AnswerSlot, RequestSlot
+from blockdex.transport.layout import ANSWER_STRUCT, CANCEL, REQUEST_STRUCT, AnswerSlot, RequestSlot
 from blockdex.transport.segment import RingError, Segment, Sizes
 
 ROOM = 1 << 15
@@ -115,7 +115,8 @@ def test_requests(segment: Segment, request: Request, ticket: int, offset: int) 
 
 
 def test_a_cancellation(segment: Segment) -> None:
-    codec.write_cancellation(segment, segment.request_slots_offset, 5)
+    cancels = RequestSlot(ticket=5, kind=CANCEL)
+    REQUEST_STRUCT.pack_into(segment.memory, segment.request_slots_offset, *cancels)
     assert codec.read_request(segment, segment.request_slots_offset)[:2] == (5, None)
 
 

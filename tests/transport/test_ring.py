@@ -1,4 +1,4 @@
-"""Slots, arenas and the tape: whatever is done to them in whatever order, nothing is lost, doubled or overwritten."""
+"""Slots and bells: whatever is done to them in whatever order, nothing is lost or doubled, and nobody sleeps on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ring_echo
-from blockdex.transport.arena import Tape
 from blockdex.transport.layout import AT, HEADER_BYTES
 from blockdex.transport.ring import Bell, Consumer, Producer
 from blockdex.transport.segment import RingError, Segment, Sizes
@@ -154,38 +153,3 @@ def test_nobody_sleeps_through_a_bell() -> None:
             assert process.wait(ring_echo.BELL_SECONDS) == 0
         for fd in bells:
             os.close(fd)
-
-
-ARENA = 4096
-
-
-def test_a_tape_that_nobody_reads_begins_again_at_its_front() -> None:
-    tape, freed = Tape(ARENA), 0
-    for _ in range(100):
-        place = tape.take(100, freed)
-        assert place is not None and place[0] == 0
-        freed = place[1]
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, ARENA // 2), st.integers(0, 100)), max_size=120))
-@example([(False, ARENA // 2, 0), (False, ARENA // 2, 0), (False, 64, 0)])
-def test_the_tape_never_overwrites_what_is_still_read(steps: list[tuple[bool, int, int]]) -> None:
-    tape, freed = Tape(ARENA), 0
-    extents: dict[int, tuple[int, int]] = {}  # offset and size of what is read still, by the position of its end
-    for give_back, size, which in steps:
-        if give_back and extents:
-            # In order, and several at once.
-            for end in sorted(extents)[: 1 + which % len(extents)]:
-                freed = end
-                del extents[end]
-            continue
-        place = tape.take(size, freed)
-        assert place is not None or extents, "an empty tape has room"
-        if place is None:
-            continue
-        offset, end = place
-        assert offset >= 0 and offset + size <= ARENA
-        for start, length in extents.values():
-            assert offset + size <= start or start + length <= offset, "it lies where another one is"
-        extents[end] = (offset, size)
-    assert tape.take(tape.longest, max(extents, default=freed)) is not None

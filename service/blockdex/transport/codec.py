@@ -157,11 +157,6 @@ def _sequence_numbers(request: SequenceRequest) -> Numbers:
     return numbers
 
 
-def write_cancellation(segment: Segment, slot: int, ticket: int) -> None:
-    """Writes into a slot that the request of that ticket is given up."""
-    REQUEST_STRUCT.pack_into(segment.memory, slot, *RequestSlot(ticket=ticket, kind=layout.CANCEL))
-
-
 def read_request(segment: Segment, slot: int) -> Received:
     """The request in a slot. Its columns are copied, so that nobody changes them any more; its tensors are views.
 
