@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockdex import _native as native
-from blockdex.messages import TokenRequest
+from blockdex.messages import TokenAnswer, TokenRequest
 from blockdex.transport.segment import Sizes
 from blockdex_kernels import IndexSpec
 from foreign_door import ForeignDoor, new_handles
@@ -21,6 +21,8 @@ from running_engine import TENANT, tokens, values
 
 SPEC = IndexSpec(num_layers=3, num_index_heads=2, head_dim=8, block_size=8, topk=4)
 LONGEST = 4
+ALL = [(native.MAX_RUNS, 2, 1000), (128, LONGEST, 1000)]
+"""Programs for more than any request of these tests."""
 EPOCH = 77
 LENGTH, HELD = 20, 4
 """Tokens of every layer of every sequence, and pages, of which the last one is empty."""
@@ -225,3 +227,19 @@ def bare_lane(spec: IndexSpec = SPEC, **options: Any) -> Iterator[BareLane]:
         yield made
     finally:
         made.close()
+
+
+def usual(bare: BareLane) -> TokenRequest:
+    """Goes on with one sequence, and writes the end of another one anew."""
+    return bare.both(1, (1, LENGTH, 1, 5), (2, LENGTH - 2, 3))
+
+
+def check_answer(door: ForeignDoor, ticket: int, request: TokenRequest) -> None:
+    """Checks that an answer is that of this request: its queries, as the device sends them back."""
+    numbers, answer = door.told[ticket]
+    assert isinstance(answer, TokenAnswer) and answer.block_ids is not None and answer.scores is None
+    assert request.queries is not None
+    sent = np.frombuffer(request.queries.tensor.data, np.uint16).reshape(-1, SPEC.num_index_heads, SPEC.head_dim)
+    np.testing.assert_array_equal(answer.block_ids, sent[:, :, : SPEC.topk])
+    assert (answer.epoch, numbers.phase) == (EPOCH, 2)
+    assert min(numbers.queue_seconds, numbers.plan_seconds, numbers.device_seconds, numbers.reply_seconds) >= 0

@@ -15,7 +15,13 @@ import blockdex
 ROOT = Path(__file__).parent.parent.parent
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 TESTS = (
-    *("engine/test_lane.py", "engine/test_short_way.py", "engine/test_order_random.py"),
+    *(
+        "engine/test_lane.py",
+        "engine/test_lane_steps.py",
+        "engine/test_lane_doors.py",
+        "engine/test_short_way.py",
+        "engine/test_order_random.py",
+    ),
     *("transport/test_line.py", "transport/test_short_way.py", "transport/test_door.py"),
     *("transport/test_foreign_doors.py", "rpc/test_short_way.py", "client/test_concurrency.py"),
 )

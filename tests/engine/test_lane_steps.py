@@ -1,0 +1,486 @@
+"""The lane's steps on a device: what they hold, when they are answered, devices that fail, and what is counted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import lane_without_memory
+from bare_lane import (
+    ALL,
+    LENGTH,
+    LONGEST,
+    SECONDS_BOUNDS,
+    SPEC,
+    BareLane,
+    Seen,
+    bare_lane,
+    check_answer,
+    usual,
+)
+from blockdex import _native as native
+from blockdex.errors import BlockdexError, Code
+from foreign_door import ForeignDoor
+from running_engine import TENANT, TIMEOUT
+
+
+def columns(seen: Seen, runs: int) -> list[tuple[int, ...]]:
+    """The rows of a step, and a check that there are no others."""
+    assert not seen.columns[2, runs:].any(), "padding has no tokens"
+    return [tuple(column) for column in seen.columns[:, :runs].T.tolist()]
+
+
+def test_a_step_holds_all_that_came(device_lane: BareLane) -> None:
+    bare = device_lane
+    first, second = bare.open_door(), bare.open_door()
+    requests = [usual(bare), bare.both(2, (3, LENGTH, LONGEST)), bare.both(2, (1, LENGTH - 1, 2))]
+    first.send(*requests[:2])
+    second.send(requests[2])
+    assert bare.look() == 0
+    (seen,) = bare.device.begun
+    assert columns(seen, 4) == [
+        (1, LENGTH, 1, 100),
+        (1, LENGTH - 2, 3, 101),
+        (2, LENGTH, LONGEST, 102),
+        (2, LENGTH - 1, 2, 100),
+    ]
+    keys, queries = (
+        b"".join(bytes(getattr(request, half).tensor.data) for request in requests) for half in ("keys", "queries")
+    )
+    assert seen.keys[:10].tobytes() == keys
+    assert seen.queries[:10].tobytes() == queries
+    assert bare.look() == 0
+    assert not first.read() and not second.read(), "nothing has ended yet"
+    bare.device.end()
+    assert bare.look() == 0
+    assert (first.read(), second.read()) == (2, 1)
+    for door, ticket, request in ((first, 0, requests[0]), (first, 1, requests[1]), (second, 0, requests[2])):
+        check_answer(door, ticket, request)
+
+
+def test_the_smallest_program_that_holds_it() -> None:
+    shapes = [(1, 1, 3), (2, 1, 3), (2, LONGEST, 3), (4, 2, 4)]
+    with bare_lane(replays=shapes) as bare:
+        door = bare.open_door()
+        for number, (rows, runs, length) in enumerate(
+            [
+                ([(1, LENGTH, 1)], 1, 1),
+                ([(1, LENGTH, 1), (2, LENGTH, 1)], 2, 1),
+                ([(1, LENGTH, 2)], 2, LONGEST),
+                ([(1, LENGTH, 3), (2, LENGTH, 1)], 2, LONGEST),
+                ([(1, 24, 1)], 4, 2),  # the fourth block
+                ([(1, 23, 1)], 1, 1),
+                ([(1, LENGTH, 1), (2, LENGTH, 1), (3, LENGTH, 2)], 4, 2),
+            ]
+        ):
+            bare.lengths[:] = 24
+            request = bare.both(0, *rows)
+            door.send(request, first_ticket=number)
+            assert bare.look() == 0
+            assert bare.device.begun[0].columns.shape[1] == runs
+            assert len(bare.device.begun[0].keys) == runs * length
+            bare.device.end()
+            bare.look()
+            door.read()
+            check_answer(door, number, request)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(1, LENGTH, 1), (2, LENGTH, 1), (3, LENGTH, 1)],  # more runs
+        [(1, LENGTH, 2)],  # longer
+        [(1, LENGTH + 4, 1)],  # wider
+    ],
+)
+def test_what_no_program_holds_is_left(rows: list[tuple[int, ...]]) -> None:
+    with bare_lane(replays=[(2, 1, 3)]) as bare:
+        bare.lengths[:] = 24
+        bare.open_door().send(bare.both(0, *rows))
+        assert bare.look() == native.FOR_PYTHON
+        assert not bare.device.begun
+
+
+def test_what_no_program_holds_together_is_in_two_steps() -> None:
+    with bare_lane(replays=[(2, 1, 3), (1, LONGEST, 3)]) as bare:
+        door = bare.open_door()
+        requests = [bare.both(0, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 2)), bare.both(0, (3, LENGTH, 1))]
+        door.send(*requests)
+        assert bare.look() == 0
+        assert bare.look() == 0
+        assert [columns(seen, 1) for seen in bare.device.begun] == [[(0, LENGTH, 1, 100)], [(0, LENGTH, 2, 101)]]
+        bare.device.end()
+        assert bare.look() == 0
+        bare.device.end()
+        bare.device.end()
+        bare.look()
+        door.read()
+        for ticket, request in enumerate(requests):
+            check_answer(door, ticket, request)
+
+
+def test_what_is_long_and_what_is_wide_is_not_put_together_where_no_program_is_both() -> None:
+    with bare_lane(replays=[(1, 1, 4), (2, 1, 3), (1, LONGEST, 3)]) as bare:
+        bare.lengths[:] = 24
+        door = bare.open_door()
+        door.send(
+            bare.both(0, (1, 24, 1)), bare.both(0, (2, 23, 1)), bare.both(0, (3, 20, 4)), bare.both(0, (4, 23, 1))
+        )
+        widths = []
+        for _ in range(4):
+            bare.look()
+            widths.append(bare.device.end().columns[1].tolist())
+        assert widths == [[24], [23], [20], [23]]
+
+
+def test_the_last_token_of_a_step() -> None:
+    with bare_lane(sequences=200) as bare:
+        door = bare.open_door()
+        rows = [(sequence, LENGTH, LONGEST) for sequence in range(1, 128)]
+        door.send(bare.both(0, *rows), bare.both(0, (150, LENGTH, 4)), bare.both(0, (151, LENGTH, 1)))
+        bare.look()
+        assert (bare.lane.steps, bare.counted["num_tokens"]) == (1, native.MAX_TOKENS)
+        bare.look()
+        assert (bare.lane.steps, bare.counted["num_tokens"]) == (2, native.MAX_TOKENS + 1)
+
+
+@pytest.mark.parametrize("replays", [None, ALL])
+def test_as_many_runs_and_tokens_as_a_step_holds(replays: list[tuple[int, int, int]] | None) -> None:
+    """The 256th run, or the 512th token, is still in; the next one is in the next step."""
+    with bare_lane(sequences=600, replays=replays) as bare:
+        door = bare.open_door()
+        halves = [
+            [(sequence, LENGTH, length) for sequence in range(first, first + count)]
+            for first, count, length in (
+                (1, 100, 1),
+                (101, 156, 1),
+                (257, 1, 1),
+                (300, 255, 2),
+                (555, 1, 2),
+                (556, 1, 1),
+            )
+        ]
+        requests = [bare.both(0, *rows) for rows in halves]
+        door.send(*requests)
+        runs, tokens = [], []
+        for _ in range(8):
+            bare.look()
+            if bare.device.begun:
+                seen = bare.device.end()
+                runs.append(int((seen.columns[2] > 0).sum()))
+                tokens.append(int(seen.columns[2].sum()))
+        door.read()
+        for ticket, request in enumerate(requests):
+            check_answer(door, ticket, request)
+        assert bare.lane.steps == 3
+        if replays:
+            assert (runs, tokens) == ([256, 256, 2], [256, 511, 3]) or (runs, tokens) == ([256, 257, 1], [256, 512, 1])
+
+
+def test_a_request_of_more_runs_than_a_step_is_left() -> None:
+    with bare_lane(sequences=300) as bare:
+        bare.open_door().send(bare.both(0, *[(sequence, LENGTH, 1) for sequence in range(1, native.MAX_RUNS + 2)]))
+        assert bare.look() == native.FOR_PYTHON
+
+
+def test_a_request_of_more_tokens_than_a_step_is_left() -> None:
+    with bare_lane(sequences=300) as bare:
+        rows = [(sequence, LENGTH, LONGEST) for sequence in range(1, native.MAX_TOKENS // LONGEST + 1)]
+        door = bare.open_door()
+        door.send(bare.both(0, *rows), bare.both(1, *rows, (250, LENGTH, 1)))
+        assert bare.look() == 0
+        assert bare.look() == native.FOR_PYTHON
+        assert (bare.lane.steps, bare.counted["num_tokens"]) == (1, native.MAX_TOKENS)
+
+
+def test_one_layer_of_a_sequence_is_once_in_a_step(device_lane: BareLane) -> None:
+    """What goes on with it is in the next one; its other layers, and other sequences, are not held up."""
+    bare = device_lane
+    doors = [bare.open_door() for _ in range(3)]
+    doors[0].send(bare.both(0, (1, LENGTH, 1)))
+    doors[1].send(bare.both(0, (2, LENGTH, 1), (1, LENGTH + 1, 1)), bare.both(0, (3, LENGTH, 1)))
+    doors[2].send(bare.both(1, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 1)))
+    bare.look()
+    bare.look()
+    first, second = bare.device.begun
+    assert columns(first, 3) == [(0, LENGTH, 1, 100), (1, LENGTH, 1, 100), (0, LENGTH, 1, 101)]
+    assert bare.lines[1].waits is False
+    # The lines take turns: the second one comes first now. Its first row writes anew what another has written since.
+    assert columns(second, 3) == [(0, LENGTH, 1, 101), (0, LENGTH + 1, 1, 100), (0, LENGTH, 1, 102)]
+
+
+def test_more_marks_than_there_are_places_near_each_other() -> None:
+    """Undone and made again, in any order, marks stay what they are."""
+    with bare_lane(sequences=256, replays=ALL) as bare:
+        first, second = bare.open_door(), bare.open_door()
+        names = list(range(1, 201))
+        first.send(bare.both(0, *[(sequence, LENGTH, 1) for sequence in names]))
+        second.send(
+            bare.both(0, *[(sequence, LENGTH, 1) for sequence in range(201, 240)], (200, LENGTH + 1, 1)),
+        )
+        bare.look()
+        assert len(bare.device.begun) == 1
+        bare.look()
+        assert bare.device.begun[1].columns[2].sum() == 40
+
+
+def test_the_lines_take_turns() -> None:
+    """One of them always has a step's worth of requests; nobody waits for longer than a step."""
+    with bare_lane(sequences=600) as bare:
+        greedy, modest = bare.open_door(), bare.open_door()
+        whole = [[(sequence, LENGTH, 1) for sequence in range(first, first + 256)] for first in (1, 257)]
+        greedy.send(*[bare.both(0, *whole[number % 2]) for number in range(6)])
+        for ticket in range(3):
+            modest.send(bare.both(0, (590 + ticket, LENGTH, 1)), first_ticket=ticket)
+            for _ in range(3):
+                bare.look()
+            assert modest.read() == 1, ticket
+        greedy.read()
+        assert len(greedy.told) >= 3
+
+
+def test_answers_come_when_every_block_id_is_there(device_lane: BareLane) -> None:
+    bare = device_lane
+    door = bare.open_door()
+    request = bare.both(0, (1, LENGTH, 1), (2, LENGTH, 1))
+    door.send(request)
+    bare.look()
+    ids = bare.device.rooms[0][1]
+    untouched = ids.copy()
+    seen = bare.device.begun[0]
+    bare.device.end()
+    ended = ids.copy()
+    size = len(seen.queries) * SPEC.num_index_heads * SPEC.topk
+    for missing in (0, size // 2, size - 1):
+        ids[:] = ended
+        ids[missing] = untouched[missing]
+        bare.look()
+        assert not door.read(), missing
+    ids[:] = ended
+    bare.look()
+    door.read()
+    check_answer(door, 0, request)
+
+
+def test_two_steps_are_on_their_way_and_no_third(device_lane: BareLane) -> None:
+    bare = device_lane
+    door = bare.open_door()
+    requests = [bare.both(0, (1, LENGTH + number, 1)) for number in range(5)]
+    for ticket, request in enumerate(requests[:3]):
+        door.send(request, first_ticket=ticket)
+        bare.look()
+    assert [seen.room for seen in bare.device.begun] == [0, 1]
+    assert (bare.lane.in_flight, bare.lane.steps) == (2, 2)
+    bare.device.end()
+    bare.look()  # answers the first, begins the third in its room
+    assert [seen.room for seen in bare.device.begun] == [1, 0]
+    assert door.read() == 1
+    for ticket, request in enumerate(requests[3:], start=3):
+        door.send(request, first_ticket=ticket)
+    while len(door.told) < 5:
+        bare.device.end()
+        bare.look()
+        door.read()
+    for ticket, request in enumerate(requests):
+        check_answer(door, ticket, request)
+    assert (bare.lane.in_flight, bare.lane.launched) == (0, 0.0)
+
+
+def test_what_cannot_be_set_is_refused(device_lane: BareLane) -> None:
+    bare = device_lane
+    host, ids = bare.device.rooms[0]
+    with pytest.raises(ValueError, match=r"host has \d+ bytes, \d+ are needed"):
+        bare.lane.set_step(0, host[:-1], ids)
+    with pytest.raises(ValueError, match="no room for 257 runs of 1 tokens"):
+        bare.lane.set_replays([(257, 1, 1, 1, 2)], 1, 1)
+    with pytest.raises(ValueError, match="no room for 129 runs of 4 tokens"):
+        bare.lane.set_replays([(129, 4, 1, 1, 2)], 1, 1)
+    with pytest.raises(ValueError, match="a column for each sequence"):
+        bare.lane.learn(TENANT, np.array([1], np.uint64), np.array([16]))
+    with pytest.raises(ValueError, match="a column for each sequence"):
+        bare.lane.learn(TENANT, np.array([1, 2], np.uint64), np.array([1]))
+    bare.open_door().send(bare.both(0, (1, LENGTH, 1)))
+    bare.look()
+    for number in (0, 2):
+        with pytest.raises(ValueError, match=f"step {number} of 2, 1 in flight"):
+            bare.lane.set_step(number, host, ids)
+
+
+# --- Faults ---
+
+
+def check_refused(door: ForeignDoor, *tickets: int) -> None:
+    """Checks that just these were answered, all with the fault."""
+    door.read()
+    assert sorted(door.told) == list(tickets)
+    for told in door.told.values():
+        assert isinstance(told.answer, BlockdexError)
+        assert (told.answer.code, told.answer.reason, told.answer.message) == (Code.INTERNAL, "INTERNAL", "a fault")
+        assert told.numbers.queue_seconds == told.numbers.reply_seconds == -1
+
+
+def abandon(bare: BareLane) -> None:
+    """Gives up what is on its way."""
+    bare.lane.abandon(int(Code.INTERNAL), len(b"INTERNAL"), b"INTERNALa fault")
+
+
+def test_a_device_that_takes_no_step_while_another_is_on_its_way(device_lane: BareLane) -> None:
+    bare = device_lane
+    door, other = bare.open_door(), bare.open_door()
+    door.send(bare.both(0, (1, LENGTH, 1)))
+    bare.look()
+    door.send(bare.both(0, (1, LENGTH + 1, 1)), first_ticket=1)
+    other.send(bare.both(0, (2, LENGTH, 1)), bare.both(0, (2, LENGTH + 1, 1)))
+    bare.device.error = 700
+    with pytest.raises(RuntimeError, match="device: it takes no step, CUDA error 700"):
+        bare.look()
+    assert bare.lane.in_flight == 2
+    abandon(bare)
+    check_refused(door, 0, 1)
+    check_refused(other, 0)
+    assert bare.lane.in_flight == 0
+    abandon(bare)  # nothing is left
+    check_refused(door, 0, 1)
+    bare.device.begun.clear()
+    # What had not been taken is served as if nothing had been: the error is forgotten.
+    request = bare.both(1, (1, LENGTH, 1))
+    door.send(request, first_ticket=2)
+    bare.look()
+    bare.device.end()
+    bare.look()
+    door.read()
+    check_answer(door, 2, request)
+
+
+def test_a_step_in_python_that_fails(bare: BareLane) -> None:
+    door = bare.open_door()
+    door.send(bare.both(0, (1, LENGTH, 1)), bare.both(1, (1, LENGTH, 1)))
+    bare.device.error = 3
+    with pytest.raises(RuntimeError, match="error 3, made for this test"):
+        bare.look()
+    assert (bare.lane.in_flight, bare.lane.steps) == (1, 0)
+    abandon(bare)
+    check_refused(door, 0, 1)
+    bare.device.error = 0
+    request = bare.both(0, (2, LENGTH, 1))
+    door.send(request, first_ticket=2)
+    bare.look()
+    bare.look()
+    door.read()
+    check_answer(door, 2, request)
+
+
+def test_a_step_that_hangs_is_asked_after_and_given_up_with_those_behind_it(device_lane: BareLane) -> None:
+    bare = device_lane
+    door = bare.open_door()
+    door.send(bare.both(0, (1, LENGTH, 1)))
+    began = time.monotonic()
+    assert bare.lane.run(TIMEOUT) == native.LATE
+    assert 0.001 <= time.monotonic() - began < 1
+    assert began <= bare.lane.launched <= time.monotonic()
+    door.send(bare.both(0, (1, LENGTH + 1, 1)), first_ticket=1)
+    launched = bare.lane.launched
+    asked = time.monotonic()
+    for _ in range(5):
+        assert bare.lane.run(TIMEOUT) == native.LATE
+    assert time.monotonic() - asked >= 0.004, "it is not asked after all the time"
+    assert bare.lane.in_flight == 2
+    assert bare.lane.launched == launched, "the oldest one's"
+    began = time.monotonic()
+    assert bare.lane.drain(0.01) is False
+    assert 0.01 <= time.monotonic() - began < 1
+    abandon(bare)
+    check_refused(door, 0, 1)
+    assert bare.lane.drain(TIMEOUT) is True
+
+
+def test_what_is_on_its_way_is_drained(device_lane: BareLane) -> None:
+    bare = device_lane
+    door = bare.open_door()
+    request = bare.both(0, (1, LENGTH, 1))
+    door.send(request)
+    bare.look()
+    door.send(bare.both(0, (2, LENGTH, 1)), first_ticket=1)
+    later = threading.Timer(0.05, bare.device.end)
+    later.start()
+    assert bare.lane.drain(TIMEOUT) is True
+    later.join()
+    door.read()
+    check_answer(door, 0, request)
+    assert (bare.lane.steps, bare.lines[0].filled) == (1, 1), "it begins nothing"
+
+
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="it ends the process instead")
+def test_nobody_is_answered_twice_where_no_memory_is_left() -> None:
+    """In a process of its own, in which no memory was given back that could be had again."""
+    subprocess.run([sys.executable, lane_without_memory.__file__], check=True, timeout=60)
+
+
+# --- Statistics ---
+
+
+def test_what_is_counted(device_lane: BareLane) -> None:
+    bare = device_lane
+    door = bare.open_door()
+    door.send(bare.both(0, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 2), (3, LENGTH, 1)), bare.both(1, (1, LENGTH, 4)))
+    bare.look()
+    time.sleep(0.01)
+    door.send(bare.both(2, (1, LENGTH, 1)), first_ticket=3)
+    bare.look()
+    time.sleep(0.03)
+    bare.device.end()
+    bare.look()
+    time.sleep(0.02)
+    bare.device.end()
+    bare.look()
+    counted = bare.counted
+    assert (counted["steps"], counted["num_tokens"]) == (2, 9)
+    assert counted["requests"] == ([1, 0, 1, 0], 4.0)
+    assert counted["tokens"] == ([1, 0, 1, 0], 9.0)
+    assert 0.04 + 0.05 <= counted["device_seconds"] < 1
+    assert 0.06 <= counted["device_busy_seconds"] < counted["device_seconds"] - 0.025, "for 0.03 s both were there"
+    door.read()
+    told = np.array([door.told[ticket].numbers[-4:] for ticket in range(4)])
+    assert (told[:, 2] >= [0.04, 0.04, 0.04, 0.05]).all() and (told > 0).all()
+    for (counts, total), seconds in zip(counted["stages"], told.T, strict=True):
+        assert total == pytest.approx(seconds.sum())
+        assert counts == np.bincount(np.searchsorted(SECONDS_BOUNDS, seconds), minlength=3).tolist()
+
+
+def test_a_bound_belongs_to_the_bucket_below_it(bare: BareLane) -> None:
+    door = bare.open_door()
+    for ticket, count in enumerate((1, 2, 3)):
+        door.send(bare.both(0, *[(sequence, LENGTH, 1) for sequence in range(1, count + 1)]), first_ticket=ticket)
+        bare.lengths[:] = LENGTH
+        bare.look()
+    assert bare.counted["tokens"] == ([1, 1, 1, 0], 6.0)
+
+
+def test_a_step_that_is_given_up_was_on_the_device(device_lane: BareLane) -> None:
+    bare = device_lane
+    door = bare.open_door()
+    door.send(bare.both(0, (1, LENGTH, 1)))
+    bare.look()
+    time.sleep(0.02)
+    abandon(bare)
+    assert 0.02 <= bare.counted["device_busy_seconds"] < 1
+    abandon(bare)
+    time.sleep(0.02)
+    abandon(bare)
+    assert bare.counted["device_busy_seconds"] < 0.04
+
+
+def test_a_request_from_the_future_has_waited_for_no_time(bare: BareLane) -> None:
+    door = bare.open_door()
+    door.write(door.lay(bare.both(0, (1, LENGTH, 1)), 0)._replace(received=2**62))
+    bare.look()
+    bare.look()
+    door.read()
+    assert door.told[0].numbers.queue_seconds == 0
+    assert bare.counted["stages"][0][1] == 0
