@@ -52,7 +52,7 @@ LOW_CONTRAST = """() => {
 }"""
 
 # Panels and cells whose contents are wider than they are.
-CUT_OFF = """() => [...document.querySelectorAll(".panel, .tile, th, td")]
+CUT_OFF = """() => [...document.querySelectorAll(".panel, .tile, .tile p, .scale, th, td")]
   .filter((node) => node.scrollWidth > node.clientWidth + 1)
   .map((node) => `${node.innerText}: ${node.scrollWidth} in ${node.clientWidth}`)"""
 
