@@ -26,6 +26,7 @@ class Line:
         filled: requests that are there and were not taken; -1 where the front door says what cannot be.
         waits: whether the oldest one is for Python to take now; of who does not read its answers, none is.
         gone: whether nobody is there to be answered.
+        crowded: whether Python has answers that wait for room.
         longest: bytes of an answer that there is room for at some time.
         has_unwritten: whether answers wait for room, of those that the lane wrote.
     """
@@ -36,6 +37,7 @@ class Line:
     @property
     def waits(self) -> bool: ...
     gone: bool
+    crowded: bool
     @property
     def longest(self) -> int: ...
     @property
@@ -104,7 +106,7 @@ class Lane:
 
         Returns:
             Why, added up: `NOTICED`, `FOR_PYTHON` (a line `waits`), `LATE` (the device should be asked after), `ROOM`
-            (for answers of a line that waited for it); or 0.
+            (a line that is `crowded` has some again); or 0.
 
         Raises:
             RuntimeError: the device takes no step.

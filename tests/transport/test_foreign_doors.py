@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import socket
 import subprocess
 import sys
@@ -412,8 +413,9 @@ async def test_whatever_comes_for_long(seed: int, caplog: pytest.LogCaptureFixtu
     assert "batch failed" not in caplog.text
 
 
+@pytest.mark.parametrize("lies", [False, True], ids=["", "says that there is room"])
 @pytest.mark.parametrize("request_", [get(1), both(ROW), both(ROW, dtype="fp32")], ids=["sequence", "lane", "batch"])
-async def test_who_does_not_read_waits_and_harms_nobody(request_: Request) -> None:
+async def test_who_does_not_read_waits_and_harms_nobody(request_: Request, lies: bool) -> None:
     """Nothing is lost: it may only be slow, on a machine where others want its core."""
     async with host() as run:
         await fill(run.ask, 1, 2)
@@ -421,9 +423,12 @@ async def test_who_does_not_read_waits_and_harms_nobody(request_: Request) -> No
         counters, slots = door.handles.segment.counters, door.handles.segment.answer_slots
 
         def all_taken() -> bool:
+            if lies:
+                door.handles.segment.flags[AT["engine_waits_for_room"] // 4] = 0
+                os.eventfd_write(door.handles.engine_bell, 1)
             return counters[AT["requests_read"] // 8] == sent
 
-        while all_taken():
+        while all_taken() and sent < 3 * slots:
             door.send(request_, first_ticket=sent)
             sent += 1
             with contextlib.suppress(AssertionError):

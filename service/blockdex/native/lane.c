@@ -18,10 +18,9 @@ static bool anyone_waits(const struct lane *lane) {
 }
 
 static bool anyone_has_room_again(const struct lane *lane) {
-    bool again = false;
     for (size_t number = 0; number < lane->num_lines; number++)
-        if (!lane->lines[number]->gone) again |= line_has_room_again(lane->lines[number]);
-    return again;
+        if (!lane->lines[number]->gone && line_has_room_again(lane->lines[number])) return true;
+    return false;
 }
 
 static bool anything_to_do(struct lane *lane) {

@@ -108,10 +108,8 @@ bool line_is_heard(const struct line *line) { return !line->gone && !line->first
 
 bool line_is_for_python(const struct line *line) { return line->waits && line_is_heard(line); }
 
-bool line_has_room_again(struct line *line) {
-    bool again = line->crowded && !atomic_load_explicit(&line->header->engine_waits_for_room, memory_order_acquire);
-    if (again) line->crowded = false;
-    return again;
+bool line_has_room_again(const struct line *line) {
+    return line->crowded && !atomic_load_explicit(&line->header->engine_waits_for_room, memory_order_acquire);
 }
 
 void line_lie_down(struct line *line) {
@@ -199,15 +197,29 @@ static PyObject *get_gone(struct line *line, void *unused) {
     return PyBool_FromLong(line->gone);
 }
 
-static int set_gone(struct line *line, PyObject *value, void *unused) {
-    (void)unused;
-    int gone = value ? PyObject_IsTrue(value) : -1;
-    if (gone < 0) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "gone cannot be deleted");
+static int set_flag(bool *flag, PyObject *value) {
+    int truth = value ? PyObject_IsTrue(value) : -1;
+    if (truth < 0) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "it cannot be deleted");
         return -1;
     }
-    line->gone = gone;
+    *flag = truth;
     return 0;
+}
+
+static int set_gone(struct line *line, PyObject *value, void *unused) {
+    (void)unused;
+    return set_flag(&line->gone, value);
+}
+
+static PyObject *get_crowded(struct line *line, void *unused) {
+    (void)unused;
+    return PyBool_FromLong(line->crowded);
+}
+
+static int set_crowded(struct line *line, PyObject *value, void *unused) {
+    (void)unused;
+    return set_flag(&line->crowded, value);
 }
 
 static PyObject *get_longest(struct line *line, void *unused) {
@@ -245,7 +257,6 @@ static PyObject *method_claim(struct line *line, PyObject *bytes) {
 
 static PyObject *method_wait_for_room(struct line *line, PyObject *unused) {
     (void)unused;
-    line->crowded = true;
     atomic_store_explicit(&line->header->engine_waits_for_room, 1, memory_order_relaxed);
     atomic_thread_fence(memory_order_seq_cst);
     Py_RETURN_NONE;
@@ -261,6 +272,7 @@ static PyGetSetDef properties[] = {
     {"filled", (getter)get_filled, NULL, "Requests that were not taken yet; -1 where that cannot be.", NULL},
     {"waits", (getter)get_waits, NULL, "Whether the oldest request is one for Python to take now.", NULL},
     {"gone", (getter)get_gone, (setter)set_gone, "Whether nobody is there to be answered.", NULL},
+    {"crowded", (getter)get_crowded, (setter)set_crowded, "Whether Python has answers that wait for room.", NULL},
     {"longest", (getter)get_longest, NULL, "Bytes of an answer that there is room for at some time.", NULL},
     {"has_unwritten", (getter)get_has_unwritten, NULL, "Whether answers wait for room.", NULL},
     {0},

@@ -27,7 +27,7 @@ struct line {
     bool gone;    /* nobody is there to be answered */
     bool waits;   /* the oldest request is one for Python */
     bool changed; /* answers were written and not yet shown */
-    bool crowded; /* Python had answers for which there was no room, and nobody has said since that there is */
+    bool crowded; /* Python has answers for which there was no room */
 };
 
 /* A place for an answer. */
@@ -64,8 +64,8 @@ bool line_is_heard(const struct line *line);
 /* Whether the oldest request is one for Python to take now. */
 bool line_is_for_python(const struct line *line);
 
-/* Whether Python may try again to write its answers; once. */
-bool line_has_room_again(struct line *line);
+/* Whether the front door says that Python may try again to write its answers. */
+bool line_has_room_again(const struct line *line);
 
 /* Says that the engine sleeps from now on, or is awake; who lies down looks once more before it sleeps. */
 void line_lie_down(struct line *line);

@@ -88,6 +88,7 @@ class Line:
         if self._unwritten:
             self.native.wait_for_room()
             self._write()
+        self.native.crowded = bool(self._unwritten)
         self.native.publish()
 
     def _write(self) -> None:
