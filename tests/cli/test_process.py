@@ -17,7 +17,7 @@ from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from serving import SMALL, Serving, serve
 
-TOKENS, QUERIES, PREFILLS = 8192, 4096, 12
+TOKENS, QUERIES, PREFILLS = 8192, 4096, 6
 
 
 def stub(channel: grpc.Channel) -> pb_grpc.IndexerServiceStub:
@@ -92,7 +92,7 @@ def test_threads_that_wait_do_not_spin_unless_told_to() -> None:
 def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
     channel_to: Callable[[Serving], grpc.Channel],
 ) -> None:
-    with serve() as serving:
+    with serve("--shutdown-grace-seconds", "60") as serving:
         calls = stub(channel_to(serving))
         calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1))
         calls.AppendKeys(pb.AppendKeysRequest(layer=0, spans=span(0, TOKENS), keys=tensor(TOKENS, 128)))

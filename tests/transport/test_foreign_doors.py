@@ -434,7 +434,7 @@ async def test_who_does_not_read_waits_and_harms_nobody(request_: Request, lies:
             with contextlib.suppress(AssertionError):
                 await eventually(all_taken, seconds=0.5)
         assert counters[AT["answers_written"] // 8] == slots
-        assert slots < sent <= slots + 4, "what nobody reads the answers of stays in the ring"
+        assert slots < sent < 2 * slots, "what nobody reads the answers of stays in the ring"
         busy = time.process_time()
         await asyncio.sleep(0.3)
         assert time.process_time() - busy < 0.15, "it sleeps meanwhile"
