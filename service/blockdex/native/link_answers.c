@@ -59,7 +59,8 @@ static bool take_one(struct link *self, PyObject *list, int64_t at) {
             return false;
         }
         Py_DECREF(item); /* which holds the owner, too */
-        Py_DECREF((PyObject *)flights_disown(&self->flights, flight));
+        /* Which somebody whom the collector ended meanwhile may have given up. */
+        Py_XDECREF((PyObject *)flights_disown(&self->flights, flight));
     }
     arena_give_back(&self->arena, flight->extent);
     flights_end(&self->flights, flight);

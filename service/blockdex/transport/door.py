@@ -37,6 +37,9 @@ ROOM_SECONDS = 2.0
 
 _AGAIN_SECONDS = 0.02
 
+_LONGEST_SECONDS = 1e9
+"""A deadline has 63 bits of nanoseconds; gRPC's may lie 11,000 years ahead."""
+
 _ALONE_SECONDS = 0.0001
 """How long the loop waits for the only request in flight: a decode of a few sequences is done well within it."""
 
@@ -80,7 +83,8 @@ class Link:
         self._spinning = spinning
         self._loop = asyncio.get_running_loop()
         self._ring = _native.Link(handles.segment.memory, handles.engine_bell, spinning.seconds if spinning else 0.0)
-        self._outbox: deque[Outgoing | int] = deque()
+        self._outbox: deque[Outgoing] = deque()
+        self._cancels: deque[int] = deque()
         self._waits_for_room = False
         self._closed = False
         self._loop.add_reader(handles.door_bell, self._woken)
@@ -169,20 +173,18 @@ class Link:
                 timed(rpc, counts, seconds)
 
     def _cancel(self, ticket: int) -> None:
-        # Before those that wait for room: this one makes some.
-        self._outbox.appendleft(ticket)
+        self._cancels.append(ticket)
         self._flush()
         self._flush_later()
 
     def _flush(self) -> None:
-        """Writes what there is room for, in order."""
+        """Writes what there is room for: cancellations, which make some, and then requests in their order."""
+        while self._cancels and self._ring.cancel(self._cancels[0]):
+            self._cancels.popleft()
         published = False
         while self._outbox:
             first = self._outbox[0]
-            if isinstance(first, int):
-                if not self._ring.cancel(first):
-                    break
-            elif not first.pending.done():
+            if not first.pending.done():
                 place = self._ring.claim(first.pending, codec.request_bytes(first.request))
                 if place is None:
                     break
@@ -196,7 +198,7 @@ class Link:
 
     def _flush_later(self) -> None:
         # The engine tells of answers, but not of slots that it has emptied: who waits for one looks again.
-        if self._outbox and not self._waits_for_room:
+        if (self._outbox or self._cancels) and not self._waits_for_room:
             self._waits_for_room = True
             self._loop.call_later(_AGAIN_SECONDS, self._flush_again)
 
@@ -206,21 +208,18 @@ class Link:
             return
         self._flush()
         too_late = time.monotonic() - ROOM_SECONDS
-        while self._outbox:
-            first = self._outbox[0]
-            if isinstance(first, int) or first.pending.received >= too_late:
-                break
-            self._refuse(first)
-            self._outbox.popleft()
+        while self._outbox and self._outbox[0].pending.received < too_late:
+            self._refuse(self._outbox.popleft())
+        # Who has gone holds no tensors; there may be many of them while the engine takes nothing.
+        self._outbox = deque(outgoing for outgoing in self._outbox if not outgoing.pending.done())
         self._flush_later()
 
     def _refuse(self, outgoing: Outgoing) -> None:
         if not outgoing.pending.done():
-            wanted, room = codec.request_bytes(outgoing.request), self._segment.request_arena_bytes
+            segment, wanted = self._segment, codec.request_bytes(outgoing.request)
+            room = f"{wanted} bytes and a slot among {segment.request_arena_bytes} and {segment.request_slots}"
             outgoing.pending.set_exception(
-                ResourceExhaustedError(
-                    f"queue: {wanted} bytes waited {ROOM_SECONDS:g} s for room among {room}", Reason.OVERLOADED
-                )
+                ResourceExhaustedError(f"queue: waited {ROOM_SECONDS:g} s for {room}", Reason.OVERLOADED)
             )
 
     def _woken(self) -> None:
@@ -237,12 +236,25 @@ class Link:
                     if rest is None:
                         asker.answered(number, response)
                     else:
-                        _tell(asker, number, response, rest)
-                if self._outbox:
+                        self._tell(asker, number, response, rest)
+                if self._outbox or self._cancels:
                     self._flush()
         except ValueError:
-            logger.exception("the link to the engine broke")
-            self._broken()
+            self._is_broken()
+
+    def _tell(self, asker: Asker | PendingAnswer, number: int, response: bytes | None, rest: _native.Rest) -> None:
+        try:
+            _tell(asker, number, response, rest)
+        except ValueError:
+            # Others are told still; who asked the long way is when the link ends.
+            self._is_broken()
+            if not isinstance(asker, PendingAnswer):
+                rpc, received, *_ = rest
+                asker.failed(number, SHORT_RPCS[rpc], received / 1e9, gone(), None)
+
+    def _is_broken(self) -> None:
+        logger.exception("the link to the engine broke")
+        self._broken()
 
 
 def _given_up(taken: _native.Taken) -> GivenUp:
@@ -412,7 +424,7 @@ class RingChannel(RemoteReports):
         if link is None:
             raise gone()
         pending = self._in_flight.open(request)
-        outgoing = Outgoing(pending, request, pending.received + timeout)
+        outgoing = Outgoing(pending, request, pending.received + min(timeout, _LONGEST_SECONDS))
         pending.add_done_callback(lambda done: link.withdraw(outgoing) if done.cancelled() else None)
         link.send(outgoing)
         return pending
