@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -13,7 +14,20 @@ import torch
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import reference
 from streaming import OpenStream, open_stream
-from wire import SPEC, Refusal, Wire, append, append_and_select, block_ids_of, keys_of, poll, queries_of, select
+from wire import (
+    SPEC,
+    TIMEOUT,
+    Refusal,
+    Wire,
+    append,
+    append_and_select,
+    block_ids_of,
+    keys_of,
+    poll,
+    queries_of,
+    refusal_of,
+    select,
+)
 
 A = 7
 
@@ -102,6 +116,36 @@ async def test_timeouts_and_errors_leave_the_stream_alive(stream: OpenStream, ra
     assert (await stream.receive()).WhichOneof("response") == "append_keys"
     await stream.call.done_writing()
     await stream.ends()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_bytes_that_are_no_message_end_the_stream(tenant: Wire, random: np.random.Generator, waits: bool) -> None:
+    """What came before is answered; who asked cannot be told otherwise, for nobody knows the number of its request."""
+    tenant.call(pb.OpenSequenceRequest(sequence_id=A))
+    async with grpc.aio.insecure_channel(tenant.address) as channel:
+        call: Any = channel.stream_stream("/blockdex.v1.IndexerService/Stream")(
+            metadata=tenant.metadata, timeout=TIMEOUT
+        )
+        if waits:
+            waiting = select(0, [(A, 0, 1)], queries_of(random, 1), wait_for_keys=True)
+            await call.write(pb.StreamRequest(request_id=1, select_blocks=waiting).SerializeToString())
+        await call.write(b"\xff\xff\xff")
+        if waits:
+            tenant.call(append(0, [(A, 0, 1)], keys_of(random, 1)))
+            assert pb.StreamResponse.FromString(await call.read()).request_id == 1
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+    words = "message: its 3 bytes are no blockdex.v1.StreamRequest"
+    assert refusal_of(refused.value) == Refusal("INVALID_ARGUMENT", "MALFORMED_MESSAGE", "blockdex", words)
+
+
+@pytest.mark.parametrize("rpc", ["AppendKeys", "SelectBlocks", "AppendAndSelect"])
+def test_bytes_that_are_no_message_are_refused(tenant: Wire, rpc: str) -> None:
+    with grpc.insecure_channel(tenant.address) as channel, pytest.raises(grpc.RpcError) as refused:
+        call: Any = channel.unary_unary(f"/blockdex.v1.IndexerService/{rpc}")
+        call(b"\xff", metadata=tenant.metadata, timeout=TIMEOUT)
+    words = f"message: its 1 bytes are no blockdex.v1.{rpc}Request"
+    assert refusal_of(refused.value) == Refusal("INVALID_ARGUMENT", "MALFORMED_MESSAGE", "blockdex", words)
 
 
 async def test_closing_the_writing_side_waits_for_the_answers(

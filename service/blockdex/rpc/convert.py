@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
 
 from blockdex import checks
 from blockdex.errors import InvalidArgumentError, Reason, UnimplementedError
@@ -28,6 +31,8 @@ from blockdex.messages import (
 )
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
+
+M = TypeVar("M", bound=Message)
 
 FLOAT_DTYPES: dict[int, FloatDtype] = {
     pb.DTYPE_BF16: "bf16",
@@ -64,6 +69,19 @@ SequenceWireResponse = (
     | pb.CloseSequenceResponse
 )
 TokenWireResponse = pb.AppendKeysResponse | pb.SelectBlocksResponse | pb.AppendAndSelectResponse
+
+
+def parsed(kind: type[M], message: bytes) -> M:
+    """A message off the wire.
+
+    Raises:
+        InvalidArgumentError: the bytes are no such message.
+    """
+    try:
+        return kind.FromString(message)
+    except DecodeError:
+        words = f"message: its {len(message)} bytes are no {kind.DESCRIPTOR.full_name}"
+        raise InvalidArgumentError(words, Reason.MALFORMED_MESSAGE) from None
 
 
 def message_of(spec: IndexSpec, limits: Limits, tenant: str, request: WireRequest) -> Request:

@@ -144,6 +144,9 @@ class IndexerService:
         self._log.stream_opened(caller)
         try:
             await session.run()
+            if refusal := session.refusal:
+                self._log.answered("Stream", refusal.code.name, began, caller)
+                await _abort(context, refusal, caller.request_id)
         finally:
             self._sessions.discard(session)
             await session.close()
@@ -154,8 +157,7 @@ class IndexerService:
         caller = self._log.caller_of(context)
         call = ShortCall(caller, self._log)
         if self._log.traces or not self._channel.send(call, rpc, caller.tenant, self._timeout(context), message):
-            name = TOKEN_RPCS[rpc]
-            response = await self._answer(name, _REQUESTS[name].FromString(message), context, caller)
+            response = await self._answer(TOKEN_RPCS[rpc], message, context, caller)
             return bytes(response.SerializeToString())
         self._channel.look()
         try:
@@ -169,10 +171,11 @@ class IndexerService:
         context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
         return response
 
-    async def _answer(self, rpc: str, request: convert.WireRequest, context: Context, caller: Caller) -> Any:
+    async def _answer(self, rpc: str, asked: convert.WireRequest | bytes, context: Context, caller: Caller) -> Any:
         began, channel = time.monotonic(), self._channel
         pending: PendingAnswer | None = None
         try:
+            request = convert.parsed(_REQUESTS[rpc], asked) if isinstance(asked, bytes) else asked
             message = convert.message_of(channel.spec, channel.limits, caller.checked_tenant(), request)
             pending = channel.submit(message, self._timeout(context))
             response = convert.response_of(request, await pending)

@@ -38,11 +38,13 @@ class StreamSession:
     Attributes:
         requests: requests so far, cancellations not counted.
         errors: how many of them were not answered OK.
+        refusal: what ended the stream, where that was a message which is none.
     """
 
     def __init__(self, channel: Channel, caller: Caller, log: RequestLog) -> None:
         self.requests = 0
         self.errors = 0
+        self.refusal: InvalidArgumentError | None = None
         self._channel = channel
         self._caller = caller
         self._log = log
@@ -116,7 +118,7 @@ class StreamSession:
                 if self._unwritten >= self._allowed:
                     await self._has_place(message)
                 if self._traces or self._long_way or not send(self, STREAM, tenant, self._longest_wait, message):
-                    self._begin(pb.StreamRequest.FromString(message))
+                    self._begin(convert.parsed(pb.StreamRequest, message))
                 else:
                     self.requests += 1
                     self._unwritten += 1
@@ -124,12 +126,15 @@ class StreamSession:
                     if self._outbox:
                         # What is answered already is written before anything else is read.
                         await asyncio.sleep(0)
+        except InvalidArgumentError as error:
+            # Whose answer that would be nobody knows: those before are answered, and then the stream says it.
+            self.refusal = error
         finally:
             self.finish()
 
     async def _has_place(self, message: bytes) -> None:
         """Waits until a request may be in flight; a cancellation, which takes no place, does not wait."""
-        if pb.StreamRequest.FromString(message).WhichOneof("request") == "cancel":
+        if convert.parsed(pb.StreamRequest, message).WhichOneof("request") == "cancel":
             return
         while self._unwritten >= self._allowed:
             self._place = asyncio.get_running_loop().create_future()
