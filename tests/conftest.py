@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from kernel_cases import TALLY
 from serving import Serving, serve
@@ -16,6 +17,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # What it does anyway; left unsaid, it warns of another default to come.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+# An example takes as long as a busy machine makes it take, and so does making it up; a test has its own bound.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 
 @pytest.fixture(scope="session")

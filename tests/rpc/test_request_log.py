@@ -118,7 +118,7 @@ def test_a_slow_request_is_told_with_its_time_in_each_stage(calls: pb_grpc.Index
     spans = pb.Spans(sequence_ids=[2], starts=[0], lengths=[40])
     request = pb.SelectBlocksRequest(layer=0, spans=spans, queries=tensor(40, 4, 128), wait_for_keys=True)
     selected = calls.SelectBlocks.future(request, metadata=(TENANT, ("x-request-id", "slow-1")), timeout=60)
-    time.sleep(0.3)
+    time.sleep(0.5)
     calls.AppendKeys(pb.AppendKeysRequest(layer=0, spans=spans, keys=tensor(40, 128)), metadata=(TENANT,))
     assert selected.result(60).block_ids.data
     (line,) = lines(1, "slow request", request_id="slow-1")

@@ -137,7 +137,7 @@ def test_it_leaves_its_core_to_who_has_something_to_do(make: Callable[[float], D
     finally:
         os.sched_setaffinity(0, cores)
     # Without that it would look each time until it is sent away, which is a few milliseconds.
-    assert looked < 0.02
+    assert looked < 0.04
 
 
 @pytest.mark.parametrize("what", ["answer", "event"])
