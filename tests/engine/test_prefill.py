@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -43,19 +44,22 @@ SLICE = 16
 
 
 class Later(Pending):
-    """A slice that goes to the kernels when it is asked for the second time, and says how long that took."""
+    """A slice that goes to the kernels when it is asked for the second time, and says how long that took.
+
+    It reads the pages that it was given when it began, as one on a GPU does.
+    """
 
     def __init__(self, runner: LateRunner, step: Step) -> None:
-        self._runner, self._step = runner, step
+        self._runner, self._step, self._cells = runner, step, runner.cells.copy()
         self._asked = 0
         self._done: Pending | None = None
 
     def done(self) -> bool:
         self._asked += 1
-        if self._asked < 2:
+        if self._asked < 2 or self._runner.hangs:
             return False
         if self._done is None:
-            self._done = self._runner.now(self._step)
+            self._done = self._runner.now(self._step, self._cells)
             self.device_seconds, self.device_waited = self._runner.seconds, self._runner.waited
         return True
 
@@ -70,6 +74,8 @@ class LateRunner(CpuRunner):
     Attributes:
         seconds: what every slice is said to take.
         waited: whether that is said to hold time in which the device waited for the host.
+        hangs: whether no slice ends for now.
+        begun: whether any slice has begun.
     """
 
     max_slices = 3
@@ -77,12 +83,23 @@ class LateRunner(CpuRunner):
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend, TABLE_ROW)
         self.seconds, self.waited = 1e-3, False
+        self.hangs, self.begun = False, threading.Event()
+
+    @property
+    def cells(self) -> NDArray[np.int32]:
+        """All page tables, as of now."""
+        return self._cells
 
     def begin_prefill(self, step: Step) -> Pending:
+        self.begun.set()
         return Later(self, step)
 
-    def now(self, step: Step) -> Pending:
-        return super().begin_prefill(step)
+    def now(self, step: Step, cells: NDArray[np.int32]) -> Pending:
+        as_of_now, self._cells = self._cells, cells
+        try:
+            return super().begin_prefill(step)
+        finally:
+            self._cells = as_of_now
 
 
 def run_late(run: Running) -> LateRunner:
@@ -212,17 +229,73 @@ async def test_a_prefill_sees_no_later_keys(random: np.random.Generator) -> None
         assert finished[2] == 0
 
 
+async def while_on_its_way(
+    run: Running, runner: LateRunner, prefill: Request, behind: Sequence[Request]
+) -> list[Answer]:
+    """Asks for a prefill of one slice, and for the others one after another while that is on its way."""
+    runner.hangs = True
+    futures = [run.submit(prefill)]
+    await run.reached(runner.begun)
+    for request in behind:
+        futures.append(run.submit(request))
+        await asyncio.wait(futures[-1:], timeout=0.1)
+    runner.hangs = False
+    return await asyncio.wait_for(asyncio.gather(*futures), 60)
+
+
 async def test_pages_that_a_prefill_reads_move_under_it(random: np.random.Generator) -> None:
-    """An append to another layer copies a page that is shared; the rest of the prefill reads the copy."""
+    """An append to another layer would leave a shared page to the other one, which would write there."""
     prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
     copying = tokens(1, [(A, 0, LONG)], keys=keys_of(random, LONG))
     writing = [tokens(layer, [(9, 0, LONG)], keys=keys_of(random, LONG)) for layer in (0, 1)]
-    async with running() as run:
+    async with running(start=False, prefill_slice_seconds=1.0) as run:
+        runner = run_late(run)
         naive = NaiveEngine(SPEC, run.engine.info().epoch)
         await fill(run, naive, random, A)
         check_all(naive, [fork(A, 9, LONG)], [await run.ask(fork(A, 9, LONG))])
-        answers, _ = await while_prefilling(run, prefill, [copying, *writing])
-        check_all(naive, [prefill, copying, *writing], answers)
+        behind = [copying, *writing, tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))]
+        check_all(naive, [prefill, *behind], await while_on_its_way(run, runner, prefill, behind))
+
+
+async def test_pages_that_a_prefill_reads_are_not_given_away(random: np.random.Generator) -> None:
+    """A layer that is behind another is enough: what it appends there moves a page that a fork shared."""
+    prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
+    begin: list[Request] = [
+        open_sequence(A),
+        open_sequence(B),
+        tokens(0, [(A, 0, LONG)], keys=keys_of(random, LONG)),
+        fork(A, 9, LONG),
+    ]
+    behind: list[Request] = [
+        tokens(1, [(A, 0, LONG)], keys=keys_of(random, LONG)),
+        close(9),
+        tokens(0, [(B, 0, 2 * LONG)], keys=keys_of(random, 2 * LONG)),
+    ]
+    async with running(start=False, num_pages=3 * LONG // SPEC.block_size, prefill_slice_seconds=1.0) as run:
+        runner = run_late(run)
+        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        for request in begin:
+            check_all(naive, [request], [await run.ask(request)])
+        check_all(naive, [prefill, *behind], await while_on_its_way(run, runner, prefill, behind))
+
+
+async def test_an_append_that_moves_no_page_overtakes_a_prefill(random: np.random.Generator) -> None:
+    """Neither the end of a sequence that was forked is held back, nor one whose pages nobody shares any more."""
+    prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
+    async with running(start=False, prefill_slice_seconds=1.0) as run:
+        runner = run_late(run)
+        await fill(run, NaiveEngine(SPEC, run.engine.info().epoch), random, A)
+        await run.ask(fork(A, 9, LONG))
+        runner.hangs = True
+        reading = run.submit(prefill)
+        await run.reached(runner.begun)
+        await run.ask(tokens(1, [(A, LONG, 3)], keys=keys_of(random, 3)))
+        held_back = run.submit(tokens(1, [(A, 0, 3)], keys=keys_of(random, 3)))
+        await run.ask(close(9))
+        await asyncio.wait_for(held_back, 20)
+        assert not reading.done()
+        runner.hangs = False
+        await asyncio.wait_for(reading, 60)
 
 
 async def test_a_cancelled_prefill_is_dropped(random: np.random.Generator) -> None:
@@ -234,6 +307,7 @@ async def test_a_cancelled_prefill_is_dropped(random: np.random.Generator) -> No
             await run.reached(entered)
             closed = run.submit(close(A))
             prefill.cancel()
+            await asyncio.sleep(0)  # Until the engine is told.
         await asyncio.wait_for(closed, 20)
         assert run.backend.tokens("prefill") == SLICE
 
@@ -343,6 +417,7 @@ async def test_time_that_the_device_waited_does_not_shorten_slices(random: np.ra
         assert run.engine._launcher._products_per_second > low, "what is faster than expected always counts"
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 20_000), st.integers(0, 20_000), st.floats(1, 1e12))
 def test_a_slice_takes_what_its_time_allows(start: int, length: int, taken: int, products: float) -> None:
     """Keys grow along a prefill; the next slice is counted from where it begins, to within rounding."""

@@ -215,6 +215,15 @@ class Cache:
         sequences.last_calls[slots] = self._clock()
         return self._unshare(plan.shared_writes)
 
+    def would_unshare(self, tenant: str, sequence_id: int, start: int, end: int) -> bool:
+        """Whether writing positions `start` to `end` of any layer moves a sequence off pages that others hold too."""
+        slot = self._sequences.slot(tenant, sequence_id)
+        if slot is None:
+            return False
+        block_size, held = self.spec.block_size, int(self._sequences.held[slot])
+        blocks = np.arange(start // block_size, min(-(-end // block_size), held))
+        return bool((self._pool.holders[self._sequences.tables.get(slot, blocks)] > 1).any())
+
     def slot(self, tenant: str, sequence_id: int) -> int | None:
         """The slot of a sequence, None where it is not open: its place in the `books`, until it is closed."""
         return self._sequences.slot(tenant, sequence_id)

@@ -29,8 +29,10 @@ class Batch:
 
     Entries are admitted in order of arrival. The cache's books change at admission, its pages when the batch runs. What
     would tell that order from arrival order is a conflict: an append to a layer of a sequence that the batch appends to
-    or reads already, or a fork, truncation or closing of such a sequence. Such an entry is held back for a later batch,
-    and so is every later one that names one of its sequences; the others overtake it.
+    or reads already, or a fork, truncation or closing of such a sequence. So is an append that would move a sequence
+    off a page that a slice of a prefill on its way reads: whoever is left with the page may write it, or give it away.
+    Such an entry is held back for a later batch, and so is every later one that names one of its sequences; the others
+    overtake it.
 
     Attributes:
         copies: whole pages to copy, in order, before anything is written.
@@ -41,9 +43,18 @@ class Batch:
         changed: whether anything changed that a waiting selection may have waited for.
     """
 
-    def __init__(self, cache: Cache, reading: Iterable[tuple[SequenceKey, int]]) -> None:
-        """`reading`: the (sequence, layer) pairs that earlier batches' prefills still read."""
+    def __init__(
+        self, cache: Cache, reading: Iterable[tuple[SequenceKey, int]], being_read: Iterable[SequenceKey]
+    ) -> None:
+        """What earlier batches' prefills do.
+
+        Args:
+            cache: where the sequences are.
+            reading: the (sequence, layer) pairs that they still read.
+            being_read: the sequences whose pages slices on their way read.
+        """
         self._cache = cache
+        self._being_read = set(being_read)
         self._layers_in_use = set(reading)
         self._sequences_in_use = {sequence for sequence, _ in self._layers_in_use}
         self._users: list[tuple[Entry, int]] = []
@@ -84,10 +95,21 @@ class Batch:
             if request.keys is None:
                 return False
             in_use = self._layers_in_use
-            return bool(in_use) and any((sequence, request.layer) in in_use for sequence in entry.sequences)
+            if in_use and any((sequence, request.layer) in in_use for sequence in entry.sequences):
+                return True
+            return bool(self._being_read) and self._moves_what_is_read(entry, request)
         if isinstance(request, OpenSequence | GetSequence):
             return False
         return bool(self._sequences_in_use) and not self._sequences_in_use.isdisjoint(entry.sequences)
+
+    def _moves_what_is_read(self, entry: Entry, request: TokenRequest) -> bool:
+        spans = request.spans
+        return any(
+            sequence in self._being_read and self._cache.would_unshare(*sequence, start, start + length)
+            for sequence, start, length in zip(
+                entry.sequences, spans.starts.tolist(), spans.lengths.tolist(), strict=True
+            )
+        )
 
     def _note_users(self) -> None:
         """Enters what is in use; put off until somebody asks, since a batch of one entry needs none of it."""

@@ -265,7 +265,7 @@ class Engine:
 
     def _form(self, now: float) -> Batch:
         """A batch of the backlog."""
-        batch = Batch(self._cache, self._launcher.reading())
+        batch = Batch(self._cache, self._launcher.reading(), self._launcher.being_read())
         late: list[Outcome] = []
         held_back: list[Entry] = []
         admitted = 0

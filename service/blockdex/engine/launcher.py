@@ -121,6 +121,10 @@ class Launcher:
         yield from (prefill.sequence for prefill in self.prefills)
         yield from (flight.sequence for flight in self._slices if flight.sequence is not None)
 
+    def being_read(self) -> Iterator[SequenceKey]:
+        """The sequences whose pages slices on their way read, from page tables as these were when they began."""
+        yield from (flight.sequence[0] for flight in self._slices if flight.sequence is not None)
+
     def begin(self, batch: Batch) -> list[Outcome]:
         """Begins what a batch asks of the device; returns the answers that need not wait for it."""
         changes = self._cache.take_table_changes()
