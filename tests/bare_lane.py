@@ -19,7 +19,7 @@ from blockdex_kernels import IndexSpec
 from foreign_door import ForeignDoor, new_handles
 from running_engine import TENANT, tokens, values
 
-SPEC = IndexSpec(num_layers=3, num_index_heads=2, head_dim=8, block_size=8, topk=4)
+SPEC = IndexSpec(num_layers=3, num_index_heads=2, head_dim=8, block_size=8, topk=4, max_sequence_tokens=36)
 LONGEST = 4
 ALL = [(native.MAX_RUNS, 2, 1000), (128, LONGEST, 1000)]
 """Programs for more than any request of these tests."""
@@ -121,7 +121,7 @@ class BareLane:
         spec: of the indexer.
         sequences: how many there are: 1 to so many of the tenant, in columns from 0 on.
         replays: the device's programs (runs, length, width); None: it runs steps at once, in Python.
-        spin_seconds: see `Lane`.
+        spin_seconds, max_spans, max_message_bytes: see `Lane`.
     """
 
     def __init__(
@@ -131,6 +131,8 @@ class BareLane:
         sequences: int = 16,
         replays: Sequence[tuple[int, int, int]] | None = None,
         spin_seconds: float = 0.0,
+        max_spans: int = native.MAX_RUNS,
+        max_message_bytes: int = 1 << 30,
     ) -> None:
         self.spec, self.device = spec, Device(spec)
         self.nudge = os.eventfd(0, os.EFD_NONBLOCK)
@@ -141,6 +143,9 @@ class BareLane:
             topk=spec.topk,
             block_size=spec.block_size,
             longest=LONGEST,
+            max_sequence_tokens=spec.max_sequence_tokens,
+            max_spans=max_spans,
+            max_message_bytes=max_message_bytes,
             nudge=self.nudge,
             spin_seconds=spin_seconds,
             seconds_bounds=SECONDS_BOUNDS,

@@ -72,6 +72,8 @@ class Lane:
     Args:
         layers, heads, head_dim, topk, block_size: of the indexer.
         longest: most tokens of a span.
+        max_sequence_tokens: of the indexer.
+        max_spans, max_message_bytes: limits of a request.
         nudge: eventfd that `notice` writes and `run` sleeps on.
         spin_seconds: after a request or an answer, how long `run` looks for requests before it sleeps.
         seconds_bounds, size_bounds: of the histograms.
@@ -90,6 +92,9 @@ class Lane:
         topk: int,
         block_size: int,
         longest: int,
+        max_sequence_tokens: int,
+        max_spans: int,
+        max_message_bytes: int,
         nudge: int,
         spin_seconds: float,
         seconds_bounds: tuple[float, ...],

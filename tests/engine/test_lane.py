@@ -49,6 +49,15 @@ def change(name: str, value: int) -> Callable[[BareLane], None]:
     return changed
 
 
+def long_sequence(length: int) -> Callable[[BareLane], None]:
+    """Gives the first sequence so many tokens in layer 1, and a page more than the others: its last may not be full."""
+
+    def changed(bare: BareLane) -> None:
+        bare.lengths[1, 0], bare.held[0] = length, HELD + 1
+
+    return changed
+
+
 NEXT = (2, LENGTH, 1)
 LEFT = {
     "another kind": Case({"kind": 2}),
@@ -86,6 +95,9 @@ LEFT = {
     "fewer than no tokens": Case(rows=((1, LENGTH, -1), (2, LENGTH, 2))),
     "more tokens than a decode has": Case(rows=((1, LENGTH, LONGEST + 1), NEXT)),
     "a page that is not there": Case(rows=((1, HELD * SIZE - 1, 2), NEXT), books=change("lengths", HELD * SIZE - 1)),
+    "a token more than a sequence has": Case(
+        rows=((1, SPEC.max_sequence_tokens - 1, 2), NEXT), books=long_sequence(SPEC.max_sequence_tokens - 1)
+    ),
     "a page less": Case(rows=((1, SIZE, SIZE // 2), NEXT)),
     "up to the end of the page before": Case(rows=((1, 2 * SIZE - 1, 1), NEXT)),
     "a page that was shared": Case(books=change("forked", LENGTH // SIZE + 1)),
@@ -135,6 +147,9 @@ TAKEN = {
     "the longest": Case(rows=((1, LENGTH, LONGEST), NEXT)),
     "up to the last token of the last page": Case(
         rows=((1, HELD * SIZE - 2, 2), NEXT), books=change("lengths", HELD * SIZE - 2)
+    ),
+    "up to the last token of a sequence": Case(
+        rows=((1, SPEC.max_sequence_tokens - 2, 2), NEXT), books=long_sequence(SPEC.max_sequence_tokens - 2)
     ),
     "from the beginning": Case(rows=((1, 0, 2), NEXT), books=change("lengths", 0)),
     "the whole of the last page again": Case(rows=((1, 2 * SIZE, LONGEST), NEXT)),
@@ -207,6 +222,19 @@ def test_a_payload_where_none_can_be_is_left(bare: BareLane, begin: int) -> None
     segment.memory[at : at + len(payload)] = payload
     door.write(slot._replace(payload_offset=begin))
     assert bare.look() == native.FOR_PYTHON
+
+
+def test_what_is_beyond_a_limit_is_left() -> None:
+    """A span too many, and a byte too many of keys and queries together."""
+    token_bytes = 2 * SPEC.head_dim * (1 + SPEC.num_index_heads)
+    for max_spans, max_message_bytes, why in (
+        (2, 4 * token_bytes, 0),
+        (1, 4 * token_bytes, native.FOR_PYTHON),
+        (2, 4 * token_bytes - 1, native.FOR_PYTHON),
+    ):
+        with bare_lane(max_spans=max_spans, max_message_bytes=max_message_bytes) as bare:
+            bare.open_door().send(usual(bare))
+            assert bare.look() == why
 
 
 def test_an_answer_for_which_there_is_never_room_is_left() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import socket
 import threading
 import time
 from typing import Any
@@ -12,12 +14,14 @@ import pytest
 from numpy.typing import NDArray
 
 from blockdex._native import MAX_RUNS
-from blockdex.errors import Reason
+from blockdex.errors import BlockdexError, Reason
 from blockdex.messages import Request, TokenRequest
+from blockdex.transport.handover import take
 from blockdex_kernels import runner
+from foreign_door import ForeignDoor
 from naive_engine import answer_together
-from ring_engine import running_over_rings
-from running_engine import SPEC, Call, close, fork, open_sequence, refusal, tokens, values
+from ring_engine import hosted, running_over_rings
+from running_engine import LIMITS, SPEC, Call, close, fork, open_sequence, refusal, tokens, values
 
 A, B, C = 1, 2, 3
 LENGTH = 4 * SPEC.block_size - 2
@@ -265,3 +269,29 @@ async def test_a_step_that_hangs_is_given_up(
         assert time.monotonic() - began < 5
         assert await asyncio.to_thread(told.wait, 10)
         assert run.engine.device_is_lost
+
+
+async def test_what_is_beyond_a_limit_is_refused_in_words(random: np.random.Generator) -> None:
+    """By a front door that checks nothing: the last page of a sequence reaches further than it may."""
+    spec = dataclasses.replace(SPEC, max_sequence_tokens=LENGTH - SPEC.block_size // 2)
+    limits = dataclasses.replace(LIMITS, max_spans=2)
+    end = spec.max_sequence_tokens
+    requests: list[tuple[Request, str]] = [
+        (both(random, 0, (A, end - 1, 2)), f"start + length must be at most {end}, got {end - 1} + 2"),
+        (both(random, 0, (A, end - 1, 1), (B, end - 1, 1), (C, end - 1, 1)), "spans: must be 1 to 2, got 3"),
+    ]
+    async with hosted(spec, limits=limits) as run:
+        for sequence in (A, B, C):
+            await run.ask(open_sequence(sequence))
+            await run.ask(tokens(0, [(sequence, 0, end - 1)], keys=keys_of(random, end - 1)))
+        with socket.socket(socket.AF_UNIX) as connected:
+            connected.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connected, run.address)
+            door = ForeignDoor(await take(connected), connected)
+            for ticket, (request, words) in enumerate(requests):
+                door.send(request, first_ticket=ticket)
+                await asyncio.to_thread(door.await_answers, ticket + 1)
+                answer = door.told[ticket].answer
+                assert isinstance(answer, BlockdexError)
+                assert words in answer.message
+            door.close()

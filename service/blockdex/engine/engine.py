@@ -88,7 +88,7 @@ class Engine:
         self._deliver: Deliver | None = None
         self._next_look = 0.0
         self._has_changed = True
-        self._short_way = None if inbox is None else _short_way(inbox, self._runner, decode_queries)
+        self._short_way = None if inbox is None else _short_way(inbox, self._runner, limits, decode_queries)
         self._be_born()
 
     def _be_born(self) -> None:
@@ -342,8 +342,8 @@ class Engine:
                 self._on_lost_device()
 
 
-def _short_way(inbox: LaneInbox, runner: Runner, longest: int) -> ShortWay:
+def _short_way(inbox: LaneInbox, runner: Runner, limits: Limits, longest: int) -> ShortWay:
     # It is compiled, which a server of one process does without, where there is no compiler.
     from blockdex.engine.short_way import ShortWay  # noqa: PLC0415
 
-    return ShortWay(inbox, runner, longest)
+    return ShortWay(inbox, runner, limits, longest)

@@ -13,7 +13,7 @@ from blockdex.cache import Books, Cache
 from blockdex.engine.entry import Entry, Inbox, SequenceKey
 from blockdex.engine.stats import SECONDS_BUCKETS, SIZE_BUCKETS, Histogram, Stats
 from blockdex.errors import BlockdexError
-from blockdex.messages import STAGES, TokenRequest
+from blockdex.messages import STAGES, Limits, TokenRequest
 from blockdex_kernels.runner import Replays, Runner
 
 _LOOK_SECONDS = 0.1
@@ -41,10 +41,11 @@ class ShortWay:
     Args:
         inbox: runs the lane.
         runner: takes the lane's steps to the device.
+        limits: bounds on requests; what is beyond them is left, for its channel to refuse.
         longest: most tokens of a decode's span.
     """
 
-    def __init__(self, inbox: LaneInbox, runner: Runner, longest: int) -> None:
+    def __init__(self, inbox: LaneInbox, runner: Runner, limits: Limits, longest: int) -> None:
         spec = runner.backend.spec
         self._lane = Lane(
             layers=spec.num_layers,
@@ -53,6 +54,9 @@ class ShortWay:
             topk=spec.topk,
             block_size=spec.block_size,
             longest=longest,
+            max_sequence_tokens=spec.max_sequence_tokens,
+            max_spans=limits.max_spans,
+            max_message_bytes=limits.max_message_bytes,
             nudge=inbox.nudge,
             spin_seconds=inbox.spin_seconds,
             seconds_bounds=SECONDS_BUCKETS,

@@ -16,7 +16,7 @@ static bool is_of_the_kind(const struct lane *lane, const struct blockdex_reques
     return request->kind == BLOCKDEX_TOKENS && request->keys_dtype == BLOCKDEX_BF16 &&
            request->queries_dtype == BLOCKDEX_BF16 && request->order == BLOCKDEX_ASCENDING && !request->flags &&
            (!request->epoch || request->epoch == lane->epoch) && request->deadline > now &&
-           request->layer < lane->layers && request->num_spans && request->num_spans <= LANE_RUNS &&
+           request->layer < lane->layers && request->num_spans && request->num_spans <= lane->max_spans &&
            /* One that holds some of the heads shares its read with those that hold the others, in Python's batches. */
            !request->first_head && request->num_heads == lane->heads;
 }
@@ -55,8 +55,9 @@ static bool fits(const struct lane *lane, uint32_t layer, uint32_t column, int64
     int64_t held = ((const int64_t *)books->held.buf)[column];
     int64_t forked = ((const int64_t *)books->forked.buf)[column];
     int64_t size = lane->block_size;
-    if (start < 0 || start > before || length < 1 || length > lane->longest || start + length > held * size)
-        return false;
+    /* The last page may reach further than any sequence. */
+    int64_t end = held * size < lane->max_tokens ? held * size : lane->max_tokens;
+    if (start < 0 || start > before || length < 1 || length > lane->longest || start + length > end) return false;
     /* A layer that reaches fewer pages than before may have been the one that held them. */
     if (before && (start + length - 1) / size < (before - 1) / size) return false;
     return start / size >= forked && (!revision || revision > known);
@@ -102,6 +103,7 @@ static enum verdict fits_in_step(const struct lane *lane, const struct blockdex_
     const struct gathered *to = &lane->gathered;
     /* Keys and queries are as many as the tokens; an answer for which there is never room is Python's to refuse. */
     if (4 * (uint64_t)tokens * lane->heads * lane->topk > most_answered ||
+        request->keys_bytes + request->queries_bytes > lane->max_message_bytes ||
         request->keys_bytes != 2 * (uint64_t)tokens * lane->head_dim ||
         request->queries_bytes != request->keys_bytes * request->num_heads)
         return FOR_PYTHON;

@@ -337,14 +337,28 @@ static bool read_bounds(PyObject *from, double *to, uint32_t *count) {
 }
 
 static PyObject *lane_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"layers", "heads",        "head_dim",       "topk",        "block_size", "longest",
-                            "nudge",  "spin_seconds", "seconds_bounds", "size_bounds", NULL};
-    unsigned int layers, heads, head_dim, topk, block_size, longest;
+    static char *names[] = {"layers",
+                            "heads",
+                            "head_dim",
+                            "topk",
+                            "block_size",
+                            "longest",
+                            "max_sequence_tokens",
+                            "max_spans",
+                            "max_message_bytes",
+                            "nudge",
+                            "spin_seconds",
+                            "seconds_bounds",
+                            "size_bounds",
+                            NULL};
+    unsigned int layers, heads, head_dim, topk, block_size, longest, max_sequence_tokens, max_spans;
+    unsigned long long max_message_bytes;
     int nudge;
     double spin_seconds;
     PyObject *seconds_bounds, *size_bounds;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "IIIIIIidOO", names, &layers, &heads, &head_dim, &topk,
-                                     &block_size, &longest, &nudge, &spin_seconds, &seconds_bounds, &size_bounds))
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "IIIIIIIIKidOO", names, &layers, &heads, &head_dim, &topk,
+                                     &block_size, &longest, &max_sequence_tokens, &max_spans, &max_message_bytes,
+                                     &nudge, &spin_seconds, &seconds_bounds, &size_bounds))
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     struct lane *lane = (void *)allocate(type, 0);
@@ -355,6 +369,9 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *arguments, PyObject *key
     lane->topk = topk;
     lane->block_size = block_size;
     lane->longest = longest;
+    lane->max_tokens = max_sequence_tokens;
+    lane->max_spans = max_spans < LANE_RUNS ? max_spans : LANE_RUNS;
+    lane->max_message_bytes = max_message_bytes;
     lane->nudge = nudge;
     lane->spin = (int64_t)(1e9 * spin_seconds);
     lane->bells = PyMem_Calloc(1, sizeof *lane->bells);

@@ -60,8 +60,9 @@ struct histogram {
 struct lane {
     PyObject_HEAD
     /* What it serves. */
-    uint32_t layers, heads, head_dim, topk, block_size, longest;
-    uint64_t epoch;
+    uint32_t layers, heads, head_dim, topk, block_size, longest, max_spans;
+    int64_t max_tokens;
+    uint64_t max_message_bytes, epoch;
     struct books books;
     struct places places;
     /* Who asks. */
