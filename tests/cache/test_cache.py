@@ -321,6 +321,21 @@ class TestEviction:
         assert cache.usage().evictions == 2
         check_integrity(cache)
 
+    def test_what_a_batch_has_named_stays_until_the_next_one(self, cache: Cache, clock: Clock) -> None:
+        self.fill(cache, clock)
+        clock.now = 100.0
+        cache.begin_batch()
+        cache.get_sequence("red", 2)
+        clock.now = 200.0
+        append(cache, "red", 0, (1, 0, 17))
+        assert set(held_pages(cache)) == {("red", 1), ("red", 2)}
+        with pytest.raises(ResourceExhaustedError, match="0 evictable"):
+            append(cache, "red", 0, (1, 17, 12))
+        cache.begin_batch()
+        append(cache, "red", 0, (1, 17, 12))
+        assert set(held_pages(cache)) == {("red", 1)}
+        check_integrity(cache)
+
     def test_nobody_goes_while_pages_are_free(self, cache: Cache, clock: Clock) -> None:
         self.fill(cache, clock)
         clock.now = 100.0

@@ -284,3 +284,38 @@ async def test_a_repeated_append_renews_the_lease(random: np.random.Generator) -
         await asyncio.wait_for(busy, 20)
         np.testing.assert_array_equal(block_ids(await asyncio.wait_for(repeated, 20)), expected)
         assert (await refusal(refused)).reason == Reason.OUT_OF_PAGES
+
+
+async def test_a_batch_does_not_evict_what_it_works_on(random: np.random.Generator) -> None:
+    """However short the lease, which is over before the next request of the same batch is looked at."""
+    names, pages = range(10, 40), 16
+    async with running(num_pages=pages, lease_seconds=1e-6) as run:
+        epoch = run.engine.info().epoch
+        for name in (A, *names):
+            await run.ask(open_sequence(name, lease=600 if name == A else 0))
+        with run.backend.held("append") as entered:
+            busy = run.submit(tokens(0, [(A, 0, 1)], keys=keys_of(random, 1)))
+            await run.reached(entered)
+            both = [tokens(0, [(name, 0, 2)], keys=keys_of(random, 2), queries=queries_of(random, 2)) for name in names]
+            together = [run.submit(request) for request in both]
+        await asyncio.wait_for(busy, 20)
+        answers = await asyncio.wait_for(asyncio.gather(*together, return_exceptions=True), 20)
+        reasons = [answer.reason for answer in answers if isinstance(answer, BlockdexError)]
+        assert reasons == [Reason.OUT_OF_PAGES] * (len(names) - pages + 1)
+        assert run.engine.info().epoch == epoch
+
+
+async def test_a_batch_does_not_evict_what_a_prefill_reads(random: np.random.Generator) -> None:
+    async with running(num_pages=16, lease_seconds=1e-6) as run:
+        epoch = run.engine.info().epoch
+        await run.ask(open_sequence(A))
+        await run.ask(open_sequence(B, lease=600))
+        await run.ask(tokens(0, [(A, 0, 100)], keys=keys_of(random, 100)))
+        with run.backend.held("prefill") as entered:
+            reading = run.submit(tokens(0, [(A, 0, 100)], queries=queries_of(random, 100)))
+            await run.reached(entered)
+            greedy = [run.submit(tokens(layer, [(B, 0, 64)], keys=keys_of(random, 64))) for layer in (0, 1)]
+        for refused in greedy:
+            assert (await refusal(refused)).reason == Reason.OUT_OF_PAGES
+        await asyncio.wait_for(reading, 20)
+        assert run.engine.info().epoch == epoch

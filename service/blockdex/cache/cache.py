@@ -69,6 +69,11 @@ class Cache:
         self._pool = PagePool(num_pages)
         self._sequences = Sequences(spec.num_layers)
         self._evictions = 0
+        self._kept_since = float("inf")
+
+    def begin_batch(self) -> None:
+        """From now on until the next batch begins, no sequence is evicted that a call has named meanwhile."""
+        self._kept_since = self._clock()
 
     def check_epoch(self, epoch: int) -> None:
         """Refuses a request of another epoch; 0 stands for any.
@@ -373,7 +378,7 @@ class Cache:
         shortage = int(np.count_nonzero(readers)) + writes - pool.total
         if shortage <= 0:
             return []
-        victims, freed = choose_victims(self._sequences, readers, shortage, named, self._clock())
+        victims, freed = choose_victims(self._sequences, readers, shortage, named, self._kept_since, self._clock())
         if freed < shortage:
             raise ResourceExhaustedError(
                 f"{subject} is out of pages: {pool.free + shortage} needed, {pool.free} free, {freed} evictable, "

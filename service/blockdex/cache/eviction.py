@@ -13,6 +13,7 @@ def choose_victims(
     readers: NDArray[np.int32],
     shortage: int,
     named: NDArray[np.intp],
+    kept_since: float,
     now: float,
 ) -> tuple[list[int], int]:
     """Idle sequences past their lease that free enough pages, oldest last call first, none that is not needed.
@@ -25,12 +26,14 @@ def choose_victims(
         readers: int32 `[num_pages]`, holders of each page that stay on it; counted down as sequences go.
         shortage: pages to free, at least 1.
         named: slots that must stay.
+        kept_since: clock reading; sequences whose last call was not before it must stay, however short their lease.
         now: clock reading.
 
     Returns:
         Slots to evict and the pages that this frees: fewer than `shortage` where all idle ones together do not suffice.
     """
     evictable = (now - sequences.last_calls >= sequences.leases) & (sequences.held > 0)
+    evictable &= sequences.last_calls < kept_since
     evictable[named] = False
     idle = np.flatnonzero(evictable)
     victims: list[int] = []

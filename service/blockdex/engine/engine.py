@@ -247,6 +247,7 @@ class Engine:
         launcher = self._launcher
         self._has_changed = True
         outcomes: list[Outcome] = []
+        self._cache.begin_batch()
         if launcher.reads:
             launcher.keep_alive()
             outcomes = launcher.drop_gone(now)
