@@ -82,6 +82,7 @@ class Lane:
         steps: steps begun so far.
         in_flight: steps on their way.
         launched: `time.monotonic` seconds of the oldest one's launch.
+        time_beside: `time.monotonic` seconds less those with steps on their way: a clock that stands still meanwhile.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class Lane:
     def in_flight(self) -> int: ...
     @property
     def launched(self) -> float: ...
+    @property
+    def time_beside(self) -> float: ...
     def run(self, seconds: float, /) -> int:
         """Serves until there is something for Python, or so many seconds have passed; once, with 0.
 

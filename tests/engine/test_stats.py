@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from blockdex.engine.entry import Entry
 from blockdex.engine.stats import Histogram, Stats
+from blockdex_kernels.backend import Selection
+from ring_engine import running_over_rings
 from running_engine import SPEC, close, fork, get, open_sequence, refusal, running, tokens, values
 
 
@@ -149,3 +153,38 @@ async def test_a_request_is_in_the_stage_that_takes_its_time() -> None:
         assert sequence.phase == "sequence"
         assert sequence.stage_seconds["queue"] >= held
         assert "device" not in sequence.stage_seconds
+
+
+def slow(kernel: Callable[..., Selection]) -> Callable[..., Selection]:
+    """A kernel that takes a fifth of a second longer."""
+
+    def slowed(*arguments: Any, **options: Any) -> Selection:
+        time.sleep(0.2)
+        return kernel(*arguments, **options)
+
+    return slowed
+
+
+async def test_time_with_decodes_beside_a_prefill_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of the prefill is on its way, and the decode too, for as long as that takes."""
+    random = np.random.default_rng(7)
+    length = 300
+    async with running_over_rings() as run:
+        for sequence in (1, 2):
+            await run.ask(open_sequence(sequence))
+            await run.ask(tokens(0, [(sequence, 0, length)], keys=values(random, length, SPEC.head_dim)))
+        decode = tokens(
+            0, [(2, length - 1, 1)], keys=values(random, 1, SPEC.head_dim), queries=values(random, 1, 4, SPEC.head_dim)
+        )
+        await run.ask(decode)
+        before, began = run.engine.stats(), time.monotonic()
+        with run.backend.held("prefill") as entered:
+            prefill = run.submit(tokens(0, [(1, 0, length)], queries=values(random, length, 4, SPEC.head_dim)))
+            await run.reached(entered)
+            monkeypatch.setattr(run.backend, "decode", slow(run.backend.decode))
+            decoded = run.submit(decode)
+        await asyncio.gather(prefill, decoded)
+        after, passed = run.engine.stats(), time.monotonic() - began
+        assert run.short_way_requests == 2
+        assert 0.2 <= after.device_busy_seconds - before.device_busy_seconds <= passed
+        assert 0.2 <= after.busy_seconds - before.busy_seconds <= passed

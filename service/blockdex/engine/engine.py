@@ -89,6 +89,7 @@ class Engine:
         self._next_look = 0.0
         self._has_changed = True
         self._short_way = None if inbox is None else _short_way(inbox, self._runner, limits, decode_queries)
+        self._clock = time.monotonic if self._short_way is None else self._short_way.time_beside
         self._be_born()
 
     def _be_born(self) -> None:
@@ -178,18 +179,17 @@ class Engine:
     def _run(self) -> None:
         self._runner.use_device()
         while not self._stopping:
-            began, idle = time.monotonic(), not self._launcher.in_flight
+            began, idle = self._clock(), not self._launcher.in_flight
             try:
                 news = self._take()
-                now = time.monotonic()
                 if idle:
-                    began = now
-                self._step(now, news)
+                    began = self._clock()
+                self._step(time.monotonic(), news)
             except Exception as error:
                 logger.exception("a batch failed: the cache is given up and starts anew")
                 self._check_device(error)
                 self._start_anew()
-            self._stats.busy_seconds += time.monotonic() - began
+            self._stats.busy_seconds += self._clock() - began
 
     def _take(self) -> bool:
         """Moves what has queued up to the backlog; blocks while there is nothing to do at all.

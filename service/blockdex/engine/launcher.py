@@ -87,6 +87,7 @@ class Launcher:
         self._decode_queries = decode_queries
         self._slice_seconds = prefill_slice_seconds
         self._short_way = short_way
+        self._clock = time.monotonic if short_way is None else short_way.time_beside
         self._steps = 0
         self._products_per_second = 1e8
         self._flights: deque[Flight] = deque()
@@ -268,7 +269,7 @@ class Launcher:
 
     def _note_busy(self) -> None:
         if not (self._flights or self._slices):
-            self._busy_since = time.monotonic()
+            self._busy_since = self._clock()
 
     def _arrive(self, flight: Flight) -> None:
         now = time.monotonic()
@@ -284,7 +285,7 @@ class Launcher:
                     entry.finished = now
                 self._landed += reading.outcomes(self._cache.epoch)
         if not (self._flights or self._slices):
-            self._stats.device_busy_seconds += now - self._busy_since
+            self._stats.device_busy_seconds += self._clock() - self._busy_since
 
     def _has_ended(self, flight: Flight) -> bool:
         """Whether a slice is done, or has failed for want of memory, which ends its readings."""

@@ -324,6 +324,13 @@ static PyObject *get_launched(struct lane *lane, void *unused) {
     return PyFloat_FromDouble(lane->in_flight ? 1e-9 * (double)lane->steps[lane->first].launched : 0);
 }
 
+/* Steps that overlap count once, so whoever is busy beside them adds what it measures with this. */
+static PyObject *get_time_beside(struct lane *lane, void *unused) {
+    (void)unused;
+    int64_t now = lane->in_flight ? lane->busy_since : lane_now();
+    return PyFloat_FromDouble(1e-9 * (double)now - lane->device_busy_seconds);
+}
+
 static bool read_bounds(PyObject *from, double *to, uint32_t *count) {
     Py_ssize_t length = PyTuple_Size(from);
     if (length < 0) return false;
@@ -417,6 +424,7 @@ static PyGetSetDef properties[] = {
     {"steps", (getter)get_steps, NULL, "Steps begun so far.", NULL},
     {"in_flight", (getter)get_in_flight, NULL, "Steps on their way.", NULL},
     {"launched", (getter)get_launched, NULL, "Monotonic seconds of the oldest one's launch.", NULL},
+    {"time_beside", (getter)get_time_beside, NULL, "Monotonic seconds, less those with steps on their way.", NULL},
     {0},
 };
 
