@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 
 from blockdex import __version__
 from blockdex.addresses import Address
@@ -23,6 +24,7 @@ from blockdex.starting import (
     build_engine,
     check_tracing,
     claim,
+    end_with_the_thread,
     gpu_uuid,
     splits,
     start_tracing,
@@ -43,7 +45,7 @@ def serve(settings: ServeSettings) -> int:
     """Runs a server until SIGTERM or SIGINT; then finishes what is in flight. A second signal ends it at once.
 
     Returns:
-        The exit status: 0 after a signal, 1 if its device failed, 2 if the server could not start.
+        The exit status: 0 after a signal, 1 if its device or its engine failed, 2 if the server could not start.
     """
     configure_logging(settings.log_format, settings.log_level)
     try:
@@ -64,6 +66,7 @@ async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: soc
     from blockdex.rpc.server import start_rpc_server  # noqa: PLC0415
     from blockdex.transport.local import LocalChannel  # noqa: PLC0415
 
+    threading.excepthook = end_with_the_thread
     engine = build_engine(settings, spec, on_lost_device=lambda: os.kill(os.getpid(), signal.SIGTERM))
     told_to_stop = _listen_to_signals()
     requests, readiness = RequestMetrics(), Readiness()

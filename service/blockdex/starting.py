@@ -7,13 +7,14 @@ import importlib.util
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockdex.addresses import Address
 from blockdex.config import ServeSettings, automatic_cache_bytes
-from blockdex.logs import log_event
+from blockdex.logs import log_event, log_fault
 from blockdex.transport.ring import SUPPORTED
 from blockdex_kernels import IndexSpec
 
@@ -202,6 +203,16 @@ async def warm_up(engine: Engine, tell: Callable[[int, int], None], told_to_stop
             logger, logging.INFO, "kernels compiled", done=done, total=total, seconds=round(time.monotonic() - began, 1)
         )
     return not told_to_stop.is_set()
+
+
+def end_with_the_thread(fault: threading.ExceptHookArgs) -> None:
+    """Ends the process of an engine with a thread of it that has failed: as its `threading.excepthook`.
+
+    Without its loop an engine answers nobody, not even where a deadline has passed; a new process does.
+    """
+    assert fault.exc_value is not None
+    log_fault(logger, "the engine's thread ended", fault.exc_value)
+    os._exit(1)
 
 
 def gpu_uuid(device: str) -> str | None:

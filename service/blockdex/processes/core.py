@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import sys
 import threading
@@ -12,9 +11,8 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from blockdex.config import ServeSettings
-from blockdex.logs import log_fault
 from blockdex.processes.child import run_child
-from blockdex.starting import StartError, build_engine, gpu_uuid, spin_seconds, warm_up
+from blockdex.starting import StartError, build_engine, end_with_the_thread, gpu_uuid, spin_seconds, warm_up
 from blockdex.transport.host import RingHost
 from blockdex.transport.inbox import RingInbox
 from blockdex.transport.reports import answer_of
@@ -29,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 async def run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
     """Builds the engine, compiles its kernels and lets front doors in, until the supervisor has it stop or is gone."""
-    threading.excepthook = _end_with_the_thread
+    threading.excepthook = end_with_the_thread
     loop = asyncio.get_running_loop()
     inbox = RingInbox(settings.max_queued_requests, spin_seconds(settings))
 
@@ -70,13 +68,6 @@ async def _open(talk: Talk, engine: Engine, inbox: RingInbox, listening: int) ->
     with socket.socket(fileno=listening) as accepting:
         accepting.setblocking(False)
         await RingHost(engine, inbox, accepting).run()
-
-
-def _end_with_the_thread(fault: threading.ExceptHookArgs) -> None:
-    # Without its loop the engine is nothing; a new process is.
-    assert fault.exc_value is not None
-    log_fault(logger, "the engine's thread ended", fault.exc_value)
-    os._exit(1)
 
 
 if __name__ == "__main__":
