@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -445,6 +447,42 @@ async def test_who_does_not_read_waits_and_harms_nobody(request_: Request, lies:
             await asyncio.sleep(0)
         assert list(door.told) == list(range(sent))
         assert not [told for told in door.told.values() if isinstance(told.answer, BlockdexError)]
+
+
+def links() -> int:
+    """Memory of links that this process holds, the front door's mapping beside the engine's."""
+    return Path("/proc/self/maps").read_text("ascii").count("blockdex-ring")
+
+
+async def ask_one_too_many(door: ForeignDoor) -> None:
+    """Asks for one answer more than there are slots for."""
+    slots = door.handles.segment.answer_slots
+    door.send(*[get(1)] * slots)
+    await eventually(lambda: door.free)
+    door.send(get(1), first_ticket=slots)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["has answers that were not written", "is waited for"])
+async def test_the_memory_of_a_link_goes_with_its_front_door(waits: bool) -> None:
+    """At once, not when garbage is next collected: it is as large as the largest requests."""
+    async with host() as run:
+        await fill(run.ask, 1)
+        gc.collect()
+        before = links()
+        gc.disable()
+        try:
+            for _ in range(4):
+                door = await run.connect()
+                if waits:
+                    door.send(tokens(0, [ROW], queries=values(np.random.default_rng(5), 1, HEADS, DIM), wait=True))
+                    await eventually(lambda: run.engine.stats().waiting)
+                else:
+                    await ask_one_too_many(door)
+                run.leave(door)
+                del door
+            await eventually(lambda: links() == before)
+        finally:
+            gc.enable()
 
 
 async def test_a_counter_that_runs_away_ends_the_link() -> None:

@@ -76,9 +76,14 @@ class Line:
         return entry
 
     def answer(self, ticket: int, answer: Answer | BlockdexError) -> None:
-        """Answers a request; the front door sees it after `publish`."""
-        if (entry := self.in_flight.pop(ticket, None)) is not None:
+        """Answers a request; the front door sees it after `publish`, if it is still there."""
+        entry = self.in_flight.pop(ticket, None)
+        if entry is not None and not self.gone:
             self._unwritten.append((ticket, answer, entry))
+
+    def forget_answers(self) -> None:
+        """Drops what was not written: an answer holds its line, and so the memory of a link that nobody reads."""
+        self._unwritten.clear()
 
     def publish(self) -> None:
         """Writes the answers that there is room for, and wakes the front door."""
@@ -264,6 +269,7 @@ class RingInbox:
             self._lines.remove(line)
             self._lane.drop(line.native)
             line.handles.close()
+            line.forget_answers()
             for entry in line.in_flight.values():
                 entry.cancelled = True
 
