@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from blockdex.cache import Cache, PageCopy
+from blockdex.cache.cache import MANY_SEQUENCES
 from blockdex.errors import BlockdexError, FailedPreconditionError, ResourceExhaustedError
 from blockdex_kernels import IndexSpec
 from cache_state import Clock, append, check_integrity, held_pages, page_table, pages, snapshot, spans
@@ -334,6 +335,38 @@ class TestEviction:
         cache.begin_batch()
         append(cache, "red", 0, (1, 17, 12))
         assert set(held_pages(cache)) == {("red", 1)}
+        check_integrity(cache)
+
+    def test_empty_ones_go_after_their_lease_where_many_are_open(self, cache: Cache, clock: Clock) -> None:
+        """Those with keys stay, and so does who is called; opened one a second, no more are there than a lease has."""
+        cache.open_sequence("blue", 7, 0)
+        append(cache, "red", 0, (1, 0, 1))
+        most = MANY_SEQUENCES + MANY_SEQUENCES // 2
+        for sequence_id in range(10, 10 + 3 * MANY_SEQUENCES):
+            clock.now += 1.0
+            if sequence_id % 9 == 0:
+                cache.get_sequence("blue", 7)
+            cache.open_sequence("red", sequence_id, 0)
+            if sequence_id == 10 + MANY_SEQUENCES // 2:
+                assert cache.usage().sequences == MANY_SEQUENCES // 2 + 3, "not so many yet"
+            assert cache.usage().sequences <= most
+            for young in range(max(sequence_id - 9, 10), sequence_id):
+                assert cache.slot("red", young) is not None
+        assert cache.slot("red", 1) is not None
+        assert cache.slot("blue", 7) is not None
+        assert cache.usage().evictions == 0, "it was not for pages"
+        check_integrity(cache)
+
+    def test_an_empty_parent_stays_for_its_fork(self, cache: Cache, clock: Clock) -> None:
+        for sequence_id in range(10, 10 + MANY_SEQUENCES):
+            cache.open_sequence("red", sequence_id, 0)
+        clock.now = 100.0
+        parents = range(10, 10 + MANY_SEQUENCES, 17)
+        for parent in parents:
+            if cache.slot("red", parent) is not None:
+                cache.fork_sequence("red", parent, 100_000 + parent, 5)
+                assert cache.slot("red", parent) is not None
+        assert cache.usage().sequences < MANY_SEQUENCES
         check_integrity(cache)
 
     def test_nobody_goes_while_pages_are_free(self, cache: Cache, clock: Clock) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockdex.cache.checks import check_appended, check_no_gap, check_not_future, check_not_stale
-from blockdex.cache.eviction import choose_victims
+from blockdex.cache.eviction import are_idle, choose_victims
 from blockdex.cache.overview import overview
 from blockdex.cache.pages import PageCopy, PagePool
 from blockdex.cache.plan import AppendPlan
@@ -43,6 +43,10 @@ class Books(NamedTuple):
     generations: NDArray[np.uint32]
 
 
+MANY_SEQUENCES = 4096
+"""From so many on, those that are empty and past their lease are given up as others are opened."""
+
+_LOOKED_AT = 4
 _NO_WRITES = np.zeros((0, 2), np.intp)
 
 
@@ -70,6 +74,7 @@ class Cache:
         self._sequences = Sequences(spec.num_layers)
         self._evictions = 0
         self._kept_since = float("inf")
+        self._next_looked_at = 0
 
     def begin_batch(self) -> None:
         """From now on until the next batch begins, no sequence is evicted that a call has named meanwhile."""
@@ -93,7 +98,7 @@ class Cache:
             AlreadyExistsError: SEQUENCE_EXISTS.
         """
         self._check_absent(tenant, sequence_id)
-        self._sequences.add(tenant, sequence_id, lease_seconds or self._default_lease_seconds, self._clock())
+        self._add(tenant, sequence_id, lease_seconds or self._default_lease_seconds, self._clock())
 
     def get_sequence(self, tenant: str, sequence_id: int) -> Sequence:
         """Lengths and revisions.
@@ -129,7 +134,7 @@ class Cache:
             self._evict(self._find_room(subject, np.array([parent]), pool.holders.copy(), len(partial)))
 
         sequences.last_calls[parent] = now = self._clock()
-        child = sequences.add(tenant, child_id, float(sequences.leases[parent]), now)
+        child = self._add(tenant, child_id, float(sequences.leases[parent]), now)
         pool.share(np.delete(pages, partial))
         sources, pages[partial] = pages[partial], pool.allocate(len(partial))
         sequences.set_pages(child, 0, pages)
@@ -391,6 +396,26 @@ class Cache:
         for slot in victims:
             self._remove(slot)
         self._evictions += len(victims)
+
+    def _add(self, tenant: str, sequence_id: int, lease: float, now: float) -> int:
+        """Opens an empty sequence, and answers its slot."""
+        if len(self._sequences) >= MANY_SEQUENCES:
+            self._give_up_empty(now)
+        return self._sequences.add(tenant, sequence_id, lease, now)
+
+    def _give_up_empty(self, now: float) -> None:
+        """Gives up those of the next few slots that are empty and past their lease.
+
+        Nothing else would, since eviction is after pages, and they hold none. More than one slot is looked at for each
+        that is opened, so they are ever fewer; and only a few are, so that opening takes the same time however many.
+        """
+        sequences = self._sequences
+        slots = (self._next_looked_at + np.arange(_LOOKED_AT)) % len(sequences.held)
+        self._next_looked_at = int(slots[-1]) + 1
+        empty = are_idle(sequences, slots, self._kept_since, now) & (sequences.held[slots] == 0)
+        for slot in slots[empty].tolist():
+            if sequences.is_open(slot):
+                self._remove(slot)
 
     def _remove(self, slot: int) -> None:
         self._pool.release(self._sequences.pages(slot))

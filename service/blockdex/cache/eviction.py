@@ -1,4 +1,4 @@
-"""Which idle sequences go when pages run out."""
+"""Which sequences go once their lease is over: when pages run out, or since they are empty and many."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockdex.cache.sequence import Sequences
+
+
+def are_idle(sequences: Sequences, slots: NDArray[np.intp] | slice, kept_since: float, now: float) -> NDArray[np.bool_]:
+    """Which of the slots are past their lease: bool `[N]`.
+
+    Args:
+        sequences: all open sequences.
+        slots: some of theirs.
+        kept_since: clock reading; sequences whose last call was not before it must stay, however short their lease.
+        now: clock reading.
+    """
+    last_calls = sequences.last_calls[slots]
+    return (now - last_calls >= sequences.leases[slots]) & (last_calls < kept_since)
 
 
 def choose_victims(
@@ -26,14 +39,13 @@ def choose_victims(
         readers: int32 `[num_pages]`, holders of each page that stay on it; counted down as sequences go.
         shortage: pages to free, at least 1.
         named: slots that must stay.
-        kept_since: clock reading; sequences whose last call was not before it must stay, however short their lease.
+        kept_since: as for `are_idle`.
         now: clock reading.
 
     Returns:
         Slots to evict and the pages that this frees: fewer than `shortage` where all idle ones together do not suffice.
     """
-    evictable = (now - sequences.last_calls >= sequences.leases) & (sequences.held > 0)
-    evictable &= sequences.last_calls < kept_since
+    evictable = are_idle(sequences, slice(None), kept_since, now) & (sequences.held > 0)
     evictable[named] = False
     idle = np.flatnonzero(evictable)
     victims: list[int] = []

@@ -76,6 +76,10 @@ class Sequences:
         """Slot of one sequence, None where the tenant holds no such one."""
         return self._slots.get(tenant, {}).get(sequence_id)
 
+    def is_open(self, slot: int) -> bool:
+        """Whether a slot is a sequence's."""
+        return slot in self._names
+
     def open_slots(self) -> NDArray[np.intp]:
         """Slots of all open sequences; also from another thread, since a list of a dict is made in one step."""
         return np.array(list(self._names), np.intp)
