@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from blockdex.config import load_settings
 from blockdex.processes.child import Child
 from blockdex.starting import StartError
 from processes import SECONDS, command_of, eventually
-from serving import environment
+from serving import SMALL, environment
 
 
 def test_a_child_that_hangs_ends_with_its_supervisor() -> None:
@@ -38,3 +39,21 @@ async def test_one_that_refuses_is_told_of() -> None:
     settings = load_settings(["--cache-bytes", "1", "--device", "cpu"])
     with pytest.raises(StartError, match="cache_bytes: one page takes 1867776 bytes, got 1"):
         await Child.start("blockdex.processes.core", settings, listening=0)
+
+
+async def test_a_core_that_cannot_let_anybody_in_ends() -> None:
+    """What it is given to listen on is no socket."""
+    read, write = os.pipe()
+    try:
+        core, _ = await Child.start("blockdex.processes.core", load_settings(SMALL), [read], listening=read)
+        hearing = asyncio.create_task(_hear(core))
+        assert await asyncio.wait_for(core.ended, SECONDS) == 1
+        await hearing
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+async def _hear(child: Child) -> None:
+    async for _ in child.heard:
+        pass

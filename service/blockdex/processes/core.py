@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from blockdex.config import ServeSettings
+from blockdex.logs import log_fault
 from blockdex.processes.child import run_child
 from blockdex.starting import StartError, build_engine, end_with_the_thread, gpu_uuid, spin_seconds, warm_up
 from blockdex.transport.host import RingHost
@@ -42,6 +44,8 @@ async def run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIte
     engine.start(inbox.deliver)
     talk.tell({"gpu": gpu_uuid(engine.info().device)})
     opening = asyncio.create_task(_open(talk, engine, inbox, words["listening"]))
+    # By itself it ends by a fault alone; then nobody is let in any more, and another core is started.
+    opening.add_done_callback(lambda _: talk.hang_up())
     async for told in heard:
         match told:
             case {"ask": _}:
@@ -50,6 +54,9 @@ async def run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIte
                 engine.expect_no_more()
             case {"stop": True}:
                 break
+    if opening.done() and (fault := opening.exception()):
+        log_fault(logger, "no front door is let in any more", fault)
+        os._exit(1)
     opening.cancel()
     await asyncio.gather(opening, return_exceptions=True)
     engine.stop()

@@ -351,8 +351,7 @@ class RingChannel(RemoteReports):
         connected.setblocking(False)
         with connected:
             await asyncio.get_running_loop().sock_connect(connected, self._address)
-            handles = await take(connected)
-            talk = await Talk.on(connected.dup())
+            handles, talk = await _begin(connected)
         hearing = asyncio.create_task(_listen(talk))
         link = Link(handles, talk.hang_up, self._spinning)
         try:
@@ -428,6 +427,16 @@ class RingChannel(RemoteReports):
         pending.add_done_callback(lambda done: link.withdraw(outgoing) if done.cancelled() else None)
         link.send(outgoing)
         return pending
+
+
+async def _begin(connected: socket.socket) -> tuple[Handles, Talk]:
+    """What the engine hands out, and the conversation beside it."""
+    handles = await take(connected)
+    try:
+        return handles, await Talk.on(connected.dup())
+    except BaseException:
+        handles.close()
+        raise
 
 
 async def _listen(talk: Talk) -> None:

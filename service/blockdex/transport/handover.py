@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
 from typing import NamedTuple
 
 from blockdex.transport.layout import MAGIC
-from blockdex.transport.segment import RingError, Segment
+from blockdex.transport.segment import RingError, Segment, Sizes
 
 _GREETING = MAGIC.to_bytes(8, "little")
 _CREDENTIALS = struct.Struct("=iII")
@@ -43,19 +44,30 @@ def listen() -> socket.socket:
     return listening
 
 
-def offer(connected: socket.socket, segment: Segment) -> Handles:
-    """Hands a segment and two new eventfds to who has connected.
+def offer(connected: socket.socket, sizes: Sizes, epoch: int) -> Handles:
+    """Hands a new segment and two new eventfds to who has connected.
 
     Raises:
         RingError: it is the process of another user.
+        OSError: it is gone, or there is no file or memory left for it.
     """
+    # Before anything is made for it: anybody may connect.
     _, user, _ = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     if user not in (0, os.getuid()):
         raise RingError(f"link: user {user} may not connect, {os.getuid()} may")
-    flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-    handles = Handles(segment, os.eventfd(0, flags), os.eventfd(0, flags))
-    socket.send_fds(connected, [_GREETING], [segment.fd, handles.engine_bell, handles.door_bell])
-    return handles
+    with contextlib.ExitStack() as unless_sent:
+        segment = Segment.create(sizes, epoch)
+        unless_sent.callback(os.close, segment.fd)
+        engine_bell, door_bell = (_bell(unless_sent) for _ in range(2))
+        socket.send_fds(connected, [_GREETING], [segment.fd, engine_bell, door_bell])
+        unless_sent.pop_all()
+    return Handles(segment, engine_bell, door_bell)
+
+
+def _bell(closing: contextlib.ExitStack) -> int:
+    bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    closing.callback(os.close, bell)
+    return bell
 
 
 async def take(connected: socket.socket) -> Handles:
@@ -69,10 +81,15 @@ async def take(connected: socket.socket) -> Handles:
     greeting, fds, _, _ = socket.recv_fds(connected, len(_GREETING), 3)
     if not greeting:
         raise ConnectionResetError("link: the engine went away")
-    if greeting != _GREETING or len(fds) != 3:
-        raise RingError(f"link: expected {_GREETING!r} and 3 files, got {greeting!r} and {len(fds)}")
-    memory, engine_bell, door_bell = fds
-    return Handles(Segment(memory), engine_bell, door_bell)
+    try:
+        if greeting != _GREETING or len(fds) != 3:
+            raise RingError(f"link: expected {_GREETING!r} and 3 files, got {greeting!r} and {len(fds)}")
+        memory, engine_bell, door_bell = fds
+        return Handles(Segment(memory), engine_bell, door_bell)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
 
 
 async def _readable(connected: socket.socket) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
 from blockdex.checks import check_request
-from blockdex.logs import log_event
+from blockdex.logs import RateLimit, log_event
 from blockdex.messages import Limits
-from blockdex.transport.handover import offer
+from blockdex.transport.handover import Handles, offer
 from blockdex.transport.inbox import Line, RingInbox
 from blockdex.transport.reports import answer_of
-from blockdex.transport.segment import RingError, Segment, Sizes
+from blockdex.transport.segment import RingError, Sizes
 from blockdex.transport.talk import Talk
 from blockdex_kernels import IndexSpec
 
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 _COLUMN_BYTES = 4 * 8
 _MARGIN = 1 << 20
+_AGAIN_SECONDS = 0.1
+_LINES_PER_SECOND = 10
+"""Of links that are refused: anybody may connect, as often as they like."""
 
 
 class RingHost:
@@ -41,13 +45,20 @@ class RingHost:
         self._inbox = inbox
         self._listening = listening
         self._guests: set[asyncio.Task[None]] = set()
+        self._limit = RateLimit(_LINES_PER_SECOND)
 
     async def run(self) -> None:
         """Lets front doors in until it is cancelled; then no link is left."""
         loop = asyncio.get_running_loop()
         try:
             while True:
-                connected, _ = await loop.sock_accept(self._listening)
+                try:
+                    connected, _ = await loop.sock_accept(self._listening)
+                except OSError as error:
+                    # Files ran out, say: the links that there are go on, and who connects waits.
+                    self._tell_of_refusal(error)
+                    await asyncio.sleep(_AGAIN_SECONDS)
+                    continue
                 guest = asyncio.create_task(self._serve(connected))
                 self._guests.add(guest)
                 guest.add_done_callback(self._guests.discard)
@@ -57,15 +68,13 @@ class RingHost:
 
     async def _serve(self, connected: socket.socket) -> None:
         """One link, from its beginning to its end."""
+        info = self._engine.info()
         with connected:
-            info = self._engine.info()
-            segment = Segment.create(sizes_of(info.spec, info.limits), info.epoch)
             try:
-                handles = offer(connected, segment)
+                handles, talk = await _begin(connected, sizes_of(info.spec, info.limits), info.epoch)
             except (RingError, OSError) as error:
-                log_event(logger, logging.WARNING, "link refused", reason=str(error))
+                self._tell_of_refusal(error)
                 return
-            talk = await Talk.on(connected.dup())
         loop = asyncio.get_running_loop()
 
         def hang_up(error: RingError) -> None:
@@ -80,6 +89,21 @@ class RingHost:
         finally:
             self._inbox.drop(line)
             talk.hang_up()
+
+    def _tell_of_refusal(self, error: Exception) -> None:
+        if self._limit.allows(time.monotonic()):
+            withheld = self._limit.withheld()
+            log_event(logger, logging.WARNING, "link refused", reason=str(error), withheld=withheld)
+
+
+async def _begin(connected: socket.socket, sizes: Sizes, epoch: int) -> tuple[Handles, Talk]:
+    """Both sides' files of a new link, and the conversation beside it."""
+    handles = offer(connected, sizes, epoch)
+    try:
+        return handles, await Talk.on(connected.dup())
+    except BaseException:
+        handles.close()
+        raise
 
 
 def sizes_of(spec: IndexSpec, limits: Limits) -> Sizes:

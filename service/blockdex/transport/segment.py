@@ -97,9 +97,6 @@ class Segment:
         request_arena = answer_slots + slots
         answer_arena = request_arena + aligned(sizes.request_bytes)
         size = answer_arena + aligned(sizes.answer_bytes)
-        fd = os.memfd_create("blockdex-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         header = HEADER_STRUCT.pack(
             MAGIC,
             VERSION,
@@ -115,5 +112,12 @@ class Segment:
             aligned(sizes.answer_bytes),
             size,
         )
-        os.pwrite(fd, header, 0)
-        return cls(fd)
+        fd = os.memfd_create("blockdex-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            os.pwrite(fd, header, 0)
+            return cls(fd)
+        except BaseException:
+            os.close(fd)
+            raise
