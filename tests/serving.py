@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,16 +93,17 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serve(*flags: str, **variables: str) -> Iterator[Serving]:
+def serve(*flags: str, program: Sequence[str] = ("-m", "blockdex"), **variables: str) -> Iterator[Serving]:
     """Runs `blockdex serve` on free ports of the loopback; at the end stops it, if it runs, and checks its status.
 
     Args:
         flags: more flags; without any, `SMALL`.
+        program: what Python runs.
         variables: `BLOCKDEX_*` settings by their names.
     """
     ports = ("--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--log-format", "json")
     process = subprocess.Popen(
-        [sys.executable, "-m", "blockdex", "serve", *ports, *(flags or SMALL)],
+        [sys.executable, *program, "serve", *ports, *(flags or SMALL)],
         env=environment(**variables),
         stderr=subprocess.PIPE,
         text=True,

@@ -1,18 +1,26 @@
-"""An engine core whose kernels are compiled in steps, and whose device is lost with the first keys."""
+"""An engine core, or with `serve` a server of one process, that is compiled in steps and whose device is lost.
+
+That happens with the first keys; another thread is in a call then that does not end.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from blockdex.cli import main
 from blockdex.config import ServeSettings
 from blockdex.processes import core
 from blockdex.processes.child import run_child
 from blockdex.transport.talk import Talk, Words
 
 STEPS, STEP_SECONDS = 3, 0.3
+HANG_SECONDS = 300.0
 
 
 def _warm_up(backend: Any) -> Iterator[tuple[int, int]]:
@@ -27,13 +35,31 @@ def _lost(*arguments: Any) -> None:
     raise RuntimeError("made for this test")
 
 
-async def _run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
+def _lose(*arguments: Any) -> None:
+    # As the runner's thread that launches prefills is in a call of the driver then.
+    ThreadPoolExecutor(1).submit(time.sleep, HANG_SECONDS)
+    _lost()
+
+
+def _spoil() -> None:
     from blockdex_kernels.cpu import CpuBackend
 
     vars_of: Any = CpuBackend
-    vars_of.warm_up, vars_of.append, vars_of.synchronize = _warm_up, _lost, _lost
+    vars_of.warm_up, vars_of.append, vars_of.synchronize = _warm_up, _lose, _lost
+
+
+async def _run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
+    if hangs_up := os.environ.get("STRANGE_CORE_HANGS_UP"):
+        if hangs_up == "ready":
+            talk.tell({"gpu": None})
+        talk.hang_up()
+        await asyncio.sleep(HANG_SECONDS)
+    _spoil()
     await core.run(talk, settings, words, heard)
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        _spoil()
+        sys.exit(main(sys.argv[1:]))
     run_child(_run)

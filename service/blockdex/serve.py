@@ -105,7 +105,10 @@ async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: soc
     finally:
         channel.stop()
     log_event(logger, logging.INFO, "stopped")
-    return int(engine.device_is_lost)
+    if engine.device_is_lost:
+        # Another thread may be in a call of its driver that does not end, and the interpreter would wait for it.
+        os._exit(1)
+    return 0
 
 
 async def _run_split(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> int:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import blockdex
+import strange_core
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from serving import SMALL, Serving, serve
@@ -149,3 +151,12 @@ def test_a_second_signal_ends_it_at_once(channel_to: Callable[[Serving], grpc.Ch
         assert serving.wait() == 1
         assert time.monotonic() - began < 5
         assert waiting.exception(timeout=10) is not None
+
+
+def test_a_lost_device_ends_it_whatever_else_hangs() -> None:
+    with serve(program=[strange_core.__file__]) as serving, blockdex.Client(serving.grpc_address) as client:
+        client.open_sequence(1)
+        with pytest.raises(blockdex.BlockdexError):
+            client.append_keys(0, sequences=1, keys=np.zeros((1, 128), np.float32))
+        assert serving.wait() == 1
+    assert serving.event("stopped")

@@ -15,6 +15,7 @@ import pytest
 import blockdex
 import strange_core
 from blockdex.config import load_settings
+from blockdex.processes import child
 from blockdex.processes import supervisor as supervising
 from blockdex.processes.supervisor import Supervisor
 from blockdex.starting import StartError
@@ -71,6 +72,19 @@ async def test_progress_is_told_and_a_lost_device_is_a_new_core() -> None:
             await eventually(lambda: readiness.ready)
             assert made.restarts == {"core": 1, "front_door": 0}
             assert (await client.info()).epoch != epoch
+
+
+async def test_a_core_that_hangs_up_and_stays_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (child, supervising):
+        monkeypatch.setattr(module, "END_SECONDS", 0.2)
+    monkeypatch.setenv("STRANGE_CORE_HANGS_UP", "ready")
+    async with started() as (made, _):
+        with pytest.raises(StartError, match="the engine core ended with -9 before it was ready"):
+            await asyncio.wait_for(made.open(asyncio.Event()), SECONDS)
+    monkeypatch.setenv("STRANGE_CORE_HANGS_UP", "not ready")
+    with pytest.raises(StartError, match="strange_core ended with -9 before it was ready"):
+        async with asyncio.timeout(SECONDS), started():
+            pass
 
 
 async def test_told_to_stop_while_it_compiles() -> None:

@@ -22,6 +22,9 @@ Run = Callable[[Talk, ServeSettings, Words, AsyncIterator[Words]], Coroutine[Any
 """What a child does, given the conversation with the supervisor, the settings, what else it is told at the start, and
 what it will be told from then on."""
 
+END_SECONDS = 5.0
+"""How long a child may take to end that has hung up or was told to stop."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -77,7 +80,7 @@ class Child:
         try:
             said = await anext(child.heard, None)
             if said is None:
-                raise StartError(f"{module} ended with {await child.ended} before it was ready")
+                raise StartError(f"{module} ended with {await child.end(END_SECONDS)} before it was ready")
             if "refused" in said:
                 raise StartError(said["refused"])
         except BaseException:
@@ -85,6 +88,12 @@ class Child:
             await child.ended
             raise
         return child, said
+
+    async def end(self, seconds: float) -> int:
+        """Waits until it has ended, and kills it if that takes longer; its exit status."""
+        await asyncio.wait([self.ended], timeout=seconds)
+        self.kill()
+        return await asyncio.shield(self.ended)
 
     def kill(self) -> None:
         """Ends it at once, if it has not ended."""

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import socket
-import sys
 import threading
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -57,11 +56,12 @@ async def run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIte
     if opening.done() and (fault := opening.exception()):
         log_fault(logger, "no front door is let in any more", fault)
         os._exit(1)
+    if engine.device_is_lost:
+        # Another thread may be in a call of its driver that does not end, and the interpreter would wait for it.
+        os._exit(1)
     opening.cancel()
     await asyncio.gather(opening, return_exceptions=True)
     engine.stop()
-    if engine.device_is_lost:
-        sys.exit(1)
 
 
 async def _open(talk: Talk, engine: Engine, inbox: RingInbox, listening: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from blockdex.addresses import Address
 from blockdex.config import ServeSettings
-from blockdex.processes.child import Child
+from blockdex.processes.child import END_SECONDS, Child
 from blockdex.processes.counts import FleetCounts
 from blockdex.processes.kept import Kept
 from blockdex.starting import StartError
@@ -19,8 +19,6 @@ from blockdex.web.readiness import Readiness
 
 CORE, FRONT_DOOR = "blockdex.processes.core", "blockdex.processes.front_door"
 """Modules that are the children's programs."""
-
-_STOP_SECONDS = 5.0
 
 
 class Supervisor:
@@ -119,10 +117,10 @@ class Supervisor:
             core.talk.tell({"expect_no_more": True})
         for door in doors:
             door.talk.tell({"finish": float(grace)})
-        await _end(doors, grace + _STOP_SECONDS)
+        await _end(doors, grace + END_SECONDS)
         if core is not None:
             core.talk.tell({"stop": True})
-            await _end([core], _STOP_SECONDS)
+            await _end([core], END_SECONDS)
 
     async def close(self) -> None:
         """Ends whatever still runs, at once."""
@@ -185,6 +183,8 @@ class Supervisor:
                 case {"open": True}:
                     self._open.set()
             self._tell_readiness()
+        # One that hangs is of no use, and keeps another from being started.
+        await child.end(END_SECONDS)
 
     def _has_ended(self, child: Child) -> None:
         self._serving.discard(child)
@@ -211,4 +211,4 @@ async def _end(children: Iterable[Child], seconds: float) -> None:
         await asyncio.wait(ends, timeout=seconds)
         for child in ends.values():
             child.kill()
-        await asyncio.wait(ends, timeout=_STOP_SECONDS)
+        await asyncio.wait(ends, timeout=END_SECONDS)
