@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from blockdex.cache import Cache
+from blockdex.cache import TABLE_ROW, Cache
 from blockdex.errors import ResourceExhaustedError
 from blockdex.messages import CacheOverview
 from blockdex_kernels import IndexSpec
@@ -125,3 +127,29 @@ def test_from_another_thread_while_the_cache_changes() -> None:
         pages = overview.private + overview.shared + overview.idle
         assert pages.min() >= 0 and pages.max() <= overview.pages_per_cell
         assert overview.lengths.sum() >= overview.idle_sequences
+
+
+def test_a_slot_that_changes_hands_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long table was there, and a short one near the end of all tables is: its end is not the long one's."""
+    spec = IndexSpec(num_layers=1, head_dim=1, block_size=4)
+    cache = Cache(spec, 3000, default_lease_seconds=1e-9)
+    cache.open_sequence("tenant", 0, 0)
+    append(cache, "tenant", 0, (0, 0, 4 * 1000))
+    tables = cache._sequences.tables
+    while (tables._unused_row + 1) * TABLE_ROW < len(cache.table_cells):
+        number = tables._unused_row
+        cache.open_sequence("tenant", number, 0)
+        append(cache, "tenant", 0, (number, 0, 1))
+    places = tables._places
+
+    def held_up(*asked: Any) -> NDArray[np.intp]:
+        monkeypatch.undo()
+        cache.close_sequence("tenant", 0)
+        cache.open_sequence("tenant", 1000, 0)
+        append(cache, "tenant", 0, (1000, 0, 1))
+        return places(*asked)
+
+    monkeypatch.setattr(tables, "_places", held_up)
+    pages = sum(map(sum, states(cache.overview(100)).values()))
+    assert tables._places == places, "it was held up"
+    assert pages == 1000 + len(cache._sequences) - 1

@@ -12,8 +12,10 @@ import pytest
 
 import hanging_child
 from blockdex.config import load_settings
+from blockdex.errors import UnavailableError
 from blockdex.processes.child import Child
 from blockdex.starting import StartError
+from blockdex.transport.handover import listen
 from processes import SECONDS, command_of, eventually
 from serving import SMALL, environment
 
@@ -52,6 +54,19 @@ async def test_a_core_that_cannot_let_anybody_in_ends() -> None:
     finally:
         os.close(read)
         os.close(write)
+
+
+async def test_a_core_outlives_a_fault_in_a_report() -> None:
+    with listen() as listening:
+        fd = listening.fileno()
+        core, _ = await Child.start("blockdex.processes.core", load_settings(SMALL), [fd], listening=fd)
+        hearing = asyncio.create_task(_hear(core))
+        with pytest.raises(UnavailableError, match="engine: a fault in its report"):
+            await core.talk.ask({"ask": "overview", "max_cells": 0})
+        assert (await core.talk.ask({"ask": "info"}))["device"] == "cpu"
+        core.talk.tell({"stop": True})
+        assert await asyncio.wait_for(core.ended, SECONDS) == 0
+        await hearing
 
 
 async def _hear(child: Child) -> None:

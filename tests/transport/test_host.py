@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from blockdex.errors import UnavailableError
 from blockdex.transport import handover
 from blockdex.transport.handover import Handles, take
 from blockdex.transport.segment import RingError, Segment, Sizes
@@ -125,3 +126,13 @@ async def test_a_greeting_that_is_refused_leaves_no_file() -> None:
         with pytest.raises(RingError, match="segment: 0 bytes cannot be one"):
             await asyncio.wait_for(take(ours), TIMEOUT)
         assert files() <= before
+
+
+async def test_a_fault_in_a_report_is_told_to_who_asked_and_ends_no_link(caplog: pytest.LogCaptureFixture) -> None:
+    async with hosted() as run:
+        talk = run.channel._talk
+        with pytest.raises(UnavailableError, match="engine: a fault in its report"):
+            await run.channel.overview(0)  # which divides by it
+        assert "a report failed" in caplog.text and "ZeroDivisionError" in caplog.text
+        assert (await run.channel.info()).epoch == run.engine.info().epoch
+        assert run.channel._talk is talk

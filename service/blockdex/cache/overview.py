@@ -54,7 +54,7 @@ def _holders_among(sequences: Sequences, slots: NDArray[np.intp], num_pages: int
     for part in np.array_split(slots, parts):
         held = sequences.held[part]
         blocks = np.arange(held.sum()) - np.repeat(np.cumsum(held) - held, held)
-        pages = sequences.tables.get(np.repeat(part, held), blocks)
+        pages = sequences.tables.glimpse(np.repeat(part, held), blocks)
         holders += np.bincount(pages, minlength=num_pages)
     return holders
 

@@ -16,7 +16,7 @@ from blockdex.processes.child import run_child
 from blockdex.starting import StartError, build_engine, end_with_the_thread, gpu_uuid, spin_seconds, warm_up
 from blockdex.transport.host import RingHost
 from blockdex.transport.inbox import RingInbox
-from blockdex.transport.reports import answer_of
+from blockdex.transport.reports import reply_to
 from blockdex.transport.talk import Talk, Words
 from blockdex_kernels import SpecError
 
@@ -48,7 +48,7 @@ async def run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIte
     async for told in heard:
         match told:
             case {"ask": _}:
-                talk.tell({"answer": await answer_of(engine, told)})
+                talk.tell(await reply_to(engine, told))
             case {"expect_no_more": True}:
                 engine.expect_no_more()
             case {"stop": True}:

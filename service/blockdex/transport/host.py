@@ -14,7 +14,7 @@ from blockdex.logs import RateLimit, log_event
 from blockdex.messages import Limits
 from blockdex.transport.handover import Handles, offer
 from blockdex.transport.inbox import Line, RingInbox
-from blockdex.transport.reports import answer_of
+from blockdex.transport.reports import reply_to
 from blockdex.transport.segment import RingError, Sizes
 from blockdex.transport.talk import Talk
 from blockdex_kernels import IndexSpec
@@ -85,7 +85,7 @@ class RingHost:
         self._inbox.add(line)
         try:
             async for words in talk.heard():
-                talk.tell({"answer": await answer_of(self._engine, words)})
+                talk.tell(await reply_to(self._engine, words))
         finally:
             self._inbox.drop(line)
             talk.hang_up()

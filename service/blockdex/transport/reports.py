@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,15 @@ import numpy as np
 
 from blockdex.engine.stats import Histogram, Stats
 from blockdex.errors import Reason, UnavailableError
+from blockdex.logs import log_fault
 from blockdex.messages import CacheOverview, CacheUsage, Info, Limits, PhaseTotals, Totals
 from blockdex.transport.talk import Talk, Words
 from blockdex_kernels import IndexSpec
 
 if TYPE_CHECKING:
     from blockdex.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 class RemoteReports:
@@ -48,8 +52,17 @@ class RemoteReports:
         return await talk.ask({"ask": what, **arguments})
 
 
-async def answer_of(engine: Engine, words: Words) -> Words:
-    """What a question about an engine is answered: beside its thread, so that batches do not wait."""
+async def reply_to(engine: Engine, words: Words) -> Words:
+    """What is said to a question about an engine; a fault in a report is logged, and harms nothing else."""
+    try:
+        return {"answer": await _answer_of(engine, words)}
+    except Exception as fault:
+        log_fault(logger, "a report failed", fault)
+        return {"failed": "engine: a fault in its report, which its log tells of"}
+
+
+async def _answer_of(engine: Engine, words: Words) -> Words:
+    """The report that is asked for: made beside the engine's thread, so that batches do not wait."""
     match words:
         case {"ask": "info"}:
             return _fields_of(engine.info())

@@ -51,7 +51,7 @@ class Talk:
         """Sends a question and waits for its answer.
 
         Raises:
-            UnavailableError: the other end is gone, or does not answer.
+            UnavailableError: the other end is gone, does not answer, or failed to.
         """
         if self._over:
             raise _gone()
@@ -72,24 +72,33 @@ class Talk:
                 if length > _LONGEST:
                     return
                 words = json.loads(await self._reader.readexactly(length))
-                if "answer" in words:
-                    answer = self._asked.popleft()
-                    if not answer.done():
-                        answer.set_result(words["answer"])
-                else:
-                    yield words
+                match words:
+                    case {"answer": answer}:
+                        _settle(self._asked.popleft(), answer)
+                    case {"failed": str(message)}:
+                        _settle(self._asked.popleft(), UnavailableError(message, Reason.UNREACHABLE))
+                    case _:
+                        yield words
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         finally:
             self._over = True
-            for answer in self._asked:
-                if not answer.done():
-                    answer.set_exception(_gone())
-                    answer.exception()  # its asker may have gone, too
+            for asked in self._asked:
+                _settle(asked, _gone())
 
     def hang_up(self) -> None:
         """Ends the conversation: the other end is told, and so is who listens here."""
         self._writer.close()
+
+
+def _settle(asked: asyncio.Future[Words], answer: Words | UnavailableError) -> None:
+    if asked.done():
+        return
+    if isinstance(answer, UnavailableError):
+        asked.set_exception(answer)
+        asked.exception()  # its asker may have gone
+    else:
+        asked.set_result(answer)
 
 
 def _plain(value: Any) -> Words | list[Any]:
