@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from blockdex.processes import supervisor as supervising
 from blockdex.processes.supervisor import Supervisor
 from blockdex.starting import StartError
 from blockdex.web.readiness import Readiness
+from processes import command_of
 from serving import SMALL
 
 SECONDS = 60.0
@@ -49,6 +51,12 @@ async def eventually(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
+
+
+def front_doors() -> list[int]:
+    """Process ids of this process's."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text("ascii").split()
+    return [child for child in map(int, children) if "front_door" in command_of(child)]
 
 
 async def test_progress_is_told_and_a_lost_device_is_a_new_core() -> None:
@@ -92,6 +100,20 @@ async def test_told_to_stop_while_it_compiles() -> None:
         told = asyncio.Event()
         told.set()
         assert not await made.open(told)
+        await asyncio.wait_for(made.stop(1.0), SECONDS)
+
+
+async def test_told_to_stop_while_a_front_door_waits_for_its_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervising, "END_SECONDS", 0.5)
+    async with started() as (made, readiness):
+        await eventually(lambda: readiness.obstacle == "no front door serves")
+        os.kill(int(made.pids()["core_pid"]), signal.SIGSTOP)
+        told = asyncio.Event()
+        opening = asyncio.create_task(made.open(told))
+        await eventually(front_doors)
+        told.set()
+        assert not await asyncio.wait_for(opening, SECONDS)
+        assert not front_doors()
         await asyncio.wait_for(made.stop(1.0), SECONDS)
 
 

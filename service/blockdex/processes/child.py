@@ -68,14 +68,20 @@ class Child:
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            # A group of its own, since a terminal's Ctrl-C is the supervisor's business.
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), *fds),
-                process_group=0,
-            )
-        child = cls(process, await Talk.on(ours))
+            talk = await Talk.on(ours)
+            try:
+                # A group of its own, since a terminal's Ctrl-C is the supervisor's business.
+                process = subprocess.Popen(
+                    [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), *fds),
+                    process_group=0,
+                )
+            except OSError:
+                talk.hang_up()
+                raise
+        # Nothing was awaited since it began, so where this is cancelled it is always ended below.
+        child = cls(process, talk)
         child.talk.tell({"settings": settings.model_dump(mode="json"), **words})
         try:
             said = await anext(child.heard, None)

@@ -80,22 +80,12 @@ class Supervisor:
         Raises:
             StartError: a kernel cannot be compiled, or a front door cannot start.
         """
-        assert self._core.child is not None
-        ended = self._core.child.ended
-        opened, stopped = (asyncio.create_task(event.wait()) for event in (self._open, told_to_stop))
-        first: set[asyncio.Future[Any]] = {opened, stopped, ended}
-        try:
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            opened.cancel()
-            stopped.cancel()
-        if told_to_stop.is_set():
+        if not await _unless(told_to_stop, self._be_let_in()):
             return False
-        if ended.done():
-            raise StartError(self._refusal or f"the engine core ended with {ended.result()} before it was ready")
         self._keepers.append(asyncio.create_task(self._core.keep()))
         for door in self._doors:
-            await door.start()
+            if not await _unless(told_to_stop, door.start()):
+                return False
             self._keepers.append(asyncio.create_task(door.keep()))
         return True
 
@@ -145,6 +135,19 @@ class Supervisor:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _be_let_in(self) -> None:
+        """Waits until the first engine core lets front doors in."""
+        assert self._core.child is not None
+        ended = self._core.child.ended
+        opened = asyncio.create_task(self._open.wait())
+        first: set[asyncio.Future[Any]] = {opened, ended}
+        try:
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            opened.cancel()
+        if ended.done():
+            raise StartError(self._refusal or f"the engine core ended with {ended.result()} before it was ready")
 
     async def _start_core(self) -> Child:
         listening = self._core_listens.fileno()
@@ -202,6 +205,21 @@ class Supervisor:
             self._readiness.obstacle = "no front door serves"
         else:
             self._readiness.obstacle = ""
+
+
+async def _unless(told_to_stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether some work was done; it is given up once the server is to stop."""
+    doing, stopping = asyncio.create_task(work), asyncio.create_task(told_to_stop.wait())
+    try:
+        await asyncio.wait({doing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        doing.cancel()
+        await asyncio.gather(doing, return_exceptions=True)
+    if told_to_stop.is_set():
+        return False
+    doing.result()
+    return True
 
 
 async def _end(children: Iterable[Child], seconds: float) -> None:
