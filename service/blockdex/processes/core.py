@@ -57,6 +57,7 @@ async def run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIte
         log_fault(logger, "no front door is let in any more", fault)
         os._exit(1)
     if engine.device_is_lost:
+        engine.stop()  # while the links are there: it answers what it has
         # Another thread may be in a call of its driver that does not end, and the interpreter would wait for it.
         os._exit(1)
     opening.cancel()
