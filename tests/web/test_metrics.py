@@ -15,10 +15,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import blockdex
+from blockdex.engine.stats import Stats
+from blockdex.messages import CacheOverview, Info
+from blockdex.transport.reports import gone
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from blockdex.web.gpu import GAUGES
-from blockdex.web.metrics import RPCS, RequestMetrics
+from blockdex.web.metrics import RPCS, Metrics, RequestMetrics, ServerCollector
+from blockdex.web.readiness import Readiness
 from serving import Serving
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -261,3 +265,35 @@ def test_the_totals_of_get_info_are_those_of_the_metrics(server: Serving) -> Non
         eventually(lambda: told().items() <= scrape(server).items(), "the same")
         assert told()["blockdex_tokens_total", (("phase", "append"),)] >= 2
         assert len(told()) == 4 + 2 + 2 * 3 + 5 * 4
+
+
+class NoEngine:
+    """Reports of an engine that never was there."""
+
+    async def info(self) -> Info:
+        raise gone()
+
+    async def stats(self) -> Stats:
+        raise gone()
+
+    async def overview(self, max_cells: int) -> CacheOverview:
+        raise gone()
+
+
+async def test_without_an_engine_there_is_what_the_server_knows_itself() -> None:
+    readiness = Readiness("the engine core starts anew")
+    metrics = Metrics(ServerCollector(NoEngine(), RequestMetrics(), readiness, {"core": 3}), None)
+    text = (await metrics.exposition(""))[0].decode()
+    named = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("blockdex")
+    }
+    assert (named["blockdex_ready"], named["blockdex_restarts_total"]) == (0, 3)
+    assert set(named) == {
+        "blockdex_ready",
+        "blockdex_restarts_total",
+        "blockdex_requests_total",
+        *(f"blockdex_request_seconds_{part}" for part in ("bucket", "count", "sum")),
+    }

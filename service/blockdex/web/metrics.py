@@ -99,7 +99,10 @@ class RequestMetrics:
 
 
 class ServerCollector:
-    """Turns what engine, front doors and readiness say into metrics; of an engine that is gone, what it said last."""
+    """Turns what engine, front doors and readiness say into metrics; of an engine that is gone, what it said last.
+
+    An engine that has not said anything yet has no metrics.
+    """
 
     def __init__(
         self, reports: Reports, requests: RequestCounts, readiness: Readiness, restarts: Mapping[str, int]
@@ -119,34 +122,16 @@ class ServerCollector:
 
     def collect(self) -> Iterator[Metric]:
         """Every metric of the server, each family once."""
-        assert self._engine is not None, "refresh() goes before collect()"
-        info, stats, overview = self._engine
-        yield from self._of_server(info, stats)
-        yield from self._of_requests()
-        yield from _of_engine(stats)
-        yield from _of_cache(info, overview)
-
-    def _of_server(self, info: Info, stats: Stats) -> Iterator[Metric]:
-        labels = {"version": __version__, "device": info.device, "key_dtype": info.spec.key_dtype}
-        labels |= {f"{phase}_kernel": info.kernels[phase][0] for phase in ("append", "decode", "prefill")}
-        build = GaugeMetricFamily("blockdex_build_info", "What runs; the value is always 1.", labels=list(labels))
-        build.add_metric(list(labels.values()), 1)
-        yield build
         yield GaugeMetricFamily(
             "blockdex_ready", "1 while requests are served, as /readyz says.", value=float(self._readiness.ready)
         )
-        yield GaugeMetricFamily(
-            "blockdex_epoch",
-            "Upper 53 bits of the cache's epoch: another number is another, empty cache.",
-            # A sample is a double: of 64 bits it would round some away.
-            value=info.epoch >> 11,
-        )
-        yield GaugeMetricFamily(
-            "blockdex_epoch_started_timestamp_seconds",
-            "Unix time at which the cache was born.",
-            stats.epoch_started,
-        )
         yield _counters("blockdex_restarts", "Processes that ended and were started again.", "process", self._restarts)
+        yield from self._of_requests()
+        if self._engine is not None:
+            info, stats, overview = self._engine
+            yield from _of_build(info, stats)
+            yield from _of_engine(stats)
+            yield from _of_cache(info, overview)
 
     def _of_requests(self) -> Iterator[Metric]:
         total = CounterMetricFamily("blockdex_requests", "Requests answered.", labels=["rpc", "code"])
@@ -174,6 +159,23 @@ class Metrics:
         await asyncio.gather(*(collector.refresh() for collector in self._fresh))
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
+
+
+def _of_build(info: Info, stats: Stats) -> Iterator[Metric]:
+    labels = {"version": __version__, "device": info.device, "key_dtype": info.spec.key_dtype}
+    labels |= {f"{phase}_kernel": info.kernels[phase][0] for phase in ("append", "decode", "prefill")}
+    build = GaugeMetricFamily("blockdex_build_info", "What runs; the value is always 1.", labels=list(labels))
+    build.add_metric(list(labels.values()), 1)
+    yield build
+    yield GaugeMetricFamily(
+        "blockdex_epoch",
+        "Upper 53 bits of the cache's epoch: another number is another, empty cache.",
+        # A sample is a double: of 64 bits it would round some away.
+        value=info.epoch >> 11,
+    )
+    yield GaugeMetricFamily(
+        "blockdex_epoch_started_timestamp_seconds", "Unix time at which the cache was born.", stats.epoch_started
+    )
 
 
 def _of_engine(stats: Stats) -> Iterator[Metric]:
