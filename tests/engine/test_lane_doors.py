@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import queue
 import resource
 import threading
@@ -178,6 +180,26 @@ def test_python_is_told_when_there_is_room_for_its_answers(bare: BareLane) -> No
 
 
 # --- Sleeping ---
+
+
+def test_a_bell_that_blocks_and_is_full_holds_nobody_up(bare: BareLane) -> None:
+    door = bare.open_door()
+    bell = door.handles.door_bell
+    fcntl.fcntl(bell, fcntl.F_SETFL, fcntl.fcntl(bell, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+    os.eventfd_write(bell, 2**64 - 2)
+    door.handles.segment.flags[AT["door_sleeps"] // 4] = 1
+    request = usual(bare)
+    door.send(request)
+    # Once to begin the step, and once to answer.
+    looking = threading.Thread(target=lambda: [bare.look() for _ in range(2)])
+    looking.start()
+    looking.join(TIMEOUT)
+    held_up = looking.is_alive()
+    os.eventfd_read(bell)  # which lets it go on
+    looking.join()
+    assert not held_up
+    door.read()
+    check_answer(door, 0, request)
 
 
 def test_it_sleeps_until_the_time_is_up(bare: BareLane) -> None:

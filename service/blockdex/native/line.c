@@ -85,6 +85,15 @@ static void forget_unwritten(struct line *line) {
     line->last_unwritten = &line->first_unwritten;
 }
 
+/* A front door may have made its bell one that blocks, and filled it up: then it rings already. */
+static void ring_door(struct line *line) {
+    const uint64_t once = 1;
+    struct pollfd bell = {line->bell, POLLOUT, 0};
+    atomic_thread_fence(memory_order_seq_cst);
+    if (atomic_exchange_explicit(&line->header->door_sleeps, 0, memory_order_relaxed) && poll(&bell, 1, 0) > 0)
+        (void)!write(line->bell, &once, sizeof once);
+}
+
 void line_publish(struct line *line) {
     if (line->gone) {
         forget_unwritten(line);
@@ -101,7 +110,7 @@ void line_publish(struct line *line) {
     if (!line->changed) return;
     line->changed = false;
     atomic_store_explicit(&line->header->answers_written, line->written, memory_order_release);
-    blockdex_ring_bell(&line->header->door_sleeps, line->bell);
+    ring_door(line);
 }
 
 bool line_is_heard(const struct line *line) { return !line->gone && !line->first_unwritten && !line->crowded; }
