@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import resource
 import socket
@@ -14,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from blockdex.errors import UnavailableError
-from blockdex.transport import handover
+from blockdex.transport import handover, talk
 from blockdex.transport.handover import Handles, take
 from blockdex.transport.segment import RingError, Segment, Sizes
 from ring_engine import Hosted, hosted
 from running_engine import TIMEOUT, open_sequence
 
 TIMES = 50
+PAGES = 100_000
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
@@ -130,9 +132,27 @@ async def test_a_greeting_that_is_refused_leaves_no_file() -> None:
 
 async def test_a_fault_in_a_report_is_told_to_who_asked_and_ends_no_link(caplog: pytest.LogCaptureFixture) -> None:
     async with hosted() as run:
-        talk = run.channel._talk
+        before = run.channel._talk
         with pytest.raises(UnavailableError, match="engine: a fault in its report"):
             await run.channel.overview(0)  # which divides by it
         assert "a report failed" in caplog.text and "ZeroDivisionError" in caplog.text
         assert (await run.channel.info()).epoch == run.engine.info().epoch
-        assert run.channel._talk is talk
+        assert run.channel._talk is before
+
+
+async def test_who_asks_and_does_not_read_is_hung_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(talk, "_ANSWER_SECONDS", 0.5)
+    async with hosted(num_pages=PAGES) as run, linked(run) as (connected, _):
+        question = json.dumps({"ask": "overview", "max_cells": PAGES}).encode()
+        questions = 200 * (len(question).to_bytes(4, "little") + question)
+        await asyncio.get_running_loop().sock_sendall(connected, questions)
+        await eventually(lambda: "link broken" in caplog.text)
+        await eventually(lambda: len(run.inbox._lines) == 1)
+        await run.ask(open_sequence(1))
+        read = 0
+        with contextlib.suppress(ConnectionError):
+            while part := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connected, 1 << 20), TIMEOUT):
+                read += len(part)
+        assert read < 6 * PAGES, "what the socket holds, less than one answer"

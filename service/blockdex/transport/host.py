@@ -77,7 +77,7 @@ class RingHost:
                 return
         loop = asyncio.get_running_loop()
 
-        def hang_up(error: RingError) -> None:
+        def hang_up(error: Exception) -> None:
             log_event(logger, logging.WARNING, "link broken", reason=str(error))
             loop.call_soon_threadsafe(talk.hang_up)
 
@@ -86,6 +86,11 @@ class RingHost:
         try:
             async for words in talk.heard():
                 talk.tell(await reply_to(self._engine, words))
+                await talk.drain()
+        except TimeoutError as error:
+            hang_up(error)
+        except ConnectionError:
+            pass  # it went without its answer
         finally:
             self._inbox.drop(line)
             talk.hang_up()

@@ -47,6 +47,20 @@ class Talk:
         body = json.dumps(words, separators=(",", ":"), default=_plain).encode()
         self._writer.write(len(body).to_bytes(_LENGTH_BYTES, "little") + body)
 
+    async def drain(self) -> None:
+        """Waits until the other end has read what it was told, but for a little.
+
+        Raises:
+            TimeoutError: it does not read; the conversation is over.
+            ConnectionError: it is gone.
+        """
+        try:
+            await asyncio.wait_for(self._writer.drain(), _ANSWER_SECONDS)
+        except TimeoutError:
+            # Not `hang_up`, which would keep what was not read until it is.
+            self._writer.transport.abort()
+            raise TimeoutError(f"link: an answer was not read within {_ANSWER_SECONDS:g} s") from None
+
     async def ask(self, words: Words) -> Words:
         """Sends a question and waits for its answer.
 
