@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import json
 
 import httpx
 import numpy as np
 
 import blockdex
+from processes import eventually
 from serving import serve
 
 PAGES, PAGE_BYTES, LAYERS = 8, 3 * 128 * 128 * 2, 3
@@ -19,16 +20,18 @@ def test_a_burst_is_one_line_in_the_log() -> None:
         for sequence in range(PAGES):
             client.open_sequence(sequence)
             client.append_keys(layer=0, sequences=[sequence], lengths=[128], keys=np.ones((128, 128), np.float32))
-        time.sleep(0.4)
-        text = httpx.get(f"http://{serving.http_address}/metrics").text
-        assert f"blockdex_idle_pages {PAGES}.0" in text
-        assert f"blockdex_idle_sequences {PAGES}.0" in text
+
+        def text(path: str) -> str:
+            return httpx.get(f"http://{serving.http_address}{path}").text
+
+        eventually(lambda: f"blockdex_idle_sequences {PAGES}.0" in text("/metrics"), "their leases end")
+        assert f"blockdex_idle_pages {PAGES}.0" in text("/metrics")
         client.open_sequence(100)
         client.append_keys(layer=0, sequences=[100], lengths=[640], keys=np.ones((640, 128), np.float32))
-        time.sleep(1.2)
+        eventually(lambda: '"evicted"' in "".join(serving.output), "it is told")
         told = serving.event("evicted")  # one line
         assert (told["level"], told["sequences"], told["open_sequences"]) == ("warning", 5, 4)
         assert (told["free_pages"], told["total_pages"]) == (0, PAGES)
-        cache = httpx.get(f"http://{serving.http_address}/v1/live").json()["cache"]
+        cache = json.loads(text("/v1/live"))["cache"]
         assert (cache["evictions"], cache["evictions_window"]) == (5, 5)
-        assert "blockdex_evictions_total 5.0" in httpx.get(f"http://{serving.http_address}/metrics").text
+        assert "blockdex_evictions_total 5.0" in text("/metrics")

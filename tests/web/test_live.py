@@ -14,11 +14,19 @@ import pytest
 import blockdex
 from blockdex.web.app import PAGE_FILES, PAGE_HEADERS
 from blockdex.web.live import MAX_CELLS
+from processes import eventually
 from serving import Serving, serve
 
 
 def get(server: Serving, path: str) -> httpx.Response:
     return httpx.get(f"http://{server.http_address}{path}")
+
+
+def made_anew(server: Serving) -> httpx.Response:
+    """What is made after all that was done before."""
+    before = get(server, "/v1/live").content
+    eventually(lambda: get(server, "/v1/live").content != before, "it is made anew")
+    return get(server, "/v1/live")
 
 
 def test_the_page_and_its_files_let_nothing_else_in(server: Serving) -> None:
@@ -38,8 +46,7 @@ def test_it_names_nobody(server: Serving) -> None:
     with blockdex.Client(server.grpc_address, tenant="Reynholm-Industries") as client:
         client.open_sequence(sequence)
         client.append_keys(layer=0, sequences=[sequence], lengths=[3], keys=np.full((3, 128), 0.3333, np.float32))
-        time.sleep(1.1)  # until it is made anew
-        body = get(server, "/v1/live").text
+        body = made_anew(server).text
         client.close_sequence(sequence)
     assert json.loads(body)["sequences"]["open"] >= 1
     assert "Reynholm" not in body
@@ -70,8 +77,7 @@ def test_many_pages_share_a_cell(many_pages: Serving) -> None:
     with blockdex.Client(many_pages.grpc_address) as client:
         client.open_sequence(1)
         client.append_keys(layer=0, sequences=[1], lengths=[1000], keys=np.ones((1000, 128), np.float32))
-        time.sleep(1.1)
-        answer = get(many_pages, "/v1/live")
+        answer = made_anew(many_pages)
     cache = answer.json()["cache"]
     assert cache["pages"] == {"total": 10922, "free": 10914, "private": 8, "shared": 0, "idle": 0}
     assert cache["cells"]["pages_per_cell"] == 3

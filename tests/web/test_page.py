@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal
@@ -22,6 +21,7 @@ import blockdex
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from browsing import Look, chromium, look
+from processes import eventually
 from serving import SMALL, Serving, serve
 
 GROUNDS: dict[Literal["light", "dark"], str] = {"light": "rgb(244, 245, 247)", "dark": "rgb(14, 17, 21)"}
@@ -176,7 +176,9 @@ def test_its_numbers_are_those_of_the_metrics(browser: Browser, shown: Serving, 
     client.fork_sequence(1, 2, 500)
     with pytest.raises(blockdex.NotFoundError):
         client.get_sequence(3)
-    time.sleep(1.1)  # until the server has looked at its own counters again
+    live = f"http://{shown.http_address}/v1/live"
+    earlier = httpx.get(live).content
+    eventually(lambda: httpx.get(live).content != earlier, "the server looks at its own counters again")
     with look(browser, shown.http_address) as seen:
         # All that this server ever did lies within the minute that the page shows.
         seen.eventually(lambda: 3 <= window_shown(seen) < 60, "some seconds are shown, and all of them")
