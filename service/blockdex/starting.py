@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from blockdex.addresses import Address
 from blockdex.config import ServeSettings, automatic_cache_bytes
+from blockdex.engine import THREAD
 from blockdex.logs import log_event, log_fault
 from blockdex.transport.ring import SUPPORTED
 from blockdex_kernels import IndexSpec
@@ -206,11 +207,13 @@ async def warm_up(engine: Engine, tell: Callable[[int, int], None], told_to_stop
 
 
 def end_with_the_thread(fault: threading.ExceptHookArgs) -> None:
-    """Ends the process of an engine with a thread of it that has failed: as its `threading.excepthook`.
+    """Ends the process with the engine's thread: a `threading.excepthook`.
 
     Without its loop an engine answers nobody, not even where a deadline has passed; a new process does.
     """
-    assert fault.exc_value is not None
+    if fault.thread is None or fault.thread.name != THREAD or fault.exc_value is None:
+        threading.__excepthook__(fault)
+        return
     log_fault(logger, "the engine's thread ended", fault.exc_value)
     os._exit(1)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from blockdex.cache import TABLE_ROW, Cache
+from blockdex.engine import THREAD
 from blockdex.engine.batch import Batch
 from blockdex.engine.entry import Entry, Inbox, Outcome, given_up, shutting_down, too_late
 from blockdex.engine.launcher import Launcher
@@ -118,7 +119,7 @@ class Engine:
     def start(self, deliver: Deliver) -> None:
         """Starts the loop; `deliver` is called on its thread, once a batch, with the answers."""
         self._deliver = deliver
-        self._thread = threading.Thread(target=self._run, name="blockdex-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
