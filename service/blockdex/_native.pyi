@@ -224,7 +224,8 @@ class Writer:
         """A request, the sum of its lengths, and its heads: those named, or all from the first one; 0 without queries.
 
         Kinds are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect. Columns are lists, and revisions may be
-        None. None where anything is wrong with it or merely unusual.
+        None. None where anything is wrong with it or merely unusual, and while another request is being written: by
+        whoever was interrupted, by the collector above all.
         """
 
     def append(

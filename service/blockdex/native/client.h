@@ -6,14 +6,14 @@
 
 #include "native.h"
 
-/* The `Layers` of a sequence, where it is known and has such a layer; borrowed, else NULL. */
-PyObject *blockdex_layers_of(PyObject *sequences, PyObject *id, Py_ssize_t layer);
+/* The `Layers` of a sequence, where it is known and has such a layer; else NULL, an error being set or not. */
+PyObject *blockdex_layers_of(PyObject *sequences, uint64_t id, Py_ssize_t layer);
 
 /* How long a layer is; below 0 where that is unknown. */
 int64_t blockdex_length_of(PyObject *layers, Py_ssize_t layer);
 
-/* Begins a write that makes a layer so long: the `Layers`, and the length before and after. */
-PyObject *blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t length);
+/* Begins a write that makes a layer so long. */
+void blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t length);
 
 extern PyType_Spec blockdex_baton_spec, blockdex_layers_spec, blockdex_writer_spec;
 

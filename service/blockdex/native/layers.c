@@ -127,18 +127,17 @@ PyType_Spec blockdex_layers_spec = {
 
 /* --- An append --- */
 
-PyObject *blockdex_layers_of(PyObject *sequences, PyObject *id, Py_ssize_t layer) {
-    PyObject *found = PyDict_GetItemWithError(sequences, id);
-    return found && has((Layers *)found, layer) ? found : NULL;
+PyObject *blockdex_layers_of(PyObject *sequences, uint64_t id, Py_ssize_t layer) {
+    PyObject *key = PyLong_FromUnsignedLongLong(id);
+    PyObject *found = key ? PyDict_GetItemWithError(sequences, key) : NULL;
+    PyObject *layers = found && has((Layers *)found, layer) ? Py_NewRef(found) : NULL;
+    Py_XDECREF(key);
+    return layers;
 }
 
 int64_t blockdex_length_of(PyObject *layers, Py_ssize_t layer) { return member((Layers *)layers, LENGTHS)[layer]; }
 
-PyObject *blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t length) {
-    PyObject *change = Py_BuildValue("OLL", layers, (long long)blockdex_length_of(layers, layer), (long long)length);
-    if (change) begin((Layers *)layers, layer, length);
-    return change;
-}
+void blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t length) { begin((Layers *)layers, layer, length); }
 
 PyObject *blockdex_end_append(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count) {
     if (count != 2) return PyErr_Format(PyExc_TypeError, "end_append takes 2 arguments");

@@ -3,11 +3,15 @@
 
 #include <string.h>
 
-/* Writes the requests that one server would take. `array` is numpy's type, `dtypes` its dtypes by their wire's number. */
+/* Writes the requests that one server would take. `array` is numpy's type, `dtypes` its dtypes by their wire's number.
+ *
+ * The scratch is one request's at a time. Whatever allocates may run the collector, and with it finalizers, which may
+ * come back here or let another thread do so: while it is `busy`, requests are left to Python. */
 typedef struct {
     PyObject_HEAD
     struct bounds bounds;
     struct scratch scratch;
+    bool busy;
     PyObject *array, *dtypes, *dtype_name;
 } Writer;
 
@@ -193,72 +197,99 @@ static PyObject *written(const struct wire_request *request, uint32_t num_heads)
     return Py_BuildValue("NKI", bytes, (unsigned long long)sum(request->spans, LENGTHS), num_heads);
 }
 
+/* What is held of a request while it is written. */
+struct draft {
+    struct wire_request request;
+    Py_buffer keys, queries;
+};
+
+static void begin_draft(Writer *self, struct draft *draft) {
+    *draft = (struct draft){.request = {.spans = &self->scratch.spans}};
+    memset(self->scratch.spans.counts, 0, sizeof self->scratch.spans.counts);
+    self->busy = true;
+}
+
+static void end_draft(Writer *self, struct draft *draft) {
+    if (draft->keys.obj) PyBuffer_Release(&draft->keys);
+    if (draft->queries.obj) PyBuffer_Release(&draft->queries);
+    self->busy = false;
+}
+
+/* The request, of which all but the tensors was read; NULL without an error where it is not plainly right. */
+static PyObject *finish_draft(Writer *self, struct draft *draft, PyObject *const *arguments) {
+    struct wire_request whole;
+    if (!read_tensors(self, arguments, &draft->keys, &draft->queries, &draft->request)) return NULL;
+    return is_right(self, &draft->request, &whole) ? written(&draft->request, whole.num_heads) : NULL;
+}
+
+static PyObject *found_or_none(PyObject *found) {
+    if (!found && !PyErr_Occurred()) Py_RETURN_NONE;
+    return found;
+}
+
 static PyObject *writer_write(PyObject *object, PyObject *const *arguments, Py_ssize_t count) {
     Writer *self = (Writer *)object;
-    Py_buffer keys = {.obj = NULL}, queries = {.obj = NULL};
-    struct wire_request request = {.spans = &self->scratch.spans}, whole;
-    PyObject *result = NULL;
+    struct draft draft;
     if (count != NUM_ARGUMENTS) return PyErr_Format(PyExc_TypeError, "write takes %d arguments", (int)NUM_ARGUMENTS);
-    memset(request.spans->counts, 0, sizeof request.spans->counts);
-    if (read_arguments(arguments, &request) && read_tensors(self, arguments, &keys, &queries, &request) &&
-        is_right(self, &request, &whole))
-        result = written(&request, whole.num_heads);
-    if (keys.obj) PyBuffer_Release(&keys);
-    if (queries.obj) PyBuffer_Release(&queries);
-    if (!result && !PyErr_Occurred()) Py_RETURN_NONE;
-    return result;
+    if (self->busy) Py_RETURN_NONE;
+    begin_draft(self, &draft);
+    PyObject *message = read_arguments(arguments, &draft.request) ? finish_draft(self, &draft, arguments) : NULL;
+    end_draft(self, &draft);
+    return found_or_none(message);
 }
 
 /* --- An append, in the client's books too --- */
 
-/* Whether all sequences are known to have such a layer; where no starts are named, their runs go to its ends. */
-static bool find_ends(PyObject *sequences, PyObject *ids, bool counts, struct wire_request *request) {
+/* What it will change, where all sequences are known to have such a layer; else NULL without an error. Where no starts
+ * are named, its runs go to the ends of the sequences. */
+static PyObject *find_changes(PyObject *sequences, bool counts, const struct wire_request *request) {
     struct wire_spans *spans = request->spans;
-    for (uint32_t at = 0; at < spans->counts[SEQUENCE_IDS]; at++) {
-        PyObject *layers = blockdex_layers_of(sequences, PyList_GetItem(ids, at), request->layer);
-        int64_t length = layers ? blockdex_length_of(layers, request->layer) : -1;
-        if (!layers || (counts && length < 0)) return false;
-        if (counts) spans->columns[STARTS][at] = (uint64_t)length;
-    }
-    if (counts) spans->counts[STARTS] = spans->counts[SEQUENCE_IDS];
-    return true;
-}
-
-static PyObject *begun(PyObject *sequences, PyObject *ids, const struct wire_request *request) {
-    const struct wire_spans *spans = request->spans;
     PyObject *changes = PyList_New(spans->counts[SEQUENCE_IDS]);
     for (uint32_t at = 0; changes && at < spans->counts[SEQUENCE_IDS]; at++) {
-        PyObject *layers = blockdex_layers_of(sequences, PyList_GetItem(ids, at), request->layer);
+        PyObject *layers = blockdex_layers_of(sequences, spans->columns[SEQUENCE_IDS][at], request->layer);
+        int64_t length = layers ? blockdex_length_of(layers, request->layer) : -1;
+        if (counts) spans->columns[STARTS][at] = (uint64_t)length;
         int64_t end = (int64_t)(spans->columns[STARTS][at] + spans->columns[LENGTHS][at]);
-        PyObject *change = layers ? blockdex_begin(layers, request->layer, end) : NULL;
+        PyObject *change =
+            layers && !(counts && length < 0) ? Py_BuildValue("OLL", layers, (long long)length, (long long)end) : NULL;
+        Py_XDECREF(layers);
         if (change)
             PyList_SetItem(changes, at, change);
         else
             Py_CLEAR(changes);
     }
+    if (counts) spans->counts[STARTS] = spans->counts[SEQUENCE_IDS];
     return changes;
+}
+
+/* Nothing fails here, and nothing is allocated. */
+static void begin_changes(PyObject *changes, const struct wire_request *request) {
+    const struct wire_spans *spans = request->spans;
+    for (uint32_t at = 0; at < spans->counts[SEQUENCE_IDS]; at++) {
+        PyObject *layers = PyTuple_GetItem(PyList_GetItem(changes, at), 0);
+        uint64_t end = spans->columns[STARTS][at] + spans->columns[LENGTHS][at];
+        blockdex_begin(layers, request->layer, (int64_t)end);
+    }
 }
 
 static PyObject *writer_append(PyObject *object, PyObject *const *arguments, Py_ssize_t count) {
     Writer *self = (Writer *)object;
-    Py_buffer keys = {.obj = NULL}, queries = {.obj = NULL};
-    struct wire_request request = {.spans = &self->scratch.spans}, whole;
-    PyObject *message = NULL, *changes = NULL;
+    PyObject *changes = NULL, *message = NULL, *begun = NULL;
+    struct draft draft;
     if (count != 1 + NUM_ARGUMENTS)
         return PyErr_Format(PyExc_TypeError, "append takes %d arguments", 1 + NUM_ARGUMENTS);
-    PyObject *sequences = *arguments++, *ids = arguments[COLUMNS + SEQUENCE_IDS];
-    const bool counts = arguments[COLUMNS + STARTS] == Py_None;
-    memset(request.spans->counts, 0, sizeof request.spans->counts);
-    if (read_arguments(arguments, &request) && find_ends(sequences, ids, counts, &request) &&
-        read_tensors(self, arguments, &keys, &queries, &request) && is_right(self, &request, &whole))
-        message = written(&request, whole.num_heads);
-    if (message) changes = begun(sequences, ids, &request);
-    if (keys.obj) PyBuffer_Release(&keys);
-    if (queries.obj) PyBuffer_Release(&queries);
-    if (changes) return Py_BuildValue("NN", message, changes);
+    if (self->busy) Py_RETURN_NONE;
+    PyObject *sequences = *arguments++;
+    begin_draft(self, &draft);
+    if (read_arguments(arguments, &draft.request))
+        changes = find_changes(sequences, arguments[COLUMNS + STARTS] == Py_None, &draft.request);
+    if (changes) message = finish_draft(self, &draft, arguments);
+    if (message) begun = Py_BuildValue("OO", message, changes);
+    if (begun) begin_changes(changes, &draft.request);
     Py_XDECREF(message);
-    if (PyErr_Occurred()) return NULL;
-    Py_RETURN_NONE;
+    Py_XDECREF(changes);
+    end_draft(self, &draft);
+    return found_or_none(begun);
 }
 
 static PyMethodDef writer_methods[] = {
