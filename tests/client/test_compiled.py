@@ -341,9 +341,10 @@ def test_frames_are_what_protobuf_would_write(number: int, timeout: float, size:
 
 # --- The ledger ---
 
+WATCHES = ("ask", "answer", "cut", "end cut", "fail cut")
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(("append", "append", "append", "end", "end", "fail", "fail certain", "ask", "cut", "close")),
+        st.sampled_from(("append", "append", "append", "end", "end", "fail", "fail certain", *WATCHES, "close")),
         st.integers(0, 2),
         st.lists(st.integers(1, 4), max_size=4),
         st.booleans(),
@@ -358,7 +359,8 @@ class Story:
     def __init__(self) -> None:
         self.ledger = Ledger(INFO)
         self.appends: list[Any] = []
-        self.watches: list[Any] = []
+        self.questions: list[Any] = []
+        self.cuts: list[Any] = []
         for sequence in (1, 2, 3):
             self.ledger.open(sequence, [10, 20, 30])
 
@@ -372,15 +374,18 @@ class Story:
             append = self.appends.pop(layer % len(self.appends))
             ledger.end_append(append) if step == "end" else ledger.fail_append(append, step == "fail certain")
         for sequence in sequences[:1]:
-            if step == "ask":
-                watch = ledger.begin_question(sequence)
-                ledger.end_question(watch, [7, 8, 9])
-                return watch.writes
-            if step == "cut":
-                watch = ledger.begin_truncation(sequence)
-                ledger.end_truncation(watch, [3, 3, 3]) if named else ledger.fail_truncation(watch, layer == 0)
             if step == "close":
                 ledger.close(sequence)
+            if step in {"ask", "cut"}:
+                begin = ledger.begin_question if step == "ask" else ledger.begin_truncation
+                watches = self.questions if step == "ask" else self.cuts
+                watches.append(begin(sequence))
+                return watches[-1].writes
+        if step == "answer" and self.questions:
+            ledger.end_question(self.questions.pop(layer % len(self.questions)), [7, 8, 9])
+        if step in {"end cut", "fail cut"} and self.cuts:
+            watch = self.cuts.pop(layer % len(self.cuts))
+            ledger.end_truncation(watch, [3, 3, 3]) if step == "end cut" else ledger.fail_truncation(watch, named)
         return None
 
     def known(self) -> Any:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from blockdex import FailedPreconditionError
 from blockdex.client.ledger import Ledger
@@ -55,6 +60,46 @@ def test_an_unknown_outcome_stays_unknown_whatever_follows(ledger: Ledger) -> No
     first = ledger.begin_append(0, [7], [5], None)
     second = ledger.begin_append(0, [7], [3], None)
     ledger.fail_append(first, changed_nothing=False)
+    ledger.end_append(second)
+    assert length(ledger) is None
+
+
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_appends_that_overlap_and_name_the_same_start_leave_the_length_unknown(
+    ledger: Ledger, first_ends_first: bool
+) -> None:
+    appends = [ledger.begin_append(0, [7], [rows], [10]) for rows in (20, 5)]
+    for append in appends if first_ends_first else reversed(appends):
+        ledger.end_append(append)
+    assert (length(ledger), length(ledger, layer=1)) == (None, 10)
+    ledger.end_append(ledger.begin_append(0, [7], [1], [12]))
+    assert length(ledger) == 13
+
+
+@pytest.mark.parametrize("refused_ends_first", [True, False])
+def test_a_refusal_does_not_undo_what_another_append_did_meanwhile(ledger: Ledger, refused_ends_first: bool) -> None:
+    refused = ledger.begin_append(0, [7], [5], [10])
+    good = ledger.begin_append(0, [7], [5], [10])
+    if refused_ends_first:
+        ledger.fail_append(refused, changed_nothing=True)
+    ledger.end_append(good)
+    if not refused_ends_first:
+        ledger.fail_append(refused, changed_nothing=True)
+    assert length(ledger) is None
+
+
+def test_the_later_of_two_with_the_same_start_is_refused(ledger: Ledger) -> None:
+    good = ledger.begin_append(0, [7], [5], [10])
+    ledger.fail_append(ledger.begin_append(0, [7], [5], [10]), changed_nothing=True)
+    ledger.end_append(good)
+    assert length(ledger) == 15
+
+
+def test_an_append_without_start_during_one_that_rolls_back_leaves_the_length_unknown(ledger: Ledger) -> None:
+    first = ledger.begin_append(0, [7], [2], [4])
+    second = ledger.begin_append(0, [7], [3], None)
+    assert second.starts == [6]
+    ledger.end_append(first)
     ledger.end_append(second)
     assert length(ledger) is None
 
@@ -116,3 +161,95 @@ def test_a_failure_counts_once(ledger: Ledger) -> None:
     ledger.fail_append(append, changed_nothing=False)
     ledger.end_question(ledger.begin_question(7), [12, 12])
     assert length(ledger) == 12
+
+
+# --- Beside a server ---
+
+
+@dataclass
+class Sent:
+    """A write on its way: what the ledger knows it by, where it goes (rows: 0 of a cut), and what the server said."""
+
+    token: Any
+    start: int
+    rows: int
+    changed: bool | None = None
+    lengths: tuple[int, int] = (0, 0)
+
+
+class Beside:
+    """A ledger, and a server that takes what is in flight in any order, for layer 0 of sequence 7."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger(some_info(num_layers=2))
+        self.ledger.open(7, [10, 10])
+        self.truth = 10
+        self.sent: list[Sent] = []
+
+    def append(self, rows: int, start: int | None) -> None:
+        if start is None and length(self.ledger) is None:
+            return
+        append = self.ledger.begin_append(0, [7], [rows], None if start is None else [start])
+        self.sent.append(Sent(append, append.starts[0], rows))
+
+    def cut(self, to: int) -> None:
+        self.sent.append(Sent(self.ledger.begin_truncation(7), to, 0))
+
+    def ask(self) -> None:
+        self.ledger.end_question(self.ledger.begin_question(7), [self.truth, 10])
+
+    def take(self, one: Sent, refused: bool) -> None:
+        one.changed = not refused and (one.rows == 0 or one.start <= self.truth)
+        if one.changed:
+            self.truth = one.start + one.rows if one.rows else min(self.truth, one.start)
+        one.lengths = self.truth, 10
+
+    def answer(self, one: Sent, lost: bool) -> None:
+        self.sent.remove(one)
+        if lost or not one.changed:
+            fail = self.ledger.fail_append if one.rows else self.ledger.fail_truncation
+            fail(one.token, not lost)
+        elif one.rows:
+            self.ledger.end_append(one.token)
+        else:
+            self.ledger.end_truncation(one.token, one.lengths)
+
+    def go(self, step: str, number: int, flag: bool) -> None:
+        untaken = [one for one in self.sent if one.changed is None]
+        taken = [one for one in self.sent if one.changed is not None]
+        if step == "append":
+            self.append(1 + number % 5, None if flag else number)
+        elif step == "cut":
+            self.cut(number)
+        elif step == "ask":
+            self.ask()
+        elif step == "take" and untaken:
+            self.take(untaken[number % len(untaken)], refused=flag)
+        elif step == "answer" and taken:
+            self.answer(taken[number % len(taken)], lost=flag)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(("append", "append", "take", "take", "answer", "answer", "cut", "ask")),
+        st.integers(0, 20),
+        st.sampled_from((False, False, True)),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(STEPS)
+def test_a_length_that_is_known_is_the_servers(steps: Any) -> None:
+    beside = Beside()
+    for step in steps:
+        beside.go(*step)
+        assert beside.sent or length(beside.ledger) in (None, beside.truth)
+    for one in list(beside.sent):
+        if one.changed is None:
+            beside.take(one, refused=False)
+        beside.answer(one, lost=False)
+    assert length(beside.ledger) in (None, beside.truth)
+    beside.ask()
+    assert length(beside.ledger) == beside.truth

@@ -29,10 +29,11 @@ class Client:
     Threads may share a client. A forked process may not use its parent's: make it after the fork.
 
     The client counts what it appends, so `starts` may be left out: an append then goes to the end of its layer, and a
-    selection asks for the last positions. It cannot count for a sequence that it did not open, nor after a write whose
-    outcome it did not learn (deadline, lost connection, fault of the server): such calls raise
-    `FailedPreconditionError` (OUTCOME_UNKNOWN) until `get_sequence` was asked or an append named its start. Calls on
-    one sequence and layer that overlap in time should name theirs.
+    selection asks for the last positions. It cannot count for a sequence that it did not open, after a write whose
+    outcome it did not learn (deadline, lost connection, fault of the server), nor after writes that overlapped in time
+    without each starting where the one before ends: such calls raise `FailedPreconditionError` (OUTCOME_UNKNOWN) until
+    `get_sequence` was asked or an append named its start. Calls on one sequence and layer that overlap in time should
+    name theirs.
 
     A server that has lost its cache says so once, by `FailedPreconditionError` (EPOCH_MISMATCH): its sequences are
     gone, and the client forgets them too.

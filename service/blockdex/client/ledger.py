@@ -16,20 +16,25 @@ from blockdex.errors import FailedPreconditionError, Reason
 
 _UNKNOWN = -1
 _OVERLAPPED = -1
+_NOWHERE = -2
 
 
 class _Layers:
-    """One sequence, by layer: its length, how many writes were begun so far, and how many are in flight.
+    """One sequence, by layer: its length, how many writes were begun so far, how many are in flight, whether in a row.
+
+    Writes that overlap are in a row where each one starts at the end of the one before: the server can take them in no
+    other order. Of others nobody knows which one it takes last, so that the length is unknown from then on.
 
     The compiled module has the same.
     """
 
-    __slots__ = ("_in_flight", "_lengths", "_writes")
+    __slots__ = ("_in_a_row", "_in_flight", "_lengths", "_writes")
 
     def __init__(self, lengths: list[int]) -> None:
         self._lengths = lengths
         self._writes = [0] * len(lengths)
         self._in_flight = [0] * len(lengths)
+        self._in_a_row = [False] * len(lengths)
 
     def length(self, layer: int) -> int:
         return self._lengths[layer]
@@ -37,16 +42,32 @@ class _Layers:
     def put(self, layer: int, length: int) -> None:
         self._lengths[layer] = length
 
-    def begin(self, layer: int, length: int) -> int:
-        """A write that makes the layer so long has begun; the answer is how long it was before."""
-        before, self._lengths[layer] = self._lengths[layer], length
+    def begin(self, layer: int, start: int, length: int) -> tuple[int, int]:
+        """A write from there has begun that makes the layer so long; how long it was before, and the write's number."""
+        before, alone = self._lengths[layer], self._in_flight[layer] == 0
+        in_a_row = start == before and (alone or self._in_a_row[layer])
+        self._in_a_row[layer] = in_a_row
+        self._lengths[layer] = length if alone or in_a_row else _UNKNOWN
         self._writes[layer] += 1
         self._in_flight[layer] += 1
-        return before
+        return before, self._writes[layer]
 
     def end(self, layer: int) -> None:
         """A write has ended."""
         self._in_flight[layer] -= 1
+
+    def undo(self, layer: int, before: int, number: int) -> None:
+        """A write that has ended changed nothing: all is as it was before, unless there was another one since."""
+        if number != self._writes[layer]:
+            self.lose(layer)
+            return
+        self._lengths[layer] = before
+        self._writes[layer] -= 1
+
+    def lose(self, layer: int) -> None:
+        """The length is unknown, whatever is undone later."""
+        self._lengths[layer] = _UNKNOWN
+        self._writes[layer] += 1
 
     def writes(self) -> list[int]:
         return list(self._writes)
@@ -60,7 +81,7 @@ class Append:
     """An append in flight. The ledger counts it from its beginning, so that the next one follows it.
 
     Attributes:
-        changes: `[N]`, each sequence with its length before and after; empty once the append has ended.
+        changes: `[N]`, each sequence with its length before and the write's number; empty once the append has ended.
         starts: `[N]`, where each run goes; empty where the request is written already.
     """
 
@@ -84,8 +105,9 @@ class Watch:
 class Ledger:
     """Lengths by sequence and layer, as this client's own calls made them. Safe to share between threads.
 
-    A length is unknown for a sequence that this client did not open, and after a write of unknown outcome, until the
-    server was asked or an append named its own start.
+    A length is unknown for a sequence that this client did not open, after a write of unknown outcome, and after writes
+    that overlapped in time without each starting where the one before ends; until the server was asked, or an append
+    that overlaps no other named its own start.
 
     Attributes:
         info: the server's answer to GetInfo.
@@ -156,7 +178,7 @@ class Ledger:
                 starts = [self._length(sequence, layer) for sequence in sequences]
             for sequence, start, rows in zip(sequences, starts, lengths, strict=False):
                 layers = self._sequences.get(sequence) or self._layers(sequence)
-                changes.append((layers, layers.begin(layer, start + rows), start + rows))
+                changes.append((layers, *layers.begin(layer, start, start + rows)))
         return Append(layer, changes, starts)
 
     def end_append(self, append: Append) -> None:
@@ -173,10 +195,12 @@ class Ledger:
         """The append failed: lengths are what they were where that is certain, else unknown."""
         layer = append.layer
         with self._lock:
-            for layers, before, after in reversed(append.changes):
+            for layers, before, number in reversed(append.changes):
                 layers.end(layer)
-                certain = changed_nothing and layers.length(layer) == after
-                layers.put(layer, before if certain else _UNKNOWN)
+                if changed_nothing:
+                    layers.undo(layer, before, number)
+                else:
+                    layers.lose(layer)
             append.changes = []
 
     def begin_question(self, sequence: int) -> Watch:
@@ -199,7 +223,7 @@ class Ledger:
             watch = self._watch(sequence)
             layers = self._layers(sequence)
             for layer in range(len(watch.writes)):
-                layers.begin(layer, layers.length(layer))
+                layers.begin(layer, _NOWHERE, layers.length(layer))
             return watch
 
     def end_truncation(self, watch: Watch, lengths: Sequence[int]) -> None:
@@ -209,8 +233,10 @@ class Ledger:
             writes = layers.writes()
             for layer, length in enumerate(lengths):
                 layers.end(layer)
-                alone = writes[layer] == watch.writes[layer] + 1
-                layers.put(layer, length if alone else _UNKNOWN)
+                if writes[layer] == watch.writes[layer] + 1:
+                    layers.put(layer, length)
+                else:
+                    layers.lose(layer)
 
     def fail_truncation(self, watch: Watch, changed_nothing: bool) -> None:
         """The truncation failed: lengths stay where it is certain that it changed nothing, else they are unknown."""
@@ -219,7 +245,7 @@ class Ledger:
             for layer in range(len(watch.writes)):
                 layers.end(layer)
                 if not changed_nothing:
-                    layers.put(layer, _UNKNOWN)
+                    layers.lose(layer)
 
     def _layers(self, sequence: int) -> _Layers:
         layers = self._sequences.get(sequence)

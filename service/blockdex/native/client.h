@@ -12,8 +12,11 @@ PyObject *blockdex_layers_of(PyObject *sequences, uint64_t id, Py_ssize_t layer)
 /* How long a layer is; below 0 where that is unknown. */
 int64_t blockdex_length_of(PyObject *layers, Py_ssize_t layer);
 
-/* Begins a write that makes a layer so long. */
-void blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t length);
+/* What the next write changes: the `Layers`, how long the layer is before it, and the number that it will have. */
+PyObject *blockdex_change_of(PyObject *layers, Py_ssize_t layer);
+
+/* Begins a write from `start` that makes a layer so long. */
+void blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t start, int64_t length);
 
 extern PyType_Spec blockdex_baton_spec, blockdex_layers_spec, blockdex_writer_spec;
 

@@ -5,7 +5,8 @@
 
 #include "client.h"
 
-enum { LENGTHS, WRITES, IN_FLIGHT, NUM_MEMBERS };
+enum { LENGTHS, WRITES, IN_FLIGHT, IN_A_ROW, NUM_MEMBERS };
+enum { UNKNOWN = -1 };
 
 /* `numbers` has `count` of each member. */
 typedef struct {
@@ -53,13 +54,18 @@ static Py_ssize_t layer_of(const Layers *self, PyObject *argument) {
     return -1;
 }
 
-/* Counts a write, and says how long the layer was before it. */
-static int64_t begin(Layers *self, Py_ssize_t layer, int64_t length) {
-    int64_t before = member(self, LENGTHS)[layer];
-    member(self, LENGTHS)[layer] = length;
+static void begin(Layers *self, Py_ssize_t layer, int64_t start, int64_t length) {
+    int64_t *now = member(self, LENGTHS) + layer, *in_a_row = member(self, IN_A_ROW) + layer;
+    bool alone = member(self, IN_FLIGHT)[layer] == 0;
+    *in_a_row = start == *now && (alone || *in_a_row);
+    *now = alone || *in_a_row ? length : UNKNOWN;
     member(self, WRITES)[layer]++;
     member(self, IN_FLIGHT)[layer]++;
-    return before;
+}
+
+static void lose(Layers *self, Py_ssize_t layer) {
+    member(self, LENGTHS)[layer] = UNKNOWN;
+    member(self, WRITES)[layer]++;
 }
 
 static PyObject *layers_length(PyObject *object, PyObject *number) {
@@ -77,17 +83,39 @@ static PyObject *layers_put(PyObject *object, PyObject *arguments) {
 }
 
 static PyObject *layers_begin(PyObject *object, PyObject *arguments) {
-    long long layer, length;
+    long long layer, start, length;
     Layers *self = (Layers *)object;
-    if (!PyArg_ParseTuple(arguments, "LL:begin", &layer, &length)) return NULL;
+    if (!PyArg_ParseTuple(arguments, "LLL:begin", &layer, &start, &length)) return NULL;
     if (!has(self, layer)) return PyErr_Format(PyExc_IndexError, "layer: there is none of number %lld", layer);
-    return PyLong_FromLongLong(begin(self, layer, length));
+    long long before = member(self, LENGTHS)[layer];
+    begin(self, layer, start, length);
+    return Py_BuildValue("LL", before, (long long)member(self, WRITES)[layer]);
 }
 
 static PyObject *layers_end(PyObject *object, PyObject *number) {
     Py_ssize_t layer = layer_of((Layers *)object, number);
     if (layer < 0) return NULL;
     member((Layers *)object, IN_FLIGHT)[layer]--;
+    Py_RETURN_NONE;
+}
+
+static PyObject *layers_undo(PyObject *object, PyObject *arguments) {
+    long long layer, before, number;
+    Layers *self = (Layers *)object;
+    if (!PyArg_ParseTuple(arguments, "LLL:undo", &layer, &before, &number)) return NULL;
+    if (!has(self, layer)) return PyErr_Format(PyExc_IndexError, "layer: there is none of number %lld", layer);
+    if (number == member(self, WRITES)[layer]) {
+        member(self, LENGTHS)[layer] = before;
+        member(self, WRITES)[layer]--;
+    } else
+        lose(self, layer);
+    Py_RETURN_NONE;
+}
+
+static PyObject *layers_lose(PyObject *object, PyObject *number) {
+    Py_ssize_t layer = layer_of((Layers *)object, number);
+    if (layer < 0) return NULL;
+    lose((Layers *)object, layer);
     Py_RETURN_NONE;
 }
 
@@ -110,6 +138,8 @@ static PyMethodDef methods[] = {
     {"put", layers_put, METH_VARARGS, NULL},
     {"begin", layers_begin, METH_VARARGS, NULL},
     {"end", layers_end, METH_O, NULL},
+    {"undo", layers_undo, METH_VARARGS, NULL},
+    {"lose", layers_lose, METH_O, NULL},
     {"writes", layers_writes, METH_NOARGS, NULL},
     {"in_flight", layers_in_flight, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -137,7 +167,14 @@ PyObject *blockdex_layers_of(PyObject *sequences, uint64_t id, Py_ssize_t layer)
 
 int64_t blockdex_length_of(PyObject *layers, Py_ssize_t layer) { return member((Layers *)layers, LENGTHS)[layer]; }
 
-void blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t length) { begin((Layers *)layers, layer, length); }
+PyObject *blockdex_change_of(PyObject *layers, Py_ssize_t layer) {
+    long long number = member((Layers *)layers, WRITES)[layer] + 1;
+    return Py_BuildValue("OLL", layers, (long long)blockdex_length_of(layers, layer), number);
+}
+
+void blockdex_begin(PyObject *layers, Py_ssize_t layer, int64_t start, int64_t length) {
+    begin((Layers *)layers, layer, start, length);
+}
 
 PyObject *blockdex_end_append(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count) {
     if (count != 2) return PyErr_Format(PyExc_TypeError, "end_append takes 2 arguments");

@@ -248,10 +248,9 @@ static PyObject *find_changes(PyObject *sequences, bool counts, const struct wir
     for (uint32_t at = 0; changes && at < spans->counts[SEQUENCE_IDS]; at++) {
         PyObject *layers = blockdex_layers_of(sequences, spans->columns[SEQUENCE_IDS][at], request->layer);
         int64_t length = layers ? blockdex_length_of(layers, request->layer) : -1;
+        bool known = layers && !(counts && length < 0);
+        PyObject *change = known ? blockdex_change_of(layers, request->layer) : NULL;
         if (counts) spans->columns[STARTS][at] = (uint64_t)length;
-        int64_t end = (int64_t)(spans->columns[STARTS][at] + spans->columns[LENGTHS][at]);
-        PyObject *change =
-            layers && !(counts && length < 0) ? Py_BuildValue("OLL", layers, (long long)length, (long long)end) : NULL;
         Py_XDECREF(layers);
         if (change)
             PyList_SetItem(changes, at, change);
@@ -267,8 +266,8 @@ static void begin_changes(PyObject *changes, const struct wire_request *request)
     const struct wire_spans *spans = request->spans;
     for (uint32_t at = 0; at < spans->counts[SEQUENCE_IDS]; at++) {
         PyObject *layers = PyTuple_GetItem(PyList_GetItem(changes, at), 0);
-        uint64_t end = spans->columns[STARTS][at] + spans->columns[LENGTHS][at];
-        blockdex_begin(layers, request->layer, (int64_t)end);
+        int64_t start = (int64_t)spans->columns[STARTS][at], length = (int64_t)spans->columns[LENGTHS][at];
+        blockdex_begin(layers, request->layer, start, start + length);
     }
 }
 
