@@ -155,6 +155,30 @@ def test_a_failed_truncation_leaves_all_unknown_or_all_as_it_was(ledger: Ledger)
     assert (length(ledger), length(ledger, layer=1)) == (None, None)
 
 
+@pytest.mark.parametrize("end", ["cut", "failed", "answered"])
+def test_what_ends_after_its_sequence_was_closed_leaves_nothing(ledger: Ledger, end: str) -> None:
+    watch = ledger.begin_question(7) if end == "answered" else ledger.begin_truncation(7)
+    ledger.close(7)
+    if end == "cut":
+        ledger.end_truncation(watch, [4, 4])
+    elif end == "failed":
+        ledger.fail_truncation(watch, changed_nothing=False)
+    else:
+        ledger.end_question(watch, [10, 10])
+    assert ledger._sequences == {}
+    assert length(ledger) is None
+
+
+def test_what_ends_after_its_sequence_was_opened_anew_does_not_count(ledger: Ledger) -> None:
+    cut = ledger.begin_truncation(7)
+    ledger.close(7)
+    ledger.open(7, [0, 0])
+    append = ledger.begin_append(0, [7], [5], None)
+    ledger.end_truncation(cut, [4, 4])
+    ledger.end_append(append)
+    assert (length(ledger), length(ledger, layer=1)) == (5, 0)
+
+
 def test_a_failure_counts_once(ledger: Ledger) -> None:
     append = ledger.begin_append(0, [7], [5], None)
     ledger.end_append(append)

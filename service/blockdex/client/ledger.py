@@ -95,10 +95,12 @@ class Watch:
     """A request on a whole sequence in flight.
 
     Attributes:
+        layers: of the sequence, though it may be closed meanwhile; None where nothing was known of it.
         writes: `[L]`, writes begun up to it, `_OVERLAPPED` where one was still in flight.
     """
 
     sequence: int
+    layers: _Layers | None
     writes: list[int]
 
 
@@ -206,12 +208,12 @@ class Ledger:
     def begin_question(self, sequence: int) -> Watch:
         """The lengths of a sequence are about to be asked for."""
         with self._lock:
-            return self._watch(sequence)
+            return self._watch(sequence, self._sequences.get(sequence))
 
     def end_question(self, watch: Watch, lengths: Sequence[int]) -> None:
         """What the server said; a layer that was written meanwhile stays as it is."""
         with self._lock:
-            layers = self._layers(watch.sequence)
+            layers = watch.layers or self._layers(watch.sequence)
             writes = layers.writes()
             for layer, length in enumerate(lengths):
                 if writes[layer] == watch.writes[layer]:
@@ -220,16 +222,17 @@ class Ledger:
     def begin_truncation(self, sequence: int) -> Watch:
         """All layers of a sequence are about to be cut."""
         with self._lock:
-            watch = self._watch(sequence)
             layers = self._layers(sequence)
+            watch = self._watch(sequence, layers)
             for layer in range(len(watch.writes)):
                 layers.begin(layer, _NOWHERE, layers.length(layer))
             return watch
 
     def end_truncation(self, watch: Watch, lengths: Sequence[int]) -> None:
         """The sequence is cut; a layer that was written meanwhile has an unknown length."""
+        layers = watch.layers
+        assert layers is not None
         with self._lock:
-            layers = self._layers(watch.sequence)
             writes = layers.writes()
             for layer, length in enumerate(lengths):
                 layers.end(layer)
@@ -240,8 +243,9 @@ class Ledger:
 
     def fail_truncation(self, watch: Watch, changed_nothing: bool) -> None:
         """The truncation failed: lengths stay where it is certain that it changed nothing, else they are unknown."""
+        layers = watch.layers
+        assert layers is not None
         with self._lock:
-            layers = self._layers(watch.sequence)
             for layer in range(len(watch.writes)):
                 layers.end(layer)
                 if not changed_nothing:
@@ -253,12 +257,11 @@ class Ledger:
             layers = self._sequences[sequence] = self._new_layers([_UNKNOWN] * self.info.spec.num_layers)
         return layers
 
-    def _watch(self, sequence: int) -> Watch:
-        layers = self._sequences.get(sequence)
+    def _watch(self, sequence: int, layers: _Layers | None) -> Watch:
         if layers is None:
-            return Watch(sequence, [0] * self.info.spec.num_layers)
+            return Watch(sequence, None, [0] * self.info.spec.num_layers)
         pairs = zip(layers.writes(), layers.in_flight(), strict=True)
-        return Watch(sequence, [_OVERLAPPED if in_flight else writes for writes, in_flight in pairs])
+        return Watch(sequence, layers, [_OVERLAPPED if in_flight else writes for writes, in_flight in pairs])
 
     def _length(self, sequence: int, layer: int) -> int:
         layers = self._sequences.get(sequence)
