@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from blockdex.client.core import _begin_append
+from blockdex.client.core import Core, _begin_append
 from blockdex.client.kinds import APPEND_KEYS, SELECT_BLOCKS
 from blockdex.client.ledger import Append, Ledger
 from blockdex.client.requests import Queries, Spans
@@ -40,6 +42,8 @@ class Left:
 def moments() -> Iterator[Iterator[int]]:
     """The collector runs after so many new objects: at a later place of the call each time."""
     before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()  # What is there already would only take time.
 
     def each() -> Iterator[int]:
         for moment in range(1, LATEST):
@@ -50,6 +54,7 @@ def moments() -> Iterator[Iterator[int]]:
 
     yield each()
     gc.set_threshold(*before)
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -58,6 +63,14 @@ def ledger() -> Ledger:
     for sequence in (1, 2, 3, 4, 7):
         ledger.open(sequence, [10] * 3)
     return ledger
+
+
+def in_time(calls: Callable[[], object]) -> None:
+    """Has them done by a thread that may be left behind."""
+    caller = threading.Thread(target=calls, daemon=True)
+    caller.start()
+    caller.join(timeout=30)
+    assert not caller.is_alive(), "the caller waits for itself"
 
 
 def append(ledger: Ledger, sequence: int) -> tuple[bytes, Append]:
@@ -83,3 +96,56 @@ def test_a_request_that_is_written_in_the_middle_of_an_append(ledger: Ledger, mo
     gc.collect()
     assert found == [selection] * (LATEST - 1)
     assert pb.AppendKeysRequest.FromString(expected).spans.starts == [5]
+
+
+CALLS: dict[str, Callable[[Ledger], object]] = {
+    "open": lambda ledger: ledger.open(8, [0] * 3),
+    "append": lambda ledger: ledger.end_append(append(ledger, 7)[1]),
+    "refused append": lambda ledger: ledger.fail_append(append(ledger, 7)[1], changed_nothing=True),
+    "selection": lambda ledger: ledger.last_positions(0, [1, 2], [1, 1]),
+    "question": lambda ledger: ledger.end_question(ledger.begin_question(7), [5] * 3),
+    "cut": lambda ledger: ledger.end_truncation(ledger.begin_truncation(7), [5] * 3),
+    "failed cut": lambda ledger: ledger.fail_truncation(ledger.begin_truncation(7), changed_nothing=False),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_sequence_that_is_closed_in_the_middle_of_a_call(ledger: Ledger, moments: Iterator[int], name: str) -> None:
+    closed: list[int] = []
+
+    def close() -> None:
+        for sequence in (3, 7):
+            ledger.close(sequence)
+            closed.append(sequence)
+
+    def calls() -> None:
+        for _ in moments:
+            Left(close)
+            CALLS[name](ledger)
+            gc.collect()
+            ledger.open(3, [10] * 3)
+            ledger.open(7, [10] * 3)
+
+    in_time(calls)
+    assert closed == [3, 7] * (LATEST - 1)
+    assert ledger.last_positions(0, [1, 3, 7], [0] * 3) == [10] * 3
+
+
+def test_a_question_what_the_server_is_in_the_middle_of_another_one(moments: Iterator[int]) -> None:
+    info = some_info(num_layers=3)
+    fields = dataclasses.asdict(info.spec) | {"key_dtype": pb.DTYPE_BF16}
+    answer = pb.GetInfoResponse(spec=fields, limits=dataclasses.asdict(info.limits), epoch=17).SerializeToString()
+    epochs: list[int] = []
+
+    def ask(core: Core) -> None:
+        epochs.append(core.get_info(core.deadline(None)).finish(answer).info.epoch)
+
+    def calls() -> None:
+        for _ in moments:
+            core = Core("127.0.0.1:1", None, 5.0)
+            Left(lambda core=core: ask(core))  # type: ignore[misc]
+            ask(core)
+            gc.collect()
+
+    in_time(calls)
+    assert epochs == [17] * 2 * (LATEST - 1)

@@ -56,7 +56,8 @@ class Core:
         self.address = address
         self.metadata = () if tenant is None else ((checks.TENANT_KEY, tenant),)
         self._timeout = _checked(timeout)
-        self._lock = threading.Lock()
+        # A finalizer that closes a sequence may ask anew in the middle of taking up an answer; its own is as good.
+        self._lock = threading.RLock()
         self._ledger: Ledger | None = None
 
     @property

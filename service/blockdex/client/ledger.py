@@ -136,9 +136,12 @@ class Ledger:
             self._sequences[sequence] = self._new_layers(list(lengths))
 
     def close(self, sequence: int) -> None:
-        """Lets go of a sequence."""
-        with self._lock:
-            self._sequences.pop(sequence, None)
+        """Lets go of a sequence; finalizers may, which the collector runs wherever it likes.
+
+        So it takes no lock, which their own thread may hold: a dict's `pop` is one step, and whoever is in the middle
+        of something keeps the layers that they have found.
+        """
+        self._sequences.pop(sequence, None)
 
     def last_positions(self, layer: int, sequences: list[int], lengths: list[int]) -> list[int]:
         """Where the last `lengths[i]` positions of each sequence start.
