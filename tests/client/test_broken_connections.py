@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -279,6 +280,27 @@ def test_a_timeout_is_a_positive_number(client: blockdex.Client, flavour: Any, t
         client.info(timeout=timeout)
     with pytest.raises(ValueError, match="timeout must be a positive number of seconds, got "):
         flavour[0]("127.0.0.1:1", timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "timeout", [1e10, sys.maxsize, 1.7e308, 10**400], ids=["1e10", "maxsize", "1.7e308", "10**400"]
+)
+def test_a_timeout_may_be_longer_than_anybody_can_wait(
+    client: blockdex.Client, proxy: TcpProxy, sequence: int, timeout: float
+) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: client.info(timeout=timeout),
+        lambda: client.open_sequence(new_sequence(), timeout=timeout),
+        lambda: client.append_keys(0, sequences=sequence, keys=KEYS, timeout=timeout),
+        lambda: client.select_blocks(0, sequences=sequence, queries=QUERIES, timeout=timeout),
+    ]
+    for call in calls:
+        call()
+    # Whoever watches over deadlines has seen that one, and is still there.
+    time.sleep(0.1)
+    proxy.answers = False
+    with pytest.raises(DeadlineExceededError):
+        client.append_keys(0, sequences=sequence, keys=KEYS, timeout=0.2)
 
 
 def test_another_epoch_is_told_once_and_everything_known_is_forgotten(

@@ -22,6 +22,9 @@ from blockdex.v1 import indexer_pb2 as pb
 DEFAULT_TIMEOUT = 30.0
 """Seconds that a call may take when neither it nor its client names a timeout."""
 
+_LONGEST_TIMEOUT = 1e9
+"""Seconds: 31 years, and as long as any timeout beyond. Threads cannot wait for 10 times as long, nor can gRPC."""
+
 CHANNEL_OPTIONS = (
     # 16,384 queries are answered with 4 MiB of block ids; requests are checked against the server's own limit.
     ("grpc.max_receive_message_length", -1),
@@ -304,6 +307,6 @@ def _epoch(ledger: Ledger, epoch: int | None) -> int:
 
 
 def _checked(timeout: float) -> float:
-    if not (timeout > 0 and math.isfinite(timeout)):
+    if not 0 < timeout < math.inf:
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
-    return timeout
+    return min(timeout, _LONGEST_TIMEOUT)
