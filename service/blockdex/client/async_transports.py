@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import grpc
 from blockdex.client.call import Call
 from blockdex.client.core import CHANNEL_OPTIONS, Core
 from blockdex.client.failures import another, error_of_call, error_of_stream
-from blockdex.client.frames import CANCELS, answer_of, cancel_of, closed, frame_of, number_of
+from blockdex.client.frames import answer_of, cancel_of, closed, frame_of, number_of
 from blockdex.client.paths import STREAM_PATH, UNARY_PATHS
 from blockdex.errors import BlockdexError, DeadlineExceededError, Reason, UnavailableError
 
@@ -103,7 +104,11 @@ class AsyncStreamTransport:
 
 
 class _Exchange:
-    """One stream, from its opening until it breaks. A task reads the answers and sets each caller's future."""
+    """One stream, from its opening until it breaks. A task reads the answers and sets each caller's future.
+
+    The server reads no further than as many requests as it allows unanswered, and so would not see behind them that one
+    of them was cancelled. So no more are sent; the others wait here, where cancelling drops them.
+    """
 
     def __init__(self, channel: grpc.aio.Channel, core: Core) -> None:
         self.broken = False
@@ -111,7 +116,11 @@ class _Exchange:
         self._closing = False
         self._loop = asyncio.get_running_loop()
         self._request_ids = itertools.count(1)
-        self._outbox: asyncio.Queue[tuple[int, bytes] | None] = asyncio.Queue()
+        self._allowed = 0
+        self._unsent: OrderedDict[int, bytes] = OrderedDict()
+        self._unanswered: set[int] = set()
+        self._cancelled: deque[int] = deque()
+        self._something_to_send = asyncio.Event()
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         method: Any = channel.stream_stream(STREAM_PATH)
         self._responses = method(self._requests(), metadata=core.metadata)
@@ -119,15 +128,18 @@ class _Exchange:
 
     async def send(self, call: Call[Any]) -> bytes:
         assert call.kind is not None
+        assert call.ledger is not None
         timeout = call.remaining()
+        self._allowed = call.ledger.info.limits.max_stream_requests
         request_id = next(self._request_ids)
         future = self._waiting[request_id] = self._loop.create_future()
-        self._outbox.put_nowait((request_id, frame_of(call, request_id, timeout)))
+        self._unsent[request_id] = frame_of(call, request_id, timeout)
+        self._something_to_send.set()
         alarm = self._loop.call_later(timeout, _expire, future, call)
         try:
             return answer_of(call.kind, await future)
         except (asyncio.CancelledError, DeadlineExceededError):
-            self._outbox.put_nowait((CANCELS, cancel_of(request_id)))
+            self._give_up(request_id)
             raise
         finally:
             alarm.cancel()
@@ -138,18 +150,33 @@ class _Exchange:
         self._responses.cancel()
         await self._reader
 
+    def _give_up(self, request_id: int) -> None:
+        self._unsent.pop(request_id, None)
+        if request_id in self._unanswered:
+            self._cancelled.append(request_id)
+            self._something_to_send.set()
+
     async def _requests(self) -> AsyncIterator[bytes]:
-        while (request := await self._outbox.get()) is not None:
-            request_id, frame = request
-            # A caller that has gone while its request was queued here leaves nothing to send.
-            if request_id in self._waiting or request_id == CANCELS:
+        while not self.broken:
+            if self._cancelled:
+                yield cancel_of(self._cancelled.popleft())
+            elif self._unsent and len(self._unanswered) < self._allowed:
+                request_id, frame = self._unsent.popitem(last=False)
+                self._unanswered.add(request_id)
                 yield frame
+            else:
+                self._something_to_send.clear()
+                await self._something_to_send.wait()
 
     async def _read(self) -> None:
         end: BlockdexError = UnavailableError(f"{self._address} ended it", Reason.UNREACHABLE)
         try:
             async for frame in self._responses:
-                future = self._waiting.get(number_of(frame))
+                number = number_of(frame)
+                self._unanswered.discard(number)
+                if self._unsent:
+                    self._something_to_send.set()
+                future = self._waiting.get(number)
                 if future is not None and not future.done():
                     future.set_result(frame)
         except grpc.RpcError as failure:
@@ -166,7 +193,7 @@ class _Exchange:
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(another(failed))
-            self._outbox.put_nowait(None)
+            self._something_to_send.set()
 
 
 def _expire(future: asyncio.Future[bytes], call: Call[Any]) -> None:

@@ -12,9 +12,6 @@ from blockdex.client.kinds import Kind
 from blockdex.errors import BlockdexError, CancelledError, Reason, UnavailableError
 from blockdex.v1 import indexer_pb2 as pb
 
-CANCELS = 0
-"""Stands for a number where word of a caller that has gone is queued: requests count from 1."""
-
 _LONGEST_TIMEOUT_MS = 2**32 - 1
 _NUMBER_FIRST = b"\x09"
 _NUMBER_END = 9
