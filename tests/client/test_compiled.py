@@ -98,7 +98,7 @@ def arguments(draw: st.DrawFn) -> tuple[Kind, Spans, list[int], Any, Queries | N
     keys = draw(tensors(tokens, 4)) if kind is not SELECT_BLOCKS else None
     queries = None
     if kind is not APPEND_KEYS:
-        order = draw(pick("ascending", "score", unusual=("upwards",)))
+        order = draw(pick("ascending", "score", unusual=("upwards", None, [])))
         scored = draw(pick(False, True))
         waits = kind is SELECT_BLOCKS and draw(pick(False, True))
         queries = Queries(draw(tensors(tokens, heads, 4)), first_head, num_heads, order, scored, waits)

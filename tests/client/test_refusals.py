@@ -213,6 +213,9 @@ def test_what_only_the_client_can_see(
         ({"lengths": -3}, "lengths must be 0 to 4294967295, got -3"),
         ({"revisions": 2**64}, "revisions must be 0 to 18446744073709551615, got 18446744073709551616"),
         ({"sequences": [7, 8], "lengths": None}, "lengths: may be left out for 1 sequence only, got 2"),
+        ({"epoch": -1}, "epoch must be 0 to 18446744073709551615, got -1"),
+        ({"epoch": 2**64}, "epoch must be 0 to 18446744073709551615, got 18446744073709551616"),
+        ({"lengths": None, "keys": np.array(1, np.float32)}, "sequence 7: length must be at least 1, got 0"),
     ],
 )
 def test_integers_that_the_wire_cannot_carry(client: blockdex.Client, arguments: dict[str, Any], message: str) -> None:
@@ -228,6 +231,12 @@ def test_ids_that_the_wire_cannot_carry(client: blockdex.Client) -> None:
         "sequence_id must be 0 to 18446744073709551615, got -3": lambda: client.truncate_sequence(-3, 0),
         "child_id must be 0 to 18446744073709551615, got -4": lambda: client.fork_sequence(1, -4, 0),
         "lease_seconds must be 0 to 4294967295, got -5": lambda: client.open_sequence(1, lease_seconds=-5),
+        "epoch must be 0 to 18446744073709551615, got -6": lambda: client.open_sequence(1, epoch=-6),
+        "epoch must be 0 to 18446744073709551615, got -7": lambda: client.get_sequence(1, epoch=-7),
+        "epoch must be 0 to 18446744073709551615, got -8": lambda: client.close_sequence(1, epoch=-8),
+        "epoch must be 0 to 18446744073709551615, got -9": lambda: client.truncate_sequence(1, 0, epoch=-9),
+        "epoch must be 0 to 18446744073709551615, got -10": lambda: client.fork_sequence(1, 2, 0, epoch=-10),
+        "epoch must be 0 to 18446744073709551615, got -11": lambda: client.select_blocks(**QUERIES, epoch=-11),
     }
     for message, call in calls.items():
         assert client_words(call) == ("INVALID_ARGUMENT", "INVALID_SPANS", message)
@@ -236,17 +245,22 @@ def test_ids_that_the_wire_cannot_carry(client: blockdex.Client) -> None:
 def test_what_is_no_tensor_and_no_integer(client: blockdex.Client) -> None:
     with pytest.raises(TypeError, match="keys must be a numpy array or a torch tensor, got list"):
         client.append_keys(**(KEYS | {"keys": [[0.0] * 128] * 2}))
+    with pytest.raises(TypeError, match="keys must be a numpy array or a torch tensor, got list"):
+        client.append_keys(**(KEYS | {"keys": [[0.0] * 128] * 2, "lengths": None}))
+    with pytest.raises(TypeError, match="queries must be a numpy array or a torch tensor, got NoneType"):
+        client.select_blocks(**(QUERIES | {"queries": None, "lengths": None}))
     with pytest.raises(TypeError, match=r"starts must be integers, got \[1.5\]"):
         client.append_keys(**(KEYS | {"starts": [1.5]}))
     with pytest.raises(TypeError, match="sequences must be integers, got 'seven'"):
         client.append_keys(**(KEYS | {"sequences": "seven"}))
 
 
-def test_an_order_that_is_none(client: blockdex.Client) -> None:
-    arguments = QUERIES | {"order": "falling"}
+@pytest.mark.parametrize("order", ["falling", [], None])
+def test_an_order_that_is_none(client: blockdex.Client, order: Any) -> None:
+    arguments = QUERIES | {"order": order}
     code, reason, words = client_words(lambda: client.select_blocks(**arguments))
     assert (code, reason) == ("INVALID_ARGUMENT", "INVALID_ORDER")
-    assert words == "order must be one of ascending, score, got falling"
+    assert words == f"order must be one of ascending, score, got {order}"
 
 
 def test_more_positions_than_there_are(client: blockdex.Client) -> None:

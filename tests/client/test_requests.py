@@ -17,7 +17,7 @@ def request_for(
     queries: Queries, revisions: list[int] | None = None, epoch: int | None = None
 ) -> pb.SelectBlocksRequest:
     request = pb.SelectBlocksRequest()
-    spans = spans_of(0, 7, None, 0, revisions, epoch, tensor=queries.tensor)
+    spans = spans_of(0, 7, None, 0, revisions, epoch, name="queries", tensor=queries.tensor)
     fill(request, some_info(), spans, [0], None, queries)
     return request
 

@@ -225,7 +225,7 @@ class Core:
 
     def select_blocks(self, ledger: Ledger, deadline: float, named: Named, queries: Queries) -> Call[Any]:
         """SelectBlocks; without starts it asks for the last positions."""
-        spans = spans_of(*named, tensor=queries.tensor)
+        spans = spans_of(*named, name="queries", tensor=queries.tensor)
         checks.check_layer(ledger.info.spec, spans.layer)
         starts = spans.starts
         if starts is None:
@@ -291,7 +291,7 @@ def _begin_append(
     kind: Kind, ledger: Ledger, named: Named, keys: Any, queries: Queries | None
 ) -> tuple[bytes, Shape, Append]:
     """As `Ledger.write_append`, of whatever may be appended."""
-    spans = spans_of(*named, tensor=keys)
+    spans = spans_of(*named, name="keys", tensor=keys)
     checks.check_layer(ledger.info.spec, spans.layer)
     append = ledger.begin_append(spans.layer, spans.sequences, spans.lengths, spans.starts)
     try:
@@ -303,7 +303,7 @@ def _begin_append(
 
 
 def _epoch(ledger: Ledger, epoch: int | None) -> int:
-    return ledger.info.epoch if epoch is None else epoch
+    return ledger.info.epoch if epoch is None else integer("epoch", epoch)
 
 
 def _checked(timeout: float) -> float:

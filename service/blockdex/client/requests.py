@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from blockdex import checks
 from blockdex.client.answers import Info
-from blockdex.client.tensors import elements_of
+from blockdex.client.tensors import elements_of, rows_of
 from blockdex.errors import InvalidArgumentError, Reason
 from blockdex.messages import FloatDtype, Order
 from blockdex.v1 import indexer_pb2 as pb
@@ -74,20 +74,21 @@ def spans_of(
     revisions: Integers | None,
     epoch: int | None,
     *,
+    name: str,
     tensor: Any,
 ) -> Spans:
-    """The spans of a data call; the length of a single sequence may be left to the rows of its tensor.
+    """The spans of a data call; the length of a single sequence may be left to the rows of its tensor, so named.
 
     Raises:
         InvalidArgumentError: an integer that the wire cannot carry, or lengths left out for several sequences
             (INVALID_SPANS).
-        TypeError: not integers.
+        TypeError: not integers, or the length left to what is no tensor.
     """
     columns = integers("sequences", sequences, bits=64)
     if lengths is not None:
         rows = integers("lengths", lengths, bits=32)
-    elif len(columns) == 1 and len(tensor.shape) > 0:
-        rows = [int(tensor.shape[0])]
+    elif len(columns) == 1:
+        rows = [rows_of(name, tensor)]
     else:
         raise InvalidArgumentError(
             f"lengths: may be left out for 1 sequence only, got {len(columns)}", Reason.INVALID_SPANS
@@ -98,7 +99,7 @@ def spans_of(
         lengths=rows,
         starts=None if starts is None else integers("starts", starts, bits=32),
         revisions=[] if revisions is None else integers("revisions", revisions, bits=64),
-        epoch=epoch,
+        epoch=None if epoch is None else integer("epoch", epoch),
     )
 
 
@@ -123,6 +124,11 @@ def integers(name: str, value: Integers, *, bits: int) -> list[int]:
         beyond = next(number for number in column if not 0 <= number < 1 << bits)
         raise InvalidArgumentError(f"{name} must be 0 to {(1 << bits) - 1}, got {beyond}", Reason.INVALID_SPANS)
     return column
+
+
+def order_of(queries: Queries) -> int | None:
+    """The wire's number of the order; None of what is none."""
+    return ORDERS.get(queries.order) if isinstance(queries.order, str) else None
 
 
 def fill(request: Any, info: Info, spans: Spans, starts: list[int], keys: Any | None, queries: Queries | None) -> Shape:
@@ -184,7 +190,7 @@ def _fill_spans(request: Any, info: Info, spans: Spans, starts: list[int]) -> No
 
 
 def _fill_selection(request: Any, queries: Queries) -> None:
-    if queries.order not in ORDERS:
+    if order_of(queries) is None:
         raise InvalidArgumentError(
             f"order must be one of {', '.join(ORDERS)}, got {queries.order}", Reason.INVALID_ORDER
         )
@@ -193,7 +199,7 @@ def _fill_selection(request: Any, queries: Queries) -> None:
         request.num_heads = queries.num_heads
         request.required_features.append(pb.FEATURE_HEAD_RANGES)
     if queries.order != "ascending" or queries.return_scores:
-        request.order = ORDERS[queries.order]
+        request.order = order_of(queries)
         request.return_scores = queries.return_scores
         request.required_features.append(pb.FEATURE_SCORES)
     if queries.wait_for_keys:

@@ -54,7 +54,7 @@ def elements_of(name: str, tensor: Any) -> tuple[FloatDtype, NDArray[Any]]:
         return NUMPY_DTYPES[array.dtype], array
     torch = _torch_of(tensor)
     if torch is None:
-        raise TypeError(f"{name} must be a numpy array or a torch tensor, got {type(tensor).__name__}")
+        raise _no_tensor(name, tensor)
     dtype = str(tensor.dtype)
     if dtype not in _TORCH_DTYPES:
         raise _unknown_dtype(name, dtype)
@@ -63,6 +63,17 @@ def elements_of(name: str, tensor: Any) -> tuple[FloatDtype, NDArray[Any]]:
         bits, same = _TORCH_BITS[dtype]
         return _TORCH_DTYPES[dtype], host.view(getattr(torch, bits)).numpy().view(same)
     return _TORCH_DTYPES[dtype], host.numpy()
+
+
+def rows_of(name: str, tensor: Any) -> int:
+    """How many rows a tensor has; a lone number has none.
+
+    Raises:
+        TypeError: neither a numpy array nor a torch tensor.
+    """
+    if not isinstance(tensor, np.ndarray) and _torch_of(tensor) is None:
+        raise _no_tensor(name, tensor)
+    return int(tensor.shape[0]) if len(tensor.shape) > 0 else 0
 
 
 def tensor_like(tensor: Any, name: str, answer: pb.Tensor, shape: tuple[int, ...]) -> Any:
@@ -93,6 +104,10 @@ def array_like(tensor: Any, dtype: np.dtype[Any], buffer: bytearray, shape: tupl
 def _torch_of(tensor: object) -> Any:
     torch = sys.modules.get("torch")
     return torch if torch is not None and isinstance(tensor, torch.Tensor) else None
+
+
+def _no_tensor(name: str, tensor: object) -> TypeError:
+    return TypeError(f"{name} must be a numpy array or a torch tensor, got {type(tensor).__name__}")
 
 
 def _unknown_dtype(name: str, dtype: object) -> InvalidArgumentError:

@@ -9,7 +9,7 @@ import numpy as np
 from blockdex.client import compiled
 from blockdex.client.answers import Info
 from blockdex.client.kinds import Kind
-from blockdex.client.requests import DTYPES, ORDERS, Named, Queries, Shape, Spans, fill
+from blockdex.client.requests import DTYPES, Named, Queries, Shape, Spans, fill, order_of
 from blockdex.client.tensors import NUMPY_DTYPES, elements_of
 from blockdex.errors import InvalidArgumentError
 
@@ -108,7 +108,7 @@ class Writer:
             tensor if type(tensor) is np.ndarray else _host(tensor),
             queries.first_head,
             queries.num_heads,
-            ORDERS.get(queries.order),
+            order_of(queries),
             queries.return_scores,
             queries.wait_for_keys,
         )
