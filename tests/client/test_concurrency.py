@@ -126,12 +126,15 @@ async def test_a_cancelled_task_gives_its_request_up(
     waiting = asyncio.create_task(
         client.select_blocks(0, sequences=sequence, queries=ways(0), starts=0, wait_for_keys=True)
     )
-    await asyncio.sleep(0.1)
+    deadline = time.monotonic() + 20
+    while counted("blockdex_waiting_requests") == 0:
+        assert time.monotonic() < deadline, "it does not wait"
+        await asyncio.sleep(0.02)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     rpc = "Stream/SelectBlocks" if transport == "stream" else "SelectBlocks"
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while counted("blockdex_requests_total", rpc=rpc, code="CANCELLED") == 0:
         assert time.monotonic() < deadline, "the server was not told"
         await asyncio.sleep(0.02)
