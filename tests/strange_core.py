@@ -49,10 +49,11 @@ def _spoil() -> None:
 
 
 async def _run(talk: Talk, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
-    if hangs_up := os.environ.get("STRANGE_CORE_HANGS_UP"):
-        if hangs_up == "ready":
+    if hangs := os.environ.get("STRANGE_CORE_HANGS"):
+        if hangs == "ready":
             talk.tell({"gpu": None})
-        talk.hang_up()
+        if hangs != "connected":
+            talk.hang_up()
         await asyncio.sleep(HANG_SECONDS)
     _spoil()
     await core.run(talk, settings, words, heard)

@@ -120,23 +120,34 @@ async def _run_split(settings: ServeSettings, spec: IndexSpec, http_socket: sock
     readiness = Readiness()
     supervisor = Supervisor(settings, readiness)
     try:
-        await supervisor.start()
-        http = await HttpSide.start(
-            supervisor.reports, supervisor.counts, readiness, supervisor.restarts, supervisor.gpu, http_socket
-        )
-        try:
-            if await supervisor.open(told_to_stop):
-                info, http_address = await supervisor.reports.info(), _http_address(settings, http_socket)
-                _log_start(info, supervisor.grpc_address, http_address, **supervisor.pids())
-                await told_to_stop.wait()
-                _log_stopping(settings)
-            await supervisor.stop(settings.shutdown_grace_seconds)
-        finally:
-            await http.stop()
+        if await supervisor.start(told_to_stop):
+            await _serve_with(supervisor, settings, readiness, told_to_stop, http_socket)
     finally:
         await supervisor.close()
     log_event(logger, logging.INFO, "stopped")
     return 0
+
+
+async def _serve_with(
+    supervisor: Supervisor,
+    settings: ServeSettings,
+    readiness: Readiness,
+    told_to_stop: asyncio.Event,
+    http_socket: socket.socket,
+) -> None:
+    """Serves until it is told to stop, once the engine core can be asked what it is."""
+    http = await HttpSide.start(
+        supervisor.reports, supervisor.counts, readiness, supervisor.restarts, supervisor.gpu, http_socket
+    )
+    try:
+        if await supervisor.open(told_to_stop):
+            info, http_address = await supervisor.reports.info(), _http_address(settings, http_socket)
+            _log_start(info, supervisor.grpc_address, http_address, **supervisor.pids())
+            await told_to_stop.wait()
+            _log_stopping(settings)
+        await supervisor.stop(settings.shutdown_grace_seconds)
+    finally:
+        await http.stop()
 
 
 def _listen_to_signals() -> asyncio.Event:

@@ -40,7 +40,7 @@ async def started() -> AsyncIterator[tuple[Supervisor, Readiness]]:
     readiness = Readiness()
     made = Supervisor(load_settings([*SMALL, "--grpc-address", "127.0.0.1:0"]), readiness)
     try:
-        await made.start()
+        assert await made.start(asyncio.Event())
         yield made, readiness
     finally:
         await made.close()
@@ -53,10 +53,10 @@ async def eventually(holds: Callable[[], object]) -> None:
         await asyncio.sleep(0.01)
 
 
-def front_doors() -> list[int]:
-    """Process ids of this process's."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text("ascii").split()
-    return [child for child in map(int, children) if "front_door" in command_of(child)]
+def children(module: str) -> list[int]:
+    """Process ids of this process's, by their program."""
+    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text("ascii").split()
+    return [pid for pid in map(int, pids) if module in command_of(pid)]
 
 
 async def test_progress_is_told_and_a_lost_device_is_a_new_core() -> None:
@@ -85,14 +85,28 @@ async def test_progress_is_told_and_a_lost_device_is_a_new_core() -> None:
 async def test_a_core_that_hangs_up_and_stays_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (child, supervising):
         monkeypatch.setattr(module, "END_SECONDS", 0.2)
-    monkeypatch.setenv("STRANGE_CORE_HANGS_UP", "ready")
+    monkeypatch.setenv("STRANGE_CORE_HANGS", "ready")
     async with started() as (made, _):
         with pytest.raises(StartError, match="the engine core ended with -9 before it was ready"):
             await asyncio.wait_for(made.open(asyncio.Event()), SECONDS)
-    monkeypatch.setenv("STRANGE_CORE_HANGS_UP", "not ready")
+    monkeypatch.setenv("STRANGE_CORE_HANGS", "not ready")
     with pytest.raises(StartError, match="strange_core ended with -9 before it was ready"):
         async with asyncio.timeout(SECONDS), started():
             pass
+
+
+async def test_told_to_stop_while_the_core_is_born(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRANGE_CORE_HANGS", "connected")
+    made = Supervisor(load_settings(SMALL), Readiness())
+    told = asyncio.Event()
+    starting = asyncio.create_task(made.start(told))
+    try:
+        await eventually(lambda: children("strange_core"))
+        told.set()
+        assert not await asyncio.wait_for(starting, SECONDS)
+        assert not children("strange_core")
+    finally:
+        await made.close()
 
 
 async def test_told_to_stop_while_it_compiles() -> None:
@@ -110,10 +124,10 @@ async def test_told_to_stop_while_a_front_door_waits_for_its_link(monkeypatch: p
         os.kill(int(made.pids()["core_pid"]), signal.SIGSTOP)
         told = asyncio.Event()
         opening = asyncio.create_task(made.open(told))
-        await eventually(front_doors)
+        await eventually(lambda: children("front_door"))
         told.set()
         assert not await asyncio.wait_for(opening, SECONDS)
-        assert not front_doors()
+        assert not children("front_door")
         await asyncio.wait_for(made.stop(1.0), SECONDS)
 
 

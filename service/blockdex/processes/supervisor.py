@@ -57,8 +57,11 @@ class Supervisor:
         self.grpc_address = settings.grpc_address
         self.gpu: str | None = None
 
-    async def start(self) -> None:
+    async def start(self, told_to_stop: asyncio.Event) -> bool:
         """Starts the engine core; returns once it can be asked what it is, before its kernels are compiled.
+
+        Returns:
+            Whether it can be; not where the server is to stop.
 
         Raises:
             StartError: it cannot be started, or the port cannot be had.
@@ -69,7 +72,7 @@ class Supervisor:
             except OSError as error:
                 raise StartError(str(error.strerror)) from error
             self.grpc_address = str(address)
-        await self._core.start()
+        return await _unless(told_to_stop, self._core.start())
 
     async def open(self, told_to_stop: asyncio.Event) -> bool:
         """Starts the front doors once the engine core lets them in; returns once they serve, or the server is to stop.
