@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blockdex.errors import BlockdexError, InvalidArgumentError, Reason, ResourceExhaustedError, UnavailableError
+from blockdex.errors import (
+    BlockdexError,
+    Code,
+    InternalError,
+    InvalidArgumentError,
+    Reason,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from blockdex.messages import SequenceState, TokenAnswer
 from blockdex.transport import codec, door
 from blockdex.transport.channel import STREAM, CameTo, PendingAnswer
@@ -204,7 +212,8 @@ async def dead_end() -> AsyncIterator[door.Link]:
     info: Any = SimpleNamespace(spec=SPEC, limits=LIMITS)
     link.open_short_way(info, slow_seconds=TIMEOUT)
     yield link
-    link.close()
+    if not link._closed:
+        link.close()
 
 
 def begin(link: door.Link) -> PendingAnswer:
@@ -255,6 +264,17 @@ async def test_an_answer_that_means_nothing_takes_no_other_with_it(dead_end: doo
     assert (await asker.error(1)).reason == Reason.UNREACHABLE
     assert type(await asker.error(2)) is InvalidArgumentError
     assert not pending.done(), "the channel tells it that the link has ended"
+
+
+async def test_what_was_answered_at_the_end_is_told(dead_end: door.Link) -> None:
+    """An engine that ends for a reason says so last."""
+    pending, segment = begin(dead_end), dead_end._segment
+    (ticket,) = [RequestSlot._make(REQUEST_STRUCT.unpack_from(segment.memory, at)).ticket for at in _slots(segment, 1)]
+    answers = Producer(segment, "answer", Bell(segment, "door_sleeps", dead_end._handles.door_bell))
+    ANSWER_STRUCT.pack_into(segment.memory, answers.claim(), *AnswerSlot(ticket=ticket, code=int(Code.INTERNAL)))
+    answers.publish()
+    dead_end.close()
+    assert isinstance(pending.exception(), InternalError)
 
 
 def _slots(segment: Segment, count: int) -> list[int]:

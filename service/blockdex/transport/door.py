@@ -108,7 +108,8 @@ class Link:
         )
 
     def close(self) -> None:
-        """Lets go of everything; what is on its way stays unanswered."""
+        """Tells of what the engine has answered, and lets go of everything; what is on its way stays unanswered."""
+        self._look()
         self._closed = True
         if self._spinning is not None:
             self._spinning.selector.forget()
@@ -362,8 +363,8 @@ class RingChannel(RemoteReports):
             await hearing
         finally:
             self._talk = self._link = None
-            link.tell_times(self._timed)
             link.close()
+            link.tell_times(self._timed)
             link.fail_all(gone())
             self._in_flight.fail_all(gone())
             self._changed(False)
