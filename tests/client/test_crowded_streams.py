@@ -28,7 +28,7 @@ def server() -> Iterator[Serving]:
 
 @pytest.fixture
 async def client(server: Serving) -> AsyncIterator[blockdex.AsyncClient]:
-    async with blockdex.AsyncClient(server.grpc_address, timeout=60) as client:
+    async with blockdex.AsyncClient(server.grpc_address, timeout=25) as client:
         yield client
 
 
