@@ -124,7 +124,7 @@ def tensors(draw: st.DrawFn, *shape: int) -> Any:
     return ways[draw(pick("as it is", unusual=tuple(ways)))]()
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(arguments())
 def test_requests_are_written_alike_or_refused_alike(arguments: Any) -> None:
     kind, spans, starts, keys, queries = arguments
@@ -161,7 +161,7 @@ def begun(arguments: Any, known: list[int | None], named: bool, ledger: Ledger) 
     return quick, (request, shape, after)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     arguments().filter(lambda call: call[0] is not SELECT_BLOCKS),
     st.lists(st.sampled_from((0, 5, 128, 290, None)), min_size=5, max_size=5),
@@ -275,7 +275,7 @@ def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
 RESPONSE = pb.SelectBlocksResponse(block_ids=IDS, scores=SCORES, epoch=3)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(damaged(RESPONSE.SerializeToString()), st.booleans())
 def test_damaged_answers_are_read_alike(answer: bytes, scored: bool) -> None:
     asked = replace(ASKED, return_scores=scored)
@@ -313,7 +313,7 @@ def test_an_answer_in_two_pieces_is_put_together() -> None:
     assert assert_alike(lambda: same_message(SELECT_BLOCKS, answer_of(SELECT_BLOCKS, frame))) == RESPONSE
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.sampled_from(sorted(FRAMES)).flatmap(lambda name: damaged(FRAMES[name].SerializeToString())))
 def test_damaged_frames_are_opened_alike(frame: bytes) -> None:
     def whole() -> Any:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import blockdex
-from blockdex import DeadlineExceededError
 from clients import new_sequence
 from serving import SMALL, Serving, serve
 
@@ -80,12 +79,3 @@ async def test_who_waits_here_comes_next(
     await appending
     for one in waiting[ALLOWED + 1 :]:
         assert (await one).shape == (1, 4, 16)
-
-
-async def test_deadlines_make_room_too(
-    client: blockdex.AsyncClient, sequence: int, counted: Callable[..., int]
-) -> None:
-    waiting = await crowd(client, sequence, counted, timeout=4)
-    for one in await asyncio.gather(*waiting, return_exceptions=True):
-        assert isinstance(one, DeadlineExceededError)
-    await client.append_keys(1, sequences=sequence, keys=KEYS, timeout=20)

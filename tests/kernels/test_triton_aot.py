@@ -39,6 +39,9 @@ CHIPS = {
     103: Silicon(160, "tcgen05.mma", 228 << 10),
     120: Silicon(188, "mma.sync", 100 << 10),
 }
+COMMON = (90, 100)
+"""Compiled for in every run of the tests."""
+
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
 
@@ -57,14 +60,21 @@ def compile_for(capability: int, folder: Path) -> Compilations:
 
 
 @pytest.fixture(scope="module")
-def compiling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Future[Compilations]]]:
-    """All chips, two at a time."""
+def compiling(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[int, Future[Compilations]]]:
+    """The chips that are asked for, two at a time."""
     folder = tmp_path_factory.mktemp("triton")
+    asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    chips: list[Any] = [item.callspec.params["capability"] for item in asked if item.module is request.module]
     with ThreadPoolExecutor(2) as pool:
-        yield {capability: pool.submit(compile_for, capability, folder) for capability in CHIPS}
+        yield {capability: pool.submit(compile_for, capability, folder) for capability in chips}
 
 
-@pytest.mark.parametrize("capability", CHIPS)
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(chip, marks=[] if chip in COMMON else pytest.mark.slow, id=str(chip)) for chip in CHIPS],
+)
 def test_kernels_compile_to_what_the_chip_is_good_at(
     capability: int, compiling: dict[int, Future[Compilations]]
 ) -> None:
