@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockdex import _native as native
+from blockdex.errors import Code
 from blockdex.messages import TokenAnswer, TokenRequest
 from blockdex.transport.segment import Sizes
 from blockdex_kernels import IndexSpec
@@ -210,6 +211,10 @@ class BareLane:
     def look(self) -> int:
         """Has the lane look round once; answers why it returned, but for a device that takes its time."""
         return self.lane.run(0.0) & ~native.LATE
+
+    def abandon(self) -> None:
+        """Gives up what is on its way."""
+        self.lane.abandon(int(Code.INTERNAL), len(b"INTERNAL"), b"INTERNALa fault")
 
     def close(self) -> None:
         """Gives the files back."""

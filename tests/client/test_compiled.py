@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -143,7 +144,7 @@ def begun(arguments: Any, known: list[int | None], named: bool, ledger: Ledger) 
 
     def lengths() -> Any:
         return [
-            [outcome(lambda s=sequence, a=layer: ledger.last_positions(a, [s], [0])) for layer in range(3)]  # type: ignore[misc]
+            [outcome(partial(ledger.last_positions, layer, [sequence], [0])) for layer in range(3)]
             for sequence in spans.sequences
         ]
 
@@ -390,7 +391,7 @@ class Story:
 
     def known(self) -> Any:
         return [
-            outcome(lambda s=sequence, a=layer: self.ledger.last_positions(a, [s], [0]))  # type: ignore[misc]
+            outcome(partial(self.ledger.last_positions, layer, [sequence], [0]))
             for sequence in (1, 2, 3, 4)
             for layer in range(3)
         ]

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -143,7 +144,7 @@ def test_a_question_what_the_server_is_in_the_middle_of_another_one(moments: Ite
     def calls() -> None:
         for _ in moments:
             core = Core("127.0.0.1:1", None, 5.0)
-            Left(lambda core=core: ask(core))  # type: ignore[misc]
+            Left(partial(ask, core))
             ask(core)
             gc.collect()
 

@@ -1,22 +1,14 @@
-"""The lane's steps on a device: what they hold, when they are answered, devices that fail, and what is counted."""
+"""The lane's steps on a device: what they hold and when they are answered."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-import threading
-import time
 
 import numpy as np
 import pytest
 
-import lane_without_memory
 from bare_lane import (
     ALL,
     LENGTH,
     LONGEST,
-    SECONDS_BOUNDS,
     SPEC,
     BareLane,
     Seen,
@@ -25,9 +17,7 @@ from bare_lane import (
     usual,
 )
 from blockdex import _native as native
-from blockdex.errors import BlockdexError, Code
-from foreign_door import ForeignDoor
-from running_engine import TENANT, TIMEOUT
+from running_engine import TENANT
 
 
 def columns(seen: Seen, runs: int) -> list[tuple[int, ...]]:
@@ -310,203 +300,3 @@ def test_what_cannot_be_set_is_refused(device_lane: BareLane) -> None:
     for number in (0, 2):
         with pytest.raises(ValueError, match=f"step {number} of 2, 1 in flight"):
             bare.lane.set_step(number, host, ids)
-
-
-# --- Faults ---
-
-
-def check_refused(door: ForeignDoor, *tickets: int) -> None:
-    """Checks that just these were answered, all with the fault."""
-    door.read()
-    assert sorted(door.told) == list(tickets)
-    for told in door.told.values():
-        assert isinstance(told.answer, BlockdexError)
-        assert (told.answer.code, told.answer.reason, told.answer.message) == (Code.INTERNAL, "INTERNAL", "a fault")
-        assert told.numbers.queue_seconds == told.numbers.reply_seconds == -1
-
-
-def abandon(bare: BareLane) -> None:
-    """Gives up what is on its way."""
-    bare.lane.abandon(int(Code.INTERNAL), len(b"INTERNAL"), b"INTERNALa fault")
-
-
-def test_a_device_that_takes_no_step_while_another_is_on_its_way(device_lane: BareLane) -> None:
-    bare = device_lane
-    door, other = bare.open_door(), bare.open_door()
-    door.send(bare.both(0, (1, LENGTH, 1)))
-    bare.look()
-    door.send(bare.both(0, (1, LENGTH + 1, 1)), first_ticket=1)
-    other.send(bare.both(0, (2, LENGTH, 1)), bare.both(0, (2, LENGTH + 1, 1)))
-    bare.device.error = 700
-    with pytest.raises(RuntimeError, match="device: it takes no step, CUDA error 700"):
-        bare.look()
-    assert bare.lane.in_flight == 2
-    abandon(bare)
-    check_refused(door, 0, 1)
-    check_refused(other, 0)
-    assert bare.lane.in_flight == 0
-    abandon(bare)  # nothing is left
-    check_refused(door, 0, 1)
-    bare.device.begun.clear()
-    # What had not been taken is served as if nothing had been: the error is forgotten.
-    request = bare.both(1, (1, LENGTH, 1))
-    door.send(request, first_ticket=2)
-    bare.look()
-    bare.device.end()
-    bare.look()
-    door.read()
-    check_answer(door, 2, request)
-
-
-def test_a_step_in_python_that_fails(bare: BareLane) -> None:
-    door = bare.open_door()
-    door.send(bare.both(0, (1, LENGTH, 1)), bare.both(1, (1, LENGTH, 1)))
-    bare.device.error = 3
-    with pytest.raises(RuntimeError, match="error 3, made for this test"):
-        bare.look()
-    assert (bare.lane.in_flight, bare.lane.steps) == (1, 0)
-    abandon(bare)
-    check_refused(door, 0, 1)
-    bare.device.error = 0
-    request = bare.both(0, (2, LENGTH, 1))
-    door.send(request, first_ticket=2)
-    bare.look()
-    bare.look()
-    door.read()
-    check_answer(door, 2, request)
-
-
-def test_a_step_that_hangs_is_asked_after_and_given_up_with_those_behind_it(device_lane: BareLane) -> None:
-    bare = device_lane
-    door = bare.open_door()
-    door.send(bare.both(0, (1, LENGTH, 1)))
-    began = time.monotonic()
-    assert bare.lane.run(TIMEOUT) == native.LATE
-    assert 0.001 <= time.monotonic() - began < 1
-    assert began <= bare.lane.launched <= time.monotonic()
-    door.send(bare.both(0, (1, LENGTH + 1, 1)), first_ticket=1)
-    launched = bare.lane.launched
-    asked = time.monotonic()
-    for _ in range(5):
-        assert bare.lane.run(TIMEOUT) == native.LATE
-    assert time.monotonic() - asked >= 0.004, "it is not asked after all the time"
-    assert bare.lane.in_flight == 2
-    assert bare.lane.launched == launched, "the oldest one's"
-    began = time.monotonic()
-    assert bare.lane.drain(0.01) is False
-    assert 0.01 <= time.monotonic() - began < 1
-    abandon(bare)
-    check_refused(door, 0, 1)
-    assert bare.lane.drain(TIMEOUT) is True
-
-
-def test_what_is_on_its_way_is_drained(device_lane: BareLane) -> None:
-    bare = device_lane
-    door = bare.open_door()
-    request = bare.both(0, (1, LENGTH, 1))
-    door.send(request)
-    bare.look()
-    door.send(bare.both(0, (2, LENGTH, 1)), first_ticket=1)
-    later = threading.Timer(0.05, bare.device.end)
-    later.start()
-    assert bare.lane.drain(TIMEOUT) is True
-    later.join()
-    door.read()
-    check_answer(door, 0, request)
-    assert (bare.lane.steps, bare.lines[0].filled) == (1, 1), "it begins nothing"
-
-
-@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="it ends the process instead")
-def test_nobody_is_answered_twice_where_no_memory_is_left() -> None:
-    """In a process of its own, in which no memory was given back that could be had again."""
-    subprocess.run([sys.executable, lane_without_memory.__file__], check=True, timeout=60)
-
-
-# --- Statistics ---
-
-
-def test_what_is_counted(device_lane: BareLane) -> None:
-    bare = device_lane
-    door = bare.open_door()
-    door.send(bare.both(0, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 2), (3, LENGTH, 1)), bare.both(1, (1, LENGTH, 4)))
-    bare.look()
-    time.sleep(0.01)
-    door.send(bare.both(2, (1, LENGTH, 1)), first_ticket=3)
-    bare.look()
-    time.sleep(0.03)
-    bare.device.end()
-    bare.look()
-    time.sleep(0.02)
-    bare.device.end()
-    bare.look()
-    counted = bare.counted
-    assert (counted["steps"], counted["num_tokens"]) == (2, 9)
-    assert counted["requests"] == ([1, 0, 1, 0], 4.0)
-    assert counted["tokens"] == ([1, 0, 1, 0], 9.0)
-    assert 0.04 + 0.05 <= counted["device_seconds"] < 1
-    assert 0.06 <= counted["device_busy_seconds"] < counted["device_seconds"] - 0.025, "for 0.03 s both were there"
-    door.read()
-    told = np.array([door.told[ticket].numbers[-4:] for ticket in range(4)])
-    assert (told[:, 2] >= [0.04, 0.04, 0.04, 0.05]).all() and (told > 0).all()
-    for (counts, total), seconds in zip(counted["stages"], told.T, strict=True):
-        assert total == pytest.approx(seconds.sum())
-        assert counts == np.bincount(np.searchsorted(SECONDS_BOUNDS, seconds), minlength=3).tolist()
-
-
-def test_a_bound_belongs_to_the_bucket_below_it(bare: BareLane) -> None:
-    door = bare.open_door()
-    for ticket, count in enumerate((1, 2, 3)):
-        door.send(bare.both(0, *[(sequence, LENGTH, 1) for sequence in range(1, count + 1)]), first_ticket=ticket)
-        bare.lengths[:] = LENGTH
-        bare.look()
-    assert bare.counted["tokens"] == ([1, 1, 1, 0], 6.0)
-
-
-def test_a_step_that_is_given_up_was_on_the_device(device_lane: BareLane) -> None:
-    bare = device_lane
-    door = bare.open_door()
-    door.send(bare.both(0, (1, LENGTH, 1)))
-    bare.look()
-    time.sleep(0.02)
-    abandon(bare)
-    busy = bare.counted["device_busy_seconds"]
-    assert 0.02 <= busy < 1
-    abandon(bare)
-    time.sleep(0.02)
-    abandon(bare)
-    assert bare.counted["device_busy_seconds"] == busy
-
-
-def test_a_clock_stands_still_while_steps_are_on_their_way(device_lane: BareLane) -> None:
-    """So that it and what was busy with steps are the time that has passed, whenever one asks."""
-    bare = device_lane
-    door = bare.open_door()
-    began = bare.lane.time_beside
-    assert bare.lane.time_beside - began == pytest.approx(0, abs=1) and time.monotonic() - began < 1
-    time.sleep(0.01)
-    door.send(bare.both(0, (1, LENGTH, 1)))
-    bare.look()
-    stopped = bare.lane.time_beside
-    assert stopped - began >= 0.01
-    time.sleep(0.02)
-    door.send(bare.both(1, (1, LENGTH, 1)), first_ticket=1)
-    bare.look()
-    bare.device.end()
-    bare.look()
-    assert bare.lane.time_beside == stopped, "one is still there"
-    bare.device.end()
-    before = time.monotonic()
-    bare.look()
-    busy = bare.counted["device_busy_seconds"]
-    assert busy >= 0.02
-    assert before <= bare.lane.time_beside + busy <= time.monotonic()
-
-
-def test_a_request_from_the_future_has_waited_for_no_time(bare: BareLane) -> None:
-    door = bare.open_door()
-    door.write(door.lay(bare.both(0, (1, LENGTH, 1)), 0)._replace(received=2**62))
-    bare.look()
-    bare.look()
-    door.read()
-    assert door.told[0].numbers.queue_seconds == 0
-    assert bare.counted["stages"][0][1] == 0

@@ -6,34 +6,29 @@ import asyncio
 import contextlib
 import dataclasses
 import math
-import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
 
+from asking import Asked, eventually, waiting_selection
 from blockdex.errors import (
     BlockdexError,
-    Code,
-    InternalError,
-    InvalidArgumentError,
     Reason,
     ResourceExhaustedError,
     UnavailableError,
 )
 from blockdex.messages import SequenceState, TokenAnswer
 from blockdex.transport import codec, door
-from blockdex.transport.channel import STREAM, CameTo, PendingAnswer
+from blockdex.transport.channel import STREAM
 from blockdex.transport.door import RingChannel
 from blockdex.transport.handover import Handles, take
 from blockdex.transport.host import RingHost, sizes_of
-from blockdex.transport.layout import ANSWER_STRUCT, AT, CANCEL, REQUEST_STRUCT, SLOT_BYTES, AnswerSlot, RequestSlot
+from blockdex.transport.layout import AT, CANCEL, REQUEST_STRUCT, RequestSlot
 from blockdex.transport.ring import Bell, Producer
-from blockdex.transport.segment import Segment, Sizes
+from blockdex.transport.segment import Sizes
 from blockdex.v1 import indexer_pb2 as pb
 from naive_engine import NaiveEngine
 from ring_engine import Hosted, hosted
@@ -60,13 +55,6 @@ LONG = 1600
 @pytest.fixture
 def random() -> np.random.Generator:
     return np.random.default_rng(21)
-
-
-async def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to that"
-        await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("spin_seconds", [0.0, 0.001])
@@ -203,84 +191,6 @@ async def test_no_room_for_long_is_overload(random: np.random.Generator, monkeyp
         await run.ask(tokens(0, [(1, 0, LONG)], queries=queries))
 
 
-@pytest.fixture
-async def dead_end() -> AsyncIterator[door.Link]:
-    """A link to an engine that takes nothing, with four slots."""
-    bells = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
-    segment = Segment.create(Sizes(4, 1 << 20, 1 << 20), epoch=1)
-    link = door.Link(Handles(segment, *bells), lambda: None, None)
-    info: Any = SimpleNamespace(spec=SPEC, limits=LIMITS)
-    link.open_short_way(info, slow_seconds=TIMEOUT)
-    yield link
-    if not link._closed:
-        link.close()
-
-
-def begin(link: door.Link) -> PendingAnswer:
-    """A request of a channel."""
-    pending = PendingAnswer(get(1))
-    outgoing = door.Outgoing(pending, pending.request, pending.received + TIMEOUT)
-    pending.add_done_callback(lambda done: link.withdraw(outgoing) if done.cancelled() else None)
-    link.send(outgoing)
-    return pending
-
-
-async def test_who_waits_behind_a_cancellation_is_refused_in_time(
-    dead_end: door.Link, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(door, "ROOM_SECONDS", 0.2)
-    sent = [begin(dead_end) for _ in range(4)]
-    sent[0].cancel()
-    error = await refusal(begin(dead_end))
-    assert (error.reason, error.message) == (
-        Reason.OVERLOADED,
-        "queue: waited 0.2 s for 6 bytes and a slot among 1048576 and 4",
-    )
-
-
-async def test_nothing_is_kept_of_who_has_gone_without_being_sent(dead_end: door.Link) -> None:
-    sent = [begin(dead_end) for _ in range(6)]
-    sent[0].cancel()
-    for pending in sent[5:]:
-        pending.cancel()
-    await eventually(lambda: len(dead_end._outbox) == 1)
-    assert dead_end._outbox[0].pending is sent[4]
-
-
-async def test_an_answer_that_means_nothing_takes_no_other_with_it(dead_end: door.Link) -> None:
-    asker, segment = Asked(), dead_end._segment
-    pending = begin(dead_end)
-    for number in (1, 2):
-        assert dead_end.send_message(asker, STREAM, TENANT, TIMEOUT, waiting_selection(number))
-    tickets = [RequestSlot._make(REQUEST_STRUCT.unpack_from(segment.memory, at)).ticket for at in _slots(segment, 3)]
-    answers = Producer(segment, "answer", Bell(segment, "door_sleeps", dead_end._handles.door_bell))
-    segment.memory[segment.answer_arena_offset] = 0xFF  # no UTF-8
-    for ticket in tickets:
-        slot = AnswerSlot(ticket=ticket, code=3, reason_bytes=1, payload_bytes=1, payload_end=64)
-        if ticket == tickets[2]:
-            slot = AnswerSlot(ticket=ticket, code=3)
-        ANSWER_STRUCT.pack_into(segment.memory, answers.claim(), *slot)
-    answers.publish()
-    assert (await asker.error(1)).reason == Reason.UNREACHABLE
-    assert type(await asker.error(2)) is InvalidArgumentError
-    assert not pending.done(), "the channel tells it that the link has ended"
-
-
-async def test_what_was_answered_at_the_end_is_told(dead_end: door.Link) -> None:
-    """An engine that ends for a reason says so last."""
-    pending, segment = begin(dead_end), dead_end._segment
-    (ticket,) = [RequestSlot._make(REQUEST_STRUCT.unpack_from(segment.memory, at)).ticket for at in _slots(segment, 1)]
-    answers = Producer(segment, "answer", Bell(segment, "door_sleeps", dead_end._handles.door_bell))
-    ANSWER_STRUCT.pack_into(segment.memory, answers.claim(), *AnswerSlot(ticket=ticket, code=int(Code.INTERNAL)))
-    answers.publish()
-    dead_end.close()
-    assert isinstance(pending.exception(), InternalError)
-
-
-def _slots(segment: Segment, count: int) -> list[int]:
-    return [segment.request_slots_offset + number * SLOT_BYTES for number in range(count)]
-
-
 async def test_a_deadline_beyond_what_a_ring_can_say_is_as_good_as_none() -> None:
     async with hosted() as run:
         for sequence, timeout in enumerate((1e10, 3.6e11, math.inf)):
@@ -394,41 +304,6 @@ async def test_an_engine_that_goes_and_comes_back() -> None:
         await asyncio.wait_for(run.there.wait(), TIMEOUT)
         assert isinstance(await run.ask(get(1)), SequenceState)
         hosting.cancel()
-
-
-class Asked:
-    """An asker, and what it was told."""
-
-    def __init__(self) -> None:
-        self.told: dict[int, bytes | BlockdexError] = {}
-
-    def answered(self, number: int, response: bytes) -> None:
-        self.told[number] = response
-
-    def was_slow(self, number: int, rpc: str, began: float, came_to: CameTo) -> None:
-        raise AssertionError(f"{rpc} {number} was slow")
-
-    def failed(self, number: int, rpc: str, began: float, error: BlockdexError, came_to: CameTo | None) -> None:
-        assert rpc == "Stream/SelectBlocks" and time.monotonic() - began < TIMEOUT
-        self.told[number] = error
-
-    async def error(self, number: int) -> BlockdexError:
-        """What that request is refused with."""
-        await eventually(lambda: number in self.told)
-        error = self.told[number]
-        assert isinstance(error, BlockdexError)
-        return error
-
-
-def waiting_selection(number: int, timeout_ms: int = 0, layer: int = 0) -> bytes:
-    """A request of a stream: of sequence 1, whose keys do not come."""
-    select = pb.SelectBlocksRequest(
-        layer=layer,
-        spans=pb.Spans(sequence_ids=[1], starts=[0], lengths=[1]),
-        queries=pb.Tensor(dtype=pb.DTYPE_BF16, data=bytes(2 * 4 * SPEC.head_dim)),
-        wait_for_keys=True,
-    )
-    return pb.StreamRequest(request_id=number, timeout_ms=timeout_ms, select_blocks=select).SerializeToString()
 
 
 async def test_the_short_way_to_an_engine(random: np.random.Generator) -> None:

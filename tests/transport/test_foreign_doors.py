@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from asking import eventually
 from blockdex.errors import BlockdexError
 from blockdex.messages import Limits, Request, Spans, TokenAnswer
 from blockdex.transport.handover import take
@@ -31,13 +32,6 @@ from running_engine import LIMITS, SPEC, TIMEOUT, block_ids, fork, get, open_seq
 SMALL = dataclasses.replace(LIMITS, max_message_bytes=1 << 16, max_queued_requests=64)
 LENGTH = 30
 HEADS, DIM = SPEC.num_index_heads, SPEC.head_dim
-
-
-async def eventually(holds: Callable[[], object], seconds: float = TIMEOUT) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to that"
-        await asyncio.sleep(0.001)
 
 
 class Host(RunningOverRings):

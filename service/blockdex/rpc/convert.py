@@ -32,7 +32,7 @@ from blockdex.messages import (
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
 
-M = TypeVar("M", bound=Message)
+_Message = TypeVar("_Message", bound=Message)
 
 FLOAT_DTYPES: dict[int, FloatDtype] = {
     pb.DTYPE_BF16: "bf16",
@@ -71,7 +71,7 @@ SequenceWireResponse = (
 TokenWireResponse = pb.AppendKeysResponse | pb.SelectBlocksResponse | pb.AppendAndSelectResponse
 
 
-def parsed(kind: type[M], message: bytes) -> M:
+def parsed(kind: type[_Message], message: bytes) -> _Message:
     """A message off the wire.
 
     Raises:
