@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := service/blockdex/_native.abi3.so
-FORMATTED_C := $(wildcard service/blockdex/native/*.[ch] service/blockdex/transport/include/*.h tests/transport/*.c)
+FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/ring/*.c)
 
 # A torch that the machine already has (a CUDA build, say) is used as it is; otherwise exactly the constrained one comes.
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
@@ -32,8 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # Installing compiles it; from then on it follows its sources.
-$(NATIVE): $(STAMP) $(wildcard service/blockdex/native/*) service/blockdex/transport/include/blockdex_ring.h
-	$(BIN)/python service/blockdex/native/compile.py
+$(NATIVE): $(STAMP) $(wildcard service/blockdex/csrc/* service/blockdex/csrc/*/*) service/blockdex/ring/include/blockdex_ring.h
+	$(BIN)/python service/blockdex/csrc/compile.py
 	touch $@
 
 tools: ## Install what the tests run beside Python, where it is missing (as root on Debian)

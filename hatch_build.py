@@ -14,7 +14,7 @@ class Native(BuildHookInterface):  # type: ignore[type-arg]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - as the interface says
         """Compiles, and says what the wheel then is for."""
-        native = runpy.run_path(str(Path(self.root, "service", "blockdex", "native", "compile.py")))
+        native = runpy.run_path(str(Path(self.root, "service", "blockdex", "csrc", "compile.py")))
         if self.target_name != "wheel" or not native["supported"]():
             return
         native["compile_native"]()

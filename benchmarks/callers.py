@@ -181,7 +181,7 @@ class Caller:
 
     Args:
         work: what it asks for.
-        served: whom: a front door.
+        served: whom: a frontend.
         echo: the process that echoes to it instead, when it is told so.
     """
 

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from benchmarks.environment import RESULTS, environment
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Spans
 from blockdex_kernels.cpu import CpuBackend
+from blockdex_kernels.interface import Spans
 from blockdex_kernels.spec import KeyDtype
 
 HEADS, LAYERS = 4, 4

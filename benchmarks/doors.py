@@ -1,6 +1,6 @@
 """Which of several processes that share a port a connection has come to, as the kernel tells it.
 
-A server does not say which of its front doors answers, and the kernel shares connections out as it likes. Both ends of
+A server does not say which of its frontends answers, and the kernel shares connections out as it likes. Both ends of
 a connection on this machine are in /proc/net, and the process that holds an end is the one with its inode open.
 """
 

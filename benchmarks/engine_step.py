@@ -16,18 +16,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex.engine.engine import Engine
-from blockdex.errors import BlockdexError
-from blockdex.messages import Keys, Limits, OpenSequence, Queries, Request, Spans, TensorData, TokenRequest
-from blockdex.transport import codec
-from blockdex.transport.handover import Handles
-from blockdex.transport.host import sizes_of
-from blockdex.transport.inbox import Line, RingInbox
-from blockdex.transport.layout import AT, REQUEST, SLOT_BYTES
-from blockdex.transport.segment import Segment, Sizes
+from blockdex.contract.errors import BlockdexError
+from blockdex.contract.messages import Keys, Limits, OpenSequence, Queries, Request, Spans, TensorData, TokenRequest
+from blockdex.ring import codec
+from blockdex.ring.handshake import Handles
+from blockdex.ring.layout import AT, REQUEST, SLOT_BYTES
+from blockdex.ring.listener import sizes_of
+from blockdex.ring.segment import Segment, Sizes
+from blockdex.ring.server import Line, RingInbox
+from blockdex.scheduler.loop import Engine
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Backend, choose_backend
-from blockdex_kernels.backend import Spans as KernelSpans
+from blockdex_kernels.dispatch import choose_backend
+from blockdex_kernels.interface import Backend
+from blockdex_kernels.interface import Spans as KernelSpans
 
 Call = Callable[[], object]
 
@@ -79,7 +80,7 @@ class Steps:
 
 
 class Asker:
-    """A front door's end of a ring to an engine, one request at a time.
+    """A frontend's end of a ring to an engine, one request at a time.
 
     What is timed is the engine's own: from the time stamp of a request, taken right before it is shown, to the answer's
     being written.
@@ -148,7 +149,7 @@ class Asker:
         return sum(codec.stage_seconds_of(numbers).values())
 
     def close(self, inbox: RingInbox) -> None:
-        """Goes, as a front door does."""
+        """Goes, as a frontend does."""
         inbox.drop(self._line)
 
 

@@ -23,7 +23,8 @@ from rich.table import Table
 from benchmarks.environment import RESULTS, environment
 from benchmarks.structured_keys import HEADS, QUERIES, STRUCTURES
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Fp8Scoring, Spans, choose_backend
+from blockdex_kernels.dispatch import choose_backend
+from blockdex_kernels.interface import Fp8Scoring, Spans
 from blockdex_kernels.spec import KeyDtype
 
 TOKENS = (8_192, 32_768, 131_072)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.kernel_shapes import BLOCK_SIZE, HEAD_DIM, HEADS, Shape
-from blockdex_kernels.backend import Spans
+from blockdex_kernels.interface import Spans
 
 LAYERS, LAYER = 3, 1
 """Layers of the cache, and the one that is measured: its blocks lie as far apart as in a real cache of three layers."""

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.kernel_inputs import LAYER, LAYERS, Batch, fill
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Fp8Scoring, Selection, choose_backend
+from blockdex_kernels.dispatch import choose_backend
+from blockdex_kernels.interface import Fp8Scoring, Selection
 from blockdex_kernels.reference import FLIP_TOLERANCE
 from blockdex_kernels.spec import KeyDtype
 from blockdex_kernels.triton.backend import TritonBackend

@@ -24,7 +24,7 @@ from benchmarks.kernel_inputs import Batch, fill
 from benchmarks.kernel_shapes import BLOCK_SIZE, HEAD_DIM, HEADS
 from benchmarks.kernel_versions import Version
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Spans
+from blockdex_kernels.interface import Spans
 
 _KERNELS = Path("vllm", "models", "minimax_m3", "common", "ops", "index_topk.py")
 _MATH = Path("vllm", "utils", "math_utils.py")

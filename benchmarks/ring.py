@@ -28,8 +28,8 @@ from rich.table import Table
 from benchmarks.client import Fleet, percentile, process, timed
 from benchmarks.environment import RESULTS, environment
 from blockdex import Client
-from blockdex.transport.ring import Bell, Consumer, Producer
-from blockdex.transport.segment import Segment, Sizes
+from blockdex.ring.segment import Segment, Sizes
+from support.ring import Bell, Consumer, Producer
 
 SPINS = (0.0, 0.0001, 0.01)
 SEQUENCES, TOKENS = 8, 1024

@@ -59,10 +59,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(device: str, layers: int, cache_bytes: str, front_doors: int) -> Iterator[Served]:
+def served(device: str, layers: int, cache_bytes: str, frontends: int) -> Iterator[Served]:
     """Runs `blockdex serve` as several processes on free ports of the loopback."""
     flags = (
-        *("--processes=split", f"--front-doors={front_doors}", f"--device={device}", f"--num-layers={layers}"),
+        *("--processes=split", f"--frontends={frontends}", f"--device={device}", f"--num-layers={layers}"),
         *(f"--cache-bytes={cache_bytes}", "--grpc-address=127.0.0.1:0", "--http-address=127.0.0.1:0"),
         # Nobody reads on after the start, and a full pipe would hold the server up.
         *("--log-format=json", "--slow-request-seconds=86400"),
@@ -71,7 +71,7 @@ def served(device: str, layers: int, cache_bytes: str, front_doors: int) -> Iter
     with process(*command, ready=r'^\{.*"event": "serving".*\}$', seconds=_START_SECONDS) as match:
         said = json.loads(match[0])
         core = int(said["core_pid"])
-        doors = tuple(map(int, said["front_door_pids"].split()))
+        doors = tuple(map(int, said["frontend_pids"].split()))
         yield Served(said["grpc"], said["http"], _parent(core), core, doors)
 
 

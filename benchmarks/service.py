@@ -4,7 +4,7 @@
 
 `step` drives a real engine on its own thread, without a server; all other parts ask one `blockdex serve` of several
 processes. Its clients are the Python client, and, as load, processes of their own that send bytes made beforehand over
-one stream each. Where several front doors share the port, a caller connects again until the front door that it is meant
+one stream each. Where several frontends share the port, a caller connects again until the frontend that it is meant
 for has accepted it (`benchmarks.doors`): clients are spread evenly, and the client that decodes and the one that
 prefills are at different ones. Targets are for one H200 with 16 cores; a CPU runs smaller shapes and has none.
 

@@ -44,7 +44,7 @@ class Scale:
     Attributes:
         layers: of the cache.
         cache_bytes: of the server.
-        front_doors: of the server, and as many echo processes.
+        frontends: of the server, and as many echo processes.
         clients: processes that decode.
         client_tokens: of each of their sequences.
         decoders: how many of them decode beside a prefill.
@@ -54,7 +54,7 @@ class Scale:
 
     layers: int
     cache_bytes: str
-    front_doors: int
+    frontends: int
     clients: int
     client_tokens: int
     decoders: int
@@ -172,7 +172,7 @@ class Bench:
         return figures, {name: _percentiles(taken) for name, taken in samples.items()} | {"kernel_ms": kernel_ms}
 
     def clients(self) -> Part:
-        """Decode calls a second of many clients by all front doors, beside as many echo processes."""
+        """Decode calls a second of many clients by all frontends, beside as many echo processes."""
         callers = self._decoders()
         loads: dict[str, list[list[Load]]] = {"served": [], "echo": []}
         for _ in range(_WAVES):
@@ -182,7 +182,7 @@ class Bench:
                 waves.append([caller.result() for caller in callers])
         rates = {whom: statistics.mean(sum(load.per_second for load in wave) for wave in loads[whom]) for whom in loads}
         scale = self.scale
-        name = f"{scale.clients} clients over {scale.front_doors} front doors"
+        name = f"{scale.clients} clients over {scale.frontends} frontends"
         basis = f"{rates['served']:,.0f} of {rates['echo']:,.0f} calls/s"
         figures = [
             self._figure(f"{name}, decode calls/s", rates["served"], "/s", None, "closed loops over streams"),
@@ -194,13 +194,13 @@ class Bench:
         return figures, {"calls_per_second": rates, "waves": told}
 
     def decode(self) -> Part:
-        """Decode calls of one client, alone and while another one, at another front door, prefills without pause."""
+        """Decode calls of one client, alone and while another one, at another frontend, prefills without pause."""
         server = self._server()
         before = local_ports(server.grpc)
         with Client(server.grpc, transport="stream") as client:
             fleet = Fleet(client, SEQUENCES, TOKENS, _FIRST_IDS["decode"])
-            own_door = owner(server.grpc, local_ports(server.grpc) - before, server.doors)
-            prefilling = self._prefiller(other_than=own_door)
+            own_client = owner(server.grpc, local_ports(server.grpc) - before, server.doors)
+            prefilling = self._prefiller(other_than=own_client)
             alone = self._in_turn({"call": partial(fleet.step, client)})["call"]
             # Longer than the calls are measured, whose warm-up comes first.
             prefilling.start("served", (1 + 2 * _WARM_UP) * self.seconds + 1, _PREFILLS_IN_FLIGHT["decode"])
@@ -214,7 +214,7 @@ class Bench:
             self._figure(f"decode p99 beside prefills of {what}, to alone", p99_beside / p99, "x", 3.0, basis),
         ]
         numbers = {"alone_ms": _percentiles(alone), "beside_ms": _percentiles(beside), "prefills": asdict(prefills)}
-        return figures, numbers | {"other_door": own_door is not None and len(server.doors) > 1}
+        return figures, numbers | {"other_client": own_client is not None and len(server.doors) > 1}
 
     def prefill(self) -> Part:
         """Prefills without and beside decoding clients: their time in the core, and what their client sees."""
@@ -325,14 +325,14 @@ class Bench:
             if self.device.startswith("cuda"):
                 self._device_bytes_before = served.all_device_bytes()
             scale = self.scale
-            starting = served.served(self.device, scale.layers, scale.cache_bytes, scale.front_doors)
+            starting = served.served(self.device, scale.layers, scale.cache_bytes, scale.frontends)
             self._served = self._resources.enter_context(starting)
         return self._served
 
     def _echo_places(self) -> list[Place]:
-        """As many echo processes as there are front doors, which share a port."""
+        """As many echo processes as there are frontends, which share a port."""
         port = "0"
-        while len(self._echoes) < self.scale.front_doors:
+        while len(self._echoes) < self.scale.frontends:
             command = (sys.executable, "-m", "benchmarks.echo", port)
             match = self._resources.enter_context(process(*command, ready=r"^(\d+) (\d+)$"))
             port = match[1]
@@ -340,7 +340,7 @@ class Bench:
         return self._echoes
 
     def _decoders(self) -> list[Caller]:
-        """The processes that decode, as many at each front door, and at each echo process."""
+        """The processes that decode, as many at each frontend, and at each echo process."""
         server, echoes, scale = self._server(), self._echo_places(), self.scale
         while len(self._decoding) < scale.clients:
             number = len(self._decoding)
@@ -353,7 +353,7 @@ class Bench:
         return self._decoding
 
     def _prefiller(self, other_than: int | None = None) -> Caller:
-        """The process that prefills, at another front door than the one named."""
+        """The process that prefills, at another frontend than the one named."""
         if self._prefilling is None:
             server, scale = self._server(), self.scale
             door = next(pid for pid in itertools.chain(server.doors, server.doors) if pid != other_than)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from kernel_cases import TALLY
-from serving import Serving, serve
+from support.kernel_cases import TALLY
+from support.serving import Serving, serve
 
 if not torch.cuda.is_available():
     # Read when Triton is imported, and for all of the process: without a GPU its kernels run in the interpreter.

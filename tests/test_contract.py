@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
-from serving import Serving
+from support.serving import Serving
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"

@@ -17,39 +17,37 @@ PACKAGES = {"blockdex": ROOT / "service" / "blockdex", "blockdex_kernels": ROOT 
 
 MAY_IMPORT = {
     "kernels": set(),
-    "words": {"kernels"},
+    "contract": {"kernels"},
     "v1": set(),
-    "cache": {"words", "kernels"},
-    "engine": {"words", "cache", "kernels"},
-    "transport": {"words", "engine", "kernels"},
-    "rpc": {"words", "transport", "engine", "v1", "kernels"},
-    "web": {"words", "transport", "engine", "kernels", "rpc"},
-    "client": {"words", "v1", "kernels"},
+    "cache": {"contract", "kernels"},
+    "executor": {"kernels"},
+    "scheduler": {"contract", "cache", "executor", "kernels"},
+    "ring": {"contract", "scheduler", "kernels"},
+    "frontend": {"contract", "ring", "v1", "kernels"},
+    "client": {"contract", "v1", "kernels"},
+    "loadtest": {"contract", "client", "v1", "kernels"},
 }
-"""Rooms that a room may import, besides itself. What is not listed here puts the rooms together, and may import all.
+"""Rooms that a room may import, besides itself. What is not listed here puts the rooms together, and may import all."""
 
-`/v1/info` says what `GetInfo` says, hence web -> rpc.
-"""
-
-WORDS = {"messages", "errors", "checks", "logs", "addresses", "_native"}
-"""Modules that every room of the service may use; the package itself, for its version, is one of them."""
+ANYWHERE = {"logs", "_native"}
+"""Modules of the service that belong to no room; every room may use them."""
 
 FRONT = {"grpc", "google", "grpc_health", "grpc_reflection", "fastapi", "starlette", "uvicorn", "prometheus_client"}
 TENSORS = {"torch", "triton"}
 MAY_NOT_LOAD = {
     "kernels": FRONT | {"blockdex"},
-    "words": FRONT | TENSORS,
+    "contract": FRONT | TENSORS,
     "v1": TENSORS,
     "cache": FRONT | TENSORS,
-    "engine": FRONT,
-    "transport": FRONT,
-    "rpc": TENSORS,
-    "web": TENSORS,
+    "executor": FRONT,
+    "scheduler": FRONT,
+    "ring": FRONT,
+    "frontend": TENSORS,
     "client": TENSORS,
 }
 """What no module of a room may bring into the process, however indirectly."""
 
-BRINGS_THE_ENGINE = "blockdex.transport.local"
+BRINGS_THE_ENGINE = "blockdex.ring.in_process"
 """The channel to an engine in the same process; nothing else of its room does."""
 
 
@@ -65,9 +63,9 @@ class Module(NamedTuple):
         package, *rest = self.name.split(".")
         if package == "blockdex_kernels":
             return "kernels"
-        if not rest or (len(rest) == 1 and rest[0] in WORDS):
-            return "words"
-        return rest[0] if rest[0] in MAY_IMPORT else "house"
+        if rest and rest[0] in ANYWHERE:
+            return "contract"
+        return rest[0] if rest and rest[0] in MAY_IMPORT else "house"
 
     @property
     def tree(self) -> ast.Module:
@@ -101,8 +99,8 @@ def _imports(module: Module, *, types_too: bool) -> Iterator[str]:
 
 
 def _ours(name: str) -> Module | None:
-    """The module of ours that an imported name is, or is defined in."""
-    while name:
+    """The module of ours that an imported name is, or is defined in; the compiled one has no source to read here."""
+    while name and not name.startswith("blockdex._native"):
         if name in MODULES:
             return MODULES[name]
         name = name.rpartition(".")[0]
@@ -122,6 +120,26 @@ def test_arrows_run_one_way(room: str) -> None:
             target = _ours(name)
             if target is not None:
                 assert target.room in {room, *MAY_IMPORT[room]}, f"{module.name} imports {name}"
+
+
+def _reached(module: Module) -> set[str]:
+    """All modules of ours that reading this one leads to, by way of others."""
+    seen: set[str] = set()
+    todo = [module]
+    while todo:
+        current = todo.pop()
+        for name in _imports(current, types_too=True):
+            target = _ours(name)
+            # Where a module is taken from its package, no more of the package is meant than that module.
+            if target is not None and target.name != current.name and target.name not in seen:
+                seen.add(target.name)
+                todo.append(target)
+    return seen
+
+
+def test_no_module_leads_back_to_itself() -> None:
+    circles = [name for name, module in MODULES.items() if name in _reached(module)]
+    assert not circles
 
 
 @pytest.mark.parametrize("room", MAY_NOT_LOAD)
@@ -154,7 +172,8 @@ def _load(names: list[str], *, refused: AbstractSet[str]) -> subprocess.Complete
 
 
 @pytest.mark.parametrize(
-    "rooms", [("kernels",), ("words", "cache"), ("engine", "transport"), ("v1", "client", "rpc", "web")]
+    "rooms",
+    [("kernels",), ("contract", "cache"), ("executor", "scheduler", "ring"), ("v1", "client", "frontend")],
 )
 def test_rooms_load_without_the_libraries_of_others(rooms: tuple[str, ...]) -> None:
     (refused,) = {frozenset(MAY_NOT_LOAD[room]) for room in rooms}
@@ -163,7 +182,7 @@ def test_rooms_load_without_the_libraries_of_others(rooms: tuple[str, ...]) -> N
 
 
 def test_only_the_local_channel_brings_torch_to_the_front() -> None:
-    names = [module.name for module in MODULES.values() if module.room == "transport"]
+    names = [module.name for module in MODULES.values() if module.room == "ring"]
     names.remove(BRINGS_THE_ENGINE)
     assert _load(names, refused=TENSORS).returncode == 0
     loaded = _load([BRINGS_THE_ENGINE], refused=TENSORS)
@@ -172,10 +191,10 @@ def test_only_the_local_channel_brings_torch_to_the_front() -> None:
 
 
 PROCESSES = {
-    "blockdex.processes.core": FRONT,
-    "blockdex.processes.front_door": TENSORS,
-    "blockdex.processes.supervisor": TENSORS,
-    "blockdex.serve": TENSORS,
+    "blockdex.server.engine_process": FRONT,
+    "blockdex.server.frontend_process": TENSORS,
+    "blockdex.server.supervisor": TENSORS,
+    "blockdex.server.main": TENSORS,
 }
 """Modules that are processes, and what none of these may ever load."""
 
@@ -185,7 +204,7 @@ def test_processes_load_what_is_theirs_alone(name: str) -> None:
     names = [name]
     if PROCESSES[name] >= FRONT:
         # What it loads when it runs.
-        names += ["blockdex.engine.engine", "blockdex_kernels.backend"]
+        names += ["blockdex.scheduler.loop", "blockdex_kernels.interface"]
     loaded = _load(names, refused=PROCESSES[name])
     assert loaded.returncode == 0, loaded.stderr
 

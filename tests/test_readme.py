@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from blockdex.config import ServeSettings, settings_table
+from blockdex.server.config import ServeSettings, settings_table
 from blockdex.v1 import indexer_pb2 as pb
-from serving import serve
+from support.serving import serve
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

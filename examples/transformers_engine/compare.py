@@ -13,7 +13,7 @@ from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VL
 
 import blockdex
 from blockdex_kernels import reference
-from blockdex_kernels.backend import FP8_FLIP_TOLERANCE
+from blockdex_kernels.interface import FP8_FLIP_TOLERANCE
 from examples.transformers_engine.engine import BatchCache, History
 from examples.transformers_engine.indexer import BlockdexIndexer, replace_indexers
 from examples.transformers_engine.model import sparse_attentions

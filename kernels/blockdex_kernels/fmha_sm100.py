@@ -39,7 +39,7 @@ WIDTH_QUANTUM = 128
 MAX_ELEMENTS = 2**31
 """Scores of one call stay below it: the kernels' offsets have 32 bits, and the planner gives up beyond."""
 
-_MAX_WORK_ITEMS = 131_072  # Room for (tile, head) pairs in a plan, which the planner does not check.
+_MAX_WORK_ITEMS = 131_072  # StepBuffer for (tile, head) pairs in a plan, which the planner does not check.
 _DTYPE_NAMES: dict[KeyDtype, str] = {"bf16": "bf16", "fp8_e4m3": "fp8"}
 # The package's staging buffers and workspaces belong to the process: one call at a time, whatever the device.
 _TURN = threading.Lock()

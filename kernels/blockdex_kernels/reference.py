@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from blockdex_kernels.backend import Fp8Scoring, Order
+from blockdex_kernels.interface import Fp8Scoring, Order
 from blockdex_kernels.spec import IndexSpec
 
 FLIP_TOLERANCE = 2.0**-16

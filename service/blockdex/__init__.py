@@ -4,16 +4,15 @@
         client.open_sequence(7)
         client.append_keys(layer=0, sequences=7, keys=keys)
 
-`Client` and `AsyncClient` are the way in; what they raise is in `blockdex.errors` and listed here too.
+`Client` and `AsyncClient` are the way in; what they raise is in `blockdex.contract.errors` and listed here too.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from blockdex.errors import (
+from blockdex.contract.errors import (
     AbortedError,
     AlreadyExistsError,
     BlockdexError,
@@ -34,6 +33,7 @@ from blockdex.errors import (
     UnimplementedError,
     UnknownError,
 )
+from blockdex.contract.version import VERSION
 
 __all__ = [
     "AbortedError",
@@ -62,8 +62,7 @@ __all__ = [
     "__version__",
 ]
 
-__version__ = version("blockdex")
-
+__version__ = VERSION
 
 if TYPE_CHECKING:
     from blockdex.client import AsyncClient, Client, Info, SequenceState

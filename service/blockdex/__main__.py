@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from blockdex.cli import main
+from blockdex.cli.main import main
 
 sys.exit(main())

@@ -1,4 +1,4 @@
-"""The compiled part: see `native/`."""
+"""The compiled part: see `csrc/`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,16 +19,16 @@ class Line:
 
     Args:
         segment: the shared memory, a `Segment` that this process has made.
-        bell: eventfd that the front door sleeps on.
+        bell: eventfd that the frontend sleeps on.
         own_bell: eventfd that the engine sleeps on.
 
     Attributes:
-        filled: requests that are there and were not taken; -1 where the front door says what cannot be.
+        filled: requests that are there and were not taken; -1 where the frontend says what cannot be.
         waits: whether the oldest one is for Python to take now; of who does not read its answers, none is.
         gone: whether nobody is there to be answered.
         crowded: whether Python has answers that wait for room.
         longest: bytes of an answer that there is room for at some time.
-        has_unwritten: whether answers wait for room, of those that the lane wrote.
+        has_unwritten: whether answers wait for room, of those that the core wrote.
     """
 
     def __init__(self, segment: object, bell: int, own_bell: int) -> None: ...
@@ -58,9 +58,9 @@ class Line:
         """Has the engine's bell rung when there is room again; who has said so looks once more."""
 
     def publish(self) -> None:
-        """Shows the front door what was written, and wakes it if it sleeps."""
+        """Shows the frontend what was written, and wakes it if it sleeps."""
 
-class Lane:
+class Core:
     """The engine's short way: decodes that go on in place, from the rings to the device and back, in C.
 
     It takes requests that append to the ends of sequences, in pages that these have to themselves, and select for what
@@ -157,7 +157,7 @@ class Lane:
         """Takes note of the columns of a tenant's sequences."""
 
     def set_step(self, number: int, host: NDArray[np.uint8], block_ids: NDArray[np.int32], /) -> None:
-        """Memory that one of the steps is made in, as `blockdex_kernels.runner.Room`."""
+        """Memory that one of the steps is made in, as `blockdex.executor.interface.StepBuffer`."""
 
     def set_replays(self, steps: Sequence[tuple[int, ...]], launch: int, stream: int, /) -> None:
         """The device's programs `(runs, length, width, program of each step)`, and what launches them."""
@@ -282,7 +282,7 @@ def find_response(kind: int, frame: bytes, /) -> bytes | None:
 def read_selection(response: bytes, num_bytes: int, scored: bool, /) -> tuple[bytearray, bytearray | None] | None:
     """Block ids, and scores where there should be any, of so many bytes each; None where they are not."""
 
-# --- The front door's side ---
+# --- The frontend's side ---
 
 Taken = tuple[Any, int, int, int, int]
 """A request that was taken from who asked: asker, number, RPC, `received` of its slot, ticket."""
@@ -291,7 +291,7 @@ Rest = tuple[int, int, bytes, bytes]
 """What there is to say of an answer beside its response: RPC, `received` of its request's slot, slot, payload."""
 
 class Link:
-    """The front door's side of a ring, on one thread: slots, tickets, the requests' arena and the answers' tape.
+    """The frontend's side of a ring, on one thread: slots, tickets, the requests' arena and the answers' tape.
 
     RPCs are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect, 3 to 5 the same over a stream, 255 a request that
     Python wrote. Nothing is taken the short way before it is opened.

@@ -12,9 +12,9 @@ from benchmarks import fp8_agreement, tables
 from benchmarks.fp8_agreement import OPEN_PLACES, ROUGHNESS, best, block_scores, compare, scorings
 from benchmarks.structured_keys import HEAD_DIM, HEADS, QUERIES, STRUCTURES, isotropic, language_like
 from blockdex_kernels import IndexSpec, reference
-from blockdex_kernels.backend import Fp8Scoring
+from blockdex_kernels.interface import Fp8Scoring
 from blockdex_kernels.spec import KeyDtype
-from built_site import DOCS
+from support.built_site import DOCS
 
 TOKENS = 4_096
 

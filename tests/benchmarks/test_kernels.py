@@ -21,7 +21,7 @@ from benchmarks.kernel_shapes import FULL, Shape
 from benchmarks.kernel_versions import Blockdex, Version
 from benchmarks.peers import Vllm, load_vllm
 from blockdex_kernels.reference import SelectionMismatchError
-from built_site import ROOT
+from support.built_site import ROOT
 
 CPU = torch.device("cpu")
 PAGES = 40

@@ -17,7 +17,7 @@ from benchmarks.doors import connect, local_ports, owner
 from benchmarks.environment import environment
 from benchmarks.service_figures import Figure, cells
 from blockdex import Client
-from serving import Serving
+from support.serving import Serving
 
 EVERY_PART = {"step", "calls", "clients", "decode", "prefill", "memory", "idle"}
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from blockdex.cache import Cache, PageCopy
-from blockdex.cache.cache import MANY_SEQUENCES
-from blockdex.errors import BlockdexError, FailedPreconditionError, ResourceExhaustedError
+from blockdex.cache.index_cache import MANY_SEQUENCES
+from blockdex.contract.errors import BlockdexError, FailedPreconditionError, ResourceExhaustedError
 from blockdex_kernels import IndexSpec
-from cache_state import Clock, append, check_integrity, held_pages, page_table, pages, snapshot, spans
+from support.cache_state import Clock, append, check_integrity, held_pages, page_table, pages, snapshot, spans
 
 SPEC = IndexSpec(num_layers=3, head_dim=1, block_size=4, topk=2, max_sequence_tokens=4096)
 

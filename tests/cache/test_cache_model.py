@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 
 from blockdex.cache import AppendPlan, Cache, Sequence
-from blockdex.errors import BlockdexError, Reason
+from blockdex.contract.errors import BlockdexError, Reason
 from blockdex_kernels import IndexSpec
-from cache_state import Clock, Name, PageStore, check_integrity, held_pages, page_table, snapshot, spans
+from support.cache_state import Clock, Name, PageStore, check_integrity, held_pages, page_table, snapshot, spans
 
 SPEC = IndexSpec(num_layers=3, head_dim=1, block_size=4, topk=2, max_sequence_tokens=64)
 NUM_PAGES = 10

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from blockdex.cache import Cache
-from blockdex.errors import BlockdexError, Code, Reason
+from blockdex.contract.errors import BlockdexError, Code, Reason
 from blockdex_kernels import IndexSpec
-from cache_state import Clock, append, page_table, snapshot, spans
+from support.cache_state import Clock, append, page_table, snapshot, spans
 
 SPEC = IndexSpec(num_layers=4, head_dim=1, block_size=4, topk=2, max_sequence_tokens=4096)
 UNKNOWN = "(never opened, closed, or evicted)"

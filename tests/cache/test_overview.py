@@ -11,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from blockdex.cache import TABLE_ROW, Cache
-from blockdex.errors import ResourceExhaustedError
-from blockdex.messages import CacheOverview
+from blockdex.contract.errors import ResourceExhaustedError
+from blockdex.contract.messages import CacheOverview
 from blockdex_kernels import IndexSpec
-from cache_state import Clock, append, held_pages
+from support.cache_state import Clock, append, held_pages
 
 SPEC = IndexSpec(num_layers=2, head_dim=1, block_size=4, topk=2, max_sequence_tokens=64)
 LEASE = 10.0

@@ -7,7 +7,7 @@ import random
 import numpy as np
 
 from blockdex.cache.page_table import PageTables
-from cache_state import check_tables, first_blocks
+from support.cache_state import check_tables, first_blocks
 
 
 def test_against_plain_lists() -> None:

@@ -8,8 +8,8 @@ import socket
 import pytest
 
 import blockdex
-from blockdex.cli import main
-from serving import Serving
+from blockdex.cli.main import main
+from support.serving import Serving
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

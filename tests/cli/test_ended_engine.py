@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import blockdex
-from serving import SMALL, Serving, environment
+from support.serving import SMALL, Serving, environment
 
 PROGRAM = """
 import sys
-from blockdex.cli import main
-from blockdex.engine import engine
+from blockdex.cli.main import main
+from blockdex.scheduler import loop as engine
 from blockdex_kernels.cpu import CpuBackend
 def fail(*arguments, **options):
     engine.Cache = fail

@@ -12,7 +12,7 @@ from blockdex.logs import HumanFormatter, JsonFormatter, RateLimit
 def record(event: str, **fields: str | int | float) -> logging.LogRecord:
     made = logging.makeLogRecord(
         {
-            "name": "blockdex.serve",
+            "name": "blockdex.server.main",
             "levelno": logging.INFO,
             "levelname": "INFO",
             "msg": event,
@@ -34,7 +34,7 @@ def test_a_line_for_machines_is_one_object() -> None:
     assert json.loads(line) == {
         "time": "2023-11-14T22:13:20.250Z",
         "level": "info",
-        "logger": "blockdex.serve",
+        "logger": "blockdex.server.main",
         "event": "serving",
         "why": "two\nlines",
         "n": 3,

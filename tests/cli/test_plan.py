@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from blockdex.cli import main
-from blockdex.config import automatic_cache_bytes, load_settings
+from blockdex.cli.main import main
+from blockdex.server.config import automatic_cache_bytes, load_settings
 from blockdex_kernels.triton import SCORE_BYTES
 
 
@@ -148,6 +148,8 @@ def test_what_cannot_be_planned_is_one_line(words: list[str], line: str, capsys:
 
 
 def test_it_runs_without_torch() -> None:
-    code = "import sys; from blockdex.plan import plan; plan(['--tokens', '1M']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from blockdex.cli.sizing import plan; plan(['--tokens', '1M']); assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

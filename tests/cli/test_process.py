@@ -14,10 +14,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import blockdex
-import strange_core
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
-from serving import SMALL, Serving, serve
+from support import strange_core
+from support.serving import SMALL, Serving, serve
 
 TOKENS, QUERIES, PREFILLS = 8192, 4096, 6
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from serving import environment
+from support.serving import environment
 
 
 def refused(*flags: str, before: str = "pass", **variables: str) -> str:
     """The one line of a `blockdex serve` that refuses to start."""
-    program = f"import sys; {before}; from blockdex.cli import main; sys.exit(main())"
+    program = f"import sys; {before}; from blockdex.cli.main import main; sys.exit(main())"
     ports = ("--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0")
     done = subprocess.run(
         [sys.executable, "-c", program, "serve", *ports, *flags],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdex.config import ConfigError, ServeSettings, load_settings, parse_size, settings_table
+from blockdex.server.config import ConfigError, ServeSettings, load_settings, parse_size, settings_table
 from blockdex_kernels import IndexSpec, SpecError
 
 
@@ -72,7 +72,7 @@ SAMPLES = {
     "grpc_address": "[::1]:0",
     "http_address": "0.0.0.0:80",
     "processes": "split",
-    "front_doors": "4",
+    "frontends": "4",
     "spin_seconds": "0",
     "model_config": "config.json",
     "num_layers": "5",

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from serving import SMALL, environment
+from support.serving import SMALL, environment
 
 SECONDS = 60
 
 PROGRAM = """
 import sys, time
-from blockdex import starting
-from blockdex.cli import main
+from blockdex.server import bootstrap as starting
+from blockdex.cli.main import main
 from blockdex_kernels.cpu import CpuBackend
 def warm_up(self):
     for done in range(1, 1 + {steps}):

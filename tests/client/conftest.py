@@ -11,9 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import blockdex
 from blockdex.client import compiled
-from clients import FLAVOUR_NAMES, FLAVOURS, connect, new_sequence
-from serving import SMALL, Serving, serve
-from tcp_proxy import TcpProxy, proxy_to
+from support.clients import FLAVOUR_NAMES, FLAVOURS, connect, new_sequence
+from support.serving import SMALL, Serving, serve
+from support.tcp_proxy import TcpProxy, proxy_to
 
 
 @pytest.fixture(scope="session")

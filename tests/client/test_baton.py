@@ -14,8 +14,8 @@ from blockdex import _native
 from blockdex.client import transports
 from blockdex.client.stream import SPIN_SECONDS
 from blockdex.client.transports import StreamTransport
-from clients import new_sequence
-from serving import Serving
+from support.clients import new_sequence
+from support.serving import Serving
 
 KEYS = np.ones((1, 128), np.float32)
 QUERIES = np.ones((1, 4, 128), np.float32)

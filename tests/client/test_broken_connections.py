@@ -15,9 +15,9 @@ import pytest
 import blockdex
 from blockdex import DeadlineExceededError, FailedPreconditionError, NotFoundError, Reason, UnavailableError
 from blockdex.client.failures import changed_nothing, error_of_stream
-from clients import connect, new_sequence
-from serving import Serving
-from tcp_proxy import TcpProxy
+from support.clients import connect, new_sequence
+from support.serving import Serving
+from support.tcp_proxy import TcpProxy
 
 KEYS = np.ones((5, 128), np.float32)
 QUERIES = np.ones((5, 4, 128), np.float32)

@@ -25,11 +25,11 @@ from blockdex.client.ledger import Ledger
 from blockdex.client.requests import Queries, Spans
 from blockdex.client.selection import selection_of
 from blockdex.client.writer import Writer
-from blockdex.errors import BlockdexError, InternalError
-from blockdex.messages import Limits
+from blockdex.contract.errors import BlockdexError, InternalError
+from blockdex.contract.messages import Limits
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
-from clients import some_info
+from support.clients import some_info
 
 SPEC = IndexSpec(num_layers=3, num_index_heads=4, head_dim=4, topk=4, max_sequence_tokens=300)
 LIMITS = Limits(max_message_bytes=700, max_spans=4, max_queued_requests=1, max_stream_requests=1, max_wait_ms=1)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 import blockdex
 from blockdex import CancelledError, DeadlineExceededError, FailedPreconditionError, Reason, UnavailableError
-from clients import FLAVOURS, Transport, new_sequence
-from serving import Serving
-from tcp_proxy import TcpProxy
+from support.clients import FLAVOURS, Transport, new_sequence
+from support.serving import Serving
+from support.tcp_proxy import TcpProxy
 
 TRANSPORTS: list[Transport] = ["stream", "unary"]
 BLOCKS = 6

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import blockdex
-from clients import new_sequence
-from serving import SMALL, Serving, serve
+from support.clients import new_sequence
+from support.serving import SMALL, Serving, serve
 
 ALLOWED = 4
 KEYS = np.ones((1, 128), np.float32)

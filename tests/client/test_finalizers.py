@@ -17,7 +17,7 @@ from blockdex.client.kinds import APPEND_KEYS, SELECT_BLOCKS
 from blockdex.client.ledger import Append, Ledger
 from blockdex.client.requests import Queries, Spans
 from blockdex.v1 import indexer_pb2 as pb
-from clients import some_info
+from support.clients import some_info
 
 pytestmark = pytest.mark.usefixtures("way")
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import blockdex
-from serving import Serving
+from support.serving import Serving
 
 REFUSE = """
 import sys
@@ -73,7 +73,10 @@ def test_torch_is_left_alone_where_it_is_installed(server: Serving) -> None:
 
 
 def test_the_messages_come_without_grpc() -> None:
-    run(REFUSE.format(refused={"grpc", "google"}) + "import blockdex.messages, blockdex.errors, blockdex.checks\n")
+    run(
+        REFUSE.format(refused={"grpc", "google"})
+        + "import blockdex.contract.messages, blockdex.contract.errors, blockdex.contract.limits\n"
+    )
 
 
 @pytest.mark.parametrize("name", blockdex.__all__)

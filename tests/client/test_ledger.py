@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from blockdex import FailedPreconditionError
 from blockdex.client.ledger import Ledger
-from clients import some_info
+from support.clients import some_info
 
 pytestmark = pytest.mark.usefixtures("way")
 

@@ -14,12 +14,12 @@ from google.rpc import error_details_pb2, status_pb2
 
 import blockdex
 from blockdex import Reason, ResourceExhaustedError
-from blockdex.checks import TENANT_KEY
+from blockdex.contract.limits import TENANT_KEY
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1.indexer_pb2_grpc import IndexerServiceStub
-from clients import connect, new_sequence
-from serving import Serving
-from tcp_proxy import proxy_to
+from support.clients import connect, new_sequence
+from support.serving import Serving
+from support.tcp_proxy import proxy_to
 
 pytestmark = pytest.mark.usefixtures("way")
 

@@ -7,7 +7,7 @@ import pytest
 
 from blockdex.client.requests import Queries, fill, spans_of
 from blockdex.v1 import indexer_pb2 as pb
-from clients import some_info
+from support.clients import some_info
 
 ALL = np.zeros((2, 4, 128), np.float32)
 TWO = np.zeros((2, 2, 128), np.float32)

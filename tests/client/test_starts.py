@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import blockdex
 from blockdex import FailedPreconditionError, NotFoundError, OutOfRangeError, Reason
-from clients import new_sequence
+from support.clients import new_sequence
 
 pytestmark = pytest.mark.usefixtures("way")
 

@@ -18,9 +18,9 @@ from blockdex import DeadlineExceededError
 from blockdex.client.alarm import Alarm
 from blockdex.client.stream import Stream
 from blockdex.client.transports import StreamTransport
-from clients import new_sequence
-from serving import Serving
-from tcp_proxy import TcpProxy
+from support.clients import new_sequence
+from support.serving import Serving
+from support.tcp_proxy import TcpProxy
 
 KEYS = np.ones((2, 128), np.float32)
 QUERIES = np.ones((1, 4, 128), np.float32)

@@ -15,8 +15,8 @@ import blockdex
 from blockdex.client.tensors import tensor_like
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import reference
-from clients import new_sequence
-from serving import Serving
+from support.clients import new_sequence
+from support.serving import Serving
 
 pytestmark = pytest.mark.usefixtures("way")
 

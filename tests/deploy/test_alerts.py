@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from deployed import DEPLOY, read_yaml
-from programs import REPOSITORY, program, run
+from support.deployed import DEPLOY, read_yaml
+from support.programs import REPOSITORY, program, run
 
 PROMETHEUS = DEPLOY / "prometheus"
 CASES = REPOSITORY / "tests" / "deploy" / "alerts_test.yml"

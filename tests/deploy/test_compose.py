@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from blockdex.addresses import Address
 from blockdex.loadtest.arguments import parse
-from deployed import DEPLOY, image_settings, read_yaml, settings_of
-from programs import BIN, REPOSITORY, run
+from blockdex.server.addresses import Address
+from support.deployed import DEPLOY, image_settings, read_yaml, settings_of
+from support.programs import BIN, REPOSITORY, run
 
 COMPOSE = DEPLOY / "compose.yaml"
 FILE = read_yaml(COMPOSE)

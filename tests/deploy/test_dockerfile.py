@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from programs import BIN, REPOSITORY, run
+from support.programs import BIN, REPOSITORY, run
 
 DOCKERFILE = REPOSITORY / "Dockerfile"
 LOCKS = REPOSITORY / "deploy" / "requirements"

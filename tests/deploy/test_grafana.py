@@ -10,7 +10,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from deployed import DEPLOY, read_yaml
+from support.deployed import DEPLOY, read_yaml
 
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "blockdex.json").read_text(encoding="utf-8"))
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]

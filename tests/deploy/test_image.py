@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from containers import USER, Container, Images, running
-from deployed import DEPLOY, read_yaml
-from programs import run
+from support.containers import USER, Container, Images, running
+from support.deployed import DEPLOY, read_yaml
+from support.programs import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

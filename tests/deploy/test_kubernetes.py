@@ -12,9 +12,9 @@ import pytest
 import yaml
 from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
 
-from blockdex.addresses import Address
-from deployed import DEPLOY, image_settings, settings_of
-from programs import program, run
+from blockdex.server.addresses import Address
+from support.deployed import DEPLOY, image_settings, settings_of
+from support.programs import program, run
 
 FOLDERS = ("base", "gpu", "sidecar")
 OLDEST = "1.34"

@@ -20,10 +20,10 @@ import pytest
 import yaml
 
 import blockdex
-from blockdex.web.gpu import GAUGES
-from deployed import DEPLOY, read_yaml
-from programs import program
-from serving import SMALL, Serving, serve
+from blockdex.frontend.http.gpu_metrics import GAUGES
+from support.deployed import DEPLOY, read_yaml
+from support.programs import program
+from support.serving import SMALL, Serving, serve
 
 CONFIGURATION = read_yaml(DEPLOY / "prometheus" / "prometheus.yml")
 (GROUP,) = read_yaml(DEPLOY / "prometheus" / "alerts.yml")["groups"]

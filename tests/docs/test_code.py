@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from blockdex.config import ServeSettings
-from built_site import DOCS, ROOT
-from serving import Serving, serve
+from blockdex.server.config import ServeSettings
+from support.built_site import DOCS, ROOT
+from support.serving import Serving, serve
 
 ADDRESS = ServeSettings.model_fields["grpc_address"].default
 _BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```\n(?:\n*\1```text\n(.*?)^ *```$)?", re.DOTALL | re.MULTILINE)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from built_site import DOCS, ROOT, Page, broken, build, copy_sources
+from support.built_site import DOCS, ROOT, Page, broken, build, copy_sources
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import pytest
 
 from benchmarks import client, tables
 from benchmarks.environment import environment
-from blockdex import config
-from blockdex.cli import main
-from blockdex.errors import Code, Reason
+from blockdex.cli.main import main
+from blockdex.contract.errors import Code, Reason
+from blockdex.server import config
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.spec import KeyDtype
-from built_site import DOCS, ROOT
+from support.built_site import DOCS, ROOT
 
 
 def _page(name: str) -> str:

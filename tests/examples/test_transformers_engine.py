@@ -15,7 +15,7 @@ import blockdex
 from examples.transformers_engine.compare import Tally, flip_tolerance
 from examples.transformers_engine.demo import Outcome
 from examples.transformers_engine.requests import Request
-from serving import Serving
+from support.serving import Serving
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 110

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from blockdex_kernels import IndexSpec
-from kernel_cases import Run, load, random_run
-from triton_device import DEVICE, backend_for
+from support.kernel_cases import Run, load, random_run
+from support.triton_device import DEVICE, backend_for
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Order, Selection
-from kernel_cases import load, poison, random_run, spans_of
-from triton_device import DEVICE, backend_for
+from blockdex_kernels.interface import Order, Selection
+from support.kernel_cases import load, poison, random_run, spans_of
+from support.triton_device import DEVICE, backend_for
 
 RUNS, MOST, BLOCKS = 6, 4, 40
 """What is captured: so many runs of at most so many queries, and places of the page table."""

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Fp8Scoring, Selection
-from kernel_cases import compare, spans_of
-from triton_device import DEVICE, backend_for
-from vectorised_reference import select
+from blockdex_kernels.interface import Fp8Scoring, Selection
+from support.kernel_cases import compare, spans_of
+from support.triton_device import DEVICE, backend_for
+from support.vectorised_reference import select
 
 CACHE_BYTES = 20 << 30
 

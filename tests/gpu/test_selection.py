@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Fp8Scoring, Order, Selection
-from kernel_cases import Run, check, compare, load, poison, spans_of
-from triton_device import DEVICE, backend_for
-from vectorised_reference import select
+from blockdex_kernels.interface import Fp8Scoring, Order, Selection
+from support.kernel_cases import Run, check, compare, load, poison, spans_of
+from support.triton_device import DEVICE, backend_for
+from support.vectorised_reference import select
 
 # Determinism is asked for only so that memory is filled.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")

@@ -24,7 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Spans
+from blockdex_kernels.interface import Spans
 from blockdex_kernels.triton import TritonBackend, chip
 from blockdex_kernels.triton.prefill import RUN_NUMBERS
 

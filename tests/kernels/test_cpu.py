@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Fp8Scoring, Order
 from blockdex_kernels.cpu import CpuBackend
-from kernel_cases import TALLY, Run, check, load, pages_of, poison, random_run, spans_of
+from blockdex_kernels.interface import Fp8Scoring, Order
+from support.kernel_cases import TALLY, Run, check, load, pages_of, poison, random_run, spans_of
 
 ORDERS: tuple[Order, ...] = ("ascending", "score")
 CACHES: tuple[tuple[Any, Fp8Scoring], ...] = (("bf16", "native"), ("fp8_e4m3", "native"), ("fp8_e4m3", "upcast"))

@@ -33,7 +33,7 @@ from blockdex_kernels.cpu import CpuBackend
 from blockdex_kernels.fmha_sm100 import FmhaScorer, Package, buffer_width, find_scorer, warm_up
 from blockdex_kernels.reference import select
 from blockdex_kernels.spec import KeyDtype
-from kernel_cases import TALLY, Run, load, pages_of, random_run
+from support.kernel_cases import TALLY, Run, load, pages_of, random_run
 
 STAND_IN = Path(__file__).resolve().parent.parent / "fmha_stand_in"
 MODULES = ("api", "jit", "msa_warmup")

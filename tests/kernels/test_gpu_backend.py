@@ -17,8 +17,8 @@ from blockdex_kernels.fmha_sm100 import Package
 from blockdex_kernels.spec import KeyDtype
 from blockdex_kernels.triton import warm_up
 from blockdex_kernels.triton.gpu import GpuBackend
-from kernel_cases import Run, check, load, pages_of, random_run
-from triton_device import DEVICE
+from support.kernel_cases import Run, check, load, pages_of, random_run
+from support.triton_device import DEVICE
 
 # numpy, in the interpreter, says so when infinities meet.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Order
+from blockdex_kernels.interface import Order
 from blockdex_kernels.reference import Reference, SelectionMismatchError, count_flips, select
 
 INF = math.inf

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Backend, Spans
 from blockdex_kernels.cpu import CpuBackend
-from kernel_cases import UNREADABLE, load, poison, random_run, spans_of
-from triton_device import DEVICE, backend_for
+from blockdex_kernels.interface import Backend, Spans
+from support.kernel_cases import UNREADABLE, load, poison, random_run, spans_of
+from support.triton_device import DEVICE, backend_for
 
 SPEC = IndexSpec(
     num_layers=2, num_index_heads=2, head_dim=16, block_size=16, topk=4, init_blocks=1, max_sequence_tokens=4096

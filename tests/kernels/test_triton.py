@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Fp8Scoring, Order, Selection, Spans
 from blockdex_kernels.casts import cast_keys
+from blockdex_kernels.interface import Fp8Scoring, Order, Selection, Spans
 from blockdex_kernels.reference import select
 from blockdex_kernels.triton import TritonBackend
 from blockdex_kernels.triton.prefill import max_items, split
-from kernel_cases import Run, check, compare, load, poison, random_run, spans_of
-from triton_device import DEVICE, backend_for
+from support.kernel_cases import Run, check, compare, load, poison, random_run, spans_of
+from support.triton_device import DEVICE, backend_for
 
 # numpy, in the interpreter, says so when infinities meet.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

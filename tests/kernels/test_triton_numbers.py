@@ -11,7 +11,7 @@ import triton.language as tl
 
 from blockdex_kernels.casts import cast_keys, scale_to_fp8
 from blockdex_kernels.triton.numbers import e4m3_to_float, float_to_e4m3, ordered, scale_to_e4m3, to_float
-from triton_device import DEVICE
+from support.triton_device import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

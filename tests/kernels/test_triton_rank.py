@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.backend import Order
+from blockdex_kernels.interface import Order
 from blockdex_kernels.triton.rank import rank
-from triton_device import DEVICE
+from support.triton_device import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-import vectorised_reference
 from blockdex_kernels import IndexSpec, reference
-from blockdex_kernels.backend import Fp8Scoring, Order
-from kernel_cases import random_run
+from blockdex_kernels.interface import Fp8Scoring, Order
+from support import vectorised_reference
+from support.kernel_cases import random_run
 
 
 @pytest.mark.parametrize("order", ["ascending", "score"])

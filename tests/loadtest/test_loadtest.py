@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from blockdex.cli import main
+from blockdex.cli.main import main
 from blockdex.loadtest.settings import SCENARIOS
-from corrupting_proxy import corrupting_proxy
-from serving import Serving, serve
+from support.corrupting_proxy import corrupting_proxy
+from support.serving import Serving, serve
 
 _WAIT_SECONDS = 20.0
 
@@ -271,7 +271,7 @@ def test_a_server_that_does_not_answer_is_told(
 
 def without(package: str, words: list[str]) -> subprocess.CompletedProcess[str]:
     """Runs blockdex in a process for which a package is not there."""
-    code = f"import sys; sys.modules[{package!r}] = None; from blockdex.cli import main; sys.exit(main({words!r}))"
+    code = f"import sys; sys.modules[{package!r}] = None; from blockdex.cli.main import main; sys.exit(main({words!r}))"
     # A module that is None cannot be imported, nor found.
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
 

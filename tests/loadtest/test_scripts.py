@@ -9,7 +9,7 @@ import pytest
 from blockdex.loadtest.scripts import Numbers, script_of
 from blockdex.loadtest.settings import SCENARIOS
 from blockdex.loadtest.steps import SequenceStep, Step, TokenStep
-from load_plans import info, plan
+from support.load_plans import info, plan
 
 
 class Model:

@@ -9,7 +9,7 @@ import pytest
 from blockdex.loadtest.settings import SCENARIOS
 from blockdex.loadtest.shapes import DecodeShape, Plan, PrefillShape, ShapeError
 from blockdex.loadtest.workloads import DECODE_CASES, PREFILL_CASES
-from load_plans import SPEC, info, plan
+from support.load_plans import SPEC, info, plan
 
 
 def pages(made: Plan) -> int:
@@ -24,7 +24,7 @@ def test_the_published_weights_are_complete() -> None:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_where_there_is_room_shapes_are_the_published_ones(scenario: str) -> None:
+def test_where_there_is_step_buffer_shapes_are_the_published_ones(scenario: str) -> None:
     made = plan(scenario, info(2_000_000))
     assert made.scale == 1.0
     for shape in made.shapes:

@@ -23,9 +23,9 @@ import blockdex
 from benchmarks.doors import connect
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
-from processes import Split, eventually, split
-from soak_caller import WEIGHTS
-from wire import SPEC
+from support.processes import Split, eventually, split
+from support.soak_caller import WEIGHTS
+from support.wire import SPEC
 
 SECONDS = float(os.environ.get("BLOCKDEX_SOAK_SECONDS", "60"))
 PROGRAM = Path(__file__).parent.parent / "soak_caller.py"
@@ -50,7 +50,7 @@ flight. In a minute this finds a few KB kept of each request; what is 100 bytes 
 SHARED_BYTES = 0
 """Mapped memory of memfds: rings are as large as they were made."""
 DESCRIPTORS = 6
-"""Files that a process may have open more of while callers run: at times all of them are at one front door, and
+"""Files that a process may have open more of while callers run: at times all of them are at one frontend, and
 connections that they left are on their way out."""
 LEFT_OVER = 1
 """Files that a process may have open more of when they are gone than before they came."""
@@ -92,7 +92,7 @@ def touch_every_page(address: str) -> None:
 
 
 def open_files(server: Split) -> dict[int, int]:
-    """How many files each process of the server has open, once every front door has had a client."""
+    """How many files each process of the server has open, once every frontend has had a client."""
     for door in server.doors:
         with connect(server.serving.grpc_address, door) as channel:
             pb_grpc.IndexerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=20)
@@ -127,7 +127,7 @@ def growth(samples: list[Held], what: Callable[[Held], int]) -> float:
 
 
 def test_nothing_grows_and_every_answer_is_right() -> None:
-    flags = ("--front-doors", "2", "--cache-bytes", str(CACHE_BYTES))
+    flags = ("--frontends", "2", "--cache-bytes", str(CACHE_BYTES))
     with split(*flags, **LIBRARIES) as server:
         address = server.serving.grpc_address
         touch_every_page(address)
@@ -149,11 +149,11 @@ def test_nothing_grows_and_every_answer_is_right() -> None:
         names = {server.supervisor: "supervisor", server.core: "core"}
         for pid, taken in samples.items():
             grown = Held(*(int(growth(taken, what)) for what in (_anonymous, _shared, _descriptors)))
-            print(f"{names.get(pid, 'front door')}: {taken[-1]}, grown by {grown}")
+            print(f"{names.get(pid, 'frontend')}: {taken[-1]}, grown by {grown}")
             assert grown.anonymous <= ANONYMOUS_BYTES
             assert grown.shared <= SHARED_BYTES
             assert grown.descriptors <= DESCRIPTORS
-        for what in ("core", "front_door"):
+        for what in ("core", "frontend"):
             assert server.metric("blockdex_restarts_total", process=what) == 0
         eventually(lambda: server.metric("blockdex_pages", state="free") == _pages(address), "every page is free again")
         eventually(lambda: all(left <= LEFT_OVER for left in more_files(before)), "connections are closed")

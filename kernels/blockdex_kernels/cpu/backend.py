@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex_kernels import door
-from blockdex_kernels.backend import Backend, Fp8Scoring, Order, Selection, Spans
+from blockdex_kernels import validate as door
 from blockdex_kernels.casts import TORCH_DTYPES, cast_keys, scale_to_fp8
 from blockdex_kernels.cpu import ranking, tiles
 from blockdex_kernels.cpu.scoring import BlockScorer
+from blockdex_kernels.interface import Backend, Fp8Scoring, Order, Selection, Spans
 from blockdex_kernels.spec import IndexSpec
 
 TEMPORARY_BYTES = 64 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex_kernels.backend import Order
+from blockdex_kernels.interface import Order
 from blockdex_kernels.spec import IndexSpec
 
 EMPTY = np.iinfo(np.int64).min

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex_kernels.door import Run
 from blockdex_kernels.spec import IndexSpec
+from blockdex_kernels.validate import Run
 
 CHUNK_BYTES = 8 << 20
 """Keys and products of one matrix product: what stays in a shared cache of a core or two."""

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex_kernels import door
-from blockdex_kernels.backend import FP8_FLIP_TOLERANCE, Backend, Fp8Scoring, Order, Selection, Spans
+from blockdex_kernels import validate as door
 from blockdex_kernels.casts import TORCH_DTYPES
+from blockdex_kernels.interface import FP8_FLIP_TOLERANCE, Backend, Fp8Scoring, Order, Selection, Spans
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.append import append
 from blockdex_kernels.triton.chip import Chip, Launch

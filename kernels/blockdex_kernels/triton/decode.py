@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blockdex_kernels.backend import Spans
+from blockdex_kernels.interface import Spans
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.launch import padded_runs, pdl_launch, wait_for_previous
 from blockdex_kernels.triton.numbers import scale_to_e4m3, to_float

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex_kernels.backend import Fp8Scoring
 from blockdex_kernels.fmha_sm100 import BLOCK_SIZE, CAPABILITIES, FmhaScorer, buffer_width, find_scorer
+from blockdex_kernels.interface import Fp8Scoring
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.backend import TritonBackend
 from blockdex_kernels.triton.runs import Runs

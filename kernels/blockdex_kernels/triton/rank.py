@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blockdex_kernels.backend import Order
+from blockdex_kernels.interface import Order
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.launch import pdl_launch
 from blockdex_kernels.triton.numbers import ordered

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex_kernels.backend import Spans
+from blockdex_kernels.interface import Spans
 
 
 @dataclass(frozen=True, slots=True)

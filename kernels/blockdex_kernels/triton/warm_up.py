@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex_kernels.backend import Backend, Order, Spans
+from blockdex_kernels.interface import Backend, Order, Spans
 
 NUM_RUNS = (1, 33, 129)
 """Sequences of a call: one for each number of runs that kernels are padded to, up to 512."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex.errors import AbortedError, FailedPreconditionError, OutOfRangeError, Reason
-from blockdex.messages import Spans
+from blockdex.contract.errors import AbortedError, FailedPreconditionError, OutOfRangeError, Reason
+from blockdex.contract.messages import Spans
 
 
 def check_not_stale(call: str, layer: int, spans: Spans, revisions: NDArray[np.uint64]) -> None:

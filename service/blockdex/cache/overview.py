@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex.cache.pages import PagePool
+from blockdex.cache.page_pool import PagePool
 from blockdex.cache.sequence import Sequences
-from blockdex.messages import CacheOverview
+from blockdex.contract.messages import CacheOverview
 from blockdex_kernels import IndexSpec
 
 _PAGES_AT_ONCE = 2**20

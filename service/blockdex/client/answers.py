@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockdex.messages import CacheUsage, Limits, PhaseTotals, Totals
+from blockdex.contract.messages import CacheUsage, Limits, PhaseTotals, Totals
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.spec import KeyDtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Required, TypedDict
 
 from blockdex.client.requests import Integers
-from blockdex.messages import Order
+from blockdex.contract.messages import Order
 
 
 class AppendAndSelectArguments(TypedDict, total=False):

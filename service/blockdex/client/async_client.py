@@ -15,8 +15,8 @@ from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import Integers, Queries
 from blockdex.client.tensors import Array
-from blockdex.errors import BlockdexError
-from blockdex.messages import Order
+from blockdex.contract.errors import BlockdexError
+from blockdex.contract.messages import Order
 
 Arguments = ParamSpec("Arguments")
 

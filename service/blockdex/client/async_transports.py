@@ -15,7 +15,7 @@ from blockdex.client.core import CHANNEL_OPTIONS, Core
 from blockdex.client.failures import another, error_of_call, error_of_stream
 from blockdex.client.frames import answer_of, cancel_of, closed, frame_of, number_of
 from blockdex.client.paths import STREAM_PATH, UNARY_PATHS
-from blockdex.errors import BlockdexError, DeadlineExceededError, Reason, UnavailableError
+from blockdex.contract.errors import BlockdexError, DeadlineExceededError, Reason, UnavailableError
 
 
 class AsyncTransport(Protocol):

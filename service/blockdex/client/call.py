@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from blockdex.client.failures import changed_nothing
 from blockdex.client.kinds import Kind
 from blockdex.client.ledger import Ledger
-from blockdex.errors import BlockdexError, Code, DeadlineExceededError, Reason
+from blockdex.contract.errors import BlockdexError, Code, DeadlineExceededError, Reason
 
 Result = TypeVar("Result")
 

@@ -15,8 +15,8 @@ from blockdex.client.ledger import Ledger
 from blockdex.client.requests import Integers, Queries
 from blockdex.client.tensors import Array
 from blockdex.client.transports import StreamTransport, Transport, UnaryTransport
-from blockdex.errors import BlockdexError
-from blockdex.messages import Order
+from blockdex.contract.errors import BlockdexError
+from blockdex.contract.messages import Order
 
 Arguments = ParamSpec("Arguments")
 
@@ -41,7 +41,7 @@ class Client:
     Every call ends inside its timeout. Calls that change nothing, `close_sequence`, and appends whose spans all carry
     a revision are repeated while the server is unavailable; nothing else is.
 
-    Every method raises the exceptions of `blockdex.errors`.
+    Every method raises the exceptions of `blockdex.contract.errors`.
 
     Args:
         address: `HOST:PORT`, or any gRPC target, such as `unix:/path`.

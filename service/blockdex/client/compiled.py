@@ -6,6 +6,6 @@ from types import ModuleType
 
 native: ModuleType | None
 try:
-    from blockdex import _native as native
+    import blockdex._native as native
 except ImportError:
     native = None

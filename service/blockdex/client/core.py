@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from blockdex import checks
 from blockdex.client.answers import SequenceState, info_of
 from blockdex.client.call import Call
 from blockdex.client.failures import message_of
@@ -17,6 +16,7 @@ from blockdex.client.kinds import APPEND_AND_SELECT, APPEND_KEYS, SELECT_BLOCKS,
 from blockdex.client.ledger import Append, Ledger
 from blockdex.client.requests import Integers, Named, Queries, Shape, integer, spans_of
 from blockdex.client.selection import selection_of
+from blockdex.contract import limits as checks
 from blockdex.v1 import indexer_pb2 as pb
 
 DEFAULT_TIMEOUT = 30.0

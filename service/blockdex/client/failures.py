@@ -1,4 +1,4 @@
-"""What went wrong on the wire, as the exceptions of `blockdex.errors`."""
+"""What went wrong on the wire, as the exceptions of `blockdex.contract.errors`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
-from blockdex.errors import BlockdexError, Code, InternalError, Reason, UnavailableError, error_of
+from blockdex.contract.errors import BlockdexError, Code, InternalError, Reason, UnavailableError, error_of
 
 M = TypeVar("M", bound=Message)
 

@@ -9,7 +9,7 @@ from blockdex.client import compiled
 from blockdex.client.call import Call
 from blockdex.client.failures import error_of_status, message_of
 from blockdex.client.kinds import Kind
-from blockdex.errors import BlockdexError, CancelledError, Reason, UnavailableError
+from blockdex.contract.errors import BlockdexError, CancelledError, Reason, UnavailableError
 from blockdex.v1 import indexer_pb2 as pb
 
 _LONGEST_TIMEOUT_MS = 2**32 - 1

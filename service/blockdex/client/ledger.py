@@ -12,7 +12,7 @@ from blockdex.client.answers import Info
 from blockdex.client.kinds import Kind
 from blockdex.client.requests import Named, Queries, Shape
 from blockdex.client.writer import Writer
-from blockdex.errors import FailedPreconditionError, Reason
+from blockdex.contract.errors import FailedPreconditionError, Reason
 
 _UNKNOWN = -1
 _OVERLAPPED = -1

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex import checks
 from blockdex.client.answers import Info
 from blockdex.client.tensors import elements_of, rows_of
-from blockdex.errors import InvalidArgumentError, Reason
-from blockdex.messages import FloatDtype, Order
+from blockdex.contract import limits as checks
+from blockdex.contract.errors import InvalidArgumentError, Reason
+from blockdex.contract.messages import FloatDtype, Order
 from blockdex.v1 import indexer_pb2 as pb
 
 Integers = int | Sequence[int] | NDArray[Any]

@@ -16,7 +16,7 @@ from blockdex.client.alarm import Alarm
 from blockdex.client.core import Core
 from blockdex.client.failures import error_of_call, error_of_stream
 from blockdex.client.paths import STREAM_PATH
-from blockdex.errors import BlockdexError, Reason, UnavailableError
+from blockdex.contract.errors import BlockdexError, Reason, UnavailableError
 
 SPIN_SECONDS = 0.0005
 """From one call of an engine to its next one in the same step it takes less."""

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex.errors import DataLossError, InvalidArgumentError, Reason
-from blockdex.messages import FloatDtype
+from blockdex.contract.errors import DataLossError, InvalidArgumentError, Reason
+from blockdex.contract.messages import FloatDtype
 from blockdex.v1 import indexer_pb2 as pb
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from blockdex.client.failures import error_of_call
 from blockdex.client.frames import answer_of, closed, frame_of
 from blockdex.client.paths import UNARY_PATHS
 from blockdex.client.stream import Stream
-from blockdex.errors import BlockdexError
+from blockdex.contract.errors import BlockdexError
 
 SPIN_CORES = 4
 """With fewer, whoever looks keeps from running what it looks for."""

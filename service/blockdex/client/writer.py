@@ -11,7 +11,7 @@ from blockdex.client.answers import Info
 from blockdex.client.kinds import Kind
 from blockdex.client.requests import DTYPES, Named, Queries, Shape, Spans, fill, order_of
 from blockdex.client.tensors import NUMPY_DTYPES, elements_of
-from blockdex.errors import InvalidArgumentError
+from blockdex.contract.errors import InvalidArgumentError
 
 _NO_QUERIES = Queries(None, 0, 0, "ascending", False)
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from blockdex.errors import BlockdexError
+from blockdex.contract.errors import BlockdexError
 from blockdex.loadtest.arguments import Arguments, RefusedError, parse
 from blockdex.loadtest.checking import reference_is_there
 from blockdex.loadtest.comparison import ComparisonError, compare

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blockdex.client import AsyncClient
-from blockdex.errors import BlockdexError
+from blockdex.contract.errors import BlockdexError
+from blockdex.loadtest.crew import Crew
 from blockdex.loadtest.recorder import OK, CallRecord
 from blockdex.loadtest.schedule import Phase, Schedule
 from blockdex.loadtest.scripts import Numbers, script_of
 from blockdex.loadtest.steps import SequenceStep, Step, TokenStep
-
-if TYPE_CHECKING:
-    from blockdex.loadtest.worker import Crew
 
 _CLOSE_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from blockdex.client import Client, Info
-from blockdex.errors import BlockdexError
+from blockdex.contract.errors import BlockdexError
 from blockdex.loadtest import result as results
 from blockdex.loadtest.checking import Checks, check
 from blockdex.loadtest.environment import environment

@@ -1,0 +1,1 @@
+"""The words of the service: messages, errors, limits. Imports nothing of it."""

@@ -1,0 +1,186 @@
+"""Checks of a request that need no cache: shapes, sizes, bounds. Client, frontend and engine refuse alike."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from operator import add
+
+import numpy as np
+
+from blockdex.contract.errors import InvalidArgumentError, Reason, ResourceExhaustedError
+from blockdex.contract.messages import ForkSequence, Limits, Request, Spans, TokenRequest, TruncateSequence
+from blockdex_kernels import IndexSpec
+
+TENANT_KEY = "blockdex-tenant"
+"""Metadata entry that names the tenant."""
+
+_MAX_TENANT_CHARACTERS = 256
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8_e4m3": 1}
+
+
+def check_tenant(tenant: str) -> None:
+    """Refuses a tenant that is empty, too long, or not printable ASCII, which metadata cannot carry."""
+    if not 1 <= len(tenant) <= _MAX_TENANT_CHARACTERS:
+        raise InvalidArgumentError(
+            f"{TENANT_KEY}: must have 1 to {_MAX_TENANT_CHARACTERS} characters, got {len(tenant)}",
+            Reason.INVALID_TENANT,
+        )
+    if not (tenant.isascii() and tenant.isprintable()):
+        raise InvalidArgumentError(f"{TENANT_KEY}: must be printable ASCII, got {tenant!r}", Reason.INVALID_TENANT)
+
+
+def check_layer(spec: IndexSpec, layer: int) -> None:
+    """Refuses a layer that the spec does not have."""
+    if not 0 <= layer < spec.num_layers:
+        raise InvalidArgumentError(f"layer must be below {spec.num_layers}, got {layer}", Reason.INVALID_LAYER)
+
+
+def check_heads(spec: IndexSpec, first_head: int, num_heads: int) -> int:
+    """The number of heads that a head range names (0 = all from `first_head`); refuses one beyond the spec's."""
+    if not 0 <= first_head < spec.num_index_heads:
+        raise InvalidArgumentError(
+            f"first_head must be below {spec.num_index_heads}, got {first_head}", Reason.INVALID_HEADS
+        )
+    heads = num_heads or spec.num_index_heads - first_head
+    if heads < 0 or first_head + heads > spec.num_index_heads:
+        raise InvalidArgumentError(
+            f"first_head + num_heads must be at most {spec.num_index_heads}, got {first_head} + {num_heads}",
+            Reason.INVALID_HEADS,
+        )
+    return heads
+
+
+def check_spans(
+    spec: IndexSpec,
+    max_spans: int,
+    sequence_ids: Iterable[int],
+    starts: Iterable[int],
+    lengths: Iterable[int],
+    revisions: Iterable[int],
+) -> Spans:
+    """The columns as one message, or what `check_columns` raises."""
+    ids, first, count, revision = list(sequence_ids), list(starts), list(lengths), list(revisions)
+    check_columns(spec, max_spans, ids, first, count, revision)
+    return Spans(
+        np.array(ids, dtype=np.uint64),
+        np.array(first, dtype=np.int64),
+        np.array(count, dtype=np.int64),
+        np.array(revision, dtype=np.uint64) if revision else np.zeros(len(ids), dtype=np.uint64),
+    )
+
+
+def check_columns(
+    spec: IndexSpec, max_spans: int, ids: list[int], starts: list[int], lengths: list[int], revisions: list[int]
+) -> None:
+    """Refuses uneven or empty columns (revisions may be left out), duplicates, and positions out of bounds."""
+    # Lists, since requests are mostly a few spans, where each numpy operation costs more than a pass over them.
+    num_spans = len(ids)
+    num_revisions = len(revisions) or num_spans
+    if not num_spans == len(starts) == len(lengths) == num_revisions:
+        raise InvalidArgumentError(
+            "spans: columns must be equally long, got "
+            f"{num_spans} sequence_ids, {len(starts)} starts, {len(lengths)} lengths, {num_revisions} revisions",
+            Reason.INVALID_SPANS,
+        )
+    check_num_spans(max_spans, num_spans)
+    if min(lengths) < 1 or min(starts) < 0 or max(map(add, starts, lengths)) > spec.max_sequence_tokens:
+        raise _misplaced(spec, zip(ids, starts, lengths, strict=True))
+    if len(set(ids)) != num_spans:
+        sequence, times = Counter(ids).most_common(1)[0]
+        raise InvalidArgumentError(
+            f"spans: sequence {sequence} is named {times} times, at most 1 is allowed", Reason.DUPLICATE_SEQUENCE
+        )
+
+
+def check_num_spans(max_spans: int, num_spans: int) -> None:
+    """Refuses a request of no spans, and one of too many."""
+    if not 1 <= num_spans <= max_spans:
+        raise InvalidArgumentError(f"spans: must be 1 to {max_spans}, got {num_spans}", Reason.INVALID_SPANS)
+
+
+def _misplaced(spec: IndexSpec, spans: Iterable[tuple[int, int, int]]) -> InvalidArgumentError:
+    limit = spec.max_sequence_tokens
+    sequence, start, length = next(span for span in spans if span[2] < 1 or span[1] < 0 or span[1] + span[2] > limit)
+    if length < 1:
+        return InvalidArgumentError(
+            f"sequence {sequence}: length must be at least 1, got {length}", Reason.INVALID_SPANS
+        )
+    if start < 0:
+        return InvalidArgumentError(f"sequence {sequence}: start must be at least 0, got {start}", Reason.INVALID_SPANS)
+    return InvalidArgumentError(
+        f"sequence {sequence}: start + length must be at most {limit}, got {start} + {length}", Reason.INVALID_SPANS
+    )
+
+
+def check_tensor_bytes(name: str, dtype: str, num_bytes: int, shape: tuple[int, ...]) -> None:
+    """Refuses a tensor whose byte count is not what its shape and dtype give."""
+    expected = math.prod(shape) * DTYPE_BYTES[dtype]
+    if num_bytes != expected:
+        raise InvalidArgumentError(
+            f"{name}: {_dims(shape)} of {dtype} takes {expected} bytes, got {num_bytes}", Reason.INVALID_TENSOR
+        )
+
+
+def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuses a tensor that has the right size in another shape, which only a client can see."""
+    if shape != expected:
+        raise InvalidArgumentError(
+            f"{name}: shape must be {_dims(expected)}, got {_dims(shape)}", Reason.INVALID_TENSOR
+        )
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def check_message_bytes(num_bytes: int, max_message_bytes: int) -> None:
+    """Refuses tensors that together are larger than a message may be."""
+    if num_bytes > max_message_bytes:
+        raise ResourceExhaustedError(
+            f"keys and queries together must be at most {max_message_bytes} bytes, got {num_bytes}",
+            Reason.MESSAGE_TOO_LARGE,
+        )
+
+
+def check_length(spec: IndexSpec, sequence_id: int, length: int) -> None:
+    """Refuses a length, of a fork or a truncation, that no sequence can have."""
+    if not 0 <= length <= spec.max_sequence_tokens:
+        raise InvalidArgumentError(
+            f"sequence {sequence_id}: length must be 0 to {spec.max_sequence_tokens}, got {length}",
+            Reason.INVALID_LENGTH,
+        )
+
+
+def check_request(spec: IndexSpec, limits: Limits, request: Request) -> None:
+    """Refuses a message that no frontend of this project would have passed on: all of the above at once."""
+    check_tenant(request.tenant)
+    match request:
+        case TokenRequest():
+            _check_tokens(spec, limits, request)
+        case (
+            ForkSequence(parent_id=sequence_id, length=length)
+            | TruncateSequence(sequence_id=sequence_id, length=length)
+        ):
+            check_length(spec, sequence_id, length)
+
+
+def _check_tokens(spec: IndexSpec, limits: Limits, request: TokenRequest) -> None:
+    spans, keys, queries = request.spans, request.keys, request.queries
+    check_layer(spec, request.layer)
+    check_num_spans(limits.max_spans, len(spans.sequence_ids))
+    columns = (spans.sequence_ids, spans.starts, spans.lengths, spans.revisions)
+    check_columns(spec, limits.max_spans, *(column.tolist() for column in columns))
+    tensors = [half.tensor for half in (keys, queries) if half is not None]
+    if not tensors:
+        raise InvalidArgumentError("request: has neither keys nor queries", Reason.EMPTY_REQUEST)
+    check_message_bytes(sum(len(tensor.data) for tensor in tensors), limits.max_message_bytes)
+    if keys is not None:
+        shape: tuple[int, ...] = (spans.num_tokens, spec.head_dim)
+        check_tensor_bytes("keys", keys.tensor.dtype, len(keys.tensor.data), shape)
+    if queries is not None:
+        if queries.num_heads != check_heads(spec, queries.first_head, queries.num_heads):
+            raise InvalidArgumentError("num_heads must be at least 1, got 0", Reason.INVALID_HEADS)
+        shape = (spans.num_tokens, queries.num_heads, spec.head_dim)
+        check_tensor_bytes("queries", queries.tensor.dtype, len(queries.tensor.data), shape)

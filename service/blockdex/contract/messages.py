@@ -1,0 +1,270 @@
+"""What crosses between the frontend and the engine, and nothing else: plain data, no torch, no gRPC.
+
+The frontend has checked every message against the spec (`blockdex.contract.limits`); the engine checks it against the
+cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockdex_kernels import IndexSpec
+
+FloatDtype = Literal["bf16", "fp16", "fp32", "fp8_e4m3"]
+Order = Literal["ascending", "score"]
+
+Phase = Literal["append", "decode", "prefill", "sequence"]
+Stage = Literal["queue", "plan", "device", "reply"]
+
+KERNEL_PHASES: tuple[Phase, ...] = ("append", "decode", "prefill")
+PHASES: tuple[Phase, ...] = (*KERNEL_PHASES, "sequence")
+"""What a request comes to: keys alone, queries of short spans, queries of a long one, or nothing for a kernel."""
+
+STAGES: tuple[Stage, ...] = ("queue", "plan", "device", "reply")
+"""Where a request's time in the engine goes, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Runs of consecutive tokens, one a sequence, as packed columns of N rows.
+
+    Attributes:
+        sequence_ids: uint64 `[N]`, no two alike.
+        starts: int64 `[N]`, position of each run's first token.
+        lengths: int64 `[N]`, tokens of each run, at least 1.
+        revisions: uint64 `[N]`, 0 where unchecked.
+    """
+
+    sequence_ids: NDArray[np.uint64]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    revisions: NDArray[np.uint64]
+
+    @property
+    def num_tokens(self) -> int:
+        """T, rows of a packed tensor beside the spans."""
+        return int(self.lengths.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class TensorData:
+    """Elements of a tensor as they came, little-endian and row-major; the shape follows from the message around it."""
+
+    dtype: FloatDtype
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSequence:
+    """Opens an empty sequence; `lease_seconds` 0 stands for the server's default."""
+
+    tenant: str
+    epoch: int
+    sequence_id: int
+    lease_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class GetSequence:
+    """Asks for a sequence's lengths and revisions."""
+
+    tenant: str
+    epoch: int
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForkSequence:
+    """Opens `child_id` as a prefix of `parent_id`."""
+
+    tenant: str
+    epoch: int
+    parent_id: int
+    child_id: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class TruncateSequence:
+    """Cuts every layer to at most `length` tokens."""
+
+    tenant: str
+    epoch: int
+    sequence_id: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSequence:
+    """Gives up a sequence."""
+
+    tenant: str
+    epoch: int
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The appending half of a request: `[T, D]`."""
+
+    tensor: TensorData
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """The selecting half of a request: `[T, num_heads, D]`, heads `first_head` to `first_head + num_heads - 1`."""
+
+    tensor: TensorData
+    first_head: int
+    num_heads: int
+    order: Order
+    return_scores: bool
+    wait_for_keys: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """AppendKeys (keys alone), SelectBlocks (queries alone) or AppendAndSelect (both) for the tokens of the spans."""
+
+    tenant: str
+    epoch: int
+    layer: int
+    spans: Spans
+    keys: Keys | None
+    queries: Queries | None
+
+
+SequenceRequest = OpenSequence | GetSequence | ForkSequence | TruncateSequence | CloseSequence
+Request = SequenceRequest | TokenRequest
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """Answer to a sequence request: `lengths` int64 `[L]` and `revisions` uint64 `[L]`; None after open and close."""
+
+    epoch: int
+    lengths: NDArray[np.int64] | None = None
+    revisions: NDArray[np.uint64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAnswer:
+    """Answer to a token request: int32 and float32 `[T, num_heads, topk]`, None where not asked for."""
+
+    epoch: int
+    block_ids: NDArray[np.int32] | None = None
+    scores: NDArray[np.float32] | None = None
+
+
+Answer = SequenceState | TokenAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds that requests must keep, as `blockdex.v1.Limits` says."""
+
+    max_message_bytes: int
+    max_spans: int
+    max_queued_requests: int
+    max_stream_requests: int
+    max_wait_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUsage:
+    """State of the cache, as `blockdex.v1.CacheUsage` says."""
+
+    pages_total: int
+    pages_used: int
+    pages_shared: int
+    capacity_tokens: int
+    page_bytes: int
+    sequences: int
+    evictions: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOverview:
+    """What the pages and sequences are like, without saying whose they are.
+
+    The pages are drawn as C cells of `pages_per_cell` consecutive page ids, the last one of the rest. A page that is
+    neither idle nor private nor shared is free.
+
+    Attributes:
+        pages_total: pages there are.
+        pages_per_cell: pages of a cell.
+        private: int64 `[C]`, pages that one sequence holds.
+        shared: int64 `[C]`, pages that several sequences hold.
+        idle: int64 `[C]`, pages that only sequences past their lease hold, one or several; counted nowhere else.
+        idle_sequences: sequences past their lease.
+        tokens: tokens of all sequences, each as long as its longest layer; a shared prefix counts once for each.
+        lengths: int64 `[B]`, sequences by length: `lengths[b]` are at most `length_bounds[b]` long.
+        length_bounds: tokens.
+    """
+
+    pages_total: int
+    pages_per_cell: int
+    private: NDArray[np.int64]
+    shared: NDArray[np.int64]
+    idle: NDArray[np.int64]
+    idle_sequences: int
+    tokens: int
+    lengths: NDArray[np.int64]
+    length_bounds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseTotals:
+    """What the requests and launches of one phase came to.
+
+    Attributes:
+        requests: requests answered.
+        tokens: tokens that kernels worked on.
+        device_seconds: time of its launches on the device.
+        stage_seconds: time of its requests, all together, by stage.
+    """
+
+    requests: int
+    tokens: int
+    device_seconds: float
+    stage_seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the engine did since it started.
+
+    Attributes:
+        requests: requests taken into batches.
+        batches: batches run.
+        phases: by phase, what its requests and launches came to.
+        dropped: requests given up before any work, by why.
+        busy_seconds: time in which the engine was not waiting for work.
+        device_busy_seconds: time in which at least one launch was on the device.
+        uptime_seconds: since counting began.
+    """
+
+    requests: int
+    batches: int
+    phases: dict[str, PhaseTotals]
+    dropped: dict[str, int]
+    busy_seconds: float
+    device_busy_seconds: float
+    uptime_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What the engine is, holds and can do, and what it did."""
+
+    spec: IndexSpec
+    limits: Limits
+    cache: CacheUsage
+    epoch: int
+    device: str
+    kernels: dict[str, tuple[str, str]]
+    totals: Totals

@@ -1,0 +1,48 @@
+"""Compiles `blockdex._native`; imports nothing but the standard library, since it runs before anything is installed.
+
+python service/blockdex/csrc/compile.py        beside the package, for a checkout
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TARGET = HERE.parent / "_native.abi3.so"
+FLAGS = (
+    *("-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"),
+)
+
+
+def supported() -> bool:
+    """Whether there is anything to compile: the ring that it serves needs Linux, and x86-64's order of stores."""
+    return platform.system() == "Linux" and platform.machine() == "x86_64"
+
+
+def compile_native(target: Path = TARGET) -> Path:
+    """Compiles the module.
+
+    Raises:
+        RuntimeError: there is no C compiler, or it fails; with what it says.
+    """
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    includes = (f"-I{HERE}", f"-I{sysconfig.get_path('include')}", f"-I{HERE.parent / 'ring' / 'include'}")
+    command = [*compiler, *FLAGS, *includes, *map(str, sorted(HERE.rglob("*.c"))), "-o", str(target)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RuntimeError(f"blockdex needs a C compiler to be built: {compiler[0]} is none (Debian: gcc)") from None
+    except subprocess.CalledProcessError as failure:
+        words = failure.stderr
+        raise RuntimeError(f"blockdex needs a C compiler and Python's headers to be built:\n{words}") from None
+    return target
+
+
+if __name__ == "__main__":
+    print(compile_native())

@@ -1,0 +1,64 @@
+/* How a link waits: it looks for answers before it sleeps. */
+#include "ring/client.h"
+
+#include <sched.h>
+#include <sys/epoll.h>
+
+/* Each look at an epoll is a system call; those at the ring are as good as free. */
+enum { LOOKS_BETWEEN = 16 };
+
+/* Giving the core up takes longer only if somebody has taken it. */
+enum { LONGEST_YIELD_NANOSECONDS = 20000 };
+
+/* Whether answers are there, or events of the epoll. */
+static bool look(const struct link *self, int epoll) {
+    struct epoll_event event;
+    for (int look = 0; look < LOOKS_BETWEEN; look++) {
+        if (link_filled(self)) return true;
+        __builtin_ia32_pause();
+    }
+    return epoll_wait(epoll, &event, 1, 0) != 0;
+}
+
+/* Whether any come until then; not if another thread wants this core meanwhile. */
+static bool look_until(const struct link *self, int epoll, int64_t until) {
+    for (int64_t at = link_now(), before = at; at < until && at - before < LONGEST_YIELD_NANOSECONDS; at = link_now()) {
+        if (look(self, epoll)) return true;
+        before = link_now();
+        sched_yield();
+    }
+    return false;
+}
+
+PyObject *link_await_alone(PyObject *object, PyObject *arguments) {
+    struct link *self = (struct link *)object;
+    int epoll;
+    double seconds;
+    if (!PyArg_ParseTuple(arguments, "id:await_alone", &epoll, &seconds)) return NULL;
+    if (self->flights.waiting == 1 && self->spin) {
+        /* Nobody is to ring for what is looked for. */
+        atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
+        Py_BEGIN_ALLOW_THREADS;
+        for (int64_t until = link_now() + (int64_t)(1e9 * seconds); link_now() < until && !look(self, epoll);) continue;
+        Py_END_ALLOW_THREADS;
+    }
+    return PyBool_FromLong(link_filled(self) != 0);
+}
+
+PyObject *link_may_sleep(PyObject *object, PyObject *arguments) {
+    struct link *self = (struct link *)object;
+    int epoll;
+    double seconds;
+    if (!PyArg_ParseTuple(arguments, "id:may_sleep", &epoll, &seconds)) return NULL;
+    int64_t at = link_now(), until = self->active + self->spin;
+    if (seconds < 1 && at + (int64_t)(1e9 * seconds) < until) until = at + (int64_t)(1e9 * seconds);
+    if (at < until) {
+        bool comes;
+        atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
+        Py_BEGIN_ALLOW_THREADS;
+        comes = look_until(self, epoll, until);
+        Py_END_ALLOW_THREADS;
+        if (comes) Py_RETURN_FALSE;
+    }
+    return PyBool_FromLong(link_lie_down(self));
+}

@@ -1,0 +1,200 @@
+"""Steps on a GPU: decodes before slices of prefill, which another thread launches; nobody waits for a copy."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockdex.executor.graphs import Graphs, Launched, Shape, shapes, step_buffer_shapes
+from blockdex.executor.interface import (
+    STEP_BUFFERS,
+    Answer,
+    Executor,
+    Packed,
+    Pending,
+    Replays,
+    Step,
+    StepBuffer,
+    append_all,
+    check_patience,
+    on_host,
+)
+from blockdex.executor.prefill_slices import MAX_ROWS, Marks, Slices, pinned, to_host
+from blockdex_kernels.interface import Selection, Spans
+from blockdex_kernels.triton.backend import TritonBackend
+
+_FIRST_CELLS = 1 << 20
+_HIGH = -1
+
+
+class GpuExecutor(Executor):
+    """See `Executor`. One thread begins all steps, after `use_device`.
+
+    Appends and decodes go through one stream, in order; prefills through others of lower priority, between whose
+    programs they come first. A thread of their own launches prefills, so that decodes need not wait for that either.
+
+    Args:
+        backend: the kernels and their pages.
+        table_row: cells of a row of the page tables.
+    """
+
+    max_pending = 2
+    max_slices = 3
+    least_slice = 256
+    max_slice_rows = MAX_ROWS
+
+    def __init__(self, backend: TritonBackend, table_row: int) -> None:
+        super().__init__(backend)
+        self.backend: TritonBackend = backend
+        self._main = torch.cuda.Stream(backend.device, priority=_HIGH)  # type: ignore[no-untyped-call]
+        self._table_row = table_row
+        self._host_cells: NDArray[np.int32] = np.zeros(0, np.int32)
+        self._tables = self._empty_tables(max(_FIRST_CELLS, 2 * len(backend.pages)))
+        self._graphs = Graphs(backend, self._main, self._tables, self.max_pending)
+        self._in_step_buffers = Graphs(backend, self._main, self._tables, STEP_BUFFERS)
+        self._replays = Replays(0, 0, [])
+        self._slices = Slices(backend, self.max_slices)
+        self._launching = ThreadPoolExecutor(1, "blockdex-prefill", self._slices.use_stream)
+
+    def use_device(self) -> None:
+        """See `Executor.use_device`."""
+        super().use_device()
+        torch.cuda.set_stream(self._main)
+
+    def warm_up(self) -> Iterator[tuple[int, int]]:
+        """Compiles the kernels, then captures the graphs."""
+        spec = self.backend.spec
+        captures: list[Callable[[], None]] = [partial(self._graphs.capture, shape) for shape in shapes(spec)]
+        captures += [partial(self._in_step_buffers.capture, shape) for shape in step_buffer_shapes(spec)]
+        captures += [partial(self._slices.capture, shape) for shape in self._slices.shapes()]
+        total = 0
+        for done, compiled in self.backend.warm_up():
+            total = compiled
+            yield done, total + len(captures)
+        for done, capture in enumerate(captures, start=1):
+            self.use_device()
+            capture()
+            yield total + done, total + len(captures)
+        self._replays = self._captured()
+        torch.cuda.empty_cache()
+
+    def _captured(self) -> Replays:
+        return Replays(_address_of_launch(), self._main.cuda_stream, self._in_step_buffers.replays())
+
+    def step_buffers(self) -> list[StepBuffer]:
+        """See `Executor.rooms`."""
+        return self._in_step_buffers.step_buffers()
+
+    @property
+    def replays(self) -> Replays:
+        """See `Executor.replays`; none before the warm-up."""
+        return self._replays
+
+    @property
+    def table_capacity(self) -> int:
+        """See `Executor.table_capacity`."""
+        return self._tables.numel()
+
+    def check(self, began: float) -> None:
+        """See `Executor.check`."""
+        self._main.query()  # raises where the device has failed
+        super().check(began)
+
+    def write_tables(self, cells: NDArray[np.int32], changes: NDArray[np.intp]) -> None:
+        """See `Executor.write_tables`."""
+        self._host_cells = cells
+        if len(cells) > self._tables.numel():
+            # Graphs hold its address: they are captured again, those of batches as they are asked for.
+            self._main.synchronize()
+            self._tables = self._empty_tables(2 * len(cells))
+            self._graphs = Graphs(self.backend, self._main, self._tables, self.max_pending)
+            captured = self._in_step_buffers.replays()
+            self._in_step_buffers.move(self._tables)
+            for step in captured:
+                heads = self.backend.spec.num_index_heads
+                self._in_step_buffers.capture(Shape(step.runs, step.length, heads, step.width, appends=True))
+            self._replays = self._captured()
+            changes = np.arange(len(cells))
+        if len(changes):
+            sent = self._sent(np.concatenate((changes, cells[changes])).astype(np.int32))
+            places, pages = sent[: len(changes)], sent[len(changes) :]
+            # A cell that was written twice has the same page in both places.
+            self._tables.view(-1).index_copy_(0, places.long(), pages)
+
+    def begin(self, step: Step) -> Pending:
+        """See `Executor.begin`."""
+        shape = Shape.of(step, self.backend.spec)
+        if shape is not None:
+            return self._graphs.begin(shape, step)
+        return self._begin_eager(step)
+
+    def _begin_eager(self, step: Step) -> Pending:
+        layers, starts, lengths, rows = self._sent(step.columns)
+        blocks = -(-step.end // self.backend.spec.block_size)
+        spans = Spans(layers, starts, lengths, self._tables, step.columns[:3], step.longest, rows, blocks)
+        if step.keys is not None:
+            append_all(self.backend, self._upload(step.keys), spans)
+        selection = None
+        if step.queries is not None:
+            queries = self._upload(step.queries)
+            selection = to_host(self.backend.decode(queries, spans, order=step.order, return_scores=step.return_scores))
+        return Launched(selection, self._main)
+
+    def begin_prefill(self, step: Step) -> Pending:
+        """See `Executor.begin_prefill`."""
+        return _Prefill(self, step)
+
+    def _upload(self, packed: Packed) -> torch.Tensor:
+        return pinned(packed, self.backend.spec.head_dim).to(self.backend.device, non_blocking=True)
+
+    def _sent(self, numbers: NDArray[np.int32]) -> torch.Tensor:
+        return torch.from_numpy(numbers).pin_memory().to(self.backend.device, non_blocking=True)
+
+    def _empty_tables(self, cells: int) -> torch.Tensor:
+        rows = -(-cells // self._table_row)
+        return torch.zeros((rows, self._table_row), dtype=torch.int32, device=self.backend.device)
+
+
+class _Prefill(Pending):
+    """A slice of a prefill, staged, uploaded and launched beside the engine's thread, which asks whether it is done."""
+
+    def __init__(self, executor: GpuExecutor, step: Step) -> None:
+        self._marks = Marks.new(executor._main)
+        first = int(step.columns[3, 0]) * executor._table_row
+        blocks = -(-step.end // executor.backend.spec.block_size)
+        # Copied, since the next step may change the tables.
+        cells = executor._host_cells[first : first + blocks].copy()
+        self._launched: Future[Selection] = executor._launching.submit(
+            executor._slices.launch, step, cells, self._marks
+        )
+        self._began = time.monotonic()
+
+    def done(self) -> bool:
+        """See `Pending.done`."""
+        if not self._launched.done() or not self._is_answered():
+            check_patience(self._began)
+            return False
+        marks = self._marks
+        self.device_seconds = marks.begun.elapsed_time(marks.ended) / 1000
+        self.device_waited = marks.waited
+        return True
+
+    def _is_answered(self) -> bool:
+        self._launched.result()  # Raises what went wrong.
+        return bool(self._marks.answered.query())  # type: ignore[no-untyped-call]
+
+    def answer(self) -> Answer | None:
+        """See `Pending.answer`; in its slot."""
+        return on_host(self._launched.result())
+
+
+def _address_of_launch() -> int:
+    """That of the driver's cuGraphLaunch, which torch has loaded."""
+    return ctypes.cast(ctypes.CDLL("libcuda.so.1").cuGraphLaunch, ctypes.c_void_p).value or 0

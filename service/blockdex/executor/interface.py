@@ -1,0 +1,303 @@
+"""Steps of an engine on a backend: from bytes on the host to answers on the host, several on their way at once."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import add
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockdex_kernels.interface import Backend, Order, Selection, Spans
+from blockdex_kernels.spec import IndexSpec
+
+# Received bytes are read-only, and nothing here writes through a view of them. torch says so once a process: let it be
+# here, whatever the process makes of warnings.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+Bytes = bytes | memoryview
+
+STEP_BUFFERS, MAX_RUNS, MAX_TOKENS = 2, 256, 512
+"""Steps that are made in memory of the host, and how large they may be."""
+
+ANSWER_SECONDS = 30.0
+"""Longest that a device may take for a step."""
+
+
+class DeviceHungError(RuntimeError):
+    """A device does not get on with a step. Whoever waits for it to end waits for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Rows of a packed tensor on the host.
+
+    Attributes:
+        dtype: bfloat16, float16, float32 or float8_e4m3fn.
+        heads: vectors of a token.
+        parts: their bytes, one part behind the other; read until the step is done.
+    """
+
+    dtype: torch.dtype
+    heads: int
+    parts: Sequence[Bytes]
+
+
+@dataclass(slots=True)
+class Step:
+    """Runs of consecutive tokens, to append, to select for, or both, in this order; R = runs, T = tokens.
+
+    Attributes:
+        columns: int32 `[4, R]`: layer, position of the first token, tokens, and first row of the page table of each
+            run.
+        keys: `[T, D]`; or None.
+        queries: `[T, H, D]`; or None.
+        order: of the selection.
+        return_scores: whether it holds scores.
+        num_tokens: T.
+        longest: tokens of the longest run.
+        end: position behind the last token that any run reaches.
+    """
+
+    columns: NDArray[np.int32]
+    keys: Packed | None = None
+    queries: Packed | None = None
+    order: Order = "ascending"
+    return_scores: bool = False
+    num_tokens: int = field(init=False)
+    longest: int = field(init=False)
+    end: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # For the few runs of most steps lists are faster than arrays.
+        _, starts, lengths, _ = self.columns.tolist()
+        self.num_tokens, self.longest = sum(lengths), max(lengths)
+        self.end = max(map(add, starts, lengths))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A selection on the host: int32 and float32 `[T, H, topk]`, scores None where not asked for."""
+
+    block_ids: NDArray[np.int32]
+    scores: NDArray[np.float32] | None
+
+    def __getitem__(self, tokens: slice) -> Answer:
+        """That of some of the tokens."""
+        return Answer(self.block_ids[tokens], None if self.scores is None else self.scores[tokens])
+
+
+@dataclass(frozen=True, slots=True)
+class StepBuffer:
+    """Memory of the host in which a step is made by who wants it, without a `Step`, and where its answer appears.
+
+    Attributes:
+        host: uint8: int32 columns `[4, R]` as those of `Step`, with room for 4 runs at least; right behind them
+            bfloat16 keys `[T, D]`, and right behind those bfloat16 queries `[T, H, D]`.
+        block_ids: int32 `[T, H, topk]`, in ascending order.
+    """
+
+    host: NDArray[np.uint8]
+    block_ids: NDArray[np.int32]
+
+
+class Replay(NamedTuple):
+    """A step that is captured, in each of the rooms: launched, it does what stands there. R and T are padded.
+
+    Attributes:
+        runs: R; those that are not there have length 0.
+        length: tokens of the longest; T is R times that.
+        width: blocks that no run exceeds.
+        programs: CUgraphExec of each room, as numbers.
+    """
+
+    runs: int
+    length: int
+    width: int
+    programs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replays:
+    """Captured steps that append and select, the smallest first.
+
+    Attributes:
+        launch: address of a C function that takes a program and `stream`, begins it, and returns 0. It writes every
+            block id of R times T, -1 where there is none.
+        stream: of CUDA, as a number.
+        steps: what is captured.
+    """
+
+    launch: int
+    stream: int
+    steps: list[Replay]
+
+
+class Pending(ABC):
+    """A step on its way.
+
+    Attributes:
+        device_seconds: how long the device worked on it, once it is done.
+        device_waited: whether that holds time in which it may have waited for the host.
+    """
+
+    device_seconds: float = 0.0
+    device_waited: bool = False
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether it is; to be asked again and again, oldest first, since it may take that to get on.
+
+        Raises:
+            RuntimeError: the device has failed.
+            DeviceHungError: it has not answered for `ANSWER_SECONDS`.
+        """
+
+    @abstractmethod
+    def answer(self) -> Answer | None:
+        """What was selected, once it is done, in arrays of its own; None for a step without queries."""
+
+
+class Executor(ABC):
+    """Takes steps to a backend. What is begun takes effect in this order, but for prefills, which only read.
+
+    Args:
+        backend: the kernels and their pages.
+
+    Attributes:
+        backend: the same.
+        max_pending: steps, other than prefills, that may be on their way at once.
+        max_slices: slices of prefills that may be on their way at once: as many as keep the device busy.
+        least_slice: tokens; of shorter slices, most is beginning and end.
+        max_slice_rows: tokens times heads of a slice, at most.
+    """
+
+    max_pending: int = 1
+    max_slices: int = 2
+    least_slice: int = 16
+    max_slice_rows: int = 1 << 31
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def use_device(self) -> None:
+        """Makes the device the calling thread's: what the thread does that begins steps, before its first."""
+        self.backend.use_device()
+
+    def warm_up(self) -> Iterator[tuple[int, int]]:
+        """As `Backend.warm_up`."""
+        return self.backend.warm_up()
+
+    @abstractmethod
+    def write_tables(self, cells: NDArray[np.int32], changes: NDArray[np.intp]) -> None:
+        """Takes over what has changed in the page tables.
+
+        Args:
+            cells: int32 `[rows * W]`, all tables; the same array or a longer one at each call.
+            changes: which of them were written since the last call.
+        """
+
+    def copy_pages(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """As `Backend.copy_pages`."""
+        self.backend.copy_pages(torch.tensor(sources), torch.tensor(destinations))
+
+    @abstractmethod
+    def begin(self, step: Step) -> Pending:
+        """Begins to append, to decode, or both.
+
+        Raises:
+            ValueError: as the backend's methods do.
+            torch.OutOfMemoryError: there is no memory to select with; what was to be appended is.
+            RuntimeError: nobody knows what the pages hold.
+        """
+
+    @abstractmethod
+    def step_buffers(self) -> Sequence[StepBuffer]:
+        """Rooms for `STEP_BUFFERS` steps of up to `MAX_RUNS` runs and `MAX_TOKENS` tokens: the same at each call."""
+
+    @property
+    def replays(self) -> Replays | None:
+        """What of the steps in rooms is captured, as of now; None where `run_step_buffer` runs them."""
+        return None
+
+    def run_step_buffer(self, room: int, runs: int, tokens: int) -> None:
+        """Runs a step that was made in a room to its end, where nothing is captured.
+
+        Args:
+            room: its number.
+            runs: R.
+            tokens: T.
+        """
+        raise NotImplementedError
+
+    @property
+    def table_capacity(self) -> int | None:
+        """Cells of page tables beyond which captured steps have to be captured anew, with none of them on its way."""
+        return None
+
+    def check(self, began: float) -> None:
+        """Asks after a step in a room that is not done.
+
+        Args:
+            began: `time.monotonic` seconds of its launch.
+
+        Raises:
+            RuntimeError: the device has failed.
+            DeviceHungError: it has not answered for `ANSWER_SECONDS`.
+        """
+        check_patience(began)
+
+    @abstractmethod
+    def begin_prefill(self, step: Step) -> Pending:
+        """Begins to select for one run of many queries, whose keys were appended by steps begun before.
+
+        Whoever begins it sees to it that no page it reads is written before it is done, and copies its answer before
+        another one is begun.
+        """
+
+
+def step_buffer_bytes(spec: IndexSpec) -> int:
+    """Bytes of the largest step that a room holds."""
+    return 16 * MAX_RUNS + 2 * MAX_TOKENS * spec.head_dim * (1 + spec.num_index_heads)
+
+
+def step_buffer_ids(spec: IndexSpec) -> int:
+    """Block ids of the largest step that a room holds."""
+    return MAX_TOKENS * spec.num_index_heads * spec.topk
+
+
+def append_all(backend: Backend, keys: torch.Tensor, spans: Spans) -> None:
+    """Appends keys `[T, 1, D]`; a RuntimeError where there is no memory for that, of which the caller knows nothing."""
+    try:
+        backend.append(keys[:, 0], spans)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError("device: no memory left to append with") from error
+
+
+def check_patience(began: float) -> None:
+    """Raises DeviceHungError for a step that takes longer than any can; `began` by `time.monotonic`."""
+    if time.monotonic() - began > ANSWER_SECONDS:
+        raise DeviceHungError(f"device: a step has not ended after {ANSWER_SECONDS:.0f} s")
+
+
+def joined(packed: Packed, num_tokens: int, head_dim: int) -> torch.Tensor:
+    """`[T, heads, D]` on the host; the received bytes themselves where they are one part."""
+    parts = [torch.frombuffer(part, dtype=torch.uint8) for part in packed.parts]
+    data = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if data.data_ptr() % packed.dtype.itemsize:
+        data = data.clone()
+    return data.view(packed.dtype).view(num_tokens, packed.heads, head_dim)
+
+
+def on_host(selection: Selection) -> Answer:
+    """A selection on the host as arrays."""
+    scores = selection.scores
+    return Answer(selection.block_ids.numpy(), None if scores is None else scores.numpy())

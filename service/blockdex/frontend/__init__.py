@@ -1,0 +1,1 @@
+"""What clients meet: gRPC and HTTP in front of the ring. Never imports torch."""

@@ -1,0 +1,1 @@
+"""The HTTP frontend: health, readiness, metrics, info and a live page. Never touches torch."""

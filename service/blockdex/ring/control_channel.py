@@ -1,0 +1,126 @@
+"""What two processes say to each other beside the ring: JSON objects on a socket, each with its length before it.
+
+For what is rare and of any length: what the engine is, holds and counts, and what a supervisor tells its children.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import socket
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+
+from blockdex.contract.errors import Reason, UnavailableError
+
+Words = dict[str, Any]
+
+_LENGTH_BYTES = 4
+_LONGEST = 1 << 26
+_ANSWER_SECONDS = 5.0
+
+
+class ControlChannel:
+    """One end of a conversation, on an asyncio loop. Questions are answered in their order.
+
+    The other end is gone when the socket is: a process that dies closes it, however it dies.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._asked: deque[asyncio.Future[Words]] = deque()
+        self._over = False
+
+    @classmethod
+    async def on(cls, connected: socket.socket) -> ControlChannel:
+        """Talks on a connected socket."""
+        connected.setblocking(False)
+        return cls(*await asyncio.open_unix_connection(sock=connected))
+
+    def tell(self, words: Words) -> None:
+        """Sends words, dataclasses and arrays in them as objects and lists; to nobody, once the other end is gone."""
+        body = json.dumps(words, separators=(",", ":"), default=_plain).encode()
+        self._writer.write(len(body).to_bytes(_LENGTH_BYTES, "little") + body)
+
+    async def drain(self) -> None:
+        """Waits until the other end has read what it was told, but for a little.
+
+        Raises:
+            TimeoutError: it does not read; the conversation is over.
+            ConnectionError: it is gone.
+        """
+        try:
+            await asyncio.wait_for(self._writer.drain(), _ANSWER_SECONDS)
+        except TimeoutError:
+            # Not `hang_up`, which would keep what was not read until it is.
+            self._writer.transport.abort()
+            raise TimeoutError(f"link: an answer was not read within {_ANSWER_SECONDS:g} s") from None
+
+    async def ask(self, words: Words) -> Words:
+        """Sends a question and waits for its answer.
+
+        Raises:
+            UnavailableError: the other end is gone, does not answer, or failed to.
+        """
+        if self._over:
+            raise _gone()
+        answer: asyncio.Future[Words] = asyncio.get_running_loop().create_future()
+        self._asked.append(answer)
+        self.tell(words)
+        try:
+            return await asyncio.wait_for(asyncio.shield(answer), _ANSWER_SECONDS)
+        except TimeoutError:
+            answer.cancel()
+            raise UnavailableError(f"engine: no answer within {_ANSWER_SECONDS:g} s", Reason.UNREACHABLE) from None
+
+    async def heard(self) -> AsyncIterator[Words]:
+        """What the other end says, but for answers, until it is gone."""
+        try:
+            while True:
+                length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "little")
+                if length > _LONGEST:
+                    return
+                words = json.loads(await self._reader.readexactly(length))
+                match words:
+                    case {"answer": answer}:
+                        _settle(self._asked.popleft(), answer)
+                    case {"failed": str(message)}:
+                        _settle(self._asked.popleft(), UnavailableError(message, Reason.UNREACHABLE))
+                    case _:
+                        yield words
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        finally:
+            self._over = True
+            for asked in self._asked:
+                _settle(asked, _gone())
+
+    def hang_up(self) -> None:
+        """Ends the conversation: the other end is told, and so is who listens here."""
+        self._writer.close()
+
+
+def _settle(asked: asyncio.Future[Words], answer: Words | UnavailableError) -> None:
+    if asked.done():
+        return
+    if isinstance(answer, UnavailableError):
+        asked.set_exception(answer)
+        asked.exception()  # its asker may have gone
+    else:
+        asked.set_result(answer)
+
+
+def _plain(value: Any) -> Words | list[Any]:
+    """What JSON has no word for; `dataclasses.asdict` would copy every number."""
+    if isinstance(value, np.ndarray):
+        return list(value.tolist())
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _gone() -> UnavailableError:
+    return UnavailableError("engine: it is gone", Reason.UNREACHABLE)

@@ -1,0 +1,123 @@
+"""The engine's side of links: who connects gets a segment, may ask what the engine is, and is missed when gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from blockdex.contract.limits import check_request
+from blockdex.contract.messages import Limits
+from blockdex.logs import RateLimit, log_event
+from blockdex.ring.control_channel import ControlChannel
+from blockdex.ring.engine_reports import reply_to
+from blockdex.ring.handshake import Handles, offer
+from blockdex.ring.segment import RingError, Sizes
+from blockdex.ring.server import Line, RingInbox
+from blockdex_kernels import IndexSpec
+
+if TYPE_CHECKING:
+    from blockdex.scheduler.loop import Engine
+
+logger = logging.getLogger(__name__)
+
+_COLUMN_BYTES = 4 * 8
+_MARGIN = 1 << 20
+_AGAIN_SECONDS = 0.1
+_LINES_PER_SECOND = 10
+"""Of links that are refused: anybody may connect, as often as they like."""
+
+
+class RingHost:
+    """Serves an engine to the frontends that connect; used on one asyncio loop.
+
+    Args:
+        engine: takes its entries from the inbox.
+        inbox: where requests come in.
+        listening: where frontends connect.
+    """
+
+    def __init__(self, engine: Engine, inbox: RingInbox, listening: socket.socket) -> None:
+        self._engine = engine
+        self._inbox = inbox
+        self._listening = listening
+        self._guests: set[asyncio.Task[None]] = set()
+        self._limit = RateLimit(_LINES_PER_SECOND)
+
+    async def run(self) -> None:
+        """Lets frontends in until it is cancelled; then no link is left."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                try:
+                    connected, _ = await loop.sock_accept(self._listening)
+                except OSError as error:
+                    # Files ran out, say: the links that there are go on, and who connects waits.
+                    self._tell_of_refusal(error)
+                    await asyncio.sleep(_AGAIN_SECONDS)
+                    continue
+                guest = asyncio.create_task(self._serve(connected))
+                self._guests.add(guest)
+                guest.add_done_callback(self._guests.discard)
+        finally:
+            for guest in self._guests:
+                guest.cancel()
+
+    async def _serve(self, connected: socket.socket) -> None:
+        """One link, from its beginning to its end."""
+        info = self._engine.info()
+        with connected:
+            try:
+                handles, talk = await _begin(connected, sizes_of(info.spec, info.limits), info.epoch)
+            except (RingError, OSError) as error:
+                self._tell_of_refusal(error)
+                return
+        loop = asyncio.get_running_loop()
+
+        def hang_up(error: Exception) -> None:
+            log_event(logger, logging.WARNING, "link broken", reason=str(error))
+            loop.call_soon_threadsafe(talk.hang_up)
+
+        line = Line(handles, partial(check_request, info.spec, info.limits), hang_up)
+        self._inbox.add(line)
+        try:
+            async for words in talk.heard():
+                talk.tell(await reply_to(self._engine, words))
+                await talk.drain()
+        except TimeoutError as error:
+            hang_up(error)
+        except ConnectionError:
+            pass  # it went without its answer
+        finally:
+            self._inbox.drop(line)
+            talk.hang_up()
+
+    def _tell_of_refusal(self, error: Exception) -> None:
+        if self._limit.allows(time.monotonic()):
+            withheld = self._limit.withheld()
+            log_event(logger, logging.WARNING, "link refused", reason=str(error), withheld=withheld)
+
+
+async def _begin(connected: socket.socket, sizes: Sizes, epoch: int) -> tuple[Handles, ControlChannel]:
+    """Both sides' files of a new link, and the conversation beside it."""
+    handles = offer(connected, sizes, epoch)
+    try:
+        return handles, await ControlChannel.on(connected.dup())
+    except BaseException:
+        handles.close()
+        raise
+
+
+def sizes_of(spec: IndexSpec, limits: Limits) -> Sizes:
+    """StepBuffer for requests and answers of the largest kind that limits allow, twice over."""
+    tokens_times_heads = limits.max_message_bytes // spec.head_dim
+    largest_request = limits.max_message_bytes + _COLUMN_BYTES * limits.max_spans
+    largest_answer = 8 * spec.topk * tokens_times_heads
+    return Sizes(
+        slots=1 << max(limits.max_queued_requests - 1, 1).bit_length(),
+        request_bytes=2 * largest_request + _MARGIN,
+        answer_bytes=2 * largest_answer + _MARGIN,
+    )

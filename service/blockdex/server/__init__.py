@@ -1,0 +1,1 @@
+"""The processes of a server: a supervisor with the HTTP side, an engine core, and frontends; or one for all of it."""

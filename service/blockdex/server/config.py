@@ -1,0 +1,332 @@
+"""Settings of `blockdex serve`, read alike from flags, the environment and a TOML file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from blockdex.contract.messages import Limits
+from blockdex.server.addresses import Address
+from blockdex_kernels import IndexSpec
+
+ENV_PREFIX = "BLOCKDEX_"
+
+OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+"""What OpenTelemetry's own tools read: the default of `otlp_endpoint`, which as an empty one is none all the same."""
+FREE_SHARE = 0.9
+"""Part of a GPU's free memory that a cache of `auto` bytes takes."""
+WORKING_BYTES = 768 << 20
+"""What it leaves at least: the scores of one launch (512 MiB), and 256 MiB for kernels, queries and answers."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([a-z]*)", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+
+
+class ConfigError(Exception):
+    """A setting that cannot be: one line that names it and where it came from."""
+
+
+def parse_size(value: object) -> int:
+    """Bytes of a size: a plain number, or one with kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).
+
+    Raises:
+        ValueError: the value is something else.
+    """
+    match = _SIZE.fullmatch(str(value).strip())
+    factor = _UNITS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"must be bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB, got {value!r}")
+    return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+
+
+def _cache_size(value: object) -> object:
+    return value if value == "auto" else parse_size(value)
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError(f"must be auto, cpu, cuda or cuda:N, got {value!r}")
+    return value
+
+
+def _address(value: str) -> str:
+    return str(Address.parse(value))
+
+
+def _endpoint(value: object) -> object:
+    if value is None:
+        value = os.environ.get(OTLP_VARIABLE, "")
+    if not re.fullmatch(r"|https?://[^/\s]+/?", str(value)):
+        raise ValueError(f"must be http://host:port or https://host:port, got {value!r}")
+    return value
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Listen = Annotated[str, AfterValidator(_address)]
+
+
+def _setting(default: Any, metavar: str, description: str, **bounds: Any) -> Any:
+    return Field(
+        default, description=description, validate_default=True, json_schema_extra={"metavar": metavar}, **bounds
+    )
+
+
+def automatic_cache_bytes(free: int) -> int:
+    """Bytes of a cache of `auto` bytes on a GPU with so many free ones."""
+    return max(min(int(free * FREE_SHARE), free - WORKING_BYTES), 0)
+
+
+class ServeSettings(BaseSettings):
+    """What `blockdex serve` is told.
+
+    A flag goes before its environment variable, that before the file of `config`, that before the default.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_prefix_target="all",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+    )
+
+    config: Path | None = _setting(None, "FILE", "TOML file with any of these settings: cache_bytes = '2GiB'.")
+    device: Annotated[str, AfterValidator(_device)] = _setting(
+        "auto", "DEVICE", "Where the cache and the kernels are: auto, cpu, cuda or cuda:N."
+    )
+    grpc_address: Listen = _setting("127.0.0.1:50051", "HOST:PORT", "Where gRPC listens; port 0 takes any free one.")
+    http_address: Listen = _setting(
+        "127.0.0.1:9051", "HOST:PORT", "Where /healthz, /readyz, /metrics and /v1/info listen; port 0 takes a free one."
+    )
+    processes: Literal["auto", "single", "split"] = _setting(
+        "auto",
+        "HOW",
+        "single: one for all; split: a supervisor, an engine core and frontends; auto: split on 4 cores or more.",
+    )
+    frontends: int = _setting(
+        1, "N", "Processes that answer gRPC and share its port; more than 1 makes the server split.", ge=1, le=256
+    )
+    spin_seconds: Annotated[float, Field(ge=0, le=0.01)] | Literal["auto"] = _setting(
+        "auto",
+        "SECONDS",
+        "Split: how long core and frontends look for work before they sleep; auto: 0.001, with too few cores 0.",
+    )
+    # `model_config` is pydantic's own name inside the class.
+    model_file: Path | None = _setting(
+        None, "FILE", "Hugging Face config.json of the model; without one, MiniMax-M3.", alias="model_config"
+    )
+    num_layers: int | None = _setting(
+        None, "N", "Sparse layers, instead of the model's own count (a draft layer is one more).", ge=1
+    )
+    cache_bytes: Annotated[int | Literal["auto"], BeforeValidator(_cache_size)] = _setting(
+        "2GiB", "SIZE", "Bytes of the key cache; auto takes 90 % of a GPU's free memory and is refused on the CPU."
+    )
+    key_dtype: Literal["bf16", "fp8_e4m3"] = _setting("bf16", "DTYPE", "Element type of the cache: bf16 or fp8_e4m3.")
+    fp8_scoring: Literal["native", "upcast"] = _setting(
+        "native", "HOW", "How an fp8 cache is scored: native (queries cast too) or upcast (queries stay bf16)."
+    )
+    max_message_bytes: Size = _setting("128MiB", "SIZE", "Tensor bytes of one request.", ge=1, lt=2**31)
+    max_spans: int = _setting(4096, "N", "Sequences of one request.", ge=1)
+    max_queued_requests: int = _setting(4096, "N", "Requests waiting in the engine, all clients together.", ge=1)
+    max_stream_requests: int = _setting(256, "N", "Requests of one stream in flight.", ge=1)
+    max_wait_seconds: float = _setting(
+        60.0, "SECONDS", "Longest that a request without a deadline waits for keys or its turn.", gt=0, le=86400
+    )
+    lease_seconds: float = _setting(
+        600.0,
+        "SECONDS",
+        "Time without a call after which a sequence may be evicted when pages run out.",
+        gt=0,
+        lt=2**32,
+    )
+    num_speculative_tokens: int = _setting(
+        15, "N", "Draft tokens of a decode step: a span of at most 1 + N queries is decode, else prefill.", ge=0
+    )
+    prefill_slice_seconds: float | None = _setting(
+        None,
+        "SECONDS",
+        "Time of one slice of a prefill, about; decodes get in between. Left out: 1 ms on a GPU, 20 ms on a CPU.",
+        gt=0,
+        le=60,
+    )
+    shutdown_grace_seconds: float = _setting(
+        30.0, "SECONDS", "How long SIGTERM waits for requests in flight.", ge=0, le=3600
+    )
+    slow_request_seconds: float = _setting(
+        1.0, "SECONDS", "A request that takes longer is logged, with its time in each stage.", gt=0, le=86400
+    )
+    otlp_endpoint: Annotated[str | None, BeforeValidator(_endpoint)] = _setting(
+        None,
+        "URL",
+        "Collector that spans of requests are sent to: http://host:4317; else OTEL_EXPORTER_OTLP_ENDPOINT, else none.",
+    )
+    trace_ratio: float = _setting(
+        1.0, "SHARE", "Traced part of the requests whose callers do not say whether to trace them.", ge=0, le=1
+    )
+    log_format: Literal["human", "json"] = _setting("human", "FORMAT", "Lines on stderr: human or json.")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "LEVEL", "Least level that is logged: debug, info, warning or error."
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        # Else pydantic reads a TOML true as the number 1.
+        if isinstance(value, bool):
+            raise ValueError(f"must not be a boolean, got {str(value).lower()}")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The flags (handed in as arguments), the environment, then the file that either of them names."""
+        del dotenv_settings, file_secret_settings
+        path = (env_settings() | init_settings()).get("config")
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds that requests must keep."""
+        return Limits(
+            max_message_bytes=self.max_message_bytes,
+            max_spans=self.max_spans,
+            max_queued_requests=self.max_queued_requests,
+            max_stream_requests=self.max_stream_requests,
+            max_wait_ms=max(1, round(self.max_wait_seconds * 1000)),
+        )
+
+    @classmethod
+    def restore(cls, dumped: dict[str, Any]) -> ServeSettings:
+        """The settings that `model_dump(mode="json")` made an object of; nothing is read anew."""
+        paths = {name: Path(dumped[name]) for name in ("config", "model_file") if dumped[name] is not None}
+        return cls.model_construct(**dumped | paths)
+
+    def index_spec(self) -> IndexSpec:
+        """The indexer to serve: the model's, with the settings that go before it.
+
+        Raises:
+            SpecError: the file cannot be read or names an indexer that cannot be.
+        """
+        if self.model_file is not None:
+            return IndexSpec.from_file(self.model_file, num_layers=self.num_layers, key_dtype=self.key_dtype)
+        spec = IndexSpec(key_dtype=self.key_dtype)
+        return spec if self.num_layers is None else dataclasses.replace(spec, num_layers=self.num_layers)
+
+
+def load_settings(arguments: Sequence[str]) -> ServeSettings:
+    """The settings that the flags, the environment and the file give.
+
+    Args:
+        arguments: what follows `blockdex serve`; `--help` prints the table of settings and exits with 0.
+
+    Raises:
+        ConfigError: an unknown flag or key, a value out of bounds, or a file that cannot be read.
+    """
+    flags = _parse_flags(arguments)
+    environment = EnvSettingsSource(ServeSettings)()
+    path = (environment | flags).get("config")
+    _check_file(path)
+    try:
+        return ServeSettings(**flags)
+    except ValidationError as error:
+        raise ConfigError(_explain(error.errors()[0], flags, environment, path)) from None
+
+
+def _parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
+    parser = _Parser(prog="blockdex serve", allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="help")
+    for name, *_ in _described():
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name)
+    return vars(parser.parse_args(arguments))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    def format_help(self) -> str:
+        return settings_table()
+
+
+def settings_table() -> str:
+    """What `blockdex serve --help` prints: flag, environment variable and default of every setting."""
+    lines = [
+        "usage: blockdex serve [--FLAG VALUE ...]",
+        "",
+        "Serves block selection over gRPC; health, metrics and info over HTTP.",
+        "",
+        "A flag goes before its environment variable, that before the file of --config, that before the default. In",
+        'the file a setting is named as its flag, with underscores: cache_bytes = "2GiB".',
+        "",
+        f"  {'flag':<34}{'environment':<36}default",
+    ]
+    for name, metavar, default, description in _described():
+        flag = f"--{name.replace('_', '-')} {metavar}"
+        lines += [f"  {flag:<34}{_variable(name):<36}{'-' if default is None else default}", f"      {description}"]
+    return "\n".join(lines) + "\n"
+
+
+def _described() -> Iterator[tuple[str, str, Any, str]]:
+    for field_name, field in ServeSettings.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict) and field.description is not None
+        yield field.alias or field_name, str(extra["metavar"]), field.default, field.description
+
+
+def _variable(name: str) -> str:
+    return ENV_PREFIX + name.upper()
+
+
+def _check_file(path: str | None) -> None:
+    # pydantic-settings passes over a file that is not there, and lets a parse error through without its name.
+    if path is None:
+        return
+    try:
+        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    if "config" in settings:
+        raise ConfigError(f"{path}: config: a file cannot name another one")
+
+
+def _explain(error: ErrorDetails, flags: Mapping[str, str], environment: Mapping[str, str], path: str | None) -> str:
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, [known for known, *_ in _described()], n=1)
+        return f"{path}: unknown setting {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
+    place = name if path is None else f"{path}: {name}"
+    if name in flags:
+        place = f"--{name.replace('_', '-')}"
+    elif name in environment:
+        place = _variable(name)
+    reason = error.get("ctx", {}).get("error") or f"{error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    return f"{place}: {reason}"

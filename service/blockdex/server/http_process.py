@@ -1,0 +1,56 @@
+"""The HTTP side of a server, whatever its processes: what it answers with, and the sampling behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Mapping
+
+from blockdex.frontend.http.app import create_app
+from blockdex.frontend.http.gpu_metrics import open_gpu
+from blockdex.frontend.http.history import History
+from blockdex.frontend.http.live_page import LiveView
+from blockdex.frontend.http.metrics import Metrics, RequestCounts, ServerCollector
+from blockdex.frontend.http.readiness import Readiness
+from blockdex.frontend.http.server import HttpServer
+from blockdex.ring.channel import Reports
+
+
+class HttpSide:
+    """HTTP, from its start to `stop`; used on one asyncio loop."""
+
+    def __init__(self, server: HttpServer, sampling: asyncio.Task[None]) -> None:
+        self._server = server
+        self._sampling = sampling
+
+    @classmethod
+    async def start(
+        cls,
+        reports: Reports,
+        requests: RequestCounts,
+        readiness: Readiness,
+        restarts: Mapping[str, int],
+        gpu: str | None,
+        listening: socket.socket,
+    ) -> HttpSide:
+        """Serves on a socket that listens already.
+
+        Args:
+            reports: of the engine.
+            requests: what was answered.
+            readiness: whether the server takes requests.
+            restarts: how often each kind of process was started again.
+            gpu: the driver's name of the engine's GPU, if it has one.
+            listening: where.
+        """
+        history = History(reports, requests)
+        await history.take()
+        collector = ServerCollector(reports, requests, readiness, restarts)
+        metrics = Metrics(collector, None if gpu is None else open_gpu(gpu))
+        app = create_app(reports, metrics, LiveView(reports, history, readiness), readiness)
+        return cls(HttpServer(app, listening), asyncio.create_task(history.run()))
+
+    async def stop(self) -> None:
+        """Answers what has been asked and ends; takes seconds at most."""
+        self._sampling.cancel()
+        await self._server.stop()

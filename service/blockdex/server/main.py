@@ -1,0 +1,192 @@
+"""`blockdex serve`: from the settings to the last answer, as one process or as several."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import threading
+
+from blockdex.contract.messages import Info
+from blockdex.contract.version import VERSION
+from blockdex.frontend.http.metrics import RequestMetrics
+from blockdex.frontend.http.readiness import Readiness
+from blockdex.logs import configure_logging, log_event
+from blockdex.server.addresses import Address
+from blockdex.server.bootstrap import (
+    FLUSH_SECONDS,
+    StartError,
+    build_engine,
+    check_tracing,
+    claim,
+    end_with_the_thread,
+    gpu_uuid,
+    splits,
+    start_tracing,
+    warm_up,
+)
+from blockdex.server.config import ServeSettings
+from blockdex.server.http_process import HttpSide
+from blockdex.server.supervisor import Supervisor
+from blockdex_kernels import IndexSpec, SpecError
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES_OF_CHILDREN = ("torch", "grpc_health", "grpc_reflection")
+_WRITE_SECONDS = 1.0
+"""How long answers that are there may take to be written."""
+
+
+def serve(settings: ServeSettings) -> int:
+    """Runs a server until SIGTERM or SIGINT; then finishes what is in flight. A second signal ends it at once.
+
+    Returns:
+        The exit status: 0 after a signal, 1 if its device or its engine failed, 2 if the server could not start.
+    """
+    configure_logging(settings.log_format, settings.log_level)
+    try:
+        spec = settings.index_spec()
+        check_tracing(settings)
+        run = _run_split if splits(settings) else _run_single
+        # Claimed before torch is loaded: a port in use is told at once. gRPC itself would only say that it failed.
+        claim(settings.grpc_address).close()
+        with claim(settings.http_address) as http_socket:
+            return asyncio.run(run(settings, spec, http_socket))
+    except (StartError, SpecError) as error:
+        log_event(logger, logging.ERROR, "refused to start", reason=str(error))
+        return 2
+
+
+async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> int:
+    # What brings torch and gRPC is loaded here: a supervisor needs neither.
+    from blockdex.frontend.grpc.server import start_rpc_server  # noqa: PLC0415
+    from blockdex.ring.in_process import LocalChannel  # noqa: PLC0415
+
+    threading.excepthook = end_with_the_thread
+    engine = build_engine(settings, spec, on_lost_device=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    told_to_stop = _listen_to_signals()
+    requests, readiness = RequestMetrics(), Readiness()
+    channel = LocalChannel(engine)
+    channel.start()
+    try:
+        info = await channel.info()
+        restarts = dict.fromkeys(("core", "frontend"), 0)
+        http = await HttpSide.start(channel, requests, readiness, restarts, gpu_uuid(info.device), http_socket)
+        try:
+            if not await warm_up(engine, readiness.compiling, told_to_stop):
+                return 0
+            tracing = start_tracing(settings)
+            try:
+                rpc = await start_rpc_server(
+                    channel,
+                    settings.grpc_address,
+                    observe=requests.observe,
+                    slow_request_seconds=settings.slow_request_seconds,
+                    tracing=tracing,
+                )
+            except OSError as error:
+                raise StartError(str(error)) from error
+            readiness.obstacle = ""
+            _log_start(info, rpc.address, _http_address(settings, http_socket))
+            await told_to_stop.wait()
+            _log_stopping(settings)
+            readiness.obstacle = "shutting down"
+            await rpc.stop_being_ready()
+            await channel.drain(settings.shutdown_grace_seconds)
+            await rpc.stop(_WRITE_SECONDS)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close, FLUSH_SECONDS)
+        finally:
+            await http.stop()
+    finally:
+        channel.stop()
+    log_event(logger, logging.INFO, "stopped")
+    if engine.device_is_lost:
+        # Another thread may be in a call of its driver that does not end, and the interpreter would wait for it.
+        os._exit(1)
+    return 0
+
+
+async def _run_split(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> int:
+    del spec  # the engine core makes its own of the settings
+    for package in _PACKAGES_OF_CHILDREN:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    told_to_stop = _listen_to_signals()
+    readiness = Readiness()
+    supervisor = Supervisor(settings, readiness)
+    try:
+        if await supervisor.start(told_to_stop):
+            await _serve_with(supervisor, settings, readiness, told_to_stop, http_socket)
+    finally:
+        await supervisor.close()
+    log_event(logger, logging.INFO, "stopped")
+    return 0
+
+
+async def _serve_with(
+    supervisor: Supervisor,
+    settings: ServeSettings,
+    readiness: Readiness,
+    told_to_stop: asyncio.Event,
+    http_socket: socket.socket,
+) -> None:
+    """Serves until it is told to stop, once the engine core can be asked what it is."""
+    http = await HttpSide.start(
+        supervisor.reports, supervisor.counts, readiness, supervisor.restarts, supervisor.gpu, http_socket
+    )
+    try:
+        if await supervisor.open(told_to_stop):
+            info, http_address = await supervisor.reports.info(), _http_address(settings, http_socket)
+            _log_start(info, supervisor.grpc_address, http_address, **supervisor.pids())
+            await told_to_stop.wait()
+            _log_stopping(settings)
+        await supervisor.stop(settings.shutdown_grace_seconds)
+    finally:
+        await http.stop()
+
+
+def _listen_to_signals() -> asyncio.Event:
+    told = asyncio.Event()
+
+    def on_signal() -> None:
+        if told.is_set():
+            log_event(logger, logging.WARNING, "told to stop twice: ends at once")
+            os._exit(1)
+        told.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return told
+
+
+def _http_address(settings: ServeSettings, http_socket: socket.socket) -> str:
+    return str(Address.parse(settings.http_address).at_port_of(http_socket))
+
+
+def _log_stopping(settings: ServeSettings) -> None:
+    log_event(logger, logging.INFO, "stopping", grace_seconds=settings.shutdown_grace_seconds)
+
+
+def _log_start(info: Info, grpc_address: str, http_address: str, **pids: str) -> None:
+    kernels = {f"{phase}_kernel": f"{kernel} ({reason})" for phase, (kernel, reason) in info.kernels.items()}
+    log_event(
+        logger,
+        logging.INFO,
+        "serving",
+        grpc=grpc_address,
+        http=http_address,
+        version=VERSION,
+        device=info.device,
+        capacity_tokens=info.cache.capacity_tokens,
+        capacity_bytes=info.cache.pages_total * info.cache.page_bytes,
+        epoch=info.epoch,
+        **pids,
+        **kernels,
+        **dataclasses.asdict(info.spec),
+    )

@@ -1,0 +1,66 @@
+"""The requests that several frontends answered, those that have ended included, as one server's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable
+
+from blockdex.contract.errors import UnavailableError
+from blockdex.contract.stats import SECONDS_BUCKETS, Histogram
+from blockdex.frontend.http.metrics import RequestMetrics
+from blockdex.ring.control_channel import Words
+from blockdex.server.child_process import Child
+
+_ANSWER_SECONDS = 1.0
+
+
+def words_of(requests: RequestMetrics) -> Words:
+    """Counts as an object of JSON; RPCs that nobody has called are left out."""
+    return {
+        "counts": [[rpc, code, count] for (rpc, code), count in requests.counts.items() if count],
+        "seconds": {rpc: [made.counts, made.total] for rpc, made in requests.seconds.items() if any(made.counts)},
+    }
+
+
+def requests_of(words: Words) -> RequestMetrics:
+    """The counts that such an object stands for."""
+    requests = RequestMetrics()
+    requests.counts = {(rpc, code): count for rpc, code, count in words["counts"]}
+    requests.seconds = {
+        rpc: Histogram(SECONDS_BUCKETS, counts, total) for rpc, (counts, total) in words["seconds"].items()
+    }
+    return requests
+
+
+class FleetCounts:
+    """`RequestCounts` of all frontends; used on one asyncio loop.
+
+    Args:
+        doors: the frontends that run.
+    """
+
+    def __init__(self, doors: Callable[[], Iterable[Child]]) -> None:
+        self._doors = doors
+        self._last: dict[Child, RequestMetrics] = {}
+        self._ended = RequestMetrics()
+        self.counts, self.seconds = self._ended.counts, self._ended.seconds
+
+    async def refresh(self) -> None:
+        """Asks every frontend; of one that does not answer soon, what it said last counts."""
+        await asyncio.gather(*map(self._ask, self._doors()))
+        total = RequestMetrics()
+        for requests in (self._ended, *self._last.values()):
+            total.add(requests)
+        self.counts, self.seconds = total.counts, total.seconds
+
+    def has_ended(self, door: Child) -> None:
+        """Keeps what a frontend said last: counters do not go back."""
+        if last := self._last.pop(door, None):
+            self._ended.add(last)
+
+    async def _ask(self, door: Child) -> None:
+        with contextlib.suppress(UnavailableError, TimeoutError):
+            words = await asyncio.wait_for(door.talk.ask({"ask": "requests"}), _ANSWER_SECONDS)
+            if not door.ended.done():
+                self._last[door] = requests_of(words)

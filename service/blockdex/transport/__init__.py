@@ -1,1 +1,0 @@
-"""The channel between front door and engine."""

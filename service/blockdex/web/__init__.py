@@ -1,1 +1,0 @@
-"""The HTTP front door: health, readiness, metrics, info and a live page. Never touches torch."""

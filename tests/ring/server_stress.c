@@ -1,0 +1,110 @@
+/* A frontend and an engine as two threads of one process, so that a sanitizer sees both ends of a link.
+ * argv: how many requests. Each is answered with what it carries; both sides sleep whenever there is nothing for them. */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+
+#include "line.h"
+
+enum { SLOTS = 16, ARENA = 4096, LARGEST = 448, PATIENCE = 10000 };
+
+static struct line line;
+static struct blockdex_ring ring;
+static uint64_t count;
+
+static void fail(const char *what) {
+    fprintf(stderr, "%s\n", what);
+    exit(1);
+}
+
+static uint64_t size_of(uint64_t number) { return 8 + 8 * (number * 7 % (LARGEST / 8)); }
+
+/* Requests come to lie one behind the other; never so many at once that one lies where another still does. */
+static void ask(uint64_t number) {
+    struct blockdex_request *request = blockdex_claim(&ring);
+    if (!request) fail("no slot is free");
+    request->ticket = number;
+    request->payload_offset = number % SLOTS * 512;
+    request->payload_bytes = size_of(number);
+    memset(blockdex_request_payload(&ring, request->payload_offset), (int)(number & 127), request->payload_bytes);
+    blockdex_publish(&ring);
+}
+
+static void *be_the_door(void *unused) {
+    for (uint64_t asked = 0, answered = 0; answered < count; answered++) {
+        for (; asked < count && asked - answered < 1 + answered % SLOTS; asked++) ask(asked);
+        const struct blockdex_answer *answer = blockdex_wait(&ring, PATIENCE);
+        if (!answer) fail("the door was not woken");
+        if (answer->ticket != answered || answer->payload_bytes != size_of(answered)) fail("another answer");
+        const char *payload = blockdex_answer_payload(&ring, answer->payload_offset);
+        for (uint64_t at = 0; at < answer->payload_bytes; at++)
+            if (payload[at] != (char)(answered & 127)) fail("another payload");
+        blockdex_release(&ring, answer);
+    }
+    return unused;
+}
+
+static void sleep_until_rung(void) {
+    struct pollfd bell = {line.own_bell, POLLIN, 0};
+    uint64_t rung;
+    line_lie_down(&line);
+    if (!line_filled(&line) && poll(&bell, 1, PATIENCE) <= 0) fail("the engine was not woken");
+    (void)!read(line.own_bell, &rung, sizeof rung);
+    line_get_up(&line);
+}
+
+static void *be_the_engine(void *unused) {
+    for (uint64_t answered = 0; answered < count || line.first_unwritten;) {
+        for (int64_t filled = line_filled(&line); filled > 0; filled--, answered++) {
+            struct blockdex_request request = *line_head(&line);
+            line_release(&line);
+            struct blockdex_answer answer = {.ticket = request.ticket, .phase = BLOCKDEX_SEQUENCE};
+            const char *payload = line.request_arena + request.payload_offset;
+            if (!line_answer(&line, answer, payload, request.payload_bytes)) fail("no memory");
+        }
+        line_publish(&line);
+        if (!line_filled(&line) && (answered < count || line.first_unwritten)) sleep_until_rung();
+    }
+    return unused;
+}
+
+static void make_link(void) {
+    const uint64_t slots = BLOCKDEX_SLOT_BYTES * SLOTS, requests = 4096, answers = requests + slots;
+    const uint64_t request_arena = answers + slots, answer_arena = request_arena + SLOTS * 512;
+    char *memory = aligned_alloc(4096, 1 << 16);
+    if (!memory) fail("no memory");
+    memset(memory, 0, 1 << 16);
+    int nobody = eventfd(0, EFD_NONBLOCK), bell = eventfd(0, EFD_NONBLOCK), own_bell = eventfd(0, EFD_NONBLOCK);
+    struct blockdex_header *header = (void *)memory;
+    header->slot_bytes = BLOCKDEX_SLOT_BYTES;
+    header->request_slots = header->answer_slots = SLOTS;
+    header->request_slots_offset = requests;
+    header->answer_slots_offset = answers;
+    header->request_arena_offset = request_arena;
+    header->answer_arena_offset = answer_arena;
+    ring = (struct blockdex_ring){.header = header, .link = nobody, .engine_bell = own_bell, .client_bell = bell};
+    line.header = header;
+    line.requests = memory + requests;
+    line.answers = memory + answers;
+    line.request_arena = memory + request_arena;
+    line.answer_arena = memory + answer_arena;
+    line.request_slots = line.answer_slots = SLOTS;
+    line.request_arena_bytes = SLOTS * 512;
+    line.answer_arena_bytes = ARENA;
+    line.last_unwritten = &line.first_unwritten;
+    line.bell = bell;
+    line.own_bell = own_bell;
+}
+
+int main(int argc, char **argv) {
+    pthread_t door, engine;
+    if (argc != 2) return 2;
+    count = strtoull(argv[1], NULL, 10);
+    make_link();
+    if (pthread_create(&door, NULL, be_the_door, NULL) || pthread_create(&engine, NULL, be_the_engine, NULL)) return 2;
+    pthread_join(door, NULL);
+    pthread_join(engine, NULL);
+    puts("done");
+    return 0;
+}

@@ -1,0 +1,159 @@
+"""The engine's side of links: whoever connects, however they leave, it costs nothing and others are let in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from blockdex.contract.errors import UnavailableError
+from blockdex.ring import control_channel as talk
+from blockdex.ring import handshake as handover
+from blockdex.ring.handshake import Handles, take
+from blockdex.ring.segment import RingError, Segment, Sizes
+from support.ring_engine import Hosted, hosted
+from support.running_engine import TIMEOUT, open_sequence
+
+TIMES = 50
+PAGES = 100_000
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to that"
+        await asyncio.sleep(0.01)
+
+
+def files() -> int:
+    """Files that this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@contextlib.contextmanager
+def no_file_left() -> Iterator[None]:
+    """This process cannot open one more."""
+    free = os.dup(0)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextlib.asynccontextmanager
+async def linked(run: Hosted) -> AsyncIterator[tuple[socket.socket, Handles]]:
+    """One more link."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
+        connected.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(connected, run.address)
+        handles = await asyncio.wait_for(take(connected), TIMEOUT)
+        try:
+            yield connected, handles
+        finally:
+            handles.close()
+
+
+async def test_who_goes_while_it_connects_leaves_no_file() -> None:
+    async with hosted() as run:
+        before = files()
+        for _ in range(TIMES):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
+                connected.connect(run.address)
+            await asyncio.sleep(0)
+        await eventually(lambda: not run.hosting.done() and files() <= before)
+        async with linked(run):
+            pass
+
+
+async def test_another_user_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Sizes] = []
+    monkeypatch.setattr(Segment, "create", lambda sizes, epoch: made.append(sizes))
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        credentials = handover._CREDENTIALS.pack(os.getpid(), 4343, 4343)
+        monkeypatch.setattr(socket.socket, "getsockopt", lambda *asked: credentials)
+        with pytest.raises(RingError, match="link: user 4343 may not connect, 4242 may"):
+            handover.offer(ours, Sizes(8, 4096, 4096), 1)
+    assert not made
+
+
+async def test_files_that_run_out_end_no_link_and_let_others_in_later(caplog: pytest.LogCaptureFixture) -> None:
+    async with hosted() as run:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as waiting:
+            waiting.setblocking(False)
+            with no_file_left():
+                waiting.connect(run.address)
+                await eventually(lambda: "link refused" in caplog.text)
+                await run.ask(open_sequence(1))
+            handles = await asyncio.wait_for(take(waiting), TIMEOUT)
+            handles.close()
+        assert not run.hosting.done() and run.there.is_set()
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+async def test_a_link_for_which_files_do_not_suffice_leaves_none(left: int) -> None:
+    """Of the segment, its mapping and two bells so many can be had."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        before = files()
+        kept = [os.dup(0) for _ in range(left)]
+        with no_file_left():
+            for fd in kept:
+                os.close(fd)
+            with pytest.raises(OSError, match="Too many open files"):
+                handover.offer(ours, Sizes(8, 4096, 4096), 1)
+        assert files() <= before
+
+
+async def test_a_greeting_that_is_refused_leaves_no_file() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        before = files()
+        socket.send_fds(theirs, [b"BLKDXRNG"], [0, 1])
+        with pytest.raises(RingError, match="and 3 files, got b'BLKDXRNG' and 2"):
+            await asyncio.wait_for(take(ours), TIMEOUT)
+        socket.send_fds(theirs, [b"BLKDXRNG"], [0, 1, 2])
+        with pytest.raises(RingError, match="segment: 0 bytes cannot be one"):
+            await asyncio.wait_for(take(ours), TIMEOUT)
+        assert files() <= before
+
+
+async def test_a_fault_in_a_report_is_told_to_who_asked_and_ends_no_link(caplog: pytest.LogCaptureFixture) -> None:
+    async with hosted() as run:
+        before = run.channel._talk
+        with pytest.raises(UnavailableError, match="engine: a fault in its report"):
+            await run.channel.overview(0)  # which divides by it
+        assert "a report failed" in caplog.text and "ZeroDivisionError" in caplog.text
+        assert (await run.channel.info()).epoch == run.engine.info().epoch
+        assert run.channel._talk is before
+
+
+async def test_who_asks_and_does_not_read_is_hung_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(talk, "_ANSWER_SECONDS", 0.5)
+    async with hosted(num_pages=PAGES) as run, linked(run) as (connected, _):
+        question = json.dumps({"ask": "overview", "max_cells": PAGES}).encode()
+        questions = 200 * (len(question).to_bytes(4, "little") + question)
+        await asyncio.get_running_loop().sock_sendall(connected, questions)
+        await eventually(lambda: "link broken" in caplog.text)
+        await eventually(lambda: len(run.inbox._lines) == 1)
+        await run.ask(open_sequence(1))
+        read = 0
+        with contextlib.suppress(ConnectionError):
+            while part := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connected, 1 << 20), TIMEOUT):
+                read += len(part)
+        assert read < 6 * PAGES, "what the socket holds, less than one answer"

@@ -1,0 +1,168 @@
+"""The engine's end of a link in C: room for answers, round and round, and answers that wait for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from sysconfig import get_path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import blockdex
+from blockdex import _native as native
+from blockdex.ring.layout import AT, SLOT_BYTES, aligned
+from blockdex.ring.segment import Sizes
+from support.foreign_frontend import ForeignFrontend, new_handles
+from support.programs import run
+
+ARENA, SLOTS = 1024, 64
+
+
+@contextmanager
+def link(slots: int = SLOTS, arena: int = ARENA) -> Iterator[tuple[native.Line, ForeignFrontend]]:
+    door = ForeignFrontend(new_handles(Sizes(slots, request_bytes=1 << 12, answer_bytes=arena)))
+    try:
+        yield native.Line(door.handles.segment, door.handles.client_bell, door.handles.engine_bell), door
+    finally:
+        door.close()
+
+
+def test_room_that_nobody_uses_is_taken_from_the_front_again() -> None:
+    with link() as (line, door):
+        counters = door.handles.segment.counters
+        for number in range(40):
+            place = line.claim(100)
+            assert place is not None
+            slot, offset, end = place
+            assert slot == door.handles.segment.answer_slots_offset + number % SLOTS * SLOT_BYTES
+            assert (offset, end % ARENA) == (0, 128)
+            counters[AT["answer_bytes_freed"] // 8] = end
+            counters[AT["answers_read"] // 8] = number + 1
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, ARENA // 2), st.integers(0, 100)), max_size=60))
+@example([(False, ARENA // 2, 0), (False, ARENA // 2, 0), (False, 64, 0)])
+@example([(False, 448, 0), (False, 448, 0), (True, 0, 0), (False, 64, 0), (False, 448, 0)])
+def test_no_answer_is_written_where_one_is_still_read(steps: list[tuple[bool, int, int]]) -> None:
+    with link() as (line, door):
+        counters = door.handles.segment.counters
+        extents: dict[int, tuple[int, int]] = {}  # offset and size of what is read still, by the position of its end
+        claimed = 0
+        for give_back, size, which in steps:
+            if give_back and extents:
+                for end in sorted(extents)[: 1 + which % len(extents)]:
+                    counters[AT["answer_bytes_freed"] // 8] = end
+                    del extents[end]
+                continue
+            place = line.claim(size)
+            if place is None:
+                assert extents, "an empty arena has room"
+                continue
+            claimed += 1
+            counters[AT["answers_read"] // 8] = claimed  # slots are no matter here
+            _, offset, end = place
+            if not size:
+                assert (offset, end) == (0, 0)
+                continue
+            assert offset % 64 == 0 and offset + aligned(size) <= ARENA
+            for start, length in extents.values():
+                assert offset + aligned(size) <= start or start + length <= offset, "it lies where another one is"
+            extents[end] = (offset, aligned(size))
+        used = sum(size for _, size in extents.values())
+        if not extents:
+            assert line.claim(line.longest) is not None
+        assert used <= ARENA
+
+
+def test_all_of_the_room_is_used() -> None:
+    with link() as (line, door):
+        counters = door.handles.segment.counters
+        for quarter in range(4):
+            assert line.claim(ARENA // 4) is not None, quarter
+        assert line.claim(1) is None
+        counters[AT["answer_bytes_freed"] // 8] = ARENA // 4
+        place = line.claim(ARENA // 4)
+        assert place is not None and place[1:] == (0, ARENA + ARENA // 4)
+        assert line.claim(1) is None
+
+
+@pytest.mark.parametrize("freed", [64, 1 << 40, 2**64 - 2 * ARENA])
+def test_room_that_was_never_taken_is_not_given_back(freed: int) -> None:
+    """Who says so harms itself: it gets nothing."""
+    with link() as (line, door):
+        door.handles.segment.counters[AT["answer_bytes_freed"] // 8] = freed
+        assert line.claim(64) is None
+
+
+def test_more_answers_read_than_written() -> None:
+    with link() as (line, door):
+        door.handles.segment.counters[AT["answers_read"] // 8] = 1
+        assert line.claim(0) is None
+
+
+def test_a_slot_for_each_answer_and_no_more() -> None:
+    with link(slots=4) as (line, door):
+        counters, begin = door.handles.segment.counters, door.handles.segment.answer_slots_offset
+        places = [line.claim(0) for _ in range(5)]
+        assert [place and place[0] for place in places] == [*(begin + number * SLOT_BYTES for number in range(4)), None]
+        assert counters[AT["answers_written"] // 8] == 0
+        line.publish()
+        assert counters[AT["answers_written"] // 8] == 4
+        counters[AT["answers_read"] // 8] = 1
+        place = line.claim(0)
+        assert place is not None and place[0] == begin
+
+
+def test_the_bell_is_rung_for_who_sleeps_when_there_is_something_new() -> None:
+    with link() as (line, door):
+        flags, bell = door.handles.segment.flags, door.handles.client_bell
+        flags[AT["client_sleeps"] // 4] = 1
+        line.publish()
+        assert flags[AT["client_sleeps"] // 4] == 1, "nothing was written"
+        line.claim(0)
+        line.publish()
+        assert (flags[AT["client_sleeps"] // 4], os.eventfd_read(bell)) == (0, 1)
+        flags[AT["client_sleeps"] // 4] = 1
+        line.publish()
+        assert flags[AT["client_sleeps"] // 4] == 1, "nothing was written since"
+        flags[AT["client_sleeps"] // 4] = 0
+        line.claim(0)
+        line.publish()
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(bell)
+
+
+def test_what_is_no_segment_is_no_line() -> None:
+    with pytest.raises(AttributeError):
+        native.Line(object(), 0, 0)
+    with link() as (line, _), pytest.raises(TypeError, match="cannot be deleted"):
+        del line.gone
+
+
+def test_nobody_sleeps_through_a_bell_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Both ends in C, which are faster than any Python, and sleep all the time."""
+    assert run(built(tmp_path, "-O2"), "300000") == "done\n"
+
+
+@pytest.mark.slow
+def test_both_ends_order_what_they_read_and_write(tmp_path: Path) -> None:
+    """By what C11 says, of which x86-64 does more than is asked for: the sanitizer sees what another machine would."""
+    # It knows no fences; these order what is atomic anyway. Its memory lies where random addresses may be in the way.
+    program = built(tmp_path, "-O1", "-g", "-fsanitize=thread", "-Wno-tsan")
+    assert run("setarch", "-R", program, "100000") == "done\n"
+
+
+def built(folder: Path, *flags: str) -> Path:
+    """`server_stress.c` with `line.c`, of which what needs Python is left out."""
+    package = Path(blockdex.__file__).parent
+    includes = [get_path("include"), str(package / "native"), str(package / "transport" / "include")]
+    sources = [str(Path(__file__).with_name("server_stress.c")), str(package / "native" / "line.c")]
+    parts = ["-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections"]
+    program = folder / "server_stress"
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    run("gcc", "-std=gnu11", *warnings, *flags, *parts, *(f"-I{path}" for path in includes), *sources, "-o", program)
+    return program

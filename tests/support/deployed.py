@@ -1,0 +1,35 @@
+"""What the files of `deploy/` say, read for tests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from blockdex.server.config import ServeSettings, load_settings
+from support.programs import REPOSITORY
+
+DEPLOY = REPOSITORY / "deploy"
+
+
+def read_yaml(path: Path) -> Any:
+    """The one document of a YAML file."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def image_settings() -> dict[str, str]:
+    """The BLOCKDEX_* variables that every image sets."""
+    dockerfile = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+    return dict(re.findall(r"^(?:ENV)? +(BLOCKDEX_(?:GRPC|HTTP)_ADDRESS)=(\S+)", dockerfile, re.MULTILINE))
+
+
+def settings_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> ServeSettings:
+    """What `blockdex serve` reads in a container with these variables on top of the image's own."""
+    for name, value in (image_settings() | environment).items():
+        monkeypatch.setenv(name, value)
+    known = {f"BLOCKDEX_{field.alias or name}".upper() for name, field in ServeSettings.model_fields.items()}
+    assert {name for name in environment if name.startswith("BLOCKDEX_")} <= known
+    return load_settings([])

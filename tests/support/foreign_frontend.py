@@ -1,0 +1,136 @@
+"""A frontend that writes into its ring what it is told to, right or wrong, and reads answers when it is told to."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockdex.contract.errors import BlockdexError
+from blockdex.contract.messages import Answer, Request
+from blockdex.ring import codec
+from blockdex.ring.handshake import Handles
+from blockdex.ring.layout import AT, REQUEST_STRUCT, SLOT_BYTES, AnswerSlot, RequestSlot, aligned
+from blockdex.ring.segment import Segment, Sizes
+from support.ring import Bell, Consumer, Producer
+from support.running_engine import TIMEOUT
+
+
+class Told(NamedTuple):
+    """An answer: the numbers of its slot, and what they mean."""
+
+    numbers: AnswerSlot
+    answer: Answer | BlockdexError
+
+
+def new_handles(sizes: Sizes, epoch: int = 1) -> Handles:
+    """Both sides' files of a new link."""
+    flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+    return Handles(Segment.create(sizes, epoch), os.eventfd(0, flags), os.eventfd(0, flags))
+
+
+class ForeignFrontend:
+    """The frontend's side of a link.
+
+    Attributes:
+        handles: what both sides hold.
+        connected: the socket of the link, None where there is none.
+        bell: wakes the engine.
+        told: answers that were read, by ticket, each of which comes once.
+    """
+
+    def __init__(self, handles: Handles, connected: socket.socket | None = None) -> None:
+        self.handles = handles
+        self.connected = connected
+        self.told: dict[int, Told] = {}
+        self._segment = segment = handles.segment
+        self.bell = Bell(segment, "engine_sleeps", handles.engine_bell)
+        self._requests = Producer(segment, "request", self.bell)
+        self._answers = Consumer(segment, "answer")
+        self._room = Bell(segment, "engine_waits_for_room", handles.engine_bell)
+        self._offset = 0
+
+    @property
+    def free(self) -> bool:
+        """Whether there is a slot for a request."""
+        return not self._requests.full
+
+    @property
+    def arena(self) -> NDArray[np.uint8]:
+        """What requests carry."""
+        segment = self._segment
+        return np.frombuffer(segment.memory, np.uint8, segment.request_arena_bytes, segment.request_arena_offset)
+
+    def lay(self, request: Request, ticket: int, *, deadline: float = 100.0) -> RequestSlot:
+        """Writes what a request carries behind that of the one before, round and round, and answers its slot's numbers.
+
+        Args:
+            request: right or wrong.
+            ticket: of the request.
+            deadline: seconds from now.
+        """
+        segment, size = self._segment, aligned(codec.request_bytes(request))
+        if self._offset + size > segment.request_arena_bytes:
+            self._offset = 0
+        now = time.monotonic()
+        assert self.free, "no slot is free"
+        slot = segment.request_slots_offset + self._requests._written % segment.request_slots * SLOT_BYTES
+        codec.write_request(segment, slot, self._offset, ticket, request, now, now + deadline)
+        self._offset += size
+        return RequestSlot._make(REQUEST_STRUCT.unpack_from(segment.memory, slot))
+
+    def write(self, *slots: RequestSlot | bytes) -> None:
+        """Shows the engine requests, all at once."""
+        self.put(*slots)
+        self._requests.publish()
+
+    def put(self, *slots: RequestSlot | bytes) -> None:
+        """Writes requests into slots, without showing them."""
+        for slot in slots:
+            numbers = slot if isinstance(slot, bytes) else REQUEST_STRUCT.pack(*slot)
+            at = self._requests.claim()
+            self._segment.memory[at : at + len(numbers)] = numbers
+
+    def send(self, *requests: Request, first_ticket: int = 0) -> None:
+        """Asks right requests, with tickets in their order."""
+        self.write(*[self.lay(request, ticket) for ticket, request in enumerate(requests, start=first_ticket)])
+
+    def read(self, most: int | None = None) -> int:
+        """Takes answers that are there, at most so many, into `told`; answers how many."""
+        count = self._answers.check() if most is None else min(most, self._answers.check())
+        for _ in range(count):
+            segment = self._segment
+            numbers = codec.read_answer_slot(segment, self._answers.take())
+            begin = segment.answer_arena_offset + numbers.payload_offset
+            payload = np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin).copy()
+            assert numbers.ticket not in self.told, f"request {numbers.ticket} is answered twice"
+            self.told[numbers.ticket] = Told(numbers, codec.read_answer(numbers, payload))
+            if numbers.payload_bytes:
+                segment.counters[AT["answer_bytes_freed"] // 8] = numbers.payload_end
+            self._answers.release()
+        self._room.ring()
+        return count
+
+    def await_answers(self, count: int) -> None:
+        """Reads answers until so many were told in all."""
+        deadline = time.monotonic() + TIMEOUT
+        while len(self.told) < count:
+            if not self.read():
+                assert time.monotonic() < deadline, f"{len(self.told)} of {count} answers came"
+                time.sleep(0.0002)
+
+    def is_hung_up(self, seconds: float = 0.0) -> bool:
+        """Whether the engine has ended the link, within some seconds."""
+        assert self.connected is not None
+        return bool(select.select([self.connected], [], [], seconds)[0]) and self.connected.recv(1) == b""
+
+    def close(self) -> None:
+        """Goes."""
+        if self.connected is not None:
+            self.connected.close()
+        self.handles.close()

@@ -1,0 +1,93 @@
+"""A real engine behind real rings, both ends in this process: `running` of `running_engine`, over the ring."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from blockdex.contract.messages import Answer, Limits, Request
+from blockdex.ring.client import RingChannel, Spinning
+from blockdex.ring.handshake import listen
+from blockdex.ring.listener import RingHost
+from blockdex.ring.server import RingInbox
+from blockdex.scheduler.loop import Engine
+from blockdex_kernels import IndexSpec
+from support.running_engine import DECODE_QUERIES, LIMITS, SPEC, TIMEOUT, Running, WatchedBackend
+
+
+@dataclass
+class Hosted:
+    """An engine, its kernels, the socket that it listens on, and a channel to it, which is connected while `there`."""
+
+    backend: WatchedBackend
+    engine: Engine
+    inbox: RingInbox
+    listening: socket.socket
+    channel: RingChannel
+    hosting: asyncio.Task[None]
+    there: asyncio.Event
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return str(self.listening.getsockname(), "latin-1")
+
+    async def ask(self, request: Request, timeout: float = TIMEOUT) -> Answer:
+        """Queues a request and waits for its answer."""
+        return await asyncio.wait_for(self.channel.submit(request, timeout), 2 * TIMEOUT)
+
+
+@contextlib.asynccontextmanager
+async def hosted(
+    spec: IndexSpec = SPEC,
+    *,
+    limits: Limits = LIMITS,
+    num_pages: int = 512,
+    spin_seconds: float = 0.0,
+    spinning: Spinning | None = None,
+) -> AsyncIterator[Hosted]:
+    """Runs an engine behind rings and connects a channel to it."""
+    inbox = RingInbox(limits.max_queued_requests, spin_seconds)
+    backend = WatchedBackend(spec, num_pages)
+    engine = Engine(backend, limits=limits, decode_queries=DECODE_QUERIES, prefill_slice_seconds=1e-6, inbox=inbox)
+    engine.start(inbox.deliver)
+    there = asyncio.Event()
+    with listen() as listening:
+        hosting = asyncio.create_task(RingHost(engine, inbox, listening).run())
+        channel = RingChannel(
+            str(listening.getsockname(), "latin-1"),
+            changed=lambda connected: there.set() if connected else there.clear(),
+            spinning=spinning,
+        )
+        running = asyncio.create_task(channel.run())
+        try:
+            await asyncio.wait_for(there.wait(), TIMEOUT)
+            yield Hosted(backend, engine, inbox, listening, channel, hosting, there)
+        finally:
+            for task in (running, hosting):
+                task.cancel()
+            await asyncio.gather(running, hosting, return_exceptions=True)
+            engine.stop()
+
+
+class RunningOverRings(Running):
+    """An engine behind rings, its kernels and the channel to it."""
+
+    @property
+    def short_way_requests(self) -> int:
+        """Requests that the engine has served on its short way so far."""
+        short_way = self.engine._short_way
+        assert short_way is not None
+        _, (_, requests), *_ = short_way._core.counts()
+        return round(requests)
+
+
+@contextlib.asynccontextmanager
+async def running_over_rings(spec: IndexSpec = SPEC, **options: Any) -> AsyncIterator[RunningOverRings]:
+    """As `running` of `running_engine`, with the engine behind rings: decodes take its short way."""
+    async with hosted(spec, **options) as run:
+        yield RunningOverRings(run.backend, run.engine, run.channel)
