@@ -18,7 +18,7 @@ from support.programs import REPOSITORY, program
 from support.ring_engine import hosted
 from support.running_engine import SPEC, block_ids, open_sequence, tokens, values
 
-INCLUDE = REPOSITORY / "service" / "blockdex" / "transport" / "include"
+INCLUDE = REPOSITORY / "service" / "blockdex" / "ring" / "include"
 DOCUMENT = REPOSITORY / "docs" / "ring.md"
 TYPES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64", "q": "i64", "d": "f64"}
 RECORDS = {"Header": HEADER, "Request": REQUEST, "Answer": ANSWER}

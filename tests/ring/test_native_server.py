@@ -157,10 +157,10 @@ def test_both_ends_order_what_they_read_and_write(tmp_path: Path) -> None:
 
 
 def built(folder: Path, *flags: str) -> Path:
-    """`server_stress.c` with `line.c`, of which what needs Python is left out."""
+    """`server_stress.c` with `ring/server.c`, of which what needs Python is left out."""
     package = Path(blockdex.__file__).parent
-    includes = [get_path("include"), str(package / "native"), str(package / "transport" / "include")]
-    sources = [str(Path(__file__).with_name("server_stress.c")), str(package / "native" / "line.c")]
+    includes = [get_path("include"), str(package / "csrc"), str(package / "ring" / "include")]
+    sources = [str(Path(__file__).with_name("server_stress.c")), str(package / "csrc" / "ring" / "server.c")]
     parts = ["-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections"]
     program = folder / "server_stress"
     warnings = ["-Wall", "-Wextra", "-Werror"]

@@ -15,10 +15,10 @@ import blockdex
 ROOT = Path(__file__).parent.parent.parent
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 TESTS = (
-    *(f"engine/test_core{part}.py" for part in ("", "_steps", "_faults", "_counts", "_doors")),
-    *("engine/test_short_way.py", "engine/test_order_random.py"),
-    *("ring/test_line.py", "ring/test_link.py", "ring/test_short_way.py", "ring/test_door.py"),
-    *("ring/test_foreign_frontends.py", "frontend/grpc/test_short_way.py", "client/test_concurrency.py"),
+    *(f"scheduler/test_core{part}.py" for part in ("", "_steps", "_faults", "_counts", "_links")),
+    *("scheduler/test_fast_path.py", "scheduler/test_order_random.py"),
+    *("ring/test_native_server.py", "ring/test_native_client.py", "ring/test_fast_path.py", "ring/test_client.py"),
+    *("ring/test_foreign_frontends.py", "frontend/grpc/test_fast_path.py", "client/test_concurrency.py"),
 )
 ENDS_ITSELF = "tests/scheduler/test_core_faults.py::test_nobody_is_answered_twice_where_no_memory_is_left"
 """Where no memory is left the sanitizer ends the process, before anything else can be seen."""
@@ -38,7 +38,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     source = Path(blockdex.__file__).parent
     shutil.copytree(source, copied, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     compiler = os.environ | {"CC": f"gcc {FLAGS}"}
-    subprocess.run([sys.executable, copied / "native" / "compile.py"], check=True, env=compiler, capture_output=True)
+    subprocess.run([sys.executable, copied / "csrc" / "compile.py"], check=True, env=compiler, capture_output=True)
     return os.environ | {
         # The sanitizer has to be there first; torch throws exceptions, for which it needs to know who catches them.
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so.6')}",

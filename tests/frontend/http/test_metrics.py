@@ -25,7 +25,7 @@ from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from support.serving import Serving
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 TENANT = (("blockdex-tenant", "metrics"),)
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
