@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from blockdex import _native
-from blockdex.frontend.selector import RingSelector
 from blockdex.ring.client import Spinning
 from blockdex.ring.layout import AT
 from blockdex.ring.segment import Segment, Sizes
+from blockdex.ring.selector import RingSelector
 from support.ring_engine import hosted
 from support.running_engine import TIMEOUT, get, open_sequence
 

@@ -19,7 +19,6 @@ import blockdex._native as native
 from blockdex.contract.errors import BlockdexError, Reason, ResourceExhaustedError, UnavailableError
 from blockdex.contract.messages import Answer, Info, Limits, Request
 from blockdex.contract.stats import SECONDS_BUCKETS
-from blockdex.frontend.selector import RingSelector
 from blockdex.logs import log_event
 from blockdex.ring import codec
 from blockdex.ring.channel import SHORT_RPCS, Asker, CameTo, GivenUp, InFlight, PendingAnswer, not_done_within
@@ -28,6 +27,7 @@ from blockdex.ring.engine_reports import RemoteReports, gone, info_of
 from blockdex.ring.handshake import Handles, take
 from blockdex.ring.layout import ANSWER_STRUCT, AnswerSlot
 from blockdex.ring.segment import RingError
+from blockdex.ring.selector import RingSelector
 from blockdex_kernels import IndexSpec
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 from blockdex.frontend.grpc.server import RpcServer, start_rpc_server
 from blockdex.frontend.http.metrics import RequestMetrics
-from blockdex.frontend.selector import RingSelector
 from blockdex.ring.client import RingChannel, Spinning
 from blockdex.ring.control_channel import ControlChannel, Words
+from blockdex.ring.selector import RingSelector
 from blockdex.server.bootstrap import FLUSH_SECONDS, spin_seconds, start_tracing
 from blockdex.server.child_process import run_child
 from blockdex.server.config import ServeSettings
