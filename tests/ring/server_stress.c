@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <sys/eventfd.h>
 
-#include "line.h"
+#include "ring/server.h"
 
 enum { SLOTS = 16, ARENA = 4096, LARGEST = 448, PATIENCE = 10000 };
 

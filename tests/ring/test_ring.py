@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from support import ring_echo
 from support.ring import Bell, Consumer, Producer
 
 SLOTS = 4
+TESTS = Path(__file__).parents[1]
 
 
 @contextmanager
@@ -136,8 +138,8 @@ def test_nobody_sleeps_through_a_bell() -> None:
     with new_segment(slots=64) as segment:
         bells = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
         files = (segment.fd, *bells)
-        command = [sys.executable, ring_echo.__file__, *map(str, files), str(count), "0"]
-        with subprocess.Popen(command, pass_fds=files) as process:
+        command = [sys.executable, "-m", ring_echo.__name__, *map(str, files), str(count), "0"]
+        with subprocess.Popen(command, cwd=TESTS, pass_fds=files) as process:
             producer = Producer(segment, "request", Bell(segment, "engine_sleeps", bells[0]))
             own, consumer = Bell(segment, "client_sleeps", bells[1]), Consumer(segment, "answer")
             sent = received = 0
