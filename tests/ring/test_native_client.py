@@ -31,7 +31,6 @@ from support.running_engine import (
     refusal,
 )
 
-
 ENGINE_BELLS: WeakKeyDictionary[door.Link, int] = WeakKeyDictionary()
 """The engine's ends of the pairs that links sleep on."""
 

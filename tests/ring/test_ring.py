@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from support import ring_echo
 from support.ring import Bell, Consumer, Producer
 
 SLOTS = 4
+TESTS = Path(__file__).parents[1]
 
 
 @contextmanager
@@ -140,8 +142,8 @@ def test_nobody_sleeps_through_a_bell() -> None:
     engine, client = new_link(Sizes(64, request_bytes=1 << 16, answer_bytes=1 << 16), epoch=99)
     with closing(engine), closing(client):
         segment, files = client.segment, (engine.segment.fd, engine.engine_bell, engine.client_bell)
-        command = [sys.executable, ring_echo.__file__, *map(str, files), str(count), "0"]
-        with subprocess.Popen(command, pass_fds=files) as process:
+        command = [sys.executable, "-m", ring_echo.__name__, *map(str, files), str(count), "0"]
+        with subprocess.Popen(command, cwd=TESTS, pass_fds=files) as process:
             producer = Producer(segment, "request", Bell(segment, "engine_sleeps", client.engine_bell))
             own, consumer = Bell(segment, "client_sleeps", client.client_bell), Consumer(segment, "answer")
             sent = received = 0
