@@ -88,6 +88,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_UNREACHABLE: _ClassVar[ErrorReason]
     ERROR_REASON_OUTCOME_UNKNOWN: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
+    ERROR_REASON_REGION_UNSUPPORTED: _ClassVar[ErrorReason]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_BF16: Dtype
 DTYPE_FP16: Dtype
@@ -149,6 +150,7 @@ ERROR_REASON_SHUTTING_DOWN: ErrorReason
 ERROR_REASON_UNREACHABLE: ErrorReason
 ERROR_REASON_OUTCOME_UNKNOWN: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
+ERROR_REASON_REGION_UNSUPPORTED: ErrorReason
 
 class RequestHeader(_message.Message):
     __slots__ = ("epoch", "required_features", "model", "root_id")
