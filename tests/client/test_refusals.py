@@ -22,8 +22,6 @@ from support.serving import Serving
 from support.tcp_proxy import proxy_to
 from support.wire import close_request
 
-pytestmark = pytest.mark.usefixtures("way")
-
 Words = tuple[str, str, str]
 """Code, reason and message of a refusal."""
 

@@ -12,8 +12,6 @@ import blockdex
 from blockdex import FailedPreconditionError, NotFoundError, OutOfRangeError, Reason
 from support.clients import new_sequence
 
-pytestmark = pytest.mark.usefixtures("way")
-
 RANDOM = np.random.default_rng(3)
 
 
