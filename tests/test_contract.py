@@ -177,5 +177,5 @@ def test_a_reserved_number_may_be_taken_under_its_name(tmp_path: Path) -> None:
 
 
 def test_the_reasons_of_errors_are_those_of_the_contract() -> None:
-    told = [name.removeprefix("ERROR_REASON_") for name in pb.ErrorReason.keys()]
+    told = [name.removeprefix("ERROR_REASON_") for name in list(pb.ErrorReason.keys())]
     assert sorted(told) == sorted(["UNSPECIFIED", *Reason])
