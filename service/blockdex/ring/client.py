@@ -299,6 +299,9 @@ class RingChannel(RemoteReports):
         slow_seconds: an asker is told of requests on the short way that take longer.
         timed: told of the answers on the short way by `tell_times`, and when a link ends.
         spinning: looks for answers and requests before the loop sleeps; without it that sleeps at once.
+
+    Attributes:
+        epoch: of the engine's cache when the link to it began, 0 before the first.
     """
 
     def __init__(
@@ -321,6 +324,7 @@ class RingChannel(RemoteReports):
         self._link: Link | None = None
         self._spec: IndexSpec | None = None
         self._limits: Limits | None = None
+        self.epoch = 0
 
     @property
     def spec(self) -> IndexSpec:
@@ -356,6 +360,7 @@ class RingChannel(RemoteReports):
             info = info_of(await talk.ask({"ask": "info"}))
             link.open_short_way(info, self._slow_seconds)
             self._spec, self._limits, self._talk, self._link = info.spec, info.limits, talk, link
+            self.epoch = info.epoch
             self._changed(True)
             await hearing
         finally:
