@@ -18,7 +18,7 @@ def explored(name: str, folder: Path, *sources: Path) -> dict[str, str]:
     """What a program of scenarios has said of each."""
     gcc, include, model = program("gcc", "build-essential"), f"-I{PACKAGE / 'ring' / 'include'}", folder / "model.o"
     run(gcc, *FLAGS, "-c", HERE / "interleavings.c", "-o", model)
-    inside = ("-include", HERE / "interleavings.h", include, HERE / f"{name}.c", *sources)
+    inside: tuple[str | Path, ...] = ("-include", HERE / "interleavings.h", include, HERE / f"{name}.c", *sources)
     run(gcc, *FLAGS, *inside, model, "-o", folder / name)
     said = run(folder / name).splitlines()
     return dict(row.split(": ") for row in said)

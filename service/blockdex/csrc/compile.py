@@ -24,7 +24,7 @@ MACHINES = ("x86_64", "aarch64")
 
 
 def supported() -> bool:
-    """Whether there is anything to compile: the ring that it serves needs Linux, and a machine that it was tested on."""
+    """Whether there is anything to compile: the ring needs Linux, and a machine that it is tested for."""
     return platform.system() == "Linux" and platform.machine() in MACHINES
 
 

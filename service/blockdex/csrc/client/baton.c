@@ -2,6 +2,7 @@
 #include <stdbool.h>
 
 #include "client/client.h"
+#include "cpu_relax.h"
 #include "core/core.h"
 
 /* Passes the interpreter's lock from a thread that has put something somewhere to the one that waits for it: neither
@@ -21,7 +22,7 @@ static PyObject *baton_wait(PyObject *object, PyObject *seconds) {
     int64_t until = core_now() + (int64_t)(1e9 * most);
     atomic_store(&self->waits, true);
     Py_BEGIN_ALLOW_THREADS;
-    while (!atomic_load_explicit(&self->offered, memory_order_acquire) && core_now() < until) __builtin_ia32_pause();
+    while (!atomic_load_explicit(&self->offered, memory_order_acquire) && core_now() < until) cpu_relax();
     Py_END_ALLOW_THREADS;
     atomic_store(&self->waits, false);
     return PyBool_FromLong(atomic_exchange(&self->offered, false));
@@ -33,7 +34,7 @@ static PyObject *baton_pass(PyObject *object, PyObject *Py_UNUSED(none)) {
     int64_t until = core_now() + LONGEST_OFFER;
     atomic_store_explicit(&self->offered, true, memory_order_release);
     Py_BEGIN_ALLOW_THREADS;
-    while (atomic_load_explicit(&self->waits, memory_order_acquire) && core_now() < until) __builtin_ia32_pause();
+    while (atomic_load_explicit(&self->waits, memory_order_acquire) && core_now() < until) cpu_relax();
     Py_END_ALLOW_THREADS;
     return PyBool_FromLong(!atomic_load(&self->waits));
 }
