@@ -21,7 +21,7 @@ from blockdex.ring.segment import RingError, Segment
 
 def wake(bell: int) -> None:
     """Wakes who sleeps on the other end of a pair; one that is full has done so already."""
-    with contextlib.suppress(BlockingIOError):
+    with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
         os.write(bell, b"\0")
 
 
