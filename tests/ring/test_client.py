@@ -455,5 +455,5 @@ async def test_a_stranger_s_greeting_is_refused() -> None:
         with pytest.raises(Exception, match="version 3 and 3 files, got 312e312f50545448, 0, 0"):
             await asyncio.wait_for(take(left), TIMEOUT)
         right.close()
-        with pytest.raises(ConnectionResetError, match="the engine went away"):
+        with pytest.raises(ConnectionResetError):
             await asyncio.wait_for(take(left), TIMEOUT)
