@@ -157,10 +157,16 @@ PyType_Spec blockdex_layers_spec = {
 
 /* --- An append --- */
 
+static bool is_layers(PyObject *object) {
+    if (PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc) == (void *)layers_dealloc) return true;
+    PyErr_Format(PyExc_TypeError, "a Layers is needed, got %R", object);
+    return false;
+}
+
 PyObject *blockdex_layers_of(PyObject *sequences, uint64_t id, Py_ssize_t layer) {
     PyObject *key = PyLong_FromUnsignedLongLong(id);
     PyObject *found = key ? PyDict_GetItemWithError(sequences, key) : NULL;
-    PyObject *layers = found && has((Layers *)found, layer) ? Py_NewRef(found) : NULL;
+    PyObject *layers = found && is_layers(found) && has((Layers *)found, layer) ? Py_NewRef(found) : NULL;
     Py_XDECREF(key);
     return layers;
 }
@@ -180,8 +186,8 @@ PyObject *blockdex_end_append(PyObject *Py_UNUSED(module), PyObject *const *argu
     if (count != 2) return PyErr_Format(PyExc_TypeError, "end_append takes 2 arguments");
     Py_ssize_t layer = PyNumber_AsSsize_t(arguments[0], PyExc_IndexError), runs = PyList_Size(arguments[1]);
     for (Py_ssize_t at = 0; !PyErr_Occurred() && at < runs; at++) {
-        Layers *layers = (Layers *)PyTuple_GetItem(PyList_GetItem(arguments[1], at), 0);
-        if (layers && has(layers, layer)) member(layers, IN_FLIGHT)[layer]--;
+        PyObject *layers = PyTuple_GetItem(PyList_GetItem(arguments[1], at), 0);
+        if (layers && is_layers(layers) && has((Layers *)layers, layer)) member((Layers *)layers, IN_FLIGHT)[layer]--;
     }
     if (PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
