@@ -46,8 +46,11 @@ int main(int argc, char **argv) {
     if (blockdex_connect(name, 1 + strlen(argv[1]), "c", 10000, &ring) < 0) return 2;
 
     struct blockdex_request *request = blockdex_claim(&ring);
+    const uint64_t opened[2] = {7, 0}; /* and the server's own lease */
+    memcpy(blockdex_request_payload(&ring, 0), opened, sizeof opened);
     request->kind = BLOCKDEX_OPEN;
-    request->sequence_id = 7;
+    request->num_spans = 1;
+    request->payload_bytes = sizeof opened;
     const struct blockdex_answer *answer = ask(&ring, request);
     if (answer->code || answer->epoch != ring.header->epoch) return 4;
     blockdex_release(&ring, answer);

@@ -266,7 +266,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "queries without a dtype": {"queries_dtype": 0},
     "no order": {"order": 0},
     "another order": {"order": 3},
-    "another flag": {"flags": 4},
+    "another flag": {"flags": 16},
     "an offset that is not aligned": {"payload_offset": 8},
     "an offset beyond the arena": {"payload_offset": 2**64 - 64},
     "a payload beyond the arena": {"payload_bytes": 2**64 - 1},
