@@ -19,7 +19,7 @@ CROSS_TOOLS := aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu qemu-aarch64=qemu-use
 	/usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1=libc6-dev-arm64-cross
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
 
-.PHONY: help install tools demo test test-all lint format proto lock bench bench-gpu bench-service docs clean
+.PHONY: help install tools demo test test-all mutants lint format proto lock bench bench-gpu bench-service docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -50,6 +50,9 @@ test: $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
 test-all: $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
 	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS)
 	$(BIN)/python -m pytest
+
+mutants: $(NATIVE) ## Small faults put into the C, one at a time: each is seen by some test of make test
+	cd tests && ../$(BIN)/python -m mutants
 
 lint: $(STAMP) ## Formatting, lints, types, the protobuf style rules
 	$(BIN)/ruff format --check .
