@@ -46,7 +46,7 @@ int main(int argc, char **argv) {
     if (blockdex_connect(name, 1 + strlen(argv[1]), "c", 10000, &ring) < 0) return 2;
 
     struct blockdex_request *request = blockdex_claim(&ring);
-    const uint64_t opened[2] = {7, 0};
+    const uint64_t opened[2] = {7, 0}; /* and the server's own lease */
     memcpy(blockdex_request_payload(&ring, 0), opened, sizeof opened);
     request->kind = BLOCKDEX_OPEN;
     request->num_spans = 1;

@@ -138,7 +138,9 @@ async def take(connected: socket.socket, tenant: str = "") -> Handles:
     with contextlib.suppress(BrokenPipeError):  # what it said last is read below
         await asyncio.get_running_loop().sock_sendall(connected, hello)
     await _readable(connected)
-    said, fds, _, _ = socket.recv_fds(connected, GREETING_STRUCT.size, 3)
+    said, fds = b"", list[int]()
+    with contextlib.suppress(ConnectionResetError):
+        said, fds, _, _ = socket.recv_fds(connected, GREETING_STRUCT.size, 3)
     if not said:
         raise ConnectionResetError("link: the engine went away")
     try:
