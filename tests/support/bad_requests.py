@@ -227,7 +227,7 @@ def _tensors() -> Named:
 
 def _features() -> Named:
     for feature in (0, 99):
-        message = f"required_features: {feature} is unknown, known are 1, 2, 3, 4"
+        message = f"required_features: {feature} is unknown, known are 1 to 4"
         for rpc, request in _good(required_features=[pb.FEATURE_REVISIONS, feature]).items():
             yield f"feature {feature}, {rpc}", Case(request, "UNIMPLEMENTED", "UNKNOWN_FEATURE", message)
 

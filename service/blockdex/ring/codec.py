@@ -105,7 +105,7 @@ def write_request(
     if isinstance(request, TokenRequest):
         numbers = _write_tokens(segment, begin, len(tenant), request)
     else:
-        numbers = _sequence_numbers(request)
+        numbers = dict(sequence_fields(request)._asdict())
     numbers |= {
         "ticket": ticket,
         "tenant_bytes": len(tenant),
@@ -145,16 +145,25 @@ def _write_tokens(segment: Segment, begin: int, tenant_bytes: int, request: Toke
     return numbers
 
 
-def _sequence_numbers(request: SequenceRequest) -> Numbers:
+class SequenceFields(NamedTuple):
+    """What a slot says of a request about a sequence."""
+
+    kind: int
+    sequence_id: int
+    child_id: int = 0
+    number: int = 0
+
+
+def sequence_fields(request: SequenceRequest) -> SequenceFields:
+    """The fields of a request about a sequence."""
     if isinstance(request, ForkSequence):
-        ids = {"sequence_id": request.parent_id, "child_id": request.child_id}
-        return {"kind": layout.FORK, "number": request.length} | ids
-    numbers = {"kind": _KINDS[type(request)], "sequence_id": request.sequence_id}
+        return SequenceFields(layout.FORK, request.parent_id, request.child_id, request.length)
+    fields = SequenceFields(_KINDS[type(request)], request.sequence_id)
     if isinstance(request, OpenSequence):
-        return numbers | {"number": request.lease_seconds}
+        return fields._replace(number=request.lease_seconds)
     if isinstance(request, TruncateSequence):
-        return numbers | {"number": request.length}
-    return numbers
+        return fields._replace(number=request.length)
+    return fields
 
 
 def read_request(segment: Segment, slot: int) -> Received:

@@ -7,20 +7,16 @@ import logging
 import socket
 import time
 from functools import partial
-from typing import TYPE_CHECKING
 
 from blockdex.contract.limits import check_request
 from blockdex.contract.messages import Limits
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.control_channel import ControlChannel
-from blockdex.ring.engine_reports import reply_to
+from blockdex.ring.engine_reports import Engine, reply_to
 from blockdex.ring.handshake import Handles, offer
 from blockdex.ring.segment import RingError, Sizes
 from blockdex.ring.server import Line, RingInbox
 from blockdex_kernels import IndexSpec
-
-if TYPE_CHECKING:
-    from blockdex.scheduler.loop import Engine
 
 logger = logging.getLogger(__name__)
 

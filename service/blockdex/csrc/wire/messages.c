@@ -8,30 +8,42 @@ static bool read_number(const struct field *field, uint64_t largest, uint32_t *n
     return field->type == VARINT && field->value <= largest;
 }
 
-static bool add_number(struct wire_spans *spans, unsigned column, uint64_t value) {
-    uint32_t count = spans->counts[column];
-    if (count == spans->most) return false;
-    spans->columns[column][count] = value;
-    spans->counts[column]++;
-    return true;
+/* Protobuf writes a negative number of an enum as one of 64 bits, and reads the lower half of whatever is written. */
+static bool read_enum(const struct field *field, uint32_t *number) {
+    *number = (uint32_t)field->value;
+    return field->type == VARINT;
+}
+
+static void add_number(struct wire_spans *spans, unsigned column, uint64_t value) {
+    uint32_t count = spans->counts[column]++;
+    if (count < spans->most) spans->columns[column][count] = value;
 }
 
 static bool read_varints(struct wire_spans *spans, unsigned column, struct field *field) {
     uint64_t value;
-    if (field->type == VARINT) return field->value <= UINT32_MAX && add_number(spans, column, field->value);
+    if (field->type == VARINT) {
+        add_number(spans, column, field->value);
+        return field->value <= UINT32_MAX;
+    }
     if (field->type != BYTES) return false;
-    while (field->inside.at < field->inside.end)
-        if (!read_varint(&field->inside, 10, &value) || value > UINT32_MAX || !add_number(spans, column, value))
-            return false;
+    while (field->inside.at < field->inside.end) {
+        if (!read_varint(&field->inside, 10, &value) || value > UINT32_MAX) return false;
+        add_number(spans, column, value);
+    }
     return true;
 }
 
 static bool read_fixed64s(struct wire_spans *spans, unsigned column, struct field *field) {
     uint64_t value;
-    if (field->type == FIXED64) return add_number(spans, column, field->value);
+    if (field->type == FIXED64) {
+        add_number(spans, column, field->value);
+        return true;
+    }
     if (field->type != BYTES) return false;
-    while (field->inside.at < field->inside.end)
-        if (!read_fixed64(&field->inside, &value) || !add_number(spans, column, value)) return false;
+    while (field->inside.at < field->inside.end) {
+        if (!read_fixed64(&field->inside, &value)) return false;
+        add_number(spans, column, value);
+    }
     return true;
 }
 
@@ -56,32 +68,43 @@ static bool read_spans(struct wire_request *request, const struct field *message
     return true;
 }
 
-/* One that names a region has no data, and is not taken. */
+/* Of data and region, which exclude each other, the last one counts. */
 static bool read_tensor(struct wire_tensor *tensor, const struct field *message) {
     struct cursor cursor = message->inside;
     struct field field = {0};
-    if (message->type != BYTES || tensor->data) return false;
+    if (message->type != BYTES || tensor->present) return false;
+    tensor->present = true;
     while (cursor.at < cursor.end) {
         if (!read_field(&cursor, &field)) return false;
-        if (field.number == 1 && !read_number(&field, UINT32_MAX, &tensor->dtype)) return false;
-        if (field.number == 2) {
-            if (field.type != BYTES) return false;
-            tensor->data = field.inside.at;
-            tensor->bytes = (uint64_t)(field.inside.end - field.inside.at);
-        }
-        if (field.number == 3) return false;
+        if (field.number == 1 && !read_enum(&field, &tensor->dtype)) return false;
+        if (field.number != 2 && field.number != 3) continue;
+        if (field.type != BYTES) return false;
+        tensor->in_region = field.number == 3;
+        tensor->data = tensor->in_region ? NULL : field.inside.at;
+        tensor->bytes = tensor->in_region ? 0 : (uint64_t)(field.inside.end - field.inside.at);
     }
-    return tensor->data != NULL;
+    return true;
 }
 
-static bool is_feature(uint64_t value) { return value >= 1 && value <= LAST_FEATURE; }
+/* Of those that the server does not know, the first is kept. */
+static void read_feature(struct wire_request *request, uint64_t value) {
+    int32_t feature = (int32_t)(uint32_t)value;
+    if ((feature >= 1 && feature <= LAST_FEATURE) || request->has_unknown_feature) return;
+    request->has_unknown_feature = true;
+    request->unknown_feature = feature;
+}
 
-static bool read_features(struct field *field) {
+static bool read_features(struct wire_request *request, struct field *field) {
     uint64_t value;
-    if (field->type == VARINT) return is_feature(field->value);
+    if (field->type == VARINT) {
+        read_feature(request, field->value);
+        return true;
+    }
     if (field->type != BYTES) return false;
-    while (field->inside.at < field->inside.end)
-        if (!read_varint(&field->inside, 10, &value) || !is_feature(value)) return false;
+    while (field->inside.at < field->inside.end) {
+        if (!read_varint(&field->inside, 10, &value)) return false;
+        read_feature(request, value);
+    }
     return true;
 }
 
@@ -103,11 +126,11 @@ static bool read_role(struct wire_request *request, enum role role, struct field
         case QUERIES: return read_tensor(&request->queries, field);
         case FIRST_HEAD: return read_number(field, UINT32_MAX, &request->first_head);
         case NUM_HEADS: return read_number(field, UINT32_MAX, &request->num_heads);
-        case ORDER: return read_number(field, UINT32_MAX, &request->order);
+        case ORDER: return read_enum(field, &request->order);
         case SCORES: return read_number(field, 1, &request->return_scores);
         case WAIT: return read_number(field, 1, &request->wait_for_keys);
         case EPOCH: request->epoch = field->value; return field->type == FIXED64;
-        case FEATURES: return read_features(field);
+        case FEATURES: return read_features(request, field);
         default: return true;
     }
 }

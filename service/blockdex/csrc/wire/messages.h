@@ -1,7 +1,7 @@
 /* Token requests and their answers as protobuf, as proto/blockdex/v1/indexer.proto has them.
  *
  * What is read here is what encoders write: any order of fields, packed and unpacked numbers, unknown fields. What else
- * protobuf would take (one message in two pieces, groups, numbers beyond their type) is left to protobuf.
+ * protobuf takes (one message in two pieces, groups, numbers beyond their type) it has to write anew first.
  */
 #ifndef BLOCKDEX_WIRE_H
 #define BLOCKDEX_WIRE_H
@@ -12,16 +12,17 @@
 
 enum { APPEND_KEYS, SELECT_BLOCKS, APPEND_AND_SELECT, NUM_KINDS };
 
-/* Views of the message; `data` is NULL where there is none. */
+/* Views of the message; `data` is NULL where there is none, or where it is said to be in a region. */
 struct wire_tensor {
     const uint8_t *data;
     uint64_t bytes;
     uint32_t dtype;
+    bool present, in_region;
 };
 
 enum { SEQUENCE_IDS, STARTS, LENGTHS, REVISIONS, NUM_COLUMNS };
 
-/* Columns of numbers, each with room for `most`. */
+/* Columns of numbers, each with room for `most`: more are counted, and not kept. */
 struct wire_spans {
     uint64_t *columns[NUM_COLUMNS];
     uint32_t counts[NUM_COLUMNS];
@@ -36,13 +37,14 @@ struct wire_request {
     struct wire_tensor keys, queries;
     uint64_t number, epoch;
     uint32_t kind, timeout_ms, layer, first_head, num_heads, order, return_scores, wait_for_keys;
-    bool has_spans;
+    bool has_spans, has_unknown_feature;
+    int32_t unknown_feature;
     /* Written, and not read: those that are known say nothing more. */
     uint8_t features[LAST_FEATURE], num_features;
 };
 
 /* Reads one request of a kind, or one of a stream, which names its kind; `spans` has been set, the rest is zero. False
- * where it is to be left to protobuf. */
+ * where protobuf has to read it: it is unusual, no such message, or, of a stream, no token request. */
 bool wire_read(struct wire_request *request, const uint8_t *bytes, size_t size);
 bool wire_read_streamed(struct wire_request *request, const uint8_t *bytes, size_t size);
 

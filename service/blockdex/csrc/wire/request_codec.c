@@ -1,5 +1,7 @@
 #include "wire/request_codec.h"
 
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 enum { BLOCKDEX_INT32 = 5 };
@@ -88,6 +90,66 @@ bool tokens_check(struct wire_request *request, const struct bounds *bounds, str
     return request->keys.bytes + request->queries.bytes <= bounds->max_message_bytes;
 }
 
+bool refuse(struct refusal *refusal, uint16_t code, const char *reason, const char *format, ...) {
+    va_list numbers;
+    *refusal = (struct refusal){.code = code, .reason = reason};
+    va_start(numbers, format);
+    vsnprintf(refusal->message, sizeof refusal->message, format, numbers);
+    va_end(numbers);
+    return false;
+}
+
+static bool columns_fit(const struct wire_spans *spans, struct refusal *refusal) {
+    const uint32_t *counts = spans->counts;
+    uint32_t count = counts[SEQUENCE_IDS], revisions = counts[REVISIONS];
+    if (counts[STARTS] != count || counts[LENGTHS] != count || (revisions && revisions != count))
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_SPANS",
+                      "spans: columns must be equally long, got %u sequence_ids, %u starts, %u lengths, %u revisions",
+                      count, counts[STARTS], counts[LENGTHS], revisions ? revisions : count);
+    if (count > spans->most)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_SPANS", "spans: must be 1 to %u, got %u", spans->most, count);
+    if (!revisions) memset(spans->columns[REVISIONS], 0, count * sizeof(uint64_t));
+    return true;
+}
+
+static bool tensor_fits(const char *name, const struct wire_tensor *tensor, struct refusal *refusal) {
+    if (tensor->in_region)
+        return refuse(refusal, UNIMPLEMENTED, "REGION_UNSUPPORTED",
+                      "%s: shared-memory regions are not offered by this transport", name);
+    if (tensor->dtype < BLOCKDEX_BF16 || tensor->dtype > BLOCKDEX_FP8_E4M3)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_TENSOR", "%s: dtype must be one of 1, 2, 3, 4, got %d", name,
+                      (int)tensor->dtype);
+    return true;
+}
+
+bool tokens_fit(struct wire_request *request, const struct bounds *bounds, struct refusal *refusal) {
+    bool appends = request->kind != SELECT_BLOCKS, selects = request->kind != APPEND_KEYS;
+    if (request->has_unknown_feature)
+        return refuse(refusal, UNIMPLEMENTED, "UNKNOWN_FEATURE", "required_features: %d is unknown, known are 1 to %d",
+                      (int)request->unknown_feature, LAST_FEATURE);
+    if (!columns_fit(request->spans, refusal)) return false;
+    if (appends && !tensor_fits("keys", &request->keys, refusal)) return false;
+    if (selects && !tensor_fits("queries", &request->queries, refusal)) return false;
+    if (selects && request->order > BLOCKDEX_SCORE)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_ORDER", "order must be one of 0, 1, 2, got %d",
+                      (int)request->order);
+    uint64_t bytes = request->keys.bytes + request->queries.bytes;
+    if (bytes > bounds->max_message_bytes)
+        return refuse(refusal, RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE",
+                      "keys and queries together must be at most %llu bytes, got %llu",
+                      (unsigned long long)bounds->max_message_bytes, (unsigned long long)bytes);
+    if (selects && !request->order) request->order = BLOCKDEX_ASCENDING;
+    if (selects && !request->num_heads && request->first_head < bounds->num_heads)
+        request->num_heads = (uint32_t)bounds->num_heads - request->first_head;
+    return true;
+}
+
+uint64_t tokens_count(const struct wire_request *request) {
+    uint64_t tokens = 0;
+    for (uint32_t at = 0; at < request->spans->counts[LENGTHS]; at++) tokens += request->spans->columns[LENGTHS][at];
+    return tokens;
+}
+
 /* Where columns, keys and queries begin behind the tenant, as docs/ring.md says. */
 struct parts {
     uint64_t columns, keys, queries;
@@ -120,15 +182,30 @@ void tokens_describe(const struct wire_request *request, size_t tenant_bytes, st
     slot->payload_bytes = parts_of(slot).queries + slot->queries_bytes;
 }
 
-void tokens_carry(const struct wire_request *request, const char *tenant, const struct blockdex_request *slot,
-                  char *to) {
+void tokens_write_columns(const struct wire_request *request, const char *tenant, const struct blockdex_request *slot,
+                          char *to) {
     struct parts parts = parts_of(slot);
     size_t column_bytes = slot->num_spans * sizeof(uint64_t);
     memcpy(to, tenant, slot->tenant_bytes);
     for (unsigned column = 0; column < NUM_COLUMNS; column++)
         memcpy(to + parts.columns + column * column_bytes, request->spans->columns[column], column_bytes);
-    if (request->keys.data) memcpy(to + parts.keys, request->keys.data, slot->keys_bytes);
-    if (request->queries.data) memcpy(to + parts.queries, request->queries.data, slot->queries_bytes);
+}
+
+uint64_t tokens_write_tensors(const struct wire_tensor *keys, const struct wire_tensor *queries,
+                              const struct blockdex_request *slot, char *to, uint64_t written, uint64_t most) {
+    struct parts parts = parts_of(slot);
+    uint64_t bytes = 0;
+    if (written < keys->bytes) {
+        bytes = keys->bytes - written < most ? keys->bytes - written : most;
+        memcpy(to + parts.keys + written, keys->data + written, bytes);
+    }
+    uint64_t at = written + bytes - keys->bytes, left = most - bytes;
+    if (written + bytes >= keys->bytes && at < queries->bytes) {
+        uint64_t more = queries->bytes - at < left ? queries->bytes - at : left;
+        memcpy(to + parts.queries + at, queries->data + at, more);
+        bytes += more;
+    }
+    return bytes;
 }
 
 bool tokens_answer(const struct blockdex_answer *slot, const char *payload, struct wire_response *response) {
@@ -140,11 +217,13 @@ bool tokens_answer(const struct blockdex_answer *slot, const char *payload, stru
     if (__builtin_mul_overflow((uint64_t)slot->num_tokens * slot->num_heads, 4 * (uint64_t)slot->topk, &bytes) ||
         bytes > slot->payload_bytes)
         return false;
-    response->block_ids = (struct wire_tensor){(const uint8_t *)payload, bytes, BLOCKDEX_INT32};
+    response->block_ids =
+        (struct wire_tensor){.data = (const uint8_t *)payload, .bytes = bytes, .dtype = BLOCKDEX_INT32};
     if (slot->flags & BLOCKDEX_HAS_SCORES) {
         scores_at = blockdex_aligned(bytes);
         if (scores_at > slot->payload_bytes || bytes > slot->payload_bytes - scores_at) return false;
-        response->scores = (struct wire_tensor){(const uint8_t *)payload + scores_at, bytes, BLOCKDEX_FP32};
+        response->scores =
+            (struct wire_tensor){.data = (const uint8_t *)payload + scores_at, .bytes = bytes, .dtype = BLOCKDEX_FP32};
     }
     return true;
 }

@@ -1,4 +1,6 @@
-"""Between the wire and plain messages: requests are checked here for all that needs no cache."""
+"""Between protobuf and the ring, but for what `blockdex._native` reads and writes itself: token requests as encoders
+write them, and their responses.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +9,22 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from blockdex.contract import limits as checks
 from blockdex.contract.errors import InvalidArgumentError, Reason, UnimplementedError
 from blockdex.contract.messages import (
-    Answer,
     CloseSequence,
-    FloatDtype,
     ForkSequence,
     GetSequence,
     Info,
-    Keys,
-    Limits,
     OpenSequence,
-    Order,
-    Queries,
-    Request,
-    Spans,
-    TensorData,
-    TokenAnswer,
-    TokenRequest,
+    SequenceRequest,
+    SequenceState,
     Totals,
     TruncateSequence,
 )
 from blockdex.v1 import indexer_pb2 as pb
-from blockdex_kernels import IndexSpec
 
 _Message = TypeVar("_Message", bound=Message)
 
-FLOAT_DTYPES: dict[int, FloatDtype] = {
-    pb.DTYPE_BF16: "bf16",
-    pb.DTYPE_FP16: "fp16",
-    pb.DTYPE_FP32: "fp32",
-    pb.DTYPE_FP8_E4M3: "fp8_e4m3",
-}
-_ORDERS: dict[int, Order] = {
-    pb.SELECTION_ORDER_UNSPECIFIED: "ascending",
-    pb.SELECTION_ORDER_ASCENDING: "ascending",
-    pb.SELECTION_ORDER_SCORE: "score",
-}
 FEATURES = (
     pb.FEATURE_HEAD_RANGES,
     pb.FEATURE_REVISIONS,
@@ -59,8 +39,6 @@ SequenceWireRequest = (
     | pb.TruncateSequenceRequest
     | pb.CloseSequenceRequest
 )
-TokenWireRequest = pb.AppendKeysRequest | pb.SelectBlocksRequest | pb.AppendAndSelectRequest
-WireRequest = SequenceWireRequest | TokenWireRequest
 SequenceWireResponse = (
     pb.OpenSequenceResponse
     | pb.GetSequenceResponse
@@ -68,7 +46,6 @@ SequenceWireResponse = (
     | pb.TruncateSequenceResponse
     | pb.CloseSequenceResponse
 )
-TokenWireResponse = pb.AppendKeysResponse | pb.SelectBlocksResponse | pb.AppendAndSelectResponse
 
 
 def parsed(kind: type[_Message], message: bytes) -> _Message:
@@ -84,11 +61,17 @@ def parsed(kind: type[_Message], message: bytes) -> _Message:
         raise InvalidArgumentError(words, Reason.MALFORMED_MESSAGE) from None
 
 
-def message_of(spec: IndexSpec, limits: Limits, tenant: str, request: WireRequest) -> Request:
-    """The plain message of a request.
+def usual(message: Message) -> bytes:
+    """A message as encoders write it, whichever way it came; what this server does not know is left out."""
+    message.DiscardUnknownFields()
+    return bytes(message.SerializeToString())
+
+
+def sequence_request(tenant: str, request: SequenceWireRequest) -> SequenceRequest:
+    """The plain message of a request about a sequence.
 
     Raises:
-        BlockdexError: a field is out of bounds, whatever the cache holds.
+        UnimplementedError: it insists on a feature that this server does not know.
     """
     _check_features(request.required_features)
     match request:
@@ -97,22 +80,16 @@ def message_of(spec: IndexSpec, limits: Limits, tenant: str, request: WireReques
         case pb.GetSequenceRequest():
             return GetSequence(tenant, request.epoch, request.sequence_id)
         case pb.ForkSequenceRequest():
-            checks.check_length(spec, request.parent_id, request.length)
             return ForkSequence(tenant, request.epoch, request.parent_id, request.child_id, request.length)
         case pb.TruncateSequenceRequest():
-            checks.check_length(spec, request.sequence_id, request.length)
             return TruncateSequence(tenant, request.epoch, request.sequence_id, request.length)
-        case pb.CloseSequenceRequest():
-            return CloseSequence(tenant, request.epoch, request.sequence_id)
         case _:
-            return _token_request(spec, limits, tenant, request)
+            return CloseSequence(tenant, request.epoch, request.sequence_id)
 
 
-def response_of(request: WireRequest, answer: Answer) -> SequenceWireResponse | TokenWireResponse:
-    """What a request is answered on the wire."""
-    if isinstance(answer, TokenAnswer):
-        return _token_response(request, answer)
-    lengths, revisions, epoch = answer.lengths, answer.revisions, answer.epoch
+def sequence_response(request: SequenceWireRequest, state: SequenceState) -> SequenceWireResponse:
+    """What such a request is answered on the wire."""
+    lengths, revisions, epoch = state.lengths, state.revisions, state.epoch
     match request:
         case pb.OpenSequenceRequest():
             return pb.OpenSequenceResponse(epoch=epoch)
@@ -130,86 +107,8 @@ def _check_features(required: Iterable[int]) -> None:
     """Refuses a request that insists on a feature this server does not know."""
     for feature in required:
         if feature not in FEATURES:
-            known = ", ".join(map(str, FEATURES))
-            raise UnimplementedError(
-                f"required_features: {feature} is unknown, known are {known}", Reason.UNKNOWN_FEATURE
-            )
-
-
-def _token_request(spec: IndexSpec, limits: Limits, tenant: str, message: TokenWireRequest) -> TokenRequest:
-    checks.check_layer(spec, message.layer)
-    columns = message.spans
-    spans = checks.check_spans(
-        spec, limits.max_spans, columns.sequence_ids, columns.starts, columns.lengths, columns.revisions
-    )
-    keys = queries = None
-    num_bytes = 0
-    if not isinstance(message, pb.SelectBlocksRequest):
-        keys = Keys(_tensor("keys", message.keys))
-        num_bytes += len(keys.tensor.data)
-    if not isinstance(message, pb.AppendKeysRequest):
-        queries = _queries(spec, message)
-        num_bytes += len(queries.tensor.data)
-    checks.check_message_bytes(num_bytes, limits.max_message_bytes)
-    _check_shapes(spec, spans, keys, queries)
-    return TokenRequest(tenant, message.epoch, message.layer, spans, keys, queries)
-
-
-def _queries(spec: IndexSpec, message: pb.SelectBlocksRequest | pb.AppendAndSelectRequest) -> Queries:
-    num_heads = checks.check_heads(spec, message.first_head, message.num_heads)
-    order = _ORDERS.get(message.order)
-    if order is None:
-        raise InvalidArgumentError(
-            f"order must be one of {', '.join(map(str, _ORDERS))}, got {message.order}", Reason.INVALID_ORDER
-        )
-    return Queries(
-        tensor=_tensor("queries", message.queries),
-        first_head=message.first_head,
-        num_heads=num_heads,
-        order=order,
-        return_scores=message.return_scores,
-        wait_for_keys=isinstance(message, pb.SelectBlocksRequest) and message.wait_for_keys,
-    )
-
-
-def _check_shapes(spec: IndexSpec, spans: Spans, keys: Keys | None, queries: Queries | None) -> None:
-    tokens = spans.num_tokens
-    if keys is not None:
-        tensor = keys.tensor
-        checks.check_tensor_bytes("keys", tensor.dtype, len(tensor.data), (tokens, spec.head_dim))
-    if queries is not None:
-        tensor = queries.tensor
-        shape = (tokens, queries.num_heads, spec.head_dim)
-        checks.check_tensor_bytes("queries", tensor.dtype, len(tensor.data), shape)
-
-
-def _tensor(name: str, message: pb.Tensor) -> TensorData:
-    source = message.WhichOneof("source")
-    if source == "region":
-        raise UnimplementedError(
-            f"{name}: shared-memory regions are not offered by this transport", Reason.REGION_UNSUPPORTED
-        )
-    dtype = FLOAT_DTYPES.get(message.dtype)
-    if dtype is None:
-        known = ", ".join(map(str, FLOAT_DTYPES))
-        raise InvalidArgumentError(f"{name}: dtype must be one of {known}, got {message.dtype}", Reason.INVALID_TENSOR)
-    return TensorData(dtype, message.data)
-
-
-def _token_response(request: WireRequest, answer: TokenAnswer) -> TokenWireResponse:
-    if isinstance(request, pb.AppendKeysRequest):
-        return pb.AppendKeysResponse(epoch=answer.epoch)
-    block_ids, scores = _selection(answer)
-    kind = pb.SelectBlocksResponse if isinstance(request, pb.SelectBlocksRequest) else pb.AppendAndSelectResponse
-    return kind(block_ids=block_ids, scores=scores, epoch=answer.epoch)
-
-
-def _selection(answer: TokenAnswer) -> tuple[pb.Tensor, pb.Tensor | None]:
-    assert answer.block_ids is not None
-    block_ids = pb.Tensor(dtype=pb.DTYPE_INT32, data=answer.block_ids.astype("<i4", copy=False).tobytes())
-    if answer.scores is None:
-        return block_ids, None
-    return block_ids, pb.Tensor(dtype=pb.DTYPE_FP32, data=answer.scores.astype("<f4", copy=False).tobytes())
+            words = f"required_features: {feature} is unknown, known are {FEATURES[0]} to {FEATURES[-1]}"
+            raise UnimplementedError(words, Reason.UNKNOWN_FEATURE)
 
 
 def info_response(info: Info, version: str, transports: Iterable[str]) -> pb.GetInfoResponse:
