@@ -19,8 +19,9 @@ class Line:
 
     Args:
         segment: the shared memory, a `Segment` that this process has made.
-        bell: eventfd that the frontend sleeps on.
-        own_bell: eventfd that the engine sleeps on.
+        bell: the engine's end of the datagram pair that the client sleeps on.
+        own_bell: the engine's end of the pair that the engine sleeps on.
+        tenant: of all its requests; without one each names its own.
 
     Attributes:
         filled: requests that are there and were not taken; -1 where the frontend says what cannot be.
@@ -31,7 +32,7 @@ class Line:
         has_unwritten: whether answers wait for room, of those that the core wrote.
     """
 
-    def __init__(self, segment: object, bell: int, own_bell: int) -> None: ...
+    def __init__(self, segment: object, bell: int, own_bell: int, tenant: str = "") -> None: ...
     @property
     def filled(self) -> int: ...
     @property

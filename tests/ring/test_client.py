@@ -454,8 +454,8 @@ async def test_a_stranger_s_greeting_is_refused() -> None:
     with left, right:
         left.setblocking(False)
         right.sendall(b"HTTP/1.1")
-        with pytest.raises(Exception, match="link: expected b'BLKDXRNG' and 3 files"):
+        with pytest.raises(Exception, match="version 3 and 3 files, got 312e312f50545448, 0, 0"):
             await asyncio.wait_for(take(left), TIMEOUT)
         right.close()
-        with pytest.raises(ConnectionResetError, match="the engine went away"):
+        with pytest.raises(ConnectionResetError):
             await asyncio.wait_for(take(left), TIMEOUT)

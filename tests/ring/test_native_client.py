@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +18,9 @@ from blockdex.contract.errors import (
 )
 from blockdex.ring import client
 from blockdex.ring.caller import STREAM
-from blockdex.ring.handshake import Handles
+from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import ANSWER_STRUCT, AT, CANCEL, REQUEST_STRUCT, SLOT_BYTES, AnswerSlot, RequestSlot
-from blockdex.ring.segment import Segment, Sizes
+from blockdex.ring.segment import Sizes
 from support.asking import Asked, PendingAnswer, eventually, waiting_selection
 from support.ring import Bell, Producer
 from support.running_engine import (
@@ -40,12 +39,12 @@ class DeadEnd:
     """A link to an engine that takes nothing, with four slots."""
 
     def __init__(self) -> None:
-        bells = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
-        self.segment = Segment.create(Sizes(4, ROOM, 1 << 20), epoch=1)
+        self.engine, handles = new_link(Sizes(4, ROOM, 1 << 20), epoch=1)
+        self.segment = handles.segment
         info: Any = SimpleNamespace(spec=SPEC, limits=LIMITS)
         self.breaks = 0
-        self.link = client.Link(Handles(self.segment, *bells), info, self._broken, TIMEOUT, None)
-        self.answers = Producer(self.segment, "answer", Bell(self.segment, "client_sleeps", bells[1]))
+        self.link = client.Link(handles, info, self._broken, TIMEOUT, None)
+        self.answers = Producer(self.segment, "answer", Bell(self.segment, "client_sleeps", self.engine.client_bell))
 
     def _broken(self) -> None:
         self.breaks += 1
@@ -84,6 +83,7 @@ async def dead_end() -> AsyncIterator[DeadEnd]:
     yield end
     if not end.link._closed:
         end.link.close()
+    end.engine.close()
 
 
 async def test_who_waits_behind_a_cancellation_is_refused_in_time(

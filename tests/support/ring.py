@@ -10,11 +10,19 @@ number would have to be a release and every load an acquire, which Python cannot
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
+from blockdex.ring.handshake import silence
 from blockdex.ring.layout import AT, SLOT_BYTES
 from blockdex.ring.segment import RingError, Segment
+
+
+def wake(bell: int) -> None:
+    """Wakes who sleeps on the other end of a pair; one that is full has done so already."""
+    with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
+        os.write(bell, b"\0")
 
 
 class Bell:
@@ -23,7 +31,7 @@ class Bell:
     Args:
         segment: where it says that it sleeps.
         sleeps: name of the header's field for it.
-        fd: the eventfd that it sleeps on.
+        fd: the end of the datagram pair that it is woken over.
     """
 
     def __init__(self, segment: Segment, sleeps: str, fd: int) -> None:
@@ -38,7 +46,7 @@ class Bell:
             pass
         if self._flags[self._at]:
             self._flags[self._at] = 0
-            os.eventfd_write(self.fd, 1)
+            wake(self.fd)
 
     def lie_down(self) -> None:
         """Says that this side sleeps from now on; it has to look once more before it does."""
@@ -51,11 +59,8 @@ class Bell:
         self._flags[self._at] = 0
 
     def silence(self) -> None:
-        """Forgets how often it was rung."""
-        try:
-            os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return
+        """Takes what has woken it."""
+        silence(self.fd)
 
 
 class Producer:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -29,7 +27,7 @@ from blockdex.ring import codec
 from blockdex.ring.caller import RPCS, Caller, CameTo, GivenUp
 from blockdex.ring.control_channel import ControlChannel
 from blockdex.ring.engine_reports import RemoteReports, gone
-from blockdex.ring.handshake import Handles, take
+from blockdex.ring.handshake import Handles, silence, take
 from blockdex.ring.layout import ANSWER_STRUCT, AnswerSlot
 from blockdex.ring.segment import RingError
 from blockdex.ring.selector import RingSelector
@@ -203,8 +201,7 @@ class Link:
 
     def _woken(self) -> None:
         # A selector that looks by itself tells of answers for which nobody rang.
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._handles.client_bell)
+        silence(self._handles.client_bell)
         self._look()
 
     def _look(self) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex.contract.errors import BlockdexError, error_of
+from blockdex.contract.errors import BlockdexError, InvalidArgumentError, Reason, UnimplementedError, error_of
 from blockdex.contract.messages import (
     PHASES,
     STAGES,
@@ -71,12 +71,14 @@ class Received(NamedTuple):
         request: None for a cancellation.
         received: seconds of `time.monotonic` of its arrival at the frontend.
         deadline: the same, after which it is dropped.
+        refused: what no engine of this version can do for it.
     """
 
     ticket: int
     request: Request | None
     received: float
     deadline: float
+    refused: BlockdexError | None = None
 
 
 def _parts(tenant_bytes: int, num_spans: int, keys_bytes: int) -> tuple[int, int, int]:
@@ -166,8 +168,13 @@ def sequence_fields(request: SequenceRequest) -> SequenceFields:
     return fields
 
 
-def read_request(segment: Segment, slot: int) -> Received:
+def read_request(segment: Segment, slot: int, link_tenant: str = "") -> Received:
     """The request in a slot. Its columns are copied, so that nobody changes them any more; its tensors are views.
+
+    Args:
+        segment: the shared memory.
+        slot: offset of the slot.
+        link_tenant: of all requests of the link; without one each names its own.
 
     Raises:
         RingError: it names memory that is not its own, or numbers that mean nothing.
@@ -181,13 +188,26 @@ def read_request(segment: Segment, slot: int) -> Received:
     if numbers.tenant_bytes > size:
         raise RingError(f"request: a tenant of {numbers.tenant_bytes} bytes in {size}")
     begin = segment.request_arena_offset + offset
-    tenant = str(segment.memory[begin : begin + numbers.tenant_bytes], "ascii", "replace")
+    named = str(segment.memory[begin : begin + numbers.tenant_bytes], "ascii", "replace")
+    tenant = link_tenant or named
+    refused = _refusal(numbers, link_tenant, named)
     request: Request
     if numbers.kind == layout.TOKENS:
         request = _read_tokens(segment, begin, tenant, numbers)
     else:
         request = _sequence_request(tenant, numbers)
-    return Received(numbers.ticket, request, numbers.received / 1e9, numbers.deadline / 1e9)
+    return Received(numbers.ticket, request, numbers.received / 1e9, numbers.deadline / 1e9, refused)
+
+
+def _refusal(numbers: RequestSlot, link_tenant: str, named: str) -> BlockdexError | None:
+    if link_tenant and named:
+        words = f"tenant: the link's is {link_tenant!r}, a request of it names none, got {named!r}"
+        return InvalidArgumentError(words, Reason.INVALID_TENANT)
+    for source in ("keys", "queries", "block_ids", "scores"):
+        if region := getattr(numbers, f"{source}_region"):
+            words = f"{source}_region: the link shares no regions, got {region}"
+            return UnimplementedError(words, Reason.REGION_UNSUPPORTED)
+    return None
 
 
 def _read_tokens(segment: Segment, begin: int, tenant: str, numbers: RequestSlot) -> TokenRequest:

@@ -7,7 +7,9 @@ enum verdict { TAKEN, LATER, FOR_PYTHON };
 
 /* Where a request's own words are: another process can still change them. */
 struct parts {
-    const char *tenant, *columns, *keys, *queries;
+    const char *tenant;
+    size_t tenant_bytes;
+    const char *columns, *keys, *queries;
 };
 
 static uint64_t aligned_to_8(uint64_t bytes) { return (bytes + 7) / 8 * 8; }
@@ -16,7 +18,8 @@ static bool is_of_the_kind(const struct core *core, const struct blockdex_reques
     return request->kind == BLOCKDEX_TOKENS && request->keys_dtype == BLOCKDEX_BF16 &&
            request->queries_dtype == BLOCKDEX_BF16 && request->order == BLOCKDEX_ASCENDING && !request->flags &&
            (!request->epoch || request->epoch == core->epoch) && request->deadline > now &&
-           request->layer < core->layers && request->num_spans && request->num_spans <= core->max_spans &&
+           request->layer < core->layers && !line_region_of(request) && request->num_spans &&
+           request->num_spans <= core->max_spans &&
            /* One that holds some of the heads shares its read with those that hold the others, in Python's batches. */
            !request->first_head && request->num_heads == core->heads;
 }
@@ -32,7 +35,10 @@ static bool find_parts(const struct line *line, const struct blockdex_request *r
     uint64_t queries = keys + blockdex_aligned(request->keys_bytes);
     if (queries + request->queries_bytes != bytes) return false;
     const char *begin = line->request_arena + offset;
-    *parts = (struct parts){begin, begin + columns, begin + keys, begin + queries};
+    if (line->tenant_bytes && request->tenant_bytes) return false;
+    parts->tenant_bytes = line->tenant_bytes ? line->tenant_bytes : request->tenant_bytes;
+    *parts = (struct parts){line->tenant_bytes ? line->tenant : begin, parts->tenant_bytes, begin + columns,
+                            begin + keys, begin + queries};
     return true;
 }
 
@@ -79,7 +85,7 @@ static enum verdict add_rows(struct core *core, const struct blockdex_request *r
                              uint64_t revisions[CORE_RUNS], uint32_t columns[CORE_RUNS], struct gathered *to) {
     const uint32_t spans = request->num_spans;
     const volatile uint64_t *words = (const volatile uint64_t *)(const void *)parts->columns;
-    int64_t tenant = sequence_index_tenant(&core->places, parts->tenant, request->tenant_bytes);
+    int64_t tenant = sequence_index_tenant(&core->places, parts->tenant, parts->tenant_bytes);
     if (tenant < 0) return FOR_PYTHON;
     for (uint32_t row = 0; row < spans; row++) {
         uint64_t sequence_id = words[row], revision = words[3 * spans + row];

@@ -75,9 +75,7 @@ static inline uint64_t link_filled(const struct link *self) {
 
 /* Says that this side sleeps, and looks once more: whether there are no answers. */
 static inline bool link_lie_down(struct link *self) {
-    atomic_store_explicit(&self->header->client_sleeps, 1, memory_order_relaxed);
-    atomic_thread_fence(memory_order_seq_cst);
-    return !link_filled(self);
+    return blockdex_may_sleep(&self->header->client_sleeps, &self->header->answers_written, self->read);
 }
 
 /* Shows the engine one more slot; false while none is free, or the link is closed. */

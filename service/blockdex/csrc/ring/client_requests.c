@@ -9,8 +9,7 @@ bool link_publish(struct link *self, const struct blockdex_request *slot) {
     memcpy(self->request_slots + self->written % self->num_request_slots * BLOCKDEX_SLOT_BYTES, slot, sizeof *slot);
     self->written++;
     self->active = link_now();
-    atomic_store_explicit(&self->header->requests_written, self->written, memory_order_release);
-    blockdex_ring_bell(&self->header->engine_sleeps, self->engine_bell);
+    blockdex_show(&self->header->requests_written, self->written, &self->header->engine_sleeps, self->engine_bell);
     return true;
 }
 
