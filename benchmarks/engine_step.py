@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Keys, Limits, OpenSequence, Queries, Request, Spans, TensorData, TokenRequest
+from blockdex.contract.messages import Keys, Limits, OpenSequences, Queries, Request, Spans, TensorData, TokenRequest
 from blockdex.ring import codec
 from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, REQUEST, SLOT_BYTES
@@ -206,7 +206,7 @@ def _steps(asker: Asker, spec: IndexSpec, shapes: Shapes, seconds: float) -> lis
 def _contexts(spec: IndexSpec, shapes: Shapes) -> Iterator[Request]:
     """Opens the sequences and fills them up to the last token but one, in every layer."""
     for sequence in range(shapes.sequences):
-        yield OpenSequence("benchmark", 0, sequence, 0)
+        yield OpenSequences("benchmark", 0, (sequence,), (0,))
     before = shapes.tokens - 1
     keys = _numbers(shapes.sequences * before, spec.head_dim)
     for layer in range(shapes.layers):

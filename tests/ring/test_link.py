@@ -98,7 +98,7 @@ class Core:
 
     def ask(self, owner: object = ME, number: int = 0) -> Any:
         """Asks for the state of a sequence."""
-        return self.link.send_sequence(owner, number, GET_RPC, TENANT, 7.0, layout.GET, 0, 5, 0, 0)
+        return self.link.send_sequence(owner, number, GET_RPC, TENANT, 7.0, layout.GET, 0, 5, 0, 0, 0, b"")
 
     def spoil(self, **numbers: int) -> None:
         """Changes numbers of the answer written last."""
@@ -147,13 +147,14 @@ def right_requests(draw: st.DrawFn) -> tuple[int, Any]:
         size = sum(lengths) * heads * SPEC.head_dim * DTYPE_BYTES[dtype]
         return pb.Tensor(dtype=dtype, data=draw(st.binary(min_size=size, max_size=size)))
 
-    fields: dict[str, Any] = {"layer": draw(st.integers(0, 2)), "epoch": draw(st.integers(0, 2**64 - 1))}
-    fields["required_features"] = draw(st.lists(st.integers(1, 4), max_size=3))
+    features: Any = draw(st.lists(st.integers(1, 5), max_size=3))
+    header = pb.RequestHeader(epoch=draw(st.integers(0, 2**64 - 1)), required_features=features)
+    fields: dict[str, Any] = {"layer": draw(st.integers(0, 2)), "header": header}
     if kind != 1:
-        fields["keys"] = tensor(1)
+        fields |= {"keys": tensor(1), "rollback": draw(st.booleans())}
     if kind != 0:
         fields |= {"queries": tensor(num_heads or 4 - first), "first_head": first, "num_heads": num_heads}
-        fields |= {"order": draw(st.integers(0, 2)), "return_scores": draw(st.booleans())}
+        fields |= {"order": draw(st.integers(0, 2)), "return_scores": draw(st.integers(0, 2))}
     if kind == 1:
         fields["wait_for_keys"] = draw(st.booleans())
     return kind, KINDS[kind](spans=spans, **fields)
@@ -172,7 +173,7 @@ def any_requests(draw: st.DrawFn) -> tuple[int, Any]:
         elif change < 7 and values:
             values[draw(st.integers(0, len(values) - 1))] = number
         elif change == 7:
-            body.required_features.append(draw(st.integers(-1, 6)))
+            body.header.required_features.append(draw(st.integers(-1, 7)))
         elif change == 8:
             body.layer = number
         elif change == 9 and kind:
@@ -182,12 +183,17 @@ def any_requests(draw: st.DrawFn) -> tuple[int, Any]:
             tensor.dtype = draw(st.integers(-1, 6))
             if draw(st.booleans()):
                 tensor.data += b"x"
-            elif draw(st.booleans()):
-                tensor.region.region_id = 1
+            elif kind and draw(st.booleans()):
+                body.return_scores = draw(st.integers(-1, 4))
     return kind, body
 
 
 DTYPE_NAMES = dict(enumerate(layout.DTYPES, start=1))
+
+
+def insists(body: Any) -> bool:
+    """Whether a request names what only protobuf's reader knows to refuse."""
+    return bool(body.header.model) or any(not 1 <= feature <= 5 for feature in body.header.required_features)
 
 
 def unfit(body: Any) -> Reason | None:
@@ -195,12 +201,11 @@ def unfit(body: Any) -> Reason | None:
     tensors = [getattr(body, part) for part in ("keys", "queries") if part in body.DESCRIPTOR.fields_by_name]
     spans, count = body.spans, len(body.spans.sequence_ids)
     even = count == len(spans.starts) == len(spans.lengths) == (len(spans.revisions) or count)
-    wrong = [(any(not 1 <= feature <= 4 for feature in body.required_features), Reason.UNKNOWN_FEATURE)]
-    wrong += [(not even or count > LIMITS.max_spans, Reason.INVALID_SPANS)]
+    wrong = [(not even or count > LIMITS.max_spans, Reason.INVALID_SPANS)]
     for tensor in tensors:
-        wrong += [(tensor.WhichOneof("source") == "region", Reason.REGION_UNSUPPORTED)]
         wrong += [(tensor.dtype not in DTYPE_NAMES, Reason.INVALID_TENSOR)]
     wrong += [(getattr(body, "order", 0) not in (0, 1, 2), Reason.INVALID_ORDER)]
+    wrong += [(getattr(body, "return_scores", 0) not in (0, 1, 2), Reason.INVALID_SCORES)]
     wrong += [(sum(len(tensor.data) for tensor in tensors) > LIMITS.max_message_bytes, Reason.MESSAGE_TOO_LARGE)]
     return next((reason for is_wrong, reason in wrong if is_wrong), None)
 
@@ -209,9 +214,9 @@ def said_by(body: Any) -> list[Any]:
     """All that a request says, to be compared; heads as a ring has them."""
     spans, count = body.spans, len(body.spans.sequence_ids)
     columns = [spans.sequence_ids, spans.starts, spans.lengths, spans.revisions or [0] * count]
-    said: list[Any] = [TENANT, body.epoch, body.layer, *(list(column) for column in columns)]
+    said: list[Any] = [TENANT, body.header.epoch, body.layer, *(list(column) for column in columns)]
     appends = "keys" in body.DESCRIPTOR.fields_by_name
-    said.append((DTYPE_NAMES[body.keys.dtype], body.keys.data) if appends else None)
+    said.append((DTYPE_NAMES[body.keys.dtype], body.keys.data, body.rollback) if appends else None)
     if "queries" not in body.DESCRIPTOR.fields_by_name:
         return [*said, None]
     heads = body.num_heads or max(SPEC.num_index_heads - body.first_head, 0)
@@ -226,12 +231,12 @@ def said_in(request: Any) -> list[Any]:
     spans, keys, queries = request.spans, request.keys, request.queries
     said: list[Any] = [request.tenant, request.epoch, request.layer]
     said += [getattr(spans, column).tolist() for column in spans.__slots__]
-    said.append(keys and (keys.tensor.dtype, bytes(keys.tensor.data)))
+    said.append(keys and (keys.tensor.dtype, bytes(keys.tensor.data), keys.rollback))
     if queries is None:
         return [*said, None]
     tensor = queries.tensor
     said.append((tensor.dtype, bytes(tensor.data), queries.first_head, queries.num_heads, queries.order))
-    return [*said, queries.return_scores, queries.wait_for_keys]
+    return [*said, queries.return_scores + queries.raw_scores, queries.wait_for_keys]
 
 
 def check_sent(core: Core, body: Any, timeout: float) -> None:
@@ -269,19 +274,21 @@ def test_wrong_requests_become_slots_or_are_refused(any_request: tuple[int, Any]
         before = bytes(core.segment.memory)
         became = core.send(STREAM if stream else kind, wire.SerializeToString())
         if became == SENT:
-            assert unfit(body) is None
+            assert unfit(body) is None and not insists(body)
             check_sent(core, body, 7.0)
+        elif became == UNUSUAL:
+            assert insists(body)
+            check_untouched(core, before)
         else:
+            assert not insists(body)
             rpc, number, _, reason, _ = became
             assert (rpc, number, reason) == (kind + 3 * stream, 5 * stream, unfit(body))
             check_untouched(core, before)
 
 
-@settings(max_examples=300, deadline=None)
-@given(right_requests(), st.data())
-def test_whatever_bytes_come_protobuf_says_the_same(right: tuple[int, Any], data: st.DataObject) -> None:
-    kind, body = right
-    wire = bytearray(in_stream(kind, body, 5).SerializeToString())
+def spoilt(message: bytes, data: st.DataObject) -> bytes:
+    """A message with some of its bytes changed."""
+    wire = bytearray(message)
     for _ in range(data.draw(st.integers(1, 3))):
         # Mostly among tags and lengths, which lie in front.
         at = min(data.draw(st.integers(0, 80)), len(wire) - 1)
@@ -298,11 +305,19 @@ def test_whatever_bytes_come_protobuf_says_the_same(right: tuple[int, Any], data
                 del wire[at:]
         if not wire:
             break
+    return bytes(wire)
+
+
+@settings(max_examples=300, deadline=None)
+@given(right_requests(), st.data())
+def test_whatever_bytes_come_protobuf_says_the_same(right: tuple[int, Any], data: st.DataObject) -> None:
+    kind, body = right
+    wire = spoilt(in_stream(kind, body, 5).SerializeToString(), data)
     with opened() as core:
         before = bytes(core.segment.memory)
-        became = core.send(STREAM, bytes(wire))
+        became = core.send(STREAM, wire)
         try:
-            request = pb.StreamRequest.FromString(bytes(wire))
+            request = pb.StreamRequest.FromString(wire)
         except DecodeError:
             assert became == UNUSUAL, "protobuf is to say that it is no message"
             check_untouched(core, before)
@@ -314,8 +329,11 @@ def test_whatever_bytes_come_protobuf_says_the_same(right: tuple[int, Any], data
         if became == UNUSUAL:
             check_untouched(core, before)
     body = getattr(request, name)
+    if insists(body):
+        assert became == UNUSUAL
+        return
     with opened() as core:
-        became = core.send(STREAM, bytes(wire) if became != UNUSUAL else convert.usual(request))
+        became = core.send(STREAM, wire if became != UNUSUAL else convert.usual(request))
         if became == SENT:
             check_sent(core, body, request.timeout_ms / 1000 if request.timeout_ms else 7.0)
             assert core.link.give_up(ME, request.request_id) is not None
@@ -346,19 +364,21 @@ REFUSED: dict[str, tuple[Any, Code, Reason, str]] = {
         appending(starts=[1]),
         Code.INVALID_ARGUMENT,
         Reason.INVALID_SPANS,
-        "spans: columns must be equally long, got 2 sequence_ids, 1 starts, 2 lengths, 2 revisions",
+        "spans: columns must be equally long, got 2 sequence_ids, 1 starts, 2 lengths, 2 revisions\n"
+        "sequence_ids=2\nstarts=1\nlengths=2\nrevisions=2",
     ),
     "many revisions": (
         appending(revisions=[1, 2, 3]),
         Code.INVALID_ARGUMENT,
         Reason.INVALID_SPANS,
-        "spans: columns must be equally long, got 2 sequence_ids, 2 starts, 2 lengths, 3 revisions",
+        "spans: columns must be equally long, got 2 sequence_ids, 2 starts, 2 lengths, 3 revisions\n"
+        "sequence_ids=2\nstarts=2\nlengths=2\nrevisions=3",
     ),
     "many spans": (
         appending(**{column: list(range(1, 9)) for column in ("sequence_ids", "starts", "lengths")}),
         Code.INVALID_ARGUMENT,
         Reason.INVALID_SPANS,
-        "spans: must be 1 to 6, got 8",
+        "spans: must be 1 to 6, got 8\ncount=8\nmax_spans=6",
     ),
     "no keys": (
         pb.AppendKeysRequest(spans=append().spans),
@@ -378,24 +398,18 @@ REFUSED: dict[str, tuple[Any, Code, Reason, str]] = {
         Reason.INVALID_TENSOR,
         "keys: dtype must be one of 1, 2, 3, 4, got -1",
     ),
-    "region": (
-        with_keys(dtype=pb.DTYPE_BF16, region=pb.RegionRef(region_id=1)),
-        Code.UNIMPLEMENTED,
-        Reason.REGION_UNSUPPORTED,
-        "keys: shared-memory regions are not offered by this transport",
-    ),
     "large": (
         append(LIMITS.max_message_bytes // 8 + 1),
         Code.RESOURCE_EXHAUSTED,
         Reason.MESSAGE_TOO_LARGE,
-        "keys and queries together must be at most 2000 bytes, got 2008",
+        "keys and queries together must be at most 2000 bytes, got 2008\nbytes=2008\nmax_message_bytes=2000",
     ),
     "order": (selection(order=3), Code.INVALID_ARGUMENT, Reason.INVALID_ORDER, "order must be one of 0, 1, 2, got 3"),
-    "feature": (
-        selection(required_features=[1, -5, 7]),
-        Code.UNIMPLEMENTED,
-        Reason.UNKNOWN_FEATURE,
-        "required_features: -5 is unknown, known are 1 to 4",
+    "scores": (
+        selection(return_scores=3),
+        Code.INVALID_ARGUMENT,
+        Reason.INVALID_SCORES,
+        "return_scores must be one of 0, 1, 2, got 3",
     ),
 }
 
@@ -432,15 +446,6 @@ def test_what_the_core_checks_is_left_to_it(name: str) -> None:
         check_sent(core, body, 7.0)
 
 
-def test_data_that_a_region_follows_counts_as_a_region() -> None:
-    """Of the two the last one counts."""
-    tensor = append().keys.SerializeToString() + field(3, 2, b"\x09" + bytes(8))
-    body = field(2, 2, append().spans.SerializeToString()) + field(3, 2, tensor)
-    assert pb.AppendKeysRequest.FromString(body).keys.WhichOneof("source") == "region"
-    with opened() as core:
-        assert core.send(0, body)[3] == Reason.REGION_UNSUPPORTED
-
-
 @pytest.mark.parametrize(
     "numbers", [{"topk": 5}, {"topk": 2**32 - 1, "num_heads": 2**32 - 1}, {"flags": 3}, {"flags": 0}]
 )
@@ -463,8 +468,9 @@ def test_what_encoders_may_write_is_read() -> None:
     spans = field(3, 2, b"\x01\x02") + ids[0] + field(2, 0, b"\x05") + field(3, 0, b"\x81\x00") + ids[1] + ids[2]
     spans += field(9, 5, b"abcd") + field(2, 2, b"\x06\x07")
     tensor = field(2, 2, b"k") + field(1, 0, b"\x00") + field(2, 2, bytes(4 * 4 * 2)) + field(1, 0, b"\x01")
-    body = field(14, 2, b"future") + field(3, 2, tensor) + field(1, 0, b"\x00") + field(5, 0, b"\x02")
-    body += field(2, 2, spans) + field(1, 0, b"\x02") + field(5, 2, b"\x01\x03") + field(15, 1, bytes(8))
+    header = field(2, 0, b"\x02") + field(14, 2, b"future") + field(2, 2, b"\x01\x03") + field(1, 1, bytes(8))
+    body = field(14, 2, b"future") + field(4, 2, tensor) + field(2, 0, b"\x00") + field(1, 2, header)
+    body += field(3, 2, spans) + field(2, 0, b"\x02") + field(15, 1, bytes(8))
     read = pb.AppendKeysRequest.FromString(body)
     assert list(read.spans.starts) == [5, 6, 7]
     with opened() as core:
@@ -477,6 +483,8 @@ UNREAD = {
     "cancel": pb.StreamRequest(cancel=pb.CancelRequest(request_id=1)).SerializeToString(),
     "two requests": 2 * in_stream(0, append()).SerializeToString(),
     "garbage": b"\x0a\xff",
+    "model": in_stream(0, pb.AppendKeysRequest(header=pb.RequestHeader(model="m"))).SerializeToString(),
+    "open": pb.StreamRequest(open_sequences=pb.OpenSequencesRequest()).SerializeToString(),
 }
 
 
@@ -827,7 +835,7 @@ def test_no_reference_is_lost_or_kept() -> None:
             assert core.link.give_up(owner, 1) is not None
 
         def asked() -> None:
-            assert core.link.send_sequence(owner, 1, GET_RPC, tenant, 7.0, layout.GET, 0, 5, 0, 0) == SENT
+            assert core.link.send_sequence(owner, 1, GET_RPC, tenant, 7.0, layout.GET, 0, 5, 0, 0, 0, b"") == SENT
             core.answer(core.take().ticket, SequenceState(9))
             assert len(core.link.take()) == 1
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from sysconfig import get_path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import blockdex
 from blockdex import _native as native
 from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, SLOT_BYTES, aligned
 from blockdex.ring.segment import Sizes
 from support.foreign_frontend import ForeignFrontend
-from support.programs import run
 
 ARENA, SLOTS = 1024, 64
 
@@ -144,28 +140,3 @@ def test_what_is_no_segment_is_no_line() -> None:
         native.Line(object(), 0, 0)
     with link() as (line, _), pytest.raises(TypeError, match="cannot be deleted"):
         del line.gone
-
-
-def test_nobody_sleeps_through_a_bell_and_nothing_is_lost(tmp_path: Path) -> None:
-    """Both ends in C, which are faster than any Python, and sleep all the time."""
-    assert run(built(tmp_path, "-O2"), "300000") == "done\n"
-
-
-@pytest.mark.slow
-def test_both_ends_order_what_they_read_and_write(tmp_path: Path) -> None:
-    """By what C11 says, of which x86-64 does more than is asked for: the sanitizer sees what another machine would."""
-    # It knows no fences; these order what is atomic anyway. Its memory lies where random addresses may be in the way.
-    program = built(tmp_path, "-O1", "-g", "-fsanitize=thread", "-Wno-tsan")
-    assert run("setarch", "-R", program, "100000") == "done\n"
-
-
-def built(folder: Path, *flags: str) -> Path:
-    """`server_stress.c` with `ring/server.c`, of which what needs Python is left out."""
-    package = Path(blockdex.__file__).parent
-    includes = [get_path("include"), str(package / "csrc"), str(package / "ring" / "include")]
-    sources = [str(Path(__file__).with_name("server_stress.c")), str(package / "csrc" / "ring" / "server.c")]
-    parts = ["-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections"]
-    program = folder / "server_stress"
-    warnings = ["-Wall", "-Wextra", "-Werror"]
-    run("gcc", "-std=gnu11", *warnings, *flags, *parts, *(f"-I{path}" for path in includes), *sources, "-o", program)
-    return program

@@ -55,7 +55,9 @@ class Door:
 
     def ask(self) -> None:
         """Sends a request, which the engine takes."""
-        assert self.link.send_sequence(object(), 0, RPCS.index("GetSequence"), "t", 1.0, GET, 0, 1, 0, 0) == SENT
+        assert (
+            self.link.send_sequence(object(), 0, RPCS.index("GetSequence"), "t", 1.0, GET, 0, 1, 0, 0, 0, b"") == SENT
+        )
         self.segment.counters[AT["requests_read"] // 8] += 1
 
     def answer(self) -> None:

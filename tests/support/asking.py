@@ -15,11 +15,12 @@ from blockdex.contract.errors import (
 )
 from blockdex.contract.messages import (
     Answer,
-    CloseSequence,
+    CloseSequences,
     ForkSequence,
     GetSequence,
-    OpenSequence,
+    OpenSequences,
     Phase,
+    Queries,
     Request,
     SequenceState,
     Stage,
@@ -36,11 +37,11 @@ from support.running_engine import SPEC, TIMEOUT
 DTYPES = {"bf16": pb.DTYPE_BF16, "fp16": pb.DTYPE_FP16, "fp32": pb.DTYPE_FP32, "fp8_e4m3": pb.DTYPE_FP8_E4M3}
 ORDERS = {"ascending": pb.SELECTION_ORDER_ASCENDING, "score": pb.SELECTION_ORDER_SCORE}
 RPCS: dict[type, str] = {
-    OpenSequence: "OpenSequence",
+    OpenSequences: "OpenSequences",
     GetSequence: "GetSequence",
     ForkSequence: "ForkSequence",
     TruncateSequence: "TruncateSequence",
-    CloseSequence: "CloseSequence",
+    CloseSequences: "CloseSequences",
 }
 RESPONSES: tuple[Any, ...] = (pb.AppendKeysResponse, pb.SelectBlocksResponse, pb.AppendAndSelectResponse)
 
@@ -58,10 +59,10 @@ def wire_of(request: TokenRequest) -> tuple[int, bytes]:
     spans, keys, queries = request.spans, request.keys, request.queries
     columns = (spans.sequence_ids, spans.starts, spans.lengths, spans.revisions)
     ids, starts, lengths, revisions = (column.tolist() for column in columns)
-    fields: dict[str, Any] = {"layer": request.layer, "epoch": request.epoch}
+    fields: dict[str, Any] = {"layer": request.layer, "header": pb.RequestHeader(epoch=request.epoch)}
     fields["spans"] = pb.Spans(sequence_ids=ids, starts=starts, lengths=lengths, revisions=revisions)
     if keys is not None:
-        fields["keys"] = _tensor(keys.tensor)
+        fields |= {"keys": _tensor(keys.tensor), "rollback": keys.rollback}
     if queries is None:
         return 0, pb.AppendKeysRequest(**fields).SerializeToString()
     fields |= {
@@ -69,11 +70,17 @@ def wire_of(request: TokenRequest) -> tuple[int, bytes]:
         "first_head": queries.first_head,
         "num_heads": queries.num_heads,
         "order": ORDERS[queries.order],
-        "return_scores": queries.return_scores,
+        "return_scores": _score_format(queries),
     }
     if keys is not None:
         return 2, pb.AppendAndSelectRequest(**fields).SerializeToString()
     return 1, pb.SelectBlocksRequest(**fields, wait_for_keys=queries.wait_for_keys).SerializeToString()
+
+
+def _score_format(queries: Queries) -> pb.ScoreFormat:
+    if not queries.return_scores:
+        return pb.SCORE_FORMAT_UNSPECIFIED
+    return pb.SCORE_FORMAT_RAW if queries.raw_scores else pb.SCORE_FORMAT_SCALED
 
 
 def _tensor(tensor: TensorData) -> pb.Tensor:

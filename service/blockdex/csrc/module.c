@@ -1,5 +1,4 @@
 /* blockdex._native: the compiled parts of the ring, of the core behind it and of the wire before it. */
-#include "client/client.h"
 #include "core/core.h"
 #include "ring/client.h"
 
@@ -14,9 +13,6 @@ static bool add_type(PyObject *module, PyType_Spec *spec) {
 static int fill(PyObject *module) {
     if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_core_spec) || add_link(module) < 0)
         return -1;
-    if (!add_type(module, &blockdex_baton_spec) || !add_type(module, &blockdex_layers_spec) ||
-        !add_type(module, &blockdex_writer_spec))
-        return -1;
     return PyModule_AddIntConstant(module, "SENT", SENT) | PyModule_AddIntConstant(module, "QUEUED", QUEUED) |
            PyModule_AddIntConstant(module, "UNUSUAL", UNUSUAL) |
            PyModule_AddIntConstant(module, "NOTHING_LEFT", NOTHING_LEFT) |
@@ -30,21 +26,12 @@ static int fill(PyObject *module) {
            PyModule_AddIntConstant(module, "STEPS", CORE_STEPS);
 }
 
-static PyMethodDef methods[] = {
-    {"find_response", (PyCFunction)(void (*)(void))blockdex_find_response, METH_FASTCALL, NULL},
-    {"read_selection", (PyCFunction)(void (*)(void))blockdex_read_selection, METH_FASTCALL, NULL},
-    {"end_append", (PyCFunction)(void (*)(void))blockdex_end_append, METH_FASTCALL, NULL},
-    {"frame", (PyCFunction)(void (*)(void))blockdex_frame, METH_FASTCALL, NULL},
-    {NULL, NULL, 0, NULL},
-};
-
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "blockdex._native",
     .m_doc = "The compiled parts of the ring, of the core behind it and of the wire before it.",
-    .m_methods = methods,
     .m_slots = slots,
 };
 

@@ -12,8 +12,8 @@ TOKEN_RPCS = ("AppendKeys", "SelectBlocks", "AppendAndSelect")
 STREAM = len(TOKEN_RPCS)
 """Number of a request of a stream, which says itself which of the token RPCs it is; those are numbered from 0."""
 
-SEQUENCE_RPCS = ("OpenSequence", "GetSequence", "ForkSequence", "TruncateSequence", "CloseSequence")
-RPCS = (*TOKEN_RPCS, *(f"Stream/{rpc}" for rpc in TOKEN_RPCS), *SEQUENCE_RPCS)
+SEQUENCE_RPCS = ("OpenSequences", "GetSequence", "ForkSequence", "TruncateSequence", "CloseSequences")
+RPCS = tuple(prefix + rpc for rpcs in (TOKEN_RPCS, SEQUENCE_RPCS) for prefix in ("", "Stream/") for rpc in rpcs)
 """RPCs by number, as metrics and log name them."""
 
 

@@ -127,14 +127,26 @@ class Link:
             self._not_sent(caller, became)
         return True
 
-    def send_sequence(self, caller: Caller, number: int, rpc: str, request: SequenceRequest, timeout: float) -> None:
+    def send_sequence(self, caller: Caller, number: int, rpc: str, request: SequenceRequest, timeout: float) -> bool:
         """As `RingChannel.send_sequence`."""
         fields = codec.sequence_fields(request)
         became = self._ring.send_sequence(
-            caller, number, RPCS.index(rpc), request.tenant, timeout, fields.kind, request.epoch, *fields[1:]
+            caller,
+            number,
+            RPCS.index(rpc),
+            request.tenant,
+            timeout,
+            fields.kind,
+            request.epoch,
+            fields.sequence_id,
+            fields.child_id,
+            fields.number,
+            fields.num_spans,
+            fields.columns,
         )
         if became != native.SENT:
             self._not_sent(caller, became)
+        return isinstance(became, int)
 
     def look(self) -> None:
         """As `RingChannel.look`."""
@@ -170,8 +182,10 @@ class Link:
         if isinstance(became, int):
             self._flush_soon()
             return
-        rpc, number, code, reason, message = became
-        caller.failed(number, RPCS[rpc], time.monotonic(), error_of(code, message, reason), None)
+        rpc, number, code, reason, text = became
+        message, *metadata = text.split("\n")
+        error = error_of(code, message, reason, dict(each.split("=") for each in metadata))
+        caller.failed(number, RPCS[rpc], time.monotonic(), error, None)
 
     def _flush_soon(self) -> None:
         if self._flushing is None and not self._closed:
@@ -397,8 +411,8 @@ class RingChannel(RemoteReports):
             return False
         return link.send(caller, rpc, tenant, timeout, message)
 
-    def send_sequence(self, caller: Caller, number: int, rpc: str, request: SequenceRequest, timeout: float) -> None:
-        """Sends a request about a sequence; otherwise as `send`.
+    def send_sequence(self, caller: Caller, number: int, rpc: str, request: SequenceRequest, timeout: float) -> bool:
+        """Sends a request about sequences; otherwise as `send`.
 
         Args:
             caller: as in `send`.
@@ -407,12 +421,15 @@ class RingChannel(RemoteReports):
             request: what to do; its tenant has been checked.
             timeout: seconds.
 
+        Returns:
+            False where it was refused, which the caller has been told.
+
         Raises:
             UnavailableError: as `check`.
         """
         self.check()
         assert self._link is not None
-        self._link.send_sequence(caller, number, rpc, request, timeout)
+        return self._link.send_sequence(caller, number, rpc, request, timeout)
 
     def look(self) -> None:
         """Tells the callers of the answers that are there, after a moment if the only request in flight has none yet.

@@ -23,7 +23,7 @@ METADATA = (("blockdex-tenant", TENANT),)
 
 def append(start: int = 0, **fields: Any) -> pb.AppendKeysRequest:
     keys = pb.Tensor(dtype=pb.DTYPE_BF16, data=bytes(2 * SPEC.head_dim))
-    return pb.AppendKeysRequest(spans=spans((1, start, 1)), keys=keys, **fields)
+    return pb.AppendKeysRequest(spans=spans((1, start, 1)), keys=keys, rollback=True, **fields)
 
 
 def select(layer: int = 0, **fields: Any) -> pb.SelectBlocksRequest:
@@ -32,7 +32,9 @@ def select(layer: int = 0, **fields: Any) -> pb.SelectBlocksRequest:
 
 
 def both() -> pb.AppendAndSelectRequest:
-    return pb.AppendAndSelectRequest(spans=spans((1, 0, 1)), keys=append().keys, queries=select().queries)
+    return pb.AppendAndSelectRequest(
+        spans=spans((1, 0, 1)), keys=append().keys, queries=select().queries, rollback=True
+    )
 
 
 class Served:
@@ -76,7 +78,7 @@ async def test_all_calls_are_counted(served: tuple[Served, grpc.aio.Channel]) ->
         response = await call(request, metadata=METADATA, timeout=TIMEOUT)
         assert response.epoch == serving.run.engine.info().epoch
     stream = OpenStream(stub.Stream(metadata=METADATA))
-    requests: list[Any] = [append(), select(), select(return_scores=True), both()]
+    requests: list[Any] = [append(), select(), select(return_scores=pb.SCORE_FORMAT_SCALED), both()]
     for number, request in enumerate(requests):
         await stream.send(number, request)
         response = await stream.receive()
@@ -85,7 +87,7 @@ async def test_all_calls_are_counted(served: tuple[Served, grpc.aio.Channel]) ->
     await stream.call.done_writing()
     await stream.ends()
     await stub.GetSequence(pb.GetSequenceRequest(sequence_id=1), metadata=METADATA, timeout=TIMEOUT)
-    rpcs = (*TOKEN_RPCS, *(f"Stream/{rpc}" for rpc in TOKEN_RPCS), "OpenSequence", "GetSequence")
+    rpcs = (*TOKEN_RPCS, *(f"Stream/{rpc}" for rpc in TOKEN_RPCS), "OpenSequences", "GetSequence")
     expected = dict.fromkeys(rpcs, 1) | {"Stream/SelectBlocks": 2}
     assert serving.counts() == expected
     assert {rpc: seconds.count for rpc, seconds in serving.metrics.seconds.items() if seconds.count} == expected
@@ -120,7 +122,7 @@ async def test_what_no_encoder_writes_is_answered_all_the_same(served: tuple[Ser
     read = pb.StreamResponse.FromString(await streamed.read())
     assert (read.request_id, read.WhichOneof("response")) == (7, "append_keys")
     streamed.cancel()
-    assert serving.counts() == {"OpenSequence": 1, "AppendKeys": 1, "Stream/AppendKeys": 1}
+    assert serving.counts() == {"OpenSequences": 1, "AppendKeys": 1, "Stream/AppendKeys": 1}
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await call(b"\x0a\xff", metadata=METADATA, timeout=TIMEOUT)
     assert refused.value.details() == "message: its 2 bytes are no blockdex.v1.AppendKeysRequest"
@@ -138,7 +140,7 @@ async def test_errors_are_those_of_the_engine(served: tuple[Served, grpc.aio.Cha
     stream.call.cancel()
     assert serving.metrics.counts["AppendKeys", "OUT_OF_RANGE"] == 1
     assert serving.metrics.counts["Stream/AppendKeys", "OUT_OF_RANGE"] == 1
-    assert serving.counts() == {"OpenSequence": 1}
+    assert serving.counts() == {"OpenSequences": 1}
 
 
 async def test_a_unary_caller_that_goes_gives_it_up(served: tuple[Served, grpc.aio.Channel]) -> None:

@@ -64,9 +64,8 @@ static bool read_bounds(struct link *self, PyObject *arguments, PyObject *keywor
         return false;
     }
     self->spin = (int64_t)(1e9 * spin_seconds);
-    self->bounds =
-        (struct bounds){.num_heads = num_heads, .max_spans = max_spans, .max_message_bytes = max_message_bytes};
-    if (scratch_open(&self->scratch, (uint32_t)max_spans, 0) && times_open(&self->times, num_rpcs, time_bounds))
+    self->bounds = (struct bounds){num_heads, max_message_bytes};
+    if (columns_open(&self->columns, (uint32_t)max_spans) && times_open(&self->times, num_rpcs, time_bounds))
         return true;
     if (!PyErr_Occurred()) PyErr_NoMemory();
     return false;
@@ -116,7 +115,7 @@ static void link_dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
     link_clear(object);
-    scratch_close(&self->scratch);
+    columns_close(&self->columns);
     times_close(&self->times);
     inflight_close(&self->inflight);
     arena_close(&self->arena);

@@ -21,7 +21,7 @@ enum { SENT, QUEUED, UNUSUAL };
 enum { NOTHING_LEFT, MORE_TO_COPY, WAITS_FOR_ROOM };
 
 /* A request that is not all in the ring yet. `slot` describes it; once it is `placed` it has its extent of the arena, with
- * tenant and columns in it, and `written` bytes of its tensors. `message` is NULL for one about a sequence. */
+ * tenant and columns in it, and `written` bytes of its tensors. `message` of one about sequences is the columns that it carries. */
 struct outgoing {
     struct outgoing *next;
     struct pending *pending;
@@ -31,6 +31,9 @@ struct outgoing {
     struct blockdex_request slot;
     bool placed;
 };
+
+/* Where the columns of a request about sequences begin: behind the tenant, as docs/ring.md says. */
+static inline uint64_t sequences_columns_at(uint64_t tenant_bytes) { return (tenant_bytes + 7) / 8 * 8; }
 
 /* In the order of their arrival; the `unplaced` ones wait for room, behind all others. `no_slot`: some wait for a slot. */
 struct outbox {
@@ -55,7 +58,7 @@ struct link {
     struct inflight inflight;
     struct outbox outbox;
     struct bounds bounds;
-    struct scratch scratch;
+    struct wire_spans columns;
     uint32_t max_waiting;
     double tell_seconds;
     struct times times;

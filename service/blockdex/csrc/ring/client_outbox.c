@@ -29,23 +29,26 @@ static bool place(struct link *self, struct outgoing *outgoing, const struct wir
     if (!arena_take(&self->arena, slot->payload_bytes, &pending->extent)) return false;
     slot->payload_offset = pending->extent.offset;
     char *to = self->request_arena + slot->payload_offset;
-    if (request)
+    if (request) {
         tokens_write_columns(request, tenant, slot, to);
-    else
+    } else {
+        uint64_t at = sequences_columns_at(slot->tenant_bytes);
         memcpy(to, tenant, slot->tenant_bytes);
+        if (at < slot->payload_bytes) memcpy(to + at, PyBytes_AsString(outgoing->message), slot->payload_bytes - at);
+    }
     outgoing->placed = true;
     return true;
 }
 
 /* The same for one that waited for room: the columns that were read from its message are another one's by now. */
 static bool place_again(struct link *self, struct outgoing *outgoing) {
-    if (!outgoing->message) return place(self, outgoing, NULL);
     uint8_t rpc = outgoing->pending->rpc;
-    struct wire_request request = {.spans = &self->scratch.spans, .kind = rpc % NUM_KINDS};
+    if (rpc >= SEQUENCE_RPCS) return place(self, outgoing, NULL);
+    struct wire_request request = {.spans = &self->columns, .kind = rpc % NUM_KINDS};
     struct refusal refusal;
     const uint8_t *bytes = (const uint8_t *)PyBytes_AsString(outgoing->message);
     size_t size = (size_t)PyBytes_Size(outgoing->message);
-    memset(self->scratch.spans.counts, 0, sizeof self->scratch.spans.counts);
+    memset(self->columns.counts, 0, sizeof self->columns.counts);
     bool good = (rpc >= STREAMED ? wire_read_streamed : wire_read)(&request, bytes, size) &&
                 tokens_fit(&request, &self->bounds, &refusal);
     assert(good);
@@ -81,7 +84,7 @@ static int keep(struct link *self, const struct outgoing *outgoing) {
     if (!kept) return -1;
     *kept = *outgoing;
     kept->next = NULL;
-    Py_XINCREF(kept->message);
+    Py_INCREF(kept->message);
     Py_INCREF(kept->tenant);
     *self->outbox.end = kept;
     self->outbox.end = &kept->next;
@@ -154,6 +157,6 @@ struct outgoing *outbox_remove(struct link *self, struct outgoing *outgoing) {
 void outbox_release(struct outgoing *outgoing) {
     PyObject *message = outgoing->message, *tenant = outgoing->tenant;
     free(outgoing);
-    Py_XDECREF(message);
+    Py_DECREF(message);
     Py_DECREF(tenant);
 }

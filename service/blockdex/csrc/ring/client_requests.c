@@ -61,7 +61,7 @@ static PyObject *begin(struct link *self, const struct sender *sender, struct ou
     struct pending *pending = inflight_begin(&self->inflight, Py_NewRef(sender->owner), sender->number, sender->rpc);
     pending->received = link_now();
     pending->layer = outgoing->slot.layer;
-    pending->num_spans = outgoing->slot.num_spans;
+    pending->num_spans = request ? outgoing->slot.num_spans : 0;
     pending->num_tokens = request ? tokens_count(request) : 0;
     outgoing->pending = pending;
     outgoing->tenant = sender->tenant;
@@ -80,7 +80,7 @@ static PyObject *begin(struct link *self, const struct sender *sender, struct ou
 
 PyObject *link_send(PyObject *object, PyObject *const *arguments, Py_ssize_t count) {
     struct link *self = (struct link *)object;
-    struct wire_request request = {.spans = &self->scratch.spans};
+    struct wire_request request = {.spans = &self->columns};
     struct refusal refusal;
     char *bytes;
     Py_ssize_t size;
@@ -94,7 +94,7 @@ PyObject *link_send(PyObject *object, PyObject *const *arguments, Py_ssize_t cou
     if (rpc > STREAMED) return PyErr_Format(PyExc_ValueError, "send: rpc must be at most %d, got %lu", STREAMED, rpc);
     bool streamed = rpc == STREAMED;
     if (!streamed) request.kind = (uint32_t)rpc;
-    memset(self->scratch.spans.counts, 0, sizeof self->scratch.spans.counts);
+    memset(self->columns.counts, 0, sizeof self->columns.counts);
     if (!(streamed ? wire_read_streamed : wire_read)(&request, (const uint8_t *)bytes, (size_t)size))
         return PyLong_FromLong(UNUSUAL);
     sender.number = request.number;
@@ -109,19 +109,22 @@ PyObject *link_send(PyObject *object, PyObject *const *arguments, Py_ssize_t cou
 
 PyObject *link_send_sequence(PyObject *object, PyObject *arguments) {
     struct sender sender;
-    struct outgoing outgoing = {.message = NULL};
+    struct outgoing outgoing = {.written = 0};
     struct blockdex_request *slot = &outgoing.slot;
     unsigned long long owned, epoch, sequence_id, child_id, number;
-    if (!PyArg_ParseTuple(arguments, "OKbO!dHKKKK:send_sequence", &sender.owner, &owned, &sender.rpc, &PyUnicode_Type,
-                          &sender.tenant, &sender.timeout, &slot->kind, &epoch, &sequence_id, &child_id, &number) ||
+    if (!PyArg_ParseTuple(arguments, "OKbO!dHKKKKIO!:send_sequence", &sender.owner, &owned, &sender.rpc,
+                          &PyUnicode_Type, &sender.tenant, &sender.timeout, &slot->kind, &epoch, &sequence_id,
+                          &child_id, &number, &slot->num_spans, &PyBytes_Type, &outgoing.message) ||
         !read_tenant(&sender))
         return NULL;
     if (sender.rpc < SEQUENCE_RPCS || slot->kind < BLOCKDEX_OPEN || slot->kind > BLOCKDEX_CLOSE)
         return PyErr_Format(PyExc_ValueError, "send_sequence: RPC %d and kind %d are none of a sequence", sender.rpc,
                             slot->kind);
+    uint64_t bytes = (uint64_t)PyBytes_Size(outgoing.message);
     sender.number = owned;
     slot->tenant_bytes = (uint16_t)sender.tenant_bytes;
-    slot->payload_bytes = slot->tenant_bytes;
+    bool has_columns = slot->kind == BLOCKDEX_OPEN || slot->kind == BLOCKDEX_CLOSE;
+    slot->payload_bytes = has_columns ? sequences_columns_at(slot->tenant_bytes) + bytes : slot->tenant_bytes;
     slot->epoch = epoch;
     slot->sequence_id = sequence_id;
     slot->child_id = child_id;

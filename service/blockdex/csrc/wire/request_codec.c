@@ -6,89 +6,15 @@
 
 enum { BLOCKDEX_INT32 = 5 };
 
-static const uint8_t DTYPE_BYTES[] = {
-    [BLOCKDEX_BF16] = 2, [BLOCKDEX_FP16] = 2, [BLOCKDEX_FP32] = 4, [BLOCKDEX_FP8_E4M3] = 1};
-
-/* Places for `max_spans` ids, half of them empty at least. */
-static uint64_t num_places(uint64_t num_spans) {
-    uint64_t places = 2;
-    while (places < 2 * num_spans) places *= 2;
-    return places;
+bool columns_open(struct wire_spans *spans, uint32_t most) {
+    uint64_t *columns = calloc((size_t)NUM_COLUMNS * most, sizeof *columns);
+    for (unsigned column = 0; columns && column < NUM_COLUMNS; column++)
+        spans->columns[column] = columns + (size_t)column * most;
+    spans->most = most;
+    return columns;
 }
 
-bool scratch_open(struct scratch *scratch, uint32_t max_spans, uint64_t salt) {
-    uint64_t *columns = calloc((size_t)NUM_COLUMNS * max_spans, sizeof *columns);
-    scratch->places = calloc(num_places(max_spans), sizeof *scratch->places);
-    for (unsigned column = 0; column < NUM_COLUMNS; column++)
-        scratch->spans.columns[column] = columns ? columns + (size_t)column * max_spans : NULL;
-    scratch->spans.most = max_spans;
-    scratch->salt = salt | 1;
-    return columns && scratch->places;
-}
-
-void scratch_close(struct scratch *scratch) {
-    free(scratch->spans.columns[0]);
-    free(scratch->places);
-    *scratch = (struct scratch){.places = NULL};
-}
-
-static bool all_different(const uint64_t *ids, uint32_t count, struct scratch *scratch) {
-    uint64_t places = num_places(count);
-    memset(scratch->places, 0, places * sizeof *scratch->places);
-    for (uint32_t at = 0; at < count; at++) {
-        uint64_t mixed = ids[at] * scratch->salt;
-        uint64_t place = (mixed ^ mixed >> 32) * scratch->salt >> 32 & (places - 1);
-        for (; scratch->places[place]; place = (place + 1) & (places - 1))
-            if (ids[scratch->places[place] - 1] == ids[at]) return false;
-        scratch->places[place] = at + 1;
-    }
-    return true;
-}
-
-/* Counts the tokens. */
-static bool check_spans(struct wire_spans *spans, const struct bounds *bounds, struct scratch *scratch,
-                        uint64_t *tokens) {
-    uint32_t count = spans->counts[SEQUENCE_IDS];
-    if (!count || spans->counts[STARTS] != count || spans->counts[LENGTHS] != count) return false;
-    if (!spans->counts[REVISIONS])
-        memset(spans->columns[REVISIONS], 0, count * sizeof(uint64_t));
-    else if (spans->counts[REVISIONS] != count)
-        return false;
-    *tokens = 0;
-    for (uint32_t at = 0; at < count; at++) {
-        /* Both have 32 bits. */
-        uint64_t start = spans->columns[STARTS][at], length = spans->columns[LENGTHS][at];
-        if (!length || start + length > bounds->max_sequence_tokens) return false;
-        *tokens += length;
-    }
-    return all_different(spans->columns[SEQUENCE_IDS], count, scratch);
-}
-
-static bool check_tensor(const struct wire_tensor *tensor, uint64_t tokens, uint64_t heads, uint64_t head_dim) {
-    uint64_t expected;
-    if (!tensor->data || tensor->dtype < BLOCKDEX_BF16 || tensor->dtype > BLOCKDEX_FP8_E4M3) return false;
-    return !__builtin_mul_overflow(tokens, heads, &expected) &&
-           !__builtin_mul_overflow(expected, head_dim, &expected) &&
-           !__builtin_mul_overflow(expected, DTYPE_BYTES[tensor->dtype], &expected) && tensor->bytes == expected;
-}
-
-static bool check_heads(struct wire_request *request, const struct bounds *bounds) {
-    if (request->first_head >= bounds->num_heads) return false;
-    if (!request->num_heads) request->num_heads = (uint32_t)bounds->num_heads - request->first_head;
-    return (uint64_t)request->first_head + request->num_heads <= bounds->num_heads;
-}
-
-bool tokens_check(struct wire_request *request, const struct bounds *bounds, struct scratch *scratch) {
-    uint64_t tokens;
-    if (request->layer >= bounds->num_layers || !check_spans(request->spans, bounds, scratch, &tokens)) return false;
-    if (request->kind != SELECT_BLOCKS && !check_tensor(&request->keys, tokens, 1, bounds->head_dim)) return false;
-    if (request->kind != APPEND_KEYS) {
-        if (!check_heads(request, bounds) || request->order > BLOCKDEX_SCORE) return false;
-        if (!check_tensor(&request->queries, tokens, request->num_heads, bounds->head_dim)) return false;
-        if (!request->order) request->order = BLOCKDEX_ASCENDING;
-    }
-    return request->keys.bytes + request->queries.bytes <= bounds->max_message_bytes;
-}
+void columns_close(struct wire_spans *spans) { free(spans->columns[0]); }
 
 bool refuse(struct refusal *refusal, uint16_t code, const char *reason, const char *format, ...) {
     va_list numbers;
@@ -104,18 +30,18 @@ static bool columns_fit(const struct wire_spans *spans, struct refusal *refusal)
     uint32_t count = counts[SEQUENCE_IDS], revisions = counts[REVISIONS];
     if (counts[STARTS] != count || counts[LENGTHS] != count || (revisions && revisions != count))
         return refuse(refusal, INVALID_ARGUMENT, "INVALID_SPANS",
-                      "spans: columns must be equally long, got %u sequence_ids, %u starts, %u lengths, %u revisions",
-                      count, counts[STARTS], counts[LENGTHS], revisions ? revisions : count);
+                      "spans: columns must be equally long, got %u sequence_ids, %u starts, %u lengths, %u revisions"
+                      "\nsequence_ids=%u\nstarts=%u\nlengths=%u\nrevisions=%u",
+                      count, counts[STARTS], counts[LENGTHS], revisions ? revisions : count, count, counts[STARTS],
+                      counts[LENGTHS], revisions ? revisions : count);
     if (count > spans->most)
-        return refuse(refusal, INVALID_ARGUMENT, "INVALID_SPANS", "spans: must be 1 to %u, got %u", spans->most, count);
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_SPANS",
+                      "spans: must be 1 to %u, got %u\ncount=%u\nmax_spans=%u", spans->most, count, count, spans->most);
     if (!revisions) memset(spans->columns[REVISIONS], 0, count * sizeof(uint64_t));
     return true;
 }
 
 static bool tensor_fits(const char *name, const struct wire_tensor *tensor, struct refusal *refusal) {
-    if (tensor->in_region)
-        return refuse(refusal, UNIMPLEMENTED, "REGION_UNSUPPORTED",
-                      "%s: shared-memory regions are not offered by this transport", name);
     if (tensor->dtype < BLOCKDEX_BF16 || tensor->dtype > BLOCKDEX_FP8_E4M3)
         return refuse(refusal, INVALID_ARGUMENT, "INVALID_TENSOR", "%s: dtype must be one of 1, 2, 3, 4, got %d", name,
                       (int)tensor->dtype);
@@ -124,20 +50,22 @@ static bool tensor_fits(const char *name, const struct wire_tensor *tensor, stru
 
 bool tokens_fit(struct wire_request *request, const struct bounds *bounds, struct refusal *refusal) {
     bool appends = request->kind != SELECT_BLOCKS, selects = request->kind != APPEND_KEYS;
-    if (request->has_unknown_feature)
-        return refuse(refusal, UNIMPLEMENTED, "UNKNOWN_FEATURE", "required_features: %d is unknown, known are 1 to %d",
-                      (int)request->unknown_feature, LAST_FEATURE);
     if (!columns_fit(request->spans, refusal)) return false;
     if (appends && !tensor_fits("keys", &request->keys, refusal)) return false;
     if (selects && !tensor_fits("queries", &request->queries, refusal)) return false;
     if (selects && request->order > BLOCKDEX_SCORE)
         return refuse(refusal, INVALID_ARGUMENT, "INVALID_ORDER", "order must be one of 0, 1, 2, got %d",
                       (int)request->order);
+    if (selects && request->scores > RAW_SCORES)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_SCORES", "return_scores must be one of 0, 1, 2, got %d",
+                      (int)request->scores);
     uint64_t bytes = request->keys.bytes + request->queries.bytes;
-    if (bytes > bounds->max_message_bytes)
-        return refuse(refusal, RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE",
-                      "keys and queries together must be at most %llu bytes, got %llu",
-                      (unsigned long long)bounds->max_message_bytes, (unsigned long long)bytes);
+    unsigned long long allowed = bounds->max_message_bytes, got = bytes;
+    if (bytes > allowed)
+        return refuse(
+            refusal, RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE",
+            "keys and queries together must be at most %llu bytes, got %llu\nbytes=%llu\nmax_message_bytes=%llu",
+            allowed, got, got, allowed);
     if (selects && !request->order) request->order = BLOCKDEX_ASCENDING;
     if (selects && !request->num_heads && request->first_head < bounds->num_heads)
         request->num_heads = (uint32_t)bounds->num_heads - request->first_head;
@@ -168,8 +96,10 @@ void tokens_describe(const struct wire_request *request, size_t tenant_bytes, st
         .keys_dtype = (uint8_t)request->keys.dtype,
         .queries_dtype = (uint8_t)request->queries.dtype,
         .order = (uint8_t)request->order,
-        .flags = (uint8_t)((request->return_scores ? BLOCKDEX_RETURN_SCORES : 0) |
-                           (request->wait_for_keys ? BLOCKDEX_WAIT_FOR_KEYS : 0)),
+        .flags = (uint8_t)((request->scores ? BLOCKDEX_RETURN_SCORES : 0) |
+                           (request->scores == RAW_SCORES ? BLOCKDEX_RAW_SCORES : 0) |
+                           (request->wait_for_keys ? BLOCKDEX_WAIT_FOR_KEYS : 0) |
+                           (request->rollback ? BLOCKDEX_ROLLBACK : 0)),
         .tenant_bytes = (uint16_t)tenant_bytes,
         .epoch = request->epoch,
         .layer = request->layer,

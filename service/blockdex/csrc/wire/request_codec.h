@@ -5,23 +5,17 @@
 #include "blockdex_ring.h"
 #include "wire/messages.h"
 
-/* What requests must keep, as blockdex.contract.messages.Limits and IndexSpec say. */
+/* What the parser has to know of the engine: heads of the indexer, and bytes of keys and queries of one request. */
 struct bounds {
-    uint64_t num_layers, num_heads, head_dim, max_sequence_tokens, max_spans, max_message_bytes;
+    uint64_t num_heads, max_message_bytes;
 };
 
-/* StepBuffer for the spans of one request, and for finding ids that come twice. */
-struct scratch {
-    struct wire_spans spans;
-    uint32_t *places;
-    uint64_t salt;
-};
+/* Room for the spans of a request; false without memory. */
+bool columns_open(struct wire_spans *spans, uint32_t most);
+void columns_close(struct wire_spans *spans);
 
-/* `salt`: any number that nobody outside knows, so that none can choose ids that meet in one place. */
-bool scratch_open(struct scratch *scratch, uint32_t max_spans, uint64_t salt);
-void scratch_close(struct scratch *scratch);
-
-/* What a request is refused with: a canonical code, a word of blockdex.contract.errors.Reason, and a message. */
+/* What a request is refused with: a canonical code, a word of blockdex.contract.errors.Reason, and a message; behind it, a
+ * line each, what of its numbers has a name: `name=value`. */
 struct refusal {
     uint16_t code;
     const char *reason;
@@ -29,7 +23,7 @@ struct refusal {
 };
 
 /* The canonical codes of what is refused before the ring. */
-enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12 };
+enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8 };
 
 /* Always false, with the refusal filled. */
 __attribute__((format(printf, 4, 5))) bool refuse(struct refusal *refusal, uint16_t code, const char *reason,
@@ -37,9 +31,6 @@ __attribute__((format(printf, 4, 5))) bool refuse(struct refusal *refusal, uint1
 
 /* Whether a slot can carry what the request says; the core checks the rest. 0 heads become all of them. */
 bool tokens_fit(struct wire_request *request, const struct bounds *bounds, struct refusal *refusal);
-
-/* Whether nothing is wrong with a request that a client is to send, but for what only the server knows. */
-bool tokens_check(struct wire_request *request, const struct bounds *bounds, struct scratch *scratch);
 
 /* Fills the slot's numbers of the request itself, those of its payload's sizes included. */
 void tokens_describe(const struct wire_request *request, size_t tenant_bytes, struct blockdex_request *slot);

@@ -1,6 +1,4 @@
-"""Between protobuf and the ring, but for what `blockdex._native` reads and writes itself: token requests as encoders
-write them, and their responses.
-"""
+"""Between protobuf and the ring, but for what `blockdex._native` reads and writes: token requests and responses."""
 
 from __future__ import annotations
 
@@ -9,13 +7,14 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from blockdex.contract.errors import InvalidArgumentError, Reason, UnimplementedError
+from blockdex.contract.errors import InvalidArgumentError, NotFoundError, Reason, UnimplementedError
+from blockdex.contract.limits import check_num_spans
 from blockdex.contract.messages import (
-    CloseSequence,
+    CloseSequences,
     ForkSequence,
     GetSequence,
     Info,
-    OpenSequence,
+    OpenSequences,
     SequenceRequest,
     SequenceState,
     Totals,
@@ -30,21 +29,30 @@ FEATURES = (
     pb.FEATURE_REVISIONS,
     pb.FEATURE_WAIT_FOR_KEYS,
     pb.FEATURE_SCORES,
+    pb.FEATURE_ROLLBACK,
 )
+"""What a request may require."""
 
+_PHASES: dict[str, pb.Phase] = {
+    "append": pb.PHASE_APPEND,
+    "decode": pb.PHASE_DECODE,
+    "prefill": pb.PHASE_PREFILL,
+    "sequence": pb.PHASE_SEQUENCE,
+}
 SequenceWireRequest = (
-    pb.OpenSequenceRequest
+    pb.OpenSequencesRequest
     | pb.GetSequenceRequest
     | pb.ForkSequenceRequest
     | pb.TruncateSequenceRequest
-    | pb.CloseSequenceRequest
+    | pb.CloseSequencesRequest
 )
+TokenWireRequest = pb.AppendKeysRequest | pb.SelectBlocksRequest | pb.AppendAndSelectRequest
 SequenceWireResponse = (
-    pb.OpenSequenceResponse
+    pb.OpenSequencesResponse
     | pb.GetSequenceResponse
     | pb.ForkSequenceResponse
     | pb.TruncateSequenceResponse
-    | pb.CloseSequenceResponse
+    | pb.CloseSequencesResponse
 )
 
 
@@ -67,32 +75,36 @@ def usual(message: Message) -> bytes:
     return bytes(message.SerializeToString())
 
 
-def sequence_request(tenant: str, request: SequenceWireRequest) -> SequenceRequest:
-    """The plain message of a request about a sequence.
+def sequence_request(tenant: str, max_spans: int, request: SequenceWireRequest) -> SequenceRequest:
+    """The plain message of a request about sequences.
 
     Raises:
-        UnimplementedError: it insists on a feature that this server does not know.
+        BlockdexError: as `check_header`; or it names more sequences than a slot can carry.
     """
-    _check_features(request.required_features)
+    check_header(request.header)
+    epoch = request.header.epoch
     match request:
-        case pb.OpenSequenceRequest():
-            return OpenSequence(tenant, request.epoch, request.sequence_id, request.lease_seconds)
+        case pb.OpenSequencesRequest(sequences=sequences):
+            check_num_spans(max_spans, len(sequences), "sequences")
+            ids = tuple(sequence.sequence_id for sequence in sequences)
+            return OpenSequences(tenant, epoch, ids, tuple(sequence.lease_seconds for sequence in sequences))
         case pb.GetSequenceRequest():
-            return GetSequence(tenant, request.epoch, request.sequence_id)
+            return GetSequence(tenant, epoch, request.sequence_id)
         case pb.ForkSequenceRequest():
-            return ForkSequence(tenant, request.epoch, request.parent_id, request.child_id, request.length)
+            return ForkSequence(tenant, epoch, request.parent_id, request.child_id, request.length)
         case pb.TruncateSequenceRequest():
-            return TruncateSequence(tenant, request.epoch, request.sequence_id, request.length)
+            return TruncateSequence(tenant, epoch, request.sequence_id, request.length)
         case _:
-            return CloseSequence(tenant, request.epoch, request.sequence_id)
+            check_num_spans(max_spans, len(request.sequence_ids), "sequences")
+            return CloseSequences(tenant, epoch, tuple(request.sequence_ids))
 
 
 def sequence_response(request: SequenceWireRequest, state: SequenceState) -> SequenceWireResponse:
     """What such a request is answered on the wire."""
     lengths, revisions, epoch = state.lengths, state.revisions, state.epoch
     match request:
-        case pb.OpenSequenceRequest():
-            return pb.OpenSequenceResponse(epoch=epoch)
+        case pb.OpenSequencesRequest():
+            return pb.OpenSequencesResponse(epoch=epoch)
         case pb.GetSequenceRequest():
             return pb.GetSequenceResponse(lengths=lengths, revisions=revisions, epoch=epoch)
         case pb.ForkSequenceRequest():
@@ -100,15 +112,32 @@ def sequence_response(request: SequenceWireRequest, state: SequenceState) -> Seq
         case pb.TruncateSequenceRequest():
             return pb.TruncateSequenceResponse(lengths=lengths, epoch=epoch)
         case _:
-            return pb.CloseSequenceResponse(epoch=epoch)
+            return pb.CloseSequencesResponse(epoch=epoch)
 
 
-def _check_features(required: Iterable[int]) -> None:
-    """Refuses a request that insists on a feature this server does not know."""
-    for feature in required:
+def check_header(header: pb.RequestHeader) -> None:
+    """Refuses a request that insists on a feature this server does not have, or on a model.
+
+    Raises:
+        UnimplementedError: UNKNOWN_FEATURE.
+        NotFoundError: UNKNOWN_MODEL.
+    """
+    for feature in header.required_features:
         if feature not in FEATURES:
-            words = f"required_features: {feature} is unknown, known are {FEATURES[0]} to {FEATURES[-1]}"
-            raise UnimplementedError(words, Reason.UNKNOWN_FEATURE)
+            known = ", ".join(map(_feature_name, FEATURES))
+            words = f"required_features: {_feature_name(feature)} is not offered, this server has {known}"
+            raise UnimplementedError(words, Reason.UNKNOWN_FEATURE, feature=feature)
+    if header.model:
+        words = f"model: must be empty, for the only one that is served, got {header.model!r}"
+        raise NotFoundError(words, Reason.UNKNOWN_MODEL)
+
+
+def _feature_name(feature: int) -> str:
+    return (
+        pb.Feature.Name(pb.Feature.ValueType(feature)).removeprefix("FEATURE_")
+        if feature in pb.Feature.values()
+        else str(feature)
+    )
 
 
 def info_response(info: Info, version: str, transports: Iterable[str]) -> pb.GetInfoResponse:
@@ -123,7 +152,7 @@ def info_response(info: Info, version: str, transports: Iterable[str]) -> pb.Get
             topk=spec.topk,
             init_blocks=spec.init_blocks,
             local_blocks=spec.local_blocks,
-            score=spec.score,
+            scoring=pb.SCORING_BLOCK_MAX,
             scale=spec.score_scale,
             key_dtype=pb.DTYPE_BF16 if spec.key_dtype == "bf16" else pb.DTYPE_FP8_E4M3,
             max_sequence_tokens=spec.max_sequence_tokens,
@@ -146,32 +175,35 @@ def info_response(info: Info, version: str, transports: Iterable[str]) -> pb.Get
         ),
         epoch=info.epoch,
         device=info.device,
+        device_name=info.device_name,
         kernels=[
-            pb.KernelChoice(phase=phase, kernel=kernel, reason=reason)
+            pb.KernelChoice(phase=_PHASES[phase], kernel=kernel, reason=reason)
             for phase, (kernel, reason) in info.kernels.items()
         ],
         version=version,
         features=FEATURES,
         transports=transports,
-        totals=_totals(info.totals),
     )
 
 
-def _totals(totals: Totals) -> pb.Totals:
-    return pb.Totals(
+def stats_response(epoch: int, totals: Totals) -> pb.GetStatsResponse:
+    """What `GetStats` answers."""
+    return pb.GetStatsResponse(
+        epoch=epoch,
         requests=totals.requests,
         batches=totals.batches,
         phases=[
-            pb.PhaseTotals(
-                phase=phase,
+            pb.PhaseStats(
+                phase=_PHASES[phase],
                 requests=came_to.requests,
                 tokens=came_to.tokens,
                 device_seconds=came_to.device_seconds,
-                stage_seconds=came_to.stage_seconds,
+                stage_seconds=pb.StageSeconds(**came_to.stage_seconds),
             )
             for phase, came_to in totals.phases.items()
         ],
-        dropped=totals.dropped,
+        dropped_cancelled=totals.dropped["cancelled"],
+        dropped_deadline=totals.dropped["deadline"],
         busy_seconds=totals.busy_seconds,
         device_busy_seconds=totals.device_busy_seconds,
         uptime_seconds=totals.uptime_seconds,

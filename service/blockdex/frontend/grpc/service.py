@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 from blockdex.contract.errors import BlockdexError, InternalError, Reason
-from blockdex.contract.messages import SequenceState
+from blockdex.contract.limits import check_epoch
+from blockdex.contract.messages import Info, SequenceState
 from blockdex.contract.version import VERSION
 from blockdex.frontend.grpc import convert
 from blockdex.frontend.grpc.call_context import REQUEST_ID_KEY, CallContext, Context, RequestLog
@@ -22,7 +23,12 @@ from blockdex.v1 import indexer_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["IndexerService"]
 TRANSPORTS = ("grpc",)
-_TOKEN_REQUESTS = (pb.AppendKeysRequest, pb.SelectBlocksRequest, pb.AppendAndSelectRequest)
+_TOKEN_REQUESTS: tuple[type[convert.TokenWireRequest], ...] = (
+    pb.AppendKeysRequest,
+    pb.SelectBlocksRequest,
+    pb.AppendAndSelectRequest,
+)
+_Report = TypeVar("_Report", pb.GetInfoResponse, pb.GetStatsResponse)
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -87,6 +93,11 @@ class IndexerService:
                 )
         return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
+    def tell(self, event: pb.Event) -> None:
+        """Tells every stream of an event."""
+        for session in self._sessions:
+            session.tell(event)
+
     def finish_streams(self) -> None:
         """Has every stream end once what it has in flight is answered."""
         for session in self._sessions:
@@ -94,19 +105,23 @@ class IndexerService:
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
         """What the server is, holds and can do."""
-        began, call = time.monotonic(), self._log.call_of(context)
-        try:
-            response = convert.info_response(await self._channel.info(), VERSION, TRANSPORTS)
-        except BlockdexError as error:
-            self._log.answered("GetInfo", error.code.name, began, call)
-            await _abort(context, error, call.request_id)
-        context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-        self._log.answered("GetInfo", "OK", began, call)
-        return response
 
-    async def OpenSequence(self, request: pb.OpenSequenceRequest, context: Context) -> Any:
-        """Opens an empty sequence."""
-        return await self._change("OpenSequence", request, context)
+        async def answer(info: Info) -> pb.GetInfoResponse:
+            return convert.info_response(info, VERSION, TRANSPORTS)
+
+        return await self._report("GetInfo", request.header, context, answer)
+
+    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
+        """What the server did since it started."""
+
+        async def answer(info: Info) -> pb.GetStatsResponse:
+            return convert.stats_response(info.epoch, (await self._channel.stats()).totals())
+
+        return await self._report("GetStats", request.header, context, answer)
+
+    async def OpenSequences(self, request: pb.OpenSequencesRequest, context: Context) -> Any:
+        """Opens empty sequences."""
+        return await self._change("OpenSequences", request, context)
 
     async def GetSequence(self, request: pb.GetSequenceRequest, context: Context) -> Any:
         """Lengths and revisions of a sequence."""
@@ -120,9 +135,9 @@ class IndexerService:
         """Cuts a sequence."""
         return await self._change("TruncateSequence", request, context)
 
-    async def CloseSequence(self, request: pb.CloseSequenceRequest, context: Context) -> Any:
-        """Gives up a sequence."""
-        return await self._change("CloseSequence", request, context)
+    async def CloseSequences(self, request: pb.CloseSequencesRequest, context: Context) -> Any:
+        """Gives up sequences."""
+        return await self._change("CloseSequences", request, context)
 
     async def AppendKeys(self, message: bytes, context: Context) -> bytes:
         """Writes index keys."""
@@ -137,7 +152,7 @@ class IndexerService:
         return await self._token_call(2, message, context)
 
     async def Stream(self, requests: object, context: Context) -> None:
-        """Any of the three token calls, many in flight."""
+        """Any of the calls on sequences and their tokens, many in flight."""
         began, call = time.monotonic(), self._log.call_of(context)
         try:
             call.checked_tenant()
@@ -157,6 +172,23 @@ class IndexerService:
             await session.close()
             self._log.stream_closed(call, time.monotonic() - began, session.requests, session.errors)
 
+    async def _report(
+        self, rpc: str, header: pb.RequestHeader, context: Context, answer: Callable[[Info], Awaitable[_Report]]
+    ) -> _Report:
+        """Answers what is asked about the server itself."""
+        began, call = time.monotonic(), self._log.call_of(context)
+        try:
+            convert.check_header(header)
+            info = await self._channel.info()
+            check_epoch(header.epoch, info.epoch)
+            response = await answer(info)
+        except BlockdexError as error:
+            self._log.answered(rpc, error.code.name, began, call)
+            await _abort(context, error, call.request_id)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
+        self._log.answered(rpc, "OK", began, call)
+        return response
+
     async def _token_call(self, rpc: int, message: bytes, context: Context) -> bytes:
         """Answers a token RPC, which comes and goes as bytes."""
 
@@ -164,8 +196,9 @@ class IndexerService:
             send = self._channel.send
             if not send(caller, rpc, tenant, timeout, message):
                 self._channel.check()
-                usual = convert.usual(convert.parsed(_TOKEN_REQUESTS[rpc], message))
-                if not send(caller, rpc, tenant, timeout, usual):
+                request = convert.parsed(_TOKEN_REQUESTS[rpc], message)
+                convert.check_header(request.header)
+                if not send(caller, rpc, tenant, timeout, convert.usual(request)):
                     raise InternalError(f"{TOKEN_RPCS[rpc]}: cannot be read as protobuf wrote it", Reason.INTERNAL)
             self._channel.look()
 
@@ -175,10 +208,11 @@ class IndexerService:
     async def _change(
         self, rpc: str, request: convert.SequenceWireRequest, context: Context
     ) -> convert.SequenceWireResponse:
-        """Answers an RPC about a sequence."""
+        """Answers an RPC about sequences."""
 
         def send(caller: UnaryCall, tenant: str, timeout: float) -> None:
-            self._channel.send_sequence(caller, 0, rpc, convert.sequence_request(tenant, request), timeout)
+            message = convert.sequence_request(tenant, self._channel.limits.max_spans, request)
+            self._channel.send_sequence(caller, 0, rpc, message, timeout)
 
         return convert.sequence_response(request, await self._answer(rpc, send, context))
 

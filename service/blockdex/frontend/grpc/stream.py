@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from typing import Any
 
 import grpc
 
@@ -17,11 +18,22 @@ from blockdex.ring.caller import STREAM, CameTo
 from blockdex.ring.client import RingChannel
 from blockdex.v1 import indexer_pb2 as pb
 
-_RPCS = {
+_TOKEN_RPCS = {
     "append_keys": "Stream/AppendKeys",
     "select_blocks": "Stream/SelectBlocks",
     "append_and_select": "Stream/AppendAndSelect",
 }
+_SEQUENCE_RPCS = {
+    "open_sequences": "Stream/OpenSequences",
+    "get_sequence": "Stream/GetSequence",
+    "fork_sequence": "Stream/ForkSequence",
+    "truncate_sequence": "Stream/TruncateSequence",
+    "close_sequences": "Stream/CloseSequences",
+}
+STREAM_RPCS = _TOKEN_RPCS | _SEQUENCE_RPCS
+"""What requests of a stream are, by their fields."""
+
+_MOST_EVENTS = 1024
 
 
 class StreamSession:
@@ -54,31 +66,42 @@ class StreamSession:
         self._longest_wait = limits.max_wait_ms / 1000
         self._unwritten = 0
         self._outbox: deque[bytes] = deque()
+        self._events: deque[bytes] = deque(maxlen=_MOST_EVENTS)
+        self._about_sequences: dict[int, tuple[str, convert.SequenceWireRequest]] = {}
         self._no_more = False
         self._something_to_write: asyncio.Future[None] | None = None
         self._place: asyncio.Future[None] | None = None
         self._reader = asyncio.create_task(self._read())
 
     async def run(self) -> None:
-        """Writes the answers, as they finish, until no more requests come and none is in flight."""
-        write, outbox = self._call.context.write, self._outbox
+        """Writes events, and the answers as they finish, until no more requests come and none is in flight."""
+        write, outbox, events = self._call.context.write, self._outbox, self._events
         while True:
+            while events:
+                await write(events.popleft())
             while outbox:
                 await write(outbox.popleft())
                 self._unwritten -= 1
                 if self._place is not None:
                     _wake(self._place)
+            if events:
+                continue
             if self._no_more and not self._unwritten:
                 return
             self._something_to_write = asyncio.get_running_loop().create_future()
             await self._something_to_write
             self._something_to_write = None
 
+    def tell(self, event: pb.Event) -> None:
+        """Tells the peer of an event; of too many for a peer that does not read, the oldest are dropped."""
+        if not self._no_more:
+            self._events.append(pb.StreamResponse(event=event).SerializeToString())
+            self._wake_writer()
+
     def finish(self) -> None:
         """Ends the stream once what is in flight is answered."""
         self._no_more = True
-        if self._something_to_write is not None:
-            _wake(self._something_to_write)
+        self._wake_writer()
 
     async def close(self) -> None:
         """Gives up whatever is still in flight; the peer is gone or has all its answers."""
@@ -91,12 +114,13 @@ class StreamSession:
         """As `Caller.answered`."""
         del number
         self._outbox.append(response)
-        if self._something_to_write is not None:
-            _wake(self._something_to_write)
+        self._wake_writer()
 
     def changed(self, number: int, state: SequenceState) -> None:
-        """As `Caller.changed`: no request of a stream is about a sequence."""
-        raise AssertionError(f"request {number}: answered {state}")
+        """As `Caller.changed`."""
+        kind, request = self._about_sequences.pop(number)
+        response: dict[str, Any] = {kind: convert.sequence_response(request, state)}
+        self.answered(number, pb.StreamResponse(request_id=number, **response).SerializeToString())
 
     def took(self, number: int, rpc: str, came_to: CameTo) -> None:
         """As `Caller.took`."""
@@ -104,9 +128,16 @@ class StreamSession:
 
     def failed(self, number: int, rpc: str, began: float, error: BlockdexError, came_to: CameTo | None) -> None:
         """As `Caller.failed`."""
+        if came_to is not None:
+            # Else it was refused before it was sent, perhaps for having another one's number.
+            self._about_sequences.pop(number, None)
         self.errors += 1
         self._log.answered(rpc, error.code.name, began, self._call, came_to, number)
         self.answered(number, pb.StreamResponse(request_id=number, error=status_of(error)).SerializeToString())
+
+    def _wake_writer(self) -> None:
+        if self._something_to_write is not None:
+            _wake(self._something_to_write)
 
     async def _read(self) -> None:
         channel, tenant = self._channel, self._call.tenant
@@ -146,19 +177,30 @@ class StreamSession:
             if given_up := self._channel.give_up(self, request.cancel.request_id):
                 self._cancelled(*given_up)
             return
-        rpc = _RPCS[kind] if kind else "Stream"
+        rpc = STREAM_RPCS[kind] if kind else "Stream"
         self.requests += 1
         self._unwritten += 1
         try:
             self._channel.check()
             if kind is None:
                 raise InvalidArgumentError(f"request {number}: is empty", Reason.EMPTY_REQUEST)
-            usual = convert.usual(request)
-            if not self._channel.send(self, STREAM, self._call.tenant, self._longest_wait, usual):
-                raise InternalError(f"{rpc}: cannot be read as protobuf wrote it", Reason.INTERNAL)
+            self._send_again(kind, request)
         except Exception as fault:
             error = as_blockdex_error(fault, rpc, f"{self._call.request_id}/{number}")
             self.failed(number, rpc, began, error, None)
+
+    def _send_again(self, kind: str, request: pb.StreamRequest) -> None:
+        channel, body, tenant = self._channel, getattr(request, kind), self._call.tenant
+        if kind in _TOKEN_RPCS:
+            convert.check_header(body.header)
+            if not channel.send(self, STREAM, tenant, self._longest_wait, convert.usual(request)):
+                raise InternalError(f"{kind}: cannot be read as protobuf wrote it", Reason.INTERNAL)
+            return
+        message = convert.sequence_request(tenant, channel.limits.max_spans, body)
+        timeout = request.timeout_ms / 1000 if request.timeout_ms else self._longest_wait
+        number = request.request_id
+        if channel.send_sequence(self, number, _SEQUENCE_RPCS[kind], message, timeout):
+            self._about_sequences[number] = kind, body
 
     def _cancelled(self, number: int, rpc: str, came_to: CameTo) -> None:
         error = CancelledError(f"request {number}: cancelled by its caller", Reason.CANCELLED)

@@ -191,7 +191,10 @@ static inline bool blockdex_greet(int link, const char *tenant, int64_t until, i
     struct iovec heard = {&greeting, sizeof greeting};
     struct msghdr out = {.msg_iov = said, .msg_iovlen = 2};
     struct msghdr in = {
-        .msg_iov = &heard, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
+        .msg_iov = &heard,
+        .msg_iovlen = 1,
+        .msg_control = control.bytes,
+        .msg_controllen = CMSG_LEN(3 * sizeof(int))}; /* not the padding behind, where a fourth would fit */
     struct pollfd readable = {link, POLLIN, 0};
     ssize_t size = (ssize_t)(sizeof hello + hello.tenant_bytes);
     if (hello.tenant_bytes > BLOCKDEX_MAX_TENANT_BYTES || sendmsg(link, &out, MSG_DONTWAIT | MSG_NOSIGNAL) != size)
@@ -202,7 +205,7 @@ static inline bool blockdex_greet(int link, const char *tenant, int64_t until, i
     if (!files || files->cmsg_level != SOL_SOCKET || files->cmsg_type != SCM_RIGHTS) return false;
     size_t count = (files->cmsg_len - CMSG_LEN(0)) / sizeof(int);
     memcpy(fds, CMSG_DATA(files), count * sizeof(int));
-    return count == 3 && got == sizeof greeting && greeting.magic == BLOCKDEX_MAGIC &&
+    return count == 3 && !(in.msg_flags & MSG_CTRUNC) && got == sizeof greeting && greeting.magic == BLOCKDEX_MAGIC &&
            greeting.version == BLOCKDEX_VERSION;
 }
 
