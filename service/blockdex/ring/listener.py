@@ -108,7 +108,7 @@ async def _begin(connected: socket.socket, sizes: Sizes, epoch: int) -> tuple[Ha
 
 
 def sizes_of(spec: IndexSpec, limits: Limits) -> Sizes:
-    """StepBuffer for requests and answers of the largest kind that limits allow, twice over."""
+    """Room for requests and answers of the largest kind that limits allow, twice over."""
     tokens_times_heads = limits.max_message_bytes // spec.head_dim
     largest_request = limits.max_message_bytes + _COLUMN_BYTES * limits.max_spans
     largest_answer = 8 * spec.topk * tokens_times_heads

@@ -25,7 +25,7 @@ class RpcServer:
     """
 
     def __init__(self, channel: RingChannel, address: str, log: RequestLog, share_port: bool) -> None:
-        # StepBuffer above the limit, so that a request beyond it is refused in words and not cut off by the transport.
+        # Room above the limit, so that a request beyond it is refused in words and not cut off by the transport.
         receive = 2 * channel.limits.max_message_bytes
         self._server = grpc.aio.server(
             options=[
