@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from blockdex.contract.errors import Code, Reason, ResourceExhaustedError
 from blockdex.contract.messages import TokenAnswer
 from blockdex.executor.interface import Answer, Pending, check_patience
-from blockdex.ring.in_process import LocalChannel
 from blockdex.scheduler.loop import Engine
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.triton.gpu import GpuBackend
 from support.cache_state import check_integrity
+from support.in_process import LocalChannel
 from support.running_engine import LIMITS, SPEC, Phase, open_sequence, running, tokens, values
 from support.triton_device import DEVICE
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from blockdex.contract.messages import Answer, Limits, Request
-from blockdex.ring.client import RingChannel, Spinning
+from blockdex.ring.client import Spinning
 from blockdex.ring.handshake import listen
 from blockdex.ring.listener import RingHost
 from blockdex.ring.server import RingInbox
 from blockdex.scheduler.loop import Engine
 from blockdex_kernels import IndexSpec
+from support.asking import MessageChannel
 from support.running_engine import DECODE_QUERIES, LIMITS, SPEC, TIMEOUT, Running, WatchedBackend
 
 
@@ -27,7 +28,7 @@ class Hosted:
     engine: Engine
     inbox: RingInbox
     listening: socket.socket
-    channel: RingChannel
+    channel: MessageChannel
     hosting: asyncio.Task[None]
     there: asyncio.Event
 
@@ -58,9 +59,10 @@ async def hosted(
     there = asyncio.Event()
     with listen() as listening:
         hosting = asyncio.create_task(RingHost(engine, inbox, listening).run())
-        channel = RingChannel(
+        channel = MessageChannel(
             str(listening.getsockname(), "latin-1"),
             changed=lambda connected: there.set() if connected else there.clear(),
+            tell_seconds=-1.0,
             spinning=spinning,
         )
         running = asyncio.create_task(channel.run())

@@ -32,14 +32,13 @@ from blockdex.contract.messages import (
     TokenRequest,
     TruncateSequence,
 )
-from blockdex.ring.channel import PendingAnswer
-from blockdex.ring.in_process import LocalChannel
 from blockdex.scheduler.loop import Engine
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.cpu import CpuBackend
 from blockdex_kernels.interface import Selection
 from blockdex_kernels.interface import Spans as KernelSpans
 from support.cache_state import spans
+from support.in_process import LocalChannel, PendingAnswer
 
 SPEC = IndexSpec(
     num_layers=3, num_index_heads=4, head_dim=16, block_size=8, topk=4, init_blocks=1, max_sequence_tokens=4096

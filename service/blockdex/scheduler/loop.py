@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from blockdex.cache import TABLE_ROW, Cache
-from blockdex.contract.errors import InternalError, Reason, ResourceExhaustedError
+from blockdex.contract.errors import InternalError, Reason, ResourceExhaustedError, shutting_down
 from blockdex.contract.messages import CacheOverview, Info, Limits
 from blockdex.contract.stats import Stats
 from blockdex.executor.dispatch import make_executor
@@ -18,7 +18,7 @@ from blockdex.executor.interface import DeviceHungError, Executor
 from blockdex.scheduler import THREAD
 from blockdex.scheduler.batch import Batch
 from blockdex.scheduler.dispatch import Launcher
-from blockdex.scheduler.request import Entry, Inbox, Outcome, given_up, shutting_down, too_late
+from blockdex.scheduler.request import Entry, Inbox, Outcome, given_up, too_late
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.dispatch import device_name
 from blockdex_kernels.interface import Backend

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from blockdex.contract.errors import CancelledError, DeadlineExceededError, Reason, UnavailableError
+from blockdex.contract.errors import CancelledError, DeadlineExceededError, Reason
 from blockdex.contract.messages import (
     Answer,
     CloseSequences,
@@ -122,11 +122,6 @@ def given_up(entry: Entry) -> CancelledError:
     """What an entry is answered whose caller is gone: for the channel, which may hold something for it."""
     waited = time.monotonic() - entry.received
     return CancelledError(f"caller: gone after {waited:.3f} s", Reason.CANCELLED)
-
-
-def shutting_down(why: str) -> UnavailableError:
-    """What an entry is answered that can no longer be done."""
-    return UnavailableError(f"server: shutting down, {why}", Reason.SHUTTING_DOWN)
 
 
 def _sequences(request: Request) -> tuple[SequenceKey, ...]:

@@ -10,7 +10,7 @@ from blockdex.frontend.http.metrics import RequestMetrics
 from blockdex.ring.client import RingChannel, Spinning
 from blockdex.ring.control_channel import ControlChannel, Words
 from blockdex.ring.selector import RingSelector
-from blockdex.server.bootstrap import FLUSH_SECONDS, spin_seconds, start_tracing
+from blockdex.server.bootstrap import FLUSH_SECONDS, spin_seconds, start_tracing, tell_seconds
 from blockdex.server.child_process import run_child
 from blockdex.server.config import ServeSettings
 from blockdex.server.request_counts import words_of
@@ -40,7 +40,7 @@ class Frontend:
         self._channel = RingChannel(
             address,
             changed=self._changes.put_nowait,
-            slow_seconds=settings.slow_request_seconds,
+            tell_seconds=tell_seconds(settings),
             timed=self._requests.observe_many,
             spinning=Spinning(selector, seconds) if seconds else None,
         )

@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from blockdex.frontend.grpc.call_context import Observe, RequestLog
 from blockdex.frontend.grpc.service import SERVICE, IndexerService
-from blockdex.ring.channel import Channel
+from blockdex.ring.client import RingChannel
 from blockdex.v1 import indexer_pb2 as pb
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ class RpcServer:
         address: `host:port` it listens on, with the real port.
     """
 
-    def __init__(self, channel: Channel, address: str, log: RequestLog, share_port: bool) -> None:
-        # StepBuffer above the limit, so that a request beyond it is refused in words and not cut off by the transport.
+    def __init__(self, channel: RingChannel, address: str, log: RequestLog, share_port: bool) -> None:
+        # Room above the limit, so that a request beyond it is refused in words and not cut off by the transport.
         receive = 2 * channel.limits.max_message_bytes
         self._server = grpc.aio.server(
             options=[
@@ -77,7 +77,7 @@ class RpcServer:
 
 
 async def start_rpc_server(
-    channel: Channel,
+    channel: RingChannel,
     address: str,
     *,
     observe: Observe,
