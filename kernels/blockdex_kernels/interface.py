@@ -70,7 +70,7 @@ class Selection:
 
     Attributes:
         block_ids: int32 `[T, H, topk]`, -1 in unused places, at the end of a row.
-        scores: float32 `[T, H, topk]` times the spec's scale, +inf for forced blocks, -inf beside -1; or None.
+        scores: float32 `[T, H, topk]` times the spec's scale, +inf for forced blocks, -inf beside -1; or raw; or None.
     """
 
     block_ids: torch.Tensor
@@ -87,6 +87,7 @@ class Backend(ABC):
         kernels: phase (`append`, `decode`, `prefill`) to the kernel's name and why it was chosen.
         flip_tolerance: selections may differ from those in float64 between blocks whose scores lie within this times
             |query| times the greatest |key| of each other.
+        rounds_queries: whether queries are rounded to fewer bits than bfloat16 has, scaled row by row.
     """
 
     spec: IndexSpec
@@ -94,6 +95,7 @@ class Backend(ABC):
     pages: torch.Tensor
     kernels: dict[str, tuple[str, str]]
     flip_tolerance: float = 2.0**-16
+    rounds_queries: bool = False
 
     def use_device(self) -> None:
         """Makes the device the calling thread's: what every thread does before its first call."""
@@ -132,7 +134,9 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def decode(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
+    def decode(
+        self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool, raw_scores: bool = False
+    ) -> Selection:
         """Selects blocks for runs of few queries.
 
         Args:
@@ -140,13 +144,17 @@ class Backend(ABC):
             spans: positions of the queries; the keys up to each run's last position must be in the pages.
             order: `ascending` (by block id) or `score` (init blocks, local blocks, then by falling score).
             return_scores: whether `Selection.scores` is filled.
+            raw_scores: beside `return_scores`: whether they are as they rank, unscaled, and forced blocks have the score
+                that they have.
 
         Raises:
             ValueError: a shape, dtype or device is not as said; the message names the argument.
         """
 
     @abstractmethod
-    def prefill(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
+    def prefill(
+        self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool, raw_scores: bool = False
+    ) -> Selection:
         """Selects blocks for runs of many queries; as `decode` otherwise."""
 
     @abstractmethod

@@ -71,7 +71,7 @@ class TritonBackend(Backend):
         self.pages = torch.empty(shape, dtype=TORCH_DTYPES[spec.key_dtype], device=device)
         fp8 = spec.key_dtype == "fp8_e4m3"
         upcast = fp8 and (fp8_scoring == "upcast" or not self.chip.native_fp8)
-        self._scaled = fp8 and not upcast
+        self._scaled = self.rounds_queries = fp8 and not upcast
         self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
         if self._scaled and device.type == "cuda":
             self.flip_tolerance = FP8_FLIP_TOLERANCE

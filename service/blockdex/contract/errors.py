@@ -44,6 +44,7 @@ class Reason(StrEnum):
     UNKNOWN_SEQUENCE = "UNKNOWN_SEQUENCE"
     SEQUENCE_EXISTS = "SEQUENCE_EXISTS"
     APPEND_BEYOND_LENGTH = "APPEND_BEYOND_LENGTH"
+    APPEND_OVERLAPS = "APPEND_OVERLAPS"
     KEYS_NOT_APPENDED = "KEYS_NOT_APPENDED"
     EPOCH_MISMATCH = "EPOCH_MISMATCH"
     STALE_REVISION = "STALE_REVISION"
@@ -142,7 +143,7 @@ class AbortedError(BlockdexError):
 
 
 class OutOfRangeError(BlockdexError):
-    """An append that would leave a gap."""
+    """An append that would leave a gap, or cut a layer without saying so."""
 
     code = Code.OUT_OF_RANGE
 

@@ -109,14 +109,18 @@ class CloseSequence:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The appending half of a request: `[T, D]`."""
+    """The appending half of a request: `[T, D]`; `rollback` says that it may start before the ends of its layers."""
 
     tensor: TensorData
+    rollback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """The selecting half of a request: `[T, num_heads, D]`, heads `first_head` to `first_head + num_heads - 1`."""
+    """The selecting half of a request: `[T, num_heads, D]`, heads `first_head` to `first_head + num_heads - 1`.
+
+    `raw_scores` has the scores that `return_scores` asks for as they rank, unscaled and those of forced blocks too.
+    """
 
     tensor: TensorData
     first_head: int
@@ -124,6 +128,7 @@ class Queries:
     order: Order
     return_scores: bool
     wait_for_keys: bool
+    raw_scores: bool = False
 
 
 @dataclass(frozen=True, slots=True)

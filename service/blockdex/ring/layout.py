@@ -137,7 +137,7 @@ DTYPES: tuple[FloatDtype, ...] = ("bf16", "fp16", "fp32", "fp8_e4m3")
 ORDERS: tuple[Order, ...] = ("ascending", "score")
 """Orders by number, from 1 on, as the wire contract numbers them."""
 
-RETURN_SCORES, WAIT_FOR_KEYS = 1, 2
+RETURN_SCORES, WAIT_FOR_KEYS, ROLLBACK, RAW_SCORES = 1, 2, 4, 8
 """Flags of a request."""
 
 HAS_BLOCK_IDS, HAS_SCORES, HAS_LENGTHS, IS_STATE = 1, 2, 4, 8
