@@ -2,8 +2,8 @@
  *
  * A step runs all its appends before all its selections, and what Python runs behind it comes later still. So a request is
  * held back where that would tell the order of execution from the order of arrival: an append to a layer of a sequence that
- * is appended to or read already, a fork, truncation or closing of a sequence that something behind the step works on, and
- * either where a prefill is not done with reading. What is held back holds back every later request that names one of its
+ * is appended to or read already, a fork, truncation or closing of a sequence that is appended to already (a selection may
+ * have waited for that) or that something behind the step works on, and either where a prefill is not done with reading. What is held back holds back every later request that names one of its
  * sequences; others overtake it. A selection that waits for keys holds nothing back. */
 #include "core/core.h"
 
@@ -200,9 +200,9 @@ static uint64_t heads_of(const struct request *request) {
 /* Rows of the step that a selection shares with others of the same tokens and other heads; NULL where there are none. */
 static struct group *find_group(struct core *core, const struct request *request) {
     struct gathered *to = &core->gathered;
+    if (appends(request)) return NULL;
     const uint64_t heads = heads_of(request);
     const uint32_t spans = request->slot.num_spans;
-    if (appends(request)) return NULL;
     for (uint32_t number = 0; number < to->num_groups; number++) {
         struct group *group = &to->groups[number];
         if (group->layer != request->slot.layer || group->runs != spans || group->tokens != request->tokens ||
@@ -291,7 +291,7 @@ static void stamp(struct core *core, const struct request *request, bool bulk) {
         const size_t cell = cell_of(core, request, row);
         if (appends(request)) (bulk ? core->bulk_appended_in : core->appended_in)[cell] = core->serial;
         if (selects(request)) core->read_in[cell] = core->serial;
-        if (bulk) core->bulk_in[request->columns[row]] = core->serial;
+        if (bulk || appends(request)) core->used_in[request->columns[row]] = core->serial;
     }
 }
 
@@ -346,7 +346,7 @@ static enum verdict take_sequence(struct core *core, struct request *request) {
         int64_t column = sequence_index_find(core->index, request->tenant, named(request, row));
         if (column < 0) continue;
         if (((const int32_t *)core->columns.reading_sequence.buf)[column]) return HELD_BACK;
-        if (core->bulk_in[column] != core->serial) continue;
+        if (core->used_in[column] != core->serial) continue;
         core->changed = true;
         return HELD_BACK;
     }
@@ -354,7 +354,8 @@ static enum verdict take_sequence(struct core *core, struct request *request) {
 }
 
 static enum verdict judge(struct core *core, struct request *request, int64_t now) {
-    if (is_held_back(core, request)) return HELD_BACK;
+    /* Whatever is held back that one names which waits came later. */
+    if (request->place != WAITING && is_held_back(core, request)) return HELD_BACK;
     if (!check_epoch(core, request)) return ENDED;
     return has_tokens(request) ? take_tokens(core, request, now) : take_sequence(core, request);
 }
@@ -365,6 +366,7 @@ static void move(struct core *core, struct request *request, enum whereabouts pl
     if (request->place == WAITING) list_remove(&core->waiting, request);
     request->place = place;
     if (place == WAITING) list_append(&core->waiting, request);
+    if (place == QUEUED) list_prepend(&core->backlog, request);
 }
 
 bool core_drop_if_gone(struct core *core, struct request *request, int64_t now) {
@@ -385,7 +387,6 @@ bool core_drop_if_gone(struct core *core, struct request *request, int64_t now) 
 
 /* Takes a request, or leaves it where it is; it may be forgotten then. False: no memory is left. */
 static bool consider(struct core *core, struct request *request, int64_t now) {
-    const bool was_waiting = request->place == WAITING;
     request->holds_back = false;
     if (core_drop_if_gone(core, request, now)) return true;
     switch (judge(core, request, now)) {
@@ -397,8 +398,9 @@ static bool consider(struct core *core, struct request *request, int64_t now) {
         if (!has_tokens(request)) move(core, request, WITH_PYTHON);
         return hold_back_others(core, request);
     default:
-        core->appended |= was_waiting; /* it is tried again with the next step */
-        return was_waiting || hold_back_others(core, request);
+        /* Its keys are there: it comes before whatever could take them away. */
+        if (request->place == WAITING) move(core, request, QUEUED);
+        return hold_back_others(core, request);
     }
 }
 

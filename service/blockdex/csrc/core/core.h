@@ -134,7 +134,7 @@ struct core {
     bool no_memory; /* for an answer: nobody knows any more what was told */
     int64_t next_deadline;
     /* What the step that is gathered, and what Python is to run behind it, do to cells [L, S] and columns [S]: stamps. */
-    uint64_t serial, *trimmed_in, *appended_in, *read_in, *bulk_appended_in, *bulk_in;
+    uint64_t serial, *trimmed_in, *appended_in, *read_in, *bulk_appended_in, *used_in;
     /* Where it runs. */
     PyObject *run_step;
     int (*launch)(void *program, void *stream);
@@ -183,6 +183,7 @@ void core_observe(struct histogram *histogram, const double *bounds, uint32_t nu
 struct request *core_read(struct core *core, struct line *line, int64_t now);
 void core_forget(struct core *core, struct request *request);
 void list_append(struct list *list, struct request *request);
+void list_prepend(struct list *list, struct request *request);
 void list_remove(struct list *list, struct request *request);
 
 /* admit.c: which requests may take effect now. */

@@ -155,7 +155,7 @@ static bool renew_stamps(struct core *core, size_t columns) {
     core->to_trim = to_trim;
     core->unchecked = true;
     return renew(&core->appended_in, cells) && renew(&core->read_in, cells) && renew(&core->bulk_appended_in, cells) &&
-           renew(&core->bulk_in, columns) && renew(&core->trimmed_in, columns);
+           renew(&core->used_in, columns) && renew(&core->trimmed_in, columns);
 }
 
 static PyObject *method_set_columns(struct core *core, PyObject *arguments) {
@@ -618,7 +618,7 @@ static void core_dealloc(struct core *core) {
     for (size_t number = 0; number < core->num_lines; number++) Py_DECREF((PyObject *)core->lines[number]);
     for (size_t number = 0; number < core->num_gone; number++) Py_DECREF((PyObject *)core->gone_lines[number]);
     void *const allocated[] = {core->requests,    core->free_numbers, core->for_python, core->appended_in, core->read_in,
-                               core->bulk_appended_in, core->bulk_in, core->trimmed_in, core->to_trim, core->recounted,  core->scratch};
+                               core->bulk_appended_in, core->used_in, core->trimmed_in, core->to_trim, core->recounted,  core->scratch};
     for (size_t number = 0; number < sizeof allocated / sizeof *allocated; number++) free(allocated[number]);
     pair_index_free(&core->tickets);
     pair_index_free(&core->held_back);

@@ -21,6 +21,14 @@ void list_append(struct list *list, struct request *request) {
     atomic_fetch_add_explicit(&list->count, 1, memory_order_relaxed);
 }
 
+void list_prepend(struct list *list, struct request *request) {
+    request->next = list->first;
+    request->previous = NULL;
+    *(list->first ? &list->first->previous : &list->last) = request;
+    list->first = request;
+    atomic_fetch_add_explicit(&list->count, 1, memory_order_relaxed);
+}
+
 void list_remove(struct list *list, struct request *request) {
     *(request->previous ? &request->previous->next : &list->first) = request->next;
     *(request->next ? &request->next->previous : &list->last) = request->previous;
