@@ -79,7 +79,9 @@ def snapshot(cache: Cache) -> dict[str, Any]:
     state: dict[str, Any] = {"evictions": cache._evictions, "epoch": cache.epoch}
     for part in (cache._pool, cache._sequences, cache._sequences.tables):
         for name, value in vars(part).items():
-            if name not in {"tables", "_found"}:  # the latter is remembered, and checked below
+            if name == "index":
+                state[name] = len(value)
+            elif name != "tables":
                 state[f"{type(part).__name__}.{name}"] = pickle.dumps(value)
     return state
 

@@ -169,7 +169,8 @@ class Running:
         assert await asyncio.to_thread(entered.wait, TIMEOUT), "the engine did not get there"
 
     async def settled(self) -> None:
-        """Waits until the engine has taken up everything that was queued before."""
+        """Waits until the engine has taken up everything that was queued, or given up, before."""
+        await asyncio.sleep(0)
         await self.refusal(get(2**64 - 1))
 
 

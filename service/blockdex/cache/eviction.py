@@ -9,7 +9,7 @@ from blockdex.cache.sequence import Sequences
 
 
 def are_idle(sequences: Sequences, columns: NDArray[np.intp] | slice, kept_since: float, now: float) -> NDArray[np.bool_]:
-    """Which of the columns are past their lease: bool `[N]`.
+    """Which of the columns are past their lease, and read by no prefill: bool `[N]`.
 
     Args:
         sequences: all open sequences.
@@ -18,7 +18,8 @@ def are_idle(sequences: Sequences, columns: NDArray[np.intp] | slice, kept_since
         now: clock reading.
     """
     last_calls = sequences.last_calls[columns]
-    return (now - last_calls >= sequences.leases[columns]) & (last_calls < kept_since)
+    idle = (now - last_calls >= sequences.leases[columns]) & (last_calls < kept_since)
+    return idle & (sequences.reading_sequence[columns] == 0)
 
 
 def choose_victims(

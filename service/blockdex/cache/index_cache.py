@@ -199,12 +199,9 @@ class Cache:
         self._sequences.reading_sequence[column] += 1
 
     def end_reading(self, layer: int, column: int) -> None:
-        """It is done."""
+        """It is done, as if it had been called just now."""
         self._sequences.reading[layer, column] -= 1
         self._sequences.reading_sequence[column] -= 1
-
-    def keep_alive(self, column: int) -> None:
-        """Renews the lease of a sequence that is open."""
         self._sequences.last_calls[column] = self._clock()
 
     @property

@@ -152,11 +152,6 @@ class Launcher:
         while self._slices and self._has_ended(self._slices[0]):
             self._arrive(self._slices.popleft())
 
-    def keep_alive(self) -> None:
-        """Renews the leases of the sequences that prefills read, lest their pages be given away."""
-        for prefill in self._reading:
-            self._cache.keep_alive(prefill.column)
-
     def drop_gone(self) -> None:
         """Gives up prefills that nobody waits for any more."""
         for reading in {id(prefill.reading): prefill.reading for prefill in self.prefills}.values():

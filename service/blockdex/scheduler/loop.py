@@ -193,7 +193,6 @@ class Engine:
         now = time.monotonic()
         if self._launcher.reads and now > self._next_look:
             self._next_look = now + _LOOK_SECONDS
-            self._launcher.keep_alive()
             self._launcher.drop_gone()
 
     def _decide(self) -> None:
@@ -206,10 +205,13 @@ class Engine:
                 bulk.append(Bulk.of(item))
             else:
                 others.append(item)
+        # Those that get pages are counted with their step.
+        begun = len(bulk) + sum(kind != "pages" for _, kind, *_ in others)
+        if begun:
+            self._stats.batches += 1
+            self._stats.batch_requests.observe(begun)
         if bulk:
             self._launcher.begin(bulk)
-            self._stats.batches += 1
-            self._stats.batch_requests.observe(len(bulk))
         self._sequences.trim()
         copies = self._sequences.handle(others)
         self._take_over(copies)

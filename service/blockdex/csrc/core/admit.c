@@ -395,7 +395,10 @@ static bool consider(struct core *core, struct request *request, int64_t now) {
     case WAITS: move(core, request, WAITING); return true;
     case NEEDS_PYTHON:
         ask_python(core, request);
-        if (!has_tokens(request)) move(core, request, WITH_PYTHON);
+        if (!has_tokens(request)) {
+            request->taken = now;
+            move(core, request, WITH_PYTHON);
+        }
         return hold_back_others(core, request);
     default:
         /* Its keys are there: it comes before whatever could take them away. */
