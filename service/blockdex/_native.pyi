@@ -1,6 +1,6 @@
 """The compiled part: see `csrc/`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,8 @@ class Line:
 class SequenceIndex:
     """Which column each open sequence has: the one index of sequences.
 
-    Its hash is keyed at random in each process, so ids cannot be chosen to collide; it takes memory by what it holds. Its
-    length is the number of sequences, which other threads may ask for too.
+    Its hash is keyed at random in each process, so ids cannot be chosen to collide; it takes memory by what it holds.
+    Its length is the number of sequences, which other threads may ask for too.
     """
 
     def __init__(self) -> None: ...
@@ -100,7 +100,7 @@ HistogramCounts = tuple[list[int], float]
 class Core:
     """Where every request is checked, entered, run in a step of the device and answered: see `csrc/core/core.h`.
 
-    Belongs to one thread, but for `notice`, `counts`, `queued` and `waiting`. Requests have numbers while they are there.
+    Belongs to one thread, but for `notice`, `counts`, `queued` and `waiting`. Requests have numbers.
 
     Args:
         layers, heads, head_dim, topk, init_blocks, local_blocks, block_size, scale: of the indexer; at most 64 heads.
@@ -225,7 +225,7 @@ class Core:
         """Memory that one of the steps is made in and answered in: see `StepBuffer`."""
 
     def set_replays(self, replays: list[tuple[int, ...]], launch: int, stream: int, /) -> None:
-        """The device's programs (runs, length, width, address for each step), smallest first, and what launches them."""
+        """The device's programs (runs, length, width, address by step), smallest first, and what launches them."""
 
     def set_run_step(self, run_step: Callable[[int, int, int], None], /) -> None:
         """What runs a step of (number, runs, tokens) to its end, where no program does."""
@@ -238,9 +238,9 @@ class Core:
 
         `(number, "pages", layer, rows)` is to be granted its pages, or refused, or asks again when tried again;
         `(number, "bulk", layer, rows, tenant number, memory, keys dtype, keys, queries dtype, queries, first head,
-        heads, order, flags)` is entered, to be run and answered; `(number, kind, tenant, sequence, child, number)` with kind
-        `open`, `get`, `fork`, `truncate` or `close` is to be done and answered. Rows are uint64 ids, uint32 columns, int64
-        starts, int64 lengths, and bool for those that are to be written. Tensors are (offset, bytes) in the memory.
+        heads, order, flags)` is entered, to be run and answered; `(number, kind, tenant, sequence, child, number)` with
+        kind `open`, `get`, `fork`, `truncate` or `close` is to be done and answered. Rows are uint64 ids, uint32
+        columns, int64 starts, int64 lengths, and bool for those that are to be written. Tensors are (offset, bytes) in the memory.
         """
 
     def grant(self, number: int, /) -> None:

@@ -121,8 +121,10 @@ async def test_a_device_that_hangs_is_not_waited_for(
         run.engine._on_lost_device = told.release
         monkeypatch.setattr(run.backend, "synchronize", lambda: time.sleep(3600))
         monkeypatch.setattr(run.engine._executor, "begin", lambda step: Hanging())
-        await run.ask(open_sequence(A))
-        error = await run.refusal(tokens(0, [(A, 0, 20)], keys=keys_of(random, 20)))
+        for sequence in (A, B):
+            await run.ask(open_sequence(sequence))
+        both = tokens(0, [(A, 0, 20), (B, 0, 2)], keys=keys_of(random, 22), queries=queries_of(random, 22))
+        error = await run.refusal(both)
         assert error.code == Code.INTERNAL
         assert await asyncio.to_thread(told.acquire, timeout=20)
         assert run.engine.device_is_lost

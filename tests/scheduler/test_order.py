@@ -160,8 +160,12 @@ async def test_both_sides_of_a_fork_write_the_page_they_share(random: np.random.
                 open_sequence(A),
                 *(tokens(layer, [(A, 0, 32)], keys=keys_of(random, 32)) for layer in range(3)),
                 fork(A, B, 32),
-                tokens(1, [(A, 4, 9), (B, 6, 9)], keys=keys_of(random, 18), queries=queries_of(random, 18), rollback=True),
-                tokens(2, [(B, 10, 9), (A, 20, 2)], keys=keys_of(random, 11), queries=queries_of(random, 11), rollback=True),
+                tokens(
+                    1, [(A, 4, 9), (B, 6, 9)], keys=keys_of(random, 18), queries=queries_of(random, 18), rollback=True
+                ),
+                tokens(
+                    2, [(B, 10, 9), (A, 20, 2)], keys=keys_of(random, 11), queries=queries_of(random, 11), rollback=True
+                ),
                 *(tokens(layer, [(A, 11, 2), (B, 12, 2)], queries=queries_of(random, 4)) for layer in range(3)),
             ],
         )

@@ -19,8 +19,8 @@ from blockdex.contract.messages import Answer, Request
 from blockdex.executor.cpu import CpuExecutor
 from blockdex.executor.interface import Answer as Selected
 from blockdex.executor.interface import Pending, Step
-from blockdex.scheduler.prefill import Prefill
 from blockdex.scheduler.bulk import Bulk, Reading, Rows, Tensor
+from blockdex.scheduler.prefill import Prefill
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.interface import Backend
 from support.naive_engine import NaiveEngine, check_same

@@ -39,8 +39,6 @@ def spans(*rows: tuple[int, ...]) -> Spans:
     )
 
 
-
-
 def pages(cache: Cache, tenant: str, sequence_id: int) -> list[int]:
     """All pages of a sequence."""
     return held_pages(cache)[tenant, sequence_id]

@@ -154,9 +154,7 @@ def _raw(selection: reference.Reference) -> NDArray[np.float32]:
     return raw
 
 
-def _append(
-    number: int, rows: list[Row], layers: list[Layer], keys: NDArray[np.float32], *, rollback: bool
-) -> None:
+def _append(number: int, rows: list[Row], layers: list[Layer], keys: NDArray[np.float32], *, rollback: bool) -> None:
     _check_not_stale("append", number, rows, layers)
     for (sequence_id, start, length, revision), layer in zip(rows, layers, strict=True):
         if revision and revision == layer.revision and start + length != len(layer.keys):

@@ -76,9 +76,7 @@ class RingCaller:
             self._offset = 0
         assert self._offset + size <= _SIZES.request_bytes, "the test asks for more than its arena holds"
         now = time.monotonic()
-        slots.write_request(
-            self._segment, self._requests.claim(), self._offset, ticket, request, now, now + timeout
-        )
+        slots.write_request(self._segment, self._requests.claim(), self._offset, ticket, request, now, now + timeout)
         self._offset += size
         self._in_flight[ticket] = pending
         pending.add_done_callback(lambda _: self._give_up(ticket) if pending.cancelled() else None)

@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 from blockdex.cache.sequence import Sequences
 
 
-def are_idle(sequences: Sequences, columns: NDArray[np.intp] | slice, kept_since: float, now: float) -> NDArray[np.bool_]:
+def are_idle(
+    sequences: Sequences, columns: NDArray[np.intp] | slice, kept_since: float, now: float
+) -> NDArray[np.bool_]:
     """Which of the columns are past their lease, and read by no prefill: bool `[N]`.
 
     Args:
@@ -44,7 +46,7 @@ def choose_victims(
         now: clock reading.
 
     Returns:
-        Columns to evict and the pages that this frees: fewer than `shortage` where all idle ones together do not suffice.
+        Columns to evict and the pages that this frees: fewer than `shortage` where all idle ones do not suffice.
     """
     evictable = are_idle(sequences, slice(None), kept_since, now) & (sequences.held > 0)
     evictable[named] = False

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from blockdex._native import SequenceIndex
 from blockdex.cache.eviction import are_idle, choose_victims
 from blockdex.cache.overview import overview
 from blockdex.cache.page_pool import PageCopy, PagePool
 from blockdex.cache.sequence import Sequence, Sequences
-from blockdex._native import SequenceIndex
 from blockdex.contract.errors import AlreadyExistsError, NotFoundError, Reason, ResourceExhaustedError
 from blockdex.contract.messages import CacheOverview, CacheUsage
 from blockdex_kernels import IndexSpec
@@ -317,8 +317,8 @@ class Cache:
     def _give_up_empty(self, now: float) -> None:
         """Gives up those of the next few columns that are empty and past their lease.
 
-        Nothing else would, since eviction is after pages, and they hold none. More than one column is looked at for each
-        that is opened, so they are ever fewer; and only a few are, so that opening takes the same time however many.
+        Nothing else would, since eviction is after pages, and they hold none. More than one column is looked at for
+        each that is opened, so they are ever fewer; and only a few are, so that opening takes the same time however many.
         """
         sequences = self._sequences
         columns = (self._next_looked_at + np.arange(_LOOKED_AT)) % len(sequences.held)

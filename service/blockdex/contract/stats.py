@@ -7,7 +7,7 @@ import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-from blockdex.contract.messages import KERNEL_PHASES, PHASES, STAGES, Phase, PhaseTotals, Stage, Totals
+from blockdex.contract.messages import KERNEL_PHASES, PHASES, STAGES, PhaseTotals, Totals
 
 SECONDS_BUCKETS = (
     *(step / 1e6 for step in (10, 25, 50, 100, 250, 500)),

@@ -10,14 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex.executor.interface import (
-    APPENDS,
     COLUMNS,
-    SELECTS,
     STEP_BUFFERS,
-    WANTS_SCORES,
     Answer,
     Executor,
-    Packed,
     Pending,
     Step,
     StepBuffer,
@@ -28,8 +24,7 @@ from blockdex.executor.interface import (
     step_buffer_bytes,
     step_buffer_ids,
 )
-from blockdex_kernels.interface import Backend, Selection, Spans
-
+from blockdex_kernels.interface import RUN_APPENDS, RUN_SELECTS, RUN_WANTS_SCORES, Backend, Selection, Spans
 
 Rows = slice | NDArray[np.intp]
 
@@ -70,7 +65,7 @@ class CpuExecutor(Executor):
         return _Done(selection, time.monotonic() - began)
 
     def step_buffers(self) -> Sequence[StepBuffer]:
-        """See `Executor.rooms`."""
+        """See `Executor.step_buffers`."""
         return self._step_buffers
 
     def run_step_buffer(self, room: int, runs: int, tokens: int) -> None:
@@ -89,7 +84,7 @@ class CpuExecutor(Executor):
         self._select_runs(columns, queries.view(tokens, heads, head_dim), block_ids, scores)
 
     def _append_runs(self, columns: NDArray[np.int32], keys: torch.Tensor) -> None:
-        own, rows = _chosen(columns, columns[4] & APPENDS != 0)
+        own, rows = _chosen(columns, columns[4] & RUN_APPENDS != 0)
         if own.size:
             append_all(self.backend, keys[rows], self._spans(own))
 
@@ -100,12 +95,12 @@ class CpuExecutor(Executor):
         block_ids: NDArray[np.int32],
         scores: NDArray[np.float32],
     ) -> None:
-        selecting = columns[4] & (SELECTS | WANTS_SCORES)
-        for flags in (SELECTS, SELECTS | WANTS_SCORES):
+        selecting = columns[4] & (RUN_SELECTS | RUN_WANTS_SCORES)
+        for flags in (RUN_SELECTS, RUN_SELECTS | RUN_WANTS_SCORES):
             own, rows = _chosen(columns, selecting == flags)
             if not own.size:
                 continue
-            raw = bool(flags & WANTS_SCORES)
+            raw = bool(flags & RUN_WANTS_SCORES)
             selection = self.backend.decode(
                 queries[rows], self._spans(own), order="ascending", return_scores=raw, raw_scores=raw
             )

@@ -28,9 +28,6 @@ Bytes = bytes | memoryview
 STEP_BUFFERS, MAX_RUNS, MAX_TOKENS = 2, 256, 512
 """Steps that are made in memory of the host, and how large they may be."""
 
-APPENDS, SELECTS, WANTS_SCORES = 1, 2, 4
-"""Flags of a run."""
-
 COLUMNS = 5
 
 ANSWER_SECONDS = 30.0
@@ -62,7 +59,7 @@ class Step:
 
     Attributes:
         columns: int32 `[5, R]`: layer, position of the first token, tokens, first row of the page table, and flags of
-            each run: `APPENDS`, `SELECTS`, `WANTS_SCORES`.
+            each run, as `blockdex_kernels.interface.Spans` has them.
         keys: `[T, D]`; or None.
         queries: `[T, H, D]`; or None.
         order: of the selection.

@@ -69,7 +69,9 @@ class Tensor(NamedTuple):
     def take(self, token_bytes: int, tokens: Chosen) -> memoryview:
         """The bytes of some tokens; those received, not copied, where they lie together."""
         if isinstance(tokens, slice):
-            return self.data if tokens is ALL_TOKENS else self.data[tokens.start * token_bytes : tokens.stop * token_bytes]
+            return (
+                self.data if tokens is ALL_TOKENS else self.data[tokens.start * token_bytes : tokens.stop * token_bytes]
+            )
         return np.frombuffer(self.data, np.uint8).reshape(-1, token_bytes)[tokens].reshape(-1).data
 
 

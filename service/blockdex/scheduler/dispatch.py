@@ -207,9 +207,7 @@ class Launcher:
         step = Step(columns, None, queries, asked.order, asked.return_scores, asked.raw_scores)
         self._note([caller for reading, _, _ in group for caller, _ in reading.callers], "decode")
         try:
-            self._begin(
-                step, "decode", [(reading, int(rows.lengths.sum()), tokens) for reading, rows, tokens in group]
-            )
+            self._begin(step, "decode", [(reading, int(rows.lengths.sum()), tokens) for reading, rows, tokens in group])
         except torch.OutOfMemoryError as error:
             self._give_up([reading for reading, _, _ in group], error)
             return
