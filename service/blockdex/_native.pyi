@@ -238,9 +238,10 @@ class Core:
 
         `(number, "pages", layer, rows)` is to be granted its pages, or refused, or asks again when tried again;
         `(number, "bulk", layer, rows, tenant number, memory, keys dtype, keys, queries dtype, queries, first head,
-        heads, order, flags)` is entered, to be run and answered; `(number, kind, tenant, sequence, child, number)` with
-        kind `open`, `get`, `fork`, `truncate` or `close` is to be done and answered. Rows are uint64 ids, uint32
-        columns, int64 starts, int64 lengths, and bool for those that are to be written. Tensors are (offset, bytes) in the memory.
+        heads, order, flags)` is entered, to be run and answered; `(number, kind, tenant, sequence, child, number)`, of
+        a kind `open`, `get`, `fork`, `truncate` or `close`, is to be done and answered. Rows are uint64 ids, uint32
+        columns, int64 starts, int64 lengths, and bool for those to be written. Tensors are (offset, bytes) in the
+        memory.
         """
 
     def grant(self, number: int, /) -> None:

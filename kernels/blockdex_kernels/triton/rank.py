@@ -169,14 +169,32 @@ def _best_blocks(
 
 
 @triton.jit
-def _write_raw(scores, out, block, there, values, unscale, slot, TOPK: tl.constexpr, UNSCALE: tl.constexpr):
-    """Writes the scores of a row's blocks as they rank; the blocks of places that are `there` are read back."""
-    block = tl.where(there, tl.load(out + slot, mask=there, other=0), block)
-    raw = tl.load(scores + block, mask=block >= 0, other=float("-inf"))
-    raw = tl.where(raw == raw, raw, float("-inf"))
-    if UNSCALE:
-        raw = raw * tl.load(unscale)
-    tl.store(values + slot, raw, mask=slot < TOPK)
+def _write_raw(
+    scores,
+    out,
+    block,
+    is_chosen,
+    ranked,
+    values,
+    wants,
+    heads,
+    unscale,
+    slot,
+    TOPK: tl.constexpr,
+    UNSCALE: tl.constexpr,
+):
+    """Writes the scores of a row's blocks as they rank, if it wants them; those that were ranked are read back."""
+    if wants is not None:
+        if tl.load(wants + tl.program_id(0) // heads) != 0:
+            if ranked:
+                tl.debug_barrier()
+            there = is_chosen & ranked
+            block = tl.where(there, tl.load(out + slot, mask=there, other=0), block)
+            raw = tl.load(scores + block, mask=block >= 0, other=float("-inf"))
+            raw = tl.where(raw == raw, raw, float("-inf"))
+            if UNSCALE:
+                raw = raw * tl.load(unscale)
+            tl.store(values + slot, raw, mask=slot < TOPK)
 
 
 @triton.jit(do_not_specialize=["heads", "one"], do_not_specialize_on_alignment=["positions", "wants"])
@@ -255,11 +273,9 @@ def _rank_kernel(
         # What was ranked is there already.
         there = tl.where(is_chosen, ranked, False)
         tl.store(out + slot, block, mask=written & (there == 0))
-    if wants is not None:
-        if tl.load(wants + tl.program_id(0) // heads) != 0:
-            if ranked:
-                tl.debug_barrier()
-            _write_raw(scores, out, block, is_chosen & ranked, values + row * TOPK, unscales + row, slot, TOPK, UNSCALE)
+    _write_raw(
+        scores, out, block, is_chosen, ranked, values + row * TOPK, wants, heads, unscales + row, slot, TOPK, UNSCALE
+    )
     if VALUES:
         if UNSCALE:
             # Written only where something was scored.

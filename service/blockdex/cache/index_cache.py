@@ -318,7 +318,8 @@ class Cache:
         """Gives up those of the next few columns that are empty and past their lease.
 
         Nothing else would, since eviction is after pages, and they hold none. More than one column is looked at for
-        each that is opened, so they are ever fewer; and only a few are, so that opening takes the same time however many.
+        each that is opened, so they are ever fewer; and only a few are, so that opening takes the same time however
+        many.
         """
         sequences = self._sequences
         columns = (self._next_looked_at + np.arange(_LOOKED_AT)) % len(sequences.held)

@@ -19,8 +19,8 @@ def overview(pool: PagePool, sequences: Sequences, spec: IndexSpec, max_cells: i
     The cache may change meanwhile, and nothing is locked: its thread must not wait for onlookers. That does no harm.
     The columns of the sequences are replaced only by longer ones, and before a column beyond the shorter one is in use,
     so every column read first is found in them. Page ids in them are always ids of pages. Where a sequence comes or
-    goes while it is read, its pages may be drawn in the wrong colour, until the next look. All states are told from one copy
-    of the holders, so they add up to all pages whatever happens.
+    goes while it is read, its pages may be drawn in the wrong colour, until the next look. All states are told from one
+    copy of the holders, so they add up to all pages whatever happens.
     """
     columns = sequences.open_columns()
     lengths = sequences.lengths[:, columns].max(axis=0, initial=0)

@@ -131,6 +131,7 @@ def _write_tokens(segment: Segment, begin: int, tenant_bytes: int, request: Toke
     if keys is not None:
         memory[begin + keys_at : begin + keys_at + keys_bytes] = keys.tensor.data
         numbers |= {"keys_dtype": _DTYPE_NUMBERS[keys.tensor.dtype], "keys_bytes": keys_bytes}
+        numbers["flags"] = layout.ROLLBACK * keys.rollback
     if queries is not None:
         queries_bytes = len(queries.tensor.data)
         memory[begin + queries_at : begin + queries_at + queries_bytes] = queries.tensor.data
@@ -138,7 +139,10 @@ def _write_tokens(segment: Segment, begin: int, tenant_bytes: int, request: Toke
             "queries_dtype": _DTYPE_NUMBERS[queries.tensor.dtype],
             "queries_bytes": queries_bytes,
             "order": _ORDER_NUMBERS[queries.order],
-            "flags": layout.RETURN_SCORES * queries.return_scores | layout.WAIT_FOR_KEYS * queries.wait_for_keys,
+            "flags": numbers.get("flags", 0)
+            | layout.RETURN_SCORES * queries.return_scores
+            | layout.WAIT_FOR_KEYS * queries.wait_for_keys
+            | layout.RAW_SCORES * queries.raw_scores,
             "first_head": queries.first_head,
             "num_heads": queries.num_heads,
         }
