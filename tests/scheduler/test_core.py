@@ -20,7 +20,7 @@ from support.bare_core import (
     LONGEST,
     SIZES,
     SPEC,
-    BareLane,
+    BareCore,
     bare_core,
     check_answer,
     usual,
@@ -36,23 +36,23 @@ class Case(NamedTuple):
     slot: dict[str, Any] = {}  # noqa: RUF012
     rows: tuple[tuple[int, ...], ...] = ()
     tenant: str = TENANT
-    books: Callable[[BareLane], None] = lambda bare: None
+    books: Callable[[BareCore], None] = lambda bare: None
 
 
-def change(name: str, value: int) -> Callable[[BareLane], None]:
+def change(name: str, value: int) -> Callable[[BareCore], None]:
     """Changes what a book says of the first sequence, in layer 1."""
 
-    def changed(bare: BareLane) -> None:
+    def changed(bare: BareCore) -> None:
         book = getattr(bare, name)
         book[(1, 0) if book.ndim == 2 else 0] = value
 
     return changed
 
 
-def long_sequence(length: int) -> Callable[[BareLane], None]:
+def long_sequence(length: int) -> Callable[[BareCore], None]:
     """Gives the first sequence so many tokens in layer 1, and a page more than the others: its last may not be full."""
 
-    def changed(bare: BareLane) -> None:
+    def changed(bare: BareCore) -> None:
         bare.lengths[1, 0], bare.held[0] = length, HELD + 1
 
     return changed
@@ -108,13 +108,13 @@ LEFT = {
 }
 
 
-def snapshot(bare: BareLane) -> list[Any]:
+def snapshot(bare: BareCore) -> list[Any]:
     """What the books hold."""
     return [book.tolist() for book in (bare.lengths, bare.revisions, bare.last_calls)]
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_whatever_is_unusual_is_left_as_it_is(bare: BareLane, name: str) -> None:
+def test_whatever_is_unusual_is_left_as_it_is(bare: BareCore, name: str) -> None:
     """Just one thing is wrong with each; beside them are requests that are taken."""
     case = LEFT[name]
     doors = [bare.open_client() for _ in range(3)]
@@ -164,7 +164,7 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_what_is_right_to_the_last_number_is_taken(bare: BareLane, name: str) -> None:
+def test_what_is_right_to_the_last_number_is_taken(bare: BareCore, name: str) -> None:
     case = TAKEN[name]
     door = bare.open_client()
     request = bare.both(1, *case.rows) if case.rows else usual(bare)
@@ -194,7 +194,7 @@ def test_what_is_right_to_the_last_number_is_taken(bare: BareLane, name: str) ->
         assert bare.revisions[1, 0] == 4, "as it was"
 
 
-def test_some_of_the_heads_are_left(bare: BareLane) -> None:
+def test_some_of_the_heads_are_left(bare: BareCore) -> None:
     door = bare.open_client()
     whole = bare.both(0, (1, LENGTH, 1))
     queries = values(np.random.default_rng(1), 1, 1, SPEC.head_dim)
@@ -202,7 +202,7 @@ def test_some_of_the_heads_are_left(bare: BareLane) -> None:
     assert bare.look() == native.FOR_PYTHON
 
 
-def test_tensors_that_are_twice_as_long_as_the_spans_are_left(bare: BareLane) -> None:
+def test_tensors_that_are_twice_as_long_as_the_spans_are_left(bare: BareCore) -> None:
     """They agree with each other."""
     door = bare.open_client()
     long = bare.both(0, (1, LENGTH, 2))
@@ -211,7 +211,7 @@ def test_tensors_that_are_twice_as_long_as_the_spans_are_left(bare: BareLane) ->
 
 
 @pytest.mark.parametrize("begin", [8, SIZES.request_bytes - 64])
-def test_a_payload_where_none_can_be_is_left(bare: BareLane, begin: int) -> None:
+def test_a_payload_where_none_can_be_is_left(bare: BareCore, begin: int) -> None:
     """Not at a multiple of 64, or with its end in the answers' arena, which lies behind that of the requests."""
     door = bare.open_client()
     slot = door.lay(bare.both(0, (1, LENGTH, 1)), 0)
@@ -249,7 +249,7 @@ def test_an_answer_for_which_there_is_never_room_is_left() -> None:
         assert [line.waits for line in bare.lines] == [False, True]
 
 
-def test_the_head_of_a_line_is_for_python_until_it_is_taken(bare: BareLane) -> None:
+def test_the_head_of_a_line_is_for_python_until_it_is_taken(bare: BareCore) -> None:
     door = bare.open_client()
     request = usual(bare)
     door.write(door.lay(request, 0)._replace(flags=1), door.lay(request, 1))
@@ -263,14 +263,14 @@ def test_the_head_of_a_line_is_for_python_until_it_is_taken(bare: BareLane) -> N
     assert (bare.core.steps, line.filled) == (1, 0)
 
 
-def test_a_number_that_cannot_be_is_for_python(bare: BareLane) -> None:
+def test_a_number_that_cannot_be_is_for_python(bare: BareCore) -> None:
     door = bare.open_client()
     door.handles.segment.counters[AT["requests_written"] // 8] = 65
     assert bare.look() == native.FOR_PYTHON
     assert (bare.lines[0].filled, bare.lines[0].waits) == (-1, True)
 
 
-def test_who_goes_leaves_nothing_for_python(bare: BareLane) -> None:
+def test_who_goes_leaves_nothing_for_python(bare: BareCore) -> None:
     door = bare.open_client()
     door.write(door.lay(usual(bare), 0)._replace(flags=1))
     assert bare.look() == native.FOR_PYTHON
@@ -278,7 +278,7 @@ def test_who_goes_leaves_nothing_for_python(bare: BareLane) -> None:
     assert bare.look() == 0
 
 
-def test_a_whole_ring_is_no_such_number(bare: BareLane) -> None:
+def test_a_whole_ring_is_no_such_number(bare: BareCore) -> None:
     door = bare.open_client(Sizes(slots=4, request_bytes=1 << 16, answer_bytes=1 << 16))
     door.send(*[bare.both(0, (sequence, LENGTH, 1)) for sequence in (1, 2, 3, 4)])
     assert (bare.lines[0].filled, bare.look(), bare.lines[0].filled) == (4, 0, 0)
@@ -287,7 +287,7 @@ def test_a_whole_ring_is_no_such_number(bare: BareLane) -> None:
 # --- Whose column it is ---
 
 
-def test_a_column_that_was_given_to_another_sequence(bare: BareLane) -> None:
+def test_a_column_that_was_given_to_another_sequence(bare: BareCore) -> None:
     door = bare.open_client()
     bare.generations[0] += 1
     door.send(bare.both(0, (1, LENGTH, 1)))
@@ -322,7 +322,7 @@ def test_thousands_of_tenants() -> None:
         assert bare.look() == native.FOR_PYTHON
 
 
-def test_a_tenant_whose_name_begins_like_others_is_another_one(bare: BareLane) -> None:
+def test_a_tenant_whose_name_begins_like_others_is_another_one(bare: BareCore) -> None:
     door = bare.open_client()
     for length in range(2, 220, 2):
         bare.core.learn("a" * length, np.array([1], np.uint64), np.array([0]))
@@ -334,7 +334,7 @@ def test_a_tenant_whose_name_begins_like_others_is_another_one(bare: BareLane) -
     assert bare.look() == 0
 
 
-def test_what_is_learnt_again_is_no_more_than_it_was(bare: BareLane) -> None:
+def test_what_is_learnt_again_is_no_more_than_it_was(bare: BareCore) -> None:
     door = bare.open_client()
     for _ in range(500):
         bare.core.learn(TENANT, np.array([1], np.uint64), np.array([0]))
@@ -342,7 +342,7 @@ def test_what_is_learnt_again_is_no_more_than_it_was(bare: BareLane) -> None:
     assert bare.look() == 0
 
 
-def test_more_sequences_than_there_is_room_for_are_forgotten(bare: BareLane) -> None:
+def test_more_sequences_than_there_is_room_for_are_forgotten(bare: BareCore) -> None:
     door = bare.open_client()
     for name in range(1000, 1200):  # one after another in the same column, as they are opened and closed
         bare.generations[0] += 1
@@ -361,7 +361,7 @@ def test_more_sequences_than_there_is_room_for_are_forgotten(bare: BareLane) -> 
     assert bare.look() == 0
 
 
-def test_books_that_are_shared_anew_are_nobody_s(bare: BareLane) -> None:
+def test_books_that_are_shared_anew_are_nobody_s(bare: BareCore) -> None:
     door = bare.open_client()
     bare.share_books()
     bare.core.learn(TENANT, np.array([2], np.uint64), np.array([1]))

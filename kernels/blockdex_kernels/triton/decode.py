@@ -211,6 +211,14 @@ def _store_both(positions, wants, token, position, wanted, written):
         tl.store(wants + token, wanted, mask=written)
 
 
+@triton.jit
+def _store_padding(positions, wants, token):
+    """Stores that a token is nobody's."""
+    tl.store(positions + token, -1)
+    if wants is not None:
+        tl.store(wants + token, 0)
+
+
 # What changes from call to call must not ask for another variant of the kernel, compiled while an engine waits.
 @triton.jit(
     do_not_specialize=["num_runs", "num_tokens", "heads", "table_stride", "table_cells"],
@@ -377,7 +385,7 @@ def _decode_scores_kernel(
                 positions, wants, own_row_end - own_length + token, own_position, own_flag & SCORES, token < own_length
             )
         for token in tl.range(tl.max(row_end, 0) + program, num_tokens, num_programs):
-            _store_both(positions, wants, token, -1, 0, True)
+            _store_padding(positions, wants, token)
 
 
 def score_decode(

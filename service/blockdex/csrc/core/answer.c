@@ -47,7 +47,10 @@ void core_answer(struct core *core, struct request *request, struct blockdex_ans
         set_stages(request, core_now(), &answer);
         /* One that nothing took up has no stages to count. */
         if (request->taken) observe_stages(core, &answer);
-        core->no_memory |= !line_answer(request->line, answer, payload, bytes);
+        if (!line_answer(request->line, answer, payload, bytes)) {
+            core->no_memory = true;
+            return;
+        }
     }
     core_forget(core, request);
 }

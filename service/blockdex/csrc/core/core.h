@@ -212,7 +212,8 @@ bool core_begin(struct core *core, int64_t now);
 /* Answers the steps that have ended; false: no memory is left. */
 bool core_land(struct core *core, int64_t now);
 
-/* answer.c: each ends its request, and forgets it. Where there is no memory for an answer, `no_memory` says so. */
+/* answer.c: each ends its request, and forgets it. Where there is no memory for the answer, it says so in
+ * `no_memory`, and the request stays. */
 void core_answer_selection(struct core *core, struct request *request, const struct step *step, uint32_t first_token);
 void core_answer(struct core *core, struct request *request, struct blockdex_answer numbers, const void *payload,
                  uint64_t bytes);

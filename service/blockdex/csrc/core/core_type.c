@@ -426,6 +426,7 @@ static PyObject *method_abandon(struct core *core, PyObject *arguments) {
         if (core->requests[number]) core_refuse(core, core->requests[number], code, reason, "%s", message);
     pair_index_clear(&core->held_back);
     core_publish(core);
+    if (core->no_memory) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 

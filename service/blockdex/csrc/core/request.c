@@ -240,9 +240,10 @@ static bool take_columns(struct core *core, struct line *line, const struct bloc
     if (slot->queries_dtype && !check_tensor(core, line, slot, now, "queries", slot->queries_dtype,
                                              slot->queries_bytes, tokens, slot->num_heads))
         return false;
-    const uint64_t wanted = slot->flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES) ? 2 : 1;
-    const uint64_t answer = slot->queries_dtype ? 4 * wanted * tokens * slot->num_heads * core->topk : 0;
-    if (answer + 64 * wanted > line_longest(line) && answer)
+    const bool scored = slot->flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES);
+    const uint64_t ids = slot->queries_dtype ? 4 * tokens * slot->num_heads * core->topk : 0;
+    const uint64_t answer = scored ? blockdex_aligned(ids) + ids : ids;
+    if (answer > line_longest(line))
         return REFUSE(INTERNAL, "INTERNAL", "answer: %llu bytes, there is room for %llu", (unsigned long long)answer,
                       (unsigned long long)line_longest(line));
     if (twice == -2) return REFUSE(RESOURCE_EXHAUSTED, "OVERLOADED", "engine: no memory left for a request");

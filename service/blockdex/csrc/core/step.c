@@ -182,6 +182,8 @@ bool core_land(struct core *core, int64_t now) {
             if (!request) continue;
             request->finished = now;
             core_answer_selection(core, request, step, step->asked[number].first_token);
+            if (core->no_memory) return false;
+            step->asked[number].request = NULL;
         }
         step->num_asked = 0;
         core_add(&core->device_nanoseconds[1], (uint64_t)(now - step->launched));
