@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -97,4 +98,5 @@ def test_a_step_that_hangs_is_asked_after_and_given_up_with_those_behind_it(devi
 
 def test_nobody_is_answered_twice_where_no_memory_is_left() -> None:
     """In a process of its own, in which no memory was given back that could be had again."""
-    subprocess.run([sys.executable, core_without_memory.__file__], check=True, timeout=60)
+    program = [sys.executable, "-m", core_without_memory.__name__]
+    subprocess.run(program, check=True, timeout=60, cwd=Path(core_without_memory.__file__).parents[1])

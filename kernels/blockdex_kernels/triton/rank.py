@@ -188,7 +188,7 @@ def _write_raw(
         if tl.load(wants + tl.program_id(0) // heads) != 0:
             if ranked:
                 tl.debug_barrier()
-            there = is_chosen & ranked
+            there = tl.where(is_chosen, ranked, False)
             block = tl.where(there, tl.load(out + slot, mask=there, other=0), block)
             raw = tl.load(scores + block, mask=block >= 0, other=float("-inf"))
             raw = tl.where(raw == raw, raw, float("-inf"))
