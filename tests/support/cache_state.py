@@ -57,13 +57,9 @@ def name_of(cache: Cache, column: int) -> Name:
 
 
 def page_table(cache: Cache, tenant: str, spans: Spans) -> NDArray[np.int32]:
-    """Page of each block of each row's sequence, for as many blocks as the longest span reaches, 0 where there is none.
-
-    Raises:
-        NotFoundError: UNKNOWN_SEQUENCE.
-    """
+    """Page of each block of each row's sequence, as far as the longest span reaches, 0 where there is none."""
     width = -(-int((spans.starts + spans.lengths).max()) // cache.spec.block_size)
-    rows = cache.table_rows(tenant, spans)
+    rows = cache.first_rows[[cache._column(tenant, sequence) for sequence in spans.sequence_ids.tolist()]]
     held = [len(pages(cache, tenant, sequence)) for sequence in spans.sequence_ids.tolist()]
     table = np.zeros((len(rows), width), np.int32)
     for row, (first, count) in enumerate(zip(rows.tolist(), held, strict=True)):

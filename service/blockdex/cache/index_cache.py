@@ -152,13 +152,19 @@ class Cache:
             self._remove(column)
 
     def find_pages(
-        self, subject: str, columns: NDArray[np.intp], starts: NDArray[np.int64], ends: NDArray[np.int64]
+        self,
+        subject: str,
+        named: NDArray[np.intp],
+        columns: NDArray[np.intp],
+        starts: NDArray[np.int64],
+        ends: NDArray[np.int64],
     ) -> list[PageCopy]:
         """Sees to it that the pages of some positions are there, and their sequences' alone.
 
         Args:
             subject: how a message begins.
-            columns: the sequences `[N]`.
+            named: the sequences that are not to be evicted for that.
+            columns: those that are to be written, `[N]`.
             starts: first position of each that is to be written, `[N]`.
             ends: position behind the last.
 
@@ -175,10 +181,10 @@ class Cache:
         if writes > self._pool.free:
             readers = self._pool.holders.copy()
             np.subtract.at(readers, sequences.tables.get(*shared.T), 1)
-            self._evict(self._find_room(subject, columns, readers, writes))
+            self._evict(self._find_room(subject, named, readers, writes))
         for column, count in zip(columns[more > 0].tolist(), more[more > 0].tolist(), strict=True):
             sequences.set_pages(column, int(sequences.held[column]), self._pool.allocate(count))
-        sequences.last_calls[columns] = now  # so that nothing takes the pages before they are written
+        sequences.last_calls[named] = now  # so that nothing takes the pages before they are written
         return self._unshare(shared)
 
     def moves_readers(self, columns: NDArray[np.intp], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:

@@ -49,7 +49,8 @@ class SequenceKeeper:
         if self._cache.moves_readers(columns, rows.starts, ends):
             return []  # The core asks again when the prefill is done.
         subject = f"sequence {all_rows.ids[0]}" if len(all_rows.ids) == 1 else f"{len(all_rows.ids)} sequences"
-        copies = self._cache.find_pages(f"{subject}, layer {layer}: append", columns, rows.starts, ends)
+        named = all_rows.columns.astype(np.intp)
+        copies = self._cache.find_pages(f"{subject}, layer {layer}: append", named, columns, rows.starts, ends)
         self._core.grant(number)
         return copies
 
