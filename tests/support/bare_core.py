@@ -134,7 +134,7 @@ class BareCore:
         spec: of the indexer.
         sequences: how many there are: 1 to so many of the tenant, in columns from 0 on.
         replays: the device's programs (runs, length, width); None: it runs steps at once, in Python.
-        spin_seconds, max_spans, max_message_bytes, max_queued: see `Core`.
+        spin_seconds, max_spans, max_message_bytes, max_queued, odd_keys: see `Core`.
     """
 
     def __init__(
@@ -147,6 +147,7 @@ class BareCore:
         max_spans: int = 1024,
         max_message_bytes: int = 1 << 30,
         max_queued: int = 256,
+        odd_keys: bool = False,
         num_pages: int | None = None,
     ) -> None:
         self.spec, self.device = spec, Device(spec)
@@ -165,7 +166,7 @@ class BareCore:
             max_queued=max_queued,
             max_message_bytes=max_message_bytes,
             scale=spec.score_scale,
-            odd_keys=False,
+            odd_keys=odd_keys,
             odd_queries=False,
             nudge=self.nudge,
             spin_seconds=spin_seconds,
