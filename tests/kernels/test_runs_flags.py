@@ -62,7 +62,12 @@ def test_raw_scores_are_as_they_rank(
         selection = phase(queries, spans, order="ascending", return_scores=True, raw_scores=True)
         assert selection.scores is not None
         assert torch.equal(selection.block_ids, plain.block_ids)
-        parts = zip(selection.block_ids.cpu().split(counts), selection.scores.cpu().split(counts), runs, strict=True)
+        parts = zip(
+            torch.split(selection.block_ids.cpu(), counts),
+            torch.split(selection.scores.cpu(), counts),
+            runs,
+            strict=True,
+        )
         for ids, scores, run in parts:
             tolerance = backend.flip_tolerance
             judged = select(run.keys, run.queries, run.first, spec, fp8_scoring=cache[1], flip_tolerance=tolerance)
@@ -94,8 +99,8 @@ def test_a_launch_does_for_each_run_what_its_flags_say(key_dtype: Any, generator
     ids = torch.full(expected.block_ids.shape, -2, dtype=torch.int32, device=DEVICE)
     scores = torch.full(ids.shape, 99.0, device=DEVICE)
     backend.decode_into(Selection(ids, scores), queries, flagged, order="ascending")
-    for run, (flag, own) in enumerate(zip(flags, ids.split(counts), strict=True)):
-        wanted = expected.block_ids.split(counts)[run]
+    for run, (flag, own) in enumerate(zip(flags, torch.split(ids, counts), strict=True)):
+        wanted = torch.split(expected.block_ids, counts)[run]
         assert torch.equal(own, wanted if flag & RUN_SELECTS else torch.full_like(wanted, -1)), run
-        told, raw = scores.split(counts)[run], expected.scores.split(counts)[run]
+        told, raw = torch.split(scores, counts)[run], torch.split(expected.scores, counts)[run]
         assert torch.equal(told, raw if flag & RUN_WANTS_SCORES else torch.full_like(raw, 99.0)), run

@@ -15,7 +15,7 @@ import torch
 from blockdex import _native as native
 from blockdex.contract.errors import BlockdexError, Code
 from blockdex.contract.messages import FloatDtype, Request
-from blockdex.ring.layout import AT, RequestSlot
+from blockdex.ring.layout import AT, IS_STATE, RequestSlot
 from blockdex.ring.segment import Sizes
 from blockdex_kernels import IndexSpec
 from support.bare_core import FIRST_ROW, HELD, LENGTH, LONGEST, SPEC, BareCore, bare_core, check_answer, usual
@@ -267,8 +267,7 @@ def test_what_takes_a_decision_is_left_to_python_and_holds_back_its_sequences_al
 
 def test_numbers_that_no_index_has_are_refused() -> None:
     for wrong in ({"block_size": 0}, {"num_index_heads": 65}, {"topk": 0}, {"head_dim": 0}):
-        sizes = {"num_layers": 1, "num_index_heads": 1, "head_dim": 8, "block_size": 8, "topk": 2}
-        spec = IndexSpec(**sizes)
+        spec = IndexSpec(num_layers=1, num_index_heads=1, head_dim=8, block_size=8, topk=2)
         for name, value in wrong.items():
             object.__setattr__(spec, name, value)
         with pytest.raises(ValueError, match="core: not sizes of an index"):
@@ -386,12 +385,13 @@ def test_an_answer_for_which_there_is_never_room_is_refused(bare: BareCore) -> N
 def test_limits() -> None:
     """A span too many, a byte too many of keys and queries together, a request too many."""
     token_bytes = 2 * SPEC.head_dim * (1 + SPEC.num_index_heads)
-    for options, reason in (
+    cases: tuple[tuple[dict[str, Any], str | None], ...] = (
         ({"max_spans": 2, "max_message_bytes": 4 * token_bytes}, None),
         ({"max_spans": 1}, "INVALID_SPANS"),
         ({"max_message_bytes": 4 * token_bytes - 1}, "MESSAGE_TOO_LARGE"),
         ({"max_queued": 1}, "OVERLOADED"),
-    ):
+    )
+    for options, reason in cases:
         with bare_core(**options) as bare:
             door = bare.open_client()
             if reason == "OVERLOADED":
@@ -473,7 +473,8 @@ def test_an_idle_core_checks_the_columns(bare: BareCore) -> None:
         harm()
         door.send(get(1), first_ticket=before)
         assert bare.look() == native.FOR_PYTHON
-        bare.take()
+        for number, *_ in bare.take():
+            bare.core.answer(number, IS_STATE, 0, 0, 0, 0, None, None)
         bare.core.run(0.05)
         assert bare.counted["integrity_faults"] > before
         undo()

@@ -188,7 +188,9 @@ class TritonBackend(Backend):
             own = Selection(selection.block_ids[at], selection.scores[at])
             columns = self._sent(np.stack([tokens.layers, tokens.starts, tokens.lengths, tokens.rows]))
             flags = torch.full_like(columns[0], RUN_SELECTS | RUN_WANTS_SCORES)
-            part = Spans(*columns[:3], tables[columns[3].long()], None, int(tokens.lengths.max()), flags=flags)
+            layers, starts, lengths, rows = columns
+            longest = int(tokens.lengths.max())
+            part = Spans(layers, starts, lengths, tables[rows.long()], None, longest, flags=flags)
             self.decode_into(own, queries[at], part, order="ascending")
         return selection
 

@@ -21,7 +21,8 @@ def are_idle(
     """
     last_calls = sequences.last_calls[columns]
     idle = (now - last_calls >= sequences.leases[columns]) & (last_calls < kept_since)
-    return idle & (sequences.reading_sequence[columns] == 0)
+    unread: NDArray[np.bool_] = idle & (sequences.reading_sequence[columns] == 0)
+    return unread
 
 
 def choose_victims(

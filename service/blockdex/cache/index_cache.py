@@ -29,7 +29,7 @@ from blockdex_kernels import IndexSpec
 class Columns(NamedTuple):
     """What the core shares of S sequences in L layers: see `Sequences`, `PageTables` and `PagePool`."""
 
-    index: SequenceIndex
+    sequences: SequenceIndex
     lengths: NDArray[np.int64]
     revisions: NDArray[np.uint64]
     reading: NDArray[np.int32]

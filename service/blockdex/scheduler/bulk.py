@@ -48,8 +48,14 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, parts: Sequence[bytes]) -> Rows:
         """Rows as the core hands them over."""
-        dtypes = (np.uint64, np.uint32, np.int64, np.int64, np.bool_)
-        return cls(*(np.frombuffer(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)))
+        ids, columns, starts, lengths, applies = parts
+        return cls(
+            np.frombuffer(ids, np.uint64),
+            np.frombuffer(columns, np.uint32),
+            np.frombuffer(starts, np.int64),
+            np.frombuffer(lengths, np.int64),
+            np.frombuffer(applies, np.bool_),
+        )
 
     def tokens_of(self, chosen: NDArray[np.bool_]) -> NDArray[np.intp]:
         """The tokens of the packed tensors beside them that belong to the chosen rows."""
@@ -57,7 +63,9 @@ class Rows(NamedTuple):
 
     def subset(self, chosen: NDArray[np.bool_]) -> Rows:
         """The chosen rows."""
-        return Rows(*(column[chosen] for column in self))
+        return Rows(
+            self.ids[chosen], self.columns[chosen], self.starts[chosen], self.lengths[chosen], self.applies[chosen]
+        )
 
 
 class Tensor(NamedTuple):

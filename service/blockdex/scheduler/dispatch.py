@@ -265,7 +265,8 @@ class Launcher:
     def _answer(self, reading: Reading) -> None:
         for caller, answer in reading.shares():
             flags = layout.HAS_BLOCK_IDS | (0 if answer.scores is None else layout.HAS_SCORES)
-            self._core.answer(caller.number, flags, *answer.block_ids.shape, 0, answer.block_ids, answer.scores)
+            tokens, heads, topk = answer.block_ids.shape
+            self._core.answer(caller.number, flags, tokens, heads, topk, 0, answer.block_ids, answer.scores)
         reading.callers = []
 
     def _end_reading(self) -> None:
