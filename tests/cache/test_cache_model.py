@@ -155,7 +155,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(nth=NTH)
     def close(self, nth: int) -> None:
         before = snapshot(self.cache)
-        self.cache.close_sequence(*NAMES[nth])
+        self.cache.close_sequences(NAMES[nth][0], [NAMES[nth][1]])
         if self.model.pop(NAMES[nth], None) is None:
             assert snapshot(self.cache) == before
 
@@ -227,7 +227,12 @@ class CacheMachine(RuleBasedStateMachine):
         own = [sequence for owner, sequence in self.model if owner == tenant]
         if name in self.model:
             parent_id = own[0]
-            self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.open_sequence(tenant, sequence_id, 0))
+            if not any((*self.model[name].layers, *self.model[name].revisions)):
+                self.cache.open_sequences(tenant, {sequence_id: 7.0})
+                self.model[name].lease = 7.0
+                self.touch(name)
+            else:
+                self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.open_sequences(tenant, {99: 0, sequence_id: 0}))
             self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.fork_sequence(tenant, parent_id, sequence_id, 0))
             return
         request = [*((sequence, 0, 1) for sequence in own), (sequence_id, 0, 1)]
@@ -258,7 +263,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for tenant, sequence_id in self.model:
-            self.cache.close_sequence(tenant, sequence_id)
+            self.cache.close_sequences(tenant, [sequence_id])
         check_integrity(self.cache)
         usage = self.cache.usage()
         assert (usage.pages_used, usage.pages_shared, usage.sequences) == (0, 0, 0)
@@ -307,7 +312,7 @@ class CacheMachine(RuleBasedStateMachine):
         return tenant, request
 
     def model_open(self, tenant: str, sequence_id: int, lease: float) -> None:
-        self.cache.open_sequence(tenant, sequence_id, lease)
+        self.cache.open_sequences(tenant, {sequence_id: lease})
         layers: list[list[int]] = [[] for _ in range(SPEC.num_layers)]
         self.model[tenant, sequence_id] = ModelSequence(
             layers, [0] * SPEC.num_layers, lease or DEFAULT_LEASE, self.clock.now

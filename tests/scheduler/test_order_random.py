@@ -53,7 +53,9 @@ class Caller:
             p=[0.08, 0.06, 0.06, 0.05, 0.03, 0.22, 0.25, 0.25],
         ):
             case "open":
-                return open_sequence(self._new_id(), tenant=tenant)
+                # Now and then one that is open, perhaps empty still.
+                sequence = self._some_id(tenant) if random.random() < 0.2 else self._new_id()
+                return open_sequence(sequence, tenant=tenant)
             case "get":
                 return get(self._some_id(tenant), tenant=tenant)
             case "fork":
@@ -181,7 +183,7 @@ async def test_answers_are_those_of_one_request_after_another(seed: int, key_dty
         check_integrity(run.engine._cache)
         refusals = sum(isinstance(answer, BlockdexError) for answer in expected)
         assert REQUESTS // 20 < refusals < REQUESTS // 2, "neither all refused nor all easy"
-        assert run.engine.stats().batches < REQUESTS // 3, "most ran together"
+        assert run.engine.stats().batches < REQUESTS // 2, "most ran together"
         assert {call.phase for call in run.backend.calls} == {"append", "decode", "prefill"}
 
 

@@ -11,9 +11,10 @@ from blockdex import _native as native
 from blockdex.cache import Cache, PageCopy
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import TokenRequest
+from blockdex.ring.handshake import new_link
 from blockdex.ring.segment import Sizes
 from blockdex.scheduler.sequences import SequenceKeeper
-from support.foreign_frontend import ForeignFrontend, new_handles
+from support.foreign_frontend import ForeignFrontend
 from support.running_engine import tokens
 
 _SIZES = Sizes(slots=8, request_bytes=1 << 20, answer_bytes=1 << 20)
@@ -58,9 +59,9 @@ class Admission:
             self.core.set_step(number, np.zeros(size, np.uint8), block_ids, np.zeros(ids, np.float32))
         self.core.set_run_step(lambda number, runs, count: self._ids[number].fill(0))
         self.core.set_epoch(cache.epoch)
-        self.client = ForeignFrontend(new_handles(_SIZES))
-        segment = self.client.handles.segment
-        self.core.add(native.Line(segment, self.client.handles.client_bell, self.client.handles.engine_bell))
+        engine, client = new_link(_SIZES, epoch=1)
+        self.client = ForeignFrontend(client)
+        self.core.add(native.Line(engine.segment, engine.client_bell, engine.engine_bell))
 
     def ask(self, cache: Cache, request: TokenRequest) -> list[PageCopy]:
         """Asks as an engine's thread does, and answers the copies that are to be made before any key is written.

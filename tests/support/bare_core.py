@@ -17,10 +17,11 @@ from blockdex.cache import Cache
 from blockdex.contract.errors import Code
 from blockdex.contract.messages import TokenAnswer, TokenRequest
 from blockdex.executor.interface import keys_offset
+from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.interface import RUN_SELECTS, RUN_WANTS_SCORES
-from support.foreign_frontend import ForeignFrontend, new_handles
+from support.foreign_frontend import ForeignFrontend
 from support.running_engine import TENANT, tokens, values
 
 SPEC = IndexSpec(num_layers=3, num_index_heads=2, head_dim=8, block_size=8, topk=4, max_sequence_tokens=36)
@@ -176,7 +177,7 @@ class BareCore:
         self.cache = Cache(spec, HELD * sequences if num_pages is None else num_pages)
         held = self.cache._sequences
         for sequence in range(1, sequences + 1):
-            self.cache.open_sequence(TENANT, sequence, 0)
+            self.cache.open_sequences(TENANT, {sequence: 0})
             column = held.find(TENANT, sequence)
             assert column == sequence - 1
             held.set_pages(column, 0, self.cache._pool.allocate(HELD))
@@ -190,6 +191,7 @@ class BareCore:
         else:
             self.core.set_replays(*self.device.replays(replays))
         self.doors: list[ForeignFrontend] = []
+        self.engine_sides: list[Handles] = []
         self.lines: list[native.Line] = []
 
     @property
@@ -204,8 +206,10 @@ class BareCore:
 
     def open_client(self, sizes: Sizes = SIZES) -> ForeignFrontend:
         """One more frontend."""
-        door = ForeignFrontend(new_handles(sizes))
-        line = native.Line(door.handles.segment, door.handles.client_bell, door.handles.engine_bell)
+        engine, client = new_link(sizes, epoch=1)
+        door = ForeignFrontend(client)
+        line = native.Line(engine.segment, engine.client_bell, engine.engine_bell)
+        self.engine_sides.append(engine)
         self.core.add(line)
         self.doors.append(door)
         self.lines.append(line)
@@ -231,6 +235,8 @@ class BareCore:
         """Gives the files back."""
         for door in self.doors:
             door.close()
+        for engine in self.engine_sides:
+            engine.close()
         os.close(self.nudge)
 
     def take(self) -> list[tuple[Any, ...]]:

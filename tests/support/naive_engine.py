@@ -14,10 +14,10 @@ from blockdex.contract import errors
 from blockdex.contract.errors import BlockdexError, Reason
 from blockdex.contract.messages import (
     Answer,
-    CloseSequence,
+    CloseSequences,
     ForkSequence,
     GetSequence,
-    OpenSequence,
+    OpenSequences,
     Queries,
     Request,
     SequenceState,
@@ -68,10 +68,14 @@ class NaiveEngine:
 
     def _sequence(self, request: Request) -> SequenceState:
         match request:
-            case OpenSequence(tenant=tenant, sequence_id=sequence_id):
-                self._check_absent(tenant, sequence_id)
+            case OpenSequences(tenant=tenant, sequence_ids=sequence_ids):
+                for sequence_id in sequence_ids:
+                    held = self.sequences.get((tenant, sequence_id), ())
+                    if any(len(layer.keys) or layer.revision for layer in held):
+                        self._check_absent(tenant, sequence_id)
                 empty = np.zeros((0, self.spec.head_dim), np.float32)
-                self.sequences[tenant, sequence_id] = [Layer(empty) for _ in range(self.spec.num_layers)]
+                for sequence_id in sequence_ids:
+                    self.sequences[tenant, sequence_id] = [Layer(empty) for _ in range(self.spec.num_layers)]
                 return SequenceState(self.epoch)
             case GetSequence(tenant=tenant, sequence_id=sequence_id):
                 return self._state(tenant, sequence_id)
@@ -84,8 +88,9 @@ class NaiveEngine:
                 for layer in self._held(tenant, sequence_id):
                     layer.keys = layer.keys[:length]
                 return self._state(tenant, sequence_id)
-            case CloseSequence(tenant=tenant, sequence_id=sequence_id):
-                self.sequences.pop((tenant, sequence_id), None)
+            case CloseSequences(tenant=tenant, sequence_ids=sequence_ids):
+                for sequence_id in sequence_ids:
+                    self.sequences.pop((tenant, sequence_id), None)
                 return SequenceState(self.epoch)
         raise AssertionError(request)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import time
 from collections.abc import Mapping
 
@@ -13,12 +12,13 @@ import numpy as np
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Answer, Phase, Request, Stage
 from blockdex.ring import layout
-from blockdex.ring.handshake import Handles
+from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, REQUEST_STRUCT, RequestSlot, aligned
-from blockdex.ring.segment import Segment, Sizes
+from blockdex.ring.segment import Sizes
 from blockdex.ring.server import Line, RingInbox
 from blockdex.scheduler.loop import Engine
 from support import slots
+from support.atomics import Atomics
 from support.ring import Bell, Consumer, Producer
 
 _SIZES = Sizes(slots=1 << 13, request_bytes=1 << 29, answer_bytes=1 << 28)
@@ -43,9 +43,8 @@ class RingCaller:
     """The client's side of a link to an engine, which it starts and stops; made and used on one asyncio loop."""
 
     def __init__(self, engine: Engine, inbox: RingInbox) -> None:
-        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        segment = Segment.create(_SIZES, engine.info().epoch)
-        handles = Handles(segment, os.eventfd(0, flags), os.eventfd(0, flags))
+        engine_side, handles = new_link(_SIZES, engine.info().epoch)
+        segment = handles.segment
         self.broken: list[Exception] = []
         self._engine = engine
         self._segment = segment
@@ -56,7 +55,7 @@ class RingCaller:
         self._tickets = itertools.count(1)
         self._offset = 0
         self._reading: asyncio.Task[None] | None = None
-        inbox.add(Line(handles, self.broken.append))
+        inbox.add(Line(engine_side, self.broken.append))
 
     def start(self) -> None:
         """Starts the engine."""
@@ -102,7 +101,7 @@ class RingCaller:
         payload = np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin).copy()
         pending = self._in_flight.pop(numbers.ticket)
         if numbers.payload_bytes:
-            segment.counters[AT["answer_bytes_freed"] // 8] = numbers.payload_end
+            Atomics(segment).store(AT["answer_bytes_freed"], numbers.payload_end)
         self._answers.release()
         if pending.done():
             return

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import (
     Answer,
-    CloseSequence,
+    CloseSequences,
     FloatDtype,
     ForkSequence,
     GetSequence,
     Keys,
     Limits,
-    OpenSequence,
+    OpenSequences,
     Order,
     Queries,
     Request,
@@ -234,9 +234,9 @@ def tensor(values: NDArray[np.float32], dtype: FloatDtype = "bf16") -> TensorDat
     return TensorData(dtype, values.astype(NUMPY_DTYPES[dtype]).tobytes())
 
 
-def open_sequence(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0, lease: int = 0) -> OpenSequence:
+def open_sequence(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0, lease: int = 0) -> OpenSequences:
     """A request to open a sequence."""
-    return OpenSequence(tenant, epoch, sequence_id, lease)
+    return OpenSequences(tenant, epoch, (sequence_id,), (lease,))
 
 
 def get(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0) -> GetSequence:
@@ -254,9 +254,9 @@ def truncate(sequence_id: int, length: int, *, tenant: str = TENANT, epoch: int 
     return TruncateSequence(tenant, epoch, sequence_id, length)
 
 
-def close(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0) -> CloseSequence:
+def close(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0) -> CloseSequences:
     """A request to close a sequence."""
-    return CloseSequence(tenant, epoch, sequence_id)
+    return CloseSequences(tenant, epoch, (sequence_id,))
 
 
 def tokens(

@@ -10,10 +10,10 @@ from blockdex.contract.messages import (
     PHASES,
     STAGES,
     Answer,
-    CloseSequence,
+    CloseSequences,
     ForkSequence,
     GetSequence,
-    OpenSequence,
+    OpenSequences,
     Phase,
     Request,
     SequenceRequest,
@@ -32,17 +32,22 @@ Numbers = dict[str, int]
 _DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES, start=1)}
 _ORDER_NUMBERS = {order: number for number, order in enumerate(ORDERS, start=1)}
 _KINDS: dict[type, int] = {
-    OpenSequence: layout.OPEN,
+    OpenSequences: layout.OPEN,
     GetSequence: layout.GET,
     TruncateSequence: layout.TRUNCATE,
-    CloseSequence: layout.CLOSE,
+    CloseSequences: layout.CLOSE,
 }
 _COLUMNS = 4
 
 
+def _columns_at(tenant_bytes: int) -> int:
+    """Where columns begin in what a request carries; the tenant comes first."""
+    return -(-tenant_bytes // 8) * 8
+
+
 def _parts(tenant_bytes: int, num_spans: int, keys_bytes: int) -> tuple[int, int, int]:
-    """Where columns, keys and queries begin in what a token request carries; the tenant comes first."""
-    columns = -(-tenant_bytes // 8) * 8
+    """Where columns, keys and queries begin in what a token request carries."""
+    columns = _columns_at(tenant_bytes)
     keys = aligned(columns + 8 * _COLUMNS * num_spans)
     return columns, keys, keys + aligned(keys_bytes)
 
@@ -50,7 +55,8 @@ def _parts(tenant_bytes: int, num_spans: int, keys_bytes: int) -> tuple[int, int
 def request_bytes(request: Request) -> int:
     """Bytes of what a request carries."""
     if not isinstance(request, TokenRequest):
-        return len(request.tenant)
+        columns = _sequence_columns(request)
+        return _columns_at(len(request.tenant)) + 8 * sum(map(len, columns)) if columns else len(request.tenant)
     keys_bytes = 0 if request.keys is None else len(request.keys.tensor.data)
     *_, queries_at = _parts(len(request.tenant), len(request.spans.lengths), keys_bytes)
     return queries_at + (0 if request.queries is None else len(request.queries.tensor.data))
@@ -66,7 +72,7 @@ def write_request(
     if isinstance(request, TokenRequest):
         numbers = _write_tokens(segment, begin, len(tenant), request)
     else:
-        numbers = _sequence_numbers(request)
+        numbers = _write_sequences(segment, begin, len(tenant), request)
     numbers |= {
         "ticket": ticket,
         "tenant_bytes": len(tenant),
@@ -91,8 +97,11 @@ def _write_tokens(segment: Segment, begin: int, tenant_bytes: int, request: Toke
     numbers = {"kind": layout.TOKENS, "layer": request.layer, "num_spans": num_spans}
     if keys is not None:
         memory[begin + keys_at : begin + keys_at + keys_bytes] = keys.tensor.data
-        numbers |= {"keys_dtype": _DTYPE_NUMBERS[keys.tensor.dtype], "keys_bytes": keys_bytes}
-        numbers["flags"] = layout.ROLLBACK * keys.rollback
+        numbers |= {
+            "keys_dtype": _DTYPE_NUMBERS[keys.tensor.dtype],
+            "keys_bytes": keys_bytes,
+            "flags": layout.ROLLBACK * keys.rollback,
+        }
     if queries is not None:
         queries_bytes = len(queries.tensor.data)
         memory[begin + queries_at : begin + queries_at + queries_bytes] = queries.tensor.data
@@ -110,13 +119,29 @@ def _write_tokens(segment: Segment, begin: int, tenant_bytes: int, request: Toke
     return numbers
 
 
-def _sequence_numbers(request: SequenceRequest) -> Numbers:
+def _sequence_columns(request: SequenceRequest) -> tuple[tuple[int, ...], ...]:
+    """What a request on several sequences carries besides the tenant."""
+    match request:
+        case OpenSequences(sequence_ids=sequence_ids, lease_seconds=lease_seconds):
+            return sequence_ids, lease_seconds
+        case CloseSequences(sequence_ids=sequence_ids):
+            return (sequence_ids,)
+        case _:
+            return ()
+
+
+def _write_sequences(segment: Segment, begin: int, tenant_bytes: int, request: SequenceRequest) -> Numbers:
+    word = (begin + _columns_at(tenant_bytes)) // 8
+    for column in _sequence_columns(request):
+        segment.words[word : word + len(column)] = column
+        word += len(column)
     if isinstance(request, ForkSequence):
         ids = {"sequence_id": request.parent_id, "child_id": request.child_id}
         return {"kind": layout.FORK, "number": request.length} | ids
-    numbers = {"kind": _KINDS[type(request)], "sequence_id": request.sequence_id}
-    if isinstance(request, OpenSequence):
-        return numbers | {"number": request.lease_seconds}
+    numbers = {"kind": _KINDS[type(request)]}
+    if isinstance(request, OpenSequences | CloseSequences):
+        return numbers | {"num_spans": len(request.sequence_ids)}
+    numbers["sequence_id"] = request.sequence_id
     if isinstance(request, TruncateSequence):
         return numbers | {"number": request.length}
     return numbers
@@ -157,8 +182,10 @@ def read_answer(numbers: AnswerSlot, payload: NDArray[np.uint8]) -> Answer | Blo
         payload: uint8 `[payload_bytes]`.
     """
     if numbers.code:
-        reason, message = payload[: numbers.reason_bytes].tobytes(), payload[numbers.reason_bytes :].tobytes()
-        return error_of(numbers.code, message.decode("utf-8", "replace"), reason.decode())
+        reason, text = payload[: numbers.reason_bytes].tobytes(), payload[numbers.reason_bytes :].tobytes()
+        message, *metadata = text.decode("utf-8", "replace").split("\0")
+        named = (each.partition("=") for each in metadata)
+        return error_of(numbers.code, message, reason.decode(), {name: value for name, _, value in named})
     if numbers.flags & layout.IS_STATE:
         if not numbers.flags & layout.HAS_LENGTHS:
             return SequenceState(numbers.epoch)

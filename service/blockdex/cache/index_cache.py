@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -79,14 +79,25 @@ class Cache:
         """No sequence is evicted that a call has named since then, a clock reading, or from now on."""
         self._kept_since = self._clock() if began is None else began
 
-    def open_sequence(self, tenant: str, sequence_id: int, lease_seconds: float) -> None:
-        """Opens an empty sequence; a lease of 0 stands for the default.
+    def open_sequences(self, tenant: str, leases: Mapping[int, float]) -> None:
+        """Opens empty sequences, all or none, each with its lease in seconds; 0 stands for the default.
+
+        One that is open and still as it was opened is only given its lease.
 
         Raises:
-            AlreadyExistsError: SEQUENCE_EXISTS.
+            AlreadyExistsError: SEQUENCE_EXISTS, of the first that has tokens or a revision.
         """
-        self._check_absent(tenant, sequence_id)
-        self._add(tenant, sequence_id, lease_seconds or self._default_lease_seconds, self._clock())
+        sequences, now = self._sequences, self._clock()
+        for sequence_id in leases:
+            column = sequences.find(tenant, sequence_id)
+            if column is not None and (sequences.lengths[:, column].any() or sequences.revisions[:, column].any()):
+                raise _exists(sequence_id)
+        for sequence_id, seconds in leases.items():
+            lease, column = seconds or self._default_lease_seconds, sequences.find(tenant, sequence_id)
+            if column is None:
+                self._add(tenant, sequence_id, lease, now)
+            else:
+                sequences.leases[column], sequences.last_calls[column] = lease, now
 
     def get_sequence(self, tenant: str, sequence_id: int) -> Sequence:
         """Lengths and revisions.
@@ -145,11 +156,12 @@ class Cache:
         self._sequences.last_calls[column] = self._clock()
         return self._sequences.state(column)
 
-    def close_sequence(self, tenant: str, sequence_id: int) -> None:
-        """Gives up a sequence; one that is not open is fine."""
-        column = self._sequences.find(tenant, sequence_id)
-        if column is not None:
-            self._remove(column)
+    def close_sequences(self, tenant: str, sequence_ids: Iterable[int]) -> None:
+        """Gives up sequences; one that is not open is fine."""
+        for sequence_id in sequence_ids:
+            column = self._sequences.find(tenant, sequence_id)
+            if column is not None:
+                self._remove(column)
 
     def find_pages(
         self,
@@ -274,7 +286,7 @@ class Cache:
 
     def _check_absent(self, tenant: str, sequence_id: int) -> None:
         if self._sequences.find(tenant, sequence_id) is not None:
-            raise AlreadyExistsError(f"sequence {sequence_id}: open already", Reason.SEQUENCE_EXISTS)
+            raise _exists(sequence_id)
 
     def _shared_writes(
         self, columns: NDArray[np.intp], starts: NDArray[np.int64], ends: NDArray[np.int64]
@@ -306,6 +318,10 @@ class Cache:
                 f"{subject} is out of pages: {pool.free + shortage} needed, {pool.free} free, {freed} evictable, "
                 f"{pool.total} in all",
                 Reason.OUT_OF_PAGES,
+                needed=pool.free + shortage,
+                free=pool.free,
+                evictable=freed,
+                total=pool.total,
             )
         return victims
 
@@ -361,4 +377,10 @@ class Cache:
 
 
 def _unknown(sequence_id: int) -> NotFoundError:
-    return NotFoundError(f"sequence {sequence_id}: unknown (never opened, closed, or evicted)", Reason.UNKNOWN_SEQUENCE)
+    words = f"sequence {sequence_id}: unknown (never opened, closed, or evicted)"
+    return NotFoundError(words, Reason.UNKNOWN_SEQUENCE, sequence_id=sequence_id)
+
+
+def _exists(sequence_id: int) -> AlreadyExistsError:
+    words = f"sequence {sequence_id}: open already"
+    return AlreadyExistsError(words, Reason.SEQUENCE_EXISTS, sequence_id=sequence_id)

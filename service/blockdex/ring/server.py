@@ -17,7 +17,7 @@ class Line:
     """One link, as the engine sees it.
 
     Args:
-        handles: what both sides hold.
+        handles: the engine's side of the link.
         hang_up: ends the connection, from any thread; called where the client has written what cannot be.
 
     Attributes:
@@ -28,7 +28,7 @@ class Line:
     def __init__(self, handles: Handles, hang_up: Callable[[RingError], None]) -> None:
         self.handles = handles
         self.hang_up = hang_up
-        self.native = NativeLine(handles.segment, handles.client_bell, handles.engine_bell)
+        self.native = NativeLine(handles.segment, handles.client_bell, handles.engine_bell, handles.tenant)
         self.gone = False
 
 

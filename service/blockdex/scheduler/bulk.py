@@ -112,15 +112,15 @@ class Bulk:
     @classmethod
     def of(cls, item: tuple[Any, ...]) -> Bulk:
         """The request of an item as `Core.take` hands it over."""
-        number, _, layer, parts, tenant, memory, keys_dtype, keys, queries_dtype, queries, *rest = item
+        number, _, layer, parts, tenant, line, keys_dtype, keys, queries_dtype, queries, *rest = item
         first_head, num_heads, order, flags = rest
         return cls(
             number,
             layer,
             Rows.of(parts),
             tenant,
-            _tensor(memory, keys_dtype, keys),
-            _tensor(memory, queries_dtype, queries),
+            _tensor(line.memory, keys_dtype, keys),
+            _tensor(line.memory, queries_dtype, queries),
             first_head,
             num_heads,
             layout.ORDERS[order - 1] if order else "ascending",
@@ -133,7 +133,7 @@ def _tensor(memory: memoryview, dtype: int, place: tuple[int, int]) -> Tensor | 
     begin, num_bytes = place
     if not dtype:
         return None
-    return Tensor(TORCH_DTYPES[layout.DTYPES[dtype - 1]], memoryview(memory)[begin : begin + num_bytes])
+    return Tensor(TORCH_DTYPES[layout.DTYPES[dtype - 1]], memory[begin : begin + num_bytes])
 
 
 class Reading:

@@ -22,6 +22,7 @@ from blockdex.logs import log_event
 from blockdex.ring import layout
 from blockdex.scheduler.bulk import ALL_TOKENS, Bulk, Chosen, Reading, Rows, readings
 from blockdex.scheduler.prefill import Prefill, Prefills
+from blockdex.scheduler.sequences import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -312,6 +313,6 @@ class Launcher:
         refused = ResourceExhaustedError("device: no memory left to select with", Reason.OVERLOADED)
         for reading in given_up:
             for caller, _ in reading.callers:
-                self._core.refuse(caller.number, refused.code, refused.reason, refused.message)
+                refuse(self._core, caller.number, refused)
             reading.callers = []
         self._stop_reading(given_up)

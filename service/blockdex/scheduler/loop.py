@@ -22,6 +22,7 @@ from blockdex.scheduler.core import Shared, add_counts, make_core
 from blockdex.scheduler.dispatch import Launcher
 from blockdex.scheduler.sequences import SequenceKeeper
 from blockdex_kernels import IndexSpec
+from blockdex_kernels.dispatch import device_name
 from blockdex_kernels.interface import Backend
 
 logger = logging.getLogger(__name__)
@@ -135,8 +136,8 @@ class Engine:
             cache=cache.usage(),
             epoch=cache.epoch,
             device=str(self._backend.device),
+            device_name=device_name(self._backend.device),
             kernels=self._backend.kernels,
-            totals=self.stats().totals(),
         )
 
     def overview(self, max_cells: int) -> CacheOverview:

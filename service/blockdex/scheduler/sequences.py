@@ -34,7 +34,7 @@ class SequenceKeeper:
             try:
                 copies += self._grant(number, *rest) if kind == "pages" else self._do(number, kind, *rest)
             except BlockdexError as refused:
-                self._core.refuse(number, refused.code, refused.reason, refused.message)
+                refuse(self._core, number, refused)
         return copies
 
     def trim(self) -> None:
@@ -54,21 +54,21 @@ class SequenceKeeper:
         self._core.grant(number)
         return copies
 
-    def _do(self, number: int, kind: str, tenant: str, sequence_id: int, child_id: int, value: int) -> list[PageCopy]:
+    def _do(self, number: int, kind: str, tenant: str, *rest: Any) -> list[PageCopy]:
         cache = self._cache
         copies: list[PageCopy] = []
         state: Sequence | None = None
-        match kind:
-            case "open":
-                cache.open_sequence(tenant, sequence_id, value)
-            case "get":
+        match kind, rest:
+            case "open", (ids, leases):
+                cache.open_sequences(tenant, dict(zip(_words(ids), _words(leases), strict=True)))
+            case "close", (ids, _):
+                cache.close_sequences(tenant, _words(ids))
+            case "get", (sequence_id, _, _):
                 state = cache.get_sequence(tenant, sequence_id)
-            case "fork":
-                state, copies = cache.fork_sequence(tenant, sequence_id, child_id, value)
-            case "truncate":
-                state = cache.truncate_sequence(tenant, sequence_id, value)
-            case "close":
-                cache.close_sequence(tenant, sequence_id)
+            case "fork", (parent_id, child_id, length):
+                state, copies = cache.fork_sequence(tenant, parent_id, child_id, length)
+            case "truncate", (sequence_id, _, length):
+                state = cache.truncate_sequence(tenant, sequence_id, length)
         if state is None:
             self._core.answer(number, layout.IS_STATE, 0, 0, 0, 0, None, None)
         else:
@@ -77,3 +77,14 @@ class SequenceKeeper:
         if kind not in {"open", "get"}:
             self._core.try_again()
         return copies
+
+
+def refuse(core: Core, number: int, error: BlockdexError) -> None:
+    """Answers a request with an error, and the numbers that it names."""
+    numbers = (f"{name}={value}" for name, value in error.metadata.items())
+    core.refuse(number, error.code, error.reason, "\x1f".join((error.message, *numbers)))
+
+
+def _words(column: bytes) -> list[int]:
+    words: list[int] = np.frombuffer(column, np.uint64).tolist()
+    return words

@@ -29,14 +29,14 @@ static bool appends(const struct request *request) { return request->slot.keys_d
 static bool selects(const struct request *request) { return request->slot.queries_dtype != 0; }
 static bool has_tokens(const struct request *request) { return request->slot.kind == BLOCKDEX_TOKENS; }
 
-/* What a request names, by number: its spans' sequences, or those of its slot. */
+/* What a request names, by number: its rows' sequences, or those of its slot. */
 static uint32_t num_named(const struct request *request) {
-    if (has_tokens(request)) return request->slot.num_spans;
+    if (request->num_rows) return request->num_rows;
     return request->slot.kind == BLOCKDEX_FORK ? 2 : 1;
 }
 
 static uint64_t named(const struct request *request, uint32_t row) {
-    if (has_tokens(request)) return request->ids[row];
+    if (request->num_rows) return request->ids[row];
     return row ? request->slot.child_id : request->slot.sequence_id;
 }
 
@@ -58,19 +58,24 @@ static bool hold_back_others(struct core *core, struct request *request) {
 
 #define REFUSE(code, reason, ...) (core_refuse(core, request, code, reason, __VA_ARGS__), false)
 #define ID(row) ((unsigned long long)request->ids[row])
+#define START(row) ((long long)request->starts[row])
+#define LENGTH(row) ((long long)request->lengths[row])
+/* What errors say beside their message, of its numbers. */
+#define REVISIONS META "sequence_id=%1$llu" META "layer=%2$u" META "revision=%4$llu" META "layer_revision=%5$llu"
+#define NUMBERS \
+    META "sequence_id=%1$llu" META "layer=%2$u" META "start=%4$lld" META "length=%5$lld" META "layer_length=%6$lld"
 
 static bool check_epoch(struct core *core, struct request *request) {
     if (!request->slot.epoch || request->slot.epoch == core->epoch) return true;
-    return REFUSE(FAILED_PRECONDITION, "EPOCH_MISMATCH", "epoch: request names %llu, the cache's is %llu",
+    return REFUSE(FAILED_PRECONDITION, "EPOCH_MISMATCH", "epoch: request names %1$llu, the cache's is %2$llu" META "epoch=%1$llu" META "cache_epoch=%2$llu",
                   (unsigned long long)request->slot.epoch, (unsigned long long)core->epoch);
 }
 
 static bool find_columns(struct core *core, struct request *request) {
-    for (uint32_t row = 0; row < request->slot.num_spans; row++) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
         int64_t column = sequence_index_find(core->index, request->tenant, request->ids[row]);
         if (column < 0)
-            return REFUSE(NOT_FOUND, "UNKNOWN_SEQUENCE", "sequence %llu: unknown (never opened, closed, or evicted)",
-                          ID(row));
+            return REFUSE(NOT_FOUND, "UNKNOWN_SEQUENCE", "sequence %1$llu: unknown (never opened, closed, or evicted)" META "sequence_id=%1$llu", ID(row));
         assert((size_t)column < core->columns.count);
         request->columns[row] = (uint32_t)column;
     }
@@ -78,12 +83,12 @@ static bool find_columns(struct core *core, struct request *request) {
 }
 
 static bool check_not_stale(struct core *core, struct request *request, const char *call) {
-    for (uint32_t row = 0; row < request->slot.num_spans; row++) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
         const uint64_t revision = request->revisions[row], known = revisions_of(core)[cell_of(core, request, row)];
         if (revision && revision < known)
             return REFUSE(ABORTED, "STALE_REVISION",
-                          "sequence %llu, layer %u: %s has revision %llu, the layer is at %llu", ID(row),
-                          request->slot.layer, call, (unsigned long long)revision, (unsigned long long)known);
+                          "sequence %1$llu, layer %2$u: %3$s has revision %4$llu, the layer is at %5$llu" REVISIONS,
+                          ID(row), request->slot.layer, call, (unsigned long long)revision, (unsigned long long)known);
     }
     return true;
 }
@@ -94,7 +99,7 @@ static bool check_append(struct core *core, struct request *request) {
     const uint32_t layer = request->slot.layer;
     if (!check_not_stale(core, request, "append")) return false;
     request->done_already = true;
-    for (uint32_t row = 0; row < request->slot.num_spans; row++) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
         const size_t cell = cell_of(core, request, row);
         const int64_t length = lengths_of(core)[cell], end = request->starts[row] + request->lengths[row];
         const uint64_t revision = request->revisions[row];
@@ -102,21 +107,23 @@ static bool check_append(struct core *core, struct request *request) {
         request->done_already &= !request->applies[row];
         if (!request->applies[row] && end != length)
             return REFUSE(ABORTED, "STALE_REVISION",
-                          "sequence %llu, layer %u: append ends at %lld, length at its revision %llu is %lld", ID(row),
-                          layer, (long long)end, (unsigned long long)revision, (long long)length);
+                          "sequence %1$llu, layer %2$u: append ends at %3$lld, length at its revision %7$llu is %6$lld" NUMBERS META
+                          "revision=%7$llu",
+                          ID(row), layer, (long long)end, START(row), LENGTH(row), (long long)length,
+                          (unsigned long long)revision);
     }
-    for (uint32_t row = 0; row < request->slot.num_spans; row++) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
         const int64_t length = lengths_of(core)[cell_of(core, request, row)], start = request->starts[row];
         if (!request->applies[row]) continue;
         if (start > length)
             return REFUSE(OUT_OF_RANGE, "APPEND_BEYOND_LENGTH",
-                          "sequence %llu, layer %u: append starts at %lld, length is %lld", ID(row), layer,
-                          (long long)start, (long long)length);
+                          "sequence %1$llu, layer %2$u: append starts at %3$lld, length is %6$lld" NUMBERS, ID(row), layer,
+                          (long long)start, START(row), LENGTH(row), (long long)length);
         if (start < length && !rollback && !request->revisions[row])
             return REFUSE(OUT_OF_RANGE, "APPEND_OVERLAPS",
-                          "sequence %llu, layer %u: append starts at %lld, length is %lld; to roll back takes a revision "
-                          "or rollback",
-                          ID(row), layer, (long long)start, (long long)length);
+                          "sequence %1$llu, layer %2$u: append starts at %3$lld, length is %6$lld; to roll back takes a "
+                          "revision or rollback" NUMBERS,
+                          ID(row), layer, (long long)start, START(row), LENGTH(row), (long long)length);
     }
     return true;
 }
@@ -124,7 +131,7 @@ static bool check_append(struct core *core, struct request *request) {
 /* Of a selection alone. One that appends for its own tokens reads what it has written. */
 static enum verdict check_selection(struct core *core, struct request *request) {
     const bool may_wait = request->slot.flags & BLOCKDEX_WAIT_FOR_KEYS;
-    const uint32_t spans = request->slot.num_spans, layer = request->slot.layer;
+    const uint32_t spans = request->num_rows, layer = request->slot.layer;
     bool all_named = true;
     if (!check_not_stale(core, request, "selection")) return ENDED;
     for (uint32_t row = 0; row < spans; row++) {
@@ -133,8 +140,8 @@ static enum verdict check_selection(struct core *core, struct request *request) 
         if (revision <= known) continue;
         if (may_wait) return WAITS;
         core_refuse(core, request, ABORTED, "FUTURE_REVISION",
-                    "sequence %llu, layer %u: selection has revision %llu, the layer is at %llu", ID(row), layer,
-                    (unsigned long long)revision, (unsigned long long)known);
+                    "sequence %1$llu, layer %2$u: %3$s has revision %4$llu, the layer is at %5$llu" REVISIONS, ID(row), layer,
+                    "selection", (unsigned long long)revision, (unsigned long long)known);
         return ENDED;
     }
     for (uint32_t row = 0; row < spans; row++) {
@@ -144,8 +151,8 @@ static enum verdict check_selection(struct core *core, struct request *request) 
         /* Revisions that it names are all there: what names none may yet come. */
         if (may_wait && !all_named) return WAITS;
         core_refuse(core, request, FAILED_PRECONDITION, "KEYS_NOT_APPENDED",
-                    "sequence %llu, layer %u: selection ends at %lld, length is %lld", ID(row), layer, (long long)end,
-                    (long long)length);
+                    "sequence %1$llu, layer %2$u: selection ends at %3$lld, length is %6$lld" NUMBERS, ID(row), layer,
+                    (long long)end, START(row), LENGTH(row), (long long)length);
         return ENDED;
     }
     return TAKEN;
@@ -168,7 +175,7 @@ static bool has_pages(const struct core *core, const struct request *request, ui
 
 /* An append, by row: whether it would be told from one in the order of arrival. */
 static bool append_conflicts(struct core *core, const struct request *request) {
-    for (uint32_t row = 0; row < request->slot.num_spans; row++) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
         const size_t cell = cell_of(core, request, row);
         if (reading_of(core)[cell]) return true;
         if (core->appended_in[cell] != core->serial && core->read_in[cell] != core->serial &&
@@ -181,15 +188,15 @@ static bool append_conflicts(struct core *core, const struct request *request) {
 }
 
 static bool needs_pages(const struct core *core, const struct request *request) {
-    for (uint32_t row = 0; row < request->slot.num_spans; row++)
+    for (uint32_t row = 0; row < request->num_rows; row++)
         if (request->applies[row] && !has_pages(core, request, row)) return true;
     return false;
 }
 
 /* Whether no step can hold a request, however empty: then Python runs it. */
 static bool is_bulk(const struct core *core, const struct request *request) {
-    return request->longest > core->longest || request->slot.num_spans > CORE_RUNS || request->tokens > CORE_TOKENS ||
-           (!core->run_step && !core_replay(core, request->slot.num_spans, request->longest, request->end));
+    return request->longest > core->longest || request->num_rows > CORE_RUNS || request->tokens > CORE_TOKENS ||
+           (!core->run_step && !core_replay(core, request->num_rows, request->longest, request->end));
 }
 
 static uint64_t heads_of(const struct request *request) {
@@ -202,7 +209,7 @@ static struct group *find_group(struct core *core, const struct request *request
     struct gathered *to = &core->gathered;
     if (appends(request)) return NULL;
     const uint64_t heads = heads_of(request);
-    const uint32_t spans = request->slot.num_spans;
+    const uint32_t spans = request->num_rows;
     for (uint32_t number = 0; number < to->num_groups; number++) {
         struct group *group = &to->groups[number];
         if (group->layer != request->slot.layer || group->runs != spans || group->tokens != request->tokens ||
@@ -219,7 +226,7 @@ static struct group *find_group(struct core *core, const struct request *request
 
 static bool fits_in_step(const struct core *core, const struct request *request) {
     const struct gathered *to = &core->gathered;
-    const uint32_t runs = to->runs + request->slot.num_spans;
+    const uint32_t runs = to->runs + request->num_rows;
     const uint32_t longest = request->longest > to->longest ? request->longest : to->longest;
     const int64_t end = request->end > to->end ? request->end : to->end;
     return runs <= CORE_RUNS && to->tokens + request->tokens <= CORE_TOKENS && to->num_asked < CORE_ASKED &&
@@ -229,10 +236,10 @@ static bool fits_in_step(const struct core *core, const struct request *request)
 static void add_runs(struct core *core, const struct request *request) {
     struct gathered *to = &core->gathered;
     struct group *group = &to->groups[to->num_groups++];
-    *group = (struct group){to->runs,        request->slot.num_spans, to->tokens,
+    *group = (struct group){to->runs,        request->num_rows, to->tokens,
                             request->tokens, request->slot.layer,     request->tenant,
                             0};
-    for (uint32_t row = 0; row < request->slot.num_spans; row++) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
         const uint32_t run = to->runs++, column = request->columns[row];
         to->columns[0][run] = (int32_t)request->slot.layer;
         to->columns[1][run] = (int32_t)request->starts[row];
@@ -274,7 +281,7 @@ static void note_cut(struct core *core, uint32_t column, int64_t before, int64_t
 
 /* Enters in the cache's columns what a request appends, and who was called. */
 static void enter(struct core *core, const struct request *request, int64_t now) {
-    for (uint32_t row = 0; row < request->slot.num_spans; row++) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
         const size_t cell = cell_of(core, request, row);
         ((double *)core->columns.last_calls.buf)[request->columns[row]] = 1e-9 * (double)now;
         if (!appends(request) || !request->applies[row]) continue;
@@ -287,7 +294,7 @@ static void enter(struct core *core, const struct request *request, int64_t now)
 }
 
 static void stamp(struct core *core, const struct request *request, bool bulk) {
-    for (uint32_t row = 0; row < request->slot.num_spans; row++) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
         const size_t cell = cell_of(core, request, row);
         if (appends(request)) (bulk ? core->bulk_appended_in : core->appended_in)[cell] = core->serial;
         if (selects(request)) core->read_in[cell] = core->serial;
@@ -302,7 +309,7 @@ static void ask_python(struct core *core, const struct request *request) {
 
 /* Whether a step would run before what is to be written behind it, and so read what is not there. */
 static bool reads_too_early(struct core *core, const struct request *request) {
-    for (uint32_t row = 0; row < request->slot.num_spans; row++)
+    for (uint32_t row = 0; row < request->num_rows; row++)
         if (core->bulk_appended_in[cell_of(core, request, row)] == core->serial) return true;
     return false;
 }

@@ -62,6 +62,8 @@ static uint16_t write_refusal(char text[MAX_MESSAGE_BYTES], const char *reason, 
     int more = vsnprintf(text + reason_bytes, (size_t)(MAX_MESSAGE_BYTES - reason_bytes), format, numbers);
     uint64_t all = (uint64_t)reason_bytes + (uint64_t)more;
     *bytes = all < MAX_MESSAGE_BYTES ? all : MAX_MESSAGE_BYTES - 1;
+    for (char *at = text; at < text + *bytes; at++)
+        if (*at == META[0]) *at = 0;
     return (uint16_t)reason_bytes;
 }
 
@@ -179,7 +181,7 @@ void core_answer_selection(struct core *core, struct request *request, const str
     int32_t *ids = (int32_t *)(void *)payload;
     float *scores = scored ? (float *)(void *)(payload + scores_at) : NULL;
     uint32_t token = 0;
-    for (uint32_t run = 0; run < request->slot.num_spans; run++)
+    for (uint32_t run = 0; run < request->num_rows; run++)
         for (int64_t in_run = 0; in_run < request->lengths[run]; in_run++, token++)
             for (uint32_t head = 0; head < heads; head++) {
                 const size_t from = ((size_t)token * core->heads + request->slot.first_head + head) * topk;

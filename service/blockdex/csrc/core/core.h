@@ -8,7 +8,7 @@
 
 #include "core/pair_index.h"
 #include "core/sequence_index.h"
-#include "ring/server.h"
+#include "ring/server_type.h"
 
 enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_COLUMNS = 5, CORE_ASKED = 1024 };
 /* Why `run` returns, but for the time's being up. */
@@ -40,7 +40,7 @@ struct request {
     struct line *line;
     struct blockdex_request slot;
     enum whereabouts place;
-    uint32_t number, tenant, tokens, longest;
+    uint32_t number, tenant, num_rows, tokens, longest; /* rows: spans, or sequences to open or to close */
     bool cancelled, has_pages, done_already, holds_back;
     uint8_t phase;
     int64_t end, received, taken, launched, finished;
@@ -211,6 +211,9 @@ bool core_begin(struct core *core, int64_t now);
 
 /* Answers the steps that have ended; false: no memory is left. */
 bool core_land(struct core *core, int64_t now);
+
+/* Before each of the numbers, as `name=value`, that an error says beside its message. */
+#define META "\x1f"
 
 /* answer.c: each ends its request, and forgets it. Where there is no memory for the answer, it says so in
  * `no_memory`, and the request stays. */

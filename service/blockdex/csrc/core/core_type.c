@@ -23,7 +23,7 @@ static void release_gone(struct core *core) {
         struct line *line = core->gone_lines[number];
         if (is_used(core, line)) continue;
         core->gone_lines[number] = core->gone_lines[--core->num_gone];
-        Py_DECREF((PyObject *)line);
+        Py_DECREF(line_object(line));
     }
 }
 
@@ -70,14 +70,14 @@ static PyObject *method_expect_no_more(struct core *core, PyObject *unused) {
 }
 
 static PyObject *method_add(struct core *core, PyObject *line) {
-    if (!line_is_one(line)) return PyErr_Format(PyExc_TypeError, "core: a Line is needed, got %R", line);
+    if (!line_of(line)) return NULL;
     struct line **lines = PyMem_Realloc(core->lines, (core->num_lines + 1) * sizeof *lines);
     if (!lines) return PyErr_NoMemory();
     core->lines = lines;
     struct pollfd *bells = PyMem_Realloc(core->bells, (core->num_lines + 2) * sizeof *bells);
     if (!bells) return PyErr_NoMemory();
     core->bells = bells;
-    core->lines[core->num_lines++] = (struct line *)Py_NewRef(line);
+    core->lines[core->num_lines++] = line_of(Py_NewRef(line));
     Py_RETURN_NONE;
 }
 
@@ -98,7 +98,7 @@ static void forget_line(struct core *core, struct line *line) {
 
 static PyObject *method_drop(struct core *core, PyObject *line) {
     for (size_t number = 0; number < core->num_lines; number++) {
-        if ((PyObject *)core->lines[number] != line) continue;
+        if (line_object(core->lines[number]) != line) continue;
         core->lines[number]->gone = true;
         struct line **gone = PyMem_Realloc(core->gone_lines, (core->num_gone + 1) * sizeof *gone);
         if (!gone) return PyErr_NoMemory();
@@ -115,7 +115,7 @@ static PyObject *method_drop(struct core *core, PyObject *line) {
 static PyObject *method_take_broken(struct core *core, PyObject *unused) {
     (void)unused;
     if (!core->broken) Py_RETURN_NONE;
-    PyObject *broken = Py_BuildValue("Os", core->broken, core->broken_by);
+    PyObject *broken = Py_BuildValue("Os", line_object(core->broken), core->broken_by);
     core->broken->gone = true;
     core->broken = NULL;
     return broken;
@@ -262,7 +262,7 @@ static PyObject *bytes_of(const void *from, size_t bytes) {
 }
 
 static PyObject *columns_of_request(const struct request *request) {
-    const size_t spans = request->slot.num_spans;
+    const size_t spans = request->num_rows;
     return Py_BuildValue("NNNNN", bytes_of(request->ids, 8 * spans), bytes_of(request->columns, 4 * spans),
                          bytes_of(request->starts, 8 * spans), bytes_of(request->lengths, 8 * spans),
                          bytes_of(request->applies, spans));
@@ -270,13 +270,13 @@ static PyObject *columns_of_request(const struct request *request) {
 
 /* Where a tensor is in its link's memory: offset and bytes. */
 static PyObject *place_of_tensor(const struct request *request, const char *from, uint64_t bytes) {
-    return Py_BuildValue("nK", (Py_ssize_t)(from - (const char *)request->line->memory.buf), (unsigned long long)bytes);
+    return Py_BuildValue("nK", (Py_ssize_t)(from - (const char *)request->line->header), (unsigned long long)bytes);
 }
 
 static PyObject *bulk_of(const struct request *request) {
     const struct blockdex_request *slot = &request->slot;
     return Py_BuildValue("IsINIOBNBNIIBB", request->number, "bulk", slot->layer, columns_of_request(request),
-                         request->tenant, request->line->memory.obj, slot->keys_dtype,
+                         request->tenant, line_object(request->line), slot->keys_dtype,
                          place_of_tensor(request, request->keys, slot->keys_bytes), slot->queries_dtype,
                          place_of_tensor(request, request->queries, slot->queries_bytes), slot->first_head,
                          slot->num_heads, slot->order, slot->flags);
@@ -289,6 +289,10 @@ static PyObject *sequence_of(const struct core *core, const struct request *requ
     };
     const struct blockdex_request *slot = &request->slot;
     const struct tenant *tenant = &core->index->tenants[request->tenant];
+    if (slot->kind == BLOCKDEX_OPEN || slot->kind == BLOCKDEX_CLOSE)
+        return Py_BuildValue("Iss#NN", request->number, kinds[slot->kind], tenant->name, (Py_ssize_t)tenant->bytes,
+                             bytes_of(request->ids, 8 * (size_t)request->num_rows),
+                             bytes_of(request->starts, slot->kind == BLOCKDEX_OPEN ? 8 * (size_t)request->num_rows : 0));
     return Py_BuildValue("Iss#KKK", request->number, kinds[slot->kind], tenant->name, (Py_ssize_t)tenant->bytes,
                          (unsigned long long)slot->sequence_id, (unsigned long long)slot->child_id,
                          (unsigned long long)slot->number);
@@ -616,8 +620,8 @@ static void core_dealloc(struct core *core) {
         release(&core->steps[step].block_ids);
         release(&core->steps[step].scores);
     }
-    for (size_t number = 0; number < core->num_lines; number++) Py_DECREF((PyObject *)core->lines[number]);
-    for (size_t number = 0; number < core->num_gone; number++) Py_DECREF((PyObject *)core->gone_lines[number]);
+    for (size_t number = 0; number < core->num_lines; number++) Py_DECREF(line_object(core->lines[number]));
+    for (size_t number = 0; number < core->num_gone; number++) Py_DECREF(line_object(core->gone_lines[number]));
     void *const allocated[] = {core->requests,    core->free_numbers, core->for_python, core->appended_in, core->read_in,
                                core->bulk_appended_in, core->used_in, core->trimmed_in, core->to_trim, core->recounted,  core->scratch};
     for (size_t number = 0; number < sizeof allocated / sizeof *allocated; number++) free(allocated[number]);

@@ -1,4 +1,5 @@
 #include "core/core.h"
+#include "cpu_relax.h"
 
 #include <time.h>
 
@@ -10,27 +11,25 @@ int64_t core_now(void) {
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-static bool anything_to_do(struct core *core) {
-    return atomic_load_explicit(&core->noticed, memory_order_acquire) || core_anything_came(core);
-}
-
 /* Until a frontend or another thread rings, or until then. */
 static void sleep_until(struct core *core, int64_t now, int64_t until) {
     nfds_t bells = 1;
     uint64_t rung;
+    bool idle = !core_anything_came(core);
     core->bells[0] = (struct pollfd){core->nudge, POLLIN, 0};
     for (size_t number = 0; number < core->num_lines; number++) {
         struct line *line = core->lines[number];
         if (line->gone) continue;
-        line_lie_down(line);
+        idle &= line_lie_down(line);
         core->bells[bells++] = (struct pollfd){line->own_bell, POLLIN, 0};
     }
-    if (!anything_to_do(core)) {
+    if (idle && !atomic_load_explicit(&core->noticed, memory_order_acquire)) {
         int64_t milliseconds = until == INT64_MAX ? -1 : (until - now + 999999) / 1000000;
         if (milliseconds < 0 && until != INT64_MAX) milliseconds = 0;
         poll(core->bells, bells, milliseconds > INT32_MAX ? INT32_MAX : (int)milliseconds);
-        for (nfds_t bell = 0; bell < bells; bell++)
-            if (core->bells[bell].revents) (void)!read(core->bells[bell].fd, &rung, sizeof rung);
+        if (core->bells[0].revents) (void)!read(core->nudge, &rung, sizeof rung);
+        for (nfds_t bell = 1; bell < bells; bell++)
+            if (core->bells[bell].revents) blockdex_silence(core->bells[bell].fd);
     }
     for (size_t number = 0; number < core->num_lines; number++)
         if (!core->lines[number]->gone) line_get_up(core->lines[number]);
@@ -65,7 +64,7 @@ static int pass(struct core *core, int64_t now) {
 static void wait(struct core *core, int64_t now, int64_t until) {
     const bool any_left = core->backlog.count || core->waiting.count;
     if (core->in_flight || now < core->active + core->spin) {
-        __builtin_ia32_pause();
+        cpu_relax();
         return;
     }
     if (core_check_integrity(core)) return;
