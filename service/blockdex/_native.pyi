@@ -280,28 +280,67 @@ class Core:
     def counts(self) -> dict[str, Any]:
         """What was counted so far: histograms as `HistogramCounts`, of stages by phase and stage, and numbers."""
 
-Taken = tuple[Any, int, int, int, int]
-"""A request that was taken from who asked: asker, number, RPC, `received` of its slot, ticket."""
+SENT: int
+QUEUED: int
+UNUSUAL: int
+NOTHING_LEFT: int
+MORE_TO_COPY: int
+WAITS_FOR_ROOM: int
 
-Rest = tuple[int, int, bytes, bytes]
-"""What there is to say of an answer beside its response: RPC, `received` of its request's slot, slot, payload."""
+Refusal = tuple[int, int, int, str, str]
+"""What a request is refused with: its RPC and number, canonical code, reason, and message.
+
+Behind the message, a line each, what of its numbers has a name: `name=value`.
+"""
+
+Taken = tuple[Any, int, int, int, int, int, int, int]
+"""A request that was taken from its caller.
+
+Caller, number, RPC, `received` of its slot, layer, spans, tokens, and bytes of its payload, 0 where it was sent.
+"""
+
+Rest = tuple[int, int, bytes, bytes, int, int, int]
+"""What there is to say of an answer beside its response.
+
+RPC, `received` of its request's slot, the answer's slot, its payload, and the request's layer, spans, tokens.
+"""
 
 class Link:
-    """The frontend's side of a ring, on one thread: slots, tickets, the requests' arena and the answers' tape.
+    """The frontend's side of a ring, on one thread: slots, tickets, the requests' arena, the answers'.
 
-    RPCs are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect, 3 to 5 the same over a stream, 255 a request that
-    Python wrote. Nothing is taken the short way before it is opened.
+    Requests of one caller are sent in their order. What there is no room for waits, and all that comes behind it;
+    what is long is copied slice by slice, beside which others' requests are sent. Both go on with `flush`.
+
+    RPCs are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect, 3 to 5 the same over a stream, then those about
+    sequences.
 
     Args:
         memory: the whole segment, writable.
-        engine_bell: the eventfd that the engine sleeps on; it must stay open while this is used.
+        engine_bell: the eventfd that the engine sleeps on; it must stay open until `close`.
+        num_heads, max_spans, max_message_bytes: as `IndexSpec` and `Limits` say.
+        max_waiting: requests that may be waited for; more are refused.
+        tell_seconds: of an answer that took longer the rest is told, too.
+        num_rpcs: RPCs there are.
+        time_bounds: upper bounds of the buckets in which good answers are counted, rising.
         spin_seconds: after a request or an answer, how long `may_sleep` looks for more; 0: nobody calls that.
 
     Raises:
-        ValueError: it is no segment of this layout.
+        ValueError: it is no segment of this layout, or a bound is none.
     """
 
-    def __new__(cls, memory: memoryview, engine_bell: int, spin_seconds: float = 0.0) -> Link: ...
+    def __new__(
+        cls,
+        memory: memoryview,
+        engine_bell: int,
+        num_heads: int,
+        max_spans: int,
+        max_message_bytes: int,
+        max_waiting: int,
+        tell_seconds: float,
+        num_rpcs: int,
+        time_bounds: tuple[float, ...],
+        spin_seconds: float = 0.0,
+    ) -> Link: ...
     @property
     def answered(self) -> bool:
         """Whether there are answers to take."""
@@ -310,68 +349,64 @@ class Link:
     def waiting(self) -> int:
         """Requests that somebody waits for."""
 
-    @property
-    def on_short_way(self) -> int:
-        """Those of them that took the short way."""
-
-    def open_short_way(
-        self,
-        *,
-        num_layers: int,
-        num_heads: int,
-        head_dim: int,
-        max_sequence_tokens: int,
-        max_spans: int,
-        max_message_bytes: int,
-        max_waiting: int,
-        slow_seconds: float,
-        time_bounds: tuple[float, ...],
-    ) -> None:
-        """Takes requests the short way from now on, within the bounds of `IndexSpec` and `Limits`.
-
-        While `max_waiting` are waited for, all are left to Python. Of an answer that took longer than `slow_seconds`
-        the rest is told, too. Answers are counted in buckets whose upper bounds `time_bounds` are, rising.
-        """
-
-    def send(self, asker: object, rpc: int, tenant: str, timeout: float, message: bytes, /) -> bool:
-        """Writes a request as it came off the wire into the ring; `rpc` is 0 to 3, 3 for one of a stream.
+    def send(self, caller: object, rpc: int, tenant: str, timeout: float, message: bytes, /) -> int | Refusal:
+        """Takes a token request as it came off the wire; `rpc` is 0 to 3, 3 for one of a stream.
 
         Returns:
-            False where it is not for the short way: something is wrong with it or unusual, it has the number of another
-            one of the asker, or there is no room. Nothing has changed then.
+            `SENT`, or `QUEUED`: `flush` goes on with it. `UNUSUAL`, and nothing has changed: protobuf has to write it
+            anew, or it is none of the token requests. What it is refused with: no slot can carry it, it has the number
+            of another one of the caller, or there are too many.
+
+        Raises:
+            ValueError: the tenant is none.
         """
 
-    def claim(self, asker: object, num_bytes: int, /) -> tuple[int, int, int] | None:
-        """Ticket, offset of a slot in the segment and offset of a payload in the arena, for Python to write a request.
+    def send_sequence(
+        self,
+        caller: object,
+        number: int,
+        rpc: int,
+        tenant: str,
+        timeout: float,
+        kind: int,
+        epoch: int,
+        sequence_id: int,
+        child_id: int,
+        argument: int,
+        num_spans: int,
+        columns: bytes,
+        /,
+    ) -> int | Refusal:
+        """Takes a request about sequences, whose kind and fields are those of its slot; otherwise as `send`."""
 
-        None while one of them is not free. The engine sees it after `publish`.
+    def flush(self) -> int:
+        """Tells the engine what was given up, sends what there is room for, and copies a slice of what is long.
+
+        Returns:
+            `NOTHING_LEFT`; `MORE_TO_COPY`, to be called again at once; `WAITS_FOR_ROOM`, after a while.
         """
 
-    def publish(self) -> None:
-        """Shows the engine what was claimed."""
+    def overdue(self, seconds: float, /) -> list[Taken]:
+        """Gives up what has waited for room for so many seconds."""
 
-    def cancel(self, ticket: int, /) -> bool:
-        """Tells the engine that nobody waits for a request: none hears of its answer. False while no slot is free."""
+    def give_up(self, caller: object, number: int, /) -> Taken | None:
+        """Takes a request from its caller, who is told of no answer; the engine hears of it with `flush` at last."""
 
-    def awaits(self, asker: object, number: int, /) -> bool:
-        """Whether such a request is on the short way, and not given up."""
-
-    def give_up(self, asker: object, number: int, /) -> Taken | None:
-        """Takes a request on the short way from its asker; the engine is yet to be told."""
-
-    def give_up_all(self, asker: object | None, /) -> list[Taken]:
-        """The same of all requests of an asker; None stands for all askers."""
+    def give_up_all(self, caller: object | None, /) -> list[Taken]:
+        """The same of all requests of a caller; None stands for all callers."""
 
     def take(self) -> list[tuple[Any, int, bytes | None, Rest | None]]:
-        """The answers that are there: asker, number, response and rest. Their room is free again.
+        """The answers that are there: caller, number, response and rest. Their room is free again.
 
-        The response is that of a request on the short way which was answered well; the rest is None where it says all.
-        Where none is there, the bell rings when one comes, or, while it spins, `may_sleep` sees it; else it has to be
-        asked again.
+        The response is that of a token request which was answered well; the rest is None where it says all. Where none
+        is there, the bell rings when one comes, or, while it spins, `may_sleep` sees it; else it has to be asked again.
 
         Raises:
             ValueError: the oldest answer is not what the layout says.
         """
+
+    def close(self) -> None:
+        """Writes nothing into the ring from now on, and takes nothing from it."""
 
     def await_alone(self, epoll: int, seconds: float, /) -> bool:
         """Waits so long for the only request in flight, if it spins at all; whether answers are there.
@@ -390,7 +425,7 @@ class Link:
         """
 
     def take_times(self) -> list[tuple[list[int], float]]:
-        """What was timed since the last call: of every RPC from 0 to 5, answers by bucket, and their seconds in all.
+        """What was timed since the last call: of every RPC, good answers by bucket, and their seconds in all.
 
-        Of the short way alone, and empty before that is opened. The last bucket has no bound.
+        The last bucket has no bound.
         """

@@ -21,6 +21,7 @@ from blockdex import _native as native
 from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
 from support.bare_core import BareLane, bare_core
+from support.links import link_of
 
 ROUNDS, CALLS = 10, 25
 SIZES = Sizes(4, 4096, 4096)
@@ -149,7 +150,7 @@ def made() -> Iterator[Made]:
     with contextlib.closing(engine), contextlib.closing(client), bare_core() as bare:
         bare.open_client()
         line = native.Line(engine.segment, engine.client_bell, engine.engine_bell)
-        link = native.Link(client.segment.memory, client.engine_bell)
+        link = link_of(client.segment, client.engine_bell)
         yield Made(line, bare.core, link, bare, engine)
 
 

@@ -46,12 +46,6 @@ from blockdex.ring.segment import RingError, Segment
 _DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES, start=1)}
 _PHASE_NUMBERS = {phase: number for number, phase in enumerate(PHASES, start=1)}
 _ORDER_NUMBERS = {order: number for number, order in enumerate(ORDERS, start=1)}
-_KINDS: dict[type, int] = {
-    OpenSequences: layout.OPEN,
-    GetSequence: layout.GET,
-    TruncateSequence: layout.TRUNCATE,
-    CloseSequences: layout.CLOSE,
-}
 _COLUMNS = 4
 _FLAGS = layout.RETURN_SCORES | layout.WAIT_FOR_KEYS | layout.ROLLBACK | layout.RAW_SCORES
 _MAX_MESSAGE_BYTES = 4096
@@ -97,8 +91,9 @@ def _parts(tenant_bytes: int, num_spans: int, keys_bytes: int) -> tuple[int, int
 def request_bytes(request: Request) -> int:
     """Bytes of what a request carries."""
     if not isinstance(request, TokenRequest):
-        columns = _sequence_columns(request)
-        return _columns_at(len(request.tenant)) + 8 * sum(map(len, columns)) if columns else len(request.tenant)
+        if not isinstance(request, OpenSequences | CloseSequences):
+            return len(request.tenant)
+        return _columns_at(len(request.tenant)) + len(sequence_fields(request).columns)
     keys_bytes = 0 if request.keys is None else len(request.keys.tensor.data)
     *_, queries_at = _parts(len(request.tenant), len(request.spans.lengths), keys_bytes)
     return queries_at + (0 if request.queries is None else len(request.queries.tensor.data))
@@ -161,32 +156,37 @@ def _write_tokens(segment: Segment, begin: int, tenant_bytes: int, request: Toke
     return numbers
 
 
-def _sequence_columns(request: SequenceRequest) -> tuple[tuple[int, ...], ...]:
-    """What a request on several sequences carries besides the tenant."""
+class SequenceFields(NamedTuple):
+    """What a slot says of a request about sequences, and the columns, little-endian, that lie behind its tenant."""
+
+    kind: int
+    sequence_id: int = 0
+    child_id: int = 0
+    number: int = 0
+    num_spans: int = 0
+    columns: bytes = b""
+
+
+def sequence_fields(request: SequenceRequest) -> SequenceFields:
+    """The fields of a request about sequences."""
     match request:
-        case OpenSequences(sequence_ids=sequence_ids, lease_seconds=lease_seconds):
-            return sequence_ids, lease_seconds
-        case CloseSequences(sequence_ids=sequence_ids):
-            return (sequence_ids,)
-        case _:
-            return ()
+        case OpenSequences(sequence_ids=ids, lease_seconds=leases):
+            return SequenceFields(layout.OPEN, num_spans=len(ids), columns=np.array((ids, leases), "<u8").tobytes())
+        case CloseSequences(sequence_ids=ids):
+            return SequenceFields(layout.CLOSE, num_spans=len(ids), columns=np.array(ids, "<u8").tobytes())
+        case ForkSequence():
+            return SequenceFields(layout.FORK, request.parent_id, request.child_id, request.length)
+        case TruncateSequence():
+            return SequenceFields(layout.TRUNCATE, request.sequence_id, number=request.length)
+        case GetSequence():
+            return SequenceFields(layout.GET, request.sequence_id)
 
 
 def _write_sequences(segment: Segment, begin: int, tenant_bytes: int, request: SequenceRequest) -> Numbers:
-    word = (begin + _columns_at(tenant_bytes)) // 8
-    for column in _sequence_columns(request):
-        segment.words[word : word + len(column)] = column
-        word += len(column)
-    if isinstance(request, ForkSequence):
-        ids = {"sequence_id": request.parent_id, "child_id": request.child_id}
-        return {"kind": layout.FORK, "number": request.length} | ids
-    numbers = {"kind": _KINDS[type(request)]}
-    if isinstance(request, OpenSequences | CloseSequences):
-        return numbers | {"num_spans": len(request.sequence_ids)}
-    numbers["sequence_id"] = request.sequence_id
-    if isinstance(request, TruncateSequence):
-        return numbers | {"number": request.length}
-    return numbers
+    *numbers, columns = sequence_fields(request)
+    at = begin + _columns_at(tenant_bytes)
+    segment.memory[at : at + len(columns)] = columns
+    return dict(zip(SequenceFields._fields, numbers, strict=False))
 
 
 def read_request(segment: Segment, slot: int, link_tenant: str = "") -> Received:

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING
 from blockdex.contract.messages import Limits
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.control_channel import ControlChannel
-from blockdex.ring.engine_reports import reply_to
+from blockdex.ring.engine_reports import Engine, reply_to
 from blockdex.ring.handshake import Handles, offer
 from blockdex.ring.segment import RingError, Sizes
 from blockdex.ring.server import Line, RingInbox
 from blockdex_kernels import IndexSpec
-
-if TYPE_CHECKING:
-    from blockdex.scheduler.loop import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +107,7 @@ async def _begin(connected: socket.socket, sizes: Sizes, epoch: int) -> tuple[Ha
 
 
 def sizes_of(spec: IndexSpec, limits: Limits) -> Sizes:
-    """StepBuffer for requests and answers of the largest kind that limits allow, twice over."""
+    """Room for requests and answers of the largest kind that limits allow, twice over."""
     tokens_times_heads = limits.max_message_bytes // spec.head_dim
     largest_request = limits.max_message_bytes + _COLUMN_BYTES * limits.max_spans
     largest_answer = 8 * spec.topk * tokens_times_heads
