@@ -306,7 +306,7 @@ def _make(step: Step, buffer: StepBuffer, replay: Replay) -> tuple[NDArray[np.in
         buffer.host[at : at + len(data)] = data
         at += 2 * replay.runs * replay.length * packed.heads * 128
     size = replay.runs * replay.length * 4 * 16
-    ids, scores = (numbers[:size].reshape(-1, 4, 16) for numbers in (buffer.block_ids, buffer.scores))
+    ids, scores = buffer.block_ids[:size].reshape(-1, 4, 16), buffer.scores[:size].reshape(-1, 4, 16)
     ids[:], scores[:] = -2, np.nan
     return ids, scores
 

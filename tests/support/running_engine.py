@@ -146,11 +146,12 @@ class Running:
 
     backend: WatchedBackend
     engine: Engine
-    channel: RingCaller
+    channel: Any  # A RingCaller, or a frontend's channel.
 
     def submit(self, request: Request, timeout: float = TIMEOUT) -> PendingAnswer:
         """Queues a request."""
-        return self.channel.submit(request, timeout)
+        pending: PendingAnswer = self.channel.submit(request, timeout)
+        return pending
 
     async def ask(self, request: Request, timeout: float = TIMEOUT) -> Answer:
         """Queues a request and waits for its answer."""

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import socket
 import time
-from typing import TYPE_CHECKING
 
 from blockdex.contract.messages import Limits
 from blockdex.logs import RateLimit, log_event

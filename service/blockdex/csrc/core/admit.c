@@ -67,7 +67,8 @@ static bool hold_back_others(struct core *core, struct request *request) {
 
 static bool check_epoch(struct core *core, struct request *request) {
     if (!request->slot.epoch || request->slot.epoch == core->epoch) return true;
-    return REFUSE(FAILED_PRECONDITION, "EPOCH_MISMATCH", "epoch: request names %1$llu, the cache's is %2$llu" META "epoch=%1$llu" META "cache_epoch=%2$llu",
+    return REFUSE(FAILED_PRECONDITION, "EPOCH_MISMATCH",
+                  "epoch: request names %1$llu, the cache's is %2$llu" META "epoch=%1$llu" META "cache_epoch=%2$llu",
                   (unsigned long long)request->slot.epoch, (unsigned long long)core->epoch);
 }
 
@@ -75,7 +76,9 @@ static bool find_columns(struct core *core, struct request *request) {
     for (uint32_t row = 0; row < request->num_rows; row++) {
         int64_t column = sequence_index_find(core->index, request->tenant, request->ids[row]);
         if (column < 0)
-            return REFUSE(NOT_FOUND, "UNKNOWN_SEQUENCE", "sequence %1$llu: unknown (never opened, closed, or evicted)" META "sequence_id=%1$llu", ID(row));
+            return REFUSE(NOT_FOUND, "UNKNOWN_SEQUENCE",
+                          "sequence %1$llu: unknown (never opened, closed, or evicted)" META "sequence_id=%1$llu",
+                          ID(row));
         assert((size_t)column < core->columns.count);
         request->columns[row] = (uint32_t)column;
     }
@@ -107,8 +110,8 @@ static bool check_append(struct core *core, struct request *request) {
         request->done_already &= !request->applies[row];
         if (!request->applies[row] && end != length)
             return REFUSE(ABORTED, "STALE_REVISION",
-                          "sequence %1$llu, layer %2$u: append ends at %3$lld, length at its revision %7$llu is %6$lld" NUMBERS META
-                          "revision=%7$llu",
+                          "sequence %1$llu, layer %2$u: append ends at %3$lld, length at its revision %7$llu is "
+                          "%6$lld" NUMBERS META "revision=%7$llu",
                           ID(row), layer, (long long)end, START(row), LENGTH(row), (long long)length,
                           (unsigned long long)revision);
     }
@@ -117,13 +120,14 @@ static bool check_append(struct core *core, struct request *request) {
         if (!request->applies[row]) continue;
         if (start > length)
             return REFUSE(OUT_OF_RANGE, "APPEND_BEYOND_LENGTH",
-                          "sequence %1$llu, layer %2$u: append starts at %3$lld, length is %6$lld" NUMBERS, ID(row), layer,
-                          (long long)start, START(row), LENGTH(row), (long long)length);
+                          "sequence %1$llu, layer %2$u: append starts at %3$lld, length is %6$lld" NUMBERS, ID(row),
+                          layer, (long long)start, START(row), LENGTH(row), (long long)length);
         if (start < length && !rollback && !request->revisions[row])
-            return REFUSE(OUT_OF_RANGE, "APPEND_OVERLAPS",
-                          "sequence %1$llu, layer %2$u: append starts at %3$lld, length is %6$lld; to roll back takes a "
-                          "revision or rollback" NUMBERS,
-                          ID(row), layer, (long long)start, START(row), LENGTH(row), (long long)length);
+            return REFUSE(
+                OUT_OF_RANGE, "APPEND_OVERLAPS",
+                "sequence %1$llu, layer %2$u: append starts at %3$lld, length is %6$lld; to roll back takes a "
+                "revision or rollback" NUMBERS,
+                ID(row), layer, (long long)start, START(row), LENGTH(row), (long long)length);
     }
     return true;
 }
@@ -140,8 +144,8 @@ static enum verdict check_selection(struct core *core, struct request *request) 
         if (revision <= known) continue;
         if (may_wait) return WAITS;
         core_refuse(core, request, ABORTED, "FUTURE_REVISION",
-                    "sequence %1$llu, layer %2$u: %3$s has revision %4$llu, the layer is at %5$llu" REVISIONS, ID(row), layer,
-                    "selection", (unsigned long long)revision, (unsigned long long)known);
+                    "sequence %1$llu, layer %2$u: %3$s has revision %4$llu, the layer is at %5$llu" REVISIONS, ID(row),
+                    layer, "selection", (unsigned long long)revision, (unsigned long long)known);
         return ENDED;
     }
     for (uint32_t row = 0; row < spans; row++) {
@@ -236,9 +240,8 @@ static bool fits_in_step(const struct core *core, const struct request *request)
 static void add_runs(struct core *core, const struct request *request) {
     struct gathered *to = &core->gathered;
     struct group *group = &to->groups[to->num_groups++];
-    *group = (struct group){to->runs,        request->num_rows, to->tokens,
-                            request->tokens, request->slot.layer,     request->tenant,
-                            0};
+    *group = (struct group){
+        to->runs, request->num_rows, to->tokens, request->tokens, request->slot.layer, request->tenant, 0};
     for (uint32_t row = 0; row < request->num_rows; row++) {
         const uint32_t run = to->runs++, column = request->columns[row];
         to->columns[0][run] = (int32_t)request->slot.layer;
@@ -362,18 +365,18 @@ static enum verdict take_sequence(struct core *core, struct request *request) {
 
 static enum verdict judge(struct core *core, struct request *request, int64_t now) {
     /* Whatever is held back that one names which waits came later. */
-    if (request->place != WAITING && is_held_back(core, request)) return HELD_BACK;
+    if (request->place != IS_WAITING && is_held_back(core, request)) return HELD_BACK;
     if (!check_epoch(core, request)) return ENDED;
     return has_tokens(request) ? take_tokens(core, request, now) : take_sequence(core, request);
 }
 
 static void move(struct core *core, struct request *request, enum whereabouts place) {
     if (request->place == place) return;
-    if (request->place == QUEUED) list_remove(&core->backlog, request);
-    if (request->place == WAITING) list_remove(&core->waiting, request);
+    if (request->place == IS_QUEUED) list_remove(&core->backlog, request);
+    if (request->place == IS_WAITING) list_remove(&core->waiting, request);
     request->place = place;
-    if (place == WAITING) list_append(&core->waiting, request);
-    if (place == QUEUED) list_prepend(&core->backlog, request);
+    if (place == IS_WAITING) list_append(&core->waiting, request);
+    if (place == IS_QUEUED) list_prepend(&core->backlog, request);
 }
 
 bool core_drop_if_gone(struct core *core, struct request *request, int64_t now) {
@@ -397,20 +400,20 @@ static bool consider(struct core *core, struct request *request, int64_t now) {
     request->holds_back = false;
     if (core_drop_if_gone(core, request, now)) return true;
     switch (judge(core, request, now)) {
-    case ENDED: return true;
-    case TAKEN: move(core, request, is_bulk(core, request) ? BULK : IN_STEP); return true;
-    case WAITS: move(core, request, WAITING); return true;
-    case NEEDS_PYTHON:
-        ask_python(core, request);
-        if (!has_tokens(request)) {
-            request->taken = now;
-            move(core, request, WITH_PYTHON);
-        }
-        return hold_back_others(core, request);
-    default:
-        /* Its keys are there: it comes before whatever could take them away. */
-        if (request->place == WAITING) move(core, request, QUEUED);
-        return hold_back_others(core, request);
+        case ENDED: return true;
+        case TAKEN: move(core, request, is_bulk(core, request) ? BULK : IN_STEP); return true;
+        case WAITS: move(core, request, IS_WAITING); return true;
+        case NEEDS_PYTHON:
+            ask_python(core, request);
+            if (!has_tokens(request)) {
+                request->taken = now;
+                move(core, request, WITH_PYTHON);
+            }
+            return hold_back_others(core, request);
+        default:
+            /* Its keys are there: it comes before whatever could take them away. */
+            if (request->place == IS_WAITING) move(core, request, IS_QUEUED);
+            return hold_back_others(core, request);
     }
 }
 
@@ -444,7 +447,7 @@ static bool read_line(struct core *core, struct line *line, int64_t now) {
     for (; filled > 0 && !core->gathered.full && core->broken != line; filled--) {
         struct request *request = core_read(core, line, now);
         if (!request) continue;
-        request->place = QUEUED;
+        request->place = IS_QUEUED;
         list_append(&core->backlog, request);
         if (!consider(core, request, now)) return false;
     }
@@ -463,7 +466,8 @@ static bool read_lines(struct core *core, int64_t now) {
 static void refuse_waiting(struct core *core) {
     for (struct request *request = core->waiting.first, *next; request; request = next) {
         next = request->next;
-        core_refuse(core, request, UNAVAILABLE, "SHUTTING_DOWN", "server: shutting down, the keys it waits for cannot come");
+        core_refuse(core, request, UNAVAILABLE, "SHUTTING_DOWN",
+                    "server: shutting down, the keys it waits for cannot come");
     }
 }
 

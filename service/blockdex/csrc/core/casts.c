@@ -7,7 +7,8 @@
 enum { SIGN = 0x8000, INFINITE = 0x7f80, QUIET = 0x0040 };
 
 size_t dtype_bytes(uint8_t dtype) {
-    static const size_t bytes[] = {[BLOCKDEX_BF16] = 2, [BLOCKDEX_FP16] = 2, [BLOCKDEX_FP32] = 4, [BLOCKDEX_FP8_E4M3] = 1};
+    static const size_t bytes[] = {
+        [BLOCKDEX_BF16] = 2, [BLOCKDEX_FP16] = 2, [BLOCKDEX_FP32] = 4, [BLOCKDEX_FP8_E4M3] = 1};
     return dtype < sizeof bytes / sizeof *bytes ? bytes[dtype] : 0;
 }
 
@@ -47,20 +48,20 @@ static uint16_t bf16_of_e4m3(uint8_t bits) {
 
 void cast_to_bf16(uint16_t *to, const void *from, uint8_t dtype, size_t count, bool odd) {
     switch (dtype) {
-    case BLOCKDEX_BF16: memcpy(to, from, 2 * count); return;
-    case BLOCKDEX_FP8_E4M3:
-        for (size_t at = 0; at < count; at++) to[at] = bf16_of_e4m3(((const uint8_t *)from)[at]);
-        return;
-    case BLOCKDEX_FP16:
-        for (size_t at = 0; at < count; at++) {
-            uint32_t wide = widened_fp16(((const uint16_t *)from)[at]);
-            to[at] = odd ? to_odd(wide) : to_nearest(wide);
-        }
-        return;
-    default:
-        if (odd)
-            for (size_t at = 0; at < count; at++) to[at] = to_odd(((const uint32_t *)from)[at]);
-        else
-            for (size_t at = 0; at < count; at++) to[at] = to_nearest(((const uint32_t *)from)[at]);
+        case BLOCKDEX_BF16: memcpy(to, from, 2 * count); return;
+        case BLOCKDEX_FP8_E4M3:
+            for (size_t at = 0; at < count; at++) to[at] = bf16_of_e4m3(((const uint8_t *)from)[at]);
+            return;
+        case BLOCKDEX_FP16:
+            for (size_t at = 0; at < count; at++) {
+                uint32_t wide = widened_fp16(((const uint16_t *)from)[at]);
+                to[at] = odd ? to_odd(wide) : to_nearest(wide);
+            }
+            return;
+        default:
+            if (odd)
+                for (size_t at = 0; at < count; at++) to[at] = to_odd(((const uint32_t *)from)[at]);
+            else
+                for (size_t at = 0; at < count; at++) to[at] = to_nearest(((const uint32_t *)from)[at]);
     }
 }

@@ -21,17 +21,17 @@ enum { TABLE_ROW = 64 };
 
 /* What the cache knows of its sequences, by column of S, where the cache itself has it. */
 struct columns {
-    Py_buffer lengths, revisions;            /* int64, uint64 [L, S] */
-    Py_buffer reading;                       /* int32 [L, S]: prefills that are not done */
-    Py_buffer held, forked, last_calls;      /* int64, int64, float64 [S] */
-    Py_buffer first_rows, reading_sequence;  /* int32 [S] */
-    Py_buffer cells, holders;                /* int32 [rows * TABLE_ROW], int32 [pages] */
-    Py_buffer free_pages;                    /* int64 [1]: how many there are */
+    Py_buffer lengths, revisions;           /* int64, uint64 [L, S] */
+    Py_buffer reading;                      /* int32 [L, S]: prefills that are not done */
+    Py_buffer held, forked, last_calls;     /* int64, int64, float64 [S] */
+    Py_buffer first_rows, reading_sequence; /* int32 [S] */
+    Py_buffer cells, holders;               /* int32 [rows * TABLE_ROW], int32 [pages] */
+    Py_buffer free_pages;                   /* int64 [1]: how many there are */
     size_t count;
 };
 
 /* Where a request is: in one of the core's lists, or in a step, or with Python. */
-enum whereabouts { QUEUED, WAITING, WITH_PYTHON, IN_STEP, BULK };
+enum whereabouts { IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, BULK };
 
 /* A request that was read off its ring; while it is on its way, its link is not given up. Its tensors stay in its client's arena, which can be written to at any time; all
  * else was copied once. */
@@ -126,7 +126,7 @@ struct core {
     struct pair_index tickets;
     struct list backlog, waiting;
     uint32_t *for_python, num_for_python, next_for_python; /* numbers of requests, in order of arrival */
-    uint32_t *to_trim, num_to_trim; /* columns that may have pages to give back */
+    uint32_t *to_trim, num_to_trim;                        /* columns that may have pages to give back */
     struct pair_index held_back;                           /* what requests name that later ones must not overtake */
     bool changed;                                          /* what was held back may get on now */
     bool appended;                                         /* what waits may get on now */

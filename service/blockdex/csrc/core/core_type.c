@@ -87,7 +87,7 @@ static void forget_line(struct core *core, struct line *line) {
         struct request *request = core->requests[number];
         if (!request || request->line != line) continue;
         request->cancelled = true;
-        if ((request->place == QUEUED && !request->has_pages) || request->place == WAITING) {
+        if ((request->place == IS_QUEUED && !request->has_pages) || request->place == IS_WAITING) {
             core_forget(core, request);
             continue;
         }
@@ -159,16 +159,17 @@ static bool renew_stamps(struct core *core, size_t columns) {
 }
 
 static PyObject *method_set_columns(struct core *core, PyObject *arguments) {
-    PyObject *index, *lengths, *revisions, *reading, *held, *forked, *last_calls, *first_rows, *reading_sequence, *cells,
-        *holders, *free_pages;
-    if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOO", &index, &lengths, &revisions, &reading, &held, &forked, &last_calls,
-                          &first_rows, &reading_sequence, &cells, &holders, &free_pages))
+    PyObject *index, *lengths, *revisions, *reading, *held, *forked, *last_calls, *first_rows, *reading_sequence,
+        *cells, *holders, *free_pages;
+    if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOO", &index, &lengths, &revisions, &reading, &held, &forked,
+                          &last_calls, &first_rows, &reading_sequence, &cells, &holders, &free_pages))
         return NULL;
     struct columns *columns = &core->columns;
     if (!sequence_index_is_one(index))
         return PyErr_Format(PyExc_TypeError, "core: a SequenceIndex is needed, got %R", index);
     if ((PyObject *)core->index != index && core->num_free != core->max_queued)
-        return PyErr_Format(PyExc_ValueError, "core: %u requests are of another cache", core->max_queued - core->num_free);
+        return PyErr_Format(PyExc_ValueError, "core: %u requests are of another cache",
+                            core->max_queued - core->num_free);
     const Py_ssize_t length = PyObject_Length(held);
     if (length < 0) return NULL;
     const size_t count = (size_t)length, cell_count = count * core->layers;
@@ -257,9 +258,7 @@ static PyObject *method_set_run_step(struct core *core, PyObject *run_step) {
     Py_RETURN_NONE;
 }
 
-static PyObject *bytes_of(const void *from, size_t bytes) {
-    return PyBytes_FromStringAndSize(from, (Py_ssize_t)bytes);
-}
+static PyObject *bytes_of(const void *from, size_t bytes) { return PyBytes_FromStringAndSize(from, (Py_ssize_t)bytes); }
 
 static PyObject *columns_of_request(const struct request *request) {
     const size_t spans = request->num_rows;
@@ -290,9 +289,10 @@ static PyObject *sequence_of(const struct core *core, const struct request *requ
     const struct blockdex_request *slot = &request->slot;
     const struct tenant *tenant = &core->index->tenants[request->tenant];
     if (slot->kind == BLOCKDEX_OPEN || slot->kind == BLOCKDEX_CLOSE)
-        return Py_BuildValue("Iss#NN", request->number, kinds[slot->kind], tenant->name, (Py_ssize_t)tenant->bytes,
-                             bytes_of(request->ids, 8 * (size_t)request->num_rows),
-                             bytes_of(request->starts, slot->kind == BLOCKDEX_OPEN ? 8 * (size_t)request->num_rows : 0));
+        return Py_BuildValue(
+            "Iss#NN", request->number, kinds[slot->kind], tenant->name, (Py_ssize_t)tenant->bytes,
+            bytes_of(request->ids, 8 * (size_t)request->num_rows),
+            bytes_of(request->starts, slot->kind == BLOCKDEX_OPEN ? 8 * (size_t)request->num_rows : 0));
     return Py_BuildValue("Iss#KKK", request->number, kinds[slot->kind], tenant->name, (Py_ssize_t)tenant->bytes,
                          (unsigned long long)slot->sequence_id, (unsigned long long)slot->child_id,
                          (unsigned long long)slot->number);
@@ -323,8 +323,8 @@ static PyObject *method_take(struct core *core, PyObject *unused) {
 /* The request of a number, in one of those places; NULL with an error set. */
 static struct request *request_of(const struct core *core, unsigned int number, bool queued) {
     struct request *request = number < core->max_queued ? core->requests[number] : NULL;
-    const bool right = request && (queued ? request->place == QUEUED
-                                          : request->place == WITH_PYTHON || request->place == BULK);
+    const bool right =
+        request && (queued ? request->place == IS_QUEUED : request->place == WITH_PYTHON || request->place == BULK);
     if (!right) PyErr_Format(PyExc_ValueError, "core: request %u is not one for Python", number);
     return right ? request : NULL;
 }
@@ -408,7 +408,8 @@ static PyObject *method_refuse(struct core *core, PyObject *arguments) {
     unsigned short code;
     const char *reason, *message;
     if (!PyArg_ParseTuple(arguments, "IHss", &number, &code, &reason, &message)) return NULL;
-    const bool queued = number < core->max_queued && core->requests[number] && core->requests[number]->place == QUEUED;
+    const bool queued =
+        number < core->max_queued && core->requests[number] && core->requests[number]->place == IS_QUEUED;
     struct request *request = request_of(core, number, queued);
     if (!request) return NULL;
     struct line *line = request->line;
@@ -459,14 +460,16 @@ static PyObject *method_counts(struct core *core, PyObject *unused) {
     const uint32_t sizes = core->num_size_bounds;
     return Py_BuildValue(
         "{s:N,s:N,s:N,s:N,s:N,s:N,s:K,s:K,s:K,s:d,s:d,s:K,s:K,s:K,s:K}", "stages", stages_of(core), "step_requests",
-        histogram_of(&core->step_requests, sizes, 1), "append_requests", histogram_of(&core->phase_requests[0], sizes, 1),
-        "decode_requests", histogram_of(&core->phase_requests[1], sizes, 1), "append_sizes",
+        histogram_of(&core->step_requests, sizes, 1), "append_requests",
+        histogram_of(&core->phase_requests[0], sizes, 1), "decode_requests",
+        histogram_of(&core->phase_requests[1], sizes, 1), "append_sizes",
         histogram_of(&core->phase_tokens[0], sizes, 1), "decode_sizes", histogram_of(&core->phase_tokens[1], sizes, 1),
-        "append_tokens", read_counter(&core->num_tokens[0]), "decode_tokens", read_counter(&core->num_tokens[1]), "steps",
-        read_counter(&core->num_steps), "device_seconds", 1e-9 * (double)read_counter(&core->device_nanoseconds[1]),
-        "device_busy_seconds", 1e-9 * (double)read_counter(&core->busy_nanoseconds), "cancelled",
-        read_counter(&core->cancelled), "late", read_counter(&core->late), "integrity_checks",
-        read_counter(&core->integrity_checks), "integrity_faults", read_counter(&core->integrity_faults));
+        "append_tokens", read_counter(&core->num_tokens[0]), "decode_tokens", read_counter(&core->num_tokens[1]),
+        "steps", read_counter(&core->num_steps), "device_seconds",
+        1e-9 * (double)read_counter(&core->device_nanoseconds[1]), "device_busy_seconds",
+        1e-9 * (double)read_counter(&core->busy_nanoseconds), "cancelled", read_counter(&core->cancelled), "late",
+        read_counter(&core->late), "integrity_checks", read_counter(&core->integrity_checks), "integrity_faults",
+        read_counter(&core->integrity_faults));
 }
 
 static PyObject *get_in_flight(struct core *core, void *unused) {
@@ -544,21 +547,38 @@ static bool check_sizes(const struct core *core) {
         !core->max_spans || !core->max_queued || core->max_queued > 1u << 24 || !core->max_tokens ||
         core->max_tokens > INT32_MAX || longest > CORE_TOKENS || ids > 1u << 24 || core->head_dim > 1u << 16 ||
         core->init_blocks + (uint64_t)core->local_blocks > core->topk) {
-        PyErr_Format(PyExc_ValueError,
-                     "core: not sizes of an index: %u layers, %u heads of %u, topk %u of which %u and %u, blocks of %u, "
-                     "decodes of %u, sequences of %lld, %u spans, %u requests",
-                     core->layers, core->heads, core->head_dim, core->topk, core->init_blocks, core->local_blocks,
-                     core->block_size, core->longest, (long long)core->max_tokens, core->max_spans, core->max_queued);
+        PyErr_Format(
+            PyExc_ValueError,
+            "core: not sizes of an index: %u layers, %u heads of %u, topk %u of which %u and %u, blocks of %u, "
+            "decodes of %u, sequences of %lld, %u spans, %u requests",
+            core->layers, core->heads, core->head_dim, core->topk, core->init_blocks, core->local_blocks,
+            core->block_size, core->longest, (long long)core->max_tokens, core->max_spans, core->max_queued);
         return false;
     }
     return true;
 }
 
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"layers",      "heads",       "head_dim",     "topk",           "init_blocks",
-                            "local_blocks", "block_size",  "longest",      "max_sequence_tokens", "max_spans",
-                            "max_queued",  "max_message_bytes", "scale",   "odd_keys",       "odd_queries",
-                            "nudge",       "spin_seconds", "seconds_bounds", "size_bounds",  NULL};
+    static char *names[] = {"layers",
+                            "heads",
+                            "head_dim",
+                            "topk",
+                            "init_blocks",
+                            "local_blocks",
+                            "block_size",
+                            "longest",
+                            "max_sequence_tokens",
+                            "max_spans",
+                            "max_queued",
+                            "max_message_bytes",
+                            "scale",
+                            "odd_keys",
+                            "odd_queries",
+                            "nudge",
+                            "spin_seconds",
+                            "seconds_bounds",
+                            "size_bounds",
+                            NULL};
     struct core read = {0};
     unsigned int max_tokens;
     unsigned long long max_message_bytes;
@@ -566,10 +586,10 @@ static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *key
     double spin_seconds;
     PyObject *seconds_bounds, *size_bounds;
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "IIIIIIIIIIIKfppidOO", names, &read.layers, &read.heads,
-                                     &read.head_dim, &read.topk, &read.init_blocks, &read.local_blocks, &read.block_size,
-                                     &read.longest, &max_tokens, &read.max_spans, &read.max_queued, &max_message_bytes,
-                                     &read.scale, &odd_keys, &odd_queries, &nudge, &spin_seconds, &seconds_bounds,
-                                     &size_bounds))
+                                     &read.head_dim, &read.topk, &read.init_blocks, &read.local_blocks,
+                                     &read.block_size, &read.longest, &max_tokens, &read.max_spans, &read.max_queued,
+                                     &max_message_bytes, &read.scale, &odd_keys, &odd_queries, &nudge, &spin_seconds,
+                                     &seconds_bounds, &size_bounds))
         return NULL;
     read.max_tokens = max_tokens;
     if (!check_sizes(&read)) return NULL;
@@ -609,9 +629,9 @@ static void release(Py_buffer *buffer) {
 static void core_dealloc(struct core *core) {
     PyTypeObject *type = Py_TYPE((PyObject *)core);
     struct columns *columns = &core->columns;
-    Py_buffer *buffers[] = {&columns->lengths,    &columns->revisions,  &columns->reading,          &columns->held,
-                            &columns->forked,     &columns->last_calls, &columns->first_rows,       &columns->cells,
-                            &columns->holders,    &columns->free_pages, &columns->reading_sequence};
+    Py_buffer *buffers[] = {&columns->lengths, &columns->revisions,  &columns->reading,         &columns->held,
+                            &columns->forked,  &columns->last_calls, &columns->first_rows,      &columns->cells,
+                            &columns->holders, &columns->free_pages, &columns->reading_sequence};
     for (uint32_t number = 0; core->requests && number < core->max_queued; number++)
         if (core->requests[number]) core_forget(core, core->requests[number]);
     for (size_t number = 0; number < sizeof buffers / sizeof *buffers; number++) release(buffers[number]);
@@ -622,8 +642,9 @@ static void core_dealloc(struct core *core) {
     }
     for (size_t number = 0; number < core->num_lines; number++) Py_DECREF(line_object(core->lines[number]));
     for (size_t number = 0; number < core->num_gone; number++) Py_DECREF(line_object(core->gone_lines[number]));
-    void *const allocated[] = {core->requests,    core->free_numbers, core->for_python, core->appended_in, core->read_in,
-                               core->bulk_appended_in, core->used_in, core->trimmed_in, core->to_trim, core->recounted,  core->scratch};
+    void *const allocated[] = {core->requests, core->free_numbers,     core->for_python, core->appended_in,
+                               core->read_in,  core->bulk_appended_in, core->used_in,    core->trimmed_in,
+                               core->to_trim,  core->recounted,        core->scratch};
     for (size_t number = 0; number < sizeof allocated / sizeof *allocated; number++) free(allocated[number]);
     pair_index_free(&core->tickets);
     pair_index_free(&core->held_back);

@@ -39,8 +39,8 @@ void list_remove(struct list *list, struct request *request) {
 }
 
 void core_forget(struct core *core, struct request *request) {
-    if (request->place == QUEUED) list_remove(&core->backlog, request);
-    if (request->place == WAITING) list_remove(&core->waiting, request);
+    if (request->place == IS_QUEUED) list_remove(&core->backlog, request);
+    if (request->place == IS_WAITING) list_remove(&core->waiting, request);
     core->changed |= request->holds_back;
     pair_index_remove(&core->tickets, (uintptr_t)request->line, request->slot.ticket);
     assert(core->requests[request->number] == request);
@@ -170,16 +170,20 @@ static bool check_tensor(struct core *core, struct line *line, const struct bloc
         snprintf(shape, sizeof shape, "[%llu, %u, %u]", (unsigned long long)tokens, heads, core->head_dim);
     else
         snprintf(shape, sizeof shape, "[%llu, %u]", (unsigned long long)tokens, core->head_dim);
-    return REFUSE(INVALID_ARGUMENT, "INVALID_TENSOR", "%1$s: %2$s of %3$s takes %4$llu bytes, got %5$llu" META "expected_bytes=%4$llu" META "bytes=%5$llu", name,
-                  shape, DTYPE_NAMES[dtype], (unsigned long long)expected, (unsigned long long)bytes);
+    return REFUSE(INVALID_ARGUMENT, "INVALID_TENSOR",
+                  "%1$s: %2$s of %3$s takes %4$llu bytes, got %5$llu" META "expected_bytes=%4$llu" META "bytes=%5$llu",
+                  name, shape, DTYPE_NAMES[dtype], (unsigned long long)expected, (unsigned long long)bytes);
 }
 
 static bool check_heads(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now) {
     const uint32_t first = slot->first_head, heads = slot->num_heads;
     if (first >= core->heads)
-        return REFUSE(INVALID_ARGUMENT, "INVALID_HEADS", "first_head must be below %1$u, got %2$u" META "first_head=%2$u" META "num_index_heads=%1$u", core->heads, first);
+        return REFUSE(INVALID_ARGUMENT, "INVALID_HEADS",
+                      "first_head must be below %1$u, got %2$u" META "first_head=%2$u" META "num_index_heads=%1$u",
+                      core->heads, first);
     if (heads > core->heads - first)
-        return REFUSE(INVALID_ARGUMENT, "INVALID_HEADS", "first_head + num_heads must be at most %1$u, got %2$u + %3$u" META "first_head=%2$u" META
+        return REFUSE(INVALID_ARGUMENT, "INVALID_HEADS",
+                      "first_head + num_heads must be at most %1$u, got %2$u + %3$u" META "first_head=%2$u" META
                       "num_heads=%3$u" META "num_index_heads=%1$u",
                       core->heads, first, heads);
     if (!heads) return REFUSE(INVALID_ARGUMENT, "INVALID_HEADS", "num_heads must be at least 1, got 0");
@@ -190,10 +194,13 @@ static bool check_heads(struct core *core, struct line *line, const struct block
 static bool check_numbers(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now) {
     const uint64_t bytes = slot->keys_bytes + slot->queries_bytes;
     if (slot->layer >= core->layers)
-        return REFUSE(INVALID_ARGUMENT, "INVALID_LAYER", "layer must be below %1$u, got %2$u" META "layer=%2$u" META "num_layers=%1$u", core->layers, slot->layer);
+        return REFUSE(INVALID_ARGUMENT, "INVALID_LAYER",
+                      "layer must be below %1$u, got %2$u" META "layer=%2$u" META "num_layers=%1$u", core->layers,
+                      slot->layer);
     if (slot->num_spans < 1 || slot->num_spans > core->max_spans)
-        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS", "spans: must be 1 to %1$u, got %2$u" META "count=%2$u" META "max_spans=%1$u",
-                      core->max_spans, slot->num_spans);
+        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
+                      "spans: must be 1 to %1$u, got %2$u" META "count=%2$u" META "max_spans=%1$u", core->max_spans,
+                      slot->num_spans);
     if (!slot->keys_dtype && !slot->queries_dtype)
         return REFUSE(INVALID_ARGUMENT, "EMPTY_REQUEST", "request: has neither keys nor queries");
     if (bytes > core->max_message_bytes)
@@ -213,12 +220,12 @@ static bool check_span(struct core *core, struct line *line, const struct blockd
         return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
                       "sequence %1$llu: length must be at least 1, got %3$lld" NUMBERS, name, first, count);
     if (start < 0)
-        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS", "sequence %1$llu: start must be at least 0, got %2$lld" NUMBERS,
-                      name, first, count);
+        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
+                      "sequence %1$llu: start must be at least 0, got %2$lld" NUMBERS, name, first, count);
     if (first > most || count > most - first)
         return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
-                      "sequence %1$llu: start + length must be at most %4$lld, got %2$lld + %3$lld" NUMBERS, name, first,
-                      count, most);
+                      "sequence %1$llu: start + length must be at most %4$lld, got %2$lld + %3$lld" NUMBERS, name,
+                      first, count, most);
     return true;
 }
 
@@ -261,8 +268,8 @@ static void copy_columns(const struct blockdex_request *slot, const struct parts
 }
 
 /* Of spans, and of what follows from them. */
-static bool check_columns(struct core *core, struct line *line, const struct blockdex_request *slot,
-                         int64_t now, struct request *request) {
+static bool check_columns(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+                          struct request *request) {
     const uint32_t spans = slot->num_spans;
     uint64_t tokens = 0;
     for (uint32_t row = 0; row < spans; row++) {
@@ -274,11 +281,10 @@ static bool check_columns(struct core *core, struct line *line, const struct blo
         request->applies[row] = 1;
     }
     if (!check_different(core, line, slot, now, request, "spans")) return false;
-    if (slot->keys_dtype &&
-        !check_tensor(core, line, slot, now, "keys", slot->keys_dtype, slot->keys_bytes, tokens, 0))
+    if (slot->keys_dtype && !check_tensor(core, line, slot, now, "keys", slot->keys_dtype, slot->keys_bytes, tokens, 0))
         return false;
-    if (slot->queries_dtype && !check_tensor(core, line, slot, now, "queries", slot->queries_dtype,
-                                             slot->queries_bytes, tokens, slot->num_heads))
+    if (slot->queries_dtype && !check_tensor(core, line, slot, now, "queries", slot->queries_dtype, slot->queries_bytes,
+                                             tokens, slot->num_heads))
         return false;
     const bool scored = slot->flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES);
     const uint64_t ids = slot->queries_dtype ? 4 * tokens * slot->num_heads * core->topk : 0;
@@ -305,8 +311,7 @@ static bool check_sequences(struct core *core, struct line *line, const struct b
                   (unsigned long long)slot->sequence_id, most, length);
 }
 
-static struct request *new_request(struct line *line, const struct blockdex_request *slot,
-                                   uint32_t spans) {
+static struct request *new_request(struct line *line, const struct blockdex_request *slot, uint32_t spans) {
     const size_t words = WORDS * (size_t)spans + (spans + 7) / 8;
     struct request *request = calloc(1, sizeof *request + 8 * words);
     if (!request) return NULL;

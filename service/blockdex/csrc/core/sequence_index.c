@@ -60,7 +60,8 @@ void sequence_index_release_tenant(struct sequence_index *index, uint32_t place)
     const uint32_t first = *pair_index_find(&index->by_name, hash, tenant->bytes);
     if (first == place) {
         if (tenant->next)
-            (void)pair_index_set(&index->by_name, hash, tenant->bytes, tenant->next); /* it is there: no memory needed */
+            (void)pair_index_set(&index->by_name, hash, tenant->bytes,
+                                 tenant->next); /* it is there: no memory needed */
         else
             pair_index_remove(&index->by_name, hash, tenant->bytes);
     } else {
