@@ -80,7 +80,8 @@ def test_start_says_where_it_listens_and_what_it_is(server: Serving) -> None:
     assert said["capacity_bytes"] == info.cache.pages_total * info.cache.page_bytes
     assert (said["num_layers"], said["topk"], said["key_dtype"]) == (3, 16, "bf16")
     for kernel in info.kernels:
-        assert said[f"{kernel.phase}_kernel"] == f"{kernel.kernel} ({kernel.reason})"
+        phase = pb.Phase.Name(kernel.phase).removeprefix("PHASE_").lower()
+        assert said[f"{phase}_kernel"] == f"{kernel.kernel} ({kernel.reason})"
     assert '"event": "serving"' in server.output[0]
 
 
