@@ -64,7 +64,7 @@ static void cancel(struct core *core, struct line *line, uint64_t ticket) {
     const uint32_t *number = pair_index_find(&core->tickets, (uintptr_t)line, ticket);
     if (!number) return;
     core->requests[*number]->cancelled = true;
-    core->next_deadline = INT64_MIN;
+    core->next_deadline = 0; /* passed already */
 }
 
 /* Where in the arena a request's parts are. */
