@@ -159,7 +159,7 @@ MUTANTS = (
         _HEADER,
         "recv(bell, &rung, 1, MSG_DONTWAIT)",
         "recv(bell, &rung, 1, 0)",
-        _CORE_LINKS,
+        _CONNECT,
     ),
     # --- Bounds ---
     Mutant(
@@ -313,23 +313,23 @@ MUTANTS = (
     Mutant(
         "a ticket is used again",
         _INFLIGHT,
-        "++flights->serial * flights->capacity + at",
-        "flights->capacity + at",
+        "++table->serial * table->capacity + at",
+        "table->capacity + at",
         _TABLES,
     ),
     Mutant(
         "another's ticket is taken",
         _INFLIGHT,
-        "ticket && flight->ticket == ticket ? flight : NULL",
-        "ticket ? flight : NULL",
+        "ticket && pending->ticket == ticket ? pending : NULL",
+        "ticket ? pending : NULL",
         _TABLES,
     ),
     Mutant(
         "another's request is found",
         _INFLIGHT,
-        "flight->owner == owner && flight->number == number",
-        "flight->number == number",
+        "pending->owner == owner && pending->number == number",
+        "pending->number == number",
         _TABLES,
     ),
-    Mutant("a request that was given up is still counted", _INFLIGHT, "    flights->waiting--;\n", "", _TABLES),
+    Mutant("a request that was given up is still counted", _INFLIGHT, "    table->waiting--;\n", "", _TABLES),
 )
