@@ -33,7 +33,7 @@ MUTANTS = (
         "inflight_begin(&self->inflight, sender->owner,",
         _REFERENCES,
     ),
-    Mutant("a message that was kept", _OUTBOX, "    Py_XDECREF(message);\n", "", _REFERENCES),
+    Mutant("a message that was kept", _OUTBOX, "    Py_DECREF(message);\n", "", _REFERENCES),
     Mutant("a tenant that was kept", _OUTBOX, "    Py_DECREF(tenant);\n", "", _REFERENCES),
     # --- Room, order and bounds ---
     Mutant("an answer's room is kept", _ANSWERS, "    arena_give_back(&self->arena, pending->extent);\n", "", _LINK),
