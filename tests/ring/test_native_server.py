@@ -174,6 +174,17 @@ def test_a_segment_whose_parts_are_not_inside_it_is_refused(changes: dict[str, A
             native.Line(SimpleNamespace(**right | changes), engine.client_bell, engine.engine_bell)
 
 
+def test_a_link_gives_its_segment_back() -> None:
+    engine, client = new_link(Sizes(SLOTS, request_bytes=1 << 12, answer_bytes=ARENA), epoch=1)
+    with closing(engine), closing(client), memoryview(engine.segment.memory) as memory:
+        right = {name: getattr(engine.segment, name) for name in vars(engine.segment)}
+        line = native.Line(SimpleNamespace(**right | {"memory": memory}), engine.client_bell, engine.engine_bell)
+        with pytest.raises(BufferError):
+            memory.release()
+        del line
+        memory.release()
+
+
 def test_a_tenant_that_is_too_long_is_refused() -> None:
     engine, client = new_link(Sizes(SLOTS, request_bytes=1 << 12, answer_bytes=ARENA), epoch=1)
     with closing(engine), closing(client), pytest.raises(ValueError, match="tenant: at most 256 bytes, got 257"):
