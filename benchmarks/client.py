@@ -122,6 +122,7 @@ class Fleet:
             starts=[self._tokens - 1] * len(self.ids),
             keys=self.keys,
             queries=self.queries,
+            rollback=True,
         )
 
     def message_bytes(self) -> tuple[int, int]:

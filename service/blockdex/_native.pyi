@@ -1,6 +1,6 @@
 """The compiled part: see `csrc/`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 NOTICED: int
 FOR_PYTHON: int
 LATE: int
-ROOM: int
+BROKEN: int
 MAX_RUNS: int
 MAX_TOKENS: int
 STEPS: int
@@ -24,6 +24,7 @@ class Line:
         tenant: of all its requests; without one each names its own.
 
     Attributes:
+        memory: the segment's bytes.
         filled: requests that are there and were not taken; -1 where the frontend says what cannot be.
         waits: whether the oldest one is for Python to take now; of who does not read its answers, none is.
         gone: whether nobody is there to be answered.
@@ -33,6 +34,8 @@ class Line:
     """
 
     def __init__(self, segment: object, bell: int, own_bell: int, tenant: str = "") -> None: ...
+    @property
+    def memory(self) -> memoryview: ...
     @property
     def filled(self) -> int: ...
     @property
@@ -61,29 +64,71 @@ class Line:
     def publish(self) -> None:
         """Shows the frontend what was written, and wakes it if it sleeps."""
 
-class Core:
-    """The engine's short way: decodes that go on in place, from the rings to the device and back, in C.
+class SequenceIndex:
+    """Which column each open sequence has: the one index of sequences.
 
-    It takes requests that append to the ends of sequences, in pages that these have to themselves, and select for what
-    they append, with bfloat16 keys and queries, ids in ascending order and no scores. Whatever else comes is left where
-    it is, and so are requests for sequences that it knows nothing of or that are `blocked`. Requests of all lines,
-    sequences and layers share a step; no step names a layer of a sequence twice. Belongs to one thread, but for
-    `notice` and `counts`.
+    Its hash is keyed at random in each process, so ids cannot be chosen to collide; it takes memory by what it holds.
+    Its length is the number of sequences, which other threads may ask for too.
+    """
+
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def open(self, tenant: str, sequence_id: int, column: int, /) -> int:
+        """Enters a sequence; the tenant's number, which is its own while it has open sequences or requests.
+
+        Raises:
+            ValueError: it is open already.
+        """
+
+    def close(self, tenant_number: int, sequence_id: int, /) -> None:
+        """Takes a sequence out.
+
+        Raises:
+            KeyError: it is not open.
+        """
+
+    def find(self, tenant: str, sequence_id: int, /) -> int | None:
+        """The column of a sequence; None where it is not open."""
+
+    def tenant(self, number: int, /) -> str:
+        """The tenant of a number.
+
+        Raises:
+            KeyError: it is nobody's.
+        """
+
+Bounds = tuple[float, ...]
+HistogramCounts = tuple[list[int], float]
+"""Counts by bucket, and the total."""
+
+class Core:
+    """Where every request is checked, entered, run in a step of the device and answered: see `csrc/core/core.h`.
+
+    Belongs to one thread, but for `notice`, `counts`, `queued` and `waiting`. Requests have numbers.
 
     Args:
-        layers, heads, head_dim, topk, block_size: of the indexer.
-        longest: most tokens of a span.
+        layers, heads, head_dim, topk, init_blocks, local_blocks, block_size, scale: of the indexer; at most 64 heads.
+        longest: most tokens of a decode's span; longer ones are Python's to run.
         max_sequence_tokens: of the indexer.
         max_spans, max_message_bytes: limits of a request.
+        max_queued: requests that may be unanswered; more are refused as OVERLOADED.
+        odd_keys, odd_queries: whether they are rounded to odd where they become bfloat16, as a cache needs it that
+            rounds them once more.
         nudge: eventfd that `notice` writes and `run` sleeps on.
         spin_seconds: after a request or an answer, how long `run` looks for requests before it sleeps.
         seconds_bounds, size_bounds: of the histograms.
 
+    Raises:
+        ValueError: numbers that no index has.
+
     Attributes:
         steps: steps begun so far.
         in_flight: steps on their way.
-        launched: `time.monotonic` seconds of the oldest one's launch.
-        time_beside: `time.monotonic` seconds less those with steps on their way: a clock that stands still meanwhile.
+        launched: `time.monotonic` of the oldest one's launch, 0 where there is none.
+        time_beside: a clock that stands still while steps are on their way.
+        looked: `time.monotonic` of its last look at the rings: requests that it left came since the look before.
+        queued: requests that are not begun, those still in the rings too.
+        waiting: selections that wait for keys.
     """
 
     def __init__(
@@ -92,15 +137,21 @@ class Core:
         heads: int,
         head_dim: int,
         topk: int,
+        init_blocks: int,
+        local_blocks: int,
         block_size: int,
         longest: int,
         max_sequence_tokens: int,
         max_spans: int,
+        max_queued: int,
         max_message_bytes: int,
+        scale: float,
+        odd_keys: bool,
+        odd_queries: bool,
         nudge: int,
         spin_seconds: float,
-        seconds_bounds: tuple[float, ...],
-        size_bounds: tuple[float, ...],
+        seconds_bounds: Bounds,
+        size_bounds: Bounds,
     ) -> None: ...
     @property
     def steps(self) -> int: ...
@@ -110,76 +161,124 @@ class Core:
     def launched(self) -> float: ...
     @property
     def time_beside(self) -> float: ...
+    @property
+    def looked(self) -> float: ...
+    @property
+    def queued(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
     def run(self, seconds: float, /) -> int:
         """Serves until there is something for Python, or so many seconds have passed; once, with 0.
 
         Returns:
-            Why, added up: `NOTICED`, `FOR_PYTHON` (a line `waits`), `LATE` (the device should be asked after), `ROOM`
-            (a line that is `crowded` has some again); or 0.
+            Why, added up: `NOTICED`, `FOR_PYTHON` (see `take` and `take_cut`), `LATE` (the device should be asked
+            after), `BROKEN` (see `take_broken`); or 0.
 
         Raises:
             RuntimeError: the device takes no step.
+            MemoryError: there is none for an answer.
             Exception: whatever the `run_step` raises.
         """
-
-    def drain(self, seconds: float, /) -> bool:
-        """Answers what is on its way and begins nothing, for so many seconds; whether all has ended."""
 
     def notice(self) -> None:
         """Has `run` return; from any thread."""
 
-    def touch(self) -> None:
-        """Something came or went beside it: it spins for a while."""
+    def try_again(self) -> None:
+        """Has what is held back, or waits, tried again: something ended that may have been in its way."""
+
+    def expect_no_more(self) -> None:
+        """No request will come any more: selections whose keys are not there are refused, not kept waiting."""
 
     def add(self, line: Line, /) -> None:
         """Serves one more line."""
 
     def drop(self, line: Line, /) -> None:
-        """Serves a line no more; nothing is written for it."""
+        """Serves a line no more: nothing is written for it, and what it asked for is given up."""
 
-    def set_books(
+    def take_broken(self) -> tuple[Line, str] | None:
+        """A line whose client wrote what cannot be, and what that was; it is read no more."""
+
+    def set_columns(
         self,
+        index: SequenceIndex,
         lengths: NDArray[np.int64],
         revisions: NDArray[np.uint64],
+        reading: NDArray[np.int32],
         held: NDArray[np.int64],
         forked: NDArray[np.int64],
         last_calls: NDArray[np.float64],
         first_rows: NDArray[np.int32],
-        generations: NDArray[np.uint32],
-        blocked: NDArray[np.uint8],
+        reading_sequence: NDArray[np.int32],
+        cells: NDArray[np.int32],
+        holders: NDArray[np.int32],
+        free_pages: NDArray[np.int64],
         /,
     ) -> None:
-        """Shares the cache's columns, which it reads and writes from now on; forgets whose they are."""
+        """Shares a cache's columns, which the core reads and writes: see `blockdex.cache.Columns`.
+
+        Raises:
+            ValueError: sizes that do not go together, or requests are there that name another cache's sequences.
+        """
 
     def set_epoch(self, epoch: int, /) -> None:
         """The cache's epoch."""
 
-    def learn(self, tenant: str, sequence_ids: NDArray[np.uint64], columns: NDArray[np.int64], /) -> None:
-        """Takes note of the columns of a tenant's sequences."""
+    def set_step(
+        self, number: int, host: NDArray[np.uint8], block_ids: NDArray[np.int32], scores: NDArray[np.float32], /
+    ) -> None:
+        """Memory that one of the steps is made in and answered in: see `StepBuffer`."""
 
-    def set_step(self, number: int, host: NDArray[np.uint8], block_ids: NDArray[np.int32], /) -> None:
-        """Memory that one of the steps is made in, as `blockdex.executor.interface.StepBuffer`."""
+    def set_replays(self, replays: list[tuple[int, ...]], launch: int, stream: int, /) -> None:
+        """The device's programs (runs, length, width, address by step), smallest first, and what launches them."""
 
-    def set_replays(self, steps: Sequence[tuple[int, ...]], launch: int, stream: int, /) -> None:
-        """The device's programs `(runs, length, width, program of each step)`, and what launches them."""
+    def set_run_step(self, run_step: Callable[[int, int, int], None], /) -> None:
+        """What runs a step of (number, runs, tokens) to its end, where no program does."""
 
-    def set_run_step(self, run_step: Callable[[int, int, int], Any], /) -> None:
-        """What runs a step to its end, where no program does: it gets the step's number, runs and tokens."""
+    def take_cut(self) -> bytes:
+        """uint32 columns of sequences that were cut, and may have pages to give back."""
 
-    def abandon(self, code: int, reason_bytes: int, text: bytes, /) -> None:
-        """Answers what is on its way with an error."""
+    def take(self) -> tuple[Any, ...] | None:
+        """The next request for Python, by what is to be done for it; None when there is no other one.
 
-    def counts(
-        self,
-    ) -> tuple[list[tuple[list[int], float]], tuple[list[int], float], tuple[list[int], float], int, int, float, float]:
-        """What it did so far; from any thread.
-
-        Returns:
-            Histograms, as counts and total: seconds of each stage, requests of a step, tokens of a step. Then steps,
-            tokens, seconds of steps on the device, and seconds with any of them there.
+        `(number, "pages", layer, rows)` is to be granted its pages, or refused, or asks again when tried again;
+        `(number, "bulk", layer, rows, tenant number, memory, keys dtype, keys, queries dtype, queries, first head,
+        heads, order, flags)` is entered, to be run and answered; `(number, kind, tenant, sequence, child, number)`, of
+        a kind `open`, `get`, `fork`, `truncate` or `close`, is to be done and answered. Rows are uint64 ids, uint32
+        columns, int64 starts, int64 lengths, and bool for those to be written. Tensors are (offset, bytes) in the
+        memory.
         """
 
-# --- The frontend's side ---
+    def grant(self, number: int, /) -> None:
+        """The pages that a request writes are there, and its sequences' alone."""
+
+    def begin(self, number: int, phase: int, /) -> None:
+        """A kernel was launched for a request; its phase, numbered as on the ring."""
+
+    def drop_if_gone(self, number: int, /) -> bool:
+        """Answers a request whose caller is gone or whose deadline has passed; whether it did."""
+
+    def answer(
+        self,
+        number: int,
+        flags: int,
+        num_tokens: int,
+        num_heads: int,
+        topk: int,
+        num_layers: int,
+        first: NDArray[Any] | None,
+        second: NDArray[Any] | None,
+        /,
+    ) -> None:
+        """Answers a request with up to two arrays; the numbers are those of its slot."""
+
+    def refuse(self, number: int, code: int, reason: str, message: str, /) -> None:
+        """Refuses a request."""
+
+    def abandon(self, code: int, reason: str, message: str, /) -> None:
+        """Refuses all requests, and forgets the steps on their way."""
+
+    def counts(self) -> dict[str, Any]:
+        """What was counted so far: histograms as `HistogramCounts`, of stages by phase and stage, and numbers."""
 
 SENT: int
 QUEUED: int

@@ -33,9 +33,10 @@ from blockdex.contract.messages import (
     TokenRequest,
     TruncateSequence,
 )
-from blockdex.ring import codec, layout
+from blockdex.ring import layout
 from blockdex.ring.layout import ANSWER_STRUCT, CANCEL, REQUEST_STRUCT, AnswerSlot, RequestSlot
 from blockdex.ring.segment import RingError, Segment, Sizes
+from support import slots as codec
 
 ROOM = 1 << 15
 U64 = st.integers(0, 2**64 - 1)

@@ -22,12 +22,13 @@ from blockdex._native import MORE_TO_COPY, NOTHING_LEFT, QUEUED, SENT, UNUSUAL, 
 from blockdex.contract.errors import BlockdexError, Code, NotFoundError, Reason
 from blockdex.contract.messages import Answer, GetSequence, Limits, SequenceState, TokenAnswer, TokenRequest
 from blockdex.frontend.grpc import convert
-from blockdex.ring import codec, layout
+from blockdex.ring import layout
 from blockdex.ring.caller import RPCS, STREAM
 from blockdex.ring.layout import ANSWER_STRUCT, AT, REQUEST_STRUCT, RequestSlot, aligned
 from blockdex.ring.segment import Segment, Sizes
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
+from support import slots as codec
 from support.asking import RESPONSES
 from support.links import BOUNDS, link_of
 

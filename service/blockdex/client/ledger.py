@@ -34,8 +34,8 @@ class _Layers:
     def put(self, layer: int, length: int) -> None:
         self._numbers[_MEMBERS * layer] = length
 
-    def begin(self, layer: int, start: int, length: int) -> tuple[int, int]:
-        """A write from there has begun that makes the layer so long; how long it was before, and the write's number."""
+    def begin(self, layer: int, start: int, length: int) -> tuple[_Layers, int, int]:
+        """A write from there has begun that makes the layer so long: itself, its length before, the write's number."""
         numbers, at = self._numbers, _MEMBERS * layer
         before, alone = numbers[at], numbers[at + _IN_FLIGHT] == 0
         in_a_row = start == before and (alone or bool(numbers[at + _IN_A_ROW]))
@@ -43,7 +43,7 @@ class _Layers:
         numbers[at + _WRITES] += 1
         numbers[at + _IN_FLIGHT] += 1
         numbers[at + _IN_A_ROW] = int(in_a_row)
-        return before, numbers[at + _WRITES]
+        return self, before, numbers[at + _WRITES]
 
     def end(self, layer: int) -> None:
         """A write has ended."""
@@ -144,13 +144,14 @@ class Ledger:
         Raises:
             FailedPreconditionError: starts are left out and a length is unknown (OUTCOME_UNKNOWN).
         """
-        changes = []
         with self._lock:
             if starts is None:
                 starts = [self._length(sequence, layer) for sequence in sequences]
-            for sequence, start, rows in zip(sequences, starts, lengths, strict=False):
-                layers = self._sequences.get(sequence) or self._layers(sequence)
-                changes.append((layers, *layers.begin(layer, start, start + rows)))
+            known = self._sequences
+            changes = [
+                (known.get(sequence) or self._layers(sequence)).begin(layer, start, start + rows)
+                for sequence, start, rows in zip(sequences, starts, lengths, strict=False)
+            ]
         return Append(layer, changes, starts)
 
     def end_append(self, append: Append) -> None:
@@ -232,7 +233,7 @@ class Ledger:
 
     def _length(self, sequence: int, layer: int) -> int:
         layers = self._sequences.get(sequence)
-        length = _UNKNOWN if layers is None else layers.length(layer)
+        length = _UNKNOWN if layers is None else layers._numbers[_MEMBERS * layer]
         if length == _UNKNOWN:
             raise FailedPreconditionError(
                 f"sequence {sequence}, layer {layer}: its length is not known to this client; "

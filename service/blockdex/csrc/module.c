@@ -11,7 +11,8 @@ static bool add_type(PyObject *module, PyType_Spec *spec) {
 }
 
 static int fill(PyObject *module) {
-    if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_core_spec) || add_link(module) < 0)
+    if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_core_spec) ||
+        !add_type(module, &blockdex_sequence_index_spec) || add_link(module) < 0)
         return -1;
     return PyModule_AddIntConstant(module, "SENT", SENT) | PyModule_AddIntConstant(module, "QUEUED", QUEUED) |
            PyModule_AddIntConstant(module, "UNUSUAL", UNUSUAL) |
@@ -20,7 +21,7 @@ static int fill(PyObject *module) {
            PyModule_AddIntConstant(module, "WAITS_FOR_ROOM", WAITS_FOR_ROOM) |
            PyModule_AddIntConstant(module, "NOTICED", CORE_NOTICED) |
            PyModule_AddIntConstant(module, "FOR_PYTHON", CORE_FOR_PYTHON) |
-           PyModule_AddIntConstant(module, "LATE", CORE_LATE) | PyModule_AddIntConstant(module, "ROOM", CORE_ROOM) |
+           PyModule_AddIntConstant(module, "LATE", CORE_LATE) | PyModule_AddIntConstant(module, "BROKEN", CORE_BROKEN) |
            PyModule_AddIntConstant(module, "MAX_RUNS", CORE_RUNS) |
            PyModule_AddIntConstant(module, "MAX_TOKENS", CORE_TOKENS) |
            PyModule_AddIntConstant(module, "STEPS", CORE_STEPS);

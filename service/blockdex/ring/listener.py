@@ -6,9 +6,7 @@ import asyncio
 import logging
 import socket
 import time
-from functools import partial
 
-from blockdex.contract.limits import check_request
 from blockdex.contract.messages import Limits
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.control_channel import ControlChannel
@@ -77,7 +75,7 @@ class RingHost:
             log_event(logger, logging.WARNING, "link broken", reason=str(error))
             loop.call_soon_threadsafe(talk.hang_up)
 
-        line = Line(handles, partial(check_request, info.spec, info.limits), hang_up)
+        line = Line(handles, hang_up)
         self._inbox.add(line)
         try:
             async for words in talk.heard():

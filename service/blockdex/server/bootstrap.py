@@ -21,7 +21,7 @@ from blockdex_kernels import IndexSpec
 
 if TYPE_CHECKING:
     from blockdex.frontend.grpc.tracing import Tracing
-    from blockdex.scheduler.fast_path import CoreInbox
+    from blockdex.ring.server import RingInbox
     from blockdex.scheduler.loop import Engine
     from blockdex_kernels.dispatch import Choice
 
@@ -112,7 +112,7 @@ def start_tracing(settings: ServeSettings) -> Tracing | None:
 
 
 def build_engine(
-    settings: ServeSettings, spec: IndexSpec, on_lost_device: Callable[[], None], inbox: CoreInbox | None = None
+    settings: ServeSettings, spec: IndexSpec, on_lost_device: Callable[[], None], inbox: RingInbox
 ) -> Engine:
     """The engine with its cache, not yet started; loads torch, which takes seconds.
 
@@ -120,7 +120,7 @@ def build_engine(
         settings: of the server.
         spec: the indexer.
         on_lost_device: as `Engine` takes it.
-        inbox: where its entries come from; without one, from `Engine.submit`.
+        inbox: where links come.
 
     Raises:
         StartError: the cache does not fit, or the device is not there.

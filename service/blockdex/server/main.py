@@ -85,7 +85,7 @@ async def _run_single(
     from blockdex.server.single_process import connected  # noqa: PLC0415
 
     threading.excepthook = end_with_the_thread
-    inbox = RingInbox(settings.max_queued_requests, spin_seconds(settings))
+    inbox = RingInbox(spin_seconds(settings))
     engine = build_engine(settings, spec, lambda: os.kill(os.getpid(), signal.SIGTERM), inbox)
     told_to_stop = _listen_to_signals()
     requests, readiness = OwnCounts(), Readiness()

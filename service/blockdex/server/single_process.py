@@ -40,7 +40,7 @@ async def connected(
         told_to_stop: set where the link cannot go on.
     """
     there, seconds = asyncio.Event(), spin_seconds(settings)
-    engine.start(inbox.deliver)
+    engine.start()
     with listen() as listening:
         requests.channel = channel = RingChannel(
             str(listening.getsockname(), "latin-1"),
