@@ -184,6 +184,12 @@ def test_what_refuses_libraries_does_refuse_them() -> None:
     assert "torch must not be loaded here" in loaded.stderr
 
 
+def test_benchmarks_and_examples_need_nothing_of_the_tests() -> None:
+    for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/**/*.py")]:
+        for name in _imports(Module(path.stem, path), types_too=True):
+            assert name.split(".")[0] not in {"tests", "support"}, f"{path.name} imports {name}"
+
+
 PROCESSES = {
     "blockdex.server.engine_process": FRONT,
     "blockdex.server.frontend_process": TENSORS,
