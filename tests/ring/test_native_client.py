@@ -141,7 +141,7 @@ async def test_what_was_answered_at_the_end_is_told(dead_end: DeadEnd) -> None:
 
 
 async def test_a_closed_link_writes_nothing(dead_end: DeadEnd) -> None:
-    """Its eventfds are closed, and may be anybody's by now."""
+    """Its ends of the pairs are closed, and may be anybody's by now."""
     waiting = [dead_end.begin() for _ in range(5)]
     dead_end.free_slots()
     dead_end.link.close()
