@@ -243,7 +243,7 @@ def _tensors() -> Named:
 
 
 def _features() -> Named:
-    has = "this server has HEAD_RANGES, REVISIONS, WAIT_FOR_KEYS, SCORES, ROLLBACK"
+    has = "this server has HEAD_RANGES, REVISIONS, WAIT_FOR_KEYS, SCORES, ROLLBACK, RAW_SCORES"
     for feature, name in ((0, "UNSPECIFIED"), (pb.FEATURE_POOLS, "POOLS"), (99, "99")):
         message = f"required_features: {name} is not offered, {has}"
         for rpc, request in _good(required_features=[pb.FEATURE_REVISIONS, feature]).items():
