@@ -150,6 +150,10 @@ def launch_everything(key_dtype: Any) -> None:
     backend.decode(queries(8, 1), spans(8, 1, 1_000), order="score", return_scores=True)
     case = f"{name}: prefill of float32 at 1M tokens"
     backend.prefill(queries(1, 40, torch.float32), spans(1, 40, 1_000_000), order="ascending", return_scores=False)
+    case = f"{name}: prefill where no block is forced"
+    backend = TritonBackend(IndexSpec(num_layers=2, key_dtype=key_dtype, local_blocks=0), 2, CPU, reason="")
+    backend.prefill(queries(2, 1000), spans(2, 1000, 80_000), order="ascending", return_scores=False)
+    backend.prefill_into(block_ids, torch.zeros(8192, 128, dtype=torch.bfloat16), numbers, table, 1024)
 
 
 def main() -> None:
