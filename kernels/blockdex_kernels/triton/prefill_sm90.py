@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from blockdex_kernels.interface import Spans
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.launch import padded_runs, pdl_launch
-from blockdex_kernels.triton.shares import TILE, needed_blocks, place_of, share_of_program, work_of
+from blockdex_kernels.triton.shares import TILE, needed_blocks, piece_of, share_of_program
 
 _ROWS = gl.constexpr(64)
 """Rows of a warpgroup: what one instruction of its tensor cores takes."""
@@ -56,32 +56,30 @@ def _next_stage(stage, turn, STAGES: gl.constexpr):
 @gluon.jit
 def _read_keys(
     ring,
-    share,
+    runs,
+    piece,
     cells,
+    RUNS: gl.constexpr,
     INIT: gl.constexpr,
     PLACES: gl.constexpr,
     FORCED: gl.constexpr,
 ):
     """One warp has the blocks of the share read, one after another, each into the next place that is free."""
     keys, ready, read = ring
-    starts, lengths, heads, run, _, unit, left = share
+    starts, lengths, heads, run, _ = runs
+    start, rows, tile, block, last, last_end, left = piece
     pages, layers, page_table, table_rows, table_stride, num_layers = cells
     STAGES: gl.constexpr = keys.shape[0]
     BLOCK: gl.constexpr = keys.shape[1]
     stage = 0
     turn = 1
-    while left > 0:
-        start = gl.load(starts + run)
-        rows = gl.load(lengths + run) * heads
+    more = True
+    while more:
         layer = gl.load(layers + run)
         table_row = run
         if table_rows is not None:
             table_row = gl.load(table_rows + run)
         row = page_table + table_row.to(gl.int64) * table_stride + INIT
-        units, tiles, free, fewest, most = work_of(start, rows, heads, BLOCK, PLACES, FORCED)
-        stop = gl.minimum(unit + left, units)
-        tile, block = place_of(unit, start, rows, heads, units, tiles, free, fewest, most, BLOCK, PLACES, FORCED)
-        last, last_end = place_of(stop, start, rows, heads, units, tiles, free, fewest, most, BLOCK, PLACES, FORCED)
         while tile <= last:
             end = last_end
             if tile < last:
@@ -98,9 +96,12 @@ def _read_keys(
                 stage, turn = _next_stage(stage, turn, STAGES)
             tile += 1
             block = 0
-        left -= stop - unit
-        unit = 0
-        run += 1
+        more = left > 0
+        if RUNS > 1:
+            run += 1
+            start, rows, tile, block, last, last_end, left = piece_of(
+                run, 0, left, starts, lengths, heads, BLOCK, PLACES, FORCED
+            )
 
 
 @gluon.jit
@@ -110,7 +111,7 @@ def _pack_rows(packed, queries, unscales, row, first_row, rows, SCALED: gl.const
     Rows are scaled into the range of e4m3 as `numbers.scale_to_e4m3` does; the chip's own conversion rounds as that
     one's does.
     """
-    values, heads, stride_t, stride_h, stride_d = queries
+    values, heads, stride_t, stride_h = queries
     DIM: gl.constexpr = packed.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [512 // DIM, DIM // 16], [4, 1], [1, 0])
     row += gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
@@ -118,7 +119,7 @@ def _pack_rows(packed, queries, unscales, row, first_row, rows, SCALED: gl.const
     inside = row < rows
     row += first_row
     at = (row // heads).to(gl.int64) * stride_t + (row % heads) * stride_h
-    values = gl.load(values + at[:, None] + dim[None, :] * stride_d, mask=inside[:, None], other=0.0).to(gl.float32)
+    values = gl.load(values + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0).to(gl.float32)
     if SCALED:
         magnitude = gl.abs(values)
         largest = gl.max(gl.where(magnitude < float("inf"), magnitude, 0.0), 1)
@@ -134,8 +135,10 @@ def _pack_rows(packed, queries, unscales, row, first_row, rows, SCALED: gl.const
 def _score_rows(
     warpgroup: gl.constexpr,
     ring,
-    share,
+    runs,
+    piece,
     buffers,
+    RUNS: gl.constexpr,
     INIT: gl.constexpr,
     PLACES: gl.constexpr,
     FORCED: gl.constexpr,
@@ -143,7 +146,8 @@ def _score_rows(
 ):
     """A warpgroup scores its rows of every tile of the share: a maximum for each row and block."""
     keys, ready, read = ring
-    starts, lengths, heads, run, first_row, unit, left = share
+    starts, lengths, heads, run, first_row = runs
+    start, rows, tile, block, last, last_end, left = piece
     packed, queries, scores, positions, unscales, width = buffers
     STAGES: gl.constexpr = keys.shape[0]
     BLOCK: gl.constexpr = keys.shape[1]
@@ -162,13 +166,8 @@ def _score_rows(
     products = gl.zeros([_ROWS, BLOCK], gl.float32, products_layout)
     stage = 0
     turn = 0
-    while left > 0:
-        start = gl.load(starts + run)
-        rows = gl.load(lengths + run) * heads
-        units, tiles, free, fewest, most = work_of(start, rows, heads, BLOCK, PLACES, FORCED)
-        stop = gl.minimum(unit + left, units)
-        tile, block = place_of(unit, start, rows, heads, units, tiles, free, fewest, most, BLOCK, PLACES, FORCED)
-        last, last_end = place_of(stop, start, rows, heads, units, tiles, free, fewest, most, BLOCK, PLACES, FORCED)
+    more = True
+    while more:
         while tile <= last:
             end = last_end
             if tile < last:
@@ -198,10 +197,13 @@ def _score_rows(
                     block += 1
             tile += 1
             block = 0
-        left -= stop - unit
-        unit = 0
-        first_row += rows
-        run += 1
+        more = left > 0
+        if RUNS > 1:
+            first_row += rows
+            run += 1
+            start, rows, tile, block, last, last_end, left = piece_of(
+                run, 0, left, starts, lengths, heads, BLOCK, PLACES, FORCED
+            )
 
 
 # What changes from call to call must not ask for another variant of the kernel, compiled while an engine waits.
@@ -228,7 +230,6 @@ def _prefill_scores_sm90_kernel(
     width,
     stride_t,
     stride_h,
-    stride_d,
     table_stride,
     RUNS: gl.constexpr,
     INIT: gl.constexpr,
@@ -254,23 +255,24 @@ def _prefill_scores_sm90_kernel(
         _wait_for_previous()
     if heads.dtype.is_ptr():
         heads = gl.load(heads)
-    run, first_row, unit, length, all_rows = share_of_program(
+    run, first_row, unit, left, all_rows = share_of_program(
         starts, lengths, num_runs, heads, RUNS, BLOCK, PLACES, FORCED
     )
     row = all_rows + gl.program_id(0) * 128 + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
     for skipped in range(0, num_rows - all_rows, gl.num_programs(0) * 128):
         gl.store(positions + skipped + row, -1, mask=skipped + row < num_rows)
     ring = (keys, ready, read)
-    share = (starts, lengths, heads, run, first_row, unit, length)
-    buffers = (packed, (queries, query_heads, stride_t, stride_h, stride_d), scores, positions, unscales, width)
+    runs = (starts, lengths, heads, run, first_row)
+    piece = piece_of(run, unit, left, starts, lengths, heads, BLOCK, PLACES, FORCED)
+    buffers = (packed, (queries, query_heads, stride_t, stride_h), scores, positions, unscales, width)
     cells = (pages, layers, page_table, table_rows, table_stride, num_layers)
     gl.warp_specialize(
         [
-            (_score_rows, (gl.constexpr(0), ring, share, buffers, INIT, PLACES, FORCED, SCALED)),
-            (_score_rows, (gl.constexpr(1), ring, share, buffers, INIT, PLACES, FORCED, SCALED)),
-            (_score_rows, (gl.constexpr(2), ring, share, buffers, INIT, PLACES, FORCED, SCALED)),
-            (_score_rows, (gl.constexpr(3), ring, share, buffers, INIT, PLACES, FORCED, SCALED)),
-            (_read_keys, (ring, share, cells, INIT, PLACES, FORCED)),
+            (_score_rows, (gl.constexpr(0), ring, runs, piece, buffers, RUNS, INIT, PLACES, FORCED, SCALED)),
+            (_score_rows, (gl.constexpr(1), ring, runs, piece, buffers, RUNS, INIT, PLACES, FORCED, SCALED)),
+            (_score_rows, (gl.constexpr(2), ring, runs, piece, buffers, RUNS, INIT, PLACES, FORCED, SCALED)),
+            (_score_rows, (gl.constexpr(3), ring, runs, piece, buffers, RUNS, INIT, PLACES, FORCED, SCALED)),
+            (_read_keys, (ring, runs, piece, cells, RUNS, INIT, PLACES, FORCED)),
         ],
         [4, 4, 4, 1],
         [SCORE_REGISTERS, SCORE_REGISTERS, SCORE_REGISTERS, READ_REGISTERS],
@@ -319,6 +321,8 @@ def score_prefill(
         programs: how many share the work: one a multiprocessor.
         pdl: whether to launch as a programmatic dependent.
     """
+    if queries.stride(2) != 1:
+        queries = queries.contiguous()
     forced = spec.init_blocks + spec.local_blocks
     num_runs = len(spans.lengths)
     block_bytes = pages.base.element_size() * pages.block_shape[0] * pages.block_shape[1]
@@ -339,7 +343,7 @@ def score_prefill(
         queries.shape[1],
         spec.num_layers,
         scores.shape[1],
-        *queries.stride(),
+        *queries.stride()[:2],
         spans.page_table.stride(0),
         RUNS=1 if num_runs == 1 else padded_runs(num_runs),
         INIT=spec.init_blocks,

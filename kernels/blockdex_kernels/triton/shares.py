@@ -83,6 +83,22 @@ def place_of(
 
 
 @gluon.jit
+def piece_of(run, unit, left, starts, lengths, heads, BLOCK: gl.constexpr, PLACES: gl.constexpr, FORCED: gl.constexpr):
+    """What of a share of `left` units from a unit of a run on lies in that run.
+
+    The run's start and rows, the first tile and the block of it with which the piece begins, the last tile and where
+    its blocks end, and the units that are left for the runs behind.
+    """
+    start = gl.load(starts + run, mask=left > 0, other=0)
+    rows = gl.load(lengths + run, mask=left > 0, other=0) * heads
+    units, tiles, free, fewest, most = work_of(start, rows, heads, BLOCK, PLACES, FORCED)
+    stop = gl.minimum(unit + left, units)
+    tile, block = place_of(unit, start, rows, heads, units, tiles, free, fewest, most, BLOCK, PLACES, FORCED)
+    last, end = place_of(stop, start, rows, heads, units, tiles, free, fewest, most, BLOCK, PLACES, FORCED)
+    return start, rows, tile, block, last, end, left - (stop - unit)
+
+
+@gluon.jit
 def _add(left, right):
     return left + right
 
