@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := service/blockdex/_native.abi3.so
-FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/ring/*.c)
+FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/ring/*.c tests/csrc/*.[ch])
 
 # A torch that the machine already has (a CUDA build, say) is used as it is; otherwise exactly the constrained one comes.
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
@@ -15,9 +15,11 @@ CONSTRAINTS := $(if $(HAS_TORCH),,--constraint constraints.txt)
 
 # Programs of the tests that pip does not bring, each with the Debian package that does.
 TOOLS := prometheus=prometheus promtool=prometheus kubectl=kubernetes-client chromium=chromium gcc=build-essential
+CROSS_TOOLS := aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu qemu-aarch64=qemu-user \
+	/usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1=libc6-dev-arm64-cross
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
 
-.PHONY: help install tools demo test test-all lint format proto lock bench bench-gpu bench-service docs clean
+.PHONY: help install tools demo test test-all mutants lint format proto lock bench bench-gpu bench-service docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -46,8 +48,11 @@ test: $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
 	$(BIN)/python -m pytest -m 'not slow'
 
 test-all: $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
-	@tests/tools.sh $(IMAGE_TOOLS)
+	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS)
 	$(BIN)/python -m pytest
+
+mutants: $(NATIVE) ## Small faults put into the C, one at a time: each is seen by some test of make test
+	cd tests && ../$(BIN)/python -m mutants
 
 lint: $(STAMP) ## Formatting, lints, types, the protobuf style rules
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import runpy
 from pathlib import Path
 from typing import Any
@@ -20,4 +21,4 @@ class Native(BuildHookInterface):  # type: ignore[type-arg]
         native["compile_native"]()
         build_data["artifacts"].append("service/blockdex/_native.abi3.so")
         build_data["pure_python"] = False
-        build_data["tag"] = "cp311-abi3-linux_x86_64"
+        build_data["tag"] = f"cp311-abi3-linux_{platform.machine()}"

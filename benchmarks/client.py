@@ -130,7 +130,7 @@ class Fleet:
         keys = pb.Tensor(dtype=pb.DTYPE_BF16, data=self.keys.tobytes())
         queries = pb.Tensor(dtype=pb.DTYPE_BF16, data=self.queries.tobytes())
         ids = pb.Tensor(dtype=pb.DTYPE_INT32, data=bytes(4 * len(self.ids) * HEADS * TOPK))
-        request = pb.AppendAndSelectRequest(spans=spans, keys=keys, queries=queries, epoch=1)
+        request = pb.AppendAndSelectRequest(spans=spans, keys=keys, queries=queries, header=pb.RequestHeader(epoch=1))
         return request.ByteSize(), pb.AppendAndSelectResponse(block_ids=ids, epoch=1).ByteSize()
 
 

@@ -43,7 +43,7 @@ INFO = pb.GetInfoResponse(
         block_size=128,
         topk=TOPK,
         local_blocks=1,
-        score="max",
+        scoring=pb.SCORING_BLOCK_MAX,
         scale=HEAD_DIM**-0.5,
         key_dtype=pb.DTYPE_BF16,
         max_sequence_tokens=1 << 20,
@@ -88,7 +88,8 @@ class Step:
         spans = pb.Spans(sequence_ids=self.ids, starts=self.starts, lengths=self.lengths)
         keys = pb.Tensor(dtype=pb.DTYPE_BF16, data=self.keys.tobytes())
         queries = pb.Tensor(dtype=pb.DTYPE_BF16, data=self.queries.tobytes())
-        return pb.AppendAndSelectRequest(layer=3, spans=spans, keys=keys, queries=queries, epoch=INFO.epoch)
+        header = pb.RequestHeader(epoch=INFO.epoch)
+        return pb.AppendAndSelectRequest(header=header, layer=3, spans=spans, keys=keys, queries=queries)
 
 
 class Way:

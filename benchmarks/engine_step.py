@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Keys, Limits, OpenSequence, Queries, Request, Spans, TensorData, TokenRequest
+from blockdex.contract.messages import Keys, Limits, OpenSequences, Queries, Request, Spans, TensorData, TokenRequest
 from blockdex.ring import codec
-from blockdex.ring.handshake import Handles
+from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, REQUEST, SLOT_BYTES
 from blockdex.ring.listener import sizes_of
-from blockdex.ring.segment import Segment, Sizes
+from blockdex.ring.segment import Sizes
 from blockdex.ring.server import Line, RingInbox
 from blockdex.scheduler.loop import Engine
 from blockdex_kernels import IndexSpec
@@ -92,10 +92,9 @@ class Asker:
     """
 
     def __init__(self, inbox: RingInbox, epoch: int, sizes: Sizes) -> None:
-        self._segment = segment = Segment.create(sizes, epoch)
-        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        self._handles = Handles(segment, os.eventfd(0, flags), os.eventfd(0, flags))
-        self._line = Line(self._handles, check=lambda _: None, hang_up=lambda _: None)
+        engine, self._handles = new_link(sizes, epoch)
+        self._segment = self._handles.segment
+        self._line = Line(engine, check=lambda _: None, hang_up=lambda _: None)
         inbox.add(self._line)
         self._asked = 0
 
@@ -131,7 +130,7 @@ class Asker:
         """Wakes the engine where it sleeps: before the first requests, that is."""
         if self._segment.flags[AT["engine_sleeps"] // 4]:
             self._segment.flags[AT["engine_sleeps"] // 4] = 0
-            os.eventfd_write(self._handles.engine_bell, 1)
+            os.write(self._handles.engine_bell, b"0")
 
     def _take(self, number: int) -> float:
         segment = self._segment
@@ -207,7 +206,7 @@ def _steps(asker: Asker, spec: IndexSpec, shapes: Shapes, seconds: float) -> lis
 def _contexts(spec: IndexSpec, shapes: Shapes) -> Iterator[Request]:
     """Opens the sequences and fills them up to the last token but one, in every layer."""
     for sequence in range(shapes.sequences):
-        yield OpenSequence("benchmark", 0, sequence, 0)
+        yield OpenSequences("benchmark", 0, (sequence,), (0,))
     before = shapes.tokens - 1
     keys = _numbers(shapes.sequences * before, spec.head_dim)
     for layer in range(shapes.layers):

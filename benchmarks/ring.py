@@ -28,6 +28,7 @@ from rich.table import Table
 from benchmarks.client import Fleet, percentile, process, timed
 from benchmarks.environment import RESULTS, environment
 from blockdex import Client
+from blockdex.ring.handshake import new_link
 from blockdex.ring.segment import Segment, Sizes
 from support.ring import Bell, Consumer, Producer
 
@@ -67,8 +68,8 @@ class Side:
     """One side of a ring, which waits for the other."""
 
     def __init__(self, segment: Segment, bells: tuple[int, int], own: str, spin_seconds: float) -> None:
-        """`own`: `engine` or `door`; `bells`: its own eventfd, and the other's."""
-        other, inward, outward = ("door", "request", "answer") if own == "engine" else ("engine", "answer", "request")
+        """`own`: `engine` or `client`; `bells`: its ends of its own pair, and of the other's."""
+        other, inward, outward = ("client", "request", "answer") if own == "engine" else ("engine", "answer", "request")
         self._counters = segment.counters
         self._bell = Bell(segment, f"{own}_sleeps", bells[0])
         self._consumer = Consumer(segment, inward)
@@ -105,12 +106,11 @@ def echo(fd: int, own: int, other: int, count: int, spin_seconds: float) -> None
 
 def round_trips(count: int, spin_seconds: float) -> RoundTrip:
     """Sends numbers to another process and back, one at a time."""
-    segment = Segment.create(Sizes(64, 4096, 4096), epoch=1)
-    bells = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
-    files = (segment.fd, *bells)
+    engine, client = new_link(Sizes(64, 4096, 4096), epoch=1)
+    files = (engine.segment.fd, engine.engine_bell, engine.client_bell)
     command = [sys.executable, "-m", "benchmarks.ring", "--echo", *map(str, files), str(count), str(spin_seconds)]
     with subprocess.Popen(command, pass_fds=files) as other:
-        side = Side(segment, (bells[1], bells[0]), "door", spin_seconds)
+        side = Side(client.segment, (client.client_bell, client.engine_bell), "client", spin_seconds)
         seconds = []
         for number in range(count):
             began = time.perf_counter()
@@ -120,8 +120,8 @@ def round_trips(count: int, spin_seconds: float) -> RoundTrip:
             seconds.append(time.perf_counter() - began)
         if other.wait(_WAKE_SECONDS):
             raise RuntimeError(f"the other side ended with {other.returncode}")
-    for fd in files:
-        os.close(fd)
+    engine.close()
+    client.close()
     microseconds = [1e6 * each for each in seconds[count // 10 :]]
     return RoundTrip(spin_seconds, statistics.median(microseconds), percentile(microseconds, 99))
 

@@ -50,7 +50,9 @@ def test_a_stub_of_stock_tooling_talks_to_the_server(server: Serving, tmp_path: 
     stubs = tmp_path / "stubs"
     stubs.mkdir()
     _protoc(f"-I{source.parent}", f"--python_out={stubs}", f"--grpc_python_out={stubs}", source / "indexer.proto")
-    client = _run(sys.executable, ROOT / "tests" / "foreign_client.py", server.grpc_address, PYTHONPATH=str(stubs))
+    client = _run(
+        sys.executable, ROOT / "tests" / "support" / "foreign_client.py", server.grpc_address, PYTHONPATH=str(stubs)
+    )
     assert client.returncode == 0, client.stderr
     epoch = server.event("serving")["epoch"]
     assert client.stdout == f"served 3 layers, epoch {epoch}\n"

@@ -85,6 +85,11 @@ def _describe(gpu: int) -> str:
     return f"{torch.cuda.get_device_name(gpu)}, compute capability {major}.{minor}"
 
 
+def device_name(device: torch.device) -> str:
+    """Product name of a GPU; empty of a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def choose_backend(
     device: str | Choice, spec: IndexSpec, num_pages: int, *, fp8_scoring: Fp8Scoring = "native"
 ) -> Backend:

@@ -19,8 +19,9 @@ class Line:
 
     Args:
         segment: the shared memory, a `Segment` that this process has made.
-        bell: eventfd that the frontend sleeps on.
-        own_bell: eventfd that the engine sleeps on.
+        bell: the engine's end of the datagram pair that the client sleeps on.
+        own_bell: the engine's end of the pair that the engine sleeps on.
+        tenant: of all its requests; without one each names its own.
 
     Attributes:
         filled: requests that are there and were not taken; -1 where the frontend says what cannot be.
@@ -31,7 +32,7 @@ class Line:
         has_unwritten: whether answers wait for room, of those that the core wrote.
     """
 
-    def __init__(self, segment: object, bell: int, own_bell: int) -> None: ...
+    def __init__(self, segment: object, bell: int, own_bell: int, tenant: str = "") -> None: ...
     @property
     def filled(self) -> int: ...
     @property
@@ -177,110 +178,6 @@ class Core:
             Histograms, as counts and total: seconds of each stage, requests of a step, tokens of a step. Then steps,
             tokens, seconds of steps on the device, and seconds with any of them there.
         """
-
-# --- The client's side ---
-
-class Writer:
-    """Writes the data calls that a server takes, as protobuf.
-
-    Args:
-        array: `numpy.ndarray`.
-        dtypes: numpy dtypes to their numbers on the wire.
-
-    Raises:
-        ValueError: bounds that no server has.
-    """
-
-    def __new__(
-        cls,
-        *,
-        num_layers: int,
-        num_heads: int,
-        head_dim: int,
-        max_sequence_tokens: int,
-        max_spans: int,
-        max_message_bytes: int,
-        array: type[Any],
-        dtypes: dict[np.dtype[Any], int],
-    ) -> Writer: ...
-    def write(
-        self,
-        kind: int,
-        layer: int,
-        epoch: int,
-        sequences: object,
-        starts: object,
-        lengths: object,
-        revisions: object,
-        keys: object,
-        queries: object,
-        first_head: int,
-        num_heads: int,
-        order: int | None,
-        return_scores: bool,
-        wait_for_keys: bool,
-        /,
-    ) -> tuple[bytes, int, int] | None:
-        """A request, the sum of its lengths, and its heads: those named, or all from the first one; 0 without queries.
-
-        Kinds are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect. Columns are lists, and revisions may be
-        None. None where anything is wrong with it or merely unusual, and while another request is being written: by
-        whoever was interrupted, by the collector above all.
-        """
-
-    def append(
-        self, layers: dict[int, Layers], /, *arguments: Any
-    ) -> tuple[tuple[bytes, int, int], list[tuple[Layers, int, int]]] | None:
-        """As `write`, of a request that appends; then begins the write of each sequence in a client's books.
-
-        Starts may be None: at the ends of the sequences.
-
-        Returns:
-            What `write` does, and each sequence with its length before and the write's number. None, and nothing has
-            changed, where `write` returns None or one of the sequences, or its length that counts, is unknown.
-        """
-
-class Baton:
-    """Hands what one thread has put somewhere to another one that waits for it, and the interpreter's lock with it."""
-
-    def __new__(cls) -> Baton: ...
-    def wait(self, seconds: float, /) -> bool:
-        """Waits so long for `pass_on` without sleeping, and without the lock; whether that came."""
-
-    def pass_on(self) -> bool:
-        """Lets go of the lock until whoever waits has it, 0.05 ms at most; whether anybody did."""
-
-class Layers:
-    """What a client knows of one sequence, by layer: as `blockdex.client.ledger` has it.
-
-    Args:
-        lengths: `[L]`.
-
-    Raises:
-        IndexError: by its methods, of a layer that it does not have.
-    """
-
-    def __new__(cls, lengths: list[int], /) -> Layers: ...
-    def length(self, layer: int, /) -> int: ...
-    def put(self, layer: int, length: int, /) -> None: ...
-    def begin(self, layer: int, start: int, length: int, /) -> tuple[int, int]: ...
-    def end(self, layer: int, /) -> None: ...
-    def undo(self, layer: int, before: int, number: int, /) -> None: ...
-    def lose(self, layer: int, /) -> None: ...
-    def writes(self) -> list[int]: ...
-    def in_flight(self) -> list[int]: ...
-
-def end_append(layer: int, changes: list[tuple[Layers, int, int]], /) -> None:
-    """Ends what `Writer.append` or `Layers.begin` began."""
-
-def frame(kind: int, number: int, timeout_ms: int, request: bytes, /) -> bytes:
-    """A `StreamRequest` that holds a request of that kind."""
-
-def find_response(kind: int, frame: bytes, /) -> bytes | None:
-    """The response to a call of that kind inside a `StreamResponse`; None where it is none, or unusual."""
-
-def read_selection(response: bytes, num_bytes: int, scored: bool, /) -> tuple[bytearray, bytearray | None] | None:
-    """Block ids, and scores where there should be any, of so many bytes each; None where they are not."""
 
 # --- The frontend's side ---
 

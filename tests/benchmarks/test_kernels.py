@@ -34,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     kernels_file = folder / "vllm" / "models" / "minimax_m3" / "common" / "ops" / "index_topk.py"
     kernels_file.parent.mkdir(parents=True)
-    shutil.copy(ROOT / "tests" / "vllm_stand_in.py", kernels_file)
+    shutil.copy(ROOT / "tests" / "support" / "vllm_stand_in.py", kernels_file)
     (folder / "vllm" / "_version.py").write_text("version = '0.0.1'\n", encoding="utf-8")
     (folder / "vllm" / "utils").mkdir()
     round_up = "def round_up(x, y):\n    return -(-x // y) * y\n"

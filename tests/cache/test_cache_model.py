@@ -152,7 +152,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(nth=NTH)
     def close(self, nth: int) -> None:
         before = snapshot(self.cache)
-        self.cache.close_sequence(*NAMES[nth])
+        self.cache.close_sequences(NAMES[nth][0], [NAMES[nth][1]])
         if self.model.pop(NAMES[nth], None) is None:
             assert snapshot(self.cache) == before
 
@@ -178,15 +178,15 @@ class CacheMachine(RuleBasedStateMachine):
                 self.append(layer, [(nth, -back, count, 1)] * len(IDS), select=True)
 
     @precondition(lambda self: self.model)
-    @rule(layer=LAYERS, rows=APPEND_ROWS, select=st.booleans(), idle=IDLE_SECONDS)
-    def append_any(self, layer: int, rows: Rows, select: bool, idle: float) -> None:
+    @rule(layer=LAYERS, rows=APPEND_ROWS, select=st.booleans(), rollback=st.booleans(), idle=IDLE_SECONDS)
+    def append_any(self, layer: int, rows: Rows, select: bool, rollback: bool, idle: float) -> None:
         self.clock.now += idle
-        self.append(layer, rows, select=select)
+        self.append(layer, rows, select=select, rollback=rollback)
 
-    def append(self, layer: int, rows: Rows, *, select: bool) -> None:
+    def append(self, layer: int, rows: Rows, *, select: bool, rollback: bool = True) -> None:
         tenant, request = self.resolve(layer, rows)
         named = {(tenant, row[0]) for row in request}
-        reason = self.refusal_of_append(tenant, layer, request)
+        reason = self.refusal_of_append(tenant, layer, request, rollback)
         applying = [] if reason else [row for row in request if self.applies(tenant, layer, row)]
         effects = {(tenant, row[0]): self.effect(tenant, layer, row) for row in applying}
         if reason is None and not self.room(named, effects, 0):
@@ -195,11 +195,11 @@ class CacheMachine(RuleBasedStateMachine):
             after = {row[0]: (row[1] + row[2], row[3] or self.revision(tenant, layer, row)) for row in applying}
             reason = self.refusal_of_selection(tenant, layer, request, after)
         if reason:
-            self.expect(reason, lambda: self.plan(tenant, layer, request, select))
+            self.expect(reason, lambda: self.plan(tenant, layer, request, select, rollback))
             return
 
         held, before = held_pages(self.cache), snapshot(self.cache)
-        plan = self.plan(tenant, layer, request, select)
+        plan = self.plan(tenant, layer, request, select, rollback)
         assert snapshot(self.cache) == before
         assert plan.applies.tolist() == [row in applying for row in request]
         self.store.copy(self.cache.apply_append(plan))
@@ -231,7 +231,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.expect(Reason.EPOCH_MISMATCH, lambda: self.cache.check_epoch(other ^ self.cache.epoch or 1))
         if name in self.model:
             parent_id = own[0]
-            self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.open_sequence(tenant, sequence_id, 0))
+            if not any((*self.model[name].layers, *self.model[name].revisions)):
+                self.cache.open_sequences(tenant, {sequence_id: 7.0})
+                self.model[name].lease = 7.0
+                self.touch(name)
+            else:
+                self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.open_sequences(tenant, {99: 0, sequence_id: 0}))
             self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.fork_sequence(tenant, parent_id, sequence_id, 0))
             return
         request = spans(*((sequence, 0, 1) for sequence in own), (sequence_id, 0, 1))
@@ -263,7 +268,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for tenant, sequence_id in self.model:
-            self.cache.close_sequence(tenant, sequence_id)
+            self.cache.close_sequences(tenant, [sequence_id])
         check_integrity(self.cache)
         usage = self.cache.usage()
         assert (usage.pages_used, usage.pages_shared, usage.sequences) == (0, 0, 0)
@@ -278,8 +283,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert refusal.value.reason == reason
         assert snapshot(self.cache) == before
 
-    def plan(self, tenant: str, layer: int, request: list[Row], select: bool) -> AppendPlan:
-        plan = self.cache.plan_append(tenant, layer, spans(*request))
+    def plan(self, tenant: str, layer: int, request: list[Row], select: bool, rollback: bool) -> AppendPlan:
+        plan = self.cache.plan_append(tenant, layer, spans(*request), rollback=rollback)
         if select:
             self.cache.check_selection(tenant, layer, spans(*request), plan)
         return plan
@@ -315,7 +320,7 @@ class CacheMachine(RuleBasedStateMachine):
         return tenant, request
 
     def model_open(self, tenant: str, sequence_id: int, lease: float) -> None:
-        self.cache.open_sequence(tenant, sequence_id, lease)
+        self.cache.open_sequences(tenant, {sequence_id: lease})
         layers: list[list[int]] = [[] for _ in range(SPEC.num_layers)]
         self.model[tenant, sequence_id] = ModelSequence(
             layers, [0] * SPEC.num_layers, lease or DEFAULT_LEASE, self.clock.now
@@ -331,12 +336,17 @@ class CacheMachine(RuleBasedStateMachine):
     def applies(self, tenant: str, layer: int, row: Row) -> bool:
         return row[3] == 0 or row[3] != self.revision(tenant, layer, row)
 
-    def refusal_of_append(self, tenant: str, layer: int, request: list[Row]) -> Reason | None:
-        if any(0 < row[3] < self.revision(tenant, layer, row) for row in request):
-            return Reason.STALE_REVISION
-        for row in request:
-            if self.applies(tenant, layer, row) and row[1] > len(self.model[tenant, row[0]].layers[layer]):
+    def refusal_of_append(self, tenant: str, layer: int, request: list[Row], rollback: bool) -> Reason | None:
+        lengths = [len(self.model[tenant, row[0]].layers[layer]) for row in request]
+        for row, length in zip(request, lengths, strict=True):
+            is_another = not self.applies(tenant, layer, row) and row[1] + row[2] != length
+            if is_another or 0 < row[3] < self.revision(tenant, layer, row):
+                return Reason.STALE_REVISION
+        for row, length in zip(request, lengths, strict=True):
+            if self.applies(tenant, layer, row) and row[1] > length:
                 return Reason.APPEND_BEYOND_LENGTH
+            if not (row[3] or rollback) and row[1] < length:
+                return Reason.APPEND_OVERLAPS
         return None
 
     def refusal_of_selection(

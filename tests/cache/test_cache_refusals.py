@@ -19,9 +19,9 @@ UNKNOWN = "(never opened, closed, or evicted)"
 def cache() -> Cache:
     """Eight pages, three of them free: sequences 7 (layer 3: 5 tokens, revision 5) and 8 (layer 3: 9 tokens)."""
     cache = Cache(SPEC, 8, clock=Clock())
-    cache.open_sequence("red", 7, 0)
-    cache.open_sequence("red", 8, 0)
-    cache.open_sequence("blue", 9, 0)
+    cache.open_sequences("red", {7: 0})
+    cache.open_sequences("red", {8: 0})
+    cache.open_sequences("blue", {9: 0})
     append(cache, "red", 3, (7, 0, 5, 5), (8, 0, 9))
     return cache
 
@@ -32,7 +32,7 @@ def select(cache: Cache, tenant: str, layer: int, *rows: tuple[int, ...]) -> Non
 
 REFUSALS: dict[str, tuple[Callable[[Cache], object], Code, Reason, str]] = {
     "open twice": (
-        lambda cache: cache.open_sequence("red", 7, 0),
+        lambda cache: cache.open_sequences("red", {7: 0}),
         Code.ALREADY_EXISTS,
         Reason.SEQUENCE_EXISTS,
         "sequence 7: open already",
@@ -275,8 +275,8 @@ def test_epochs(cache: Cache) -> None:
 def test_refused_calls_do_not_refresh_the_lease() -> None:
     clock = Clock()
     cache = Cache(SPEC, 2, default_lease_seconds=10, clock=clock)
-    cache.open_sequence("red", 1, 0)
-    cache.open_sequence("red", 2, 0)
+    cache.open_sequences("red", {1: 0})
+    cache.open_sequences("red", {2: 0})
     append(cache, "red", 0, (1, 0, 5))
     clock.now = 10.0
     for call in (
@@ -285,7 +285,7 @@ def test_refused_calls_do_not_refresh_the_lease() -> None:
         lambda: select(cache, "red", 0, (1, 5, 1)),
         lambda: cache.fork_sequence("red", 1, 2, 4),
         lambda: cache.fork_sequence("red", 1, 3, 5),
-        lambda: cache.open_sequence("red", 1, 0),
+        lambda: cache.open_sequences("red", {1: 0}),
     ):
         with pytest.raises(BlockdexError):
             call()

@@ -46,7 +46,7 @@ def test_every_page_is_in_the_state_that_a_recount_finds(max_cells: int) -> None
     for number in range(1, 120):
         clock.now += float(random.integers(0, 4))
         name = ("tenant", number)
-        cache.open_sequence(*name, 0)
+        cache.open_sequences(name[0], {name[1]: 0})
         last_calls[name] = clock.now
         try:
             append(cache, "tenant", number % 2, (number, 0, int(random.integers(1, 20))))
@@ -55,9 +55,9 @@ def test_every_page_is_in_the_state_that_a_recount_finds(max_cells: int) -> None
                 cache.fork_sequence("tenant", parent, 1000 + number, 8)
                 last_calls["tenant", parent] = last_calls["tenant", 1000 + number] = clock.now
             elif random.random() < 0.5:
-                cache.close_sequence("tenant", parent)
+                cache.close_sequences("tenant", [parent])
         except ResourceExhaustedError:
-            cache.close_sequence(*name)
+            cache.close_sequences(name[0], [name[1]])
         open_names = set(held_pages(cache))
         idle = {name for name in open_names if clock.now - last_calls[name] >= LEASE}
         expected = recount(cache, idle)
@@ -79,7 +79,7 @@ def test_every_page_is_in_the_state_that_a_recount_finds(max_cells: int) -> None
 def test_lengths_are_those_of_the_longest_layer() -> None:
     cache = Cache(SPEC, 40)
     for sequence, (first, second) in enumerate([(0, 0), (1, 4), (5, 0), (8, 8), (0, 9), (64, 1)]):
-        cache.open_sequence("tenant", sequence, 0)
+        cache.open_sequences("tenant", {sequence: 0})
         for layer, tokens in enumerate((first, second)):
             if tokens:
                 append(cache, "tenant", layer, (sequence, 0, tokens))
@@ -112,13 +112,13 @@ def test_from_another_thread_while_the_cache_changes() -> None:
     looking = threading.Thread(target=look)
     looking.start()
     for number in range(1200):  # slots and page tables grow several times on the way
-        cache.open_sequence("tenant", number, 0)
+        cache.open_sequences("tenant", {number: 0})
         append(cache, "tenant", 0, (number, 0, 1 + number % 64))
         cache.fork_sequence("tenant", number, 10_000 + number, 30)
         if number % 3:
-            cache.close_sequence("tenant", number)
+            cache.close_sequences("tenant", [number])
         if number > 100:
-            cache.close_sequence("tenant", 10_000 + number - 100)
+            cache.close_sequences("tenant", [10_000 + number - 100])
     stop.set()
     looking.join()
     assert not failures
@@ -133,19 +133,19 @@ def test_a_slot_that_changes_hands_while_it_is_read(monkeypatch: pytest.MonkeyPa
     """A long table was there, and a short one near the end of all tables is: its end is not the long one's."""
     spec = IndexSpec(num_layers=1, head_dim=1, block_size=4)
     cache = Cache(spec, 3000, default_lease_seconds=1e-9)
-    cache.open_sequence("tenant", 0, 0)
+    cache.open_sequences("tenant", {0: 0})
     append(cache, "tenant", 0, (0, 0, 4 * 1000))
     tables = cache._sequences.tables
     while (tables._unused_row + 1) * TABLE_ROW < len(cache.table_cells):
         number = tables._unused_row
-        cache.open_sequence("tenant", number, 0)
+        cache.open_sequences("tenant", {number: 0})
         append(cache, "tenant", 0, (number, 0, 1))
     places = tables._places
 
     def held_up(*asked: Any) -> NDArray[np.intp]:
         monkeypatch.undo()
-        cache.close_sequence("tenant", 0)
-        cache.open_sequence("tenant", 1000, 0)
+        cache.close_sequences("tenant", [0])
+        cache.open_sequences("tenant", {1000: 0})
         append(cache, "tenant", 0, (1000, 0, 1))
         return places(*asked)
 

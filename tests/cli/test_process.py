@@ -18,6 +18,7 @@ from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from support import strange_core
 from support.serving import SMALL, Serving, serve
+from support.wire import open_request
 
 TOKENS, QUERIES, PREFILLS = 8192, 4096, 6
 
@@ -96,7 +97,7 @@ def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
 ) -> None:
     with serve("--shutdown-grace-seconds", "60") as serving:
         calls = stub(channel_to(serving))
-        calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1))
+        calls.OpenSequences(open_request(1))
         calls.AppendKeys(pb.AppendKeysRequest(layer=0, spans=span(0, TOKENS), keys=tensor(TOKENS, 128)))
         request = pb.SelectBlocksRequest(
             layer=0, spans=span(TOKENS - QUERIES, QUERIES), queries=tensor(QUERIES, 4, 128)
@@ -114,7 +115,7 @@ def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
         assert httpx.get(f"http://{serving.http_address}/healthz").status_code == 200
         assert sample(serving, "blockdex_ready") == 0
         with pytest.raises(grpc.RpcError) as refused:
-            calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=2))
+            calls.OpenSequences(open_request(2))
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
 
         for prefill in prefills:
@@ -129,7 +130,7 @@ def test_sigterm_answers_what_is_in_flight_and_takes_nothing_new(
 def test_the_grace_is_bounded(channel_to: Callable[[Serving], grpc.Channel]) -> None:
     with serve(*SMALL, BLOCKDEX_SHUTDOWN_GRACE_SECONDS="0.5") as serving:
         calls = stub(channel_to(serving))
-        calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1))
+        calls.OpenSequences(open_request(1))
         waiting = calls.SelectBlocks.future(waiting_selection(), timeout=60)
         eventually(lambda: sample(serving, "blockdex_waiting_requests") == 1, "the selection waits")
         began = time.monotonic()
@@ -141,7 +142,7 @@ def test_the_grace_is_bounded(channel_to: Callable[[Serving], grpc.Channel]) -> 
 def test_a_second_signal_ends_it_at_once(channel_to: Callable[[Serving], grpc.Channel]) -> None:
     with serve() as serving:
         calls = stub(channel_to(serving))
-        calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1))
+        calls.OpenSequences(open_request(1))
         waiting = calls.SelectBlocks.future(waiting_selection(), timeout=60)
         eventually(lambda: sample(serving, "blockdex_waiting_requests") == 1, "the selection waits")
         serving.process.send_signal(signal.SIGINT)

@@ -10,7 +10,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import blockdex
-from blockdex.client import compiled
 from support.clients import FLAVOUR_NAMES, FLAVOURS, connect, new_sequence
 from support.serving import SMALL, Serving, serve
 from support.tcp_proxy import TcpProxy, proxy_to
@@ -21,15 +20,6 @@ def small_server() -> Iterator[Serving]:
     """A server that takes 4 spans and 64 KiB of tensors a request."""
     with serve(*SMALL, "--max-spans", "4", "--max-message-bytes", "64KiB") as serving:
         yield serving
-
-
-@pytest.fixture(params=["compiled", "python"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the compiled module, and as where there is none."""
-    assert compiled.native is not None
-    if request.param == "python":
-        monkeypatch.setattr(compiled, "native", None)
-    return str(request.param)
 
 
 @pytest.fixture(params=FLAVOURS, ids=FLAVOUR_NAMES)

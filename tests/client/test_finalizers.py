@@ -7,23 +7,14 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
-import numpy as np
 import pytest
 
-from blockdex.client.core import Core, _begin_append
-from blockdex.client.kinds import APPEND_KEYS, SELECT_BLOCKS
+from blockdex.client.core import Core
 from blockdex.client.ledger import Append, Ledger
-from blockdex.client.requests import Queries, Spans
 from blockdex.v1 import indexer_pb2 as pb
 from support.clients import some_info
 
-pytestmark = pytest.mark.usefixtures("way")
-
-KEYS = np.ones((1, 128), np.float32)
-QUERIES = Queries(np.ones((4, 4, 128), np.float32), 0, 0, "ascending", False)
-FOUR = Spans(layer=0, sequences=[1, 2, 3, 4], lengths=[1] * 4, starts=None, revisions=[], epoch=None)
 LATEST = 80
 """More objects than a call makes that the collector knows."""
 
@@ -74,35 +65,15 @@ def in_time(calls: Callable[[], object]) -> None:
     assert not caller.is_alive(), "the caller waits for itself"
 
 
-def append(ledger: Ledger, sequence: int) -> tuple[bytes, Append]:
-    """As `Core.append_keys`."""
-    named: Any = (0, [sequence], [1], [5], None, None)
-    request, _, begun = ledger.write_append(APPEND_KEYS, named, KEYS, None) or _begin_append(
-        APPEND_KEYS, ledger, named, KEYS, None
-    )
-    return request, begun
-
-
-def test_a_request_that_is_written_in_the_middle_of_an_append(ledger: Ledger, moments: Iterator[int]) -> None:
-    expected, begun = append(ledger, 7)
-    ledger.end_append(begun)
-    selection = ledger.writer.write(SELECT_BLOCKS, FOUR, [5] * 4, None, QUERIES)
-    found: list[Any] = []
-    for moment in moments:
-        Left(lambda: found.append(ledger.writer.write(SELECT_BLOCKS, FOUR, [5] * 4, None, QUERIES)))
-        request, begun = append(ledger, 7)
-        assert request == expected, moment
-        assert ledger.last_positions(0, [7], [0]) == [6], moment
-        ledger.end_append(begun)
-    gc.collect()
-    assert found == [selection] * (LATEST - 1)
-    assert pb.AppendKeysRequest.FromString(expected).spans.starts == [5]
+def append(ledger: Ledger, sequence: int) -> Append:
+    """Counts an append of one token."""
+    return ledger.begin_append(0, [sequence], [1], [5])
 
 
 CALLS: dict[str, Callable[[Ledger], object]] = {
     "open": lambda ledger: ledger.open(8, [0] * 3),
-    "append": lambda ledger: ledger.end_append(append(ledger, 7)[1]),
-    "refused append": lambda ledger: ledger.fail_append(append(ledger, 7)[1], changed_nothing=True),
+    "append": lambda ledger: ledger.end_append(append(ledger, 7)),
+    "refused append": lambda ledger: ledger.fail_append(append(ledger, 7), changed_nothing=True),
     "selection": lambda ledger: ledger.last_positions(0, [1, 2], [1, 1]),
     "question": lambda ledger: ledger.end_question(ledger.begin_question(7), [5] * 3),
     "cut": lambda ledger: ledger.end_truncation(ledger.begin_truncation(7), [5] * 3),
@@ -134,8 +105,9 @@ def test_a_sequence_that_is_closed_in_the_middle_of_a_call(ledger: Ledger, momen
 
 def test_a_question_what_the_server_is_in_the_middle_of_another_one(moments: Iterator[int]) -> None:
     info = some_info(num_layers=3)
-    fields = dataclasses.asdict(info.spec) | {"key_dtype": pb.DTYPE_BF16}
-    answer = pb.GetInfoResponse(spec=fields, limits=dataclasses.asdict(info.limits), epoch=17).SerializeToString()
+    fields = dataclasses.asdict(info.spec) | {"key_dtype": pb.DTYPE_BF16, "scoring": pb.SCORING_BLOCK_MAX}
+    del fields["score"]
+    answer = pb.GetInfoResponse(spec=fields, limits=dataclasses.asdict(info.limits), epoch=17)
     epochs: list[int] = []
 
     def ask(core: Core) -> None:

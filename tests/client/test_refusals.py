@@ -20,6 +20,7 @@ from blockdex.v1.indexer_pb2_grpc import IndexerServiceStub
 from support.clients import connect, new_sequence
 from support.serving import Serving
 from support.tcp_proxy import proxy_to
+from support.wire import close_request
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -152,10 +153,8 @@ def test_lengths_of_forks_and_truncations_too(lone_client: blockdex.Client, stub
 
 @pytest.mark.parametrize("tenant", ["", "x" * 257])
 def test_a_tenant_that_cannot_be(flavour: Any, stub: Any, tenant: str) -> None:
-    method = functools.partial(stub.CloseSequence, metadata=((TENANT_KEY, tenant),))
-    assert client_words(lambda: flavour[0]("127.0.0.1:1", tenant=tenant)) == server_words(
-        method, pb.CloseSequenceRequest(sequence_id=1)
-    )
+    method = functools.partial(stub.CloseSequences, metadata=((TENANT_KEY, tenant),))
+    assert client_words(lambda: flavour[0]("127.0.0.1:1", tenant=tenant)) == server_words(method, close_request(1))
 
 
 @pytest.mark.parametrize("tenant", ["ä", "a\nb"])

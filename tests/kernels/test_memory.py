@@ -10,13 +10,19 @@ from pathlib import Path
 
 from blockdex_kernels.cpu import TEMPORARY_BYTES
 
-PROGRAM = Path(__file__).parent.parent / "kernel_memory.py"
+TESTS = Path(__file__).parents[1]
 
 
 def test_memory_is_bounded_and_an_empty_cache_takes_none() -> None:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     program = subprocess.run(
-        [sys.executable, str(PROGRAM)], env=environment, capture_output=True, text=True, timeout=110, check=False
+        [sys.executable, "-m", "support.kernel_memory"],
+        cwd=TESTS,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
     )
     assert program.returncode == 0, program.stderr
 

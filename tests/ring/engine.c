@@ -24,15 +24,13 @@ static const struct blockdex_answer *ask(struct blockdex_ring *ring, struct bloc
     return answer;
 }
 
-/* What a token request of one span carries, at the beginning of the arena; the tenant is "c". */
+/* What a token request of one span carries, at the beginning of the arena; the tenant is the link's. */
 static struct blockdex_request *tokens(struct blockdex_ring *ring, uint64_t start, uint64_t length,
                                        uint64_t keys_bytes) {
     struct blockdex_request *request = blockdex_claim(ring);
     const uint64_t columns[4] = {7, start, length, 0};
-    memcpy(blockdex_request_payload(ring, 0), "c", 1);
-    memcpy(blockdex_request_payload(ring, 8), columns, sizeof columns);
+    memcpy(blockdex_request_payload(ring, 0), columns, sizeof columns);
     request->kind = BLOCKDEX_TOKENS;
-    request->tenant_bytes = 1;
     request->num_spans = 1;
     request->keys_bytes = keys_bytes;
     request->payload_bytes = 64 + blockdex_aligned(keys_bytes);
@@ -45,14 +43,14 @@ int main(int argc, char **argv) {
     if (argc != 3) return 2;
     size_t head_dim = (size_t)atoi(argv[2]), keys_bytes = 64 * head_dim * 4, queries_bytes = 4 * head_dim * 4;
     memcpy(name + 1, argv[1], strlen(argv[1]));
-    if (blockdex_connect(name, 1 + strlen(argv[1]), &ring) < 0) return 2;
+    if (blockdex_connect(name, 1 + strlen(argv[1]), "c", 10000, &ring) < 0) return 2;
 
     struct blockdex_request *request = blockdex_claim(&ring);
-    memcpy(blockdex_request_payload(&ring, 0), "c", 1);
+    const uint64_t opened[2] = {7, 0}; /* and the server's own lease */
+    memcpy(blockdex_request_payload(&ring, 0), opened, sizeof opened);
     request->kind = BLOCKDEX_OPEN;
-    request->tenant_bytes = 1;
-    request->payload_bytes = 1;
-    request->sequence_id = 7;
+    request->num_spans = 1;
+    request->payload_bytes = sizeof opened;
     const struct blockdex_answer *answer = ask(&ring, request);
     if (answer->code || answer->epoch != ring.header->epoch) return 4;
     blockdex_release(&ring, answer);
@@ -88,5 +86,6 @@ int main(int argc, char **argv) {
     printf("%d %.*s\n", answer->code, (int)answer->reason_bytes,
            blockdex_answer_payload(&ring, answer->payload_offset));
     blockdex_release(&ring, answer);
+    blockdex_disconnect(&ring);
     return 0;
 }

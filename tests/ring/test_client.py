@@ -107,12 +107,7 @@ async def test_what_is_asked_about_the_engine(random: np.random.Generator) -> No
         await run.ask(open_sequence(1))
         await run.ask(tokens(0, [(1, 0, 9)], keys=values(random, 9, SPEC.head_dim)))
         await eventually(lambda: run.engine.stats().device_seconds["append"] > 0)  # counted after it has answered
-        told, info = await run.channel.info(), run.engine.info()
-        assert told.totals.uptime_seconds <= info.totals.uptime_seconds
-        # Time goes on: the engine's thread goes to sleep after it has answered.
-        assert told.totals.busy_seconds <= info.totals.busy_seconds
-        still = {name: getattr(info.totals, name) for name in ("uptime_seconds", "busy_seconds")}
-        assert dataclasses.replace(told, totals=dataclasses.replace(told.totals, **still)) == info
+        assert await run.channel.info() == run.engine.info()
         asked_for, stats = await run.channel.stats(), run.engine.stats()
         assert dataclasses.replace(asked_for, busy_seconds=stats.busy_seconds) == stats
         asked, there = await run.channel.overview(4), run.engine.overview(4)
@@ -452,8 +447,8 @@ async def test_a_stranger_s_greeting_is_refused() -> None:
     with left, right:
         left.setblocking(False)
         right.sendall(b"HTTP/1.1")
-        with pytest.raises(Exception, match="link: expected b'BLKDXRNG' and 3 files"):
+        with pytest.raises(Exception, match="version 3 and 3 files, got 312e312f50545448, 0, 0"):
             await asyncio.wait_for(take(left), TIMEOUT)
         right.close()
-        with pytest.raises(ConnectionResetError, match="the engine went away"):
+        with pytest.raises(ConnectionResetError):
             await asyncio.wait_for(take(left), TIMEOUT)

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from blockdex.contract.errors import BlockdexError, NotFoundError, Reason
 from blockdex.contract.messages import (
     PHASES,
-    CloseSequence,
+    CloseSequences,
     FloatDtype,
     ForkSequence,
     GetSequence,
     Keys,
-    OpenSequence,
+    OpenSequences,
     Order,
     Phase,
     Queries,
@@ -71,23 +71,28 @@ def token_requests(draw: st.DrawFn) -> TokenRequest:
         order=st.sampled_from(layout.ORDERS),
         return_scores=st.booleans(),
         wait_for_keys=st.booleans(),
+        raw_scores=st.booleans(),
     )
     return TokenRequest(
         draw(TENANTS),
         draw(U64),
         draw(U32),
         spans,
-        draw(st.none() | st.builds(Keys, tensors)),
+        draw(st.none() | st.builds(Keys, tensors, st.booleans())),
         draw(st.none() | queries),
     )
 
 
 REQUESTS = st.one_of(
-    st.builds(OpenSequence, TENANTS, U64, U64, U32),
+    st.lists(st.tuples(U64, U32), max_size=5).flatmap(
+        lambda rows: st.builds(
+            OpenSequences, TENANTS, U64, st.just(tuple(row[0] for row in rows)), st.just(tuple(row[1] for row in rows))
+        )
+    ),
     st.builds(GetSequence, TENANTS, U64, U64),
     st.builds(ForkSequence, TENANTS, U64, U64, U64, U32),
     st.builds(TruncateSequence, TENANTS, U64, U64, U32),
-    st.builds(CloseSequence, TENANTS, U64, U64),
+    st.builds(CloseSequences, TENANTS, U64, st.lists(U64, max_size=5).map(tuple)),
     token_requests(),
 )
 
@@ -99,7 +104,7 @@ def plain(message: Any) -> Any:
             return message.dtype, message.tolist()
         case memoryview() | bytes():
             return bytes(message)
-        case str() | int() | float() | None:
+        case str() | int() | float() | tuple() | None:
             return message
         case _:
             return type(message), [plain(getattr(message, name)) for name in message.__slots__]

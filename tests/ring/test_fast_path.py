@@ -145,13 +145,16 @@ def right_requests(draw: st.DrawFn) -> tuple[int, Any]:
         size = sum(lengths) * heads * SPEC.head_dim * DTYPE_BYTES[dtype]
         return pb.Tensor(dtype=dtype, data=draw(st.binary(min_size=size, max_size=size)))
 
-    fields: dict[str, Any] = {"layer": draw(st.integers(0, 2)), "epoch": draw(st.integers(0, 2**64 - 1))}
-    fields["required_features"] = draw(st.lists(st.integers(1, 4), max_size=3))
+    fields: dict[str, Any] = {"layer": draw(st.integers(0, 2))}
+    features: list[Any] = draw(st.lists(st.integers(1, 5), max_size=3))
+    fields["header"] = pb.RequestHeader(
+        epoch=draw(st.integers(0, 2**64 - 1)), required_features=features, root_id=draw(NUMBERS)
+    )
     if kind != 1:
-        fields["keys"] = tensor(1)
+        fields |= {"keys": tensor(1), "rollback": draw(st.booleans())}
     if kind != 0:
         fields |= {"queries": tensor(num_heads or 4 - first), "first_head": first, "num_heads": num_heads}
-        fields |= {"order": draw(st.integers(0, 2)), "return_scores": draw(st.booleans())}
+        fields |= {"order": draw(st.integers(0, 2)), "return_scores": draw(st.integers(0, 2))}
     if kind == 1:
         fields["wait_for_keys"] = draw(st.booleans())
     return kind, KINDS[kind](spans=spans, **fields)
@@ -170,18 +173,19 @@ def any_requests(draw: st.DrawFn) -> tuple[int, Any]:
         elif change < 7 and values:
             values[draw(st.integers(0, len(values) - 1))] = number
         elif change == 7:
-            body.required_features.append(draw(st.integers(-1, 6)))
+            body.header.required_features.append(draw(st.integers(-1, 7)))
         elif change == 8:
             body.layer = number
         elif change == 9 and kind:
             body.first_head, body.num_heads, body.order = number, draw(NUMBERS), draw(st.integers(-1, 4))
+            body.return_scores = draw(st.integers(-1, 4))
         else:
             tensor = body.queries if kind == 1 else body.keys
             tensor.dtype = draw(st.integers(-1, 6))
             if draw(st.booleans()):
                 tensor.data += b"x"
             elif draw(st.booleans()):
-                tensor.region.region_id = 1
+                body.header.model = "other"
     return kind, body
 
 
@@ -314,16 +318,15 @@ WRONG: dict[str, Any] = {
     "bytes": pb.AppendKeysRequest(spans=append(3).spans, keys=append().keys),
     "no dtype": pb.AppendKeysRequest(spans=append().spans, keys=pb.Tensor(data=append().keys.data)),
     "int32": pb.AppendKeysRequest(spans=append().spans, keys=pb.Tensor(dtype=pb.DTYPE_INT32, data=bytes(32))),
-    "region": pb.AppendKeysRequest(
-        spans=append().spans, keys=pb.Tensor(dtype=pb.DTYPE_BF16, region=pb.RegionRef(region_id=1))
-    ),
     "large": append(LIMITS.max_message_bytes // 8 + 1),
     "order": selection(order=3),
     "first head": selection(first_head=4),
     "heads": selection(first_head=1, num_heads=4),
     "all heads": selection(first_head=1),
-    "feature 0": selection(required_features=[0]),
-    "feature 5": selection(required_features=[1, 5]),
+    "scores": selection(return_scores=3),
+    "feature 0": selection(header=pb.RequestHeader(required_features=[pb.FEATURE_UNSPECIFIED])),
+    "feature 7": selection(header=pb.RequestHeader(required_features=[pb.FEATURE_HEAD_RANGES, pb.FEATURE_POOLS])),
+    "model": selection(header=pb.RequestHeader(model="other")),
 }
 
 
@@ -344,15 +347,6 @@ def test_what_is_right_up_to_the_last() -> None:
         assert verdict(body) is not None
         with opened() as core:
             assert core.link.send(ME, KINDS.index(type(body)), TENANT, 7.0, body.SerializeToString())
-
-
-def test_data_that_a_region_follows_is_left() -> None:
-    """Of the two the last one counts."""
-    tensor = append().keys.SerializeToString() + field(3, 2, b"\x09" + bytes(8))
-    body = field(2, 2, append().spans.SerializeToString()) + field(3, 2, tensor)
-    assert pb.AppendKeysRequest.FromString(body).keys.WhichOneof("source") == "region"
-    with opened() as core:
-        assert not core.link.send(ME, 0, TENANT, 7.0, body)
 
 
 @pytest.mark.parametrize(
@@ -377,8 +371,9 @@ def test_what_encoders_may_write_is_read() -> None:
     spans = field(3, 2, b"\x01\x02") + ids[0] + field(2, 0, b"\x05") + field(3, 0, b"\x81\x00") + ids[1] + ids[2]
     spans += field(9, 5, b"abcd") + field(2, 2, b"\x06\x07")
     tensor = field(2, 2, b"k") + field(1, 0, b"\x00") + field(2, 2, bytes(4 * 4 * 2)) + field(1, 0, b"\x01")
-    body = field(14, 2, b"future") + field(3, 2, tensor) + field(1, 0, b"\x00") + field(5, 0, b"\x02")
-    body += field(2, 2, spans) + field(1, 0, b"\x02") + field(5, 2, b"\x01\x03") + field(15, 1, bytes(8))
+    header = field(2, 0, b"\x02") + field(1, 1, bytes(8)) + field(9, 5, b"abcd") + field(2, 2, b"\x01\x03")
+    body = field(14, 2, b"future") + field(4, 2, tensor) + field(2, 0, b"\x00") + field(1, 2, header)
+    body += field(3, 2, spans) + field(2, 0, b"\x02") + field(5, 2, b"another's") + field(15, 1, bytes(8))
     message = verdict(pb.AppendKeysRequest.FromString(body))
     assert message is not None and message.spans.starts.tolist() == [5, 6, 7]
     with opened() as core:

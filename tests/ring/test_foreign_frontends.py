@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
-import os
 import socket
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from support.asking import eventually
 from support.cache_state import check_integrity
 from support.foreign_frontend import ForeignFrontend
 from support.naive_engine import NaiveEngine, check_same
+from support.ring import wake
 from support.ring_engine import RunningOverRings, hosted
 from support.running_engine import LIMITS, SPEC, TIMEOUT, block_ids, fork, get, open_sequence, tokens, truncate, values
 
@@ -45,12 +45,12 @@ class Host(RunningOverRings):
     address: str
     doors: list[ForeignFrontend]
 
-    async def connect(self) -> ForeignFrontend:
-        """One more link."""
+    async def connect(self, tenant: str = "") -> ForeignFrontend:
+        """One more link, of a tenant or of all."""
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connected.setblocking(False)
         await asyncio.get_running_loop().sock_connect(connected, self.address)
-        self.doors.append(ForeignFrontend(await asyncio.wait_for(take(connected), TIMEOUT), connected))
+        self.doors.append(ForeignFrontend(await asyncio.wait_for(take(connected, tenant), TIMEOUT), connected))
         return self.doors[-1]
 
     def leave(self, door: ForeignFrontend) -> None:
@@ -125,6 +125,14 @@ WORDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "many spans": (both(*[(name, 0, 1) for name in range(65)]), {}, "spans: must be 1 to 64, got 65"),
     "a sequence twice": (both(ROW, ROW), {}, "spans: sequence 1 is named 2 times, at most 1 is allowed"),
     "neither": (tokens(0, [ROW]), {}, "request: has neither keys nor queries"),
+    **{
+        f"{source} in a region": (
+            both(ROW),
+            {f"{source}_region": 7, f"{source}_offset": 64},
+            f"{source}_region: the link shares no regions, got 7",
+        )
+        for source in ("keys", "queries", "block_ids", "scores")
+    },
     "a large message": (
         tokens(0, [(1, 0, 2100)], keys=np.zeros((2100, DIM), np.float32)),
         {},
@@ -182,6 +190,28 @@ async def test_a_wrong_request_is_refused_in_words(caplog: pytest.LogCaptureFixt
         assert "batch failed" not in caplog.text
 
 
+async def test_a_link_of_one_tenant_serves_no_other() -> None:
+    async with host() as run:
+        await fill(run.ask, 1)
+        door = await run.connect("tenant")
+        taken = run.short_way_requests
+        door.write(
+            *[door.lay(request, ticket) for ticket, request in enumerate((both(ROW, tenant=""), get(1, tenant="")))]
+        )
+        assert isinstance(await told(door, 0), TokenAnswer)
+        assert run.short_way_requests == taken + 1
+        assert (await told(door, 1)).lengths[0] == LENGTH + 1
+        for ticket, request in enumerate((both(ROW), get(1), get(1, tenant="another")), start=2):
+            door.write(door.lay(request, ticket))
+            refused = await told(door, ticket)
+            assert refused.reason == "INVALID_TENANT"
+            words = f"tenant: the link's is 'tenant', a request of it names none, got {request.tenant!r}"
+            assert refused.message == words
+        stranger = await run.connect("another")
+        stranger.write(stranger.lay(both(ROW, tenant=""), 0))
+        assert (await told(stranger, 0)).reason == "UNKNOWN_SEQUENCE"
+
+
 UNUSUAL: dict[str, tuple[Any, dict[str, Any]]] = {
     "by score, with scores": (both(ROW, order="score", scores=True), {}),
     "in fp32": (both(ROW, dtype="fp32"), {}),
@@ -236,7 +266,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "queries without a dtype": {"queries_dtype": 0},
     "no order": {"order": 0},
     "another order": {"order": 3},
-    "another flag": {"flags": 4},
+    "another flag": {"flags": 16},
     "an offset that is not aligned": {"payload_offset": 8},
     "an offset beyond the arena": {"payload_offset": 2**64 - 64},
     "a payload beyond the arena": {"payload_bytes": 2**64 - 1},
@@ -260,11 +290,12 @@ async def test_what_means_nothing_ends_the_link(name: str, caplog: pytest.LogCap
 
 
 FLOOD = """
-import mmap, os, sys
+import contextlib, mmap, os, sys
 fd, bell, read, written, slots = map(int, sys.argv[1:])
 counters = memoryview(mmap.mmap(fd, 0)).cast("Q")
 while True:
-    os.eventfd_write(bell, 1)
+    with contextlib.suppress(BlockingIOError):
+        os.write(bell, b"0")
     for _ in range(100):
         counters[written] = counters[read] + slots
 """
@@ -421,7 +452,7 @@ async def test_who_does_not_read_waits_and_harms_nobody(request_: Request, lies:
         def all_taken() -> bool:
             if lies:
                 door.handles.segment.flags[AT["engine_waits_for_room"] // 4] = 0
-                os.eventfd_write(door.handles.engine_bell, 1)
+                wake(door.handles.engine_bell)
             return counters[AT["requests_read"] // 8] == sent
 
         while all_taken() and sent < 3 * slots:

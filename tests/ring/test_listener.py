@@ -18,6 +18,7 @@ from blockdex.contract.errors import UnavailableError
 from blockdex.ring import control_channel as talk
 from blockdex.ring import handshake as handover
 from blockdex.ring.handshake import Handles, take
+from blockdex.ring.layout import GREETING_STRUCT, HELLO_STRUCT, MAGIC, VERSION
 from blockdex.ring.segment import RingError, Segment, Sizes
 from support.ring_engine import Hosted, hosted
 from support.running_engine import TIMEOUT, open_sequence
@@ -85,7 +86,7 @@ async def test_another_user_is_refused_before_anything_is_made(monkeypatch: pyte
         credentials = handover._CREDENTIALS.pack(os.getpid(), 4343, 4343)
         monkeypatch.setattr(socket.socket, "getsockopt", lambda *asked: credentials)
         with pytest.raises(RingError, match="link: user 4343 may not connect, 4242 may"):
-            handover.offer(ours, Sizes(8, 4096, 4096), 1)
+            await handover.offer(ours, Sizes(8, 4096, 4096), 1)
     assert not made
 
 
@@ -102,19 +103,17 @@ async def test_files_that_run_out_end_no_link_and_let_others_in_later(caplog: py
         assert not run.hosting.done() and run.there.is_set()
 
 
-@pytest.mark.parametrize("left", [1, 2, 3])
+@pytest.mark.parametrize("left", range(1, 8))
 async def test_a_link_for_which_files_do_not_suffice_leaves_none(left: int) -> None:
-    """Of the segment, its mapping and two bells so many can be had."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        before = files()
-        kept = [os.dup(0) for _ in range(left)]
-        with no_file_left():
-            for fd in kept:
-                os.close(fd)
-            with pytest.raises(OSError, match="Too many open files"):
-                handover.offer(ours, Sizes(8, 4096, 4096), 1)
-        assert files() <= before
+    """Of the two segments, their mappings and the four ends of two bells so many can be had."""
+    before = files()
+    kept = [os.dup(0) for _ in range(left)]
+    with no_file_left():
+        for fd in kept:
+            os.close(fd)
+        with pytest.raises(OSError, match="Too many open files"):
+            handover.new_link(Sizes(8, 4096, 4096), 1)
+    assert files() <= before
 
 
 async def test_a_greeting_that_is_refused_leaves_no_file() -> None:
@@ -122,13 +121,47 @@ async def test_a_greeting_that_is_refused_leaves_no_file() -> None:
     with ours, theirs:
         ours.setblocking(False)
         before = files()
-        socket.send_fds(theirs, [b"BLKDXRNG"], [0, 1])
-        with pytest.raises(RingError, match="and 3 files, got b'BLKDXRNG' and 2"):
-            await asyncio.wait_for(take(ours), TIMEOUT)
-        socket.send_fds(theirs, [b"BLKDXRNG"], [0, 1, 2])
+        for sent, words in ((MAGIC, VERSION + 1), f"{VERSION + 1}, 2"), ((MAGIC, VERSION), f"{VERSION}, 2"):
+            socket.send_fds(theirs, [GREETING_STRUCT.pack(*sent, 0)], [0, 1])
+            with pytest.raises(RingError, match=f"version {VERSION} and 3 files, got {MAGIC:x}, {words}"):
+                await asyncio.wait_for(take(ours), TIMEOUT)
+        socket.send_fds(theirs, [GREETING_STRUCT.pack(MAGIC, VERSION, 0)], [0, 1, 2])
         with pytest.raises(RingError, match="segment: 0 bytes cannot be one"):
             await asyncio.wait_for(take(ours), TIMEOUT)
         assert files() <= before
+
+
+@pytest.mark.parametrize(
+    ("said", "words", "heard"),
+    [
+        ((MAGIC + 1, VERSION, 0), "got 474e5258444b4c43, 3", b""),
+        ((MAGIC, VERSION + 1, 0), "got 474e5258444b4c42, 4", GREETING_STRUCT.pack(MAGIC, VERSION, 0)),
+        ((MAGIC, VERSION, 257), "a tenant has at most 256 bytes, got 257", b""),
+        ((MAGIC, VERSION, 5), "the client went away", b""),
+    ],
+)
+async def test_who_does_not_say_hello_is_refused_before_anything_is_made(
+    said: tuple[int, int, int], words: str, heard: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Segment, "create", lambda sizes, epoch: pytest.fail("a segment was made"))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.send(HELLO_STRUCT.pack(*said) + b"abc")
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises((RingError, ConnectionError), match=words):
+            await handover.offer(ours, Sizes(8, 4096, 4096), 1)
+        theirs.setblocking(False)
+        assert (theirs.recv(64) if heard else b"") == heard
+
+
+async def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "_HELLO_SECONDS", 0.05)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        with pytest.raises(TimeoutError):
+            await handover.offer(ours, Sizes(8, 4096, 4096), 1)
 
 
 async def test_a_fault_in_a_report_is_told_to_who_asked_and_ends_no_link(caplog: pytest.LogCaptureFixture) -> None:

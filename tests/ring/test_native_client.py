@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -17,7 +17,7 @@ from blockdex.contract.errors import (
 )
 from blockdex.ring import client as door
 from blockdex.ring.channel import STREAM, PendingAnswer
-from blockdex.ring.handshake import Handles
+from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import ANSWER_STRUCT, REQUEST_STRUCT, SLOT_BYTES, AnswerSlot, RequestSlot
 from blockdex.ring.segment import Segment, Sizes
 from support.asking import Asked, eventually, waiting_selection
@@ -31,18 +31,22 @@ from support.running_engine import (
     refusal,
 )
 
+ENGINE_BELLS: WeakKeyDictionary[door.Link, int] = WeakKeyDictionary()
+"""The engine's ends of the pairs that links sleep on."""
+
 
 @pytest.fixture
 async def dead_end() -> AsyncIterator[door.Link]:
     """A link to an engine that takes nothing, with four slots."""
-    bells = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
-    segment = Segment.create(Sizes(4, 1 << 20, 1 << 20), epoch=1)
-    link = door.Link(Handles(segment, *bells), lambda: None, None)
+    engine, client = new_link(Sizes(4, 1 << 20, 1 << 20), epoch=1)
+    link = door.Link(client, lambda: None, None)
+    ENGINE_BELLS[link] = engine.client_bell
     info: Any = SimpleNamespace(spec=SPEC, limits=LIMITS)
     link.open_short_way(info, slow_seconds=TIMEOUT)
     yield link
     if not link._closed:
         link.close()
+    engine.close()
 
 
 def begin(link: door.Link) -> PendingAnswer:
@@ -82,7 +86,7 @@ async def test_an_answer_that_means_nothing_takes_no_other_with_it(dead_end: doo
     for number in (1, 2):
         assert dead_end.send_message(asker, STREAM, TENANT, TIMEOUT, waiting_selection(number))
     tickets = [RequestSlot._make(REQUEST_STRUCT.unpack_from(segment.memory, at)).ticket for at in _slots(segment, 3)]
-    answers = Producer(segment, "answer", Bell(segment, "client_sleeps", dead_end._handles.client_bell))
+    answers = Producer(segment, "answer", Bell(segment, "client_sleeps", ENGINE_BELLS[dead_end]))
     segment.memory[segment.answer_arena_offset] = 0xFF  # no UTF-8
     for ticket in tickets:
         slot = AnswerSlot(ticket=ticket, code=3, reason_bytes=1, payload_bytes=1, payload_end=64)
@@ -99,7 +103,7 @@ async def test_what_was_answered_at_the_end_is_told(dead_end: door.Link) -> None
     """An engine that ends for a reason says so last."""
     pending, segment = begin(dead_end), dead_end._segment
     (ticket,) = [RequestSlot._make(REQUEST_STRUCT.unpack_from(segment.memory, at)).ticket for at in _slots(segment, 1)]
-    answers = Producer(segment, "answer", Bell(segment, "client_sleeps", dead_end._handles.client_bell))
+    answers = Producer(segment, "answer", Bell(segment, "client_sleeps", ENGINE_BELLS[dead_end]))
     ANSWER_STRUCT.pack_into(segment.memory, answers.claim(), *AnswerSlot(ticket=ticket, code=int(Code.INTERNAL)))
     answers.publish()
     dead_end.close()

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from sysconfig import get_path
+from contextlib import closing, contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import blockdex
 from blockdex import _native as native
+from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, SLOT_BYTES, aligned
 from blockdex.ring.segment import Sizes
-from support.foreign_frontend import ForeignFrontend, new_handles
-from support.programs import run
+from support.foreign_frontend import ForeignFrontend
 
 ARENA, SLOTS = 1024, 64
 
 
 @contextmanager
 def link(slots: int = SLOTS, arena: int = ARENA) -> Iterator[tuple[native.Line, ForeignFrontend]]:
-    door = ForeignFrontend(new_handles(Sizes(slots, request_bytes=1 << 12, answer_bytes=arena)))
+    engine, client = new_link(Sizes(slots, request_bytes=1 << 12, answer_bytes=arena), epoch=1)
+    door = ForeignFrontend(client)
     try:
-        yield native.Line(door.handles.segment, door.handles.client_bell, door.handles.engine_bell), door
+        yield native.Line(engine.segment, engine.client_bell, engine.engine_bell), door
     finally:
         door.close()
+        engine.close()
 
 
 def test_room_that_nobody_uses_is_taken_from_the_front_again() -> None:
@@ -125,7 +126,7 @@ def test_the_bell_is_rung_for_who_sleeps_when_there_is_something_new() -> None:
         assert flags[AT["client_sleeps"] // 4] == 1, "nothing was written"
         line.claim(0)
         line.publish()
-        assert (flags[AT["client_sleeps"] // 4], os.eventfd_read(bell)) == (0, 1)
+        assert (flags[AT["client_sleeps"] // 4], os.read(bell, 8)) == (0, b"\0")
         flags[AT["client_sleeps"] // 4] = 1
         line.publish()
         assert flags[AT["client_sleeps"] // 4] == 1, "nothing was written since"
@@ -133,7 +134,50 @@ def test_the_bell_is_rung_for_who_sleeps_when_there_is_something_new() -> None:
         line.claim(0)
         line.publish()
         with pytest.raises(BlockingIOError):
-            os.eventfd_read(bell)
+            os.read(bell, 8)
+
+
+@pytest.mark.parametrize("size", [ARENA + 1, 2**63, 2**64 - 63, 2**64 - 1])
+def test_more_than_all_of_the_room_is_never_had(size: int) -> None:
+    with link() as (line, _):
+        assert line.claim(size) is None
+        assert line.claim(ARENA) is not None
+
+
+def test_a_request_that_is_not_there_is_not_given_back() -> None:
+    with link() as (line, door):
+        with pytest.raises(ValueError, match="release: no request is there"):
+            line.release()
+        door.handles.segment.counters[AT["requests_written"] // 8] = SLOTS + 1
+        with pytest.raises(ValueError, match="release: no request is there"):
+            line.release()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {name: number}
+        for name in ("request_slots_offset", "answer_slots_offset", "request_arena_offset", "answer_arena_offset")
+        for number in (0, 4096 + 8, 2**40, 2**64 - 64)
+    ]
+    + [{name: number} for name in ("request_slots", "answer_slots") for number in (0, 3, 2**24, 2**56)]
+    + [{name: number} for name in ("request_arena_bytes", "answer_arena_bytes") for number in (2**40, 2**64 - 64)]
+    + [{"answer_arena_bytes": 0}, {"answer_arena_bytes": 65}, {"memory": bytearray(64)}],
+    ids=str,
+)
+def test_a_segment_whose_parts_are_not_inside_it_is_refused(changes: dict[str, Any]) -> None:
+    engine, client = new_link(Sizes(SLOTS, request_bytes=1 << 12, answer_bytes=ARENA), epoch=1)
+    with closing(engine), closing(client):
+        right = {name: getattr(engine.segment, name) for name in vars(engine.segment)}
+        native.Line(SimpleNamespace(**right), engine.client_bell, engine.engine_bell)
+        with pytest.raises(ValueError, match="segment: its parts are not inside its memory"):
+            native.Line(SimpleNamespace(**right | changes), engine.client_bell, engine.engine_bell)
+
+
+def test_a_tenant_that_is_too_long_is_refused() -> None:
+    engine, client = new_link(Sizes(SLOTS, request_bytes=1 << 12, answer_bytes=ARENA), epoch=1)
+    with closing(engine), closing(client), pytest.raises(ValueError, match="tenant: at most 256 bytes, got 257"):
+        native.Line(engine.segment, engine.client_bell, engine.engine_bell, "t" * 257)
 
 
 def test_what_is_no_segment_is_no_line() -> None:
@@ -141,28 +185,3 @@ def test_what_is_no_segment_is_no_line() -> None:
         native.Line(object(), 0, 0)
     with link() as (line, _), pytest.raises(TypeError, match="cannot be deleted"):
         del line.gone
-
-
-def test_nobody_sleeps_through_a_bell_and_nothing_is_lost(tmp_path: Path) -> None:
-    """Both ends in C, which are faster than any Python, and sleep all the time."""
-    assert run(built(tmp_path, "-O2"), "300000") == "done\n"
-
-
-@pytest.mark.slow
-def test_both_ends_order_what_they_read_and_write(tmp_path: Path) -> None:
-    """By what C11 says, of which x86-64 does more than is asked for: the sanitizer sees what another machine would."""
-    # It knows no fences; these order what is atomic anyway. Its memory lies where random addresses may be in the way.
-    program = built(tmp_path, "-O1", "-g", "-fsanitize=thread", "-Wno-tsan")
-    assert run("setarch", "-R", program, "100000") == "done\n"
-
-
-def built(folder: Path, *flags: str) -> Path:
-    """`server_stress.c` with `ring/server.c`, of which what needs Python is left out."""
-    package = Path(blockdex.__file__).parent
-    includes = [get_path("include"), str(package / "csrc"), str(package / "ring" / "include")]
-    sources = [str(Path(__file__).with_name("server_stress.c")), str(package / "csrc" / "ring" / "server.c")]
-    parts = ["-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections"]
-    program = folder / "server_stress"
-    warnings = ["-Wall", "-Wextra", "-Werror"]
-    run("gcc", "-std=gnu11", *warnings, *flags, *parts, *(f"-I{path}" for path in includes), *sources, "-o", program)
-    return program

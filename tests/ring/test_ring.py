@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, HEADER_BYTES
 from blockdex.ring.segment import RingError, Segment, Sizes
 from support import ring_echo
 from support.ring import Bell, Consumer, Producer
 
 SLOTS = 4
+TESTS = Path(__file__).parents[1]
 
 
 @contextmanager
@@ -32,10 +36,11 @@ def new_segment(slots: int = SLOTS) -> Iterator[Segment]:
 
 
 @pytest.fixture(scope="module")
-def bell_fd() -> Iterator[int]:
-    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-    yield fd
-    os.close(fd)
+def ends() -> Iterator[tuple[int, int]]:
+    """The ends of a pair: who wakes, and who is woken."""
+    waking, woken = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    with waking, woken:
+        yield waking.fileno(), woken.fileno()
 
 
 def test_a_segment_is_what_it_was_made() -> None:
@@ -69,10 +74,10 @@ def test_a_file_that_is_cut_off_is_refused() -> None:
 
 
 @given(steps=st.lists(st.sampled_from(("write", "publish", "read", "release")), max_size=200))
-def test_slots_come_out_as_they_went_in(bell_fd: int, steps: list[str]) -> None:
+def test_slots_come_out_as_they_went_in(ends: tuple[int, int], steps: list[str]) -> None:
     """Whatever the order: written, shown, read and given back, round and round."""
     with new_segment() as segment:
-        producer = Producer(segment, "request", Bell(segment, "engine_sleeps", bell_fd))
+        producer = Producer(segment, "request", Bell(segment, "engine_sleeps", ends[0]))
         consumer = Consumer(segment, "request")
         claimed: deque[int] = deque()
         shown: deque[int] = deque()
@@ -104,10 +109,10 @@ def test_a_number_that_cannot_be_is_seen(written: int) -> None:
             Consumer(segment, "request").check()
 
 
-def test_a_number_that_goes_back_is_seen(bell_fd: int) -> None:
+def test_a_number_that_goes_back_is_seen(ends: tuple[int, int]) -> None:
     with new_segment() as segment:
         producer, consumer = (
-            Producer(segment, "answer", Bell(segment, "client_sleeps", bell_fd)),
+            Producer(segment, "answer", Bell(segment, "client_sleeps", ends[0])),
             Consumer(segment, "answer"),
         )
         producer.claim()
@@ -118,28 +123,29 @@ def test_a_number_that_goes_back_is_seen(bell_fd: int) -> None:
             consumer.check()
 
 
-def test_the_bell_is_rung_only_for_who_sleeps(bell_fd: int) -> None:
+def test_the_bell_is_rung_only_for_who_sleeps(ends: tuple[int, int]) -> None:
     with new_segment() as segment:
-        bell = Bell(segment, "engine_sleeps", bell_fd)
+        bell = Bell(segment, "engine_sleeps", ends[0])
         bell.ring()
-        assert not select.select([bell_fd], [], [], 0)[0]
+        assert not select.select([ends[1]], [], [], 0)[0]
         bell.lie_down()
         bell.ring()
         bell.ring()
-        assert os.eventfd_read(bell_fd) == 1, "once is enough"
-        bell.silence()
+        woken = Bell(segment, "engine_sleeps", ends[1])
+        woken.silence()
+        assert not select.select([ends[1]], [], [], 0)[0], "once is enough"
 
 
 def test_nobody_sleeps_through_a_bell() -> None:
     """Two processes that both go to sleep all the time; a wake-up that is lost would end in silence."""
     count = 20_000
-    with new_segment(slots=64) as segment:
-        bells = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
-        files = (segment.fd, *bells)
-        command = [sys.executable, ring_echo.__file__, *map(str, files), str(count), "0"]
-        with subprocess.Popen(command, pass_fds=files) as process:
-            producer = Producer(segment, "request", Bell(segment, "engine_sleeps", bells[0]))
-            own, consumer = Bell(segment, "client_sleeps", bells[1]), Consumer(segment, "answer")
+    engine, client = new_link(Sizes(64, request_bytes=1 << 16, answer_bytes=1 << 16), epoch=99)
+    with closing(engine), closing(client):
+        segment, files = client.segment, (engine.segment.fd, engine.engine_bell, engine.client_bell)
+        command = [sys.executable, "-m", ring_echo.__name__, *map(str, files), str(count), "0"]
+        with subprocess.Popen(command, cwd=TESTS, pass_fds=files) as process:
+            producer = Producer(segment, "request", Bell(segment, "engine_sleeps", client.engine_bell))
+            own, consumer = Bell(segment, "client_sleeps", client.client_bell), Consumer(segment, "answer")
             sent = received = 0
             while received < count:
                 while sent < count and sent - received < 1 + sent % 48:
@@ -151,5 +157,3 @@ def test_nobody_sleeps_through_a_bell() -> None:
                     received += 1
                 consumer.release()
             assert process.wait(ring_echo.BELL_SECONDS) == 0
-        for fd in bells:
-            os.close(fd)

@@ -14,12 +14,7 @@ import blockdex
 
 ROOT = Path(__file__).parent.parent.parent
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
-TESTS = (
-    *(f"scheduler/test_core{part}.py" for part in ("", "_steps", "_faults", "_counts", "_links")),
-    *("scheduler/test_fast_path.py", "scheduler/test_order_random.py"),
-    *("ring/test_native_server.py", "ring/test_native_client.py", "ring/test_fast_path.py", "ring/test_client.py"),
-    *("ring/test_foreign_frontends.py", "frontend/grpc/test_fast_path.py", "client/test_concurrency.py"),
-)
+TESTS = ("scheduler", "ring", "csrc/test_native_calls.py")
 ENDS_ITSELF = "tests/scheduler/test_core_faults.py::test_nobody_is_answered_twice_where_no_memory_is_left"
 """Where no memory is left the sanitizer ends the process, before anything else can be seen."""
 

@@ -98,6 +98,7 @@ LEFT = {
     "a token more than a sequence has": Case(
         rows=((1, SPEC.max_sequence_tokens - 1, 2), NEXT), books=long_sequence(SPEC.max_sequence_tokens - 1)
     ),
+    "a start before the end, without a word": Case({"flags": 0}, rows=((1, LENGTH - 1, 1), NEXT)),
     "a page less": Case(rows=((1, SIZE, SIZE // 2), NEXT)),
     "up to the end of the page before": Case(rows=((1, 2 * SIZE - 1, 1), NEXT)),
     "a page that was shared": Case(books=change("forked", LENGTH // SIZE + 1)),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -119,4 +120,5 @@ def test_what_is_on_its_way_is_drained(device_core: BareLane) -> None:
 
 def test_nobody_is_answered_twice_where_no_memory_is_left() -> None:
     """In a process of its own, in which no memory was given back that could be had again."""
-    subprocess.run([sys.executable, core_without_memory.__file__], check=True, timeout=60)
+    command = [sys.executable, "-m", core_without_memory.__name__]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=60)

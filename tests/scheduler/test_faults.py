@@ -239,8 +239,9 @@ def refused(random: np.random.Generator, run: Running) -> list[tuple[Request, Re
         (tokens(0, [(A, 0, 8, 6)], queries=queries), Reason.FUTURE_REVISION),
         (tokens(0, [(A, 20, 8, 4)], keys=keys, queries=queries), Reason.STALE_REVISION),
         (tokens(0, [(A, 22, 8, 9)], keys=keys, queries=queries), Reason.APPEND_BEYOND_LENGTH),
-        # Done already, but the layer is shorter than the selection needs.
-        (tokens(0, [(B, 0, 4, 9), (A, 19, 4, 5)], keys=keys, queries=queries), Reason.KEYS_NOT_APPENDED),
+        # At the layer's revision, but not what was appended with it.
+        (tokens(0, [(B, 0, 4, 9), (A, 19, 4, 5)], keys=keys, queries=queries), Reason.STALE_REVISION),
+        (tokens(0, [(B, 0, 4), (A, 16, 4)], keys=keys, rollback=False), Reason.APPEND_OVERLAPS),
     ]
 
 

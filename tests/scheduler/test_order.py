@@ -200,7 +200,7 @@ async def test_held_back_requests_keep_their_order(random: np.random.Generator) 
 async def test_a_repeated_append_is_done_once(random: np.random.Generator) -> None:
     append = tokens(0, [(A, 0, 40, 7)], keys=keys_of(random, 40))
     both = tokens(0, [(A, 40, 2, 8)], keys=keys_of(random, 2), queries=queries_of(random, 2))
-    other = tokens(0, [(A, 0, 40, 8), (B, 0, 3, 8)], keys=keys_of(random, 43))
+    other = tokens(0, [(A, 40, 2, 8), (B, 0, 3, 8)], keys=keys_of(random, 5))
     select = tokens(0, [(A, 38, 4)], queries=queries_of(random, 4))
     async with running() as run:
         opened = [open_sequence(A), open_sequence(B)]

@@ -54,7 +54,9 @@ class Caller:
             p=[0.08, 0.06, 0.06, 0.05, 0.03, 0.22, 0.25, 0.25],
         ):
             case "open":
-                return open_sequence(self._new_id(), tenant=tenant)
+                # Now and then one that is open, perhaps empty still.
+                sequence = self._some_id(tenant) if random.random() < 0.2 else self._new_id()
+                return open_sequence(sequence, tenant=tenant)
             case "get":
                 return get(self._some_id(tenant), tenant=tenant)
             case "fork":

@@ -22,7 +22,7 @@ from blockdex.server.config import load_settings
         (("--processes", "single"), 16, True, False),
         (("--processes", "split"), 1, True, True),
         (("--frontends", "3"), 1, True, True),
-        (("--processes", "split"), 16, False, "processes: split needs Linux on x86-64"),
+        (("--processes", "split"), 16, False, "processes: split needs Linux and the compiled module"),
         (("--frontends", "3"), 16, False, "frontends: 3 need --processes split"),
         (("--frontends", "3", "--processes", "single"), 16, True, "frontends: 3 need --processes split"),
     ],

@@ -23,7 +23,7 @@ from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from support.processes import SECONDS, Split, command_of, eventually, kill, split
 from support.serving import STOP_SECONDS, environment
-from support.wire import append, keys_of, queries_of, refusal_of, select
+from support.wire import append, close_request, keys_of, open_request, queries_of, refusal_of, select
 
 CLIENTS = 12
 STREAM = (("blockdex-tenant", "supervision"),)
@@ -126,7 +126,7 @@ def test_a_frontend_ends_and_the_others_go_on(server: Split, stubs: list[pb_grpc
         client.open_sequence(1)
         client.append_keys(0, sequences=1, keys=np.ones((300, 128), np.float32))
     waits = select(1, [(2, 0, 1)], np.ones((1, 4, 128), np.float32), wait_for_keys=True)
-    stubs[0].OpenSequence(pb.OpenSequenceRequest(sequence_id=2), metadata=STREAM)
+    stubs[0].OpenSequences(open_request(2), metadata=STREAM)
     waiting = [stub.SelectBlocks.future(waits, timeout=60, metadata=STREAM) for stub in stubs]
     eventually(lambda: server.metric("blockdex_waiting_requests") == CLIENTS, "all wait")
     counted = server.metric("blockdex_requests_total", rpc="GetInfo", code="OK")
@@ -154,7 +154,7 @@ def test_a_frontend_ends_and_the_others_go_on(server: Split, stubs: list[pb_grpc
     assert server.metric("blockdex_restarts_total", process="frontend") == 1
     assert server.metric("blockdex_restarts_total", process="core") == 0
     assert server.metric("blockdex_requests_total", rpc="GetInfo", code="OK") >= counted, "counters do not go back"
-    stubs[0].CloseSequence(pb.CloseSequenceRequest(sequence_id=2), timeout=20, metadata=STREAM)
+    stubs[0].CloseSequences(close_request(2), timeout=20, metadata=STREAM)
 
 
 def test_the_engine_core_ends_and_comes_back_empty(server: Split, random: np.random.Generator) -> None:

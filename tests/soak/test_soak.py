@@ -28,7 +28,7 @@ from support.soak_caller import WEIGHTS
 from support.wire import SPEC
 
 SECONDS = float(os.environ.get("BLOCKDEX_SOAK_SECONDS", "60"))
-PROGRAM = Path(__file__).parent.parent / "soak_caller.py"
+TESTS = Path(__file__).parents[1]
 TRANSPORTS = ("stream", "unary", "stream", "unary")
 CACHE_BYTES = 96 << 20
 KEYS = np.zeros((2048, SPEC.head_dim), np.float32)
@@ -132,11 +132,11 @@ def test_nothing_grows_and_every_answer_is_right() -> None:
         address = server.serving.grpc_address
         touch_every_page(address)
         commands = [
-            [sys.executable, str(PROGRAM), address, transport, str(seed), str(SECONDS)]
+            [sys.executable, "-m", "support.soak_caller", address, transport, str(seed), str(SECONDS)]
             for seed, transport in enumerate(TRANSPORTS, start=1)
         ]
         before = open_files(server)
-        callers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+        callers = [subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE, text=True) for command in commands]
         try:
             samples = watch(server, callers)
         finally:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from blockdex.v1 import indexer_pb2 as pb
-from support.wire import append, append_and_select, keys_of, queries_of, select, tensor
+from support.wire import append, append_and_select, close_request, keys_of, open_request, queries_of, select, tensor
 
 A, B, FOREIGN, UNKNOWN = 7, 8, 9, 10
 
@@ -63,17 +63,18 @@ def with_parts(request: Any, **parts: Any) -> Any:
     return request
 
 
-def _good(**fields: Any) -> dict[str, Any]:
-    """A request of every RPC that would be done but for the fields given."""
+def _good(**header: Any) -> dict[str, Any]:
+    """A request of every RPC that would be done but for what its header says."""
+    said: dict[str, Any] = {"header": pb.RequestHeader(**header)}
     return {
-        "open": pb.OpenSequenceRequest(sequence_id=UNKNOWN, **fields),
-        "get": pb.GetSequenceRequest(sequence_id=A, **fields),
-        "fork": pb.ForkSequenceRequest(parent_id=A, child_id=UNKNOWN, length=5, **fields),
-        "truncate": pb.TruncateSequenceRequest(sequence_id=A, length=5, **fields),
-        "close": pb.CloseSequenceRequest(sequence_id=A, **fields),
-        "append": append_to((A, 300, 1), **fields),
-        "select": select_of((A, 299, 1), **fields),
-        "both": both_of((A, 300, 1), **fields),
+        "open": open_request(UNKNOWN, **said),
+        "get": pb.GetSequenceRequest(sequence_id=A, **said),
+        "fork": pb.ForkSequenceRequest(parent_id=A, child_id=UNKNOWN, length=5, **said),
+        "truncate": pb.TruncateSequenceRequest(sequence_id=A, length=5, **said),
+        "close": close_request(A, **said),
+        "append": append_to((A, 300, 1), **said),
+        "select": select_of((A, 299, 1), **said),
+        "both": both_of((A, 300, 1), **said),
     }
 
 
@@ -96,7 +97,7 @@ def _sequences() -> Named:
         for rpc, request in requests.items():
             yield f"{whose} sequence, {rpc}", Case(request, "NOT_FOUND", "UNKNOWN_SEQUENCE", message)
     requests = {
-        "open": pb.OpenSequenceRequest(sequence_id=A),
+        "open": open_request(UNKNOWN, A),
         "fork onto another": pb.ForkSequenceRequest(parent_id=B, child_id=A, length=5),
         "fork onto itself": pb.ForkSequenceRequest(parent_id=A, child_id=A, length=5),
     }
@@ -118,10 +119,16 @@ def _positions() -> Named:
         "both": both_of((B, 10, 1), (A, 301, 2)),
     }.items():
         yield f"beyond the length, {rpc}", Case(request, "OUT_OF_RANGE", "APPEND_BEYOND_LENGTH", message)
+    message = "sequence 7, layer 0: append starts at 299, length is 300; to roll back takes a revision or rollback"
+    for rpc, request in {
+        "append": append_to((B, 10, 1), (A, 299, 2)),
+        "both": both_of((B, 10, 1), (A, 299, 1)),
+        "another has a revision": append_to((B, 5, 1, 6), (A, 299, 1, 0)),
+    }.items():
+        yield f"before the length, {rpc}", Case(request, "OUT_OF_RANGE", "APPEND_OVERLAPS", message)
     message = "sequence 7, layer 0: selection ends at 301, length is 300"
     for name, request in {
         "select": select_of((B, 0, 1), (A, 299, 2)),
-        "a repeated append": both_of((B, 10, 1), (A, 298, 3, 5)),
         "waiting at a revision that is there": select_of((A, 299, 2, 5), wait_for_keys=True),
     }.items():
         yield f"not yet appended, {name}", Case(request, "FAILED_PRECONDITION", "KEYS_NOT_APPENDED", message)
@@ -140,6 +147,13 @@ def _revisions() -> Named:
         "both": both_of((B, 10, 1, 9), (A, 300, 1, 4)),
     }.items():
         yield f"stale revision, {rpc}", Case(request, "ABORTED", "STALE_REVISION", message)
+    for rpc, (request, end) in {
+        "shorter": (append_to((B, 10, 1), (A, 298, 1, 5)), 299),
+        "longer": (both_of((B, 10, 1), (A, 298, 3, 5)), 301),
+        "with rollback": (append_to((A, 200, 5, 5), rollback=True), 205),
+    }.items():
+        message = f"sequence 7, layer 0: append ends at {end}, length at its revision 5 is 300"
+        yield f"another append at the revision, {rpc}", Case(request, "ABORTED", "STALE_REVISION", message)
     message = "sequence 7, layer 0: selection has revision 4, the layer is at 5"
     for wait in (False, True):
         request = select_of((B, 0, 1, 9), (A, 299, 1, 4), wait_for_keys=wait)
@@ -167,6 +181,8 @@ def _numbers() -> Named:
             yield f"{count} heads from {first} on, {rpc}", _invalid("INVALID_HEADS", request, message)
         message = "order must be one of 0, 1, 2, got 3"
         yield f"order, {rpc}", _invalid("INVALID_ORDER", request_of(order=3), message)
+        message = "return_scores must be one of 0, 1, 2, got 3"
+        yield f"scores, {rpc}", _invalid("INVALID_SCORES", request_of(return_scores=3), message)
 
 
 def _spans() -> Named:
@@ -189,6 +205,12 @@ def _spans() -> Named:
         ("too many", many, "spans: must be 1 to 4096, got 4097"),
     ):
         yield f"spans, {name}", _invalid("INVALID_SPANS", request, message)
+    for rpc, several in {"open": open_request, "close": close_request}.items():
+        words = "sequences: must be 1 to 4096, got"
+        yield f"no sequence, {rpc}", _invalid("INVALID_SPANS", several(), f"{words} 0")
+        yield f"too many sequences, {rpc}", _invalid("INVALID_SPANS", several(*range(20, 4117)), f"{words} 4097")
+        message = "sequences: sequence 20 is named 2 times, at most 1 is allowed"
+        yield f"a sequence again, {rpc}", _invalid("DUPLICATE_SEQUENCE", several(20, 21, 20), message)
     message = "spans: sequence 7 is named 3 times, at most 1 is allowed"
     rows = ((B, 0, 1), (A, 0, 1), (B, 1, 1), (A, 1, 1), (A, 2, 1))
     for rpc, again in {"append": append_to(*rows), "select": select_of(*rows), "both": both_of(*rows)}.items():
@@ -214,11 +236,6 @@ def _tensors() -> Named:
             "both, queries": both_of((A, 300, 1), num_heads=2),
         }.items():
             yield f"{count} bytes, {rpc}", _invalid("INVALID_TENSOR", with_parts(request, queries=queries), message)
-    region = pb.Tensor(dtype=pb.DTYPE_BF16, region=pb.RegionRef(region_id=1, length=256))
-    for part in ("keys", "queries"):
-        request = with_parts(both_of((A, 300, 1)), **{part: region})
-        message = f"{part}: shared-memory regions are not offered by this transport"
-        yield f"region, {part}", Case(request, "UNIMPLEMENTED", "REGION_UNSUPPORTED", message)
     absent = both_of((A, 300, 1))
     absent.ClearField("queries")
     message = "queries: dtype must be one of 1, 2, 3, 4, got 0"
@@ -226,10 +243,14 @@ def _tensors() -> Named:
 
 
 def _features() -> Named:
-    for feature in (0, 99):
-        message = f"required_features: {feature} is unknown, known are 1, 2, 3, 4"
+    has = "this server has HEAD_RANGES, REVISIONS, WAIT_FOR_KEYS, SCORES, ROLLBACK"
+    for feature, name in ((0, "UNSPECIFIED"), (pb.FEATURE_POOLS, "POOLS"), (99, "99")):
+        message = f"required_features: {name} is not offered, {has}"
         for rpc, request in _good(required_features=[pb.FEATURE_REVISIONS, feature]).items():
-            yield f"feature {feature}, {rpc}", Case(request, "UNIMPLEMENTED", "UNKNOWN_FEATURE", message)
+            yield f"feature {name}, {rpc}", Case(request, "UNIMPLEMENTED", "UNKNOWN_FEATURE", message)
+    message = "model: must be empty, for the only one that is served, got 'other'"
+    for rpc, request in _good(model="other").items():
+        yield f"model, {rpc}", Case(request, "NOT_FOUND", "UNKNOWN_MODEL", message)
 
 
 CASES: dict[str, Case] = {

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from blockdex import _native as native
 from blockdex.contract.errors import Code
 from blockdex.contract.messages import TokenAnswer, TokenRequest
+from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
 from blockdex_kernels import IndexSpec
-from support.foreign_frontend import ForeignFrontend, new_handles
+from support.foreign_frontend import ForeignFrontend
 from support.running_engine import TENANT, tokens, values
 
 SPEC = IndexSpec(num_layers=3, num_index_heads=2, head_dim=8, block_size=8, topk=4, max_sequence_tokens=36)
@@ -171,6 +172,7 @@ class BareLane:
         else:
             self.core.set_replays(*self.device.replays(replays))
         self.doors: list[ForeignFrontend] = []
+        self.engine_sides: list[Handles] = []
         self.lines: list[native.Line] = []
 
     def share_books(self) -> None:
@@ -193,8 +195,10 @@ class BareLane:
 
     def open_client(self, sizes: Sizes = SIZES) -> ForeignFrontend:
         """One more frontend."""
-        door = ForeignFrontend(new_handles(sizes))
-        line = native.Line(door.handles.segment, door.handles.client_bell, door.handles.engine_bell)
+        engine, client = new_link(sizes, epoch=1)
+        door = ForeignFrontend(client)
+        line = native.Line(engine.segment, engine.client_bell, engine.engine_bell)
+        self.engine_sides.append(engine)
         self.core.add(line)
         self.doors.append(door)
         self.lines.append(line)
@@ -220,6 +224,8 @@ class BareLane:
         """Gives the files back."""
         for door in self.doors:
             door.close()
+        for engine in self.engine_sides:
+            engine.close()
         os.close(self.nudge)
 
     @property

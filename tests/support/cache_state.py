@@ -39,9 +39,9 @@ def spans(*rows: tuple[int, ...]) -> Spans:
     )
 
 
-def append(cache: Cache, tenant: str, layer: int, *rows: tuple[int, ...]) -> list[PageCopy]:
+def append(cache: Cache, tenant: str, layer: int, *rows: tuple[int, ...], rollback: bool = True) -> list[PageCopy]:
     """Plans and applies an append."""
-    return cache.apply_append(cache.plan_append(tenant, layer, spans(*rows)))
+    return cache.apply_append(cache.plan_append(tenant, layer, spans(*rows), rollback=rollback))
 
 
 def pages(cache: Cache, tenant: str, sequence_id: int) -> list[int]:

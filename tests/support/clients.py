@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import blockdex
-from blockdex.contract.messages import CacheUsage, Limits, Totals
+from blockdex.contract.messages import CacheUsage, Limits
 from blockdex_kernels import IndexSpec
 
 Transport = Literal["stream", "unary"]
@@ -49,11 +49,11 @@ def some_info(num_layers: int = 57) -> blockdex.Info:
         ),
         epoch=17,
         device="cpu",
+        device_name="",
         kernels={},
         version="",
         features=frozenset(),
         transports=(),
-        totals=Totals(0, 0, {}, {}, 0.0, 0.0, 0.0),
     )
 
 

@@ -26,7 +26,9 @@ def main(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         stub = pb_grpc.IndexerServiceStub(channel)
         info = stub.GetInfo(pb.GetInfoRequest(), timeout=20)
-        stub.OpenSequence(pb.OpenSequenceRequest(sequence_id=1), metadata=TENANT, timeout=20)
+        stub.OpenSequences(
+            pb.OpenSequencesRequest(sequences=[pb.NewSequence(sequence_id=1)]), metadata=TENANT, timeout=20
+        )
         # 18 blocks whose keys point in the direction of their number, so that a query's best block is its own.
         keys = one_hot(*(position // 128 for position in range(18 * 128)))
         spans = pb.Spans(sequence_ids=[1], starts=[0], lengths=[18 * 128], revisions=[1])
@@ -43,7 +45,7 @@ def main(address: str) -> None:
         # The local block, the query's own, then the lowest of those that all score 0.
         assert ids[:4] == (17, 16, 0, 1), ids
         assert ids[16:20] == (17, 3, 0, 1), ids
-        stub.CloseSequence(pb.CloseSequenceRequest(sequence_id=1), metadata=TENANT, timeout=20)
+        stub.CloseSequences(pb.CloseSequencesRequest(sequence_ids=[1]), metadata=TENANT, timeout=20)
     assert not any(name.split(".")[0] == "blockdex" for name in sys.modules)
     print(f"served {info.spec.num_layers} layers, epoch {info.epoch}")
 

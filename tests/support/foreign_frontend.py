@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import time
@@ -16,7 +15,6 @@ from blockdex.contract.messages import Answer, Request
 from blockdex.ring import codec
 from blockdex.ring.handshake import Handles
 from blockdex.ring.layout import AT, REQUEST_STRUCT, SLOT_BYTES, AnswerSlot, RequestSlot, aligned
-from blockdex.ring.segment import Segment, Sizes
 from support.ring import Bell, Consumer, Producer
 from support.running_engine import TIMEOUT
 
@@ -28,17 +26,11 @@ class Told(NamedTuple):
     answer: Answer | BlockdexError
 
 
-def new_handles(sizes: Sizes, epoch: int = 1) -> Handles:
-    """Both sides' files of a new link."""
-    flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-    return Handles(Segment.create(sizes, epoch), os.eventfd(0, flags), os.eventfd(0, flags))
-
-
 class ForeignFrontend:
     """The frontend's side of a link.
 
     Attributes:
-        handles: what both sides hold.
+        handles: the client's side of the link.
         connected: the socket of the link, None where there is none.
         bell: wakes the engine.
         told: answers that were read, by ticket, each of which comes once.

@@ -14,10 +14,10 @@ from blockdex.contract import errors
 from blockdex.contract.errors import BlockdexError, Reason
 from blockdex.contract.messages import (
     Answer,
-    CloseSequence,
+    CloseSequences,
     ForkSequence,
     GetSequence,
-    OpenSequence,
+    OpenSequences,
     Order,
     Request,
     SequenceState,
@@ -66,10 +66,15 @@ class NaiveEngine:
 
     def _sequence(self, request: Request) -> SequenceState:
         match request:
-            case OpenSequence(tenant=tenant, sequence_id=sequence_id):
-                self._check_absent(tenant, sequence_id)
+            case OpenSequences(tenant=tenant, sequence_ids=sequence_ids):
+                for sequence_id in sequence_ids:
+                    if any(
+                        len(layer.keys) or layer.revision for layer in self.sequences.get((tenant, sequence_id), ())
+                    ):
+                        self._check_absent(tenant, sequence_id)
                 empty = np.zeros((0, self.spec.head_dim), np.float32)
-                self.sequences[tenant, sequence_id] = [Layer(empty) for _ in range(self.spec.num_layers)]
+                for sequence_id in sequence_ids:
+                    self.sequences[tenant, sequence_id] = [Layer(empty) for _ in range(self.spec.num_layers)]
                 return SequenceState(self.epoch)
             case GetSequence(tenant=tenant, sequence_id=sequence_id):
                 return self._state(tenant, sequence_id)
@@ -82,8 +87,9 @@ class NaiveEngine:
                 for layer in self._held(tenant, sequence_id):
                     layer.keys = layer.keys[:length]
                 return self._state(tenant, sequence_id)
-            case CloseSequence(tenant=tenant, sequence_id=sequence_id):
-                self.sequences.pop((tenant, sequence_id), None)
+            case CloseSequences(tenant=tenant, sequence_ids=sequence_ids):
+                for sequence_id in sequence_ids:
+                    self.sequences.pop((tenant, sequence_id), None)
                 return SequenceState(self.epoch)
         raise AssertionError(request)
 
@@ -95,7 +101,7 @@ class NaiveEngine:
         after = [Layer(layer.keys, layer.revision) for layer in layers]
         if request.keys is not None:
             keys = _array(request.keys.tensor, spans.num_tokens, self.spec.head_dim)
-            _append(number, rows, after, keys)
+            _append(number, rows, after, keys, rollback=request.keys.rollback)
         answer = TokenAnswer(self.epoch)
         if request.queries is not None:
             half = request.queries
@@ -143,13 +149,23 @@ def _waits(request: TokenRequest, error: BlockdexError) -> bool:
     return error.reason == (Reason.FUTURE_REVISION if named else Reason.KEYS_NOT_APPENDED)
 
 
-def _append(number: int, rows: list[Row], layers: list[Layer], keys: NDArray[np.float32]) -> None:
+def _append(number: int, rows: list[Row], layers: list[Layer], keys: NDArray[np.float32], *, rollback: bool) -> None:
     _check_not_stale("append", number, rows, layers)
     applies = [not revision or revision != layer.revision for (*_, revision), layer in zip(rows, layers, strict=True)]
-    for (sequence_id, start, _, _), layer, applied in zip(rows, layers, applies, strict=True):
+    for (sequence_id, start, length, revision), layer, applied in zip(rows, layers, applies, strict=True):
+        if not applied and start + length != len(layer.keys):
+            words = (
+                f"sequence {sequence_id}, layer {number}: append ends at {start + length}, "
+                f"length at its revision {revision} is {len(layer.keys)}"
+            )
+            raise errors.AbortedError(words, Reason.STALE_REVISION)
+    for (sequence_id, start, _, revision), layer, applied in zip(rows, layers, applies, strict=True):
+        words = f"sequence {sequence_id}, layer {number}: append starts at {start}, length is {len(layer.keys)}"
         if applied and start > len(layer.keys):
-            words = f"sequence {sequence_id}, layer {number}: append starts at {start}, length is {len(layer.keys)}"
             raise errors.OutOfRangeError(words, Reason.APPEND_BEYOND_LENGTH)
+        if start < len(layer.keys) and not (revision or rollback):
+            words += "; to roll back takes a revision or rollback"
+            raise errors.OutOfRangeError(words, Reason.APPEND_OVERLAPS)
     top = 0
     for (_, start, length, revision), layer, applied in zip(rows, layers, applies, strict=True):
         if applied:

@@ -1,20 +1,23 @@
 """Slots that one process fills and another one empties, each in its own time; who has nothing to do sleeps.
 
 One side writes the slots and then how many it has written; the other reads them and then says how many it has read.
-Each number has one writer. On x86-64 stores become visible in their order and loads are made in theirs, so plain ones
-are enough, but for one place: a side that goes to sleep says so and then looks once more, and the other writes and then
-looks whether anybody sleeps. Between its store and its load each side needs a full barrier, or both may miss the
-other's store. An uncontended lock is one: taking it is a locked instruction. (Elsewhere, on ARM say, every store of a
-number would have to be a release and every load an acquire, which Python cannot say.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import threading
 
+from blockdex.ring.handshake import silence
 from blockdex.ring.layout import AT, SLOT_BYTES
 from blockdex.ring.segment import RingError, Segment
+from support.atomics import Atomics
+
+
+def wake(bell: int) -> None:
+    """Wakes who sleeps on the other end of a pair; one that is full has done so already."""
+    with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
+        os.write(bell, b"\0")
 
 
 class Bell:
@@ -23,39 +26,30 @@ class Bell:
     Args:
         segment: where it says that it sleeps.
         sleeps: name of the header's field for it.
-        fd: the eventfd that it sleeps on.
+        fd: the end of the datagram pair that it is woken over.
     """
 
     def __init__(self, segment: Segment, sleeps: str, fd: int) -> None:
-        self._flags = segment.flags
-        self._at = AT[sleeps] // 4
-        self._barrier = threading.Lock()
+        self._atomics = Atomics(segment)
+        self._at = AT[sleeps]
         self.fd = fd
 
     def ring(self) -> None:
         """Wakes the other side if it sleeps; after whatever it is to see was written."""
-        with self._barrier:
-            pass
-        if self._flags[self._at]:
-            self._flags[self._at] = 0
-            os.eventfd_write(self.fd, 1)
+        if self._atomics.take_flag(self._at):
+            wake(self.fd)
 
     def lie_down(self) -> None:
         """Says that this side sleeps from now on; it has to look once more before it does."""
-        self._flags[self._at] = 1
-        with self._barrier:
-            pass
+        self._atomics.raise_flag(self._at)
 
     def get_up(self) -> None:
         """Says that this side is awake."""
-        self._flags[self._at] = 0
+        self._atomics.clear_flag(self._at)
 
     def silence(self) -> None:
-        """Forgets how often it was rung."""
-        try:
-            os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return
+        """Takes what has woken it."""
+        silence(self.fd)
 
 
 class Producer:
@@ -63,18 +57,18 @@ class Producer:
 
     def __init__(self, segment: Segment, what: str, bell: Bell) -> None:
         """`what`: `request` or `answer`."""
-        self._counters = segment.counters
+        self._atomics = Atomics(segment)
         self._slots_offset: int = getattr(segment, f"{what}_slots_offset")
         self._num_slots: int = getattr(segment, f"{what}_slots")
-        self._written_at = AT[f"{what}s_written"] // 8
-        self._read_at = AT[f"{what}s_read"] // 8
+        self._written_at = AT[f"{what}s_written"]
+        self._read_at = AT[f"{what}s_read"]
         self._bell = bell
         self._written = 0
 
     @property
     def full(self) -> bool:
         """Whether no slot is free."""
-        return self._written - self._counters[self._read_at] >= self._num_slots
+        return self._written - self._atomics.load(self._read_at) >= self._num_slots
 
     def claim(self) -> int:
         """Offset in the segment of the next free slot, to be filled and then published."""
@@ -84,7 +78,7 @@ class Producer:
 
     def publish(self) -> None:
         """Shows the other side all slots that were claimed, and wakes it if it sleeps."""
-        self._counters[self._written_at] = self._written
+        self._atomics.store(self._written_at, self._written)
         self._bell.ring()
 
 
@@ -93,17 +87,17 @@ class Consumer:
 
     def __init__(self, segment: Segment, what: str) -> None:
         """`what`: `request` or `answer`."""
-        self._counters = segment.counters
+        self._atomics = Atomics(segment)
         self._slots_offset: int = getattr(segment, f"{what}_slots_offset")
         self._num_slots: int = getattr(segment, f"{what}_slots")
-        self._written_at = AT[f"{what}s_written"] // 8
-        self._read_at = AT[f"{what}s_read"] // 8
+        self._written_at = AT[f"{what}s_written"]
+        self._read_at = AT[f"{what}s_read"]
         self._read = 0
 
     @property
     def filled(self) -> int:
         """Slots that are said to be filled and were not yet taken."""
-        return self._counters[self._written_at] - self._read
+        return self._atomics.load(self._written_at) - self._read
 
     def check(self) -> int:
         """`filled`, as far as that can be.
@@ -124,4 +118,4 @@ class Consumer:
 
     def release(self) -> None:
         """Gives the slots that were taken back."""
-        self._counters[self._read_at] = self._read
+        self._atomics.store(self._read_at, self._read)

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import (
     Answer,
-    CloseSequence,
+    CloseSequences,
     FloatDtype,
     ForkSequence,
     GetSequence,
     Keys,
     Limits,
-    OpenSequence,
+    OpenSequences,
     Order,
     Queries,
     Request,
@@ -227,9 +227,9 @@ def tensor(values: NDArray[np.float32], dtype: FloatDtype = "bf16") -> TensorDat
     return TensorData(dtype, values.astype(NUMPY_DTYPES[dtype]).tobytes())
 
 
-def open_sequence(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0, lease: int = 0) -> OpenSequence:
+def open_sequence(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0, lease: int = 0) -> OpenSequences:
     """A request to open a sequence."""
-    return OpenSequence(tenant, epoch, sequence_id, lease)
+    return OpenSequences(tenant, epoch, (sequence_id,), (lease,))
 
 
 def get(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0) -> GetSequence:
@@ -247,9 +247,9 @@ def truncate(sequence_id: int, length: int, *, tenant: str = TENANT, epoch: int 
     return TruncateSequence(tenant, epoch, sequence_id, length)
 
 
-def close(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0) -> CloseSequence:
+def close(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0) -> CloseSequences:
     """A request to close a sequence."""
-    return CloseSequence(tenant, epoch, sequence_id)
+    return CloseSequences(tenant, epoch, (sequence_id,))
 
 
 def tokens(
@@ -261,6 +261,7 @@ def tokens(
     first_head: int = 0,
     order: Order = "ascending",
     scores: bool = False,
+    rollback: bool = True,
     wait: bool = False,
     dtype: FloatDtype = "bf16",
     tenant: str = TENANT,
@@ -270,5 +271,5 @@ def tokens(
     half = None
     if queries is not None:
         half = Queries(tensor(queries, dtype), first_head, queries.shape[1], order, scores, wait)
-    appended = None if keys is None else Keys(tensor(keys, dtype))
+    appended = None if keys is None else Keys(tensor(keys, dtype), rollback)
     return TokenRequest(tenant, epoch, layer, spans(*rows), appended, half)

@@ -15,10 +15,15 @@ from support.wire import TIMEOUT, Refusal, Wire, in_stream, refusal_of_status
 
 
 class OpenStream:
-    """One stream from an asyncio client, and the answers that came so far, in their order."""
+    """One stream from an asyncio client.
+
+    Attributes:
+        events: what the server told beside its answers, in order, as far as it was read.
+    """
 
     def __init__(self, call: Any) -> None:
         self.call = call
+        self.events: list[pb.Event] = []
 
     async def send(self, request_id: int, request: Any, timeout_ms: int = 0) -> None:
         """Sends a request."""
@@ -26,9 +31,16 @@ class OpenStream:
 
     async def receive(self) -> pb.StreamResponse:
         """The next answer."""
-        response = await asyncio.wait_for(self.call.read(), TIMEOUT)
+        response = await self._read()
         assert isinstance(response, pb.StreamResponse), "the stream has ended"
         return response
+
+    async def _read(self) -> object:
+        while True:
+            response = await asyncio.wait_for(self.call.read(), TIMEOUT)
+            if not (isinstance(response, pb.StreamResponse) and response.WhichOneof("response") == "event"):
+                return response
+            self.events.append(response.event)
 
     async def refusal(self, request_id: int) -> Refusal:
         """What the next answer, which is that request's, refuses it with."""
@@ -43,7 +55,7 @@ class OpenStream:
 
     async def ends(self) -> None:
         """Asserts that no answer is left and that the stream ended well."""
-        assert await asyncio.wait_for(self.call.read(), TIMEOUT) is grpc.aio.EOF
+        assert await self._read() is grpc.aio.EOF
         assert await self.call.code() == grpc.StatusCode.OK
 
 

@@ -28,16 +28,16 @@ NUMPY_DTYPES: dict[int, Any] = {
     pb.DTYPE_FP32: np.float32,
     pb.DTYPE_FP8_E4M3: ml_dtypes.float8_e4m3fn,
 }
-STREAM_FIELDS = {
-    pb.AppendKeysRequest: "append_keys",
-    pb.SelectBlocksRequest: "select_blocks",
-    pb.AppendAndSelectRequest: "append_and_select",
+STREAM_FIELDS: dict[type[Any], str] = {
+    getattr(pb, field.message_type.name): field.name
+    for field in pb.StreamRequest.DESCRIPTOR.oneofs_by_name["request"].fields
+    if field.message_type is not None
 }
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
 class Refusal(NamedTuple):
-    """A refused request: canonical code, reason and domain of its `ErrorInfo`, message."""
+    """A refused request: canonical code, reason and domain of its `ErrorInfo`, message, and that one's numbers."""
 
     code: str
     reason: str
@@ -58,8 +58,8 @@ class Wire:
         """The answer of the RPC that takes such a request."""
         rpc = type(request).__name__.removesuffix("Request")
         answer = getattr(self.stub, rpc)(request, timeout=timeout, metadata=self.metadata)
-        if isinstance(request, pb.OpenSequenceRequest):
-            self._opened.add(request.sequence_id)
+        if isinstance(request, pb.OpenSequencesRequest):
+            self._opened.update(sequence.sequence_id for sequence in request.sequences)
         elif isinstance(request, pb.ForkSequenceRequest):
             self._opened.add(request.child_id)
         return answer
@@ -70,8 +70,8 @@ class Wire:
 
     def close_all(self) -> None:
         """Closes what was opened here, so that the server's pages are free again."""
-        for sequence_id in self._opened:
-            self.call(pb.CloseSequenceRequest(sequence_id=sequence_id))
+        if self._opened:
+            self.call(close_request(*self._opened))
 
     def refusal(self, request: Any, *, timeout: float = TIMEOUT) -> Refusal:
         """What a request is refused with."""
@@ -135,11 +135,20 @@ def refusal_of_status(status: status_pb2.Status) -> Refusal:
 
 
 def in_stream(request_id: int, request: Any, timeout_ms: int = 0) -> pb.StreamRequest:
-    """A token request, or a cancel request, as it goes over a stream."""
-    if isinstance(request, pb.CancelRequest):
-        return pb.StreamRequest(request_id=request_id, cancel=request)
+    """A request as it goes over a stream."""
     field = {STREAM_FIELDS[type(request)]: request}
     return pb.StreamRequest(request_id=request_id, timeout_ms=timeout_ms, **field)
+
+
+def open_request(*sequence_ids: int, header: pb.RequestHeader | None = None) -> pb.OpenSequencesRequest:
+    """A request to open sequences."""
+    sequences = [pb.NewSequence(sequence_id=sequence_id) for sequence_id in sequence_ids]
+    return pb.OpenSequencesRequest(header=header, sequences=sequences)
+
+
+def close_request(*sequence_ids: int, header: pb.RequestHeader | None = None) -> pb.CloseSequencesRequest:
+    """A request to close sequences."""
+    return pb.CloseSequencesRequest(header=header, sequence_ids=sequence_ids)
 
 
 def spans(*rows: tuple[int, ...]) -> pb.Spans:

@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockdex.cache.append_plan import AppendPlan
-from blockdex.cache.checks import check_appended, check_no_gap, check_not_future, check_not_stale
+from blockdex.cache.checks import check_appended, check_done, check_not_future, check_not_stale, check_starts
 from blockdex.cache.eviction import are_idle, choose_victims
 from blockdex.cache.overview import overview
 from blockdex.cache.page_pool import PageCopy, PagePool
 from blockdex.cache.sequence import Sequence, Sequences
 from blockdex.contract.errors import (
     AlreadyExistsError,
-    FailedPreconditionError,
     NotFoundError,
     Reason,
     ResourceExhaustedError,
 )
+from blockdex.contract.limits import check_epoch
 from blockdex.contract.messages import CacheOverview, CacheUsage, Spans
 from blockdex_kernels import IndexSpec
 
@@ -86,19 +86,27 @@ class Cache:
         Raises:
             FailedPreconditionError: EPOCH_MISMATCH.
         """
-        if epoch not in {0, self.epoch}:
-            raise FailedPreconditionError(
-                f"epoch: request names {epoch}, the cache's is {self.epoch}", Reason.EPOCH_MISMATCH
-            )
+        check_epoch(epoch, self.epoch)
 
-    def open_sequence(self, tenant: str, sequence_id: int, lease_seconds: float) -> None:
-        """Opens an empty sequence; a lease of 0 stands for the default.
+    def open_sequences(self, tenant: str, leases: Mapping[int, float]) -> None:
+        """Opens empty sequences, all or none, each with its lease in seconds; 0 stands for the default.
+
+        One that is open and still as it was opened is only given its lease.
 
         Raises:
-            AlreadyExistsError: SEQUENCE_EXISTS.
+            AlreadyExistsError: SEQUENCE_EXISTS, of the first that has tokens or a revision.
         """
-        self._check_absent(tenant, sequence_id)
-        self._add(tenant, sequence_id, lease_seconds or self._default_lease_seconds, self._clock())
+        sequences, now = self._sequences, self._clock()
+        for sequence_id in leases:
+            slot = sequences.slot(tenant, sequence_id)
+            if slot is not None and (sequences.lengths[:, slot].any() or sequences.revisions[:, slot].any()):
+                raise _exists(sequence_id)
+        for sequence_id, seconds in leases.items():
+            lease, slot = seconds or self._default_lease_seconds, sequences.slot(tenant, sequence_id)
+            if slot is None:
+                self._add(tenant, sequence_id, lease, now)
+            else:
+                sequences.leases[slot], sequences.last_calls[slot] = lease, now
 
     def get_sequence(self, tenant: str, sequence_id: int) -> Sequence:
         """Lengths and revisions.
@@ -157,13 +165,14 @@ class Cache:
         self._sequences.last_calls[slot] = self._clock()
         return self._sequences.state(slot)
 
-    def close_sequence(self, tenant: str, sequence_id: int) -> None:
-        """Gives up a sequence; one that is not open is fine."""
-        slot = self._sequences.slot(tenant, sequence_id)
-        if slot is not None:
-            self._remove(slot)
+    def close_sequences(self, tenant: str, sequence_ids: Iterable[int]) -> None:
+        """Gives up sequences; one that is not open is fine."""
+        for sequence_id in sequence_ids:
+            slot = self._sequences.slot(tenant, sequence_id)
+            if slot is not None:
+                self._remove(slot)
 
-    def plan_append(self, tenant: str, layer: int, spans: Spans) -> AppendPlan:
+    def plan_append(self, tenant: str, layer: int, spans: Spans, *, rollback: bool = False) -> AppendPlan:
         """Checks an append whole, down to the pages it takes; changes nothing.
 
         Sequences are checked before revisions, revisions before positions, positions before pages.
@@ -174,7 +183,7 @@ class Cache:
         Raises:
             NotFoundError: UNKNOWN_SEQUENCE.
             AbortedError: STALE_REVISION.
-            OutOfRangeError: APPEND_BEYOND_LENGTH.
+            OutOfRangeError: APPEND_BEYOND_LENGTH, or, without `rollback`, APPEND_OVERLAPS.
             ResourceExhaustedError: OUT_OF_PAGES.
         """
         slots = self._slots(tenant, spans)
@@ -184,8 +193,9 @@ class Cache:
             check_not_stale("append", layer, spans, revisions)
             applies = (spans.revisions != revisions) | (spans.revisions == 0)
             all_apply, after = bool(applies.all()), np.maximum(spans.revisions, revisions)
+            check_done(layer, spans, ~applies, lengths)
         ends = spans.starts + spans.lengths
-        check_no_gap(layer, spans, applies, lengths)
+        check_starts(layer, spans, applies, lengths, rollback=rollback)
 
         ends = np.where(applies, ends, lengths)
         held = self._held_after(layer, slots, lengths, ends)
@@ -332,7 +342,7 @@ class Cache:
 
     def _check_absent(self, tenant: str, sequence_id: int) -> None:
         if self._sequences.slot(tenant, sequence_id) is not None:
-            raise AlreadyExistsError(f"sequence {sequence_id}: open already", Reason.SEQUENCE_EXISTS)
+            raise _exists(sequence_id)
 
     def _held_after(
         self, layer: int, slots: NDArray[np.intp], lengths: NDArray[np.int64], ends: NDArray[np.int64]
@@ -389,6 +399,10 @@ class Cache:
                 f"{subject} is out of pages: {pool.free + shortage} needed, {pool.free} free, {freed} evictable, "
                 f"{pool.total} in all",
                 Reason.OUT_OF_PAGES,
+                needed=pool.free + shortage,
+                free=pool.free,
+                evictable=freed,
+                total=pool.total,
             )
         return victims
 
@@ -443,4 +457,10 @@ class Cache:
 
 
 def _unknown(sequence_id: int) -> NotFoundError:
-    return NotFoundError(f"sequence {sequence_id}: unknown (never opened, closed, or evicted)", Reason.UNKNOWN_SEQUENCE)
+    words = f"sequence {sequence_id}: unknown (never opened, closed, or evicted)"
+    return NotFoundError(words, Reason.UNKNOWN_SEQUENCE, sequence_id=sequence_id)
+
+
+def _exists(sequence_id: int) -> AlreadyExistsError:
+    words = f"sequence {sequence_id}: open already"
+    return AlreadyExistsError(words, Reason.SEQUENCE_EXISTS, sequence_id=sequence_id)

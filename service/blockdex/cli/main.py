@@ -135,11 +135,9 @@ def _lines(fields: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield from _lines(value, indent + "  ")
         elif name == "kernels":
             yield f"{indent}{name}:"
-            yield from (f"{indent}  {kernel['phase']}: {kernel['kernel']} ({kernel['reason']})" for kernel in value)
-        elif name == "phases":
-            yield f"{indent}{name}:"
-            for totals in value:
-                yield from _lines({totals.pop("phase"): totals}, indent + "  ")
+            for kernel in value:
+                phase = kernel["phase"].removeprefix("PHASE_").lower()
+                yield f"{indent}  {phase}: {kernel['kernel']} ({kernel['reason']})"
         else:
             yield f"{indent}{name}: {', '.join(value) if isinstance(value, list) else value}"
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockdex.contract.messages import CacheUsage, Limits, PhaseTotals, Totals
+from blockdex.contract.messages import STAGES, CacheUsage, Limits, PhaseTotals, Totals
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.spec import KeyDtype
 
+_SCORINGS = {pb.SCORING_BLOCK_MAX: "max"}
 _KEY_DTYPES: dict[int, KeyDtype] = {pb.DTYPE_BF16: "bf16", pb.DTYPE_FP8_E4M3: "fp8_e4m3"}
 
 
@@ -21,12 +22,12 @@ class Info:
         limits: bounds on requests.
         cache: state of the cache when it was asked.
         epoch: drawn at random when the cache was born; another one means that every sequence is gone.
-        device: device of the cache, as torch writes it, and its product name.
+        device: device of the cache, as torch writes it.
+        device_name: its product name; empty where it is not known.
         kernels: phase (`append`, `decode`, `prefill`) to the kernel's name and why it was chosen.
         version: version of the server.
         features: names of the features that a request may require, those that this version knows.
         transports: ways to reach the server.
-        totals: what it did since it started; nothing, with no phases, of a server too old to say.
     """
 
     spec: IndexSpec
@@ -34,11 +35,11 @@ class Info:
     cache: CacheUsage
     epoch: int
     device: str
+    device_name: str
     kernels: dict[str, tuple[str, str]]
     version: str
     features: frozenset[str]
     transports: tuple[str, ...]
-    totals: Totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def info_of(response: pb.GetInfoResponse) -> Info:
             topk=spec.topk,
             init_blocks=spec.init_blocks,
             local_blocks=spec.local_blocks,
-            score=spec.score,
+            score=_SCORINGS.get(spec.scoring, str(spec.scoring)),
             scale=spec.scale,
             key_dtype=_KEY_DTYPES[spec.key_dtype],
             max_sequence_tokens=spec.max_sequence_tokens,
@@ -92,26 +93,38 @@ def info_of(response: pb.GetInfoResponse) -> Info:
         ),
         epoch=response.epoch,
         device=response.device,
-        kernels={choice.phase: (choice.kernel, choice.reason) for choice in response.kernels},
+        device_name=response.device_name,
+        kernels={_phase(choice.phase): (choice.kernel, choice.reason) for choice in response.kernels},
         version=response.version,
         features=frozenset(
             name.removeprefix("FEATURE_") for name, number in known.items() if number in response.features
         ),
         transports=tuple(response.transports),
-        totals=_totals_of(response.totals),
     )
 
 
-def _totals_of(message: pb.Totals) -> Totals:
+def totals_of(message: pb.GetStatsResponse) -> Totals:
+    """The answer of GetStats as plain data."""
     return Totals(
         requests=message.requests,
         batches=message.batches,
         phases={
-            phase.phase: PhaseTotals(phase.requests, phase.tokens, phase.device_seconds, dict(phase.stage_seconds))
+            _phase(phase.phase): PhaseTotals(
+                phase.requests,
+                phase.tokens,
+                phase.device_seconds,
+                {stage: getattr(phase.stage_seconds, stage) for stage in STAGES},
+            )
             for phase in message.phases
         },
-        dropped=dict(message.dropped),
+        dropped={"cancelled": message.dropped_cancelled, "deadline": message.dropped_deadline},
         busy_seconds=message.busy_seconds,
         device_busy_seconds=message.device_busy_seconds,
         uptime_seconds=message.uptime_seconds,
     )
+
+
+def _phase(number: int) -> str:
+    """Its name in the words of the metrics; a later server may have phases that this version does not know."""
+    name = pb.Phase.Name(pb.Phase.ValueType(number)) if number in pb.Phase.values() else str(number)
+    return name.removeprefix("PHASE_").lower()

@@ -19,6 +19,7 @@ class AppendAndSelectArguments(TypedDict, total=False):
     revisions: Integers | None
     first_head: int
     num_heads: int
+    rollback: bool
     epoch: int | None
     timeout: float | None
 

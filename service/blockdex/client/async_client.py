@@ -13,10 +13,10 @@ from blockdex.client.async_transports import AsyncStreamTransport, AsyncTranspor
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import Integers, Queries
+from blockdex.client.requests import Integers, Queries, Scores
 from blockdex.client.tensors import Array
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Order
+from blockdex.contract.messages import Order, Totals
 
 Arguments = ParamSpec("Arguments")
 
@@ -32,7 +32,8 @@ class AsyncClient:
     A client belongs to the loop of its first call, whose tasks may share it; neither another loop nor a forked process
     may use it. Cancelling a task gives up its request, whose outcome is then unknown.
 
-    Its data calls share one stream. Everything else is as `Client` says, each method included.
+    Its calls share one stream, so that those on one sequence take effect in the order they were made. Everything else
+    is as `Client` says, each method included.
     """
 
     def __init__(
@@ -64,11 +65,26 @@ class AsyncClient:
         """What the server is, holds and can do, asked anew."""
         return (await self._complete(self._core.get_info(self._core.deadline(timeout)))).info
 
+    async def stats(self, *, timeout: float | None = None) -> Totals:
+        """What the server did since it started."""
+        return await self._complete(self._core.get_stats(self._core.deadline(timeout)))
+
     async def open_sequence(
         self, sequence_id: int, *, lease_seconds: int = 0, epoch: int | None = None, timeout: float | None = None
     ) -> None:
         """Opens an empty sequence."""
-        await self._run(timeout, self._core.open_sequence, sequence_id, lease_seconds, epoch)
+        await self._run(timeout, self._core.open_sequences, sequence_id, lease_seconds, epoch)
+
+    async def open_sequences(
+        self,
+        sequences: Integers,
+        *,
+        lease_seconds: Integers = 0,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Opens empty sequences, all or, on any error, none."""
+        await self._run(timeout, self._core.open_sequences, sequences, lease_seconds, epoch)
 
     async def get_sequence(
         self, sequence_id: int, *, epoch: int | None = None, timeout: float | None = None
@@ -90,7 +106,13 @@ class AsyncClient:
 
     async def close_sequence(self, sequence_id: int, *, epoch: int | None = None, timeout: float | None = None) -> None:
         """Gives up a sequence; closing what is closed already is fine."""
-        await self._run(timeout, self._core.close_sequence, sequence_id, epoch)
+        await self._run(timeout, self._core.close_sequences, sequence_id, epoch)
+
+    async def close_sequences(
+        self, sequences: Integers, *, epoch: int | None = None, timeout: float | None = None
+    ) -> None:
+        """Gives up sequences, no two alike; closing what is closed already is fine."""
+        await self._run(timeout, self._core.close_sequences, sequences, epoch)
 
     async def append_keys(
         self,
@@ -101,12 +123,13 @@ class AsyncClient:
         keys: Array,
         starts: Integers | None = None,
         revisions: Integers | None = None,
+        rollback: bool = False,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> None:
         """Writes index keys of one layer for one or many sequences: all of them, or, on any error, none."""
         named = (layer, sequences, lengths, starts, revisions, epoch)
-        await self._run(timeout, self._core.append_keys, named, keys)
+        await self._run(timeout, self._core.append_keys, named, keys, rollback)
 
     @overload
     async def select_blocks(
@@ -120,7 +143,7 @@ class AsyncClient:
 
     @overload
     async def select_blocks(
-        self, layer: int, *, queries: Array, return_scores: Literal[True], **others: Unpack[SelectArguments]
+        self, layer: int, *, queries: Array, return_scores: Literal[True, "raw"], **others: Unpack[SelectArguments]
     ) -> tuple[Array, Array]: ...
 
     async def select_blocks(
@@ -132,7 +155,7 @@ class AsyncClient:
         queries: Any,
         starts: Integers | None = None,
         order: Order = "ascending",
-        return_scores: bool = False,
+        return_scores: Scores = False,
         revisions: Integers | None = None,
         first_head: int = 0,
         num_heads: int = 0,
@@ -161,7 +184,7 @@ class AsyncClient:
         layer: int,
         *,
         queries: Array,
-        return_scores: Literal[True],
+        return_scores: Literal[True, "raw"],
         **others: Unpack[AppendAndSelectArguments],
     ) -> tuple[Array, Array]: ...
 
@@ -175,10 +198,11 @@ class AsyncClient:
         queries: Any,
         starts: Integers | None = None,
         order: Order = "ascending",
-        return_scores: bool = False,
+        return_scores: Scores = False,
         revisions: Integers | None = None,
         first_head: int = 0,
         num_heads: int = 0,
+        rollback: bool = False,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -188,7 +212,7 @@ class AsyncClient:
         """
         named = (layer, sequences, lengths, starts, revisions, epoch)
         selection = Queries(queries, first_head, num_heads, order, return_scores)
-        return await self._run(timeout, self._core.append_and_select, named, keys, selection)
+        return await self._run(timeout, self._core.append_and_select, named, keys, rollback, selection)
 
     async def _run(
         self,

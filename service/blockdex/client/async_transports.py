@@ -1,4 +1,4 @@
-"""How the asyncio client's calls reach the server: one RPC each, or data calls together on a stream."""
+"""How the asyncio client's calls reach the server: one RPC each, or together on a stream."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import grpc
 
 from blockdex.client.call import Call
 from blockdex.client.core import CHANNEL_OPTIONS, Core
-from blockdex.client.failures import another, error_of_call, error_of_stream
-from blockdex.client.frames import answer_of, cancel_of, closed, frame_of, number_of
+from blockdex.client.failures import another, error_of_call, error_of_stream, message_of
+from blockdex.client.frames import answer_of, cancel_of, closed, event_of, frame_of, number_of
 from blockdex.client.paths import STREAM_PATH, UNARY_PATHS
 from blockdex.contract.errors import BlockdexError, DeadlineExceededError, Reason, UnavailableError
 
@@ -21,7 +21,7 @@ from blockdex.contract.errors import BlockdexError, DeadlineExceededError, Reaso
 class AsyncTransport(Protocol):
     """Sends calls; belongs to the loop of its first one."""
 
-    async def send(self, call: Call[Any]) -> bytes:
+    async def send(self, call: Call[Any]) -> Any:
         """The response to one attempt.
 
         Raises:
@@ -51,23 +51,24 @@ class AsyncUnaryTransport:
             self._methods = {rpc: self._channel.unary_unary(path) for rpc, path in UNARY_PATHS.items()}
         return self._channel
 
-    async def send(self, call: Call[Any]) -> bytes:
+    async def send(self, call: Call[Any]) -> Any:
         """The response to one attempt."""
         if self._closed:
             raise closed()
         _ = self.channel
-        method = self._methods[call.rpc]
+        rpc = call.kind.rpc
+        method = self._methods[rpc]
         try:
             answer: bytes = await method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
         except grpc.RpcError as failure:
-            raise error_of_call(failure, f"{call.rpc} at {self._core.address}") from failure
+            raise error_of_call(failure, f"{rpc} at {self._core.address}") from failure
         except asyncio.CancelledError:
             # gRPC says of a closed channel that its callers were cancelled; they were not.
             task = asyncio.current_task()
             if self._closed and task is not None and not task.cancelling():
                 raise closed() from None
             raise
-        return answer
+        return message_of(call.kind.response, answer)
 
     async def close(self) -> None:
         """Ends what is in flight and closes the channel."""
@@ -77,7 +78,7 @@ class AsyncUnaryTransport:
 
 
 class AsyncStreamTransport:
-    """Data calls share one stream, reopened by the next call after it broke; the others are RPCs of their own."""
+    """Calls share one stream, reopened by the next call after it broke; what the server says of itself does not."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -85,9 +86,9 @@ class AsyncStreamTransport:
         self._closed = False
         self._exchange: _Exchange | None = None
 
-    async def send(self, call: Call[Any]) -> bytes:
+    async def send(self, call: Call[Any]) -> Any:
         """The response to one attempt."""
-        if call.kind is None:
+        if not call.kind.field:
             return await self._unary.send(call)
         if self._closed:
             raise closed()
@@ -112,6 +113,7 @@ class _Exchange:
 
     def __init__(self, channel: grpc.aio.Channel, core: Core) -> None:
         self.broken = False
+        self._core = core
         self._address = core.address
         self._closing = False
         self._loop = asyncio.get_running_loop()
@@ -126,8 +128,7 @@ class _Exchange:
         self._responses = method(self._requests(), metadata=core.metadata)
         self._reader = self._loop.create_task(self._read(), name="blockdex-stream")
 
-    async def send(self, call: Call[Any]) -> bytes:
-        assert call.kind is not None
+    async def send(self, call: Call[Any]) -> Any:
         assert call.ledger is not None
         timeout = call.remaining()
         self._allowed = call.ledger.info.limits.max_stream_requests
@@ -173,6 +174,9 @@ class _Exchange:
         try:
             async for frame in self._responses:
                 number = number_of(frame)
+                if not number:
+                    self._core.take_up(event_of(frame))
+                    continue
                 self._unanswered.discard(number)
                 if self._unsent:
                     self._something_to_send.set()

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from blockdex.client.failures import changed_nothing
 from blockdex.client.kinds import Kind
@@ -19,7 +19,7 @@ _FIRST_BACKOFF = 0.02
 _LONGEST_BACKOFF = 1.0
 
 
-def _nothing_to_settle(changed_nothing: bool) -> None:
+def nothing_to_settle(changed_nothing: bool) -> None:
     """What a failure means to a call that writes nothing."""
 
 
@@ -28,26 +28,24 @@ class Call(Generic[Result]):
     """A request, what its answer means and what its failure means. Whoever completes it says so when it has failed.
 
     Attributes:
-        rpc: name of the RPC.
+        kind: which call it is.
         request: its request, as bytes.
         deadline: `time.monotonic()` at which the caller stops waiting.
-        finish: makes the caller's answer of the response's bytes.
+        finish: makes the caller's answer of the response.
         repeatable: whether sending it twice has the effect of sending it once.
         ledger: what the request was built from; None for the question what the server is.
         fail: told, when the call fails for good, whether it is certain that it changed nothing.
         epoch: the one that the request names.
-        kind: which data call it is; None for the others, which no stream takes.
     """
 
-    rpc: str
+    kind: Kind
     request: bytes
     deadline: float
-    finish: Callable[[bytes], Result]
+    finish: Callable[[Any], Result]
     repeatable: bool
     ledger: Ledger | None = None
-    fail: Callable[[bool], None] = _nothing_to_settle
+    fail: Callable[[bool], None] = nothing_to_settle
     epoch: int = 0
-    kind: Kind | None = None
     _backoff: float = field(default=_FIRST_BACKOFF, init=False)
     _certain: bool = field(default=True, init=False)
 
@@ -64,7 +62,7 @@ class Call(Generic[Result]):
 
     def late(self) -> DeadlineExceededError:
         """What the caller gets once the deadline has passed."""
-        return DeadlineExceededError(f"{self.rpc}: no answer within the timeout", Reason.DEADLINE_EXCEEDED)
+        return DeadlineExceededError(f"{self.kind.rpc}: no answer within the timeout", Reason.DEADLINE_EXCEEDED)
 
     def retry_after(self, error: BlockdexError) -> float:
         """Seconds to wait before the next attempt.

@@ -12,11 +12,11 @@ from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import Integers, Queries
+from blockdex.client.requests import Integers, Queries, Scores
 from blockdex.client.tensors import Array
 from blockdex.client.transports import StreamTransport, Transport, UnaryTransport
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Order
+from blockdex.contract.messages import Order, Totals
 
 Arguments = ParamSpec("Arguments")
 
@@ -38,8 +38,8 @@ class Client:
     A server that has lost its cache says so once, by `FailedPreconditionError` (EPOCH_MISMATCH): its sequences are
     gone, and the client forgets them too.
 
-    Every call ends inside its timeout. Calls that change nothing, `close_sequence`, and appends whose spans all carry
-    a revision are repeated while the server is unavailable; nothing else is.
+    Every call ends inside its timeout. Calls that change nothing, opening, closing, and appends whose spans all carry a
+    revision are repeated while the server is unavailable; nothing else is.
 
     Every method raises the exceptions of `blockdex.contract.errors`.
 
@@ -47,8 +47,8 @@ class Client:
         address: `HOST:PORT`, or any gRPC target, such as `unix:/path`.
         tenant: whose sequences these are, where the transport proves no identity; None leaves it to the server.
         timeout: seconds that a call may take when it names no timeout.
-        transport: `stream` (data calls go over streams that stay open, as many as there are calls in flight; the
-            default, since its calls were measured to be the faster ones) or `unary` (each is an RPC of its own).
+        transport: `stream` (calls go over streams that stay open, as many as there are calls in flight; the default,
+            since its calls were measured to be the faster ones) or `unary` (each is an RPC of its own).
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
@@ -84,10 +84,14 @@ class Client:
         """What the server is, holds and can do, asked anew."""
         return self._complete(self._core.get_info(self._core.deadline(timeout))).info
 
+    def stats(self, *, timeout: float | None = None) -> Totals:
+        """What the server did since it started."""
+        return self._complete(self._core.get_stats(self._core.deadline(timeout)))
+
     def open_sequence(
         self, sequence_id: int, *, lease_seconds: int = 0, epoch: int | None = None, timeout: float | None = None
     ) -> None:
-        """Opens an empty sequence.
+        """Opens an empty sequence. Opening one again that is still as it was opened is fine.
 
         Args:
             sequence_id: unique inside the tenant and never used again; 64 bits.
@@ -95,7 +99,25 @@ class Client:
             epoch: None = the one that the client knows, 0 = any.
             timeout: seconds; None = the client's.
         """
-        self._run(timeout, self._core.open_sequence, sequence_id, lease_seconds, epoch)
+        self._run(timeout, self._core.open_sequences, sequence_id, lease_seconds, epoch)
+
+    def open_sequences(
+        self,
+        sequences: Integers,
+        *,
+        lease_seconds: Integers = 0,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Opens empty sequences, all or, on any error, none, as `open_sequence` does one.
+
+        Args:
+            sequences: `[N]`, no two alike.
+            lease_seconds: `[N]`, or one for all.
+            epoch: None = the one that the client knows, 0 = any.
+            timeout: seconds; None = the client's.
+        """
+        self._run(timeout, self._core.open_sequences, sequences, lease_seconds, epoch)
 
     def get_sequence(
         self, sequence_id: int, *, epoch: int | None = None, timeout: float | None = None
@@ -117,7 +139,11 @@ class Client:
 
     def close_sequence(self, sequence_id: int, *, epoch: int | None = None, timeout: float | None = None) -> None:
         """Gives up a sequence; closing what is closed already is fine."""
-        self._run(timeout, self._core.close_sequence, sequence_id, epoch)
+        self._run(timeout, self._core.close_sequences, sequence_id, epoch)
+
+    def close_sequences(self, sequences: Integers, *, epoch: int | None = None, timeout: float | None = None) -> None:
+        """Gives up sequences, no two alike; closing what is closed already is fine."""
+        self._run(timeout, self._core.close_sequences, sequences, epoch)
 
     def append_keys(
         self,
@@ -128,6 +154,7 @@ class Client:
         keys: Array,
         starts: Integers | None = None,
         revisions: Integers | None = None,
+        rollback: bool = False,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> None:
@@ -138,13 +165,15 @@ class Client:
             sequences: `[N]`, no two alike.
             lengths: `[N]`, tokens of each; may be left out for a single sequence. T is their sum.
             keys: `[T, D]`, sequence after sequence: numpy or torch, bfloat16, float16, float32 or float8_e4m3fn.
-            starts: `[N]`, position of the first token of each, which cuts off what lies behind; None = at the end.
+            starts: `[N]`, position of the first token of each; None = at the end.
             revisions: `[N]`, 0 = unchecked; None = all unchecked.
+            rollback: starts may lie before the end of a layer, which loses what lies behind them; without it that takes
+                a revision.
             epoch: None = the one that the client knows, 0 = any.
             timeout: seconds; None = the client's.
         """
         named = (layer, sequences, lengths, starts, revisions, epoch)
-        self._run(timeout, self._core.append_keys, named, keys)
+        self._run(timeout, self._core.append_keys, named, keys, rollback)
 
     @overload
     def select_blocks(
@@ -158,7 +187,7 @@ class Client:
 
     @overload
     def select_blocks(
-        self, layer: int, *, queries: Array, return_scores: Literal[True], **others: Unpack[SelectArguments]
+        self, layer: int, *, queries: Array, return_scores: Literal[True, "raw"], **others: Unpack[SelectArguments]
     ) -> tuple[Array, Array]: ...
 
     def select_blocks(
@@ -170,7 +199,7 @@ class Client:
         queries: Any,
         starts: Integers | None = None,
         order: Order = "ascending",
-        return_scores: bool = False,
+        return_scores: Scores = False,
         revisions: Integers | None = None,
         first_head: int = 0,
         num_heads: int = 0,
@@ -187,7 +216,8 @@ class Client:
             queries: `[T, num_heads, D]`, sequence after sequence, as `keys` of `append_keys` otherwise.
             starts: `[N]`, position of the first query of each; None = the last `lengths[i]` positions.
             order: of a row: `ascending` (by block id) or `score` (init blocks, local blocks, then by falling score).
-            return_scores: answer with scores as well.
+            return_scores: answer with scores as well: True = times the spec's scale, +inf for forced blocks; `raw` = as
+                they rank, unscaled and those of forced blocks too. -inf beside -1.
             revisions: `[N]`, must be the layer's; 0 = unchecked, None = all unchecked.
             first_head: first head that `queries` holds.
             num_heads: heads that `queries` holds; 0 = all from `first_head`.
@@ -219,7 +249,7 @@ class Client:
         layer: int,
         *,
         queries: Array,
-        return_scores: Literal[True],
+        return_scores: Literal[True, "raw"],
         **others: Unpack[AppendAndSelectArguments],
     ) -> tuple[Array, Array]: ...
 
@@ -233,10 +263,11 @@ class Client:
         queries: Any,
         starts: Integers | None = None,
         order: Order = "ascending",
-        return_scores: bool = False,
+        return_scores: Scores = False,
         revisions: Integers | None = None,
         first_head: int = 0,
         num_heads: int = 0,
+        rollback: bool = False,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -246,7 +277,7 @@ class Client:
         """
         named = (layer, sequences, lengths, starts, revisions, epoch)
         selection = Queries(queries, first_head, num_heads, order, return_scores)
-        return self._run(timeout, self._core.append_and_select, named, keys, selection)
+        return self._run(timeout, self._core.append_and_select, named, keys, rollback, selection)
 
     def _run(
         self,

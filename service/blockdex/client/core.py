@@ -5,18 +5,30 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from blockdex.client.answers import SequenceState, info_of
-from blockdex.client.call import Call
-from blockdex.client.failures import message_of
-from blockdex.client.kinds import APPEND_AND_SELECT, APPEND_KEYS, SELECT_BLOCKS, Kind
-from blockdex.client.ledger import Append, Ledger
-from blockdex.client.requests import Integers, Named, Queries, Shape, integer, spans_of
+from blockdex.client.answers import SequenceState, info_of, totals_of
+from blockdex.client.call import Call, Result, nothing_to_settle
+from blockdex.client.kinds import (
+    APPEND_AND_SELECT,
+    APPEND_KEYS,
+    CLOSE_SEQUENCES,
+    FORK_SEQUENCE,
+    GET_INFO,
+    GET_SEQUENCE,
+    GET_STATS,
+    OPEN_SEQUENCES,
+    SELECT_BLOCKS,
+    TRUNCATE_SEQUENCE,
+    Kind,
+)
+from blockdex.client.ledger import Ledger
+from blockdex.client.requests import Integers, Keys, Named, Queries, fill, integer, integers, spans_of
 from blockdex.client.selection import selection_of
 from blockdex.contract import limits as checks
+from blockdex.contract.errors import InvalidArgumentError, Reason
+from blockdex.contract.messages import Totals
 from blockdex.v1 import indexer_pb2 as pb
 
 DEFAULT_TIMEOUT = 30.0
@@ -77,67 +89,74 @@ class Core:
         """
         return time.monotonic() + (self._timeout if timeout is None else _checked(timeout))
 
+    def take_up(self, event: pb.Event) -> None:
+        """Takes up what the server tells of."""
+        ledger = self._ledger
+        if ledger is None:
+            return
+        for sequence in event.sequences_evicted.sequence_ids:
+            ledger.close(sequence)
+        if event.HasField("new_epoch"):
+            ledger.over |= event.new_epoch.epoch != ledger.info.epoch
+
     def get_info(self, deadline: float) -> Call[Ledger]:
         """GetInfo. The answer is what the client knows from then on; a new epoch drops every length."""
 
-        def finish(answer: bytes) -> Ledger:
-            response = message_of(pb.GetInfoResponse, answer)
-            info = info_of(response)
+        def finish(answer: pb.GetInfoResponse) -> Ledger:
+            info = info_of(answer)
             with self._lock:
                 ledger = self.ledger
                 if ledger is None or ledger.info.epoch != info.epoch:
                     ledger = self._ledger = Ledger(info)
                 else:
-                    ledger.learn(info)
+                    ledger.info = info
                 return ledger
 
-        return Call("GetInfo", pb.GetInfoRequest().SerializeToString(), deadline, finish, repeatable=True)
+        return Call(GET_INFO, b"", deadline, finish, repeatable=True)
 
-    def open_sequence(
-        self, ledger: Ledger, deadline: float, sequence_id: int, lease_seconds: int, epoch: int | None
+    def get_stats(self, deadline: float) -> Call[Totals]:
+        """GetStats."""
+        return Call(GET_STATS, b"", deadline, totals_of, repeatable=True)
+
+    def open_sequences(
+        self, ledger: Ledger, deadline: float, sequences: Integers, lease_seconds: Integers, epoch: int | None
     ) -> Call[None]:
-        """OpenSequence; from the answer on, every length is 0."""
-        sequence_id = integer("sequence_id", sequence_id)
-        lease_seconds = integer("lease_seconds", lease_seconds, bits=32)
-        request = pb.OpenSequenceRequest(
-            sequence_id=sequence_id, lease_seconds=lease_seconds, epoch=_epoch(ledger, epoch)
+        """OpenSequences; from the answer on, every length is 0. Opening again what is empty still is fine."""
+        ids = integers("sequences", sequences, bits=64)
+        leases = integers("lease_seconds", lease_seconds, bits=32)
+        if len(leases) == 1:
+            leases *= len(ids)
+        if len(leases) != len(ids):
+            raise InvalidArgumentError(
+                f"lease_seconds: must be 1 or as many as the {len(ids)} sequences, got {len(leases)}",
+                Reason.INVALID_SPANS,
+            )
+        checks.check_sequences(ledger.info.limits.max_spans, ids)
+        request = pb.OpenSequencesRequest(
+            sequences=[
+                pb.NewSequence(sequence_id=sequence, lease_seconds=lease)
+                for sequence, lease in zip(ids, leases, strict=True)
+            ]
         )
 
-        def finish(answer: bytes) -> None:
-            message_of(pb.OpenSequenceResponse, answer)
-            ledger.open(sequence_id, [0] * ledger.info.spec.num_layers)
+        def finish(_: pb.OpenSequencesResponse) -> None:
+            for sequence in ids:
+                ledger.open(sequence, [0] * ledger.info.spec.num_layers)
 
-        return Call(
-            "OpenSequence",
-            request.SerializeToString(),
-            deadline,
-            finish,
-            repeatable=False,
-            ledger=ledger,
-            epoch=request.epoch,
-        )
+        return _call(OPEN_SEQUENCES, ledger, deadline, request, epoch, finish, repeatable=True)
 
     def get_sequence(self, ledger: Ledger, deadline: float, sequence_id: int, epoch: int | None) -> Call[SequenceState]:
         """GetSequence; the answer settles lengths that are unknown."""
         sequence_id = integer("sequence_id", sequence_id)
-        request = pb.GetSequenceRequest(sequence_id=sequence_id, epoch=_epoch(ledger, epoch))
+        request = pb.GetSequenceRequest(sequence_id=sequence_id)
         watch = ledger.begin_question(sequence_id)
 
-        def finish(answer: bytes) -> SequenceState:
-            response = message_of(pb.GetSequenceResponse, answer)
-            state = SequenceState(tuple(response.lengths), tuple(response.revisions), response.epoch)
+        def finish(answer: pb.GetSequenceResponse) -> SequenceState:
+            state = SequenceState(tuple(answer.lengths), tuple(answer.revisions), answer.epoch)
             ledger.end_question(watch, state.lengths)
             return state
 
-        return Call(
-            "GetSequence",
-            request.SerializeToString(),
-            deadline,
-            finish,
-            repeatable=True,
-            ledger=ledger,
-            epoch=request.epoch,
-        )
+        return _call(GET_SEQUENCE, ledger, deadline, request, epoch, finish, repeatable=True)
 
     def fork_sequence(
         self, ledger: Ledger, deadline: float, parent_id: int, child_id: int, length: int, epoch: int | None
@@ -145,25 +164,14 @@ class Core:
         """ForkSequence; the answer is the child's lengths."""
         parent_id, child_id = integer("parent_id", parent_id), integer("child_id", child_id)
         checks.check_length(ledger.info.spec, parent_id, length)
-        request = pb.ForkSequenceRequest(
-            parent_id=parent_id, child_id=child_id, length=length, epoch=_epoch(ledger, epoch)
-        )
+        request = pb.ForkSequenceRequest(parent_id=parent_id, child_id=child_id, length=length)
 
-        def finish(answer: bytes) -> tuple[int, ...]:
-            response = message_of(pb.ForkSequenceResponse, answer)
-            lengths = tuple(response.lengths)
+        def finish(answer: pb.ForkSequenceResponse) -> tuple[int, ...]:
+            lengths = tuple(answer.lengths)
             ledger.open(child_id, lengths)
             return lengths
 
-        return Call(
-            "ForkSequence",
-            request.SerializeToString(),
-            deadline,
-            finish,
-            repeatable=False,
-            ledger=ledger,
-            epoch=request.epoch,
-        )
+        return _call(FORK_SEQUENCE, ledger, deadline, request, epoch, finish, repeatable=False)
 
     def truncate_sequence(
         self, ledger: Ledger, deadline: float, sequence_id: int, length: int, epoch: int | None
@@ -171,57 +179,40 @@ class Core:
         """TruncateSequence; the answer is the sequence's lengths."""
         sequence_id = integer("sequence_id", sequence_id)
         checks.check_length(ledger.info.spec, sequence_id, length)
-        request = pb.TruncateSequenceRequest(sequence_id=sequence_id, length=length, epoch=_epoch(ledger, epoch))
+        request = pb.TruncateSequenceRequest(sequence_id=sequence_id, length=length)
         watch = ledger.begin_truncation(sequence_id)
 
-        def finish(answer: bytes) -> tuple[int, ...]:
-            response = message_of(pb.TruncateSequenceResponse, answer)
-            lengths = tuple(response.lengths)
+        def finish(answer: pb.TruncateSequenceResponse) -> tuple[int, ...]:
+            lengths = tuple(answer.lengths)
             ledger.end_truncation(watch, lengths)
             return lengths
 
         def fail(changed_nothing: bool) -> None:
             ledger.fail_truncation(watch, changed_nothing)
 
-        return Call(
-            "TruncateSequence",
-            request.SerializeToString(),
-            deadline,
-            finish,
-            repeatable=False,
-            ledger=ledger,
-            fail=fail,
-            epoch=request.epoch,
-        )
+        return _call(TRUNCATE_SEQUENCE, ledger, deadline, request, epoch, finish, repeatable=False, fail=fail)
 
-    def close_sequence(self, ledger: Ledger, deadline: float, sequence_id: int, epoch: int | None) -> Call[None]:
-        """CloseSequence; closing what is closed already is fine, so it may be repeated."""
-        sequence_id = integer("sequence_id", sequence_id)
-        request = pb.CloseSequenceRequest(sequence_id=sequence_id, epoch=_epoch(ledger, epoch))
+    def close_sequences(self, ledger: Ledger, deadline: float, sequences: Integers, epoch: int | None) -> Call[None]:
+        """CloseSequences; closing what is closed already is fine, so it may be repeated."""
+        ids = integers("sequences", sequences, bits=64)
+        checks.check_sequences(ledger.info.limits.max_spans, ids)
+        request = pb.CloseSequencesRequest(sequence_ids=ids)
 
-        def finish(answer: bytes) -> None:
-            message_of(pb.CloseSequenceResponse, answer)
-            ledger.close(sequence_id)
+        def finish(_: pb.CloseSequencesResponse) -> None:
+            for sequence in ids:
+                ledger.close(sequence)
 
-        return Call(
-            "CloseSequence",
-            request.SerializeToString(),
-            deadline,
-            finish,
-            repeatable=True,
-            ledger=ledger,
-            epoch=request.epoch,
-        )
+        return _call(CLOSE_SEQUENCES, ledger, deadline, request, epoch, finish, repeatable=True)
 
-    def append_keys(self, ledger: Ledger, deadline: float, named: Named, keys: Any) -> Call[None]:
+    def append_keys(self, ledger: Ledger, deadline: float, named: Named, keys: Any, rollback: bool) -> Call[None]:
         """AppendKeys."""
-        return self._append(APPEND_KEYS, ledger, deadline, named, keys, None)
+        return self._append(APPEND_KEYS, ledger, deadline, named, Keys(keys, rollback), None)
 
     def append_and_select(
-        self, ledger: Ledger, deadline: float, named: Named, keys: Any, queries: Queries
+        self, ledger: Ledger, deadline: float, named: Named, keys: Any, rollback: bool, queries: Queries
     ) -> Call[Any]:
         """AppendAndSelect."""
-        return self._append(APPEND_AND_SELECT, ledger, deadline, named, keys, queries)
+        return self._append(APPEND_AND_SELECT, ledger, deadline, named, Keys(keys, rollback), queries)
 
     def select_blocks(self, ledger: Ledger, deadline: float, named: Named, queries: Queries) -> Call[Any]:
         """SelectBlocks; without starts it asks for the last positions."""
@@ -230,80 +221,54 @@ class Core:
         starts = spans.starts
         if starts is None:
             starts = ledger.last_positions(spans.layer, spans.sequences, spans.lengths)
-        request, shape = ledger.writer.write(SELECT_BLOCKS, spans, starts, None, queries)
+        request = pb.SelectBlocksRequest()
+        shape = fill(request, ledger.info, spans, starts, None, queries)
 
-        def finish(answer: bytes) -> Any:
-            return selection_of(SELECT_BLOCKS, answer, queries, shape)
+        def finish(answer: pb.SelectBlocksResponse) -> Any:
+            return selection_of(answer, queries, shape)
 
-        return Call(
-            SELECT_BLOCKS.rpc,
-            request,
-            deadline,
-            finish,
-            repeatable=True,
-            ledger=ledger,
-            epoch=_epoch(ledger, spans.epoch),
-            kind=SELECT_BLOCKS,
-        )
+        return _call(SELECT_BLOCKS, ledger, deadline, request, spans.epoch, finish, repeatable=True)
 
     def _append(
-        self, kind: Kind, ledger: Ledger, deadline: float, named: Named, keys: Any, queries: Queries | None
+        self, kind: Kind, ledger: Ledger, deadline: float, named: Named, keys: Keys, queries: Queries | None
     ) -> Call[Any]:
-        request, shape, append = ledger.write_append(kind, named, keys, queries) or _begin_append(
-            kind, ledger, named, keys, queries
-        )
-        *_, revisions, epoch = named
+        spans = spans_of(*named, name="keys", tensor=keys.tensor)
+        checks.check_layer(ledger.info.spec, spans.layer)
+        append = ledger.begin_append(spans.layer, spans.sequences, spans.lengths, spans.starts)
+        request = kind.request()
+        try:
+            shape = fill(request, ledger.info, spans, append.starts, keys, queries)
+        except BaseException:
+            ledger.fail_append(append, changed_nothing=True)
+            raise
 
-        def finish(answer: bytes) -> Any:
-            if queries is None:
-                message_of(pb.AppendKeysResponse, answer)
-                result = None
-            else:
-                result = selection_of(kind, answer, queries, shape)
+        def finish(answer: Any) -> Any:
+            result = None if queries is None else selection_of(answer, queries, shape)
             ledger.end_append(append)
             return result
 
         def fail(changed_nothing: bool) -> None:
             ledger.fail_append(append, changed_nothing)
 
-        return Call(
-            kind.rpc,
-            request,
-            deadline,
-            finish,
-            repeatable=_are_all_checked(revisions),
-            ledger=ledger,
-            fail=fail,
-            epoch=_epoch(ledger, epoch),
-            kind=kind,
-        )
+        are_checked = bool(spans.revisions) and all(spans.revisions)
+        return _call(kind, ledger, deadline, request, spans.epoch, finish, repeatable=are_checked, fail=fail)
 
 
-def _are_all_checked(revisions: Integers | None) -> bool:
-    if revisions is None:
-        return False
-    if isinstance(revisions, list):
-        return bool(revisions) and all(revisions)
-    return np.size(revisions) > 0 and bool(np.all(revisions))
-
-
-def _begin_append(
-    kind: Kind, ledger: Ledger, named: Named, keys: Any, queries: Queries | None
-) -> tuple[bytes, Shape, Append]:
-    """As `Ledger.write_append`, of whatever may be appended."""
-    spans = spans_of(*named, name="keys", tensor=keys)
-    checks.check_layer(ledger.info.spec, spans.layer)
-    append = ledger.begin_append(spans.layer, spans.sequences, spans.lengths, spans.starts)
-    try:
-        request, shape = ledger.writer.write(kind, spans, append.starts, keys, queries)
-    except BaseException:
-        ledger.fail_append(append, changed_nothing=True)
-        raise
-    return request, shape, append
-
-
-def _epoch(ledger: Ledger, epoch: int | None) -> int:
-    return ledger.info.epoch if epoch is None else integer("epoch", epoch)
+def _call(
+    kind: Kind,
+    ledger: Ledger,
+    deadline: float,
+    request: Any,
+    epoch: int | None,
+    finish: Callable[[Any], Result],
+    *,
+    repeatable: bool,
+    fail: Callable[[bool], None] = nothing_to_settle,
+) -> Call[Result]:
+    """A call on sequences; without an epoch it names the one that the client knows."""
+    named = ledger.info.epoch if epoch is None else integer("epoch", epoch)
+    request.header.epoch = named
+    return Call(kind, request.SerializeToString(), deadline, finish, repeatable, ledger, fail, named)
 
 
 def _checked(timeout: float) -> float:

@@ -46,9 +46,9 @@ def error_of_status(status: Status) -> BlockdexError:
     for detail in status.details:
         info = ErrorInfo()
         if detail.Unpack(info) and info.domain == _DOMAIN:
-            return error_of(status.code, status.message, _reason_of(info.reason))
+            return error_of(status.code, status.message, _reason_of(info.reason), info.metadata)
     name = _CODE_NAMES.get(status.code, str(status.code))
-    return error_of(status.code, status.message, _reason_of(name))
+    return error_of(status.code, status.message, _reason_of(name), {})
 
 
 def error_of_call(failure: Any, target: str) -> BlockdexError:
@@ -67,8 +67,8 @@ def error_of_call(failure: Any, target: str) -> BlockdexError:
     number, name = failure.code().value[0], failure.code().name
     message = f"{target}: {failure.details() or name}"
     if number == Code.RESOURCE_EXHAUSTED and "larger than max" in message:
-        return error_of(number, message, Reason.MESSAGE_TOO_LARGE)
-    return error_of(number, message, _TRANSPORT_REASONS.get(number, name))
+        return error_of(number, message, Reason.MESSAGE_TOO_LARGE, {})
+    return error_of(number, message, _TRANSPORT_REASONS.get(number, name), {})
 
 
 def error_of_stream(failure: BlockdexError) -> BlockdexError:
@@ -80,7 +80,7 @@ def error_of_stream(failure: BlockdexError) -> BlockdexError:
 
 def another(error: BlockdexError) -> BlockdexError:
     """The same error once more, for another caller to raise."""
-    return error_of(error.code, error.message, error.reason)
+    return error_of(error.code, error.message, error.reason, error.metadata)
 
 
 def changed_nothing(failure: BaseException) -> bool:

@@ -1,11 +1,10 @@
-"""What travels on a stream: data calls with a number, their answers, and word that a caller has gone."""
+"""What travels on a stream: calls with a number, their answers, word that a caller has gone, and events."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from blockdex.client import compiled
 from blockdex.client.call import Call
 from blockdex.client.failures import error_of_status, message_of
 from blockdex.client.kinds import Kind
@@ -18,12 +17,8 @@ _NUMBER_END = 9
 
 
 def frame_of(call: Call[Any], request_id: int, timeout: float) -> bytes:
-    """A data call, numbered; the server gives it up when the caller does."""
-    assert call.kind is not None
+    """A call, numbered; the server gives it up when the caller does."""
     timeout_ms = min(math.ceil(1000 * timeout), _LONGEST_TIMEOUT_MS)
-    if compiled.native is not None:
-        frame: bytes = compiled.native.frame(call.kind.number, request_id, timeout_ms, call.request)
-        return frame
     head = pb.StreamRequest(request_id=request_id, timeout_ms=timeout_ms).SerializeToString()
     return b"".join((head, call.kind.tag, _varint(len(call.request)), call.request))
 
@@ -34,10 +29,10 @@ def cancel_of(request_id: int) -> bytes:
 
 
 def number_of(frame: bytes) -> int:
-    """Whose answer it is.
+    """Whose answer it is; 0 of an event.
 
     Raises:
-        InternalError: it is no answer.
+        InternalError: it is neither.
     """
     # Whoever writes protobuf writes the fields in their order, though it need not be.
     if frame[:1] == _NUMBER_FIRST and len(frame) >= _NUMBER_END:
@@ -45,22 +40,24 @@ def number_of(frame: bytes) -> int:
     return message_of(pb.StreamResponse, frame).request_id
 
 
-def answer_of(kind: Kind, frame: bytes) -> bytes:
+def event_of(frame: bytes) -> pb.Event:
+    """The event that a frame of number 0 tells of; one that is not known here has nothing set."""
+    return message_of(pb.StreamResponse, frame).event
+
+
+def answer_of(kind: Kind, frame: bytes) -> Any:
     """The response to a call that a frame holds.
 
     Raises:
         BlockdexError: it holds an error instead.
     """
-    if compiled.native is not None and (quick := compiled.native.find_response(kind.number, frame)) is not None:
-        return bytes(quick)
     answer = message_of(pb.StreamResponse, frame)
     field = answer.WhichOneof("response")
     if field == "error":
         raise error_of_status(answer.error)
     if field != kind.field:
         raise UnavailableError("the server answered with a kind of response that is not known here", Reason.INTERNAL)
-    response: bytes = getattr(answer, field).SerializeToString()
-    return response
+    return getattr(answer, field)
 
 
 def closed() -> BlockdexError:

@@ -1,4 +1,4 @@
-"""The three data calls: what they are called, and which messages they are."""
+"""The calls: what they are called, and which messages they are."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ _BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One of the data calls.
+    """One of the calls.
 
     Attributes:
-        number: of it, as the compiled module counts them.
         rpc: its name.
-        field: what its answer is called in a `StreamResponse`.
+        field: what it and its answer are called on a stream; empty where no stream takes it.
         tag: what stands before its request in a `StreamRequest`.
         request, response: its messages.
     """
 
-    number: int
     rpc: str
     field: str
     tag: bytes
@@ -30,11 +28,18 @@ class Kind:
     response: type[Any]
 
 
-def _kind(number: int, rpc: str, field: str) -> Kind:
-    tag = pb.StreamRequest.DESCRIPTOR.fields_by_name[field].number << 3 | _BYTES
-    return Kind(number, rpc, field, bytes([tag]), getattr(pb, f"{rpc}Request"), getattr(pb, f"{rpc}Response"))
+def _kind(rpc: str, field: str = "") -> Kind:
+    tag = bytes([pb.StreamRequest.DESCRIPTOR.fields_by_name[field].number << 3 | _BYTES]) if field else b""
+    return Kind(rpc, field, tag, getattr(pb, f"{rpc}Request"), getattr(pb, f"{rpc}Response"))
 
 
-APPEND_KEYS = _kind(0, "AppendKeys", "append_keys")
-SELECT_BLOCKS = _kind(1, "SelectBlocks", "select_blocks")
-APPEND_AND_SELECT = _kind(2, "AppendAndSelect", "append_and_select")
+GET_INFO = _kind("GetInfo")
+GET_STATS = _kind("GetStats")
+OPEN_SEQUENCES = _kind("OpenSequences", "open_sequences")
+GET_SEQUENCE = _kind("GetSequence", "get_sequence")
+FORK_SEQUENCE = _kind("ForkSequence", "fork_sequence")
+TRUNCATE_SEQUENCE = _kind("TruncateSequence", "truncate_sequence")
+CLOSE_SEQUENCES = _kind("CloseSequences", "close_sequences")
+APPEND_KEYS = _kind("AppendKeys", "append_keys")
+SELECT_BLOCKS = _kind("SelectBlocks", "select_blocks")
+APPEND_AND_SELECT = _kind("AppendAndSelect", "append_and_select")

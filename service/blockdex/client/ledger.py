@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from blockdex.client import compiled
 from blockdex.client.answers import Info
-from blockdex.client.kinds import Kind
-from blockdex.client.requests import Named, Queries, Shape
-from blockdex.client.writer import Writer
 from blockdex.contract.errors import FailedPreconditionError, Reason
 
 _UNKNOWN = -1
@@ -24,8 +19,6 @@ class _Layers:
 
     Writes that overlap are in a row where each one starts at the end of the one before: the server can take them in no
     other order. Of others nobody knows which one it takes last, so that the length is unknown from then on.
-
-    The compiled module has the same.
     """
 
     __slots__ = ("_in_a_row", "_in_flight", "_lengths", "_writes")
@@ -82,12 +75,12 @@ class Append:
 
     Attributes:
         changes: `[N]`, each sequence with its length before and the write's number; empty once the append has ended.
-        starts: `[N]`, where each run goes; empty where the request is written already.
+        starts: `[N]`, where each run goes.
     """
 
     layer: int
     changes: list[tuple[_Layers, int, int]]
-    starts: list[int] = field(default_factory=list)
+    starts: list[int]
 
 
 @dataclass(slots=True)
@@ -113,27 +106,19 @@ class Ledger:
 
     Attributes:
         info: the server's answer to GetInfo.
-        writer: writes the requests that such a server takes.
         over: whether the server has said that its epoch is another one.
     """
 
     def __init__(self, info: Info) -> None:
-        self.learn(info)
+        self.info = info
         self.over = False
-        self._native = compiled.native
-        self._new_layers: type[_Layers] = _Layers if self._native is None else self._native.Layers
         self._sequences: dict[int, _Layers] = {}
         self._lock = threading.Lock()
-
-    def learn(self, info: Info) -> None:
-        """Takes up a newer answer to GetInfo, of the same epoch."""
-        self.info = info
-        self.writer = Writer(info)
 
     def open(self, sequence: int, lengths: Sequence[int]) -> None:
         """Takes up a sequence of known lengths."""
         with self._lock:
-            self._sequences[sequence] = self._new_layers(list(lengths))
+            self._sequences[sequence] = _Layers(list(lengths))
 
     def close(self, sequence: int) -> None:
         """Lets go of a sequence; finalizers may, which the collector runs wherever it likes.
@@ -151,25 +136,6 @@ class Ledger:
         """
         with self._lock:
             return [self._length(sequence, layer) - rows for sequence, rows in zip(sequences, lengths, strict=False)]
-
-    def write_append(
-        self, kind: Kind, named: Named, keys: Any, queries: Queries | None
-    ) -> tuple[bytes, Shape, Append] | None:
-        """Writes a request that appends and counts it, where both are plain; None, and nothing has changed, else.
-
-        What it returns is the request, the shape of its answer and what to end the append with.
-        """
-        writer = self.writer
-        # Tensors may come from a device, for which nobody is to wait with the lock.
-        prepared = writer.prepare_append(kind, named, keys, queries)
-        if prepared is None:
-            return None
-        with self._lock:
-            written = writer.append(prepared, self._sequences)
-        if written is None:
-            return None
-        request, shape, changes = written
-        return request, shape, Append(named[0], changes)
 
     def begin_append(self, layer: int, sequences: list[int], lengths: list[int], starts: list[int] | None) -> Append:
         """Counts an append that is about to be sent; without starts it goes to the ends of the sequences.
@@ -189,11 +155,8 @@ class Ledger:
     def end_append(self, append: Append) -> None:
         """The append took effect."""
         with self._lock:
-            if self._native is not None:
-                self._native.end_append(append.layer, append.changes)
-            else:
-                for layers, _, _ in append.changes:
-                    layers.end(append.layer)
+            for layers, _, _ in append.changes:
+                layers.end(append.layer)
             append.changes = []
 
     def fail_append(self, append: Append, changed_nothing: bool) -> None:
@@ -257,7 +220,7 @@ class Ledger:
     def _layers(self, sequence: int) -> _Layers:
         layers = self._sequences.get(sequence)
         if layers is None:
-            layers = self._sequences[sequence] = self._new_layers([_UNKNOWN] * self.info.spec.num_layers)
+            layers = self._sequences[sequence] = _Layers([_UNKNOWN] * self.info.spec.num_layers)
         return layers
 
     def _watch(self, sequence: int, layers: _Layers | None) -> Watch:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ Named = tuple[int, Integers, Integers | None, Integers | None, Integers | None, 
 Shape = tuple[int, int, int]
 """Of an answer: `[T, num_heads, topk]`, with no heads where there were no queries."""
 
+Scores = bool | Literal["raw"]
+"""Whether an answer carries scores: multiplied by the spec's scale (True), or `raw`, as they rank."""
+
 DTYPES: dict[FloatDtype, pb.Dtype] = {
     "bf16": pb.DTYPE_BF16,
     "fp16": pb.DTYPE_FP16,
@@ -33,7 +36,8 @@ DTYPES: dict[FloatDtype, pb.Dtype] = {
     "fp8_e4m3": pb.DTYPE_FP8_E4M3,
 }
 _NUMPY = (np.ndarray, np.integer)
-ORDERS = {"ascending": pb.SELECTION_ORDER_ASCENDING, "score": pb.SELECTION_ORDER_SCORE}
+_ORDERS = {"ascending": pb.SELECTION_ORDER_ASCENDING, "score": pb.SELECTION_ORDER_SCORE}
+_SCORE_FORMATS = {False: pb.SCORE_FORMAT_UNSPECIFIED, True: pb.SCORE_FORMAT_SCALED, "raw": pb.SCORE_FORMAT_RAW}
 
 
 @dataclass(slots=True)
@@ -55,6 +59,14 @@ class Spans:
 
 
 @dataclass(slots=True)
+class Keys:
+    """The appending half of a request, as the caller named it."""
+
+    tensor: Any
+    rollback: bool = False
+
+
+@dataclass(slots=True)
 class Queries:
     """The selecting half of a request, as the caller named it."""
 
@@ -62,7 +74,7 @@ class Queries:
     first_head: int
     num_heads: int
     order: Order
-    return_scores: bool
+    return_scores: Scores
     wait_for_keys: bool = False
 
 
@@ -126,12 +138,9 @@ def integers(name: str, value: Integers, *, bits: int) -> list[int]:
     return column
 
 
-def order_of(queries: Queries) -> int | None:
-    """The wire's number of the order; None of what is none."""
-    return ORDERS.get(queries.order) if isinstance(queries.order, str) else None
-
-
-def fill(request: Any, info: Info, spans: Spans, starts: list[int], keys: Any | None, queries: Queries | None) -> Shape:
+def fill(
+    request: Any, info: Info, spans: Spans, starts: list[int], keys: Keys | None, queries: Queries | None
+) -> Shape:
     """Checks everything that needs no cache, in the server's order, and writes it into the request.
 
     Args:
@@ -153,19 +162,22 @@ def fill(request: Any, info: Info, spans: Spans, starts: list[int], keys: Any | 
     tokens, num_heads = sum(spans.lengths), 0
     num_bytes = 0
     if keys is not None:
-        keys_dtype, keys = elements_of("keys", keys)
-        num_bytes = keys.nbytes
+        keys_dtype, vectors = elements_of("keys", keys.tensor)
+        num_bytes = vectors.nbytes
     if queries is not None:
         num_heads = checks.check_heads(spec, queries.first_head, queries.num_heads)
         _fill_selection(request, queries)
-        queries_dtype, vectors = elements_of("queries", queries.tensor)
-        num_bytes += vectors.nbytes
+        queries_dtype, asking = elements_of("queries", queries.tensor)
+        num_bytes += asking.nbytes
     checks.check_message_bytes(num_bytes, info.limits.max_message_bytes)
     if keys is not None:
-        _fill_tensor(request.keys, "keys", keys_dtype, keys, (tokens, spec.head_dim))
+        _fill_tensor(request.keys, "keys", keys_dtype, vectors, (tokens, spec.head_dim))
+        if keys.rollback:
+            request.rollback = True
+            request.header.required_features.append(pb.FEATURE_ROLLBACK)
     if queries is not None:
-        _fill_tensor(request.queries, "queries", queries_dtype, vectors, (tokens, num_heads, spec.head_dim))
-    _fill_spans(request, info, spans, starts)
+        _fill_tensor(request.queries, "queries", queries_dtype, asking, (tokens, num_heads, spec.head_dim))
+    _fill_spans(request, spans, starts)
     return tokens, num_heads, spec.topk
 
 
@@ -177,31 +189,41 @@ def _fill_tensor(target: Any, name: str, dtype: FloatDtype, array: NDArray[Any],
     target.data = array.tobytes()
 
 
-def _fill_spans(request: Any, info: Info, spans: Spans, starts: list[int]) -> None:
+def _fill_spans(request: Any, spans: Spans, starts: list[int]) -> None:
     request.layer = spans.layer
-    request.epoch = info.epoch if spans.epoch is None else spans.epoch
     columns = request.spans
     columns.sequence_ids.extend(spans.sequences)
     columns.starts.extend(starts)
     columns.lengths.extend(spans.lengths)
     if spans.revisions:
         columns.revisions.extend(spans.revisions)
-        request.required_features.append(pb.FEATURE_REVISIONS)
+        request.header.required_features.append(pb.FEATURE_REVISIONS)
 
 
 def _fill_selection(request: Any, queries: Queries) -> None:
-    if order_of(queries) is None:
+    features = request.header.required_features
+    order, scores = _number_of(_ORDERS, queries.order), _number_of(_SCORE_FORMATS, queries.return_scores)
+    if order is None:
         raise InvalidArgumentError(
-            f"order must be one of {', '.join(ORDERS)}, got {queries.order}", Reason.INVALID_ORDER
+            f"order must be one of {', '.join(_ORDERS)}, got {queries.order}", Reason.INVALID_ORDER
+        )
+    if scores is None:
+        raise InvalidArgumentError(
+            f"return_scores must be False, True or 'raw', got {queries.return_scores!r}", Reason.INVALID_SCORES
         )
     if queries.first_head or queries.num_heads:
         request.first_head = queries.first_head
         request.num_heads = queries.num_heads
-        request.required_features.append(pb.FEATURE_HEAD_RANGES)
+        features.append(pb.FEATURE_HEAD_RANGES)
     if queries.order != "ascending" or queries.return_scores:
-        request.order = order_of(queries)
-        request.return_scores = queries.return_scores
-        request.required_features.append(pb.FEATURE_SCORES)
+        request.order = order
+        request.return_scores = scores
+        features.append(pb.FEATURE_RAW_SCORES if scores == pb.SCORE_FORMAT_RAW else pb.FEATURE_SCORES)
     if queries.wait_for_keys:
         request.wait_for_keys = True
-        request.required_features.append(pb.FEATURE_WAIT_FOR_KEYS)
+        features.append(pb.FEATURE_WAIT_FOR_KEYS)
+
+
+def _number_of(numbers: Mapping[Any, int], word: object) -> int | None:
+    """The wire's number of a word; None of what is none."""
+    return numbers.get(word) if isinstance(word, Hashable) else None

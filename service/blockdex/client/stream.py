@@ -1,4 +1,4 @@
-"""One stream of data calls, which has one caller at a time."""
+"""One stream of calls, which has one caller at a time."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from typing import Any
 
 import grpc
 
-from blockdex.client import compiled
 from blockdex.client.alarm import Alarm
 from blockdex.client.core import Core
 from blockdex.client.failures import error_of_call, error_of_stream
+from blockdex.client.frames import event_of, number_of
 from blockdex.client.paths import STREAM_PATH
 from blockdex.contract.errors import BlockdexError, Reason, UnavailableError
-
-SPIN_SECONDS = 0.0005
-"""From one call of an engine to its next one in the same step it takes less."""
 
 
 class Stream:
@@ -32,25 +29,23 @@ class Stream:
         channel: to the server.
         core: what the client knows of it.
         alarm: ends it where its caller has waited long enough.
-        spins: whether the thread that sends looks for the next request, for `SPIN_SECONDS`, before it sleeps.
 
     Attributes:
         ended: whether it is of no use any more.
         deadline: `time.monotonic()` until which its caller waits; infinity while it has none.
     """
 
-    def __init__(self, channel: grpc.Channel, core: Core, alarm: Alarm, *, spins: bool) -> None:
+    def __init__(self, channel: grpc.Channel, core: Core, alarm: Alarm) -> None:
         self.ended = False
         self.deadline = math.inf
-        self._address = core.address
+        self._core = core
         self._alarm = alarm
         self._late = False
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._baton = compiled.native.Baton() if spins and compiled.native is not None else None
         method: Any = channel.stream_stream(STREAM_PATH)
-        self._answers = method(self._requests(self._baton), metadata=core.metadata)
+        self._answers = method(self._requests(), metadata=core.metadata)
         alarm.watch(self)
         if not self._answers.add_callback(self._note_end):
             self._note_end()
@@ -70,9 +65,10 @@ class Stream:
         self._alarm.expect(deadline)
         try:
             self._outbox.put(frame)
-            if self._baton is not None:
-                self._baton.pass_on()
             answer: bytes = next(self._answers)
+            while not number_of(answer):
+                self._core.take_up(event_of(answer))
+                answer = next(self._answers)
         except BaseException as failure:
             self.end()
             if not isinstance(failure, StopIteration | grpc.RpcError):
@@ -98,14 +94,9 @@ class Stream:
         self._outbox.put(None)
         self._alarm.forget(self)
 
-    def _requests(self, baton: Any) -> Iterator[bytes]:
-        """What gRPC's own thread sends, which has to be woken for each request unless it looks for it."""
-        while True:
-            if baton is not None:
-                baton.wait(SPIN_SECONDS)
-            frame = self._outbox.get()
-            if frame is None:
-                return
+    def _requests(self) -> Iterator[bytes]:
+        """What gRPC's own thread sends."""
+        while (frame := self._outbox.get()) is not None:
             yield frame
 
     def _note_end(self) -> None:
@@ -115,5 +106,5 @@ class Stream:
 
     def _end_of(self, failure: BaseException) -> BlockdexError:
         if isinstance(failure, grpc.RpcError):
-            return error_of_stream(error_of_call(failure, self._address))
-        return error_of_stream(UnavailableError(f"{self._address} ended it", Reason.UNREACHABLE))
+            return error_of_stream(error_of_call(failure, self._core.address))
+        return error_of_stream(UnavailableError(f"{self._core.address} ended it", Reason.UNREACHABLE))

@@ -1,8 +1,7 @@
-"""How the blocking client's calls reach the server: one RPC each, or data calls over streams."""
+"""How the blocking client's calls reach the server: one RPC each, or over streams."""
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Any, Protocol
 
@@ -11,20 +10,17 @@ import grpc
 from blockdex.client.alarm import Alarm
 from blockdex.client.call import Call
 from blockdex.client.core import CHANNEL_OPTIONS, Core
-from blockdex.client.failures import error_of_call
+from blockdex.client.failures import error_of_call, message_of
 from blockdex.client.frames import answer_of, closed, frame_of
 from blockdex.client.paths import UNARY_PATHS
 from blockdex.client.stream import Stream
 from blockdex.contract.errors import BlockdexError
 
-SPIN_CORES = 4
-"""With fewer, whoever looks keeps from running what it looks for."""
-
 
 class Transport(Protocol):
     """Sends calls; safe to share between threads."""
 
-    def send(self, call: Call[Any]) -> bytes:
+    def send(self, call: Call[Any]) -> Any:
         """The response to one attempt.
 
         Raises:
@@ -46,16 +42,17 @@ class UnaryTransport:
         self.channel = grpc.insecure_channel(core.address, options=CHANNEL_OPTIONS)
         self._methods: dict[str, Any] = {rpc: self.channel.unary_unary(path) for rpc, path in UNARY_PATHS.items()}
 
-    def send(self, call: Call[Any]) -> bytes:
+    def send(self, call: Call[Any]) -> Any:
         """The response to one attempt."""
         if self._closed:
             raise closed()
-        method = self._methods[call.rpc]
+        rpc = call.kind.rpc
+        method = self._methods[rpc]
         try:
             answer: bytes = method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
         except grpc.RpcError as failure:
-            raise error_of_call(failure, f"{call.rpc} at {self._core.address}") from failure
-        return answer
+            raise error_of_call(failure, f"{rpc} at {self._core.address}") from failure
+        return message_of(call.kind.response, answer)
 
     def close(self) -> None:
         """Ends what is in flight and closes the channel."""
@@ -64,7 +61,7 @@ class UnaryTransport:
 
 
 class StreamTransport:
-    """Data calls go over streams, each of which is one caller's at a time; the others are RPCs of their own.
+    """Calls go over streams, each of which is one caller's at a time; what the server says of itself does not.
 
     A caller reads its answer itself, so that no other thread stands between the two. Streams are opened as callers
     come that find none free, and stay open.
@@ -79,9 +76,9 @@ class StreamTransport:
         self._free: list[Stream] = []
         self._all: set[Stream] = set()
 
-    def send(self, call: Call[Any]) -> bytes:
+    def send(self, call: Call[Any]) -> Any:
         """The response to one attempt."""
-        if call.kind is None:
+        if not call.kind.field:
             return self._unary.send(call)
         timeout = call.remaining()
         stream = self._take()
@@ -114,9 +111,7 @@ class StreamTransport:
                 if not stream.ended:
                     return stream
                 self._all.discard(stream)
-            # Threads that all look would take the cores from what they wait for.
-            spins = not self._all and len(os.sched_getaffinity(0)) >= SPIN_CORES
-            stream = Stream(self._unary.channel, self._core, self._alarm, spins=spins)
+            stream = Stream(self._unary.channel, self._core, self._alarm)
             self._all.add(stream)
             return stream
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum, StrEnum
 from typing import ClassVar
 
@@ -28,30 +29,33 @@ class Code(IntEnum):
 
 
 class Reason(StrEnum):
-    """The `reason` of the `google.rpc.ErrorInfo` that an error carries: what a program decides by."""
+    """The `reason` of an error's `google.rpc.ErrorInfo`: the words of `blockdex.v1.ErrorReason` without its prefix."""
 
     INVALID_LAYER = "INVALID_LAYER"
     INVALID_HEADS = "INVALID_HEADS"
     INVALID_SPANS = "INVALID_SPANS"
     INVALID_TENSOR = "INVALID_TENSOR"
     INVALID_ORDER = "INVALID_ORDER"
+    INVALID_SCORES = "INVALID_SCORES"
     INVALID_LENGTH = "INVALID_LENGTH"
     INVALID_TENANT = "INVALID_TENANT"
     DUPLICATE_SEQUENCE = "DUPLICATE_SEQUENCE"
     DUPLICATE_REQUEST_ID = "DUPLICATE_REQUEST_ID"
     EMPTY_REQUEST = "EMPTY_REQUEST"
     MALFORMED_MESSAGE = "MALFORMED_MESSAGE"
+    UNKNOWN_FEATURE = "UNKNOWN_FEATURE"
+    UNKNOWN_MODEL = "UNKNOWN_MODEL"
+    REGION_UNSUPPORTED = "REGION_UNSUPPORTED"
+    MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
     UNKNOWN_SEQUENCE = "UNKNOWN_SEQUENCE"
     SEQUENCE_EXISTS = "SEQUENCE_EXISTS"
     APPEND_BEYOND_LENGTH = "APPEND_BEYOND_LENGTH"
+    APPEND_OVERLAPS = "APPEND_OVERLAPS"
     KEYS_NOT_APPENDED = "KEYS_NOT_APPENDED"
     EPOCH_MISMATCH = "EPOCH_MISMATCH"
     STALE_REVISION = "STALE_REVISION"
     FUTURE_REVISION = "FUTURE_REVISION"
-    UNKNOWN_FEATURE = "UNKNOWN_FEATURE"
-    REGION_UNSUPPORTED = "REGION_UNSUPPORTED"
     OUT_OF_PAGES = "OUT_OF_PAGES"
-    MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
     OVERLOADED = "OVERLOADED"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     CANCELLED = "CANCELLED"
@@ -68,14 +72,16 @@ class BlockdexError(Exception):
         code: the canonical code.
         reason: a word of `Reason`; a string that this version does not know is kept as it came.
         message: names the field, the sequence and both numbers.
+        metadata: the numbers of the message by name (`sequence_id`, `layer`, `start`, `length`, ...), as text.
     """
 
     code: ClassVar[Code] = Code.UNKNOWN
 
-    def __init__(self, message: str, reason: Reason | str) -> None:
+    def __init__(self, message: str, reason: Reason | str, /, **metadata: object) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason
+        self.metadata = {name: str(value) for name, value in metadata.items()}
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code.name}, {self.reason}]"
@@ -106,7 +112,7 @@ class DeadlineExceededError(BlockdexError):
 
 
 class NotFoundError(BlockdexError):
-    """The tenant holds no such sequence (never opened, closed, evicted, or of an earlier epoch)."""
+    """The tenant holds no such sequence (never opened, closed, evicted, of an earlier epoch), or no such model."""
 
     code = Code.NOT_FOUND
 
@@ -142,7 +148,7 @@ class AbortedError(BlockdexError):
 
 
 class OutOfRangeError(BlockdexError):
-    """An append that would leave a gap."""
+    """An append that would leave a gap, or cut a layer without saying so."""
 
     code = Code.OUT_OF_RANGE
 
@@ -182,6 +188,6 @@ _BY_CODE: dict[int, type[BlockdexError]] = {
 }
 
 
-def error_of(code: int, message: str, reason: Reason | str) -> BlockdexError:
+def error_of(code: int, message: str, reason: Reason | str, metadata: Mapping[str, str]) -> BlockdexError:
     """The exception that stands for a canonical code; an unknown code becomes `UnknownError`."""
-    return _BY_CODE.get(code, UnknownError)(message, reason)
+    return _BY_CODE.get(code, UnknownError)(message, reason, **metadata)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import add
 
 import numpy as np
 
-from blockdex.contract.errors import InvalidArgumentError, Reason, ResourceExhaustedError
-from blockdex.contract.messages import ForkSequence, Limits, Request, Spans, TokenRequest, TruncateSequence
+from blockdex.contract.errors import FailedPreconditionError, InvalidArgumentError, Reason, ResourceExhaustedError
+from blockdex.contract.messages import (
+    CloseSequences,
+    ForkSequence,
+    Limits,
+    OpenSequences,
+    Request,
+    Spans,
+    TokenRequest,
+    TruncateSequence,
+)
 from blockdex_kernels import IndexSpec
 
 TENANT_KEY = "blockdex-tenant"
@@ -31,23 +40,45 @@ def check_tenant(tenant: str) -> None:
         raise InvalidArgumentError(f"{TENANT_KEY}: must be printable ASCII, got {tenant!r}", Reason.INVALID_TENANT)
 
 
+def check_epoch(epoch: int, cache_epoch: int) -> None:
+    """Refuses a request of another epoch than the cache's; 0 stands for any."""
+    if epoch not in {0, cache_epoch}:
+        raise FailedPreconditionError(
+            f"epoch: request names {epoch}, the cache's is {cache_epoch}",
+            Reason.EPOCH_MISMATCH,
+            epoch=epoch,
+            cache_epoch=cache_epoch,
+        )
+
+
 def check_layer(spec: IndexSpec, layer: int) -> None:
     """Refuses a layer that the spec does not have."""
     if not 0 <= layer < spec.num_layers:
-        raise InvalidArgumentError(f"layer must be below {spec.num_layers}, got {layer}", Reason.INVALID_LAYER)
+        raise InvalidArgumentError(
+            f"layer must be below {spec.num_layers}, got {layer}",
+            Reason.INVALID_LAYER,
+            layer=layer,
+            num_layers=spec.num_layers,
+        )
 
 
 def check_heads(spec: IndexSpec, first_head: int, num_heads: int) -> int:
     """The number of heads that a head range names (0 = all from `first_head`); refuses one beyond the spec's."""
     if not 0 <= first_head < spec.num_index_heads:
         raise InvalidArgumentError(
-            f"first_head must be below {spec.num_index_heads}, got {first_head}", Reason.INVALID_HEADS
+            f"first_head must be below {spec.num_index_heads}, got {first_head}",
+            Reason.INVALID_HEADS,
+            first_head=first_head,
+            num_index_heads=spec.num_index_heads,
         )
     heads = num_heads or spec.num_index_heads - first_head
     if heads < 0 or first_head + heads > spec.num_index_heads:
         raise InvalidArgumentError(
             f"first_head + num_heads must be at most {spec.num_index_heads}, got {first_head} + {num_heads}",
             Reason.INVALID_HEADS,
+            first_head=first_head,
+            num_heads=num_heads,
+            num_index_heads=spec.num_index_heads,
         )
     return heads
 
@@ -83,34 +114,56 @@ def check_columns(
             "spans: columns must be equally long, got "
             f"{num_spans} sequence_ids, {len(starts)} starts, {len(lengths)} lengths, {num_revisions} revisions",
             Reason.INVALID_SPANS,
+            sequence_ids=num_spans,
+            starts=len(starts),
+            lengths=len(lengths),
+            revisions=num_revisions,
         )
     check_num_spans(max_spans, num_spans)
     if min(lengths) < 1 or min(starts) < 0 or max(map(add, starts, lengths)) > spec.max_sequence_tokens:
         raise _misplaced(spec, zip(ids, starts, lengths, strict=True))
-    if len(set(ids)) != num_spans:
-        sequence, times = Counter(ids).most_common(1)[0]
+    _check_different("spans", ids)
+
+
+def check_sequences(max_spans: int, ids: Sequence[int]) -> None:
+    """Refuses to open or close no sequences, too many, or one twice."""
+    check_num_spans(max_spans, len(ids), "sequences")
+    _check_different("sequences", ids)
+
+
+def check_num_spans(max_spans: int, num_spans: int, name: str = "spans") -> None:
+    """Refuses a request of no spans, and one of too many."""
+    if not 1 <= num_spans <= max_spans:
         raise InvalidArgumentError(
-            f"spans: sequence {sequence} is named {times} times, at most 1 is allowed", Reason.DUPLICATE_SEQUENCE
+            f"{name}: must be 1 to {max_spans}, got {num_spans}",
+            Reason.INVALID_SPANS,
+            count=num_spans,
+            max_spans=max_spans,
         )
 
 
-def check_num_spans(max_spans: int, num_spans: int) -> None:
-    """Refuses a request of no spans, and one of too many."""
-    if not 1 <= num_spans <= max_spans:
-        raise InvalidArgumentError(f"spans: must be 1 to {max_spans}, got {num_spans}", Reason.INVALID_SPANS)
+def _check_different(name: str, ids: Sequence[int]) -> None:
+    if len(set(ids)) != len(ids):
+        sequence, times = Counter(ids).most_common(1)[0]
+        raise InvalidArgumentError(
+            f"{name}: sequence {sequence} is named {times} times, at most 1 is allowed",
+            Reason.DUPLICATE_SEQUENCE,
+            sequence_id=sequence,
+            count=times,
+        )
 
 
 def _misplaced(spec: IndexSpec, spans: Iterable[tuple[int, int, int]]) -> InvalidArgumentError:
     limit = spec.max_sequence_tokens
     sequence, start, length = next(span for span in spans if span[2] < 1 or span[1] < 0 or span[1] + span[2] > limit)
     if length < 1:
-        return InvalidArgumentError(
-            f"sequence {sequence}: length must be at least 1, got {length}", Reason.INVALID_SPANS
-        )
-    if start < 0:
-        return InvalidArgumentError(f"sequence {sequence}: start must be at least 0, got {start}", Reason.INVALID_SPANS)
+        words = f"length must be at least 1, got {length}"
+    elif start < 0:
+        words = f"start must be at least 0, got {start}"
+    else:
+        words = f"start + length must be at most {limit}, got {start} + {length}"
     return InvalidArgumentError(
-        f"sequence {sequence}: start + length must be at most {limit}, got {start} + {length}", Reason.INVALID_SPANS
+        f"sequence {sequence}: {words}", Reason.INVALID_SPANS, sequence_id=sequence, start=start, length=length
     )
 
 
@@ -119,7 +172,10 @@ def check_tensor_bytes(name: str, dtype: str, num_bytes: int, shape: tuple[int, 
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if num_bytes != expected:
         raise InvalidArgumentError(
-            f"{name}: {_dims(shape)} of {dtype} takes {expected} bytes, got {num_bytes}", Reason.INVALID_TENSOR
+            f"{name}: {_dims(shape)} of {dtype} takes {expected} bytes, got {num_bytes}",
+            Reason.INVALID_TENSOR,
+            expected_bytes=expected,
+            bytes=num_bytes,
         )
 
 
@@ -141,6 +197,8 @@ def check_message_bytes(num_bytes: int, max_message_bytes: int) -> None:
         raise ResourceExhaustedError(
             f"keys and queries together must be at most {max_message_bytes} bytes, got {num_bytes}",
             Reason.MESSAGE_TOO_LARGE,
+            bytes=num_bytes,
+            max_message_bytes=max_message_bytes,
         )
 
 
@@ -150,6 +208,9 @@ def check_length(spec: IndexSpec, sequence_id: int, length: int) -> None:
         raise InvalidArgumentError(
             f"sequence {sequence_id}: length must be 0 to {spec.max_sequence_tokens}, got {length}",
             Reason.INVALID_LENGTH,
+            sequence_id=sequence_id,
+            length=length,
+            max_sequence_tokens=spec.max_sequence_tokens,
         )
 
 
@@ -159,6 +220,8 @@ def check_request(spec: IndexSpec, limits: Limits, request: Request) -> None:
     match request:
         case TokenRequest():
             _check_tokens(spec, limits, request)
+        case OpenSequences(sequence_ids=sequence_ids) | CloseSequences(sequence_ids=sequence_ids):
+            check_sequences(limits.max_spans, sequence_ids)
         case (
             ForkSequence(parent_id=sequence_id, length=length)
             | TruncateSequence(sequence_id=sequence_id, length=length)

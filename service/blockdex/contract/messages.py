@@ -59,13 +59,18 @@ class TensorData:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenSequence:
-    """Opens an empty sequence; `lease_seconds` 0 stands for the server's default."""
+class OpenSequences:
+    """Opens empty sequences, all or none; a lease of 0 seconds stands for the server's default.
+
+    Attributes:
+        sequence_ids: N of them, no two alike.
+        lease_seconds: N of them.
+    """
 
     tenant: str
     epoch: int
-    sequence_id: int
-    lease_seconds: int
+    sequence_ids: tuple[int, ...]
+    lease_seconds: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,24 +104,28 @@ class TruncateSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class CloseSequence:
-    """Gives up a sequence."""
+class CloseSequences:
+    """Gives up sequences, no two alike."""
 
     tenant: str
     epoch: int
-    sequence_id: int
+    sequence_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The appending half of a request: `[T, D]`."""
+    """The appending half of a request: `[T, D]`; `rollback` says that it may start before the ends of its layers."""
 
     tensor: TensorData
+    rollback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """The selecting half of a request: `[T, num_heads, D]`, heads `first_head` to `first_head + num_heads - 1`."""
+    """The selecting half of a request: `[T, num_heads, D]`, heads `first_head` to `first_head + num_heads - 1`.
+
+    `raw_scores` has the scores that `return_scores` asks for as they rank, unscaled and those of forced blocks too.
+    """
 
     tensor: TensorData
     first_head: int
@@ -124,6 +133,7 @@ class Queries:
     order: Order
     return_scores: bool
     wait_for_keys: bool
+    raw_scores: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +148,7 @@ class TokenRequest:
     queries: Queries | None
 
 
-SequenceRequest = OpenSequence | GetSequence | ForkSequence | TruncateSequence | CloseSequence
+SequenceRequest = OpenSequences | GetSequence | ForkSequence | TruncateSequence | CloseSequences
 Request = SequenceRequest | TokenRequest
 
 
@@ -259,12 +269,12 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What the engine is, holds and can do, and what it did."""
+    """What the engine is, holds and can do; `device_name` is empty where the product is not known."""
 
     spec: IndexSpec
     limits: Limits
     cache: CacheUsage
     epoch: int
     device: str
+    device_name: str
     kernels: dict[str, tuple[str, str]]
-    totals: Totals

@@ -20,9 +20,12 @@ FLAGS = (
 )
 
 
+MACHINES = ("x86_64", "aarch64")
+
+
 def supported() -> bool:
-    """Whether there is anything to compile: the ring that it serves needs Linux, and x86-64's order of stores."""
-    return platform.system() == "Linux" and platform.machine() == "x86_64"
+    """Whether there is anything to compile: the ring needs Linux, and a machine that it is tested for."""
+    return platform.system() == "Linux" and platform.machine() in MACHINES
 
 
 def compile_native(target: Path = TARGET) -> Path:

@@ -3,7 +3,6 @@
  * The short way takes what is plainly right and asked all the time. Whatever else comes is left, untouched, to the
  * Python beside it, which says what is wrong with it.
  */
-#include "client/client.h"
 #include "core/core.h"
 #include "ring/client.h"
 
@@ -18,9 +17,6 @@ static bool add_type(PyObject *module, PyType_Spec *spec) {
 static int fill(PyObject *module) {
     if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_core_spec) || add_link(module) < 0)
         return -1;
-    if (!add_type(module, &blockdex_baton_spec) || !add_type(module, &blockdex_layers_spec) ||
-        !add_type(module, &blockdex_writer_spec))
-        return -1;
     return PyModule_AddIntConstant(module, "NOTICED", CORE_NOTICED) |
            PyModule_AddIntConstant(module, "FOR_PYTHON", CORE_FOR_PYTHON) |
            PyModule_AddIntConstant(module, "LATE", CORE_LATE) | PyModule_AddIntConstant(module, "ROOM", CORE_ROOM) |
@@ -29,21 +25,12 @@ static int fill(PyObject *module) {
            PyModule_AddIntConstant(module, "STEPS", CORE_STEPS);
 }
 
-static PyMethodDef methods[] = {
-    {"find_response", (PyCFunction)(void (*)(void))blockdex_find_response, METH_FASTCALL, NULL},
-    {"read_selection", (PyCFunction)(void (*)(void))blockdex_read_selection, METH_FASTCALL, NULL},
-    {"end_append", (PyCFunction)(void (*)(void))blockdex_end_append, METH_FASTCALL, NULL},
-    {"frame", (PyCFunction)(void (*)(void))blockdex_frame, METH_FASTCALL, NULL},
-    {NULL, NULL, 0, NULL},
-};
-
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "blockdex._native",
     .m_doc = "What a request passes on its short way, without Python in between.",
-    .m_methods = methods,
     .m_slots = slots,
 };
 

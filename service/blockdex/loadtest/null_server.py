@@ -17,8 +17,16 @@ from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 
 _SERVICE = "blockdex.v1.IndexerService"
-_TOKEN_CALLS = {"append_keys": "AppendKeys", "select_blocks": "SelectBlocks", "append_and_select": "AppendAndSelect"}
-_CALLS = ("GetInfo", "OpenSequence", "ForkSequence", "TruncateSequence", "CloseSequence", *_TOKEN_CALLS.values())
+_STREAM_CALLS = {
+    "open_sequences": "OpenSequences",
+    "fork_sequence": "ForkSequence",
+    "truncate_sequence": "TruncateSequence",
+    "close_sequences": "CloseSequences",
+    "append_keys": "AppendKeys",
+    "select_blocks": "SelectBlocks",
+    "append_and_select": "AppendAndSelect",
+}
+_CALLS = ("GetInfo", *_STREAM_CALLS.values())
 _ANSWER_SECONDS = 10.0
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0))
 
@@ -50,8 +58,8 @@ class NullServer:
         """The responses to a stream's requests, in order."""
         async for request in requests:
             kind = request.WhichOneof("request")
-            if kind in _TOKEN_CALLS:
-                response: dict[str, Any] = {kind: self.answer(_TOKEN_CALLS[kind], getattr(request, kind))}
+            if kind in _STREAM_CALLS:
+                response: dict[str, Any] = {kind: self.answer(_STREAM_CALLS[kind], getattr(request, kind))}
                 yield pb.StreamResponse(request_id=request.request_id, **response)
 
     def handler(self) -> grpc.GenericRpcHandler:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
+import sys
 
-SUPPORTED = (
-    platform.system() == "Linux"
-    and platform.machine() == "x86_64"
-    and importlib.util.find_spec("blockdex._native") is not None
-)
-"""Whether this machine orders plain stores and loads as the ring needs it, and what is compiled for it is there."""
+SUPPORTED = sys.platform == "linux" and importlib.util.find_spec("blockdex._native") is not None
+"""Whether this is Linux, and the compiled module is there."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import socket
 import time
 from collections import deque
@@ -24,7 +22,7 @@ from blockdex.ring import codec
 from blockdex.ring.channel import SHORT_RPCS, Asker, CameTo, GivenUp, InFlight, PendingAnswer, not_done_within
 from blockdex.ring.control_channel import ControlChannel
 from blockdex.ring.engine_reports import RemoteReports, gone, info_of
-from blockdex.ring.handshake import Handles, take
+from blockdex.ring.handshake import Handles, silence, take
 from blockdex.ring.layout import ANSWER_STRUCT, AnswerSlot
 from blockdex.ring.segment import RingError
 from blockdex.ring.selector import RingSelector
@@ -225,8 +223,7 @@ class Link:
 
     def _woken(self) -> None:
         # A selector that looks by itself tells of answers for which nobody rang.
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._handles.client_bell)
+        silence(self._handles.client_bell)
         self._look()
 
     def _look(self) -> None:

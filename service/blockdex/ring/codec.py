@@ -8,16 +8,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex.contract.errors import BlockdexError, error_of
+from blockdex.contract.errors import BlockdexError, InvalidArgumentError, Reason, UnimplementedError, error_of
 from blockdex.contract.messages import (
     PHASES,
     STAGES,
     Answer,
-    CloseSequence,
+    CloseSequences,
     ForkSequence,
     GetSequence,
     Keys,
-    OpenSequence,
+    OpenSequences,
     Phase,
     Queries,
     Request,
@@ -47,12 +47,13 @@ _DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES, start=1)}
 _PHASE_NUMBERS = {phase: number for number, phase in enumerate(PHASES, start=1)}
 _ORDER_NUMBERS = {order: number for number, order in enumerate(ORDERS, start=1)}
 _KINDS: dict[type, int] = {
-    OpenSequence: layout.OPEN,
+    OpenSequences: layout.OPEN,
     GetSequence: layout.GET,
     TruncateSequence: layout.TRUNCATE,
-    CloseSequence: layout.CLOSE,
+    CloseSequences: layout.CLOSE,
 }
 _COLUMNS = 4
+_FLAGS = layout.RETURN_SCORES | layout.WAIT_FOR_KEYS | layout.ROLLBACK | layout.RAW_SCORES
 _MAX_MESSAGE_BYTES = 4096
 
 
@@ -71,17 +72,24 @@ class Received(NamedTuple):
         request: None for a cancellation.
         received: seconds of `time.monotonic` of its arrival at the frontend.
         deadline: the same, after which it is dropped.
+        refused: what no engine of this version can do for it.
     """
 
     ticket: int
     request: Request | None
     received: float
     deadline: float
+    refused: BlockdexError | None = None
+
+
+def _columns_at(tenant_bytes: int) -> int:
+    """Where columns begin in what a request carries; the tenant comes first."""
+    return -(-tenant_bytes // 8) * 8
 
 
 def _parts(tenant_bytes: int, num_spans: int, keys_bytes: int) -> tuple[int, int, int]:
-    """Where columns, keys and queries begin in what a token request carries; the tenant comes first."""
-    columns = -(-tenant_bytes // 8) * 8
+    """Where columns, keys and queries begin in what a token request carries."""
+    columns = _columns_at(tenant_bytes)
     keys = aligned(columns + 8 * _COLUMNS * num_spans)
     return columns, keys, keys + aligned(keys_bytes)
 
@@ -89,7 +97,8 @@ def _parts(tenant_bytes: int, num_spans: int, keys_bytes: int) -> tuple[int, int
 def request_bytes(request: Request) -> int:
     """Bytes of what a request carries."""
     if not isinstance(request, TokenRequest):
-        return len(request.tenant)
+        columns = _sequence_columns(request)
+        return _columns_at(len(request.tenant)) + 8 * sum(map(len, columns)) if columns else len(request.tenant)
     keys_bytes = 0 if request.keys is None else len(request.keys.tensor.data)
     *_, queries_at = _parts(len(request.tenant), len(request.spans.lengths), keys_bytes)
     return queries_at + (0 if request.queries is None else len(request.queries.tensor.data))
@@ -105,7 +114,7 @@ def write_request(
     if isinstance(request, TokenRequest):
         numbers = _write_tokens(segment, begin, len(tenant), request)
     else:
-        numbers = _sequence_numbers(request)
+        numbers = _write_sequences(segment, begin, len(tenant), request)
     numbers |= {
         "ticket": ticket,
         "tenant_bytes": len(tenant),
@@ -130,7 +139,11 @@ def _write_tokens(segment: Segment, begin: int, tenant_bytes: int, request: Toke
     numbers = {"kind": layout.TOKENS, "layer": request.layer, "num_spans": num_spans}
     if keys is not None:
         memory[begin + keys_at : begin + keys_at + keys_bytes] = keys.tensor.data
-        numbers |= {"keys_dtype": _DTYPE_NUMBERS[keys.tensor.dtype], "keys_bytes": keys_bytes}
+        numbers |= {
+            "keys_dtype": _DTYPE_NUMBERS[keys.tensor.dtype],
+            "keys_bytes": keys_bytes,
+            "flags": layout.ROLLBACK * keys.rollback,
+        }
     if queries is not None:
         queries_bytes = len(queries.tensor.data)
         memory[begin + queries_at : begin + queries_at + queries_bytes] = queries.tensor.data
@@ -138,27 +151,51 @@ def _write_tokens(segment: Segment, begin: int, tenant_bytes: int, request: Toke
             "queries_dtype": _DTYPE_NUMBERS[queries.tensor.dtype],
             "queries_bytes": queries_bytes,
             "order": _ORDER_NUMBERS[queries.order],
-            "flags": layout.RETURN_SCORES * queries.return_scores | layout.WAIT_FOR_KEYS * queries.wait_for_keys,
+            "flags": numbers.get("flags", 0)
+            | layout.RETURN_SCORES * queries.return_scores
+            | layout.WAIT_FOR_KEYS * queries.wait_for_keys
+            | layout.RAW_SCORES * queries.raw_scores,
             "first_head": queries.first_head,
             "num_heads": queries.num_heads,
         }
     return numbers
 
 
-def _sequence_numbers(request: SequenceRequest) -> Numbers:
+def _sequence_columns(request: SequenceRequest) -> tuple[tuple[int, ...], ...]:
+    """What a request on several sequences carries besides the tenant."""
+    match request:
+        case OpenSequences(sequence_ids=sequence_ids, lease_seconds=lease_seconds):
+            return sequence_ids, lease_seconds
+        case CloseSequences(sequence_ids=sequence_ids):
+            return (sequence_ids,)
+        case _:
+            return ()
+
+
+def _write_sequences(segment: Segment, begin: int, tenant_bytes: int, request: SequenceRequest) -> Numbers:
+    word = (begin + _columns_at(tenant_bytes)) // 8
+    for column in _sequence_columns(request):
+        segment.words[word : word + len(column)] = column
+        word += len(column)
     if isinstance(request, ForkSequence):
         ids = {"sequence_id": request.parent_id, "child_id": request.child_id}
         return {"kind": layout.FORK, "number": request.length} | ids
-    numbers = {"kind": _KINDS[type(request)], "sequence_id": request.sequence_id}
-    if isinstance(request, OpenSequence):
-        return numbers | {"number": request.lease_seconds}
+    numbers = {"kind": _KINDS[type(request)]}
+    if isinstance(request, OpenSequences | CloseSequences):
+        return numbers | {"num_spans": len(request.sequence_ids)}
+    numbers["sequence_id"] = request.sequence_id
     if isinstance(request, TruncateSequence):
         return numbers | {"number": request.length}
     return numbers
 
 
-def read_request(segment: Segment, slot: int) -> Received:
+def read_request(segment: Segment, slot: int, link_tenant: str = "") -> Received:
     """The request in a slot. Its columns are copied, so that nobody changes them any more; its tensors are views.
+
+    Args:
+        segment: the shared memory.
+        slot: offset of the slot.
+        link_tenant: of all requests of the link; without one each names its own.
 
     Raises:
         RingError: it names memory that is not its own, or numbers that mean nothing.
@@ -172,13 +209,26 @@ def read_request(segment: Segment, slot: int) -> Received:
     if numbers.tenant_bytes > size:
         raise RingError(f"request: a tenant of {numbers.tenant_bytes} bytes in {size}")
     begin = segment.request_arena_offset + offset
-    tenant = str(segment.memory[begin : begin + numbers.tenant_bytes], "ascii", "replace")
+    named = str(segment.memory[begin : begin + numbers.tenant_bytes], "ascii", "replace")
+    tenant = link_tenant or named
+    refused = _refusal(numbers, link_tenant, named)
     request: Request
     if numbers.kind == layout.TOKENS:
         request = _read_tokens(segment, begin, tenant, numbers)
     else:
-        request = _sequence_request(tenant, numbers)
-    return Received(numbers.ticket, request, numbers.received / 1e9, numbers.deadline / 1e9)
+        request = _sequence_request(segment, begin, tenant, numbers)
+    return Received(numbers.ticket, request, numbers.received / 1e9, numbers.deadline / 1e9, refused)
+
+
+def _refusal(numbers: RequestSlot, link_tenant: str, named: str) -> BlockdexError | None:
+    if link_tenant and named:
+        words = f"tenant: the link's is {link_tenant!r}, a request of it names none, got {named!r}"
+        return InvalidArgumentError(words, Reason.INVALID_TENANT)
+    for source in ("keys", "queries", "block_ids", "scores"):
+        if region := getattr(numbers, f"{source}_region"):
+            words = f"{source}_region: the link shares no regions, got {region}"
+            return UnimplementedError(words, Reason.REGION_UNSUPPORTED)
+    return None
 
 
 def _read_tokens(segment: Segment, begin: int, tenant: str, numbers: RequestSlot) -> TokenRequest:
@@ -190,13 +240,14 @@ def _read_tokens(segment: Segment, begin: int, tenant: str, numbers: RequestSlot
     columns = segment.words[word : word + _COLUMNS * num_spans].copy()
     positions = columns[num_spans : 3 * num_spans].view(np.int64)
     spans = Spans(columns[:num_spans], positions[:num_spans], positions[num_spans:], columns[3 * num_spans :])
-    if numbers.flags & ~(layout.RETURN_SCORES | layout.WAIT_FOR_KEYS):
-        raise RingError(f"request: flags must be 0 to 3, got {numbers.flags}")
+    if numbers.flags & ~_FLAGS:
+        raise RingError(f"request: flags must be 0 to {_FLAGS}, got {numbers.flags}")
     if (keys_bytes and not numbers.keys_dtype) or (queries_bytes and not numbers.queries_dtype):
         raise RingError(f"request: {keys_bytes} bytes of keys and {queries_bytes} of queries, one without a dtype")
     keys = queries = None
     if numbers.keys_dtype:
-        keys = Keys(_tensor(segment, numbers.keys_dtype, begin + keys_at, keys_bytes))
+        tensor = _tensor(segment, numbers.keys_dtype, begin + keys_at, keys_bytes)
+        keys = Keys(tensor, rollback=bool(numbers.flags & layout.ROLLBACK))
     if numbers.queries_dtype:
         if not 1 <= numbers.order <= len(ORDERS):
             raise RingError(f"request: order must be 1 to {len(ORDERS)}, got {numbers.order}")
@@ -207,6 +258,7 @@ def _read_tokens(segment: Segment, begin: int, tenant: str, numbers: RequestSlot
             order=ORDERS[numbers.order - 1],
             return_scores=bool(numbers.flags & layout.RETURN_SCORES),
             wait_for_keys=bool(numbers.flags & layout.WAIT_FOR_KEYS),
+            raw_scores=bool(numbers.flags & layout.RAW_SCORES),
         )
     return TokenRequest(tenant, numbers.epoch, numbers.layer, spans, keys, queries)
 
@@ -217,11 +269,11 @@ def _tensor(segment: Segment, dtype: int, begin: int, num_bytes: int) -> TensorD
     return TensorData(DTYPES[dtype - 1], segment.memory[begin : begin + num_bytes])
 
 
-def _sequence_request(tenant: str, numbers: RequestSlot) -> SequenceRequest:
+def _sequence_request(segment: Segment, begin: int, tenant: str, numbers: RequestSlot) -> SequenceRequest:
     epoch, sequence_id, number = numbers.epoch, numbers.sequence_id, numbers.number
     match numbers.kind:
         case layout.OPEN:
-            return OpenSequence(tenant, epoch, sequence_id, number)
+            return OpenSequences(tenant, epoch, *_read_columns(segment, begin, numbers, 2))
         case layout.GET:
             return GetSequence(tenant, epoch, sequence_id)
         case layout.FORK:
@@ -229,16 +281,27 @@ def _sequence_request(tenant: str, numbers: RequestSlot) -> SequenceRequest:
         case layout.TRUNCATE:
             return TruncateSequence(tenant, epoch, sequence_id, number)
         case layout.CLOSE:
-            return CloseSequence(tenant, epoch, sequence_id)
+            return CloseSequences(tenant, epoch, *_read_columns(segment, begin, numbers, 1))
         case _:
             raise RingError(f"request: kind must be {layout.OPEN} to {layout.CANCEL}, got {numbers.kind}")
+
+
+def _read_columns(segment: Segment, begin: int, numbers: RequestSlot, count: int) -> list[tuple[int, ...]]:
+    num_rows, columns_at = numbers.num_spans, _columns_at(numbers.tenant_bytes)
+    if columns_at + 8 * count * num_rows != numbers.payload_bytes:
+        parts = columns_at + 8 * count * num_rows
+        raise RingError(f"request: its parts take {parts} bytes, got {numbers.payload_bytes}")
+    word = (begin + columns_at) // 8
+    columns = segment.words[word : word + count * num_rows].tolist()
+    return [tuple(columns[column * num_rows : (column + 1) * num_rows]) for column in range(count)]
 
 
 def columns_of(answer: Answer | BlockdexError) -> tuple[Numbers, Columns]:
     """The numbers of an answer, and what it carries."""
     if isinstance(answer, BlockdexError):
         reason = str(answer.reason).encode()
-        text = np.frombuffer(reason + answer.message.encode()[:_MAX_MESSAGE_BYTES], np.uint8)
+        message = "\0".join((answer.message, *(f"{name}={value}" for name, value in answer.metadata.items())))
+        text = np.frombuffer(reason + message.encode()[:_MAX_MESSAGE_BYTES], np.uint8)
         return {"code": int(answer.code), "reason_bytes": len(reason)}, (text,)
     numbers = {"epoch": answer.epoch}
     if isinstance(answer, SequenceState):
@@ -318,8 +381,10 @@ def read_answer(numbers: AnswerSlot, payload: NDArray[np.uint8]) -> Answer | Blo
         payload: uint8 `[payload_bytes]`.
     """
     if numbers.code:
-        reason, message = payload[: numbers.reason_bytes].tobytes(), payload[numbers.reason_bytes :].tobytes()
-        return error_of(numbers.code, message.decode("utf-8", "replace"), reason.decode())
+        reason, text = payload[: numbers.reason_bytes].tobytes(), payload[numbers.reason_bytes :].tobytes()
+        message, *metadata = text.decode("utf-8", "replace").split("\0")
+        named = (each.partition("=") for each in metadata)
+        return error_of(numbers.code, message, reason.decode(), {name: value for name, _, value in named})
     if numbers.flags & layout.IS_STATE:
         if not numbers.flags & layout.HAS_LENGTHS:
             return SequenceState(numbers.epoch)

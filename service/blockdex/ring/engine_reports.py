@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blockdex.contract.errors import Reason, UnavailableError
-from blockdex.contract.messages import CacheOverview, CacheUsage, Info, Limits, PhaseTotals, Totals
+from blockdex.contract.messages import CacheOverview, CacheUsage, Info, Limits
 from blockdex.contract.stats import Histogram, Stats
 from blockdex.logs import log_fault
 from blockdex.ring.control_channel import ControlChannel, Words
@@ -91,15 +91,9 @@ def info_of(words: Words) -> Info:
         cache=CacheUsage(**words["cache"]),
         epoch=words["epoch"],
         device=words["device"],
+        device_name=words["device_name"],
         kernels={phase: (kernel, reason) for phase, (kernel, reason) in words["kernels"].items()},
-        totals=totals_of(words["totals"]),
     )
-
-
-def totals_of(words: Words) -> Totals:
-    """The totals that such an object stands for."""
-    phases = {phase: PhaseTotals(**totals) for phase, totals in words["phases"].items()}
-    return Totals(**words | {"phases": phases})
 
 
 def stats_of(words: Words) -> Stats:

@@ -1,4 +1,4 @@
-"""How a link begins: over a Unix socket the engine hands out the segment and the eventfds that both sides sleep on."""
+"""How a link begins: over a Unix socket the engine hands out the segment and the sockets that both sides sleep on."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ import socket
 import struct
 from typing import NamedTuple
 
-from blockdex.ring.layout import MAGIC
+from blockdex.ring.layout import GREETING_STRUCT, HELLO_STRUCT, MAGIC, MAX_TENANT_BYTES, VERSION
 from blockdex.ring.segment import RingError, Segment, Sizes
 
-_GREETING = MAGIC.to_bytes(8, "little")
 _CREDENTIALS = struct.Struct("=iII")
+_WAKE_UPS = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+_HELLO_SECONDS = 5.0
+"""How long the engine waits for what a client says first."""
 
 
 class Handles(NamedTuple):
-    """What both sides of a link hold.
+    """What one side of a link holds.
 
     Attributes:
         segment: the shared memory.
-        engine_bell: eventfd that the engine sleeps on.
-        client_bell: eventfd that the frontend sleeps on.
+        engine_bell: this side's end of the datagram pair that the engine sleeps on.
+        client_bell: this side's end of the pair that the client sleeps on.
+        tenant: of all its requests; without one each names its own.
     """
 
     segment: Segment
     engine_bell: int
     client_bell: int
+    tenant: str = ""
 
     def close(self) -> None:
         """Gives the files back; the memory stays as long as somebody looks at it."""
@@ -44,52 +48,119 @@ def listen() -> socket.socket:
     return listening
 
 
-def offer(connected: socket.socket, sizes: Sizes, epoch: int) -> Handles:
-    """Hands a new segment and two new eventfds to who has connected.
+def new_link(sizes: Sizes, epoch: int, tenant: str = "") -> tuple[Handles, Handles]:
+    """Both sides of a new link: the engine's, and the client's.
 
     Raises:
-        RingError: it is the process of another user.
+        OSError: there is no file or memory left for it.
+    """
+    with contextlib.ExitStack() as unless_made:
+
+        def wake_ups() -> tuple[int, int]:
+            ends = socket.socketpair(socket.AF_UNIX, _WAKE_UPS)
+            for end in ends:
+                unless_made.callback(os.close, end.fileno())
+            return ends[0].detach(), ends[1].detach()
+
+        segment = Segment.create(sizes, epoch)
+        unless_made.callback(os.close, segment.fd)
+        bells = [wake_ups() for _ in range(2)]
+        again = os.dup(segment.fd)
+        unless_made.callback(os.close, again)
+        engine = Handles(segment, bells[0][0], bells[1][0], tenant)
+        client = Handles(Segment(again), bells[0][1], bells[1][1], tenant)
+        unless_made.pop_all()
+    return engine, client
+
+
+async def offer(connected: socket.socket, sizes: Sizes, epoch: int) -> Handles:
+    """Hands a new segment and two wake-up sockets to who has connected and said hello.
+
+    Raises:
+        RingError: it is the process of another user, or speaks another language.
+        TimeoutError: it says nothing.
         OSError: it is gone, or there is no file or memory left for it.
     """
     # Before anything is made for it: anybody may connect.
     _, user, _ = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     if user not in (0, os.getuid()):
         raise RingError(f"link: user {user} may not connect, {os.getuid()} may")
-    with contextlib.ExitStack() as unless_sent:
-        segment = Segment.create(sizes, epoch)
-        unless_sent.callback(os.close, segment.fd)
-        engine_bell, client_bell = (_bell(unless_sent) for _ in range(2))
-        socket.send_fds(connected, [_GREETING], [segment.fd, engine_bell, client_bell])
-        unless_sent.pop_all()
-    return Handles(segment, engine_bell, client_bell)
+    async with asyncio.timeout(_HELLO_SECONDS):
+        tenant = await _hear_hello(connected)
+    engine, client = new_link(sizes, epoch, tenant)
+    try:
+        files = [client.segment.fd, client.engine_bell, client.client_bell]
+        socket.send_fds(connected, [GREETING_STRUCT.pack(MAGIC, VERSION, 0)], files)
+    except BaseException:
+        engine.close()
+        raise
+    finally:
+        client.close()
+    return engine
 
 
-def _bell(closing: contextlib.ExitStack) -> int:
-    bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    closing.callback(os.close, bell)
-    return bell
+async def _hear_hello(connected: socket.socket) -> str:
+    """The tenant that a client names."""
+    magic, version, tenant_bytes = HELLO_STRUCT.unpack(await _exactly(connected, HELLO_STRUCT.size))
+    if magic == MAGIC and version != VERSION:
+        # So that it can say why it does not come in.
+        connected.send(GREETING_STRUCT.pack(MAGIC, VERSION, 0))
+    if (magic, version) != (MAGIC, VERSION):
+        raise RingError(f"link: expected magic {MAGIC:x}, version {VERSION}, got {magic:x}, {version}")
+    if tenant_bytes > MAX_TENANT_BYTES:
+        raise RingError(f"link: a tenant has at most {MAX_TENANT_BYTES} bytes, got {tenant_bytes}")
+    return (await _exactly(connected, tenant_bytes)).decode("ascii", "replace")
 
 
-async def take(connected: socket.socket) -> Handles:
-    """Waits for what the engine hands out; however long it takes to start.
+async def _exactly(connected: socket.socket, size: int) -> bytes:
+    received = b""
+    while len(received) < size:
+        more = await asyncio.get_running_loop().sock_recv(connected, size - len(received))
+        if not more:
+            raise ConnectionResetError("link: the client went away")
+        received += more
+    return received
+
+
+async def take(connected: socket.socket, tenant: str = "") -> Handles:
+    """Says hello, and waits for what the engine hands out; however long it takes to start.
+
+    Args:
+        connected: to the engine; it does not block.
+        tenant: of all requests; without one each names its own.
 
     Raises:
         ConnectionError: it went away first.
         RingError: it speaks another language.
     """
+    name = tenant.encode("ascii")
+    hello = HELLO_STRUCT.pack(MAGIC, VERSION, len(name)) + name
+    with contextlib.suppress(BrokenPipeError):  # what it said last is read below
+        await asyncio.get_running_loop().sock_sendall(connected, hello)
     await _readable(connected)
-    greeting, fds, _, _ = socket.recv_fds(connected, len(_GREETING), 3)
-    if not greeting:
+    said, fds = b"", list[int]()
+    with contextlib.suppress(ConnectionResetError):
+        said, fds, _, _ = socket.recv_fds(connected, GREETING_STRUCT.size, 3)
+    if not said:
         raise ConnectionResetError("link: the engine went away")
     try:
-        if greeting != _GREETING or len(fds) != 3:
-            raise RingError(f"link: expected {_GREETING!r} and 3 files, got {greeting!r} and {len(fds)}")
+        magic, version, _ = GREETING_STRUCT.unpack(said.ljust(GREETING_STRUCT.size, b"\0"))
+        if (magic, version, len(fds)) != (MAGIC, VERSION, 3):
+            raise RingError(
+                f"link: expected magic {MAGIC:x}, version {VERSION} and 3 files, got {magic:x}, {version}, {len(fds)}"
+            )
         memory, engine_bell, client_bell = fds
-        return Handles(Segment(memory), engine_bell, client_bell)
+        return Handles(Segment(memory), engine_bell, client_bell, tenant)
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
+
+
+def silence(bell: int) -> None:
+    """Takes a wake-up off this side's end of a pair."""
+    with contextlib.suppress(BlockingIOError):
+        os.read(bell, 1)
 
 
 async def _readable(connected: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""The shared memory between a frontend and the engine, byte by byte; `docs/ring.md` shows the same tables."""
+"""The shared memory between a client and the engine, byte by byte; `docs/ring.md` shows the same tables."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import NamedTuple
 from blockdex.contract.messages import PHASES, FloatDtype, Order
 
 MAGIC = int.from_bytes(b"BLKDXRNG", "little")
-VERSION = 2
+VERSION = 3
 HEADER_BYTES = 4096
-SLOT_BYTES = 128
+MAX_TENANT_BYTES = 256
+SLOT_BYTES = 256
 ALIGNMENT = 64
 """Of tensors and payloads: a cache line."""
 
@@ -70,6 +71,10 @@ HEADER = (
     Field("engine_waits_for_room", 1024, "I"),
 )
 AT = {field.name: field.offset for field in HEADER}
+HELLO_STRUCT = Struct("<QII")
+"""What a client says first: magic, version, bytes of the tenant that follows."""
+GREETING_STRUCT = Struct("<QII")
+"""What the engine answers: magic, version, 0."""
 HEADER_STRUCT = _struct(HEADER[: [field.name for field in HEADER].index("requests_written")])
 
 
@@ -97,9 +102,17 @@ class RequestSlot(NamedTuple):
     payload_bytes: int = 0
     keys_bytes: int = 0
     queries_bytes: int = 0
+    keys_region: int = 0
+    queries_region: int = 0
+    block_ids_region: int = 0
+    scores_region: int = 0
+    keys_offset: int = 0
+    queries_offset: int = 0
+    block_ids_offset: int = 0
+    scores_offset: int = 0
 
 
-REQUEST = _packed(*zip(RequestSlot._fields, "QHBBBBHQqqIIIIQQQQQQQ", strict=True))
+REQUEST = _packed(*zip(RequestSlot._fields, "QHBBBBHQqqIIIIQQQQQQQIIIIQQQQ", strict=True))
 REQUEST_STRUCT = _struct(REQUEST)
 
 
@@ -137,7 +150,7 @@ DTYPES: tuple[FloatDtype, ...] = ("bf16", "fp16", "fp32", "fp8_e4m3")
 ORDERS: tuple[Order, ...] = ("ascending", "score")
 """Orders by number, from 1 on, as the wire contract numbers them."""
 
-RETURN_SCORES, WAIT_FOR_KEYS = 1, 2
+RETURN_SCORES, WAIT_FOR_KEYS, ROLLBACK, RAW_SCORES = 1, 2, 4, 8
 """Flags of a request."""
 
 HAS_BLOCK_IDS, HAS_SCORES, HAS_LENGTHS, IS_STATE = 1, 2, 4, 8

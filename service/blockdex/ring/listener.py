@@ -103,7 +103,7 @@ class RingHost:
 
 async def _begin(connected: socket.socket, sizes: Sizes, epoch: int) -> tuple[Handles, ControlChannel]:
     """Both sides' files of a new link, and the conversation beside it."""
-    handles = offer(connected, sizes, epoch)
+    handles = await offer(connected, sizes, epoch)
     try:
         return handles, await ControlChannel.on(connected.dup())
     except BaseException:

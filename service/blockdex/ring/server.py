@@ -44,7 +44,7 @@ class Line:
         self.handles = handles
         self.check = check
         self.hang_up = hang_up
-        self.native = native.Line(handles.segment, handles.client_bell, handles.engine_bell)
+        self.native = native.Line(handles.segment, handles.client_bell, handles.engine_bell, handles.tenant)
         self.gone = False
         self.in_flight: dict[int, Entry] = {}
         self._segment = handles.segment
@@ -55,15 +55,16 @@ class Line:
         """Requests that are there and were not taken yet."""
         return max(self.native.filled, 0)
 
-    def take(self) -> Entry | None:
-        """The oldest request as an entry; a cancellation is noted in the entry that it is of, and is none.
+    def take(self) -> tuple[Entry, BlockdexError | None] | None:
+        """The oldest request as an entry, and what refuses it; a cancellation is noted in its entry, and is none.
 
         Raises:
             RingError: it is not what the layout says.
         """
         if self.native.filled < 0:
             raise RingError(f"ring: more slots are said to be filled than the {self._segment.request_slots} there are")
-        ticket, request, received, deadline = codec.read_request(self._segment, self.native.head())
+        head, tenant = self.native.head(), self.handles.tenant
+        ticket, request, received, deadline, refused = codec.read_request(self._segment, head, tenant)
         self.native.release()
         if request is None:
             if ticket in self.in_flight:
@@ -73,7 +74,7 @@ class Line:
             raise RingError(f"request: ticket {ticket} is in flight already")
         entry = Entry(request, deadline, Ticket(self, ticket), min(received, time.monotonic()))
         self.in_flight[ticket] = entry
-        return entry
+        return entry, refused
 
     def answer(self, ticket: int, answer: Answer | BlockdexError) -> None:
         """Answers a request; the frontend sees it after `publish`, if it is still there."""
@@ -233,15 +234,18 @@ class RingInbox:
         """Takes one request that the core has left."""
         assert self._short_way is not None
         try:
-            entry = line.take()
+            taken = line.take()
         except RingError as error:
             line.native.gone = True
             line.hang_up(error)
             self.drop(line)
             return
-        if entry is None:
+        if taken is None:
             return
+        entry, unsupported = taken
         try:
+            if unsupported is not None:
+                raise unsupported
             line.check(entry.request)
             self._check_room()
         except BlockdexError as refused:

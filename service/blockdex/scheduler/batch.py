@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockdex.cache import Cache, PageCopy
-from blockdex.contract.errors import BlockdexError, Reason
+from blockdex.contract.errors import BlockdexError, Reason, UnimplementedError
 from blockdex.contract.messages import (
     Answer,
-    CloseSequence,
+    CloseSequences,
     ForkSequence,
     GetSequence,
-    OpenSequence,
+    OpenSequences,
     SequenceRequest,
     SequenceState,
     TokenAnswer,
@@ -98,7 +98,7 @@ class Batch:
             if in_use and any((sequence, request.layer) in in_use for sequence in entry.sequences):
                 return True
             return bool(self._being_read) and self._moves_what_is_read(entry, request)
-        if isinstance(request, OpenSequence | GetSequence):
+        if isinstance(request, OpenSequences | GetSequence):
             return False
         return bool(self._sequences_in_use) and not self._sequences_in_use.isdisjoint(entry.sequences)
 
@@ -134,7 +134,11 @@ class Batch:
 
     def _do_tokens(self, entry: Entry, request: TokenRequest) -> None:
         tenant, layer, spans = request.tenant, request.layer, request.spans
-        plan = None if request.keys is None else self._cache.plan_append(tenant, layer, spans)
+        if request.queries is not None and request.queries.raw_scores:
+            raise UnimplementedError("return_scores: this engine has no raw ones", Reason.UNKNOWN_FEATURE)
+        keys, plan = request.keys, None
+        if keys is not None:
+            plan = self._cache.plan_append(tenant, layer, spans, rollback=keys.rollback)
         if request.queries is not None and not (plan is not None and plan.all_apply):
             self._cache.check_selection(tenant, layer, spans, plan)  # Otherwise it reads what it has just written.
         if plan is not None:
@@ -156,8 +160,8 @@ class Batch:
             case GetSequence(sequence_id=sequence_id):
                 sequence = cache.get_sequence(tenant, sequence_id)
                 return SequenceState(cache.epoch, sequence.lengths, sequence.revisions)
-            case OpenSequence(sequence_id=sequence_id, lease_seconds=lease_seconds):
-                cache.open_sequence(tenant, sequence_id, lease_seconds)
+            case OpenSequences(sequence_ids=sequence_ids, lease_seconds=lease_seconds):
+                cache.open_sequences(tenant, dict(zip(sequence_ids, lease_seconds, strict=True)))
                 return SequenceState(cache.epoch)
             case ForkSequence(parent_id=parent_id, child_id=child_id, length=length):
                 child, copies = cache.fork_sequence(tenant, parent_id, child_id, length)
@@ -168,8 +172,8 @@ class Batch:
                 sequence = cache.truncate_sequence(tenant, sequence_id, length)
                 self.changed = True
                 return SequenceState(cache.epoch, sequence.lengths, sequence.revisions)
-            case CloseSequence(sequence_id=sequence_id):
-                cache.close_sequence(tenant, sequence_id)
+            case CloseSequences(sequence_ids=sequence_ids):
+                cache.close_sequences(tenant, sequence_ids)
                 self.changed = True
                 return SequenceState(cache.epoch)
 

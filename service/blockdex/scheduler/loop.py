@@ -20,6 +20,7 @@ from blockdex.scheduler.batch import Batch
 from blockdex.scheduler.dispatch import Launcher
 from blockdex.scheduler.request import Entry, Inbox, Outcome, given_up, shutting_down, too_late
 from blockdex_kernels import IndexSpec
+from blockdex_kernels.dispatch import device_name
 from blockdex_kernels.interface import Backend
 
 if TYPE_CHECKING:
@@ -161,8 +162,8 @@ class Engine:
             cache=cache.usage(),
             epoch=cache.epoch,
             device=str(self._backend.device),
+            device_name=device_name(self._backend.device),
             kernels=self._backend.kernels,
-            totals=self.stats().totals(),
         )
 
     def overview(self, max_cells: int) -> CacheOverview:

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from blockdex.contract.errors import CancelledError, DeadlineExceededError, Reason, UnavailableError
-from blockdex.contract.messages import Answer, ForkSequence, Phase, Request, Stage, TokenRequest
+from blockdex.contract.messages import (
+    Answer,
+    CloseSequences,
+    ForkSequence,
+    OpenSequences,
+    Phase,
+    Request,
+    Stage,
+    TokenRequest,
+)
 
 SequenceKey = tuple[str, int]
 """(tenant, sequence id)."""
@@ -124,6 +133,8 @@ def _sequences(request: Request) -> tuple[SequenceKey, ...]:
     tenant = request.tenant
     if isinstance(request, TokenRequest):
         return tuple((tenant, sequence) for sequence in request.spans.sequence_ids.tolist())
+    if isinstance(request, OpenSequences | CloseSequences):
+        return tuple((tenant, sequence) for sequence in request.sequence_ids)
     if isinstance(request, ForkSequence):
         return ((tenant, request.parent_id), (tenant, request.child_id))
     return ((tenant, request.sequence_id),)

@@ -34,10 +34,7 @@ _TRACING_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grp
 _WARM_UP_LINE_SECONDS = 5.0
 _SPIN_SECONDS = 0.001
 """Longer than what an engine does between two layers, so that both are awake when the next one asks."""
-_NO_SPLIT = (
-    "processes: split needs Linux on x86-64, which orders plain stores, and the compiled module blockdex._native; "
-    "single goes everywhere"
-)
+_NO_SPLIT = "processes: split needs Linux and the compiled module blockdex._native; single goes everywhere"
 _CORES = 4
 """From so many on a server is several processes, which do not wait for each other's turn at the interpreter.
 
@@ -69,7 +66,7 @@ def splits(settings: ServeSettings) -> bool:
     if settings.processes == "split" and not SUPPORTED:
         raise StartError(_NO_SPLIT)
     if settings.frontends > 1 and not (settings.processes != "single" and SUPPORTED):
-        raise StartError(f"frontends: {settings.frontends} need --processes split, on Linux and x86-64")
+        raise StartError(f"frontends: {settings.frontends} need --processes split, on Linux")
     if settings.processes == "auto":
         return SUPPORTED and (settings.frontends > 1 or len(os.sched_getaffinity(0)) >= _CORES)
     return settings.processes == "split"

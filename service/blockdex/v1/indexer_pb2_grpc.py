@@ -21,10 +21,15 @@ class IndexerServiceStub(object):
                 request_serializer=blockdex_dot_v1_dot_indexer__pb2.GetInfoRequest.SerializeToString,
                 response_deserializer=blockdex_dot_v1_dot_indexer__pb2.GetInfoResponse.FromString,
                 )
-        self.OpenSequence = channel.unary_unary(
-                '/blockdex.v1.IndexerService/OpenSequence',
-                request_serializer=blockdex_dot_v1_dot_indexer__pb2.OpenSequenceRequest.SerializeToString,
-                response_deserializer=blockdex_dot_v1_dot_indexer__pb2.OpenSequenceResponse.FromString,
+        self.GetStats = channel.unary_unary(
+                '/blockdex.v1.IndexerService/GetStats',
+                request_serializer=blockdex_dot_v1_dot_indexer__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=blockdex_dot_v1_dot_indexer__pb2.GetStatsResponse.FromString,
+                )
+        self.OpenSequences = channel.unary_unary(
+                '/blockdex.v1.IndexerService/OpenSequences',
+                request_serializer=blockdex_dot_v1_dot_indexer__pb2.OpenSequencesRequest.SerializeToString,
+                response_deserializer=blockdex_dot_v1_dot_indexer__pb2.OpenSequencesResponse.FromString,
                 )
         self.GetSequence = channel.unary_unary(
                 '/blockdex.v1.IndexerService/GetSequence',
@@ -41,10 +46,10 @@ class IndexerServiceStub(object):
                 request_serializer=blockdex_dot_v1_dot_indexer__pb2.TruncateSequenceRequest.SerializeToString,
                 response_deserializer=blockdex_dot_v1_dot_indexer__pb2.TruncateSequenceResponse.FromString,
                 )
-        self.CloseSequence = channel.unary_unary(
-                '/blockdex.v1.IndexerService/CloseSequence',
-                request_serializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequenceRequest.SerializeToString,
-                response_deserializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequenceResponse.FromString,
+        self.CloseSequences = channel.unary_unary(
+                '/blockdex.v1.IndexerService/CloseSequences',
+                request_serializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequencesRequest.SerializeToString,
+                response_deserializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequencesResponse.FromString,
                 )
         self.AppendKeys = channel.unary_unary(
                 '/blockdex.v1.IndexerService/AppendKeys',
@@ -80,8 +85,17 @@ class IndexerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def OpenSequence(self, request, context):
-        """Opens an empty sequence. ALREADY_EXISTS (SEQUENCE_EXISTS) where the tenant has it open.
+    def GetStats(self, request, context):
+        """What the server did since it started.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenSequences(self, request, context):
+        """Opens empty sequences: all of them, or, on any error, none. One that is open already and still as it was opened (no
+        layer has a token or a revision) is fine, so a lost answer can be asked for again: its lease begins anew, and is the
+        new one. ALREADY_EXISTS (SEQUENCE_EXISTS) where the tenant has one open that is not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,8 +123,8 @@ class IndexerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def CloseSequence(self, request, context):
-        """Gives up a sequence and its pages. Closing what is closed already is fine.
+    def CloseSequences(self, request, context):
+        """Gives up sequences and their pages. Closing what is closed already is fine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,8 +152,9 @@ class IndexerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Stream(self, request_iterator, context):
-        """Any of the three calls above, many in flight, answered as they finish and matched by `request_id`. A request that
-        fails is answered with its status; the stream lives on.
+        """Any of the calls above on sequences and their tokens, many in flight, answered as they finish and matched by
+        `request_id`. Those on one sequence take effect in the order sent. A request that fails is answered with its
+        status; the stream lives on. The server also tells events.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,10 +168,15 @@ def add_IndexerServiceServicer_to_server(servicer, server):
                     request_deserializer=blockdex_dot_v1_dot_indexer__pb2.GetInfoRequest.FromString,
                     response_serializer=blockdex_dot_v1_dot_indexer__pb2.GetInfoResponse.SerializeToString,
             ),
-            'OpenSequence': grpc.unary_unary_rpc_method_handler(
-                    servicer.OpenSequence,
-                    request_deserializer=blockdex_dot_v1_dot_indexer__pb2.OpenSequenceRequest.FromString,
-                    response_serializer=blockdex_dot_v1_dot_indexer__pb2.OpenSequenceResponse.SerializeToString,
+            'GetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStats,
+                    request_deserializer=blockdex_dot_v1_dot_indexer__pb2.GetStatsRequest.FromString,
+                    response_serializer=blockdex_dot_v1_dot_indexer__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'OpenSequences': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenSequences,
+                    request_deserializer=blockdex_dot_v1_dot_indexer__pb2.OpenSequencesRequest.FromString,
+                    response_serializer=blockdex_dot_v1_dot_indexer__pb2.OpenSequencesResponse.SerializeToString,
             ),
             'GetSequence': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSequence,
@@ -173,10 +193,10 @@ def add_IndexerServiceServicer_to_server(servicer, server):
                     request_deserializer=blockdex_dot_v1_dot_indexer__pb2.TruncateSequenceRequest.FromString,
                     response_serializer=blockdex_dot_v1_dot_indexer__pb2.TruncateSequenceResponse.SerializeToString,
             ),
-            'CloseSequence': grpc.unary_unary_rpc_method_handler(
-                    servicer.CloseSequence,
-                    request_deserializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequenceRequest.FromString,
-                    response_serializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequenceResponse.SerializeToString,
+            'CloseSequences': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseSequences,
+                    request_deserializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequencesRequest.FromString,
+                    response_serializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequencesResponse.SerializeToString,
             ),
             'AppendKeys': grpc.unary_unary_rpc_method_handler(
                     servicer.AppendKeys,
@@ -228,7 +248,7 @@ class IndexerService(object):
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 
     @staticmethod
-    def OpenSequence(request,
+    def GetStats(request,
             target,
             options=(),
             channel_credentials=None,
@@ -238,9 +258,26 @@ class IndexerService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(request, target, '/blockdex.v1.IndexerService/OpenSequence',
-            blockdex_dot_v1_dot_indexer__pb2.OpenSequenceRequest.SerializeToString,
-            blockdex_dot_v1_dot_indexer__pb2.OpenSequenceResponse.FromString,
+        return grpc.experimental.unary_unary(request, target, '/blockdex.v1.IndexerService/GetStats',
+            blockdex_dot_v1_dot_indexer__pb2.GetStatsRequest.SerializeToString,
+            blockdex_dot_v1_dot_indexer__pb2.GetStatsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def OpenSequences(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/blockdex.v1.IndexerService/OpenSequences',
+            blockdex_dot_v1_dot_indexer__pb2.OpenSequencesRequest.SerializeToString,
+            blockdex_dot_v1_dot_indexer__pb2.OpenSequencesResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 
@@ -296,7 +333,7 @@ class IndexerService(object):
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 
     @staticmethod
-    def CloseSequence(request,
+    def CloseSequences(request,
             target,
             options=(),
             channel_credentials=None,
@@ -306,9 +343,9 @@ class IndexerService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(request, target, '/blockdex.v1.IndexerService/CloseSequence',
-            blockdex_dot_v1_dot_indexer__pb2.CloseSequenceRequest.SerializeToString,
-            blockdex_dot_v1_dot_indexer__pb2.CloseSequenceResponse.FromString,
+        return grpc.experimental.unary_unary(request, target, '/blockdex.v1.IndexerService/CloseSequences',
+            blockdex_dot_v1_dot_indexer__pb2.CloseSequencesRequest.SerializeToString,
+            blockdex_dot_v1_dot_indexer__pb2.CloseSequencesResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

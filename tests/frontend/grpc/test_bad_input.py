@@ -33,7 +33,9 @@ from support.wire import (
     Wire,
     append,
     append_and_select,
+    close_request,
     in_stream,
+    open_request,
     poll,
     refusal_of,
     refusal_of_status,
@@ -72,7 +74,6 @@ class World:
         ]
         foreign = self.other.call(pb.GetSequenceRequest(sequence_id=FOREIGN))
         info = self.mine.call(pb.GetInfoRequest())
-        info.ClearField("totals")  # which count every request, refused or not
         return State(sequences, foreign, info, selections)
 
 
@@ -93,9 +94,9 @@ def unchanged(world: World) -> Iterator[None]:
 
 
 def _fill(mine: Wire, other: Wire) -> World:
-    mine.call(pb.OpenSequenceRequest(sequence_id=A))
-    mine.call(pb.OpenSequenceRequest(sequence_id=B))
-    other.call(pb.OpenSequenceRequest(sequence_id=FOREIGN))
+    mine.call(open_request(A))
+    mine.call(open_request(B))
+    other.call(open_request(FOREIGN))
     mine.call(append(0, [(A, 0, 200)], KEYS[:200]))
     mine.call(append(0, [(A, 200, 100, 5)], KEYS[200:]))
     mine.call(append(1, [(A, 0, 100)], KEYS[:100]))
@@ -118,7 +119,7 @@ def test_bad_input_is_refused_and_changes_nothing(world: World, name: str) -> No
 @pytest.mark.usefixtures("unchanged")
 def test_closing_what_is_not_there_is_fine(world: World) -> None:
     for sequence in (UNKNOWN, FOREIGN):
-        world.mine.call(pb.CloseSequenceRequest(sequence_id=sequence))
+        world.mine.call(close_request(sequence))
 
 
 @pytest.mark.parametrize("name", ["", "x" * 257], ids=["empty", "too long"])
@@ -130,7 +131,7 @@ def test_invalid_tenant(server: Serving, name: str) -> None:
         f"blockdex-tenant: must have 1 to 256 characters, got {len(name)}",
     )
     with wire(server.grpc_address, name) as connection:
-        assert connection.refusal(pb.OpenSequenceRequest(sequence_id=A)) == expected
+        assert connection.refusal(open_request(A)) == expected
         with refused() as caught:
             connection.stream(in_stream(1, append_to((A, 0, 1))))
         assert caught == [expected]
@@ -138,7 +139,7 @@ def test_invalid_tenant(server: Serving, name: str) -> None:
 
 def test_the_longest_tenant_is_one(server: Serving) -> None:
     with wire(server.grpc_address, "x" * 256) as connection:
-        connection.call(pb.OpenSequenceRequest(sequence_id=A))
+        connection.call(open_request(A))
 
 
 @pytest.mark.usefixtures("unchanged")
@@ -184,7 +185,7 @@ def test_out_of_pages(tight: Wire, tight_server: Serving) -> None:
 
 
 def test_message_over_the_limit(tight: Wire) -> None:
-    tight.call(pb.OpenSequenceRequest(sequence_id=A))
+    tight.call(open_request(A))
     tight.call(append_to((A, 0, 256)))  # exactly the limit
     cases = {"append": (append_to((A, 256, 257)), 257 * 256), "both": (both_of((A, 256, 60)), 60 * 5 * 256)}
     for request, count in cases.values():
@@ -208,7 +209,7 @@ def test_more_spans_than_the_limit(tight: Wire) -> None:
 
 
 def test_overload(tight: Wire) -> None:
-    tight.call(pb.OpenSequenceRequest(sequence_id=A))
+    tight.call(open_request(A))
     request = select_of((A, 0, 1), wait_for_keys=True)
     waiting = [tight.stub.SelectBlocks.future(request, timeout=TIMEOUT, metadata=tight.metadata) for _ in range(6)]
     expected = Refusal("RESOURCE_EXHAUSTED", "OVERLOADED", "blockdex", "queue: at most 6 requests may wait, 6 do")

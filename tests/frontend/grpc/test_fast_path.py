@@ -24,7 +24,7 @@ METADATA = (("blockdex-tenant", TENANT),)
 
 def append(start: int = 0, **fields: Any) -> pb.AppendKeysRequest:
     keys = pb.Tensor(dtype=pb.DTYPE_BF16, data=bytes(2 * SPEC.head_dim))
-    return pb.AppendKeysRequest(spans=spans((1, start, 1)), keys=keys, **fields)
+    return pb.AppendKeysRequest(spans=spans((1, start, 1)), keys=keys, rollback=True, **fields)
 
 
 def select(layer: int = 0, **fields: Any) -> pb.SelectBlocksRequest:
@@ -33,7 +33,9 @@ def select(layer: int = 0, **fields: Any) -> pb.SelectBlocksRequest:
 
 
 def both() -> pb.AppendAndSelectRequest:
-    return pb.AppendAndSelectRequest(spans=spans((1, 0, 1)), keys=append().keys, queries=select().queries)
+    return pb.AppendAndSelectRequest(
+        spans=spans((1, 0, 1)), keys=append().keys, queries=select().queries, rollback=True
+    )
 
 
 class Served:
@@ -78,7 +80,7 @@ async def test_all_token_calls_take_it_and_are_counted(served: tuple[Served, grp
         response = await call(request, metadata=METADATA, timeout=TIMEOUT)
         assert response.epoch == serving.run.engine.info().epoch
     stream = OpenStream(stub.Stream(metadata=METADATA))
-    requests: list[Any] = [append(), select(), select(return_scores=True), both()]
+    requests: list[Any] = [append(), select(), select(return_scores=pb.SCORE_FORMAT_SCALED), both()]
     for number, request in enumerate(requests):
         await stream.send(number, request)
         response = await stream.receive()

@@ -19,6 +19,7 @@ from blockdex.logs import JsonFormatter
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from support.serving import SMALL, Serving, serve
+from support.wire import close_request, open_request
 
 TENANT = ("blockdex-tenant", "log")
 DRAWN = re.compile("[0-9a-f]{16}")
@@ -74,11 +75,11 @@ def test_the_id_that_a_caller_sends_comes_back(calls: pb_grpc.IndexerServiceStub
     metadata = (TENANT, ("x-request-id", "trace-7/step:12"))
     for answered in (
         calls.GetInfo.with_call(pb.GetInfoRequest(), metadata=metadata)[1],
-        calls.OpenSequence.with_call(pb.OpenSequenceRequest(sequence_id=1), metadata=metadata)[1],
+        calls.OpenSequences.with_call(open_request(1), metadata=metadata)[1],
     ):
         assert request_id(answered) == "trace-7/step:12"
     with pytest.raises(grpc.RpcError) as refused:
-        calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1), metadata=metadata)
+        calls.GetSequence(pb.GetSequenceRequest(sequence_id=99), metadata=metadata)
     assert request_id(refused.value) == "trace-7/step:12"
     assert "grpc-status-details-bin" in {entry.key for entry in refused.value.trailing_metadata()}
 
@@ -114,7 +115,7 @@ def test_a_stream_of_a_bad_tenant_is_not_opened(calls: pb_grpc.IndexerServiceStu
 
 
 def test_a_slow_request_is_told_with_its_time_in_each_stage(calls: pb_grpc.IndexerServiceStub, lines: Lines) -> None:
-    calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=2), metadata=(TENANT,))
+    calls.OpenSequences(open_request(2), metadata=(TENANT,))
     spans = pb.Spans(sequence_ids=[2], starts=[0], lengths=[40])
     request = pb.SelectBlocksRequest(layer=0, spans=spans, queries=tensor(40, 4, 128), wait_for_keys=True)
     selected = calls.SelectBlocks.future(request, metadata=(TENANT, ("x-request-id", "slow-1")), timeout=60)
@@ -132,11 +133,11 @@ def test_a_slow_request_is_told_with_its_time_in_each_stage(calls: pb_grpc.Index
     assert 0 < sum(line[stage] for stage in stages) <= line["ms"]
     assert "0.4375" not in json.dumps(line)
     assert len(json.dumps(line)) < 600
-    calls.CloseSequence(pb.CloseSequenceRequest(sequence_id=2), metadata=(TENANT,))
+    calls.CloseSequences(close_request(2), metadata=(TENANT,))
 
 
 def test_a_request_on_a_stream_is_told_under_both_ids(calls: pb_grpc.IndexerServiceStub, lines: Lines) -> None:
-    calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=3), metadata=(TENANT,))
+    calls.OpenSequences(open_request(3), metadata=(TENANT,))
     requests = [pb.StreamRequest(request_id=number, select_blocks=waiting(3), timeout_ms=300) for number in (8, 9)]
     assert len(list(calls.Stream(iter(requests), metadata=(TENANT, ("x-request-id", "slow-2"))))) == 2
     for number in (8, 9):
@@ -144,12 +145,12 @@ def test_a_request_on_a_stream_is_told_under_both_ids(calls: pb_grpc.IndexerServ
         assert (line["rpc"], line["code"]) == ("Stream/SelectBlocks", "DEADLINE_EXCEEDED")
         assert 300 <= line["ms"] < 5000
         assert line["queue_ms"] < line["ms"]
-    calls.CloseSequence(pb.CloseSequenceRequest(sequence_id=3), metadata=(TENANT,))
+    calls.CloseSequences(close_request(3), metadata=(TENANT,))
 
 
 @pytest.mark.slow
 def test_a_flood_of_slow_requests_is_ten_lines_a_second(calls: pb_grpc.IndexerServiceStub, lines: Lines) -> None:
-    calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=4), metadata=(TENANT,))
+    calls.OpenSequences(open_request(4), metadata=(TENANT,))
     time.sleep(1.1)  # the lines of other tests are of another second
     before = len(lines(0, "slow request"))
     requests = [pb.StreamRequest(request_id=number, select_blocks=waiting(4), timeout_ms=300) for number in range(100)]
@@ -162,7 +163,7 @@ def test_a_flood_of_slow_requests_is_ten_lines_a_second(calls: pb_grpc.IndexerSe
     assert 10 <= len(told) - 1 <= 30  # they may have ended in two or three different seconds
     assert len(told) + sum(line["withheld"] for line in told) == 101
     assert last["withheld"] > 0
-    calls.CloseSequence(pb.CloseSequenceRequest(sequence_id=4), metadata=(TENANT,))
+    calls.CloseSequences(close_request(4), metadata=(TENANT,))
 
 
 def test_a_fault_of_the_server_is_told_with_the_request_id(caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,9 @@ from support.wire import (
     append,
     append_and_select,
     block_ids_of,
+    close_request,
     keys_of,
+    open_request,
     queries_of,
     select,
     spans,
@@ -61,7 +63,7 @@ def test_get_info_says_what_is_served(tenant: Wire) -> None:
         topk=16,
         init_blocks=0,
         local_blocks=1,
-        score="max",
+        scoring=pb.SCORING_BLOCK_MAX,
         scale=1 / math.sqrt(128),
         key_dtype=pb.DTYPE_BF16,
         max_sequence_tokens=1_048_576,
@@ -79,22 +81,22 @@ def test_get_info_says_what_is_served(tenant: Wire) -> None:
     assert info.cache.capacity_tokens == pages * 128
     assert info.epoch
     assert info.device == "cpu"
-    assert [choice.phase for choice in info.kernels] == ["append", "decode", "prefill"]
+    assert [choice.phase for choice in info.kernels] == [pb.PHASE_APPEND, pb.PHASE_DECODE, pb.PHASE_PREFILL]
     assert all(choice.kernel and choice.reason for choice in info.kernels)
     assert info.version == __version__
-    assert list(info.features) == [value for name, value in pb.Feature.items() if value]
+    assert list(info.features) == [1, 2, 3, 4, 5]
     assert list(info.transports) == ["grpc"]
 
 
 def test_the_life_of_a_sequence(tenant: Wire, random: np.random.Generator) -> None:
     epoch = tenant.call(pb.GetInfoRequest()).epoch
     before = tenant.call(pb.GetInfoRequest()).cache
-    assert tenant.call(pb.OpenSequenceRequest(sequence_id=BIG)) == pb.OpenSequenceResponse(epoch=epoch)
+    assert tenant.call(open_request(BIG)) == pb.OpenSequencesResponse(epoch=epoch)
     empty = pb.GetSequenceResponse(lengths=[0, 0, 0], revisions=[0, 0, 0], epoch=epoch)
-    assert tenant.call(pb.GetSequenceRequest(sequence_id=BIG, epoch=epoch)) == empty
+    assert tenant.call(pb.GetSequenceRequest(sequence_id=BIG, header=pb.RequestHeader(epoch=epoch))) == empty
     for layer, length, revision in ((0, 300, BIG), (2, 130, 0)):
         keys = keys_of(random, length)
-        appended = tenant.call(append(layer, [(BIG, 0, length, revision)], keys, epoch=epoch))
+        appended = tenant.call(append(layer, [(BIG, 0, length, revision)], keys, header=pb.RequestHeader(epoch=epoch)))
         assert appended == pb.AppendKeysResponse(epoch=epoch)
     assert tenant.call(pb.GetSequenceRequest(sequence_id=BIG)) == pb.GetSequenceResponse(
         lengths=[300, 0, 130], revisions=[BIG, 0, 0], epoch=epoch
@@ -112,8 +114,8 @@ def test_the_life_of_a_sequence(tenant: Wire, random: np.random.Generator) -> No
     cut = tenant.call(pb.TruncateSequenceRequest(sequence_id=BIG, length=200))
     assert cut == pb.TruncateSequenceResponse(lengths=[200, 0, 130], epoch=epoch)
     for sequence_id in (BIG, BIG, 0):
-        closed = tenant.call(pb.CloseSequenceRequest(sequence_id=sequence_id))
-        assert closed == pb.CloseSequenceResponse(epoch=epoch)
+        closed = tenant.call(close_request(sequence_id))
+        assert closed == pb.CloseSequencesResponse(epoch=epoch)
     assert tenant.call(pb.GetInfoRequest()).cache == before
 
 
@@ -122,12 +124,12 @@ def test_append_then_select(tenant: Wire, random: np.random.Generator, dtype: pb
     keys = {1: keys_of(random, 2500), 2: keys_of(random, 140)}
     queries = queries_of(random, 20)
     for sequence_id in keys:
-        tenant.call(pb.OpenSequenceRequest(sequence_id=sequence_id))
+        tenant.call(open_request(sequence_id))
     request = pb.AppendKeysRequest(
         layer=1,
         spans=spans((1, 0, 2500), (2, 0, 140)),
         keys=tensor(np.concatenate((keys[1], keys[2])), dtype),
-        required_features=[pb.FEATURE_REVISIONS],
+        header=pb.RequestHeader(required_features=[pb.FEATURE_REVISIONS], root_id=1),
     )
     tenant.call(request)
     answer = tenant.call(
@@ -139,7 +141,7 @@ def test_append_then_select(tenant: Wire, random: np.random.Generator, dtype: pb
 
 def test_append_and_select_with_scores_by_score(tenant: Wire, random: np.random.Generator) -> None:
     keys, queries = keys_of(random, 2300), queries_of(random, 100)
-    tenant.call(pb.OpenSequenceRequest(sequence_id=5))
+    tenant.call(open_request(5))
     tenant.call(append(2, [(5, 0, 2200, 6)], keys[:2200]))
     both = append_and_select(
         2,
@@ -149,8 +151,8 @@ def test_append_and_select_with_scores_by_score(tenant: Wire, random: np.random.
         first_head=1,
         num_heads=2,
         order=pb.SELECTION_ORDER_SCORE,
-        return_scores=True,
-        required_features=[pb.FEATURE_SCORES, pb.FEATURE_HEAD_RANGES, pb.FEATURE_REVISIONS],
+        return_scores=pb.SCORE_FORMAT_SCALED,
+        header=pb.RequestHeader(required_features=[pb.FEATURE_SCORES, pb.FEATURE_HEAD_RANGES, pb.FEATURE_REVISIONS]),
     )
     first, again = tenant.call(both), tenant.call(both)
     assert first == again, "an append that is done already changes nothing"
@@ -164,7 +166,7 @@ def test_append_and_select_with_scores_by_score(tenant: Wire, random: np.random.
 def test_selection_over_heads_that_are_left(tenant: Wire, random: np.random.Generator) -> None:
     """`num_heads` 0 stands for all heads from `first_head` on."""
     keys, queries = keys_of(random, 2300), queries_of(random, 1)
-    tenant.call(pb.OpenSequenceRequest(sequence_id=5))
+    tenant.call(open_request(5))
     tenant.call(append(0, [(5, 0, 2300)], keys))
     answer = tenant.call(select(0, [(5, 2299, 1)], queries[:, 3:], first_head=3))
     check_blocks(answer, [expected_of(keys, queries[:, 3:], 2299)])
@@ -172,7 +174,7 @@ def test_selection_over_heads_that_are_left(tenant: Wire, random: np.random.Gene
 
 def test_a_unary_selection_waits_for_its_keys(server: Serving, tenant: Wire, random: np.random.Generator) -> None:
     keys, queries = keys_of(random, 200), queries_of(random, 1)
-    tenant.call(pb.OpenSequenceRequest(sequence_id=5))
+    tenant.call(open_request(5))
     waiting = tenant.stub.SelectBlocks.future(
         select(0, [(5, 199, 1, 3)], queries, wait_for_keys=True), timeout=TIMEOUT, metadata=tenant.metadata
     )
@@ -187,18 +189,18 @@ def test_tenants_do_not_meet(server: Serving, tenant: Wire, random: np.random.Ge
     queries = queries_of(random, 1)
     with wire(server.grpc_address, "another") as other:
         for connection, keys in ((tenant, own), (other, foreign)):
-            connection.call(pb.OpenSequenceRequest(sequence_id=5))
+            connection.call(open_request(5))
             connection.call(append(0, [(5, 0, 2300)], keys))
         request = select(0, [(5, 2299, 1)], queries)
         check_blocks(tenant.call(request), [expected_of(own, queries, 2299)])
         check_blocks(other.call(request), [expected_of(foreign, queries, 2299)])
-        other.call(pb.CloseSequenceRequest(sequence_id=5))
+        other.call(close_request(5))
         check_blocks(tenant.call(request), [expected_of(own, queries, 2299)])
 
 
 def test_a_caller_without_a_tenant_is_the_default_one(server: Serving) -> None:
     with wire(server.grpc_address, "default") as named:
-        named.call(pb.OpenSequenceRequest(sequence_id=77))
+        named.call(open_request(77))
         answer = named.stub.GetSequence(pb.GetSequenceRequest(sequence_id=77), timeout=TIMEOUT)
         assert list(answer.lengths) == [0, 0, 0]
 

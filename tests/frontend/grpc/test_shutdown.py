@@ -12,7 +12,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from blockdex.v1 import indexer_pb2 as pb
 from support.serving import SMALL, serve
 from support.streaming import open_stream
-from support.wire import TIMEOUT, Refusal, append, keys_of, queries_of, refusal_of, refusal_of_status, select, wire
+from support.wire import (
+    TIMEOUT,
+    Refusal,
+    append,
+    keys_of,
+    open_request,
+    queries_of,
+    refusal_of,
+    refusal_of_status,
+    select,
+    wire,
+)
 
 A = 7
 LONG = 4096
@@ -24,7 +35,7 @@ async def test_streams_end_well(random: np.random.Generator, processes: str) -> 
     keys, queries = keys_of(random, LONG), queries_of(random, LONG)
     flags = (*SMALL, "--shutdown-grace-seconds", "60", "--processes", processes)
     with serve(*flags) as serving, wire(serving.grpc_address, "t") as tenant:
-        tenant.call(pb.OpenSequenceRequest(sequence_id=A))
+        tenant.call(open_request(A))
         tenant.call(append(0, [(A, 0, LONG)], keys))
         hopeless = select(1, [(A, 0, 1)], queries[:1], wait_for_keys=True)
         async with open_stream(tenant) as stream, grpc.aio.insecure_channel(tenant.address) as channel:
@@ -55,6 +66,7 @@ async def test_streams_end_well(random: np.random.Generator, processes: str) -> 
             words = "server: shutting down, takes no new requests"
             assert refusal_of_status(by_id[4].error) == left._replace(message=words)
             await stream.ends()
+            assert stream.events == [pb.Event(draining=pb.Draining())]
         error = await asyncio.to_thread(unary.exception, TIMEOUT)
         assert refusal_of(error) == left
         tenant.forget_all()

@@ -23,6 +23,7 @@ from support.wire import (
     append_and_select,
     block_ids_of,
     keys_of,
+    open_request,
     poll,
     queries_of,
     refusal_of,
@@ -35,7 +36,7 @@ A = 7
 @pytest.fixture
 async def stream(tenant: Wire) -> AsyncIterator[OpenStream]:
     """A stream to the small server, whose tenant has A open, empty."""
-    tenant.call(pb.OpenSequenceRequest(sequence_id=A))
+    tenant.call(open_request(A))
     async with open_stream(tenant) as opened:
         yield opened
 
@@ -121,7 +122,7 @@ async def test_timeouts_and_errors_leave_the_stream_alive(stream: OpenStream, ra
 @pytest.mark.parametrize("waits", [False, True])
 async def test_bytes_that_are_no_message_end_the_stream(tenant: Wire, random: np.random.Generator, waits: bool) -> None:
     """What came before is answered; who asked cannot be told otherwise, for nobody knows the number of its request."""
-    tenant.call(pb.OpenSequenceRequest(sequence_id=A))
+    tenant.call(open_request(A))
     async with grpc.aio.insecure_channel(tenant.address) as channel:
         call: Any = channel.stream_stream("/blockdex.v1.IndexerService/Stream")(
             metadata=tenant.metadata, timeout=TIMEOUT
@@ -167,13 +168,13 @@ async def test_a_stream_without_requests_ends(stream: OpenStream) -> None:
 
 async def test_more_requests_than_a_stream_may_have_in_flight(tight: Wire, random: np.random.Generator) -> None:
     """The fifth is not read before one of the first four is answered; in the end all are."""
-    tight.call(pb.OpenSequenceRequest(sequence_id=A))
+    tight.call(open_request(A))
     keys, queries = keys_of(random, 1), queries_of(random, 1)
     async with open_stream(tight) as stream:
         for request_id in range(4):
             await stream.send(request_id, select(0, [(A, 0, 1)], queries, wait_for_keys=True))
         for request_id in range(4, 40):
-            await stream.send(request_id, append(1, [(A, 0, 1)], keys))
+            await stream.send(request_id, append(1, [(A, 0, 1)], keys, rollback=True))
         reading = asyncio.create_task(stream.receive())
         await asyncio.sleep(0.2)
         assert not reading.done()
@@ -185,7 +186,7 @@ async def test_more_requests_than_a_stream_may_have_in_flight(tight: Wire, rando
 
 
 async def test_a_client_that_goes_leaves_nothing_behind(tight: Wire, random: np.random.Generator) -> None:
-    tight.call(pb.OpenSequenceRequest(sequence_id=A))
+    tight.call(open_request(A))
     waiting = select(0, [(A, 0, 1)], queries_of(random, 1), wait_for_keys=True)
 
     def is_full() -> bool:

@@ -20,6 +20,7 @@ from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from support.collector import Collector, attributes_of, collecting
 from support.serving import SMALL, serve
+from support.wire import open_request
 
 WAIT_SECONDS = 0.5
 PARENT = bytes(range(1, 9))
@@ -49,7 +50,7 @@ def call_all(address: str) -> tuple[int, int]:
     began = time.time_ns()
     with grpc.insecure_channel(address) as channel:
         calls = pb_grpc.IndexerServiceStub(channel)
-        calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=1), metadata=metadata(1))
+        calls.OpenSequences(open_request(1), metadata=metadata(1))
         wait = pb.SelectBlocksRequest(layer=2, spans=spans(2), queries=tensor(2, 4, 128), wait_for_keys=True)
         selected = calls.SelectBlocks.future(wait, metadata=metadata(2), timeout=30)
         time.sleep(WAIT_SECONDS)
@@ -87,7 +88,7 @@ def check_stages(collector: Collector, span: Span, stages: Sequence[str]) -> lis
 
 def check_calls(collector: Collector, began: int, ended: int) -> None:
     """Whether the spans of what `call_all` has sampled are there."""
-    (opened,), (selected,) = collector.named("/OpenSequence"), collector.named("/SelectBlocks")
+    (opened,), (selected,) = collector.named("/OpenSequences"), collector.named("/SelectBlocks")
     (appended,), (refused,) = collector.named("/Stream/AppendKeys"), collector.named("/GetSequence")
     tokens = {"blockdex.layer": 2, "blockdex.spans": 1, "blockdex.tokens": 2}
     told: dict[str, object] = {"blockdex.phase": "sequence", "blockdex.request_id": "call-1", "rpc.grpc.status_code": 0}

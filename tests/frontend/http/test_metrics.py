@@ -24,6 +24,7 @@ from blockdex.ring.engine_reports import gone
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from support.serving import Serving
+from support.wire import close_request, open_request
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 TENANT = (("blockdex-tenant", "metrics"),)
@@ -67,7 +68,7 @@ def span(sequence: int, start: int, length: int) -> pb.Spans:
 
 
 def open_sequence(calls: pb_grpc.IndexerServiceStub, sequence: int, tokens: int) -> None:
-    calls.OpenSequence(pb.OpenSequenceRequest(sequence_id=sequence), metadata=TENANT)
+    calls.OpenSequences(open_request(sequence), metadata=TENANT)
     keys = pb.AppendKeysRequest(layer=0, spans=span(sequence, 0, tokens), keys=tensor(tokens, 128))
     calls.AppendKeys(keys, metadata=TENANT)
 
@@ -110,7 +111,7 @@ def test_requests_on_a_stream(calls: pb_grpc.IndexerServiceStub, moved: Callable
     assert moved("blockdex_requests_total", rpc="Stream/SelectBlocks", code="NOT_FOUND") == 1
     assert moved("blockdex_requests_total", rpc="Stream", code="INVALID_ARGUMENT") == 1
     assert moved("blockdex_requests_total", rpc="SelectBlocks", code="OK") == 0
-    calls.CloseSequence(pb.CloseSequenceRequest(sequence_id=10), metadata=TENANT)
+    calls.CloseSequences(close_request(10), metadata=TENANT)
 
 
 def test_tokens_pages_and_sequences(calls: pb_grpc.IndexerServiceStub, moved: Callable[..., float]) -> None:
@@ -144,7 +145,7 @@ def test_tokens_pages_and_sequences(calls: pb_grpc.IndexerServiceStub, moved: Ca
     assert moved("blockdex_pages", state="private") == 2
     assert moved("blockdex_pages", state="free") == -4
     for sequence in (20, 21):
-        calls.CloseSequence(pb.CloseSequenceRequest(sequence_id=sequence), metadata=TENANT)
+        calls.CloseSequences(close_request(sequence), metadata=TENANT)
     eventually(lambda: moved("blockdex_pages", state="free") == 0, "pages given back")
     assert moved("blockdex_sequences") == 0
 
@@ -156,7 +157,7 @@ def test_a_selection_that_waits_and_is_given_up(calls: pb_grpc.IndexerServiceStu
     waiting.cancel()
     eventually(lambda: moved("blockdex_dropped_requests_total", why="cancelled") == 1, "it is given up")
     assert moved("blockdex_waiting_requests") == 0
-    calls.CloseSequence(pb.CloseSequenceRequest(sequence_id=30), metadata=TENANT)
+    calls.CloseSequences(close_request(30), metadata=TENANT)
 
 
 def test_the_pages_add_up_to_what_get_info_says(server: Serving, calls: pb_grpc.IndexerServiceStub) -> None:
@@ -234,14 +235,14 @@ def test_metrics_of_the_process_are_there(server: Serving) -> None:
     assert {"process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"} <= names
 
 
-def test_the_totals_of_get_info_are_those_of_the_metrics(server: Serving) -> None:
+def test_the_totals_of_get_stats_are_those_of_the_metrics(server: Serving) -> None:
     with blockdex.Client(server.grpc_address, tenant="totals") as client:
         client.open_sequence(1)
         client.append_keys(0, sequences=[1], lengths=[2], keys=np.ones((2, 128), np.float32))
         client.close_sequence(1)
 
         def told() -> Samples:
-            totals = client.info().totals
+            totals = client.stats()
             assert 0 < totals.uptime_seconds < 3600
             same: Samples = {
                 ("blockdex_batch_requests_sum", ()): totals.requests,

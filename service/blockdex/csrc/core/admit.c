@@ -7,16 +7,19 @@ enum verdict { TAKEN, LATER, FOR_PYTHON };
 
 /* Where a request's own words are: another process can still change them. */
 struct parts {
-    const char *tenant, *columns, *keys, *queries;
+    const char *tenant;
+    size_t tenant_bytes;
+    const char *columns, *keys, *queries;
 };
 
 static uint64_t aligned_to_8(uint64_t bytes) { return (bytes + 7) / 8 * 8; }
 
 static bool is_of_the_kind(const struct core *core, const struct blockdex_request *request, int64_t now) {
     return request->kind == BLOCKDEX_TOKENS && request->keys_dtype == BLOCKDEX_BF16 &&
-           request->queries_dtype == BLOCKDEX_BF16 && request->order == BLOCKDEX_ASCENDING && !request->flags &&
-           (!request->epoch || request->epoch == core->epoch) && request->deadline > now &&
-           request->layer < core->layers && request->num_spans && request->num_spans <= core->max_spans &&
+           request->queries_dtype == BLOCKDEX_BF16 && request->order == BLOCKDEX_ASCENDING &&
+           !(request->flags & ~BLOCKDEX_ROLLBACK) && (!request->epoch || request->epoch == core->epoch) &&
+           request->deadline > now && request->layer < core->layers && !line_region_of(request) && request->num_spans &&
+           request->num_spans <= core->max_spans &&
            /* One that holds some of the heads shares its read with those that hold the others, in Python's batches. */
            !request->first_head && request->num_heads == core->heads;
 }
@@ -32,7 +35,10 @@ static bool find_parts(const struct line *line, const struct blockdex_request *r
     uint64_t queries = keys + blockdex_aligned(request->keys_bytes);
     if (queries + request->queries_bytes != bytes) return false;
     const char *begin = line->request_arena + offset;
-    *parts = (struct parts){begin, begin + columns, begin + keys, begin + queries};
+    if (line->tenant_bytes && request->tenant_bytes) return false;
+    parts->tenant_bytes = line->tenant_bytes ? line->tenant_bytes : request->tenant_bytes;
+    *parts = (struct parts){line->tenant_bytes ? line->tenant : begin, parts->tenant_bytes, begin + columns,
+                            begin + keys, begin + queries};
     return true;
 }
 
@@ -47,7 +53,7 @@ static uint64_t *mark_of(struct gathered *gathered, uint64_t named) {
 
 /* Whether an append needs no page: all that it writes is there, its sequence's alone, and stays in use. */
 static bool fits(const struct core *core, uint32_t layer, uint32_t column, int64_t start, int64_t length,
-                 uint64_t revision) {
+                 uint64_t revision, bool rollback) {
     const struct books *books = &core->books;
     const size_t cell = (size_t)layer * books->columns + column;
     int64_t before = ((const int64_t *)books->lengths.buf)[cell];
@@ -60,7 +66,8 @@ static bool fits(const struct core *core, uint32_t layer, uint32_t column, int64
     if (start < 0 || start > before || length < 1 || length > core->longest || start + length > end) return false;
     /* A layer that reaches fewer pages than before may have been the one that held them. */
     if (before && (start + length - 1) / size < (before - 1) / size) return false;
-    return start / size >= forked && (!revision || revision > known);
+    /* What would cut the layer without a word is refused. */
+    return start / size >= forked && (revision ? revision > known : rollback || start == before);
 }
 
 /* The column of a sequence that nothing holds up; -1 otherwise. */
@@ -79,13 +86,15 @@ static enum verdict add_rows(struct core *core, const struct blockdex_request *r
                              uint64_t revisions[CORE_RUNS], uint32_t columns[CORE_RUNS], struct gathered *to) {
     const uint32_t spans = request->num_spans;
     const volatile uint64_t *words = (const volatile uint64_t *)(const void *)parts->columns;
-    int64_t tenant = sequence_index_tenant(&core->places, parts->tenant, request->tenant_bytes);
+    int64_t tenant = sequence_index_tenant(&core->places, parts->tenant, parts->tenant_bytes);
     if (tenant < 0) return FOR_PYTHON;
     for (uint32_t row = 0; row < spans; row++) {
         uint64_t sequence_id = words[row], revision = words[3 * spans + row];
         int64_t start = (int64_t)words[spans + row], length = (int64_t)words[2 * spans + row];
         int64_t column = free_column(core, (uint32_t)tenant, sequence_id);
-        if (column < 0 || !fits(core, request->layer, (uint32_t)column, start, length, revision)) return FOR_PYTHON;
+        if (column < 0 ||
+            !fits(core, request->layer, (uint32_t)column, start, length, revision, request->flags & BLOCKDEX_ROLLBACK))
+            return FOR_PYTHON;
         uint32_t at = to->runs + row;
         to->layers[at] = (int32_t)request->layer;
         to->starts[at] = (int32_t)start;

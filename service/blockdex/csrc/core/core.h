@@ -2,7 +2,7 @@
 #ifndef BLOCKDEX_LANE_H
 #define BLOCKDEX_LANE_H
 
-#include "ring/server.h"
+#include "ring/server_type.h"
 #include "core/sequence_index.h"
 
 enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_MARKS = 1024 };

@@ -1,4 +1,5 @@
 #include "core/core.h"
+#include "cpu_relax.h"
 
 #include <stdlib.h>
 #include <time.h>
@@ -23,26 +24,24 @@ static bool anyone_has_room_again(const struct core *core) {
     return false;
 }
 
-static bool anything_to_do(struct core *core) {
-    return atomic_load_explicit(&core->noticed, memory_order_acquire) || core_anything_came(core);
-}
-
 /* Until a frontend or another thread rings, or until then. */
 static void sleep_until(struct core *core, int64_t now, int64_t until) {
     nfds_t bells = 1;
     uint64_t rung;
+    bool idle = true;
     core->bells[0] = (struct pollfd){core->nudge, POLLIN, 0};
     for (size_t number = 0; number < core->num_lines; number++) {
         struct line *line = core->lines[number];
         if (line->gone) continue;
-        line_lie_down(line);
+        idle &= line_lie_down(line);
         core->bells[bells++] = (struct pollfd){line->own_bell, POLLIN, 0};
     }
-    if (!anything_to_do(core)) {
+    if (idle && !atomic_load_explicit(&core->noticed, memory_order_acquire)) {
         int64_t milliseconds = until == INT64_MAX ? -1 : (until - now + 999999) / 1000000;
         poll(core->bells, bells, milliseconds > INT32_MAX ? INT32_MAX : (int)milliseconds);
-        for (nfds_t bell = 0; bell < bells; bell++)
-            if (core->bells[bell].revents) (void)!read(core->bells[bell].fd, &rung, sizeof rung);
+        if (core->bells[0].revents) (void)!read(core->nudge, &rung, sizeof rung);
+        for (nfds_t bell = 1; bell < bells; bell++)
+            if (core->bells[bell].revents) blockdex_silence(core->bells[bell].fd);
     }
     for (size_t number = 0; number < core->num_lines; number++)
         if (!core->lines[number]->gone) line_get_up(core->lines[number]);
@@ -78,7 +77,7 @@ static int run(struct core *core, int64_t until) {
         if (!core->in_flight && now >= core->active + core->spin)
             sleep_until(core, now, until);
         else
-            __builtin_ia32_pause();
+            cpu_relax();
     }
 }
 
@@ -135,14 +134,14 @@ static PyObject *method_touch(struct core *core, PyObject *unused) {
 }
 
 static PyObject *method_add(struct core *core, PyObject *line) {
-    if (!line_is_one(line)) return PyErr_Format(PyExc_TypeError, "core: a Line is needed, got %R", line);
+    if (!line_of(line)) return NULL;
     struct line **lines = PyMem_Realloc(core->lines, (core->num_lines + 1) * sizeof *lines);
     if (!lines) return PyErr_NoMemory();
     core->lines = lines;
     struct pollfd *bells = PyMem_Realloc(core->bells, (core->num_lines + 2) * sizeof *bells);
     if (!bells) return PyErr_NoMemory();
     core->bells = bells;
-    core->lines[core->num_lines++] = (struct line *)Py_NewRef(line);
+    core->lines[core->num_lines++] = line_of(Py_NewRef(line));
     Py_RETURN_NONE;
 }
 
@@ -153,7 +152,7 @@ static void forget_line(struct step *step, const struct line *line) {
 
 static PyObject *method_drop(struct core *core, PyObject *line) {
     for (size_t number = 0; number < core->num_lines; number++) {
-        if ((PyObject *)core->lines[number] != line) continue;
+        if (line_object(core->lines[number]) != line) continue;
         core->lines[number]->gone = true;
         for (uint32_t step = 0; step < CORE_STEPS; step++) forget_line(&core->steps[step], core->lines[number]);
         core->lines[number] = core->lines[--core->num_lines];
@@ -404,7 +403,7 @@ static void core_dealloc(struct core *core) {
         release(&core->steps[step].host);
         release(&core->steps[step].block_ids);
     }
-    for (size_t number = 0; number < core->num_lines; number++) Py_DECREF(core->lines[number]);
+    for (size_t number = 0; number < core->num_lines; number++) Py_DECREF(line_object(core->lines[number]));
     sequence_index_free(&core->places);
     Py_XDECREF(core->run_step);
     PyMem_Free(core->lines);

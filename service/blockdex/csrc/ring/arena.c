@@ -1,5 +1,6 @@
 #include "ring/arena.h"
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,6 +30,7 @@ bool arena_take(struct arena *arena, uint64_t bytes, struct extent *taken) {
     for (size_t at = 0; at < arena->num_holes; at++) {
         struct extent *hole = &arena->holes[at];
         if (hole->bytes < wanted) continue;
+        assert(hole->offset % 64 == 0);
         *taken = (struct extent){hole->offset, wanted};
         hole->offset += wanted;
         hole->bytes -= wanted;
@@ -53,6 +55,8 @@ static size_t hole_behind(const struct arena *arena, uint64_t offset) {
 
 void arena_give_back(struct arena *arena, struct extent taken) {
     size_t at = hole_behind(arena, taken.offset);
+    assert(at == arena->num_holes || taken.offset + taken.bytes <= arena->holes[at].offset);
+    assert(!at || arena->holes[at - 1].offset + arena->holes[at - 1].bytes <= taken.offset);
     if (at < arena->num_holes && taken.offset + taken.bytes == arena->holes[at].offset) {
         taken.bytes += arena->holes[at].bytes;
         remove_hole(arena, at);

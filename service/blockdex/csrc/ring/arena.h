@@ -1,4 +1,4 @@
-/* StepBuffer for what requests carry: extents that are given back in any order, since some requests wait and others do not. */
+/* Room for what requests carry: extents that are given back in any order, since some requests wait and others do not. */
 #ifndef BLOCKDEX_ARENA_H
 #define BLOCKDEX_ARENA_H
 

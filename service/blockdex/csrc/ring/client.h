@@ -13,7 +13,7 @@
 #include "wire/request_codec.h"
 #include "wire/messages.h"
 
-enum { SLOT_BYTES = 128 };
+enum { SLOT_BYTES = BLOCKDEX_SLOT_BYTES };
 
 /* RPCs by number: the kinds of token requests, and the same over a stream. */
 enum { STREAMED = NUM_KINDS, NUM_RPCS = 2 * NUM_KINDS };
@@ -52,9 +52,7 @@ static inline uint64_t link_filled(const struct link *self) {
 
 /* Says that this side sleeps, and looks once more: whether there are no answers. */
 static inline bool link_lie_down(struct link *self) {
-    atomic_store_explicit(&self->header->client_sleeps, 1, memory_order_relaxed);
-    atomic_thread_fence(memory_order_seq_cst);
-    return !link_filled(self);
+    return blockdex_may_sleep(&self->header->client_sleeps, &self->header->answers_written, self->read);
 }
 
 /* Methods of requests. */

@@ -81,8 +81,7 @@ static bool take_all(struct link *self, PyObject *list) {
         return false;
     }
     while (count && take_one(self, list, at)) count--;
-    atomic_store_explicit(&self->header->answers_read, self->read, memory_order_release);
-    blockdex_ring_bell(&self->header->engine_waits_for_room, self->engine_bell);
+    blockdex_show(&self->header->answers_read, self->read, &self->header->engine_waits_for_room, self->engine_bell);
     if (!count) return true;
     /* What went wrong behind others goes wrong again when the next are taken; these are not lost. */
     if (PyList_Size(list)) PyErr_Clear();

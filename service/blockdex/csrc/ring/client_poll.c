@@ -1,6 +1,8 @@
 /* How a link waits: it looks for answers before it sleeps. */
 #include "ring/client.h"
 
+#include "cpu_relax.h"
+
 #include <sched.h>
 #include <sys/epoll.h>
 
@@ -15,7 +17,7 @@ static bool look(const struct link *self, int epoll) {
     struct epoll_event event;
     for (int look = 0; look < LOOKS_BETWEEN; look++) {
         if (link_filled(self)) return true;
-        __builtin_ia32_pause();
+        cpu_relax();
     }
     return epoll_wait(epoll, &event, 1, 0) != 0;
 }

@@ -12,8 +12,7 @@ static struct blockdex_request *free_slot(const struct link *self) {
 
 static void publish(struct link *self) {
     self->active = link_now();
-    atomic_store_explicit(&self->header->requests_written, self->written, memory_order_release);
-    blockdex_ring_bell(&self->header->engine_sleeps, self->engine_bell);
+    blockdex_show(&self->header->requests_written, self->written, &self->header->engine_sleeps, self->engine_bell);
 }
 
 /* Metadata carries nothing but printable ASCII. */

@@ -1,11 +1,13 @@
 #include "ring/inflight.h"
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
 static const uint32_t NONE = UINT32_MAX;
 
 bool flights_open(struct flights *flights, uint32_t capacity) {
+    assert(capacity && !(capacity & (capacity - 1)));
     *flights = (struct flights){.capacity = capacity};
     flights->all = calloc(capacity, sizeof *flights->all);
     flights->buckets = malloc(capacity * sizeof *flights->buckets);
@@ -38,7 +40,9 @@ static uint32_t index_of(const struct flights *flights, const struct flight *fli
 
 struct flight *flights_begin(struct flights *flights, void *owner, uint64_t number, uint8_t rpc) {
     uint32_t at = flights->free;
+    assert(at < flights->capacity && owner);
     struct flight *flight = &flights->all[at];
+    assert(!flight->ticket && !flight->owner);
     flights->free = flight->next;
     flights->waiting++;
     *flight = (struct flight){.ticket = ++flights->serial * flights->capacity + at, .owner = owner, .number = number};
@@ -70,7 +74,10 @@ void *flights_disown(struct flights *flights, struct flight *flight) {
     if (!owner) return NULL;
     if (flight->rpc != LONG_WAY) {
         uint32_t *link = bucket_of(flights, owner, flight->number);
-        while (*link != index_of(flights, flight)) link = &flights->all[*link].next;
+        while (*link != index_of(flights, flight)) {
+            assert(*link != NONE);
+            link = &flights->all[*link].next;
+        }
         *link = flight->next;
         flights->on_short_way--;
     }
@@ -80,6 +87,7 @@ void *flights_disown(struct flights *flights, struct flight *flight) {
 }
 
 void flights_end(struct flights *flights, struct flight *flight) {
+    assert(flight->ticket && !flight->owner);
     flight->ticket = 0;
     flight->next = flights->free;
     flights->free = index_of(flights, flight);

@@ -29,7 +29,7 @@ struct flights {
     uint64_t serial;
 };
 
-/* StepBuffer for so many, a power of two; false without memory. */
+/* Room for so many, a power of two; false without memory. */
 bool flights_open(struct flights *flights, uint32_t capacity);
 void flights_close(struct flights *flights);
 

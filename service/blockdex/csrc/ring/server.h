@@ -1,12 +1,8 @@
-/* One link, as the engine's thread sees it: requests come off it, answers go onto it. */
+/* One link, as the engine's thread sees it: requests come off it, answers go onto it. Nothing here knows Python. */
 #ifndef BLOCKDEX_LINE_H
 #define BLOCKDEX_LINE_H
 
-#include "native.h"
-
 #include "blockdex_ring.h"
-
-#include <stdbool.h>
 
 /* An answer for which there was no room. */
 struct unwritten {
@@ -15,15 +11,21 @@ struct unwritten {
     char payload[];
 };
 
+/* Where the parts of a segment lie, in bytes from its beginning, and how large they are. */
+struct segment_layout {
+    uint64_t requests_at, answers_at, request_arena_at, answer_arena_at;
+    uint64_t request_slots, answer_slots, request_arena_bytes, answer_arena_bytes;
+};
+
 struct line {
-    PyObject_HEAD
-    Py_buffer memory;
     struct blockdex_header *header;
     char *requests, *answers, *request_arena, *answer_arena;
     uint64_t request_slots, answer_slots, request_arena_bytes, answer_arena_bytes;
     uint64_t read, written, tape_end;
     struct unwritten *first_unwritten, **last_unwritten;
     int bell, own_bell;
+    uint16_t tenant_bytes; /* 0: every request names its own */
+    char tenant[BLOCKDEX_MAX_TENANT_BYTES];
     bool gone;    /* nobody is there to be answered */
     bool waits;   /* the oldest request is one for Python */
     bool changed; /* answers were written and not yet shown */
@@ -37,12 +39,12 @@ struct place {
     uint64_t offset, end;
 };
 
-extern PyType_Spec blockdex_line_spec;
+/* A link in memory of so many bytes; `bell` is sent to, `own_bell` received from. False: the parts are not inside it. */
+bool line_open(struct line *line, void *memory, uint64_t bytes, const struct segment_layout *layout, int bell,
+               int own_bell);
+void line_close(struct line *line);
 
-/* Whether an object is a line. */
-bool line_is_one(PyObject *object);
-
-/* Requests that are there, as far as that can be; -1 where the frontend says what cannot be. */
+/* Requests that are there, as far as that can be; -1 where the client says what cannot be. */
 int64_t line_filled(const struct line *line);
 
 /* Bytes of an answer that there is room for at some time. */
@@ -52,11 +54,22 @@ uint64_t line_longest(const struct line *line);
 const struct blockdex_request *line_head(const struct line *line);
 void line_release(struct line *line);
 
+/* The region that one of a request's sources names; 0: all is in the arena, as it has to be while links share none. */
+static inline uint32_t line_region_of(const struct blockdex_request *request) {
+    return request->keys_region | request->queries_region | request->block_ids_region | request->scores_region;
+}
+
+/* The next free slot, and room for what the answer carries; false while there is none of either. */
+bool line_claim(struct line *line, uint64_t bytes, struct place *place);
+
 /* Answers, as soon as there is room: numbers, but for the place of what they carry. False: no memory is left. */
 bool line_answer(struct line *line, struct blockdex_answer numbers, const void *payload, uint64_t bytes);
 
-/* Writes answers that there was no room for; shows the frontend what was written, and wakes it. */
+/* Writes answers that there was no room for; shows the client what was written, and wakes it. */
 void line_publish(struct line *line);
+
+/* Has the engine woken when there is room again; who has said so tries once more. */
+void line_wait_for_room(struct line *line);
 
 /* Whether it gets answers: who does not read them gets no more, and so is asked nothing until there is room. */
 bool line_is_heard(const struct line *line);
@@ -64,11 +77,13 @@ bool line_is_heard(const struct line *line);
 /* Whether the oldest request is one for Python to take now. */
 bool line_is_for_python(const struct line *line);
 
-/* Whether the frontend says that Python may try again to write its answers. */
+/* Whether the client says that Python may try again to write its answers. */
 bool line_has_room_again(const struct line *line);
 
-/* Says that the engine sleeps from now on, or is awake; who lies down looks once more before it sleeps. */
-void line_lie_down(struct line *line);
+/* Says that the engine sleeps from now on, and looks once more: whether nothing has come that it would look at. */
+bool line_lie_down(struct line *line);
+
+/* Says that the engine is awake. */
 void line_get_up(struct line *line);
 
 #endif

@@ -2,6 +2,9 @@
 
 #include "wire/protobuf.h"
 
+/* Of a StreamRequest: its last field that is a request. */
+enum { LAST_REQUEST = 11 };
+
 /* The last one wins. */
 static bool read_number(const struct field *field, uint64_t largest, uint32_t *number) {
     *number = (uint32_t)field->value;
@@ -56,7 +59,6 @@ static bool read_spans(struct wire_request *request, const struct field *message
     return true;
 }
 
-/* One that names a region has no data, and is not taken. */
 static bool read_tensor(struct wire_tensor *tensor, const struct field *message) {
     struct cursor cursor = message->inside;
     struct field field = {0};
@@ -69,7 +71,6 @@ static bool read_tensor(struct wire_tensor *tensor, const struct field *message)
             tensor->data = field.inside.at;
             tensor->bytes = (uint64_t)(field.inside.end - field.inside.at);
         }
-        if (field.number == 3) return false;
     }
     return tensor->data != NULL;
 }
@@ -85,30 +86,60 @@ static bool read_features(struct field *field) {
     return true;
 }
 
-enum role { UNKNOWN, LAYER, SPANS, KEYS, QUERIES, FIRST_HEAD, NUM_HEADS, ORDER, SCORES, WAIT, EPOCH, FEATURES };
-enum { LAST_FIELD = 10 };
+static bool read_header(struct wire_request *request, const struct field *message) {
+    struct cursor cursor = message->inside;
+    struct field field = {0};
+    if (message->type != BYTES || request->has_header) return false;
+    request->has_header = true;
+    while (cursor.at < cursor.end) {
+        if (!read_field(&cursor, &field)) return false;
+        switch (field.number) {
+            case 1:
+                if (field.type != FIXED64) return false;
+                request->epoch = field.value;
+                break;
+            case 2:
+                if (!read_features(&field)) return false;
+                break;
+            case 3: return false; /* a model by name */
+            case 4:
+                if (field.type != FIXED64) return false;
+                break;
+            default: break;
+        }
+    }
+    return true;
+}
 
-/* What the fields of each kind are, by their numbers. */
-static const uint8_t ROLES[NUM_KINDS][LAST_FIELD + 1] = {
-    [APPEND_KEYS] = {UNKNOWN, LAYER, SPANS, KEYS, EPOCH, FEATURES},
-    [SELECT_BLOCKS] = {UNKNOWN, LAYER, SPANS, QUERIES, FIRST_HEAD, NUM_HEADS, ORDER, SCORES, WAIT, EPOCH, FEATURES},
-    [APPEND_AND_SELECT] = {UNKNOWN, LAYER, SPANS, KEYS, QUERIES, FIRST_HEAD, NUM_HEADS, ORDER, SCORES, EPOCH, FEATURES},
+/* The fields of the requests on tokens, by their numbers, which all three share. */
+enum { HEADER = 1, LAYER, SPANS, KEYS, QUERIES, FIRST_HEAD, NUM_HEADS, ORDER, SCORES, WAIT, ROLLBACK };
+
+enum {
+    APPENDING = 1 << KEYS | 1 << ROLLBACK,
+    SELECTING = 1 << QUERIES | 1 << FIRST_HEAD | 1 << NUM_HEADS | 1 << ORDER | 1 << SCORES,
 };
 
-static bool read_role(struct wire_request *request, enum role role, struct field *field) {
-    switch (role) {
+/* Which of them a kind has besides the first three. */
+static const uint32_t FIELDS[NUM_KINDS] = {
+    [APPEND_KEYS] = APPENDING, [SELECT_BLOCKS] = SELECTING | 1 << WAIT, [APPEND_AND_SELECT] = APPENDING | SELECTING};
+
+static bool read_part(struct wire_request *request, struct field *field) {
+    switch (field->number) {
+        case HEADER: return read_header(request, field);
         case LAYER: return read_number(field, UINT32_MAX, &request->layer);
         case SPANS: return read_spans(request, field);
+        default: break;
+    }
+    if (field->number > ROLLBACK || !(FIELDS[request->kind] >> field->number & 1)) return true;
+    switch (field->number) {
         case KEYS: return read_tensor(&request->keys, field);
         case QUERIES: return read_tensor(&request->queries, field);
         case FIRST_HEAD: return read_number(field, UINT32_MAX, &request->first_head);
         case NUM_HEADS: return read_number(field, UINT32_MAX, &request->num_heads);
         case ORDER: return read_number(field, UINT32_MAX, &request->order);
-        case SCORES: return read_number(field, 1, &request->return_scores);
+        case SCORES: return read_number(field, RAW_SCORES, &request->scores);
         case WAIT: return read_number(field, 1, &request->wait_for_keys);
-        case EPOCH: request->epoch = field->value; return field->type == FIXED64;
-        case FEATURES: return read_features(field);
-        default: return true;
+        default: return read_number(field, 1, &request->rollback);
     }
 }
 
@@ -116,8 +147,7 @@ static bool read_request(struct wire_request *request, struct cursor cursor) {
     struct field field = {0};
     while (cursor.at < cursor.end) {
         if (!read_field(&cursor, &field)) return false;
-        uint8_t role = field.number <= LAST_FIELD ? ROLES[request->kind][field.number] : UNKNOWN;
-        if (!read_role(request, role, &field)) return false;
+        if (!read_part(request, &field)) return false;
     }
     return true;
 }
@@ -145,8 +175,10 @@ bool wire_read_streamed(struct wire_request *request, const uint8_t *bytes, size
                 if (field.type != BYTES || body.number) return false;
                 body = field;
                 break;
-            case 6: return false; /* a cancellation */
-            default: break;
+            default:
+                /* Any other request, which is protobuf's. */
+                if (field.number > 5 && field.number <= LAST_REQUEST) return false;
+                break;
         }
     }
     if (!body.number) return false;
@@ -184,124 +216,9 @@ uint64_t wire_size(const struct wire_response *response) {
 void wire_write(const struct wire_response *response, uint8_t *to) {
     if (response->streamed) {
         to = write_fixed64(to, 1, response->number);
-        to = write_varint(write_tag(to, 2 + response->kind, BYTES), inside_size(response));
+        to = write_varint(write_tag(to, 3 + response->kind, BYTES), inside_size(response));
     }
-    to = write_tensor(to, 1, &response->block_ids);
-    to = write_tensor(to, 2, &response->scores);
-    write_fixed64(to, response->kind == APPEND_KEYS ? 1 : 3, response->epoch);
-}
-
-static uint64_t varints_inside(const struct wire_spans *spans, unsigned column) {
-    uint64_t bytes = 0;
-    for (uint32_t at = 0; at < spans->counts[column]; at++) bytes += varint_size(spans->columns[column][at]);
-    return bytes;
-}
-
-static uint64_t fixed64s_inside(const struct wire_spans *spans, unsigned column) {
-    return spans->counts[column] * sizeof(uint64_t);
-}
-
-/* Of bytes with their tag and length; those of none are left out. */
-static uint64_t packed_size(uint64_t inside) { return inside ? 1 + varint_size(inside) + inside : 0; }
-
-static uint64_t spans_inside(const struct wire_spans *spans) {
-    return packed_size(fixed64s_inside(spans, SEQUENCE_IDS)) + packed_size(varints_inside(spans, STARTS)) +
-           packed_size(varints_inside(spans, LENGTHS)) + packed_size(fixed64s_inside(spans, REVISIONS));
-}
-
-static uint8_t *write_varints(uint8_t *to, unsigned number, const struct wire_spans *spans, unsigned column) {
-    if (!spans->counts[column]) return to;
-    to = write_varint(write_tag(to, number, BYTES), varints_inside(spans, column));
-    for (uint32_t at = 0; at < spans->counts[column]; at++) to = write_varint(to, spans->columns[column][at]);
-    return to;
-}
-
-static uint8_t *write_fixed64s(uint8_t *to, unsigned number, const struct wire_spans *spans, unsigned column) {
-    uint64_t bytes = fixed64s_inside(spans, column);
-    if (!bytes) return to;
-    to = write_varint(write_tag(to, number, BYTES), bytes);
-    memcpy(to, spans->columns[column], bytes);
-    return to + bytes;
-}
-
-static uint8_t *write_spans(uint8_t *to, unsigned number, const struct wire_spans *spans) {
-    to = write_varint(write_tag(to, number, BYTES), spans_inside(spans));
-    to = write_fixed64s(to, 1, spans, SEQUENCE_IDS);
-    to = write_varints(to, 2, spans, STARTS);
-    to = write_varints(to, 3, spans, LENGTHS);
-    return write_fixed64s(to, 4, spans, REVISIONS);
-}
-
-static uint64_t role_size(const struct wire_request *request, enum role role) {
-    switch (role) {
-        case LAYER: return number_size(request->layer);
-        case SPANS: return packed_size(spans_inside(request->spans));
-        case KEYS: return tensor_size(&request->keys);
-        case QUERIES: return tensor_size(&request->queries);
-        case FIRST_HEAD: return number_size(request->first_head);
-        case NUM_HEADS: return number_size(request->num_heads);
-        case ORDER: return number_size(request->order);
-        case SCORES: return number_size(request->return_scores);
-        case WAIT: return number_size(request->wait_for_keys);
-        case EPOCH: return fixed64_size(request->epoch);
-        case FEATURES: return packed_size(request->num_features);
-        default: return 0;
-    }
-}
-
-static uint8_t *write_role(uint8_t *to, unsigned number, const struct wire_request *request, enum role role) {
-    switch (role) {
-        case LAYER: return write_number(to, number, request->layer);
-        case SPANS: return write_spans(to, number, request->spans);
-        case KEYS: return write_tensor(to, number, &request->keys);
-        case QUERIES: return write_tensor(to, number, &request->queries);
-        case FIRST_HEAD: return write_number(to, number, request->first_head);
-        case NUM_HEADS: return write_number(to, number, request->num_heads);
-        case ORDER: return write_number(to, number, request->order);
-        case SCORES: return write_number(to, number, request->return_scores);
-        case WAIT: return write_number(to, number, request->wait_for_keys);
-        case EPOCH: return write_fixed64(to, number, request->epoch);
-        case FEATURES:
-            if (!request->num_features) return to;
-            to = write_varint(write_tag(to, number, BYTES), request->num_features);
-            memcpy(to, request->features, request->num_features);
-            return to + request->num_features;
-        default: return to;
-    }
-}
-
-uint64_t wire_request_size(const struct wire_request *request) {
-    uint64_t size = 0;
-    for (unsigned number = 1; number <= LAST_FIELD; number++) size += role_size(request, ROLES[request->kind][number]);
-    return size;
-}
-
-void wire_write_request(const struct wire_request *request, uint8_t *to) {
-    for (unsigned number = 1; number <= LAST_FIELD; number++)
-        to = write_role(to, number, request, ROLES[request->kind][number]);
-}
-
-bool wire_read_response(struct wire_response *response, const uint8_t *bytes, size_t size) {
-    struct cursor cursor = {bytes, bytes + size};
-    struct field field = {0};
-    while (cursor.at < cursor.end) {
-        if (!read_field(&cursor, &field)) return false;
-        if (field.number == 1 && !read_tensor(&response->block_ids, &field)) return false;
-        if (field.number == 2 && !read_tensor(&response->scores, &field)) return false;
-    }
-    return true;
-}
-
-bool wire_find_response(uint32_t kind, const uint8_t *bytes, size_t size, const uint8_t **body, size_t *body_size) {
-    struct cursor cursor = {bytes, bytes + size};
-    struct field field = {0};
-    *body = NULL;
-    while (cursor.at < cursor.end) {
-        if (!read_field(&cursor, &field)) return false;
-        if (field.number == 1 && field.type == FIXED64) continue;
-        if (field.number != 2 + kind || field.type != BYTES || *body) return false;
-        *body = field.inside.at;
-        *body_size = (size_t)(field.inside.end - field.inside.at);
-    }
-    return *body != NULL;
+    to = write_fixed64(to, 1, response->epoch);
+    to = write_tensor(to, 2, &response->block_ids);
+    write_tensor(to, 3, &response->scores);
 }

@@ -28,27 +28,24 @@ struct wire_spans {
     uint32_t most;
 };
 
-/* What a request may require, as `Feature` numbers it. */
-enum { HEAD_RANGES = 1, REVISION_CHECKS, WAITING_FOR_KEYS, SCORES_AND_ORDER, LAST_FEATURE = SCORES_AND_ORDER };
+/* The last of the features that a request may require, as `Feature` numbers them from 1 on. */
+enum { LAST_FEATURE = 5 };
+
+/* As `ScoreFormat` numbers them. */
+enum { NO_SCORES, SCALED_SCORES, RAW_SCORES };
 
 struct wire_request {
     struct wire_spans *spans;
     struct wire_tensor keys, queries;
     uint64_t number, epoch;
-    uint32_t kind, timeout_ms, layer, first_head, num_heads, order, return_scores, wait_for_keys;
-    bool has_spans;
-    /* Written, and not read: those that are known say nothing more. */
-    uint8_t features[LAST_FEATURE], num_features;
+    uint32_t kind, timeout_ms, layer, first_head, num_heads, order, scores, wait_for_keys, rollback;
+    bool has_header, has_spans;
 };
 
 /* Reads one request of a kind, or one of a stream, which names its kind; `spans` has been set, the rest is zero. False
  * where it is to be left to protobuf. */
 bool wire_read(struct wire_request *request, const uint8_t *bytes, size_t size);
 bool wire_read_streamed(struct wire_request *request, const uint8_t *bytes, size_t size);
-
-/* Bytes that `wire_write_request` writes: the same as protobuf would, features in their order. */
-uint64_t wire_request_size(const struct wire_request *request);
-void wire_write_request(const struct wire_request *request, uint8_t *to);
 
 /* An answer to such a request; a tensor without data is left out. */
 struct wire_response {
@@ -61,11 +58,5 @@ struct wire_response {
 /* Bytes that `wire_write` writes. */
 uint64_t wire_size(const struct wire_response *response);
 void wire_write(const struct wire_response *response, uint8_t *to);
-
-/* Finds the tensors of an answer, which starts as zero. False where it is to be left to protobuf. */
-bool wire_read_response(struct wire_response *response, const uint8_t *bytes, size_t size);
-
-/* Finds the answer to a request of a kind in what a stream says. False where it is none or is to be left to protobuf. */
-bool wire_find_response(uint32_t kind, const uint8_t *bytes, size_t size, const uint8_t **body, size_t *body_size);
 
 #endif

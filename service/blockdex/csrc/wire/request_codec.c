@@ -106,8 +106,10 @@ void tokens_describe(const struct wire_request *request, size_t tenant_bytes, st
         .keys_dtype = (uint8_t)request->keys.dtype,
         .queries_dtype = (uint8_t)request->queries.dtype,
         .order = (uint8_t)request->order,
-        .flags = (uint8_t)((request->return_scores ? BLOCKDEX_RETURN_SCORES : 0) |
-                           (request->wait_for_keys ? BLOCKDEX_WAIT_FOR_KEYS : 0)),
+        .flags = (uint8_t)((request->scores ? BLOCKDEX_RETURN_SCORES : 0) |
+                           (request->scores == RAW_SCORES ? BLOCKDEX_RAW_SCORES : 0) |
+                           (request->wait_for_keys ? BLOCKDEX_WAIT_FOR_KEYS : 0) |
+                           (request->rollback ? BLOCKDEX_ROLLBACK : 0)),
         .tenant_bytes = (uint16_t)tenant_bytes,
         .epoch = request->epoch,
         .layer = request->layer,

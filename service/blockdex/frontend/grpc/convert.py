@@ -8,17 +8,17 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from blockdex.contract import limits as checks
-from blockdex.contract.errors import InvalidArgumentError, Reason, UnimplementedError
+from blockdex.contract.errors import InvalidArgumentError, NotFoundError, Reason, UnimplementedError
 from blockdex.contract.messages import (
     Answer,
-    CloseSequence,
+    CloseSequences,
     FloatDtype,
     ForkSequence,
     GetSequence,
     Info,
     Keys,
     Limits,
-    OpenSequence,
+    OpenSequences,
     Order,
     Queries,
     Request,
@@ -50,23 +50,33 @@ FEATURES = (
     pb.FEATURE_REVISIONS,
     pb.FEATURE_WAIT_FOR_KEYS,
     pb.FEATURE_SCORES,
+    pb.FEATURE_ROLLBACK,
 )
+"""What a request may require."""
+
+_PHASES: dict[str, pb.Phase] = {
+    "append": pb.PHASE_APPEND,
+    "decode": pb.PHASE_DECODE,
+    "prefill": pb.PHASE_PREFILL,
+    "sequence": pb.PHASE_SEQUENCE,
+}
+_SCORE_FORMATS = (pb.SCORE_FORMAT_UNSPECIFIED, pb.SCORE_FORMAT_SCALED, pb.SCORE_FORMAT_RAW)
 
 SequenceWireRequest = (
-    pb.OpenSequenceRequest
+    pb.OpenSequencesRequest
     | pb.GetSequenceRequest
     | pb.ForkSequenceRequest
     | pb.TruncateSequenceRequest
-    | pb.CloseSequenceRequest
+    | pb.CloseSequencesRequest
 )
 TokenWireRequest = pb.AppendKeysRequest | pb.SelectBlocksRequest | pb.AppendAndSelectRequest
 WireRequest = SequenceWireRequest | TokenWireRequest
 SequenceWireResponse = (
-    pb.OpenSequenceResponse
+    pb.OpenSequencesResponse
     | pb.GetSequenceResponse
     | pb.ForkSequenceResponse
     | pb.TruncateSequenceResponse
-    | pb.CloseSequenceResponse
+    | pb.CloseSequencesResponse
 )
 TokenWireResponse = pb.AppendKeysResponse | pb.SelectBlocksResponse | pb.AppendAndSelectResponse
 
@@ -90,20 +100,24 @@ def message_of(spec: IndexSpec, limits: Limits, tenant: str, request: WireReques
     Raises:
         BlockdexError: a field is out of bounds, whatever the cache holds.
     """
-    _check_features(request.required_features)
+    check_header(request.header)
+    epoch = request.header.epoch
     match request:
-        case pb.OpenSequenceRequest():
-            return OpenSequence(tenant, request.epoch, request.sequence_id, request.lease_seconds)
+        case pb.OpenSequencesRequest(sequences=sequences):
+            ids = tuple(sequence.sequence_id for sequence in sequences)
+            checks.check_sequences(limits.max_spans, ids)
+            return OpenSequences(tenant, epoch, ids, tuple(sequence.lease_seconds for sequence in sequences))
         case pb.GetSequenceRequest():
-            return GetSequence(tenant, request.epoch, request.sequence_id)
+            return GetSequence(tenant, epoch, request.sequence_id)
         case pb.ForkSequenceRequest():
             checks.check_length(spec, request.parent_id, request.length)
-            return ForkSequence(tenant, request.epoch, request.parent_id, request.child_id, request.length)
+            return ForkSequence(tenant, epoch, request.parent_id, request.child_id, request.length)
         case pb.TruncateSequenceRequest():
             checks.check_length(spec, request.sequence_id, request.length)
-            return TruncateSequence(tenant, request.epoch, request.sequence_id, request.length)
-        case pb.CloseSequenceRequest():
-            return CloseSequence(tenant, request.epoch, request.sequence_id)
+            return TruncateSequence(tenant, epoch, request.sequence_id, request.length)
+        case pb.CloseSequencesRequest():
+            checks.check_sequences(limits.max_spans, request.sequence_ids)
+            return CloseSequences(tenant, epoch, tuple(request.sequence_ids))
         case _:
             return _token_request(spec, limits, tenant, request)
 
@@ -114,8 +128,8 @@ def response_of(request: WireRequest, answer: Answer) -> SequenceWireResponse | 
         return _token_response(request, answer)
     lengths, revisions, epoch = answer.lengths, answer.revisions, answer.epoch
     match request:
-        case pb.OpenSequenceRequest():
-            return pb.OpenSequenceResponse(epoch=epoch)
+        case pb.OpenSequencesRequest():
+            return pb.OpenSequencesResponse(epoch=epoch)
         case pb.GetSequenceRequest():
             return pb.GetSequenceResponse(lengths=lengths, revisions=revisions, epoch=epoch)
         case pb.ForkSequenceRequest():
@@ -123,17 +137,32 @@ def response_of(request: WireRequest, answer: Answer) -> SequenceWireResponse | 
         case pb.TruncateSequenceRequest():
             return pb.TruncateSequenceResponse(lengths=lengths, epoch=epoch)
         case _:
-            return pb.CloseSequenceResponse(epoch=epoch)
+            return pb.CloseSequencesResponse(epoch=epoch)
 
 
-def _check_features(required: Iterable[int]) -> None:
-    """Refuses a request that insists on a feature this server does not know."""
-    for feature in required:
+def check_header(header: pb.RequestHeader) -> None:
+    """Refuses a request that insists on a feature this server does not have, or on a model.
+
+    Raises:
+        UnimplementedError: UNKNOWN_FEATURE.
+        NotFoundError: UNKNOWN_MODEL.
+    """
+    for feature in header.required_features:
         if feature not in FEATURES:
-            known = ", ".join(map(str, FEATURES))
-            raise UnimplementedError(
-                f"required_features: {feature} is unknown, known are {known}", Reason.UNKNOWN_FEATURE
-            )
+            known = ", ".join(map(_feature_name, FEATURES))
+            words = f"required_features: {_feature_name(feature)} is not offered, this server has {known}"
+            raise UnimplementedError(words, Reason.UNKNOWN_FEATURE, feature=feature)
+    if header.model:
+        words = f"model: must be empty, for the only one that is served, got {header.model!r}"
+        raise NotFoundError(words, Reason.UNKNOWN_MODEL)
+
+
+def _feature_name(feature: int) -> str:
+    return (
+        pb.Feature.Name(pb.Feature.ValueType(feature)).removeprefix("FEATURE_")
+        if feature in pb.Feature.values()
+        else str(feature)
+    )
 
 
 def _token_request(spec: IndexSpec, limits: Limits, tenant: str, message: TokenWireRequest) -> TokenRequest:
@@ -145,14 +174,14 @@ def _token_request(spec: IndexSpec, limits: Limits, tenant: str, message: TokenW
     keys = queries = None
     num_bytes = 0
     if not isinstance(message, pb.SelectBlocksRequest):
-        keys = Keys(_tensor("keys", message.keys))
+        keys = Keys(_tensor("keys", message.keys), message.rollback)
         num_bytes += len(keys.tensor.data)
     if not isinstance(message, pb.AppendKeysRequest):
         queries = _queries(spec, message)
         num_bytes += len(queries.tensor.data)
     checks.check_message_bytes(num_bytes, limits.max_message_bytes)
     _check_shapes(spec, spans, keys, queries)
-    return TokenRequest(tenant, message.epoch, message.layer, spans, keys, queries)
+    return TokenRequest(tenant, message.header.epoch, message.layer, spans, keys, queries)
 
 
 def _queries(spec: IndexSpec, message: pb.SelectBlocksRequest | pb.AppendAndSelectRequest) -> Queries:
@@ -162,13 +191,19 @@ def _queries(spec: IndexSpec, message: pb.SelectBlocksRequest | pb.AppendAndSele
         raise InvalidArgumentError(
             f"order must be one of {', '.join(map(str, _ORDERS))}, got {message.order}", Reason.INVALID_ORDER
         )
+    if message.return_scores not in _SCORE_FORMATS:
+        known = ", ".join(map(str, _SCORE_FORMATS))
+        raise InvalidArgumentError(
+            f"return_scores must be one of {known}, got {message.return_scores}", Reason.INVALID_SCORES
+        )
     return Queries(
         tensor=_tensor("queries", message.queries),
         first_head=message.first_head,
         num_heads=num_heads,
         order=order,
-        return_scores=message.return_scores,
+        return_scores=message.return_scores != pb.SCORE_FORMAT_UNSPECIFIED,
         wait_for_keys=isinstance(message, pb.SelectBlocksRequest) and message.wait_for_keys,
+        raw_scores=message.return_scores == pb.SCORE_FORMAT_RAW,
     )
 
 
@@ -184,11 +219,6 @@ def _check_shapes(spec: IndexSpec, spans: Spans, keys: Keys | None, queries: Que
 
 
 def _tensor(name: str, message: pb.Tensor) -> TensorData:
-    source = message.WhichOneof("source")
-    if source == "region":
-        raise UnimplementedError(
-            f"{name}: shared-memory regions are not offered by this transport", Reason.REGION_UNSUPPORTED
-        )
     dtype = FLOAT_DTYPES.get(message.dtype)
     if dtype is None:
         known = ", ".join(map(str, FLOAT_DTYPES))
@@ -224,7 +254,7 @@ def info_response(info: Info, version: str, transports: Iterable[str]) -> pb.Get
             topk=spec.topk,
             init_blocks=spec.init_blocks,
             local_blocks=spec.local_blocks,
-            score=spec.score,
+            scoring=pb.SCORING_BLOCK_MAX,
             scale=spec.score_scale,
             key_dtype=pb.DTYPE_BF16 if spec.key_dtype == "bf16" else pb.DTYPE_FP8_E4M3,
             max_sequence_tokens=spec.max_sequence_tokens,
@@ -247,32 +277,35 @@ def info_response(info: Info, version: str, transports: Iterable[str]) -> pb.Get
         ),
         epoch=info.epoch,
         device=info.device,
+        device_name=info.device_name,
         kernels=[
-            pb.KernelChoice(phase=phase, kernel=kernel, reason=reason)
+            pb.KernelChoice(phase=_PHASES[phase], kernel=kernel, reason=reason)
             for phase, (kernel, reason) in info.kernels.items()
         ],
         version=version,
         features=FEATURES,
         transports=transports,
-        totals=_totals(info.totals),
     )
 
 
-def _totals(totals: Totals) -> pb.Totals:
-    return pb.Totals(
+def stats_response(epoch: int, totals: Totals) -> pb.GetStatsResponse:
+    """What `GetStats` answers."""
+    return pb.GetStatsResponse(
+        epoch=epoch,
         requests=totals.requests,
         batches=totals.batches,
         phases=[
-            pb.PhaseTotals(
-                phase=phase,
+            pb.PhaseStats(
+                phase=_PHASES[phase],
                 requests=came_to.requests,
                 tokens=came_to.tokens,
                 device_seconds=came_to.device_seconds,
-                stage_seconds=came_to.stage_seconds,
+                stage_seconds=pb.StageSeconds(**came_to.stage_seconds),
             )
             for phase, came_to in totals.phases.items()
         ],
-        dropped=totals.dropped,
+        dropped_cancelled=totals.dropped["cancelled"],
+        dropped_deadline=totals.dropped["deadline"],
         busy_seconds=totals.busy_seconds,
         device_busy_seconds=totals.device_busy_seconds,
         uptime_seconds=totals.uptime_seconds,

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from blockdex.frontend.grpc.call_context import Observe, RequestLog
 from blockdex.frontend.grpc.service import SERVICE, IndexerService
 from blockdex.ring.channel import Channel
+from blockdex.v1 import indexer_pb2 as pb
 
 if TYPE_CHECKING:
     from blockdex.frontend.grpc.tracing import Tracing
@@ -58,7 +59,8 @@ class RpcServer:
             await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
 
     async def stop_being_ready(self) -> None:
-        """Health probes hear NOT_SERVING from now on, whatever comes."""
+        """Health probes hear NOT_SERVING from now on, whatever comes, and streams that the server is told to stop."""
+        self._service.tell(pb.Event(draining=pb.Draining()))
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace: float) -> None:

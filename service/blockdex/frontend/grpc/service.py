@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, NoReturn
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 from blockdex.contract.errors import BlockdexError
+from blockdex.contract.limits import check_epoch
+from blockdex.contract.messages import Info
 from blockdex.contract.version import VERSION
 from blockdex.frontend.grpc import convert
 from blockdex.frontend.grpc.call_context import REQUEST_ID_KEY, Caller, Context, RequestLog
@@ -24,6 +27,7 @@ _REQUESTS: dict[str, type[convert.TokenWireRequest]] = {
     "SelectBlocks": pb.SelectBlocksRequest,
     "AppendAndSelect": pb.AppendAndSelectRequest,
 }
+_Report = TypeVar("_Report", pb.GetInfoResponse, pb.GetStatsResponse)
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -82,6 +86,11 @@ class IndexerService:
                 )
         return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
+    def tell(self, event: pb.Event) -> None:
+        """Tells every stream of an event."""
+        for session in self._sessions:
+            session.tell(event)
+
     def finish_streams(self) -> None:
         """Has every stream end once what it has in flight is answered."""
         for session in self._sessions:
@@ -89,19 +98,23 @@ class IndexerService:
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
         """What the server is, holds and can do."""
-        began, caller = time.monotonic(), self._log.caller_of(context)
-        try:
-            response = convert.info_response(await self._channel.info(), VERSION, TRANSPORTS)
-        except BlockdexError as error:
-            self._log.answered("GetInfo", error.code.name, began, caller)
-            await _abort(context, error, caller.request_id)
-        context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
-        self._log.answered("GetInfo", "OK", began, caller)
-        return response
 
-    async def OpenSequence(self, request: pb.OpenSequenceRequest, context: Context) -> Any:
-        """Opens an empty sequence."""
-        return await self._answer("OpenSequence", request, context, self._log.caller_of(context))
+        async def answer(info: Info) -> pb.GetInfoResponse:
+            return convert.info_response(info, VERSION, TRANSPORTS)
+
+        return await self._report("GetInfo", request.header, context, answer)
+
+    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
+        """What the server did since it started."""
+
+        async def answer(info: Info) -> pb.GetStatsResponse:
+            return convert.stats_response(info.epoch, (await self._channel.stats()).totals())
+
+        return await self._report("GetStats", request.header, context, answer)
+
+    async def OpenSequences(self, request: pb.OpenSequencesRequest, context: Context) -> Any:
+        """Opens empty sequences."""
+        return await self._answer("OpenSequences", request, context, self._log.caller_of(context))
 
     async def GetSequence(self, request: pb.GetSequenceRequest, context: Context) -> Any:
         """Lengths and revisions of a sequence."""
@@ -115,9 +128,9 @@ class IndexerService:
         """Cuts a sequence."""
         return await self._answer("TruncateSequence", request, context, self._log.caller_of(context))
 
-    async def CloseSequence(self, request: pb.CloseSequenceRequest, context: Context) -> Any:
-        """Gives up a sequence."""
-        return await self._answer("CloseSequence", request, context, self._log.caller_of(context))
+    async def CloseSequences(self, request: pb.CloseSequencesRequest, context: Context) -> Any:
+        """Gives up sequences."""
+        return await self._answer("CloseSequences", request, context, self._log.caller_of(context))
 
     async def AppendKeys(self, message: bytes, context: Context) -> bytes:
         """Writes index keys."""
@@ -132,7 +145,7 @@ class IndexerService:
         return await self._answer_tokens(2, message, context)
 
     async def Stream(self, requests: object, context: Context) -> None:
-        """Any of the three token calls, many in flight."""
+        """Any of the calls on sequences and their tokens, many in flight."""
         began, caller = time.monotonic(), self._log.caller_of(context)
         try:
             caller.checked_tenant()
@@ -151,6 +164,23 @@ class IndexerService:
             self._sessions.discard(session)
             await session.close()
             self._log.stream_closed(caller, time.monotonic() - began, session.requests, session.errors)
+
+    async def _report(
+        self, rpc: str, header: pb.RequestHeader, context: Context, answer: Callable[[Info], Awaitable[_Report]]
+    ) -> _Report:
+        """Answers what is asked about the server itself."""
+        began, caller = time.monotonic(), self._log.caller_of(context)
+        try:
+            convert.check_header(header)
+            info = await self._channel.info()
+            check_epoch(header.epoch, info.epoch)
+            response = await answer(info)
+        except BlockdexError as error:
+            self._log.answered(rpc, error.code.name, began, caller)
+            await _abort(context, error, caller.request_id)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
+        self._log.answered(rpc, "OK", began, caller)
+        return response
 
     async def _answer_tokens(self, rpc: int, message: bytes, context: Context) -> bytes:
         """Answers a token RPC, which comes and goes as bytes: by the short way where that takes it."""

@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def status_of(error: BlockdexError) -> status_pb2.Status:
-    """The status that carries an error's code, message and reason."""
+    """The status that carries an error's code, message, reason and numbers."""
     detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=str(error.reason), domain=ERROR_DOMAIN))
+    detail.Pack(error_details_pb2.ErrorInfo(reason=str(error.reason), domain=ERROR_DOMAIN, metadata=error.metadata))
     return status_pb2.Status(code=int(error.code), message=error.message, details=[detail])
 
 

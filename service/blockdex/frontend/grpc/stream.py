@@ -16,11 +16,20 @@ from blockdex.frontend.grpc.status import as_blockdex_error, status_of
 from blockdex.ring.channel import STREAM, CameTo, Channel, PendingAnswer
 from blockdex.v1 import indexer_pb2 as pb
 
-_RPCS = {
-    "append_keys": "Stream/AppendKeys",
-    "select_blocks": "Stream/SelectBlocks",
-    "append_and_select": "Stream/AppendAndSelect",
+STREAM_RPCS = {
+    "append_keys": "AppendKeys",
+    "select_blocks": "SelectBlocks",
+    "append_and_select": "AppendAndSelect",
+    "open_sequences": "OpenSequences",
+    "get_sequence": "GetSequence",
+    "fork_sequence": "ForkSequence",
+    "truncate_sequence": "TruncateSequence",
+    "close_sequences": "CloseSequences",
 }
+"""The RPCs that requests of a stream are as, by their fields."""
+
+
+_MOST_EVENTS = 1024
 
 
 class StreamSession:
@@ -54,6 +63,7 @@ class StreamSession:
         self._longest_wait = limits.max_wait_ms / 1000
         self._unwritten = 0
         self._outbox: deque[bytes] = deque()
+        self._events: deque[bytes] = deque(maxlen=_MOST_EVENTS)
         self._long_way: dict[int, PendingAnswer] = {}
         self._no_more = False
         self._something_to_write: asyncio.Future[None] | None = None
@@ -61,25 +71,34 @@ class StreamSession:
         self._reader = asyncio.create_task(self._read())
 
     async def run(self) -> None:
-        """Writes the answers, as they finish, until no more requests come and none is in flight."""
-        write, outbox = self._caller.context.write, self._outbox
+        """Writes events, and the answers as they finish, until no more requests come and none is in flight."""
+        write, outbox, events = self._caller.context.write, self._outbox, self._events
         while True:
+            while events:
+                await write(events.popleft())
             while outbox:
                 await write(outbox.popleft())
                 self._unwritten -= 1
                 if self._place is not None:
                     _wake(self._place)
+            if events:
+                continue
             if self._no_more and not self._unwritten:
                 return
             self._something_to_write = asyncio.get_running_loop().create_future()
             await self._something_to_write
             self._something_to_write = None
 
+    def tell(self, event: pb.Event) -> None:
+        """Tells the peer of an event; of too many for a peer that does not read, the oldest are dropped."""
+        if not self._no_more:
+            self._events.append(pb.StreamResponse(event=event).SerializeToString())
+            self._wake_writer()
+
     def finish(self) -> None:
         """Ends the stream once what is in flight is answered."""
         self._no_more = True
-        if self._something_to_write is not None:
-            _wake(self._something_to_write)
+        self._wake_writer()
 
     async def close(self) -> None:
         """Gives up whatever is still in flight; the peer is gone or has all its answers."""
@@ -94,6 +113,9 @@ class StreamSession:
         """As `Asker.answered`."""
         del number
         self._outbox.append(response)
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
         if self._something_to_write is not None:
             _wake(self._something_to_write)
 
@@ -147,7 +169,7 @@ class StreamSession:
         if kind == "cancel":
             self._cancel(request.cancel.request_id)
             return
-        rpc = _RPCS[kind] if kind else "Stream"
+        rpc = _rpc(kind) if kind else "Stream"
         self.requests += 1
         self._unwritten += 1
         try:
@@ -166,11 +188,9 @@ class StreamSession:
         self._long_way[number] = pending
         pending.add_done_callback(lambda _: self._end(number, kind, body, pending, began))
 
-    def _end(
-        self, number: int, kind: str, body: convert.TokenWireRequest, pending: PendingAnswer, began: float
-    ) -> None:
+    def _end(self, number: int, kind: str, body: convert.WireRequest, pending: PendingAnswer, began: float) -> None:
         del self._long_way[number]
-        rpc = _RPCS[kind]
+        rpc = _rpc(kind)
         if pending.cancelled():
             self._cancelled(number, rpc, began, pending)
         elif error := pending.exception():
@@ -189,6 +209,10 @@ class StreamSession:
     def _cancelled(self, number: int, rpc: str, began: float, pending: PendingAnswer | None) -> None:
         error = CancelledError(f"request {number}: cancelled by its caller", Reason.CANCELLED)
         self.failed(number, rpc, began, error, pending)
+
+
+def _rpc(kind: str) -> str:
+    return f"Stream/{STREAM_RPCS[kind]}"
 
 
 def _wake(sleeper: asyncio.Future[None]) -> None:

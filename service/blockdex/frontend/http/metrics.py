@@ -22,17 +22,8 @@ from blockdex.frontend.http.readiness import Readiness
 from blockdex.ring.channel import Reports
 
 TOKEN_RPCS = ("AppendKeys", "SelectBlocks", "AppendAndSelect")
-RPCS = (
-    "GetInfo",
-    "OpenSequence",
-    "GetSequence",
-    "ForkSequence",
-    "TruncateSequence",
-    "CloseSequence",
-    *TOKEN_RPCS,
-    "Stream",
-    *(f"Stream/{name}" for name in TOKEN_RPCS),
-)
+STREAM_RPCS = ("OpenSequences", "GetSequence", "ForkSequence", "TruncateSequence", "CloseSequences", *TOKEN_RPCS)
+RPCS = ("GetInfo", "GetStats", *STREAM_RPCS, "Stream", *(f"Stream/{name}" for name in STREAM_RPCS))
 OTHER_RPC = "other"
 CODES = ("OK", *(code.name for code in Code))
 

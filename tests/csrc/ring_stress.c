@@ -1,11 +1,10 @@
-/* A frontend and an engine as two threads of one process, so that a sanitizer sees both ends of a link.
+/* A client and an engine as two threads of one process, so that a sanitizer sees both ends of a link.
  * argv: how many requests. Each is answered with what it carries; both sides sleep whenever there is nothing for them. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
 
-#include "line.h"
+#include "ring/server.h"
 
 enum { SLOTS = 16, ARENA = 4096, LARGEST = 448, PATIENCE = 10000 };
 
@@ -31,11 +30,11 @@ static void ask(uint64_t number) {
     blockdex_publish(&ring);
 }
 
-static void *be_the_door(void *unused) {
+static void *be_the_client(void *unused) {
     for (uint64_t asked = 0, answered = 0; answered < count; answered++) {
         for (; asked < count && asked - answered < 1 + answered % SLOTS; asked++) ask(asked);
         const struct blockdex_answer *answer = blockdex_wait(&ring, PATIENCE);
-        if (!answer) fail("the door was not woken");
+        if (!answer) fail("the client was not woken");
         if (answer->ticket != answered || answer->payload_bytes != size_of(answered)) fail("another answer");
         const char *payload = blockdex_answer_payload(&ring, answer->payload_offset);
         for (uint64_t at = 0; at < answer->payload_bytes; at++)
@@ -47,10 +46,8 @@ static void *be_the_door(void *unused) {
 
 static void sleep_until_rung(void) {
     struct pollfd bell = {line.own_bell, POLLIN, 0};
-    uint64_t rung;
-    line_lie_down(&line);
-    if (!line_filled(&line) && poll(&bell, 1, PATIENCE) <= 0) fail("the engine was not woken");
-    (void)!read(line.own_bell, &rung, sizeof rung);
+    if (line_lie_down(&line) && poll(&bell, 1, PATIENCE) <= 0) fail("the engine was not woken");
+    blockdex_silence(line.own_bell);
     line_get_up(&line);
 }
 
@@ -72,10 +69,13 @@ static void *be_the_engine(void *unused) {
 static void make_link(void) {
     const uint64_t slots = BLOCKDEX_SLOT_BYTES * SLOTS, requests = 4096, answers = requests + slots;
     const uint64_t request_arena = answers + slots, answer_arena = request_arena + SLOTS * 512;
-    char *memory = aligned_alloc(4096, 1 << 16);
+    char *memory = aligned_alloc(4096, 1 << 17);
     if (!memory) fail("no memory");
-    memset(memory, 0, 1 << 16);
-    int nobody = eventfd(0, EFD_NONBLOCK), bell = eventfd(0, EFD_NONBLOCK), own_bell = eventfd(0, EFD_NONBLOCK);
+    memset(memory, 0, 1 << 17);
+    int links[2], engine_bells[2], client_bells[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, links) || socketpair(AF_UNIX, SOCK_DGRAM, 0, engine_bells) ||
+        socketpair(AF_UNIX, SOCK_DGRAM, 0, client_bells))
+        fail("no sockets");
     struct blockdex_header *header = (void *)memory;
     header->slot_bytes = BLOCKDEX_SLOT_BYTES;
     header->request_slots = header->answer_slots = SLOTS;
@@ -83,27 +83,21 @@ static void make_link(void) {
     header->answer_slots_offset = answers;
     header->request_arena_offset = request_arena;
     header->answer_arena_offset = answer_arena;
-    ring = (struct blockdex_ring){.header = header, .link = nobody, .engine_bell = own_bell, .client_bell = bell};
-    line.header = header;
-    line.requests = memory + requests;
-    line.answers = memory + answers;
-    line.request_arena = memory + request_arena;
-    line.answer_arena = memory + answer_arena;
-    line.request_slots = line.answer_slots = SLOTS;
-    line.request_arena_bytes = SLOTS * 512;
-    line.answer_arena_bytes = ARENA;
-    line.last_unwritten = &line.first_unwritten;
-    line.bell = bell;
-    line.own_bell = own_bell;
+    ring = (struct blockdex_ring){
+        .header = header, .link = links[0], .engine_bell = engine_bells[0], .client_bell = client_bells[1]};
+    const struct segment_layout layout = {requests, answers, request_arena, answer_arena,
+                                          SLOTS,    SLOTS,   SLOTS * 512,   ARENA};
+    if (!line_open(&line, memory, 1 << 17, &layout, client_bells[0], engine_bells[1])) fail("no link");
 }
 
 int main(int argc, char **argv) {
-    pthread_t door, engine;
+    pthread_t client, engine;
     if (argc != 2) return 2;
     count = strtoull(argv[1], NULL, 10);
     make_link();
-    if (pthread_create(&door, NULL, be_the_door, NULL) || pthread_create(&engine, NULL, be_the_engine, NULL)) return 2;
-    pthread_join(door, NULL);
+    if (pthread_create(&client, NULL, be_the_client, NULL) || pthread_create(&engine, NULL, be_the_engine, NULL))
+        return 2;
+    pthread_join(client, NULL);
     pthread_join(engine, NULL);
     puts("done");
     return 0;

@@ -1,0 +1,128 @@
+/* blockdex_connect, against a thread that answers as no engine does: nothing is left open or mapped, and nothing waits longer
+ * than it was told. argv: the case. Prints how the connection went. */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include "blockdex_ring.h"
+
+enum { PATIENCE = 200 };
+
+static int listening;
+static const char *what;
+
+static bool is(const char *name) { return !strcmp(what, name); }
+
+static unsigned files(void) {
+    unsigned count = 0;
+    DIR *open_files = opendir("/proc/self/fd");
+    while (readdir(open_files)) count++;
+    closedir(open_files);
+    return count;
+}
+
+static bool is_mapped(void) {
+    char row[512];
+    bool found = false;
+    FILE *maps = fopen("/proc/self/maps", "r");
+    while (fgets(row, sizeof row, maps)) found |= strstr(row, "memfd:blockdex") != NULL;
+    fclose(maps);
+    return found;
+}
+
+static void send_files(int connected, int count, size_t said, struct blockdex_greeting greeting, int segment) {
+    union {
+        struct cmsghdr header;
+        char bytes[CMSG_SPACE(8 * sizeof(int))];
+    } control = {.bytes = {0}};
+    struct iovec out = {&greeting, said};
+    struct msghdr message = {.msg_iov = &out, .msg_iovlen = 1, .msg_control = control.bytes};
+    int fds[8] = {segment, 0, 0, 0, 0, 0, 0, 0};
+    message.msg_controllen = CMSG_SPACE((size_t)count * sizeof(int));
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN((size_t)count * sizeof(int));
+    memcpy(CMSG_DATA(header), fds, (size_t)count * sizeof(int));
+    if (sendmsg(connected, &message, 0) < 0) exit(2);
+}
+
+/* What an engine does, but for one thing. */
+static void *answer(void *unused) {
+    struct blockdex_hello hello;
+    struct blockdex_greeting greeting = {BLOCKDEX_MAGIC, BLOCKDEX_VERSION + is("greeting of another version"), 0};
+    struct blockdex_header header = {.magic = BLOCKDEX_MAGIC + is("segment of another kind"),
+                                     .version = BLOCKDEX_VERSION + is("segment of another version"),
+                                     .slot_bytes = BLOCKDEX_SLOT_BYTES - 128 * is("slots of another size"),
+                                     .segment_bytes = 8192 - 64 * is("segment of another size")};
+    int connected = accept(listening, NULL, NULL), segment = memfd_create("blockdex", 0);
+    if (ftruncate(segment, is("short segment") ? 64 : 8192) || pwrite(segment, &header, sizeof header, 0) < 0) exit(2);
+    if (recv(connected, &hello, sizeof hello, MSG_WAITALL) != sizeof hello) exit(2);
+    if (hello.magic != BLOCKDEX_MAGIC || hello.version != BLOCKDEX_VERSION || hello.tenant_bytes != 1) exit(2);
+    if (is("no greeting")) usleep(4000 * PATIENCE);
+    if (is("no files"))
+        (void)!send(connected, &greeting, sizeof greeting, 0);
+    else if (!is("no greeting") && !is("hung up"))
+        send_files(connected,
+                   is("two files")    ? 2
+                   : is("four files") ? 4
+                                      : 3,
+                   is("half a greeting") ? 8 : 16, greeting, segment);
+    close(segment);
+    close(connected);
+    return unused;
+}
+
+/* Wakes the client again and again, without an answer. */
+static void *ring_on(void *bell) {
+    for (int count = 0; count < 50; count++) {
+        (void)!write(*(int *)bell, "", 1);
+        usleep(1000 * PATIENCE / 10);
+    }
+    return NULL;
+}
+
+/* A wait that is woken for nothing ends in time all the same. */
+static int wait_for_nothing(void) {
+    static struct blockdex_header header;
+    int links[2], bells[2];
+    pthread_t ringing;
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, links) || socketpair(AF_UNIX, SOCK_DGRAM, 0, bells)) return 2;
+    struct blockdex_ring ring = {.header = &header, .link = links[0], .engine_bell = bells[0], .client_bell = bells[1]};
+    pthread_create(&ringing, NULL, ring_on, &bells[0]);
+    int64_t began = blockdex_milliseconds();
+    const struct blockdex_answer *answered = blockdex_wait(&ring, PATIENCE);
+    int64_t took = blockdex_milliseconds() - began;
+    pthread_join(ringing, NULL);
+    printf("%s, %s\n", answered ? "answered" : "no answer",
+           took < 3 * PATIENCE && took >= PATIENCE ? "in time" : "late");
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    socklen_t size = sizeof address;
+    struct blockdex_ring ring;
+    pthread_t engine;
+    if (argc != 2) return 2;
+    what = argv[1];
+    if (is("wake-ups for nothing")) return wait_for_nothing();
+    listening = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (bind(listening, (struct sockaddr *)&address, sizeof(sa_family_t)) || listen(listening, 1) ||
+        getsockname(listening, (struct sockaddr *)&address, &size))
+        return 2;
+    unsigned before = files();
+    if (pthread_create(&engine, NULL, answer, NULL)) return 2;
+    int64_t began = blockdex_milliseconds();
+    int link = blockdex_connect(address.sun_path, size - offsetof(struct sockaddr_un, sun_path), "t", PATIENCE, &ring);
+    int64_t took = blockdex_milliseconds() - began;
+    pthread_join(engine, NULL);
+    bool connected = link >= 0;
+    if (connected) blockdex_disconnect(&ring);
+    printf("%s, %s, %d files left, %s\n", connected ? "connected" : "refused", took < 3 * PATIENCE ? "in time" : "late",
+           (int)(files() - before), is_mapped() ? "mapped" : "not mapped");
+    return 0;
+}

@@ -1,0 +1,154 @@
+/* The ring's real code, both sides, in every interleaving of a few requests and answers: nothing is lost, nobody sleeps on,
+ * no slot or payload is written while it is read. Prints the executions of each scenario. */
+#include <stdio.h>
+
+#include "ring/server.h"
+
+enum { MOST_SLOTS = 2, ARENA = 128, SEGMENT = 4096 + 2 * MOST_SLOTS * 256 + 2 * ARENA };
+/* Numbers that the model knows the ends of a pair by. */
+enum { ENGINE_BELL = 1, CLIENT_BELL, LINK };
+
+static _Alignas(4096) char segment[SEGMENT];
+static struct line line;
+static struct blockdex_ring ring;
+static uint32_t slots;
+
+static void reset(void) {
+    struct blockdex_header *header = (void *)segment;
+    const uint64_t requests = 4096, answers = requests + slots * 256, arena = answers + slots * 256;
+    const struct segment_layout layout = {requests, answers, arena, arena + ARENA, slots, slots, ARENA, ARENA};
+    for (size_t at = 0; at < SEGMENT; at++) segment[at] = 0;
+    header->request_slots = header->answer_slots = slots;
+    header->request_slots_offset = requests;
+    header->answer_slots_offset = answers;
+    header->request_arena_offset = arena;
+    header->answer_arena_offset = arena + ARENA;
+    ring =
+        (struct blockdex_ring){.header = header, .link = LINK, .engine_bell = ENGINE_BELL, .client_bell = CLIENT_BELL};
+    if (!line_open(&line, segment, SEGMENT, &layout, CLIENT_BELL, ENGINE_BELL)) model_fail("no link");
+}
+
+/* --- What the sides do, a step each --- */
+
+static bool ask(uint64_t number) {
+    struct blockdex_request *request = blockdex_claim(&ring);
+    if (!request) return false;
+    request->ticket = number;
+    blockdex_publish(&ring);
+    return true;
+}
+
+static void hear(uint64_t number) {
+    const struct blockdex_answer *answer = blockdex_wait(&ring, 1000);
+    if (!answer) model_fail("the client gave up");
+    model_access(answer, sizeof *answer, false);
+    if (answer->ticket != number) model_fail("another answer");
+    const char *payload = blockdex_answer_payload(&ring, answer->payload_offset);
+    model_access(payload, answer->payload_bytes, false);
+    for (uint64_t at = 0; at < answer->payload_bytes; at++)
+        if (payload[at] != (char)('a' + number)) model_fail("another payload");
+    blockdex_release(&ring, answer);
+}
+
+static void answer(uint64_t number, uint64_t bytes) {
+    char payload[ARENA];
+    for (uint64_t at = 0; at < bytes; at++) payload[at] = (char)('a' + number);
+    if (!line_answer(&line, (struct blockdex_answer){.ticket = number}, payload, bytes)) model_fail("no memory");
+}
+
+/* Takes the requests that are there; how many. */
+static uint64_t take(uint64_t first) {
+    int64_t filled = line_filled(&line);
+    if (filled < 0) model_fail("more requests than slots");
+    for (int64_t at = 0; at < filled; at++) {
+        const struct blockdex_request *request = line_head(&line);
+        model_access(request, sizeof *request, false);
+        if (request->ticket != first + (uint64_t)at) model_fail("another request");
+        line_release(&line);
+    }
+    return (uint64_t)filled;
+}
+
+static void engine_sleep(void) {
+    struct pollfd bell = {ENGINE_BELL, POLLIN, 0};
+    if (line_lie_down(&line) && poll(&bell, 1, -1) > 0) blockdex_silence(ENGINE_BELL);
+    line_get_up(&line);
+}
+
+/* --- Scenarios --- */
+
+static void two_requests(void) {
+    for (uint64_t number = 0; number < 2; number++)
+        if (!ask(number)) model_fail("no slot is free");
+}
+
+static void take_two(void) {
+    for (uint64_t taken = 0; taken < 2;) {
+        uint64_t more = take(taken);
+        taken += more;
+        if (!more) engine_sleep();
+    }
+}
+
+static void hear_two(void) {
+    for (uint64_t number = 0; number < 2; number++) hear(number);
+}
+
+static void answer_two(void) {
+    for (uint64_t number = 0; number < 2; number++) {
+        answer(number, 8);
+        line_publish(&line);
+    }
+}
+
+static void ask_and_hear(void) {
+    if (!ask(0)) model_fail("no slot is free");
+    hear(0);
+}
+
+static void take_and_answer(void) {
+    while (!take(0)) engine_sleep();
+    answer(0, 8);
+    line_publish(&line);
+}
+
+/* The second takes the slot of the first, if that is seen to be free. */
+static void ask_again_at_once(void) {
+    if (!ask(0)) model_fail("no slot is free");
+    ask(1);
+}
+
+static void take_and_look_again(void) {
+    while (!take(0)) engine_sleep();
+    take(1);
+}
+
+static void answer_twice(uint64_t bytes) {
+    for (uint64_t number = 0; number < 2; number++) answer(number, bytes);
+    line_publish(&line);
+    while (line.first_unwritten) {
+        engine_sleep();
+        line_publish(&line);
+    }
+}
+
+/* The second waits until the first was given back, and lies where it lay. */
+static void answer_with_all_the_room(void) { answer_twice(ARENA); }
+static void answer_with_nothing(void) { answer_twice(0); }
+
+static void explore(const char *name, uint32_t of_slots, void (*client)(void), void (*engine)(void)) {
+    slots = of_slots;
+    void (*threads[MODEL_THREADS])(void) = {[MODEL_CLIENT] = client, [MODEL_ENGINE] = engine};
+    printf("%s: %llu\n", name, (unsigned long long)model_explore(reset, threads, segment + 4096, SEGMENT - 4096));
+    fflush(stdout);
+}
+
+int main(void) {
+    explore("requests", 2, two_requests, take_two);
+    explore("answers", 2, hear_two, answer_two);
+    explore("round trip", 2, ask_and_hear, take_and_answer);
+    explore("room in the arena", 2, hear_two, answer_with_all_the_room);
+    explore("request slots", 1, ask_again_at_once, take_and_look_again);
+    explore("answer slots", 1, hear_two, answer_with_nothing);
+    return 0;
+}

@@ -1,0 +1,155 @@
+"""The C that needs no Python, as programs: on this machine, under the sanitizers, and for ARM under qemu."""
+
+from __future__ import annotations
+
+import runpy
+import struct
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import blockdex
+from blockdex.v1 import indexer_pb2 as pb
+from support.programs import program, run
+
+HERE = Path(__file__).parent
+PACKAGE = Path(blockdex.__file__).parent
+CSRC = PACKAGE / "csrc"
+FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-g", f"-I{CSRC}", f"-I{PACKAGE / 'ring' / 'include'}")
+
+
+class Build(NamedTuple):
+    """How a program is compiled and run.
+
+    Attributes:
+        compiler: its name, and the Debian package that has it.
+        flags: beside the usual ones.
+        runner: what runs the program.
+    """
+
+    compiler: tuple[str, str]
+    flags: tuple[str, ...]
+    runner: tuple[str, ...] = ()
+
+
+GCC = ("gcc", "build-essential")
+BUILDS = {
+    "here": Build(GCC, ("-O2",)),
+    "address and undefined": Build(GCC, ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")),
+    # It knows no fences; these order what is atomic anyway. Its memory lies where random addresses may be in the way.
+    "thread": Build(GCC, ("-O1", "-fsanitize=thread", "-Wno-tsan"), ("setarch", "-R")),
+    "aarch64": Build(
+        ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
+        ("-O2",),
+        ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"),
+    ),
+}
+SOURCES = {
+    "ring_stress": ("ring/server.c",),
+    "tables_test": ("ring/arena.c", "ring/inflight.c"),
+    "wire_test": ("wire/messages.c", "wire/request_codec.c"),
+    "connect_test": (),
+}
+"""Programs, and what they have of the package."""
+
+Built = Callable[[str], tuple[str, ...]]
+
+
+def compiled(build: Build, name: str, folder: Path) -> tuple[str, ...]:
+    """The command that runs a program, which is compiled when it is first asked for."""
+    made = folder / name
+    if not made.exists():
+        sources = [HERE / f"{name}.c", *(CSRC / source for source in SOURCES[name])]
+        run(program(*build.compiler), *FLAGS, *build.flags, *sources, "-pthread", "-o", made, seconds=120)
+    return (*build.runner, str(made))
+
+
+@pytest.fixture(
+    scope="module",
+    params=["here", *(pytest.param(name, marks=pytest.mark.slow) for name in BUILDS if name != "here")],
+)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Gives commands that run programs of one build."""
+    build, folder = BUILDS[request.param], tmp_path_factory.mktemp("programs")
+    if build.runner:
+        program(build.runner[0], "qemu-user")
+    return partial(compiled, build, folder=folder)
+
+
+def test_nobody_sleeps_on_and_nothing_is_lost(built: Built) -> None:
+    """Both ends in C, which are faster than any Python, and sleep all the time."""
+    assert run(*built("ring_stress"), "50000") == "done\n"
+
+
+def test_arena_and_in_flight_table_do_what_the_plainest_ones_do(built: Built) -> None:
+    assert run(*built("tables_test"), "100000") == "done\n"
+
+
+@pytest.mark.parametrize(
+    ("engine", "outcome"),
+    [
+        ("right", "connected"),
+        ("no greeting", "refused"),
+        ("hung up", "refused"),
+        ("no files", "refused"),
+        ("two files", "refused"),
+        ("half a greeting", "refused"),
+        ("greeting of another version", "refused"),
+        ("segment of another kind", "refused"),
+        ("segment of another version", "refused"),
+        ("segment of another size", "refused"),
+        ("slots of another size", "refused"),
+        ("short segment", "refused"),
+    ],
+)
+def test_a_connection_that_fails_leaves_nothing_and_is_not_waited_for(built: Built, engine: str, outcome: str) -> None:
+    assert run(*built("connect_test"), engine) == f"{outcome}, in time, 0 files left, not mapped\n"
+
+
+def test_a_file_too_many_is_refused(tmp_path: Path) -> None:
+    """Not under qemu, which loses one itself."""
+    command = compiled(BUILDS["here"], "connect_test", tmp_path)
+    assert run(*command, "four files") == "refused, in time, 0 files left, not mapped\n"
+
+
+def test_a_wait_that_is_woken_for_nothing_ends_in_time(built: Built) -> None:
+    assert run(*built("connect_test"), "wake-ups for nothing") == "no answer, in time\n"
+
+
+def messages() -> list[pb.StreamRequest]:
+    """Appends, selections and both, of one span and of many."""
+    made = []
+    for layer, (kind, spans) in enumerate((kind, spans) for kind in ("append", "select", "both") for spans in (1, 5)):
+        columns = pb.Spans(sequence_ids=range(1, 1 + spans), starts=[7] * spans, lengths=[1] * spans)
+        keys = pb.Tensor(dtype=pb.DTYPE_BF16, data=np.ones((spans, 128), np.uint16).tobytes())
+        queries = pb.Tensor(dtype=pb.DTYPE_BF16, data=np.ones((spans, 4, 128), np.uint16).tobytes())
+        one = pb.StreamRequest(request_id=layer + 1)
+        if kind == "append":
+            one.append_keys.CopyFrom(pb.AppendKeysRequest(layer=layer, spans=columns, keys=keys))
+        elif kind == "select":
+            one.select_blocks.CopyFrom(pb.SelectBlocksRequest(layer=layer, spans=columns, queries=queries))
+        else:
+            both = pb.AppendAndSelectRequest(layer=layer, spans=columns, keys=keys, queries=queries)
+            one.append_and_select.CopyFrom(both)
+        made.append(one)
+    return made
+
+
+def test_of_a_message_nothing_behind_its_end_is_read(built: Built, tmp_path: Path) -> None:
+    written = [message.SerializeToString() for message in messages()]
+    said = tmp_path / "messages"
+    said.write_bytes(b"".join(struct.pack("<I", len(each)) + each for each in [*written, written[0] + b"\xff"]))
+    layers = run("sh", "-c", '"$@" < "$0"', said, *built("wire_test"), "3000")
+    assert layers.split() == [*map(str, range(len(written))), "-1"]
+
+
+@pytest.mark.slow
+def test_the_module_compiles_for_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it; its programs above run there."""
+    monkeypatch.setenv("CC", program(*BUILDS["aarch64"].compiler))
+    module = runpy.run_path(str(CSRC / "compile.py"))["compile_native"](tmp_path / "_native.so")
+    assert module.read_bytes()[18:20] == b"\xb7\0", "the ELF header says another machine than EM_AARCH64"

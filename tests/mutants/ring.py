@@ -1,0 +1,335 @@
+"""Faults of the ring: its header, the engine's side, the client's arena and in-flight table."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant
+
+_HEADER = "ring/include/blockdex_ring.h"
+_SERVER, _TYPE = "csrc/ring/server.c", "csrc/ring/server_type.c"
+_ARENA, _INFLIGHT = "csrc/ring/arena.c", "csrc/ring/inflight.c"
+_MODEL = ("csrc/test_interleavings.py::test_nothing_is_lost_or_raced_for_and_nobody_sleeps_on",)
+_NATIVE_SERVER = ("ring/test_native_server.py",)
+_CONNECT = ("csrc/test_programs.py",)
+_TABLES = ("csrc/test_programs.py::test_arena_and_in_flight_table_do_what_the_plainest_ones_do",)
+_CORE_LINKS = ("scheduler/test_core_links.py",)
+
+_FENCE = "    atomic_thread_fence(memory_order_seq_cst);\n"
+
+MUTANTS = (
+    # --- Memory order, sleeping and waking ---
+    Mutant("no fence before the bell", _HEADER, _FENCE + "    if (", "    if (", _MODEL),
+    Mutant("no fence before the second look", _HEADER, _FENCE + "    return", "    return", _MODEL),
+    Mutant(
+        "no second look",
+        _HEADER,
+        "return atomic_load_explicit(counter, memory_order_acquire) == seen",
+        "return true",
+        _MODEL,
+    ),
+    Mutant(
+        "the second look acquires nothing",
+        _HEADER,
+        "(counter, memory_order_acquire) ==",
+        "(counter, memory_order_relaxed) ==",
+        _MODEL,
+    ),
+    Mutant(
+        "what is shown is not released",
+        _HEADER,
+        "(counter, number, memory_order_release)",
+        "(counter, number, memory_order_relaxed)",
+        _MODEL,
+    ),
+    Mutant(
+        "nobody says that it sleeps",
+        _HEADER,
+        "    atomic_store_explicit(sleeps, 1, memory_order_relaxed);\n",
+        "",
+        _MODEL,
+    ),
+    Mutant(
+        "nobody is woken",
+        _HEADER,
+        '        (void)!send(bell, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL);',
+        "        (void)bell;",
+        _MODEL,
+    ),
+    Mutant(
+        "who wakes does not look whether it is the only one",
+        _HEADER,
+        "atomic_exchange_explicit(sleeps, 0, memory_order_relaxed))",
+        "(atomic_store_explicit(sleeps, 0, memory_order_relaxed), true))",
+        _MODEL,
+    ),
+    Mutant(
+        "room that was given back is not released",
+        _HEADER,
+        "answer->payload_end, memory_order_release",
+        "answer->payload_end, memory_order_relaxed",
+        _MODEL,
+    ),
+    Mutant(
+        "a slot is claimed before it is seen to be free",
+        _HEADER,
+        "(&header->requests_read, memory_order_acquire)",
+        "(&header->requests_read, memory_order_relaxed)",
+        _MODEL,
+    ),
+    Mutant(
+        "a slot is claimed though it is full",
+        _HEADER,
+        "    if (taken >= header->request_slots) return NULL;\n",
+        "    (void)taken;\n",
+        _MODEL,
+    ),
+    Mutant(
+        "the answers' room is not given back",
+        _HEADER,
+        "    if (answer->payload_bytes)\n",
+        "    if (!answer->payload_bytes)\n",
+        _MODEL,
+    ),
+    Mutant(
+        "requests are read before their number",
+        _SERVER,
+        "(&line->header->requests_written, memory_order_acquire)",
+        "(&line->header->requests_written, memory_order_relaxed)",
+        _MODEL,
+    ),
+    Mutant(
+        "a slot is given back before it was read",
+        _SERVER,
+        "++line->read, memory_order_release",
+        "++line->read, memory_order_relaxed",
+        _MODEL,
+    ),
+    Mutant(
+        "room is used before it is seen to be free",
+        _SERVER,
+        "(&line->header->answer_bytes_freed, memory_order_acquire)",
+        "(&line->header->answer_bytes_freed, memory_order_relaxed)",
+        _MODEL,
+    ),
+    Mutant(
+        "an answer's slot is used before it is seen to be free",
+        _SERVER,
+        "(&line->header->answers_read, memory_order_acquire)",
+        "(&line->header->answers_read, memory_order_relaxed)",
+        _MODEL,
+    ),
+    Mutant(
+        "no second look for room",
+        _SERVER,
+        "            write_unwritten(line); /* room may have come just before that was said */\n",
+        "",
+        _MODEL,
+    ),
+    Mutant(
+        "no fence before the second look for room",
+        _SERVER,
+        "engine_waits_for_room, 1, memory_order_relaxed);\n" + _FENCE,
+        "engine_waits_for_room, 1, memory_order_relaxed);\n",
+        _MODEL,
+    ),
+    Mutant(
+        "the engine does not say that it waits for room",
+        _SERVER,
+        "    atomic_store_explicit(&line->header->engine_waits_for_room, 1, memory_order_relaxed);\n",
+        "",
+        _MODEL,
+    ),
+    Mutant(
+        "an answer lies where another one is read",
+        _SERVER,
+        "    if (begin + wanted - freed > size) return false;\n",
+        "",
+        _MODEL,
+    ),
+    Mutant(
+        "an answer overtakes one that waits",
+        _SERVER,
+        "if (!line->first_unwritten && write_answer",
+        "if (write_answer",
+        ("scheduler/test_core_links.py", "ring/test_foreign_frontends.py", *_MODEL),
+    ),
+    Mutant("what was written is not shown", _SERVER, "    if (!line->changed) return;\n", "    return;\n", _MODEL),
+    Mutant("the engine's send waits", _HEADER, "MSG_DONTWAIT | MSG_NOSIGNAL);\n}", "MSG_NOSIGNAL);\n}", _CORE_LINKS),
+    Mutant(
+        "taking wake-ups waits for one more",
+        _HEADER,
+        "recv(bell, &rung, 1, MSG_DONTWAIT)",
+        "recv(bell, &rung, 1, 0)",
+        _CORE_LINKS,
+    ),
+    # --- Bounds ---
+    Mutant(
+        "more requests than slots are believed",
+        _SERVER,
+        "filled <= line->request_slots ? (int64_t)filled : -1",
+        "(int64_t)filled",
+        ("ring/test_foreign_frontends.py::test_a_counter_that_runs_away_ends_the_link", *_NATIVE_SERVER),
+    ),
+    Mutant(
+        "a size that wraps is taken for a small one",
+        _SERVER,
+        "    if (bytes > size) return false;\n",
+        "",
+        _NATIVE_SERVER,
+    ),
+    Mutant(
+        "room that was never taken is given back",
+        _SERVER,
+        "    if (begin - freed > size) return false;",
+        "    if (!size) return false;",
+        _NATIVE_SERVER,
+    ),
+    Mutant(
+        "an answer without a slot",
+        _SERVER,
+        "    if (taken >= line->answer_slots) return false;\n",
+        "    (void)taken;\n",
+        _NATIVE_SERVER,
+    ),
+    Mutant(
+        "a payload goes across the arena's end",
+        _SERVER,
+        "if (wanted > to_the_edge || unused)",
+        "if (unused)",
+        _NATIVE_SERVER,
+    ),
+    Mutant(
+        "room that nobody uses is not taken from the front",
+        _SERVER,
+        "if (wanted > to_the_edge || unused)",
+        "if (wanted > to_the_edge)",
+        _NATIVE_SERVER,
+    ),
+    Mutant(
+        "a slot for an answer is the one before",
+        _SERVER,
+        "line->written++ % line->answer_slots",
+        "++line->written % line->answer_slots",
+        _NATIVE_SERVER,
+    ),
+    Mutant(
+        "parts of a segment outside it",
+        _SERVER,
+        "offset <= size && bytes <= size - offset",
+        "offset <= size",
+        _NATIVE_SERVER,
+    ),
+    Mutant(
+        "slots whose number is no power of two", _SERVER, "slots && !(slots & (slots - 1))", "slots", _NATIVE_SERVER
+    ),
+    Mutant(
+        "an arena of no whole cache lines",
+        _SERVER,
+        "layout->answer_arena_bytes % 64",
+        "!layout->answer_arena_bytes",
+        _NATIVE_SERVER,
+    ),
+    # --- What Python calls ---
+    Mutant(
+        "any object is a link",
+        _TYPE,
+        "    if (PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc) == (void *)line_dealloc)\n",
+        "    if (object)\n",
+        ("csrc/test_native_calls.py",),
+    ),
+    Mutant(
+        "a slot is given back though none was taken",
+        _TYPE,
+        '    if (line_filled(line) < 1) return PyErr_Format(PyExc_ValueError, "release: no request is there");\n',
+        "",
+        _NATIVE_SERVER,
+    ),
+    Mutant(
+        "a tenant runs over its room",
+        _TYPE,
+        "if (tenant_bytes > (Py_ssize_t)BLOCKDEX_MAX_TENANT_BYTES)",
+        "if (tenant_bytes < 0)",
+        _NATIVE_SERVER,
+    ),
+    Mutant(
+        "a link keeps its segment for ever",
+        _TYPE,
+        "    if (self->memory.obj) PyBuffer_Release(&self->memory);\n",
+        "",
+        _NATIVE_SERVER,
+    ),
+    # --- Connecting ---
+    Mutant(
+        "a refused connection keeps its files",
+        _HEADER,
+        "    if (!mapped) blockdex_disconnect(ring);\n    return ring->link;",
+        "    return mapped ? ring->link : -1;",
+        _CONNECT,
+    ),
+    Mutant(
+        "a segment stays mapped",
+        _HEADER,
+        "    if (ring->header) munmap(ring->header, (size_t)ring->segment_bytes);\n",
+        "",
+        _CONNECT,
+    ),
+    Mutant("a connection keeps the segment's file", _HEADER, "    if (fds[0] >= 0) close(fds[0]);\n", "", _CONNECT),
+    Mutant("four files are taken for three", _HEADER, "CMSG_LEN(3 * sizeof(int))}", "sizeof control.bytes}", _CONNECT),
+    Mutant(
+        "a greeting of another version is taken",
+        _HEADER,
+        " &&\n           greeting.version == BLOCKDEX_VERSION;",
+        ";",
+        _CONNECT,
+    ),
+    Mutant(
+        "a wait begins anew at each wake-up",
+        _HEADER,
+        "blockdex_poll(bells, 2, until)",
+        "blockdex_poll(bells, 2, blockdex_milliseconds() + milliseconds)",
+        _CONNECT,
+    ),
+    Mutant(
+        "a short segment is mapped", _HEADER, " || (size_t)file.st_size < sizeof(struct blockdex_header)", "", _CONNECT
+    ),
+    # --- The client's arena and in-flight table ---
+    Mutant(
+        "not the lowest hole",
+        _ARENA,
+        "        if (hole->bytes < wanted) continue;\n",
+        "        if (hole->bytes <= wanted && at + 1 < arena->num_holes) continue;\n",
+        _TABLES,
+    ),
+    Mutant(
+        "a hole that is too small",
+        _ARENA,
+        "        if (hole->bytes < wanted) continue;\n",
+        "        if (hole->bytes + 64 < wanted) continue;\n",
+        _TABLES,
+    ),
+    Mutant(
+        "holes that touch stay two", _ARENA, "taken.offset + taken.bytes == arena->holes[at].offset", "false", _TABLES
+    ),
+    Mutant("a size that wraps in the arena", _ARENA, "    if (bytes > UINT64_MAX - 63) return false;\n", "", _TABLES),
+    Mutant(
+        "a ticket is used again",
+        _INFLIGHT,
+        "++flights->serial * flights->capacity + at",
+        "flights->capacity + at",
+        _TABLES,
+    ),
+    Mutant(
+        "another's ticket is taken",
+        _INFLIGHT,
+        "ticket && flight->ticket == ticket ? flight : NULL",
+        "ticket ? flight : NULL",
+        _TABLES,
+    ),
+    Mutant(
+        "another's request is found",
+        _INFLIGHT,
+        "flight->owner == owner && flight->number == number",
+        "flight->number == number",
+        _TABLES,
+    ),
+    Mutant("a request that was given up is still counted", _INFLIGHT, "    flights->waiting--;\n", "", _TABLES),
+)

@@ -1,0 +1,166 @@
+"""Calls everything in the compiled module with anything: `python -m support.native_calls SEED`. It ends, or it crashes.
+
+Most arguments are of the kind that the stub names, at its edges; any of them may be of any other kind.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import blockdex
+from blockdex import _native as native
+from blockdex.ring.handshake import Handles, new_link
+from blockdex.ring.segment import Sizes
+from support.bare_core import BareLane, bare_core
+
+ROUNDS, CALLS = 10, 25
+SIZES = Sizes(4, 4096, 4096)
+WAITS = {"run", "drain", "wait", "await_alone", "may_sleep"}
+"""They wait as long as they are told."""
+
+NUMBERS = [0, 1, 2, 3, 7, 64, 255, 256, 4096, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
+ARRAYS = [np.zeros(shape, kind) for shape in (0, 1, 3, 17, (3, 16)) for kind in (np.uint8, np.int32, np.int64)]
+KINDS: dict[str, list[Any]] = {
+    "int": [*NUMBERS, -1, -(2**63), 2**64, 2**200, True],
+    "float": [0.0, 1e-6, 1.0, -1.0, 1e300, float("inf"), float("nan")],
+    "bool": [True, False],
+    "str": ["", "x", "\0", "\ud800", "tenant", "t" * 300],
+    "bytes": [b"", b"x", b"\0" * 64, bytearray(8), memoryview(b"abcdefgh"), memoryview(b"abcdefgh")[::2]],
+    "NDArray": [*ARRAYS, ARRAYS[-1].T, np.array([None])],
+    "list": [[], [1, 2], [(1, 1, 1, 1, 1)], [(1,)], [None], [(None, 1, 2)]],
+    "Sequence": [[], [1, 2], [(1, 1, 1, 1, 1)], [(1,)], (1, 2)],
+    "tuple": [(), (1, 2), (0.5, 0.1), (0.1, 0.5), (None,)],
+    "dict": [{}, {1: 2}, {np.dtype(np.float32): 3}],
+    "Callable": [len, int, lambda *_: None],
+    "type": [int, Exception, np.ndarray],
+    "object": [object(), None, np.dtype(np.float32)],
+}
+
+
+class Parameter(NamedTuple):
+    """As the stub has it."""
+
+    name: str
+    kind: str
+    by_name: bool
+
+
+def signatures() -> dict[str, list[Parameter]]:
+    """Of functions and methods by their names, of types by that of the type."""
+    stub = ast.parse(Path(blockdex.__file__).with_name("_native.pyi").read_text())
+    found = {}
+    for node in ast.walk(stub):
+        for inner in ast.iter_child_nodes(node):
+            if not isinstance(inner, ast.FunctionDef):
+                continue
+            made = isinstance(node, ast.ClassDef) and inner.name in {"__init__", "__new__"}
+            taken = inner.args
+            listed = [(each, False) for each in (*taken.posonlyargs, *taken.args)]
+            listed += [(each, True) for each in taken.kwonlyargs]
+            name = node.name if made and isinstance(node, ast.ClassDef) else inner.name
+            found[name] = [
+                Parameter(each.arg, ast.unparse(each.annotation).split("[")[0].split(" |")[0], by_name)
+                for each, by_name in listed
+                if each.annotation
+            ]
+    return found
+
+
+def segments(engine: Handles) -> list[Any]:
+    """What looks like a segment, one of them right."""
+    names = [name for name in vars(engine.segment) if not name.startswith("_")]
+    right = {name: getattr(engine.segment, name) for name in names}
+    changes = [{name: value} for name in names for value in (3, 2**63, 2**64 - 64, None)]
+    return [SimpleNamespace(**right | change) for change in ({}, *changes)]
+
+
+def callables(of: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """What an object of the module can be called by."""
+    for name in dir(of):
+        if not name.startswith("__") and callable(got := getattr(of, name)):
+            yield name, got
+
+
+def call(function: Callable[..., Any], parameters: list[Parameter], pool: dict[str, list[Any]], waits: bool) -> None:
+    """Calls it once."""
+    everything = [value for values in pool.values() for value in values]
+    positional, named = [], {}
+    for parameter in parameters:
+        usual = pool.get(parameter.kind, everything)
+        value = random.choice(usual if random.random() < 0.85 else everything)
+        if waits and isinstance(value, int | float) and not abs(value) < 1e-3:
+            value = 0.0
+        if parameter.by_name:
+            named[parameter.name] = value
+        else:
+            positional.append(value)
+    if random.random() < 0.05:
+        positional = positional[: random.randrange(len(positional) + 1)]
+    with contextlib.suppress(Exception):
+        function(*positional, **named)
+
+
+def use(objects: list[Any], pool: dict[str, list[Any]], known: dict[str, list[Parameter]]) -> None:
+    """Calls everything of the module and of some of its objects, and sets what can be set."""
+    everything = [value for values in pool.values() for value in values]
+    for of in (native, *objects):
+        for name, function in callables(of):
+            for _ in range(CALLS):
+                call(function, known.get(name, []), pool, name in WAITS)
+        for name in () if of is native else set(dir(of)) - set(dir(object)):
+            with contextlib.suppress(Exception):
+                setattr(of, name, random.choice(everything))
+
+
+class Made(NamedTuple):
+    """Objects of the module, and what else its calls take."""
+
+    line: native.Line
+    core: native.Core
+    link: native.Link
+    bare: BareLane
+    engine: Handles
+
+    @property
+    def pool(self) -> dict[str, list[Any]]:
+        """Values by kind."""
+        books = [value for value in vars(self.bare).values() if isinstance(value, np.ndarray)]
+        return KINDS | {
+            "NDArray": KINDS["NDArray"] + 3 * books,
+            "memoryview": [self.engine.segment.memory, bytearray(64)],
+            "object": KINDS["object"] + segments(self.engine),
+            "Line": [*self.bare.lines, self.line],
+        }
+
+
+@contextlib.contextmanager
+def made() -> Iterator[Made]:
+    """One of each."""
+    engine, client = new_link(SIZES, epoch=1)
+    with contextlib.closing(engine), contextlib.closing(client), bare_core() as bare:
+        bare.open_client()
+        line = native.Line(engine.segment, engine.client_bell, engine.engine_bell)
+        link = native.Link(client.segment.memory, client.engine_bell)
+        yield Made(line, bare.core, link, bare, engine)
+
+
+def main(seed: int) -> None:
+    """Some rounds, each with objects of its own."""
+    random.seed(seed)
+    known = signatures()
+    for _ in range(ROUNDS):
+        with made() as them:
+            use([them.line, them.core, them.link], them.pool, known)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
