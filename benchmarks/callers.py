@@ -119,7 +119,8 @@ def messages(work: Work, count: int) -> list[bytes]:
         select = pb.SelectBlocksRequest(spans=spans, queries=queries)
         frames = (pb.StreamRequest(request_id=number, select_blocks=select) for number in range(1, count + 1))
     else:
-        both = pb.AppendAndSelectRequest(spans=spans, keys=_tensor(random, rows, HEAD_DIM), queries=queries)
+        keys = _tensor(random, rows, HEAD_DIM)
+        both = pb.AppendAndSelectRequest(spans=spans, keys=keys, queries=queries, rollback=True)
         frames = (pb.StreamRequest(request_id=number, append_and_select=both) for number in range(1, count + 1))
     return [frame.SerializeToString() for frame in frames]
 

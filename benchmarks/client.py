@@ -122,6 +122,7 @@ class Fleet:
             starts=[self._tokens - 1] * len(self.ids),
             keys=self.keys,
             queries=self.queries,
+            rollback=True,
         )
 
     def message_bytes(self) -> tuple[int, int]:
@@ -130,7 +131,9 @@ class Fleet:
         keys = pb.Tensor(dtype=pb.DTYPE_BF16, data=self.keys.tobytes())
         queries = pb.Tensor(dtype=pb.DTYPE_BF16, data=self.queries.tobytes())
         ids = pb.Tensor(dtype=pb.DTYPE_INT32, data=bytes(4 * len(self.ids) * HEADS * TOPK))
-        request = pb.AppendAndSelectRequest(spans=spans, keys=keys, queries=queries, header=pb.RequestHeader(epoch=1))
+        request = pb.AppendAndSelectRequest(
+            spans=spans, keys=keys, queries=queries, header=pb.RequestHeader(epoch=1), rollback=True
+        )
         return request.ByteSize(), pb.AppendAndSelectResponse(block_ids=ids, epoch=1).ByteSize()
 
 

@@ -79,6 +79,7 @@ class Step:
                 starts=self.starts if named else None,
                 keys=self.keys,
                 queries=self.queries,
+                rollback=named,
             )
 
         return call
@@ -89,7 +90,7 @@ class Step:
         keys = pb.Tensor(dtype=pb.DTYPE_BF16, data=self.keys.tobytes())
         queries = pb.Tensor(dtype=pb.DTYPE_BF16, data=self.queries.tobytes())
         header = pb.RequestHeader(epoch=INFO.epoch)
-        return pb.AppendAndSelectRequest(header=header, layer=3, spans=spans, keys=keys, queries=queries)
+        return pb.AppendAndSelectRequest(header=header, layer=3, spans=spans, keys=keys, queries=queries, rollback=True)
 
 
 class Way:

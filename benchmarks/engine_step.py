@@ -2,15 +2,21 @@
 
 The engine is a real one on its own thread, behind a real ring, without a server round it: a request is written as soon
 as the one before is answered.
+
+python -m benchmarks.engine_step [cpu|cuda]     calls of every kind beside the plain one; on a CPU without kernels
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
 
 import numpy as np
 import torch
@@ -26,8 +32,9 @@ from blockdex.ring.segment import Sizes
 from blockdex.ring.server import Line, RingInbox
 from blockdex.scheduler.loop import Engine
 from blockdex_kernels import IndexSpec
+from blockdex_kernels.cpu import CpuBackend
 from blockdex_kernels.dispatch import choose_backend
-from blockdex_kernels.interface import Backend
+from blockdex_kernels.interface import Backend, Order, Selection
 from blockdex_kernels.interface import Spans as KernelSpans
 
 Call = Callable[[], object]
@@ -94,7 +101,7 @@ class Asker:
     def __init__(self, inbox: RingInbox, epoch: int, sizes: Sizes) -> None:
         engine, self._handles = new_link(sizes, epoch)
         self._segment = self._handles.segment
-        self._line = Line(engine, check=lambda _: None, hang_up=lambda _: None)
+        self._line = Line(engine, hang_up=lambda _: None)
         inbox.add(self._line)
         self._asked = 0
 
@@ -112,6 +119,10 @@ class Asker:
             TimeoutError: it does not come.
             BlockdexError: it is one.
         """
+        return self.wait(self.show(slot))
+
+    def show(self, slot: bytes) -> int:
+        """Asks; answers the number that `wait` takes."""
         segment, number = self._segment, self._asked
         at = segment.request_slots_offset + number % segment.request_slots * SLOT_BYTES
         segment.memory[at : at + SLOT_BYTES] = slot
@@ -119,6 +130,11 @@ class Asker:
         segment.counters[(at + _RECEIVED_AT) // 8] = time.monotonic_ns()
         segment.counters[AT["requests_written"] // 8] = self._asked
         self._ring()
+        return number
+
+    def wait(self, number: int) -> float:
+        """Waits for an answer: seconds in the engine."""
+        segment = self._segment
         end = time.monotonic() + _PATIENCE_SECONDS
         while segment.counters[AT["answers_written"] // 8] == number:
             if time.monotonic() > end:
@@ -171,19 +187,112 @@ def measure(device: str, shapes: Shapes, seconds: float) -> Steps:
 
 def _engine_us(backend: Backend, shapes: Shapes, seconds: float) -> list[float]:
     """Microseconds of every step after the warm-up."""
-    inbox = RingInbox(_LIMITS.max_queued_requests, spin_seconds=_SPIN_SECONDS)
+    with _asked(backend, shapes) as (asker, *_):
+        return [1e6 * each for each in _steps(asker, backend.spec, shapes, seconds)]
+
+
+@contextmanager
+def _asked(backend: Backend, shapes: Shapes) -> Iterator[list[Asker]]:
+    """An engine whose sequences are filled, and four links to it."""
+    inbox = RingInbox(spin_seconds=_SPIN_SECONDS)
     engine = Engine(backend, limits=_LIMITS, inbox=inbox)
     for _ in engine.warm_up():
         pass
-    engine.start(inbox.deliver)
-    asker = Asker(inbox, engine.info().epoch, sizes_of(backend.spec, _LIMITS))
+    engine.start()
+    askers = [Asker(inbox, engine.info().epoch, sizes_of(backend.spec, _LIMITS)) for _ in range(4)]
     try:
         for request in _contexts(backend.spec, shapes):
-            asker.ask(asker.write(request))
-        return [1e6 * each for each in _steps(asker, backend.spec, shapes, seconds)]
+            askers[0].ask(askers[0].write(request))
+        yield askers
     finally:
-        asker.close(inbox)
+        for asker in askers:
+            asker.close(inbox)
         engine.stop()
+
+
+class NullBackend(CpuBackend):
+    """No kernels: what is left of a step is the core and the way to the kernels."""
+
+    def append(self, keys: torch.Tensor, spans: KernelSpans) -> None:
+        """Writes nothing."""
+
+    def decode(
+        self,
+        queries: torch.Tensor,
+        spans: KernelSpans,  # noqa: ARG002
+        *,
+        order: Order,  # noqa: ARG002
+        return_scores: bool,
+        raw_scores: bool = False,  # noqa: ARG002
+    ) -> Selection:
+        """Block 0, again and again."""
+        ids = torch.zeros((*queries.shape[:2], self.spec.topk), dtype=torch.int32)
+        return Selection(ids, ids.float() if return_scores else None)
+
+
+def measure_kinds(device: str, seconds: float) -> dict[str, float]:
+    """Median microseconds of calls of every kind, in turn, 8 sequences at 8,192; on a CPU without its kernels."""
+    shapes = Shapes(layers=4, sequences=8, tokens=8192, prefill_queries=1, prefill_tokens=128)
+    spec = IndexSpec(num_layers=shapes.layers)
+    num_pages = shapes.sequences * shapes.tokens // spec.block_size
+    backend = (
+        NullBackend(spec, num_pages, reason="no kernels")
+        if device == "cpu"
+        else choose_backend(device, spec, num_pages)
+    )
+    with _asked(backend, shapes) as askers:
+        kinds = _kinds(askers, spec, shapes)
+        samples: dict[str, list[float]] = {kind: [] for kind in kinds}
+        end = time.monotonic() + len(kinds) * seconds
+        while time.monotonic() < end:
+            for kind, call in kinds.items():
+                samples[kind] += [1e6 * call() for _ in range(20)]
+    return {kind: median(taken[len(taken) // 5 :]) for kind, taken in samples.items()}
+
+
+def _kinds(askers: Sequence[Asker], spec: IndexSpec, shapes: Shapes) -> dict[str, Callable[[], float]]:
+    plain = _step(spec, 0, shapes)
+    assert plain.keys is not None and plain.queries is not None
+    heads = spec.num_index_heads
+    tensor = _numbers(shapes.sequences, heads, spec.head_dim)
+    wide = TensorData("fp32", torch.randn(shapes.sequences, heads, spec.head_dim).numpy().tobytes())
+    wide_keys = TensorData("fp32", torch.randn(shapes.sequences, spec.head_dim).numpy().tobytes())
+    half = replace(plain.queries, tensor=_numbers(shapes.sequences, heads // 2, spec.head_dim), num_heads=heads // 2)
+    asked = {
+        "plain": plain,
+        "half of the heads": replace(plain, queries=half),
+        "select alone": replace(plain, keys=None),
+        "append alone": replace(plain, queries=None),
+        "float32": replace(plain, keys=Keys(wide_keys, True), queries=replace(plain.queries, tensor=wide)),
+        "by score, with scores": replace(
+            plain, queries=replace(plain.queries, tensor=tensor, order="score", return_scores=True)
+        ),
+    }
+
+    def ask(request: TokenRequest) -> float:
+        slot = askers[0].write(request)
+        return askers[0].ask(slot)
+
+    revision = itertools.count(1)
+
+    def ranks() -> float:
+        number = next(revision)
+        own = [_rank(plain, spec, head, number) for head in range(heads)]
+        slots = [asker.write(request) for asker, request in zip(askers, own, strict=True)]
+        shown = [asker.show(slot) for asker, slot in zip(askers[::-1], slots[::-1], strict=True)]
+        return max(asker.wait(number) for asker, number in zip(askers[::-1], shown, strict=True))
+
+    return {kind: partial(ask, request) for kind, request in asked.items()} | {"4 links of a head": ranks}
+
+
+def _rank(plain: TokenRequest, spec: IndexSpec, head: int, revision: int) -> TokenRequest:
+    """What one of the ranks asks: the first appends, the others wait for its revision."""
+    assert plain.queries is not None
+    count = len(plain.spans.lengths)
+    tensor = TensorData("bf16", bytes(2 * count * spec.head_dim))
+    queries = replace(plain.queries, tensor=tensor, first_head=head, num_heads=1, wait_for_keys=head > 0)
+    spans = replace(plain.spans, revisions=np.full(count, revision, np.uint64))
+    return replace(plain, layer=1, spans=spans, keys=None if head else plain.keys, queries=queries)
 
 
 def _steps(asker: Asker, spec: IndexSpec, shapes: Shapes, seconds: float) -> list[float]:
@@ -211,12 +320,14 @@ def _contexts(spec: IndexSpec, shapes: Shapes) -> Iterator[Request]:
     keys = _numbers(shapes.sequences * before, spec.head_dim)
     for layer in range(shapes.layers):
         yield TokenRequest("benchmark", 0, layer, _spans(shapes.sequences, 0, before), Keys(keys), None)
+    for layer in range(shapes.layers):
+        yield _step(spec, layer, shapes)
 
 
 def _step(spec: IndexSpec, layer: int, shapes: Shapes) -> TokenRequest:
     """Appends the last token of every sequence (again) and selects for it."""
     heads = spec.num_index_heads
-    keys = Keys(_numbers(shapes.sequences, spec.head_dim))
+    keys = Keys(_numbers(shapes.sequences, spec.head_dim), rollback=True)
     queries = Queries(_numbers(shapes.sequences, heads, spec.head_dim), 0, heads, "ascending", False, False)
     return TokenRequest("benchmark", 0, layer, _spans(shapes.sequences, shapes.tokens - 1, 1), keys, queries)
 
@@ -292,3 +403,14 @@ def _from_host_us(calls: Sequence[Call], backend: Backend, seconds: float) -> li
         backend.synchronize()
         samples.append(1e6 * (time.perf_counter() - began))
     return samples[int(_WARM_UP * len(samples)) :]
+
+
+def main() -> None:
+    """Prints the medians and what they are of the plain call's."""
+    medians = measure_kinds(sys.argv[1] if len(sys.argv) > 1 else "cpu", seconds=2.0)
+    for kind, microseconds in medians.items():
+        print(f"{kind:24} {microseconds:8.1f} us  {microseconds / medians['plain']:.2f}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.message import Message
 
+from blockdex.contract.errors import Reason
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from support.serving import Serving
@@ -132,7 +133,7 @@ def _lint(proto: Path) -> subprocess.CompletedProcess[str]:
     return _run(sys.executable, proto / "generate.py", "--lint")
 
 
-def test_the_contract_keeps_the_style_rules() -> None:
+def test_the_contract_keeps_the_style_rules_and_what_was_released() -> None:
     linted = _lint(PROTO)
     assert linted.returncode == 0, linted.stdout + linted.stderr
 
@@ -140,13 +141,17 @@ def test_the_contract_keeps_the_style_rules() -> None:
 @pytest.mark.parametrize(
     ("good", "bad", "complaint"),
     [
-        ("fixed64 parent_id = 1;", "fixed64 parentId = 1;", "should be lower_snake_case"),
+        ("fixed64 parent_id = 2;", "fixed64 parentId = 2;", "should be lower_snake_case"),
         ("DTYPE_BF16 = 1;", "BF16 = 1;", 'should be prefixed with "DTYPE_"'),
-        ("// Gives up a sequence.\n", "", "should have a non-empty comment"),
+        ("// Gives up sequences.\n", "", "should have a non-empty comment"),
+        ("uint32 layer = 2;", "uint32 layer = 20;", 'Previously present field "2" with name "layer"'),
+        ("bool rollback = 11;", "uint32 rollback = 11;", 'changed type from "bool" to "uint32"'),
+        ("  DTYPE_INT32 = 5;", "  DTYPE_INT32 = 6;", 'Previously present enum value "5"'),
+        ("  rpc GetStats(GetStatsRequest) returns (GetStatsResponse);\n", "", 'Previously present RPC "GetStats"'),
     ],
-    ids=["field name", "enum prefix", "comment"],
+    ids=["field name", "enum prefix", "comment", "number", "type", "enum value", "rpc"],
 )
-def test_the_style_rules_are_felt(tmp_path: Path, good: str, bad: str, complaint: str) -> None:
+def test_the_rules_are_felt(tmp_path: Path, good: str, bad: str, complaint: str) -> None:
     copy = tmp_path / "proto"
     shutil.copytree(PROTO, copy)
     contract = copy / CONTRACT.relative_to(PROTO)
@@ -156,3 +161,21 @@ def test_the_style_rules_are_felt(tmp_path: Path, good: str, bad: str, complaint
     linted = _lint(copy)
     assert linted.returncode != 0
     assert complaint in linted.stdout + linted.stderr
+
+
+def test_a_reserved_number_may_be_taken_under_its_name(tmp_path: Path) -> None:
+    copy = tmp_path / "proto"
+    shutil.copytree(PROTO, copy)
+    contract = copy / CONTRACT.relative_to(PROTO)
+    text = contract.read_text(encoding="utf-8")
+    reserved = '  reserved 5;\n  reserved "pool_id";\n'
+    taken = "  // 0 = sequences; else rows of this pool.\n  uint64 pool_id = 5;\n"
+    assert reserved in text
+    contract.write_text(text.replace(reserved, taken), encoding="utf-8")
+    linted = _lint(copy)
+    assert linted.returncode == 0, linted.stdout + linted.stderr
+
+
+def test_the_reasons_of_errors_are_those_of_the_contract() -> None:
+    told = [name.removeprefix("ERROR_REASON_") for name in list(pb.ErrorReason.keys())]
+    assert sorted(told) == sorted(["UNSPECIFIED", *Reason])

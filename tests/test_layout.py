@@ -41,14 +41,11 @@ MAY_NOT_LOAD = {
     "cache": FRONT | TENSORS,
     "executor": FRONT,
     "scheduler": FRONT,
-    "ring": FRONT,
+    "ring": FRONT | TENSORS,
     "frontend": TENSORS,
     "client": TENSORS,
 }
 """What no module of a room may bring into the process, however indirectly."""
-
-BRINGS_THE_ENGINE = "blockdex.ring.in_process"
-"""The channel to an engine in the same process; nothing else of its room does."""
 
 
 class Module(NamedTuple):
@@ -173,7 +170,7 @@ def _load(names: list[str], *, refused: AbstractSet[str]) -> subprocess.Complete
 
 @pytest.mark.parametrize(
     "rooms",
-    [("kernels",), ("contract", "cache"), ("executor", "scheduler", "ring"), ("v1", "client", "frontend")],
+    [("kernels",), ("contract", "cache", "ring"), ("executor", "scheduler"), ("v1", "client", "frontend")],
 )
 def test_rooms_load_without_the_libraries_of_others(rooms: tuple[str, ...]) -> None:
     (refused,) = {frozenset(MAY_NOT_LOAD[room]) for room in rooms}
@@ -181,13 +178,16 @@ def test_rooms_load_without_the_libraries_of_others(rooms: tuple[str, ...]) -> N
     assert loaded.returncode == 0, loaded.stderr
 
 
-def test_only_the_local_channel_brings_torch_to_the_front() -> None:
-    names = [module.name for module in MODULES.values() if module.room == "ring"]
-    names.remove(BRINGS_THE_ENGINE)
-    assert _load(names, refused=TENSORS).returncode == 0
-    loaded = _load([BRINGS_THE_ENGINE], refused=TENSORS)
-    assert loaded.returncode != 0, "so what refuses does refuse"
+def test_what_refuses_libraries_does_refuse_them() -> None:
+    loaded = _load(["blockdex.executor.interface"], refused=TENSORS)
+    assert loaded.returncode != 0
     assert "torch must not be loaded here" in loaded.stderr
+
+
+def test_benchmarks_and_examples_need_nothing_of_the_tests() -> None:
+    for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/**/*.py")]:
+        for name in _imports(Module(path.stem, path), types_too=True):
+            assert name.split(".")[0] not in {"tests", "support"}, f"{path.name} imports {name}"
 
 
 PROCESSES = {

@@ -66,7 +66,13 @@ class BlockdexIndexer(nn.Module):
     ) -> torch.Tensor:
         """Sends keys `[T, head_dim]` and queries `[T, heads, head_dim]` of a step; answers int32 `[T, heads, topk]`."""
         block_ids: torch.Tensor = self.client.append_and_select(
-            self.layer, sequences=sequences, starts=starts, lengths=lengths, keys=keys, queries=queries
+            self.layer,
+            sequences=sequences,
+            starts=starts,
+            lengths=lengths,
+            keys=keys,
+            queries=queries,
+            rollback=True,  # Drafts that were rejected are written over.
         )
         return block_ids
 

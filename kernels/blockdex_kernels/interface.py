@@ -16,6 +16,9 @@ from blockdex_kernels.spec import IndexSpec
 Order = Literal["ascending", "score"]
 Fp8Scoring = Literal["native", "upcast"]
 
+RUN_APPENDS, RUN_SELECTS, RUN_WANTS_SCORES = 1, 2, 4
+"""What is to be done for a run of `Spans`."""
+
 FP8_FLIP_TOLERANCE = 2.0**-8
 """`Backend.flip_tolerance` where tensor cores multiply e4m3; the names of such kernels end in `-fp8`."""
 
@@ -38,6 +41,8 @@ class Spans:
         table_rows: int32 `[R]`, the row in which each run's page table begins; it goes on in the rows behind, so that
             tables of all lengths lie in one tensor. None: run r's is row r, and no longer than that.
         max_blocks: beside `table_rows`: no run reaches more blocks.
+        flags: int32 `[R]`, what is to be done for each run: `RUN_APPENDS`, `RUN_SELECTS`, `RUN_WANTS_SCORES`. Kernels
+            of the others pass a run by; a decode gives it -1 throughout. None: everything that is called for.
     """
 
     layers: torch.Tensor
@@ -48,6 +53,7 @@ class Spans:
     max_length: int | None = None
     table_rows: torch.Tensor | None = None
     max_blocks: int | None = None
+    flags: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -70,7 +76,7 @@ class Selection:
 
     Attributes:
         block_ids: int32 `[T, H, topk]`, -1 in unused places, at the end of a row.
-        scores: float32 `[T, H, topk]` times the spec's scale, +inf for forced blocks, -inf beside -1; or None.
+        scores: float32 `[T, H, topk]` times the spec's scale, +inf for forced blocks, -inf beside -1; or raw; or None.
     """
 
     block_ids: torch.Tensor
@@ -87,6 +93,7 @@ class Backend(ABC):
         kernels: phase (`append`, `decode`, `prefill`) to the kernel's name and why it was chosen.
         flip_tolerance: selections may differ from those in float64 between blocks whose scores lie within this times
             |query| times the greatest |key| of each other.
+        rounds_queries: whether queries are rounded to fewer bits than bfloat16 has, scaled row by row.
     """
 
     spec: IndexSpec
@@ -94,6 +101,7 @@ class Backend(ABC):
     pages: torch.Tensor
     kernels: dict[str, tuple[str, str]]
     flip_tolerance: float = 2.0**-16
+    rounds_queries: bool = False
 
     def use_device(self) -> None:
         """Makes the device the calling thread's: what every thread does before its first call."""
@@ -132,7 +140,9 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def decode(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
+    def decode(
+        self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool, raw_scores: bool = False
+    ) -> Selection:
         """Selects blocks for runs of few queries.
 
         Args:
@@ -140,13 +150,17 @@ class Backend(ABC):
             spans: positions of the queries; the keys up to each run's last position must be in the pages.
             order: `ascending` (by block id) or `score` (init blocks, local blocks, then by falling score).
             return_scores: whether `Selection.scores` is filled.
+            raw_scores: beside `return_scores`: whether they are as they rank, unscaled, and forced blocks have the
+                score that they have.
 
         Raises:
             ValueError: a shape, dtype or device is not as said; the message names the argument.
         """
 
     @abstractmethod
-    def prefill(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
+    def prefill(
+        self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool, raw_scores: bool = False
+    ) -> Selection:
         """Selects blocks for runs of many queries; as `decode` otherwise."""
 
     @abstractmethod

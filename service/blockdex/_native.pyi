@@ -1,6 +1,6 @@
 """The compiled part: see `csrc/`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 NOTICED: int
 FOR_PYTHON: int
 LATE: int
-ROOM: int
+BROKEN: int
 MAX_RUNS: int
 MAX_TOKENS: int
 STEPS: int
@@ -24,6 +24,7 @@ class Line:
         tenant: of all its requests; without one each names its own.
 
     Attributes:
+        memory: the segment's bytes.
         filled: requests that are there and were not taken; -1 where the frontend says what cannot be.
         waits: whether the oldest one is for Python to take now; of who does not read its answers, none is.
         gone: whether nobody is there to be answered.
@@ -33,6 +34,8 @@ class Line:
     """
 
     def __init__(self, segment: object, bell: int, own_bell: int, tenant: str = "") -> None: ...
+    @property
+    def memory(self) -> memoryview: ...
     @property
     def filled(self) -> int: ...
     @property
@@ -61,29 +64,71 @@ class Line:
     def publish(self) -> None:
         """Shows the frontend what was written, and wakes it if it sleeps."""
 
-class Core:
-    """The engine's short way: decodes that go on in place, from the rings to the device and back, in C.
+class SequenceIndex:
+    """Which column each open sequence has: the one index of sequences.
 
-    It takes requests that append to the ends of sequences, in pages that these have to themselves, and select for what
-    they append, with bfloat16 keys and queries, ids in ascending order and no scores. Whatever else comes is left where
-    it is, and so are requests for sequences that it knows nothing of or that are `blocked`. Requests of all lines,
-    sequences and layers share a step; no step names a layer of a sequence twice. Belongs to one thread, but for
-    `notice` and `counts`.
+    Its hash is keyed at random in each process, so ids cannot be chosen to collide; it takes memory by what it holds.
+    Its length is the number of sequences, which other threads may ask for too.
+    """
+
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def open(self, tenant: str, sequence_id: int, column: int, /) -> int:
+        """Enters a sequence; the tenant's number, which is its own while it has open sequences or requests.
+
+        Raises:
+            ValueError: it is open already.
+        """
+
+    def close(self, tenant_number: int, sequence_id: int, /) -> None:
+        """Takes a sequence out.
+
+        Raises:
+            KeyError: it is not open.
+        """
+
+    def find(self, tenant: str, sequence_id: int, /) -> int | None:
+        """The column of a sequence; None where it is not open."""
+
+    def tenant(self, number: int, /) -> str:
+        """The tenant of a number.
+
+        Raises:
+            KeyError: it is nobody's.
+        """
+
+Bounds = tuple[float, ...]
+HistogramCounts = tuple[list[int], float]
+"""Counts by bucket, and the total."""
+
+class Core:
+    """Where every request is checked, entered, run in a step of the device and answered: see `csrc/core/core.h`.
+
+    Belongs to one thread, but for `notice`, `counts`, `queued` and `waiting`. Requests have numbers.
 
     Args:
-        layers, heads, head_dim, topk, block_size: of the indexer.
-        longest: most tokens of a span.
+        layers, heads, head_dim, topk, init_blocks, local_blocks, block_size, scale: of the indexer; at most 64 heads.
+        longest: most tokens of a decode's span; longer ones are Python's to run.
         max_sequence_tokens: of the indexer.
         max_spans, max_message_bytes: limits of a request.
+        max_queued: requests that may be unanswered; more are refused as OVERLOADED.
+        odd_keys, odd_queries: whether they are rounded to odd where they become bfloat16, as a cache needs it that
+            rounds them once more.
         nudge: eventfd that `notice` writes and `run` sleeps on.
         spin_seconds: after a request or an answer, how long `run` looks for requests before it sleeps.
         seconds_bounds, size_bounds: of the histograms.
 
+    Raises:
+        ValueError: numbers that no index has.
+
     Attributes:
         steps: steps begun so far.
         in_flight: steps on their way.
-        launched: `time.monotonic` seconds of the oldest one's launch.
-        time_beside: `time.monotonic` seconds less those with steps on their way: a clock that stands still meanwhile.
+        launched: `time.monotonic` of the oldest one's launch, 0 where there is none.
+        time_beside: a clock that stands still while steps are on their way.
+        looked: `time.monotonic` of its last look at the rings: requests that it left came since the look before.
+        queued: requests that are not begun, those still in the rings too.
+        waiting: selections that wait for keys.
     """
 
     def __init__(
@@ -92,15 +137,21 @@ class Core:
         heads: int,
         head_dim: int,
         topk: int,
+        init_blocks: int,
+        local_blocks: int,
         block_size: int,
         longest: int,
         max_sequence_tokens: int,
         max_spans: int,
+        max_queued: int,
         max_message_bytes: int,
+        scale: float,
+        odd_keys: bool,
+        odd_queries: bool,
         nudge: int,
         spin_seconds: float,
-        seconds_bounds: tuple[float, ...],
-        size_bounds: tuple[float, ...],
+        seconds_bounds: Bounds,
+        size_bounds: Bounds,
     ) -> None: ...
     @property
     def steps(self) -> int: ...
@@ -110,99 +161,186 @@ class Core:
     def launched(self) -> float: ...
     @property
     def time_beside(self) -> float: ...
+    @property
+    def looked(self) -> float: ...
+    @property
+    def queued(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
     def run(self, seconds: float, /) -> int:
         """Serves until there is something for Python, or so many seconds have passed; once, with 0.
 
         Returns:
-            Why, added up: `NOTICED`, `FOR_PYTHON` (a line `waits`), `LATE` (the device should be asked after), `ROOM`
-            (a line that is `crowded` has some again); or 0.
+            Why, added up: `NOTICED`, `FOR_PYTHON` (see `take` and `take_cut`), `LATE` (the device should be asked
+            after), `BROKEN` (see `take_broken`); or 0.
 
         Raises:
             RuntimeError: the device takes no step.
+            MemoryError: there is none for an answer.
             Exception: whatever the `run_step` raises.
         """
-
-    def drain(self, seconds: float, /) -> bool:
-        """Answers what is on its way and begins nothing, for so many seconds; whether all has ended."""
 
     def notice(self) -> None:
         """Has `run` return; from any thread."""
 
-    def touch(self) -> None:
-        """Something came or went beside it: it spins for a while."""
+    def try_again(self) -> None:
+        """Has what is held back, or waits, tried again: something ended that may have been in its way."""
+
+    def expect_no_more(self) -> None:
+        """No request will come any more: selections whose keys are not there are refused, not kept waiting."""
 
     def add(self, line: Line, /) -> None:
         """Serves one more line."""
 
     def drop(self, line: Line, /) -> None:
-        """Serves a line no more; nothing is written for it."""
+        """Serves a line no more: nothing is written for it, and what it asked for is given up."""
 
-    def set_books(
+    def take_broken(self) -> tuple[Line, str] | None:
+        """A line whose client wrote what cannot be, and what that was; it is read no more."""
+
+    def set_columns(
         self,
+        index: SequenceIndex,
         lengths: NDArray[np.int64],
         revisions: NDArray[np.uint64],
+        reading: NDArray[np.int32],
         held: NDArray[np.int64],
         forked: NDArray[np.int64],
         last_calls: NDArray[np.float64],
         first_rows: NDArray[np.int32],
-        generations: NDArray[np.uint32],
-        blocked: NDArray[np.uint8],
+        reading_sequence: NDArray[np.int32],
+        cells: NDArray[np.int32],
+        holders: NDArray[np.int32],
+        free_pages: NDArray[np.int64],
         /,
     ) -> None:
-        """Shares the cache's columns, which it reads and writes from now on; forgets whose they are."""
+        """Shares a cache's columns, which the core reads and writes: see `blockdex.cache.Columns`.
+
+        Raises:
+            ValueError: sizes that do not go together, or requests are there that name another cache's sequences.
+        """
 
     def set_epoch(self, epoch: int, /) -> None:
         """The cache's epoch."""
 
-    def learn(self, tenant: str, sequence_ids: NDArray[np.uint64], columns: NDArray[np.int64], /) -> None:
-        """Takes note of the columns of a tenant's sequences."""
+    def set_step(
+        self, number: int, host: NDArray[np.uint8], block_ids: NDArray[np.int32], scores: NDArray[np.float32], /
+    ) -> None:
+        """Memory that one of the steps is made in and answered in: see `StepBuffer`."""
 
-    def set_step(self, number: int, host: NDArray[np.uint8], block_ids: NDArray[np.int32], /) -> None:
-        """Memory that one of the steps is made in, as `blockdex.executor.interface.StepBuffer`."""
+    def set_replays(self, replays: list[tuple[int, ...]], launch: int, stream: int, /) -> None:
+        """The device's programs (runs, length, width, address by step), smallest first, and what launches them."""
 
-    def set_replays(self, steps: Sequence[tuple[int, ...]], launch: int, stream: int, /) -> None:
-        """The device's programs `(runs, length, width, program of each step)`, and what launches them."""
+    def set_run_step(self, run_step: Callable[[int, int, int], None], /) -> None:
+        """What runs a step of (number, runs, tokens) to its end, where no program does."""
 
-    def set_run_step(self, run_step: Callable[[int, int, int], Any], /) -> None:
-        """What runs a step to its end, where no program does: it gets the step's number, runs and tokens."""
+    def take_cut(self) -> bytes:
+        """uint32 columns of sequences that were cut, and may have pages to give back."""
 
-    def abandon(self, code: int, reason_bytes: int, text: bytes, /) -> None:
-        """Answers what is on its way with an error."""
+    def take(self) -> tuple[Any, ...] | None:
+        """The next request for Python, by what is to be done for it; None when there is no other one.
 
-    def counts(
-        self,
-    ) -> tuple[list[tuple[list[int], float]], tuple[list[int], float], tuple[list[int], float], int, int, float, float]:
-        """What it did so far; from any thread.
-
-        Returns:
-            Histograms, as counts and total: seconds of each stage, requests of a step, tokens of a step. Then steps,
-            tokens, seconds of steps on the device, and seconds with any of them there.
+        `(number, "pages", layer, rows)` is to be granted its pages, or refused, or asks again when tried again;
+        `(number, "bulk", layer, rows, tenant number, memory, keys dtype, keys, queries dtype, queries, first head,
+        heads, order, flags)` is entered, to be run and answered; `(number, kind, tenant, sequence, child, number)`, of
+        a kind `open`, `get`, `fork`, `truncate` or `close`, is to be done and answered. Rows are uint64 ids, uint32
+        columns, int64 starts, int64 lengths, and bool for those to be written. Tensors are (offset, bytes) in the
+        memory.
         """
 
-# --- The frontend's side ---
+    def grant(self, number: int, /) -> None:
+        """The pages that a request writes are there, and its sequences' alone."""
 
-Taken = tuple[Any, int, int, int, int]
-"""A request that was taken from who asked: asker, number, RPC, `received` of its slot, ticket."""
+    def begin(self, number: int, phase: int, /) -> None:
+        """A kernel was launched for a request; its phase, numbered as on the ring."""
 
-Rest = tuple[int, int, bytes, bytes]
-"""What there is to say of an answer beside its response: RPC, `received` of its request's slot, slot, payload."""
+    def drop_if_gone(self, number: int, /) -> bool:
+        """Answers a request whose caller is gone or whose deadline has passed; whether it did."""
+
+    def answer(
+        self,
+        number: int,
+        flags: int,
+        num_tokens: int,
+        num_heads: int,
+        topk: int,
+        num_layers: int,
+        first: NDArray[Any] | None,
+        second: NDArray[Any] | None,
+        /,
+    ) -> None:
+        """Answers a request with up to two arrays; the numbers are those of its slot."""
+
+    def refuse(self, number: int, code: int, reason: str, message: str, /) -> None:
+        """Refuses a request."""
+
+    def abandon(self, code: int, reason: str, message: str, /) -> None:
+        """Refuses all requests, and forgets the steps on their way."""
+
+    def counts(self) -> dict[str, Any]:
+        """What was counted so far: histograms as `HistogramCounts`, of stages by phase and stage, and numbers."""
+
+SENT: int
+QUEUED: int
+UNUSUAL: int
+NOTHING_LEFT: int
+MORE_TO_COPY: int
+WAITS_FOR_ROOM: int
+
+Refusal = tuple[int, int, int, str, str]
+"""What a request is refused with: its RPC and number, canonical code, reason, and message.
+
+Behind the message, a line each, what of its numbers has a name: `name=value`.
+"""
+
+Taken = tuple[Any, int, int, int, int, int, int, int]
+"""A request that was taken from its caller.
+
+Caller, number, RPC, `received` of its slot, layer, spans, tokens, and bytes of its payload, 0 where it was sent.
+"""
+
+Rest = tuple[int, int, bytes, bytes, int, int, int]
+"""What there is to say of an answer beside its response.
+
+RPC, `received` of its request's slot, the answer's slot, its payload, and the request's layer, spans, tokens.
+"""
 
 class Link:
-    """The frontend's side of a ring, on one thread: slots, tickets, the requests' arena and the answers' tape.
+    """The frontend's side of a ring, on one thread: slots, tickets, the requests' arena, the answers'.
 
-    RPCs are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect, 3 to 5 the same over a stream, 255 a request that
-    Python wrote. Nothing is taken the short way before it is opened.
+    Requests of one caller are sent in their order. What there is no room for waits, and all that comes behind it;
+    what is long is copied slice by slice, beside which others' requests are sent. Both go on with `flush`.
+
+    RPCs are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect, 3 to 5 the same over a stream, then those about
+    sequences.
 
     Args:
         memory: the whole segment, writable.
-        engine_bell: the eventfd that the engine sleeps on; it must stay open while this is used.
+        engine_bell: the eventfd that the engine sleeps on; it must stay open until `close`.
+        num_heads, max_spans, max_message_bytes: as `IndexSpec` and `Limits` say.
+        max_waiting: requests that may be waited for; more are refused.
+        tell_seconds: of an answer that took longer the rest is told, too.
+        num_rpcs: RPCs there are.
+        time_bounds: upper bounds of the buckets in which good answers are counted, rising.
         spin_seconds: after a request or an answer, how long `may_sleep` looks for more; 0: nobody calls that.
 
     Raises:
-        ValueError: it is no segment of this layout.
+        ValueError: it is no segment of this layout, or a bound is none.
     """
 
-    def __new__(cls, memory: memoryview, engine_bell: int, spin_seconds: float = 0.0) -> Link: ...
+    def __new__(
+        cls,
+        memory: memoryview,
+        engine_bell: int,
+        num_heads: int,
+        max_spans: int,
+        max_message_bytes: int,
+        max_waiting: int,
+        tell_seconds: float,
+        num_rpcs: int,
+        time_bounds: tuple[float, ...],
+        spin_seconds: float = 0.0,
+    ) -> Link: ...
     @property
     def answered(self) -> bool:
         """Whether there are answers to take."""
@@ -211,68 +349,64 @@ class Link:
     def waiting(self) -> int:
         """Requests that somebody waits for."""
 
-    @property
-    def on_short_way(self) -> int:
-        """Those of them that took the short way."""
-
-    def open_short_way(
-        self,
-        *,
-        num_layers: int,
-        num_heads: int,
-        head_dim: int,
-        max_sequence_tokens: int,
-        max_spans: int,
-        max_message_bytes: int,
-        max_waiting: int,
-        slow_seconds: float,
-        time_bounds: tuple[float, ...],
-    ) -> None:
-        """Takes requests the short way from now on, within the bounds of `IndexSpec` and `Limits`.
-
-        While `max_waiting` are waited for, all are left to Python. Of an answer that took longer than `slow_seconds`
-        the rest is told, too. Answers are counted in buckets whose upper bounds `time_bounds` are, rising.
-        """
-
-    def send(self, asker: object, rpc: int, tenant: str, timeout: float, message: bytes, /) -> bool:
-        """Writes a request as it came off the wire into the ring; `rpc` is 0 to 3, 3 for one of a stream.
+    def send(self, caller: object, rpc: int, tenant: str, timeout: float, message: bytes, /) -> int | Refusal:
+        """Takes a token request as it came off the wire; `rpc` is 0 to 3, 3 for one of a stream.
 
         Returns:
-            False where it is not for the short way: something is wrong with it or unusual, it has the number of another
-            one of the asker, or there is no room. Nothing has changed then.
+            `SENT`, or `QUEUED`: `flush` goes on with it. `UNUSUAL`, and nothing has changed: protobuf has to write it
+            anew, or it is none of the token requests. What it is refused with: no slot can carry it, it has the number
+            of another one of the caller, or there are too many.
+
+        Raises:
+            ValueError: the tenant is none.
         """
 
-    def claim(self, asker: object, num_bytes: int, /) -> tuple[int, int, int] | None:
-        """Ticket, offset of a slot in the segment and offset of a payload in the arena, for Python to write a request.
+    def send_sequence(
+        self,
+        caller: object,
+        number: int,
+        rpc: int,
+        tenant: str,
+        timeout: float,
+        kind: int,
+        epoch: int,
+        sequence_id: int,
+        child_id: int,
+        argument: int,
+        num_spans: int,
+        columns: bytes,
+        /,
+    ) -> int | Refusal:
+        """Takes a request about sequences, whose kind and fields are those of its slot; otherwise as `send`."""
 
-        None while one of them is not free. The engine sees it after `publish`.
+    def flush(self) -> int:
+        """Tells the engine what was given up, sends what there is room for, and copies a slice of what is long.
+
+        Returns:
+            `NOTHING_LEFT`; `MORE_TO_COPY`, to be called again at once; `WAITS_FOR_ROOM`, after a while.
         """
 
-    def publish(self) -> None:
-        """Shows the engine what was claimed."""
+    def overdue(self, seconds: float, /) -> list[Taken]:
+        """Gives up what has waited for room for so many seconds."""
 
-    def cancel(self, ticket: int, /) -> bool:
-        """Tells the engine that nobody waits for a request: none hears of its answer. False while no slot is free."""
+    def give_up(self, caller: object, number: int, /) -> Taken | None:
+        """Takes a request from its caller, who is told of no answer; the engine hears of it with `flush` at last."""
 
-    def awaits(self, asker: object, number: int, /) -> bool:
-        """Whether such a request is on the short way, and not given up."""
-
-    def give_up(self, asker: object, number: int, /) -> Taken | None:
-        """Takes a request on the short way from its asker; the engine is yet to be told."""
-
-    def give_up_all(self, asker: object | None, /) -> list[Taken]:
-        """The same of all requests of an asker; None stands for all askers."""
+    def give_up_all(self, caller: object | None, /) -> list[Taken]:
+        """The same of all requests of a caller; None stands for all callers."""
 
     def take(self) -> list[tuple[Any, int, bytes | None, Rest | None]]:
-        """The answers that are there: asker, number, response and rest. Their room is free again.
+        """The answers that are there: caller, number, response and rest. Their room is free again.
 
-        The response is that of a request on the short way which was answered well; the rest is None where it says all.
-        Where none is there, the bell rings when one comes, or, while it spins, `may_sleep` sees it; else it has to be
-        asked again.
+        The response is that of a token request which was answered well; the rest is None where it says all. Where none
+        is there, the bell rings when one comes, or, while it spins, `may_sleep` sees it; else it has to be asked again.
 
         Raises:
             ValueError: the oldest answer is not what the layout says.
         """
+
+    def close(self) -> None:
+        """Writes nothing into the ring from now on, and takes nothing from it."""
 
     def await_alone(self, epoll: int, seconds: float, /) -> bool:
         """Waits so long for the only request in flight, if it spins at all; whether answers are there.
@@ -291,7 +425,7 @@ class Link:
         """
 
     def take_times(self) -> list[tuple[list[int], float]]:
-        """What was timed since the last call: of every RPC from 0 to 5, answers by bucket, and their seconds in all.
+        """What was timed since the last call: of every RPC, good answers by bucket, and their seconds in all.
 
-        Of the short way alone, and empty before that is opened. The last bucket has no bound.
+        The last bucket has no bound.
         """

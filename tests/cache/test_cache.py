@@ -10,9 +10,10 @@ import pytest
 
 from blockdex.cache import Cache, PageCopy
 from blockdex.cache.index_cache import MANY_SEQUENCES
-from blockdex.contract.errors import BlockdexError, FailedPreconditionError, ResourceExhaustedError
+from blockdex.contract.errors import AbortedError, BlockdexError, OutOfRangeError, Reason, ResourceExhaustedError
 from blockdex_kernels import IndexSpec
-from support.cache_state import Clock, append, check_integrity, held_pages, page_table, pages, snapshot, spans
+from support.admission import append, select
+from support.cache_state import Clock, check_integrity, held_pages, page_table, pages, snapshot, spans
 
 SPEC = IndexSpec(num_layers=3, head_dim=1, block_size=4, topk=2, max_sequence_tokens=4096)
 
@@ -114,20 +115,10 @@ class TestAppend:
         append(cache, "red", 1, (1, 0, 1))
         assert cache.usage().pages_used == 2
 
-    def test_planning_changes_nothing(self, cache: Cache, clock: Clock) -> None:
-        clock.now = 5.0
-        before = snapshot(cache)
-        plan = cache.plan_append("red", 0, spans((1, 0, 9, 4)))
-        assert snapshot(cache) == before
-        cache.check_selection("red", 0, spans((1, 0, 9, 4)), plan)
-        assert snapshot(cache) == before
-
     def test_many_rows(self, cache: Cache) -> None:
         cache.open_sequences("red", {2: 0})
         cache.open_sequences("red", {3: 0})
-        plan = cache.plan_append("red", 1, spans((3, 0, 9), (1, 0, 2), (2, 0, 4)))
-        assert plan.applies.tolist() == [True, True, True]
-        assert cache.apply_append(plan) == []
+        assert append(cache, "red", 1, (3, 0, 9), (1, 0, 2), (2, 0, 4)) == []
         assert [lengths(cache, sequence_id)[1] for sequence_id in (1, 2, 3)] == [2, 4, 9]
         assert [len(pages(cache, "red", sequence_id)) for sequence_id in (1, 2, 3)] == [1, 1, 3]
 
@@ -142,11 +133,27 @@ class TestAppend:
         cache.open_sequences("red", {2: 0})
         append(cache, "red", 0, (1, 0, 5, 3))
         clock.now = 8.0
-        plan = cache.plan_append("red", 0, spans((1, 0, 5, 3), (2, 0, 4, 3)))
-        assert plan.applies.tolist() == [False, True]
-        cache.apply_append(plan)
+        append(cache, "red", 0, (1, 2, 3, 3), (2, 0, 4, 3))
         assert (lengths(cache, 1), revisions(cache, 1)) == ([5, 0, 0], [3, 0, 0])
         assert (lengths(cache, 2), revisions(cache, 2)) == ([4, 0, 0], [3, 0, 0])
+
+    def test_a_layer_is_cut_by_who_says_so_alone(self, cache: Cache) -> None:
+        append(cache, "red", 0, (1, 0, 5, 3), rollback=False)
+        append(cache, "red", 0, (1, 3, 1, 4), rollback=False)
+        append(cache, "red", 0, (1, 4, 2), rollback=False)
+        with pytest.raises(OutOfRangeError, match="append starts at 5, length is 6; to roll back") as refused:
+            append(cache, "red", 0, (1, 5, 9), rollback=False)
+        assert (refused.value.reason, lengths(cache, 1)) == (Reason.APPEND_OVERLAPS, [6, 0, 0])
+        append(cache, "red", 0, (1, 5, 1), rollback=True)
+        assert lengths(cache, 1) == [6, 0, 0]
+
+    def test_another_append_of_the_same_revision_is_stale(self, cache: Cache) -> None:
+        append(cache, "red", 0, (1, 0, 5, 3))
+        for start, length in ((0, 4), (5, 1), (0, 6)):
+            with pytest.raises(AbortedError, match=f"append ends at {start + length}, length at its revision 3 is 5"):
+                append(cache, "red", 0, (1, start, length, 3))
+        append(cache, "red", 0, (1, 4, 1, 3))
+        assert lengths(cache, 1) == [5, 0, 0]
 
     def test_revisions_survive_a_rollback_of_the_length(self, cache: Cache) -> None:
         append(cache, "red", 0, (1, 0, 5, 3))
@@ -272,15 +279,14 @@ class TestTruncate:
 class TestSelection:
     def test_needs_the_keys_and_the_revision(self, cache: Cache) -> None:
         append(cache, "red", 0, (1, 0, 5, 3))
-        cache.check_selection("red", 0, spans((1, 0, 5)))
-        cache.check_selection("red", 0, spans((1, 4, 1, 3)))
+        select(cache, "red", 0, (1, 0, 5))
+        select(cache, "red", 0, (1, 4, 1, 3))
 
     def test_sees_the_append_of_its_own_request(self, cache: Cache) -> None:
         append(cache, "red", 0, (1, 0, 5, 3))
-        plan = cache.plan_append("red", 0, spans((1, 5, 6, 4)))
-        cache.check_selection("red", 0, spans((1, 5, 6, 4)), plan)
-        with pytest.raises(FailedPreconditionError, match="selection ends at 12, length is 11"):
-            cache.check_selection("red", 0, spans((1, 5, 7, 4)), plan)
+        append(cache, "red", 0, (1, 5, 6, 4), select=True)
+        append(cache, "red", 0, (1, 5, 6, 4), select=True)
+        assert lengths(cache, 1) == [11, 0, 0]
 
 
 class TestPageTable:
@@ -344,9 +350,9 @@ class TestEviction:
                 assert cache.usage().sequences == MANY_SEQUENCES // 2 + 3, "not so many yet"
             assert cache.usage().sequences <= most
             for young in range(max(sequence_id - 9, 10), sequence_id):
-                assert cache.slot("red", young) is not None
-        assert cache.slot("red", 1) is not None
-        assert cache.slot("blue", 7) is not None
+                assert cache._sequences.find("red", young) is not None
+        assert cache._sequences.find("red", 1) is not None
+        assert cache._sequences.find("blue", 7) is not None
         assert cache.usage().evictions == 0, "it was not for pages"
         check_integrity(cache)
 
@@ -356,9 +362,9 @@ class TestEviction:
         clock.now = 100.0
         parents = range(10, 10 + MANY_SEQUENCES, 17)
         for parent in parents:
-            if cache.slot("red", parent) is not None:
+            if cache._sequences.find("red", parent) is not None:
                 cache.fork_sequence("red", parent, 100_000 + parent, 5)
-                assert cache.slot("red", parent) is not None
+                assert cache._sequences.find("red", parent) is not None
         assert cache.usage().sequences < MANY_SEQUENCES
         check_integrity(cache)
 
@@ -382,7 +388,7 @@ class TestEviction:
             case "done already":
                 append(cache, "red", 1, (2, 0, 1, 1))
             case "select":
-                cache.check_selection("red", 0, spans((2, 0, 1)))
+                select(cache, "red", 0, (2, 0, 1))
             case "truncate":
                 cache.truncate_sequence("red", 2, 12)
             case "fork":
@@ -485,13 +491,6 @@ class TestTheLastPage:
         with pytest.raises(ResourceExhaustedError):
             append(cache, "red", 0, (1, 40, 1))
 
-    def test_one_row_takes_what_another_gives_back(self, cache: Cache) -> None:
-        cache.open_sequences("red", {2: 0})
-        append(cache, "red", 0, (1, 0, 40))
-        append(cache, "red", 0, (2, 0, 36), (1, 0, 1))
-        assert (lengths(cache, 1)[0], lengths(cache, 2)[0]) == (1, 36)
-        check_integrity(cache)
-
     def test_two_writers_of_one_page_need_one_more(self, cache: Cache) -> None:
         append(cache, "red", 0, (1, 0, 36))
         cache.fork_sequence("red", 1, 2, 36)
@@ -507,16 +506,9 @@ class TestTheLastPage:
             append(cache, "red", 1, (1, 0, 4), (2, 0, 4))
         assert snapshot(cache) == before
 
-    def test_a_page_given_back_by_its_reader_needs_no_copy(self, cache: Cache) -> None:
-        append(cache, "red", 0, (1, 0, 36))
-        cache.fork_sequence("red", 1, 2, 36)
-        copies = append(cache, "red", 0, (1, 35, 1), (2, 0, 1))
-        assert copies == [PageCopy(pages(cache, "red", 1)[0], pages(cache, "red", 2)[0])]
-        assert cache.usage().pages_used == 10
 
-
-def test_a_plan_that_succeeds_applies() -> None:
-    """Thousands of requests against a cache that is always nearly full: what was planned happens, to the page."""
+def test_a_cache_that_is_always_nearly_full() -> None:
+    """Thousands of requests: what finds its pages happens, and nothing is lost."""
     draw = random.Random(7)
     clock = Clock()
     cache = Cache(SPEC, 24, default_lease_seconds=30, clock=clock)
@@ -533,9 +525,9 @@ def test_a_plan_that_succeeds_applies() -> None:
                 layer = draw.randrange(SPEC.num_layers)
                 chosen = draw.sample(open_ids, min(draw.randrange(1, 4), len(open_ids)))
                 rows = [random_row(draw, cache, layer, sequence_id) for sequence_id in chosen]
-                plan = cache.plan_append("red", layer, spans(*rows), rollback=True)
-                seen["copied"] += len(cache.apply_append(plan))
-                seen["evicted"] += len(plan.victims)
+                evictions = cache.usage().evictions
+                seen["copied"] += len(append(cache, "red", layer, *rows))
+                seen["evicted"] += cache.usage().evictions - evictions
                 seen["full"] += cache.usage().pages_used == 24
         except ResourceExhaustedError:
             seen["refused"] += 1
@@ -545,5 +537,5 @@ def test_a_plan_that_succeeds_applies() -> None:
 
 
 def random_row(draw: random.Random, cache: Cache, layer: int, sequence_id: int) -> tuple[int, int, int]:
-    length = int(cache._sequences.lengths[layer, cache._sequences.slot("red", sequence_id)])
+    length = int(cache._sequences.lengths[layer, cache._sequences.find("red", sequence_id)])
     return sequence_id, max(length - draw.choice((0, 0, 1, 8)), 0), draw.choice((1, 1, 2, 9))

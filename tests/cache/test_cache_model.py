@@ -14,9 +14,11 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from blockdex.cache import AppendPlan, Cache, Sequence
+from blockdex.cache import Cache, PageCopy, Sequence
 from blockdex.contract.errors import BlockdexError, Reason
 from blockdex_kernels import IndexSpec
+from support.admission import append as ask_append
+from support.admission import select as ask_select
 from support.cache_state import Clock, Name, PageStore, check_integrity, held_pages, page_table, snapshot, spans
 
 SPEC = IndexSpec(num_layers=3, head_dim=1, block_size=4, topk=2, max_sequence_tokens=64)
@@ -102,6 +104,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.model: dict[Name, ModelSequence] = {}
         self.evictions = 0
         self.next_key = 0
+        self.rolls_back = True
 
     # Requests.
 
@@ -178,31 +181,27 @@ class CacheMachine(RuleBasedStateMachine):
                 self.append(layer, [(nth, -back, count, 1)] * len(IDS), select=True)
 
     @precondition(lambda self: self.model)
-    @rule(layer=LAYERS, rows=APPEND_ROWS, select=st.booleans(), rollback=st.booleans(), idle=IDLE_SECONDS)
-    def append_any(self, layer: int, rows: Rows, select: bool, rollback: bool, idle: float) -> None:
+    @rule(layer=LAYERS, rows=APPEND_ROWS, select=st.booleans(), rolls_back=st.booleans(), idle=IDLE_SECONDS)
+    def append_any(self, layer: int, rows: Rows, select: bool, rolls_back: bool, idle: float) -> None:
         self.clock.now += idle
-        self.append(layer, rows, select=select, rollback=rollback)
+        self.rolls_back = rolls_back
+        self.append(layer, rows, select=select)
+        self.rolls_back = True
 
-    def append(self, layer: int, rows: Rows, *, select: bool, rollback: bool = True) -> None:
+    def append(self, layer: int, rows: Rows, *, select: bool) -> None:
         tenant, request = self.resolve(layer, rows)
         named = {(tenant, row[0]) for row in request}
-        reason = self.refusal_of_append(tenant, layer, request, rollback)
+        reason = self.refusal_of_append(tenant, layer, request)
         applying = [] if reason else [row for row in request if self.applies(tenant, layer, row)]
         effects = {(tenant, row[0]): self.effect(tenant, layer, row) for row in applying}
         if reason is None and not self.room(named, effects, 0):
             reason = Reason.OUT_OF_PAGES
-        if reason is None and select:
-            after = {row[0]: (row[1] + row[2], row[3] or self.revision(tenant, layer, row)) for row in applying}
-            reason = self.refusal_of_selection(tenant, layer, request, after)
         if reason:
-            self.expect(reason, lambda: self.plan(tenant, layer, request, select, rollback))
+            self.expect(reason, lambda: self.ask(tenant, layer, request, select))
             return
 
-        held, before = held_pages(self.cache), snapshot(self.cache)
-        plan = self.plan(tenant, layer, request, select, rollback)
-        assert snapshot(self.cache) == before
-        assert plan.applies.tolist() == [row in applying for row in request]
-        self.store.copy(self.cache.apply_append(plan))
+        held = held_pages(self.cache)
+        self.store.copy(self.ask(tenant, layer, request, select))
         self.settle_evictions(held, named, effects)
         table = page_table(self.cache, tenant, spans(*request))
         for row, pages in zip(request, table, strict=True):
@@ -214,21 +213,18 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(layer=LAYERS, rows=SELECT_ROWS)
     def select(self, layer: int, rows: Rows) -> None:
         tenant, request = self.resolve(layer, rows)
-        reason = self.refusal_of_selection(tenant, layer, request, {})
+        reason = self.refusal_of_selection(tenant, layer, request)
         if reason:
-            self.expect(reason, lambda: self.cache.check_selection(tenant, layer, spans(*request)))
+            self.expect(reason, lambda: ask_select(self.cache, tenant, layer, *request))
             return
-        self.cache.check_selection(tenant, layer, spans(*request))
+        ask_select(self.cache, tenant, layer, *request)
         self.touch(*((tenant, row[0]) for row in request))
 
-    @rule(nth=NTH, layer=LAYERS, other=st.integers(1, 2**64 - 1))
-    def misuse(self, nth: int, layer: int, other: int) -> None:
-        """Opens what is open, asks for what the tenant does not hold (others may), names an epoch that is not."""
+    @rule(nth=NTH, layer=LAYERS)
+    def misuse(self, nth: int, layer: int) -> None:
+        """Opens what is open, asks for what the tenant does not hold; others may."""
         tenant, sequence_id = name = NAMES[nth]
         own = [sequence for owner, sequence in self.model if owner == tenant]
-        self.cache.check_epoch(0)
-        self.cache.check_epoch(self.cache.epoch)
-        self.expect(Reason.EPOCH_MISMATCH, lambda: self.cache.check_epoch(other ^ self.cache.epoch or 1))
         if name in self.model:
             parent_id = own[0]
             if not any((*self.model[name].layers, *self.model[name].revisions)):
@@ -239,14 +235,13 @@ class CacheMachine(RuleBasedStateMachine):
                 self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.open_sequences(tenant, {99: 0, sequence_id: 0}))
             self.expect(Reason.SEQUENCE_EXISTS, lambda: self.cache.fork_sequence(tenant, parent_id, sequence_id, 0))
             return
-        request = spans(*((sequence, 0, 1) for sequence in own), (sequence_id, 0, 1))
+        request = [*((sequence, 0, 1) for sequence in own), (sequence_id, 0, 1)]
         for call in (
             lambda: self.cache.get_sequence(tenant, sequence_id),
             lambda: self.cache.fork_sequence(tenant, sequence_id, 9, 8),
             lambda: self.cache.truncate_sequence(tenant, sequence_id, 0),
-            lambda: self.cache.plan_append(tenant, layer, request),
-            lambda: self.cache.check_selection(tenant, layer, request),
-            lambda: page_table(self.cache, tenant, request),
+            lambda: ask_append(self.cache, tenant, layer, *request),
+            lambda: ask_select(self.cache, tenant, layer, *request),
         ):
             self.expect(Reason.UNKNOWN_SEQUENCE, call)
 
@@ -283,11 +278,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert refusal.value.reason == reason
         assert snapshot(self.cache) == before
 
-    def plan(self, tenant: str, layer: int, request: list[Row], select: bool, rollback: bool) -> AppendPlan:
-        plan = self.cache.plan_append(tenant, layer, spans(*request), rollback=rollback)
-        if select:
-            self.cache.check_selection(tenant, layer, spans(*request), plan)
-        return plan
+    def ask(self, tenant: str, layer: int, request: list[Row], select: bool) -> list[PageCopy]:
+        return ask_append(self.cache, tenant, layer, *request, rollback=self.rolls_back, select=select)
 
     def write(self, tenant: str, layer: int, row: Row, table: NDArray[np.int32]) -> None:
         """Writes keys never used before, to the pages and to the model."""
@@ -336,28 +328,26 @@ class CacheMachine(RuleBasedStateMachine):
     def applies(self, tenant: str, layer: int, row: Row) -> bool:
         return row[3] == 0 or row[3] != self.revision(tenant, layer, row)
 
-    def refusal_of_append(self, tenant: str, layer: int, request: list[Row], rollback: bool) -> Reason | None:
+    def refusal_of_append(self, tenant: str, layer: int, request: list[Row]) -> Reason | None:
+        if any(0 < row[3] < self.revision(tenant, layer, row) for row in request):
+            return Reason.STALE_REVISION
         lengths = [len(self.model[tenant, row[0]].layers[layer]) for row in request]
-        for row, length in zip(request, lengths, strict=True):
-            is_another = not self.applies(tenant, layer, row) and row[1] + row[2] != length
-            if is_another or 0 < row[3] < self.revision(tenant, layer, row):
+        applies = [self.applies(tenant, layer, row) for row in request]
+        for row, length, applied in zip(request, lengths, applies, strict=True):
+            if not applied and row[1] + row[2] != length:
                 return Reason.STALE_REVISION
-        for row, length in zip(request, lengths, strict=True):
-            if self.applies(tenant, layer, row) and row[1] > length:
+        for row, length, applied in zip(request, lengths, applies, strict=True):
+            if applied and row[1] > length:
                 return Reason.APPEND_BEYOND_LENGTH
-            if not (row[3] or rollback) and row[1] < length:
+            if applied and row[1] < length and not row[3] and not self.rolls_back:
                 return Reason.APPEND_OVERLAPS
         return None
 
-    def refusal_of_selection(
-        self, tenant: str, layer: int, request: list[Row], after: dict[int, tuple[int, int]]
-    ) -> Reason | None:
-        """`after`: length and revision of the sequences that an append of the same request changes."""
+    def refusal_of_selection(self, tenant: str, layer: int, request: list[Row]) -> Reason | None:
         state = {
             row[0]: (len(self.model[tenant, row[0]].layers[layer]), self.revision(tenant, layer, row))
             for row in request
         }
-        state |= after
         if any(0 < revision < state[sequence_id][1] for sequence_id, _, _, revision in request):
             return Reason.STALE_REVISION
         if any(revision > state[sequence_id][1] for sequence_id, _, _, revision in request):
@@ -367,10 +357,10 @@ class CacheMachine(RuleBasedStateMachine):
         return None
 
     def effect(self, tenant: str, layer: int, row: Row) -> Effect:
+        """Pages that nothing reaches any more are given back afterwards: they are of no use to the request itself."""
         sequence_id, start, count, _ = row
-        lengths = [len(keys) for keys in self.model[tenant, sequence_id].layers]
-        lengths[layer] = start + count
-        return Effect(blocks(max(lengths)), range(start // SPEC.block_size, blocks(start + count)))
+        longest = max(len(keys) for keys in self.model[tenant, sequence_id].layers)
+        return Effect(blocks(max(longest, start + count)), range(start // SPEC.block_size, blocks(start + count)))
 
     def idle(self, named: set[Name]) -> set[Name]:
         """Sequences that may be evicted."""

@@ -9,7 +9,8 @@ import pytest
 from blockdex.cache import Cache
 from blockdex.contract.errors import BlockdexError, Code, Reason
 from blockdex_kernels import IndexSpec
-from support.cache_state import Clock, append, page_table, snapshot, spans
+from support.admission import append, select
+from support.cache_state import Clock, snapshot
 
 SPEC = IndexSpec(num_layers=4, head_dim=1, block_size=4, topk=2, max_sequence_tokens=4096)
 UNKNOWN = "(never opened, closed, or evicted)"
@@ -24,10 +25,6 @@ def cache() -> Cache:
     cache.open_sequences("blue", {9: 0})
     append(cache, "red", 3, (7, 0, 5, 5), (8, 0, 9))
     return cache
-
-
-def select(cache: Cache, tenant: str, layer: int, *rows: tuple[int, ...]) -> None:
-    cache.check_selection(tenant, layer, spans(*rows))
 
 
 REFUSALS: dict[str, tuple[Callable[[Cache], object], Code, Reason, str]] = {
@@ -187,12 +184,6 @@ REFUSALS: dict[str, tuple[Callable[[Cache], object], Code, Reason, str]] = {
         Reason.KEYS_NOT_APPENDED,
         "sequence 7, layer 0: selection ends at 1, length is 0",
     ),
-    "page table of unknown": (
-        lambda cache: page_table(cache, "red", spans((6, 0, 1))),
-        Code.NOT_FOUND,
-        Reason.UNKNOWN_SEQUENCE,
-        f"sequence 6: unknown {UNKNOWN}",
-    ),
     # What can never succeed is said before what may yet, whichever row it is in.
     "unknown before stale": (
         lambda cache: append(cache, "red", 3, (7, 5, 1, 4), (6, 0, 1)),
@@ -260,16 +251,9 @@ def test_fork_out_of_pages(cache: Cache) -> None:
     assert snapshot(cache) == before
 
 
-def test_epochs(cache: Cache) -> None:
+def test_every_cache_has_another_epoch(cache: Cache) -> None:
     assert 0 < cache.epoch < 2**64
     assert Cache(SPEC, 8).epoch != cache.epoch
-    cache.check_epoch(0)
-    cache.check_epoch(cache.epoch)
-    other = cache.epoch ^ 2**63
-    with pytest.raises(BlockdexError) as refusal:
-        cache.check_epoch(other)
-    assert (refusal.value.code, refusal.value.reason) == (Code.FAILED_PRECONDITION, Reason.EPOCH_MISMATCH)
-    assert refusal.value.message == f"epoch: request names {other}, the cache's is {cache.epoch}"
 
 
 def test_refused_calls_do_not_refresh_the_lease() -> None:

@@ -14,7 +14,8 @@ from blockdex.cache import TABLE_ROW, Cache
 from blockdex.contract.errors import ResourceExhaustedError
 from blockdex.contract.messages import CacheOverview
 from blockdex_kernels import IndexSpec
-from support.cache_state import Clock, append, held_pages
+from support.admission import append
+from support.cache_state import Clock, held_pages
 
 SPEC = IndexSpec(num_layers=2, head_dim=1, block_size=4, topk=2, max_sequence_tokens=64)
 LEASE = 10.0

@@ -187,7 +187,6 @@ def test_what_may_change_something_is_not_repeated(client: blockdex.Client, prox
     calls: list[Callable[[], Any]] = [
         lambda: client.append_keys(0, sequences=sequence, keys=KEYS),
         lambda: client.append_and_select(1, sequences=sequence, keys=KEYS, queries=QUERIES),
-        lambda: client.open_sequence(child),
         lambda: client.fork_sequence(sequence, child, 3),
         lambda: client.truncate_sequence(sequence, 3),
     ]

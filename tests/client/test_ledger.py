@@ -13,8 +13,6 @@ from blockdex import FailedPreconditionError
 from blockdex.client.ledger import Ledger
 from support.clients import some_info
 
-pytestmark = pytest.mark.usefixtures("way")
-
 
 @pytest.fixture
 def ledger() -> Ledger:

@@ -22,8 +22,6 @@ from support.serving import Serving
 from support.tcp_proxy import proxy_to
 from support.wire import close_request
 
-pytestmark = pytest.mark.usefixtures("way")
-
 Words = tuple[str, str, str]
 """Code, reason and message of a refusal."""
 
@@ -224,9 +222,9 @@ def test_integers_that_the_wire_cannot_carry(client: blockdex.Client, arguments:
 
 def test_ids_that_the_wire_cannot_carry(client: blockdex.Client) -> None:
     calls: dict[str, Callable[[], object]] = {
-        "sequence_id must be 0 to 18446744073709551615, got -1": lambda: client.open_sequence(-1),
+        "sequences must be 0 to 18446744073709551615, got -1": lambda: client.open_sequence(-1),
         "sequence_id must be 0 to 18446744073709551615, got 18446744073709551616": lambda: client.get_sequence(2**64),
-        "sequence_id must be 0 to 18446744073709551615, got -2": lambda: client.close_sequence(-2),
+        "sequences must be 0 to 18446744073709551615, got -2": lambda: client.close_sequence(-2),
         "sequence_id must be 0 to 18446744073709551615, got -3": lambda: client.truncate_sequence(-3, 0),
         "child_id must be 0 to 18446744073709551615, got -4": lambda: client.fork_sequence(1, -4, 0),
         "lease_seconds must be 0 to 4294967295, got -5": lambda: client.open_sequence(1, lease_seconds=-5),

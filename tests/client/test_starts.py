@@ -12,8 +12,6 @@ import blockdex
 from blockdex import FailedPreconditionError, NotFoundError, OutOfRangeError, Reason
 from support.clients import new_sequence
 
-pytestmark = pytest.mark.usefixtures("way")
-
 RANDOM = np.random.default_rng(3)
 
 
@@ -47,9 +45,16 @@ def test_a_selection_asks_for_the_last_positions(client: blockdex.Client, sequen
 
 def test_an_append_with_a_start_rolls_back_and_the_next_one_follows_it(client: blockdex.Client, sequence: int) -> None:
     client.append_keys(1, sequences=sequence, keys=keys(10))
-    client.append_keys(1, sequences=sequence, keys=keys(2), starts=6)
+    client.append_keys(1, sequences=sequence, keys=keys(2), starts=6, rollback=True)
     client.append_keys(1, sequences=sequence, keys=keys(1))
     assert lengths(client, sequence)[1] == 9
+    with pytest.raises(OutOfRangeError, match="append starts at 3, length is 9; to roll back takes") as refused:
+        client.append_keys(1, sequences=sequence, keys=keys(2), starts=3)
+    assert refused.value.reason == Reason.APPEND_OVERLAPS
+    numbers = {"sequence_id": str(sequence), "layer": "1", "start": "3", "length": "2", "layer_length": "9"}
+    assert refused.value.metadata == numbers
+    client.append_keys(1, sequences=sequence, keys=keys(1))
+    assert lengths(client, sequence)[1] == 10
 
 
 def test_several_sequences_are_counted_one_by_one(client: blockdex.Client, sequence: int) -> None:

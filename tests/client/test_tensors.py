@@ -18,8 +18,6 @@ from blockdex_kernels import reference
 from support.clients import new_sequence
 from support.serving import Serving
 
-pytestmark = pytest.mark.usefixtures("way")
-
 TOKENS, QUERIES = 3000, 9
 
 # Small whole numbers: every dtype holds them, and their products are exact in every precision.

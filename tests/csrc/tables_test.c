@@ -79,55 +79,55 @@ struct known {
 
 static int owners[OWNERS];
 
-static void check_known(const struct flights *flights, const struct known *known, size_t count) {
+static void check_known(const struct inflight *table, const struct known *known, size_t count) {
     uint32_t owned = 0;
     for (size_t at = 0; at < count; at++) {
-        const struct flight *flight = flights_with(flights, known[at].ticket);
-        check(flight && flight->number == known[at].number, "a request is not found by its ticket");
-        check(flight->owner == (known[at].owned ? &owners[known[at].owner] : NULL), "a request has another owner");
-        const struct flight *found = flights_of(flights, &owners[known[at].owner], known[at].number);
-        check(!known[at].owned || found == flight, "a request is not found by its owner and number");
+        const struct pending *pending = inflight_with(table, known[at].ticket);
+        check(pending && pending->number == known[at].number, "a request is not found by its ticket");
+        check(pending->owner == (known[at].owned ? &owners[known[at].owner] : NULL), "a request has another owner");
+        const struct pending *found = inflight_of(table, &owners[known[at].owner], known[at].number);
+        check(!known[at].owned || found == pending, "a request is not found by its owner and number");
         owned += known[at].owned;
     }
-    check(flights->waiting == owned && flights->on_short_way == owned, "those that are waited for are miscounted");
-    check(flights_full(flights) == (count == MOST), "full where there is room, or the other way round");
+    check(table->waiting == owned, "those that are waited for are miscounted");
+    check(inflight_full(table) == (count == MOST), "full where there is room, or the other way round");
 }
 
-static void use_flights(uint64_t steps) {
-    struct flights flights;
+static void use_table(uint64_t steps) {
+    struct inflight table;
     struct known known[MOST];
     size_t count = 0;
     uint64_t ended = 0;
-    check(flights_open(&flights, MOST), "no memory");
+    check(inflight_open(&table, MOST), "no memory");
     for (uint64_t step = 0; step < steps; step++) {
         uint64_t owner = draw(OWNERS), number = draw(NUMBERS);
-        if (draw(2) && !flights_full(&flights) && !flights_of(&flights, &owners[owner], number)) {
-            const struct flight *flight = flights_begin(&flights, &owners[owner], number, 0);
-            check(flight->ticket && flight->ticket != ended, "a ticket is used again");
-            known[count++] = (struct known){flight->ticket, owner, number, true};
+        if (draw(2) && !inflight_full(&table) && !inflight_of(&table, &owners[owner], number)) {
+            const struct pending *pending = inflight_begin(&table, &owners[owner], number, 0);
+            check(pending->ticket && pending->ticket != ended, "a ticket is used again");
+            known[count++] = (struct known){pending->ticket, owner, number, true};
         } else if (count) {
             struct known *one = &known[draw(count)];
-            struct flight *flight = flights_with(&flights, one->ticket);
-            check(flights_disown(&flights, flight) == (one->owned ? &owners[one->owner] : NULL), "another owner");
+            struct pending *pending = inflight_with(&table, one->ticket);
+            check(inflight_disown(&table, pending) == (one->owned ? &owners[one->owner] : NULL), "another owner");
             one->owned = false;
             if (draw(2)) {
                 ended = one->ticket;
-                flights_end(&flights, flight);
+                inflight_end(&table, pending);
                 *one = known[--count];
-                check(!flights_with(&flights, ended), "what was answered is in flight still");
+                check(!inflight_with(&table, ended), "what was answered is in flight still");
             }
         }
-        check_known(&flights, known, count);
+        check_known(&table, known, count);
     }
-    check(!flights_with(&flights, 0) && !flights_with(&flights, UINT64_MAX), "a ticket that was never given");
-    flights_close(&flights);
+    check(!inflight_with(&table, 0) && !inflight_with(&table, UINT64_MAX), "a ticket that was never given");
+    inflight_close(&table);
 }
 
 int main(int argc, char **argv) {
     if (argc != 2) return 2;
     uint64_t steps = strtoull(argv[1], NULL, 10);
     use_arena(steps);
-    use_flights(steps);
+    use_table(steps);
     puts("done");
     return 0;
 }

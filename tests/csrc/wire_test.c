@@ -16,16 +16,17 @@ static uint64_t draw(uint64_t below) {
     return state % below;
 }
 
-static struct scratch scratch;
+static struct wire_spans spans;
 
 static int read_one(const uint8_t *bytes, size_t size) {
-    static const struct bounds bounds = {57, 4, 128, 1 << 20, 256, 1 << 27};
-    struct wire_request request = {.spans = &scratch.spans};
+    static const struct bounds bounds = {4, 1 << 27};
+    struct wire_request request = {.spans = &spans};
+    struct refusal refusal;
     uint8_t *copied = malloc(size ? size : 1);
     if (!copied) exit(2);
     memcpy(copied, bytes, size);
-    memset(scratch.spans.counts, 0, sizeof scratch.spans.counts);
-    bool taken = wire_read_streamed(&request, copied, size) && tokens_check(&request, &bounds, &scratch);
+    memset(spans.counts, 0, sizeof spans.counts);
+    bool taken = wire_read_streamed(&request, copied, size) && tokens_fit(&request, &bounds, &refusal);
     free(copied);
     return taken ? (int)request.layer : -1;
 }
@@ -44,13 +45,13 @@ static void use(uint8_t *bytes, uint32_t size, uint64_t changes) {
 
 int main(int argc, char **argv) {
     uint32_t size;
-    if (argc != 2 || !scratch_open(&scratch, 256, 1)) return 2;
+    if (argc != 2 || !columns_open(&spans, 256)) return 2;
     while (fread(&size, sizeof size, 1, stdin) == 1) {
         uint8_t *bytes = malloc(size + 1);
         if (!bytes || fread(bytes, 1, size, stdin) != size) return 2;
         use(bytes, size, strtoull(argv[1], NULL, 10));
         free(bytes);
     }
-    scratch_close(&scratch);
+    columns_close(&spans);
     return 0;
 }

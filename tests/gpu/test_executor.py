@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex.executor.dispatch import make_executor
-from blockdex.executor.gpu import GpuExecutor
+from blockdex.executor.gpu import GpuExecutor, _address_of_launch
 from blockdex.executor.graphs import Shape
-from blockdex.executor.interface import Packed, Pending, Replay, Step, StepBuffer
+from blockdex.executor.interface import COLUMNS, Packed, Pending, Replay, Step, StepBuffer, keys_offset
 from blockdex.executor.prefill_slices import SliceShape
 from blockdex_kernels import IndexSpec
-from blockdex_kernels.interface import Order, Selection, Spans
+from blockdex_kernels.interface import RUN_APPENDS, RUN_SELECTS, RUN_WANTS_SCORES, Order, Selection, Spans
 from blockdex_kernels.triton import decode, prefill, rank
 from blockdex_kernels.triton.gpu import GpuBackend
 from support.triton_device import DEVICE
@@ -54,7 +54,7 @@ class Both:
         chosen = torch.randperm(SEQUENCES, generator=draw)[: len(lengths)].tolist()
         layers = torch.randint(0, self.spec.num_layers, (len(lengths),), generator=draw).tolist()
         starts = [int(torch.randint(0, BLOCKS * 128 - length, (), generator=draw)) for length in lengths]
-        columns = np.array([layers, starts, lengths, self.rows[chosen]], np.int32)
+        columns = np.array([layers, starts, lengths, self.rows[chosen], [0] * len(lengths)], np.int32)
         keys, queries = (self.packed(lengths, dtype, count) for count in (1, heads))
         return Step(columns, keys, queries, **options), chosen
 
@@ -66,7 +66,7 @@ class Both:
         return Packed(dtype, heads, parts)
 
     def expected(self, step: Step, chosen: list[int], phase: str) -> Selection:
-        layers, starts, lengths, _ = torch.from_numpy(step.columns).to(DEVICE)
+        layers, starts, lengths, *_ = torch.from_numpy(step.columns).to(DEVICE)
         spans = Spans(layers, starts, lengths, self.tables[chosen], step.columns[:3])
         if step.keys is not None:
             self.direct.append(_tensor(step.keys)[:, 0], spans)
@@ -98,7 +98,7 @@ def check(pending: Pending, expected: Selection) -> None:
 
 @pytest.mark.parametrize("key_dtype", ["bf16", "fp8_e4m3"])
 def test_steps_of_all_kinds(key_dtype: Any, generator: torch.Generator) -> None:
-    """With graphs and without, of all shapes, two on their way, and what they wrote is the same to the last bit."""
+    """Of all shapes, two on their way, and what they wrote is the same to the last bit."""
     both = Both(IndexSpec(num_layers=2, key_dtype=key_dtype), generator)
     draw = generator
     kinds: list[tuple[torch.dtype, int, Order, bool]] = [
@@ -108,7 +108,6 @@ def test_steps_of_all_kinds(key_dtype: Any, generator: torch.Generator) -> None:
         (torch.float16, 4, "ascending", False),
         (torch.float32, 2, "ascending", True),
     ]
-    captured = 0
     waiting: list[tuple[Pending, Selection]] = []
     for number in range(60):
         dtype, heads, order, scores = kinds[0] if number % 2 else kinds[number // 2 % len(kinds)]
@@ -116,7 +115,6 @@ def test_steps_of_all_kinds(key_dtype: Any, generator: torch.Generator) -> None:
         longest = (1, 1, 3, 16)[number % 4]
         lengths = torch.randint(1, longest + 1, (runs,), generator=draw).tolist()
         step, chosen = both.step(lengths, dtype, heads, order=order, return_scores=scores)
-        captured += Shape.of(step, both.spec) is not None
         expected = both.expected(step, chosen, "decode")
         torch.cuda.synchronize()
         if number % 3 == 0:
@@ -132,7 +130,6 @@ def test_steps_of_all_kinds(key_dtype: Any, generator: torch.Generator) -> None:
         waiting.append((both.executor.begin(step), expected))
     while waiting:
         check(*waiting.pop(0))
-    assert captured > 30
     torch.cuda.synchronize()
     assert torch.equal(both.executor.backend.pages.view(torch.uint8), both.direct.pages.view(torch.uint8))
 
@@ -226,59 +223,92 @@ def test_a_slice_without_memory(generator: torch.Generator) -> None:
     check(both.executor.begin_prefill(step), expected)
 
 
+FLAGS = (
+    RUN_APPENDS | RUN_SELECTS,
+    RUN_SELECTS,
+    RUN_APPENDS,
+    RUN_SELECTS | RUN_WANTS_SCORES,
+    RUN_APPENDS | RUN_SELECTS | RUN_WANTS_SCORES,
+)
+
+
 @pytest.mark.parametrize("key_dtype", ["bf16", "fp8_e4m3"])
 def test_steps_that_are_made_in_step_buffers(key_dtype: Any, generator: torch.Generator) -> None:
-    """Whoever writes a step into a room and launches its program finds the answer there, as the kernels give it."""
+    """Whoever writes a step into a buffer and launches its program finds the answer there, as the kernels give it.
+
+    Each run has what its flags say. Half way the tables outgrow their memory, of which the programs know nothing.
+    """
     both = Both(IndexSpec(num_layers=2, key_dtype=key_dtype), generator)
     executor = both.executor
     assert isinstance(executor, GpuExecutor)
-    for shape in (Shape(8, 1, 4, 1024, appends=True), Shape(2, 4, 4, 1024, appends=True)):
-        executor._in_step_buffers.capture(shape)
-    replays = executor._captured()
-    launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(replays.launch)
-    for number in range(24):
-        replay, room = replays.steps[number % 2], executor.step_buffers()[number // 2 % 2]
+    for shape in (Shape(8, 1, 1024), Shape(2, 4, 1024)):
+        executor._graphs.capture(shape)
+    steps = executor._graphs.replays()
+    launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(_address_of_launch())
+    for number in range(48):
+        if number == 24:
+            _move_tables(both)
+        replay, buffer = steps[number % 2], executor.step_buffers()[number // 2 % 2]
         runs = int(torch.randint(1, replay.runs + 1, (), generator=generator))
         lengths = torch.randint(1, replay.length + 1, (runs,), generator=generator).tolist()
         step, chosen = both.step(lengths, torch.bfloat16, 4)
-        expected = both.expected(step, chosen, "decode").block_ids.cpu().numpy()
+        step.columns[4] = [FLAGS[index] for index in torch.randint(len(FLAGS), (runs,), generator=generator).tolist()]
+        expected = _expected(both, step, chosen)
         torch.cuda.synchronize()
-        ids = _make(step, room, replay)
-        assert launch(replay.programs[number // 2 % 2], replays.stream) == 0
+        ids, scores = _make(step, buffer, replay)
+        assert launch(replay.programs[number // 2 % 2], executor._main.cuda_stream) == 0
+        flags = np.repeat(step.columns[4], step.columns[2])
+        wanted = np.flatnonzero(flags & RUN_WANTS_SCORES)
         until = time.monotonic() + SECONDS
-        while (ids == -2).any():
+        while (ids == -2).any() or np.isnan(scores[wanted]).any():
             assert time.monotonic() < until, "not done in time"
-        np.testing.assert_array_equal(ids[: expected.size].reshape(expected.shape), expected)
-        assert (ids[expected.size :] == -1).all()
+        selecting = (flags & RUN_SELECTS)[:, None, None] != 0
+        assert expected.scores is not None
+        np.testing.assert_array_equal(ids[: len(flags)], np.where(selecting, expected.block_ids.cpu().numpy(), -1))
+        assert (ids[len(flags) :] == -1).all()
+        np.testing.assert_array_equal(scores[wanted], expected.scores.cpu().numpy()[wanted])
     torch.cuda.synchronize()
     assert torch.equal(executor.backend.pages.view(torch.uint8), both.direct.pages.view(torch.uint8))
 
 
-def _make(step: Step, room: StepBuffer, replay: Replay) -> NDArray[np.int32]:
-    """Writes a step into a room; the place of its block ids, which is made to look unwritten."""
-    columns = np.zeros((4, replay.runs), np.int32)
+def _expected(both: Both, step: Step, chosen: list[int]) -> Selection:
+    """What the kernels do when they are called for those runs that append, and then for all."""
+    assert step.keys is not None and step.queries is not None
+    layers, starts, lengths, _, flags = torch.from_numpy(step.columns).to(DEVICE)
+    spans = Spans(layers, starts, lengths, both.tables[chosen], step.columns[:3])
+    appends = (flags & RUN_APPENDS) != 0
+    own = Spans(layers[appends], starts[appends], lengths[appends], both.tables[chosen][appends])
+    both.direct.append(_tensor(step.keys)[:, 0][appends.repeat_interleave(lengths.long())], own)
+    return both.direct.decode(_tensor(step.queries), spans, order="ascending", return_scores=True, raw_scores=True)
+
+
+def _move_tables(both: Both) -> None:
+    """Gives every sequence a page table far behind the memory that there was."""
+    far = 2 * both.executor._tables.mapped // ROW  # type: ignore[attr-defined]
+    cells = np.zeros(len(both.cells) + far * ROW, np.int32)
+    cells[far * ROW :] = both.cells
+    both.cells, both.rows = cells, both.rows + far
+    began = time.monotonic()
+    both.executor.write_tables(cells, np.arange(far * ROW, len(cells)))
+    assert time.monotonic() - began < 0.1
+
+
+def _make(step: Step, buffer: StepBuffer, replay: Replay) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Writes a step into a buffer; the places of its block ids and scores, which are made to look unwritten."""
+    columns = np.zeros((COLUMNS, replay.runs), np.int32)
     columns[:, : step.columns.shape[1]] = step.columns
     assert step.keys is not None
     assert step.queries is not None
-    at = 16 * max(replay.runs, 4)
-    room.host[: columns.nbytes] = columns.reshape(-1).view(np.uint8)
+    at = keys_offset(replay.runs)
+    buffer.host[: columns.nbytes] = columns.reshape(-1).view(np.uint8)
     for packed in (step.keys, step.queries):
         data = np.frombuffer(b"".join(packed.parts), np.uint8)
-        room.host[at : at + len(data)] = data
+        buffer.host[at : at + len(data)] = data
         at += 2 * replay.runs * replay.length * packed.heads * 128
-    ids = room.block_ids[: replay.runs * replay.length * 4 * 16]
-    ids[:] = -2
-    return ids
-
-
-def test_tables_that_outgrow_the_device(generator: torch.Generator) -> None:
-    """Graphs hold the address of the tables: they are captured again."""
-    both = Both(IndexSpec(num_layers=2), generator)
-    for _ in range(2):
-        step, chosen = both.step([1] * 8, torch.bfloat16, 4)
-        check(both.executor.begin(step), both.expected(step, chosen, "decode"))
-        both.cells = np.pad(both.cells, (0, 1 << 22))
-        both.executor.write_tables(both.cells, np.arange(1))
+    size = replay.runs * replay.length * 4 * 16
+    ids, scores = buffer.block_ids[:size].reshape(-1, 4, 16), buffer.scores[:size].reshape(-1, 4, 16)
+    ids[:], scores[:] = -2, np.nan
+    return ids, scores
 
 
 def test_tables_follow_their_changes(generator: torch.Generator) -> None:
@@ -290,7 +320,7 @@ def test_tables_follow_their_changes(generator: torch.Generator) -> None:
         both.tables[3, [0, 7, 299]] = pages.to(DEVICE)
         both.executor.write_tables(both.cells, places)
         step, _ = both.step([1], torch.bfloat16, 4)
-        columns = np.array([[1], [BLOCKS * 128 - 1], [1], [both.rows[3]]], np.int32)
+        columns = np.array([[1], [BLOCKS * 128 - 1], [1], [both.rows[3]], [0]], np.int32)
         step = Step(columns, None, step.queries)
         expected = both.expected(step, [3], "decode")
         torch.cuda.synchronize()

@@ -120,6 +120,7 @@ def test_rows_of_every_kind(
     rank(
         torch.where(hidden, UNREADABLE, scores).to(DEVICE),
         positions.to(DEVICE, torch.int32),
+        None,
         unscales,
         ids,
         values,
@@ -146,7 +147,7 @@ def test_heads_share_a_position_and_padded_tokens_get_nothing(heads: int, genera
     ids = torch.empty((3, heads, spec.topk), dtype=torch.int32, device=DEVICE)
     values = torch.empty(ids.shape, device=DEVICE)
 
-    rank(scores.to(DEVICE), positions.to(DEVICE), None, ids, values, spec, order="ascending", pdl=False)
+    rank(scores.to(DEVICE), positions.to(DEVICE), None, None, ids, values, spec, order="ascending", pdl=False)
 
     for token, visible in enumerate((31, 0, 64)):
         for head in range(heads):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ TESTS = Path(__file__).resolve().parent.parent
 PACKAGE = Path(blockdex.__file__).parent
 MUTANTS = (*ring.MUTANTS, *wire.MUTANTS, *core.MUTANTS)
 _SECONDS = 240
+_PROGRAMS = ("csrc/test_interleavings.py", "csrc/test_programs.py")
+"""Tests that need neither the compiled module nor what other tests share: they compile programs of their own."""
 _FAILED = 1
 """What pytest ends with where tests failed; other numbers say that it could not run them."""
 
@@ -50,24 +52,29 @@ def quiet_compilers(folder: Path) -> Path:
     return folder
 
 
-def build(mutant: Mutant | None, folder: Path, environment: Mapping[str, str]) -> None:
-    """A copy of the package with the fault in it, compiled.
-
-    Raises:
-        RuntimeError: it does not compile.
-    """
+def copy(mutant: Mutant | None, folder: Path) -> Path:
+    """A copy of the package with the fault in it."""
     copied = folder / "blockdex"
     shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if mutant is not None:
         file = copied / mutant.file
         file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+    return copied
+
+
+def build(copied: Path, environment: Mapping[str, str]) -> None:
+    """Compiles a copy.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
     command: list[str | Path] = [sys.executable, copied / "csrc" / "compile.py"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{mutant.name if mutant else 'nothing'} does not compile:\n{done.stderr}")
+        raise RuntimeError(f"it does not compile:\n{done.stderr}")
 
 
-def is_caught(mutant: Mutant | None, tests: Iterable[str], compilers: Path) -> bool:
+def is_caught(mutant: Mutant | None, tests: Sequence[str], compilers: Path) -> bool:
     """Whether one of the tests fails, hangs or crashes with the fault.
 
     Raises:
@@ -75,8 +82,12 @@ def is_caught(mutant: Mutant | None, tests: Iterable[str], compilers: Path) -> b
     """
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         environment = os.environ | {"PYTHONPATH": name, "PATH": f"{compilers}:{os.environ['PATH']}"}
-        build(mutant, Path(name), environment)
-        options = ("-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--timeout=60")
+        copied = copy(mutant, Path(name))
+        options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--timeout=60"]
+        if all(test.startswith(_PROGRAMS) for test in tests):
+            options.append("--noconftest")
+        else:
+            build(copied, environment)
         command = [sys.executable, "-m", "pytest", *options, *(str(TESTS / test) for test in tests)]
         with subprocess.Popen(
             command, cwd=TESTS.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

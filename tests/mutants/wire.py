@@ -4,4 +4,40 @@ from __future__ import annotations
 
 from mutants.mutant import Mutant
 
-MUTANTS: tuple[Mutant, ...] = ()
+_MESSAGES, _CODEC, _PROTOBUF = "csrc/wire/messages.c", "csrc/wire/request_codec.c", "csrc/wire/protobuf.h"
+_LINK = ("ring/test_link.py",)
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant(
+        "bytes beyond the message's end",
+        _PROTOBUF,
+        " || size > (uint64_t)(cursor->end - cursor->at)) return false;",
+        ") return false;",
+        _LINK,
+    ),
+    Mutant(
+        "a second header is taken",
+        _MESSAGES,
+        "message->type != BYTES || request->has_header",
+        "message->type != BYTES",
+        _LINK,
+    ),
+    Mutant(
+        "a second tensor is taken",
+        _MESSAGES,
+        "message->type != BYTES || tensor->present",
+        "message->type != BYTES",
+        _LINK,
+    ),
+    Mutant("more spans than there is room for", _MESSAGES, "if (count < spans->most) spans", "spans", _LINK),
+    Mutant("uneven columns", _CODEC, "    if (counts[STARTS] != count || ", "    if (", _LINK),
+    Mutant("any dtype", _CODEC, " || tensor->dtype > BLOCKDEX_FP8_E4M3)", ")", _LINK),
+    Mutant("any order", _CODEC, "    if (selects && request->order > BLOCKDEX_SCORE)", "    if (false)", _LINK),
+    Mutant("any message size", _CODEC, "    if (bytes > allowed)", "    if (false)", _LINK),
+    Mutant("queries where keys are", _CODEC, "parts.keys + blockdex_aligned(slot->keys_bytes)", "parts.keys", _LINK),
+    Mutant("a slice is copied again", _CODEC, "keys->data + written, bytes", "keys->data, bytes", _LINK),
+    Mutant("revisions of another request", _CODEC, "    if (!revisions) memset", "    if (false) memset", _LINK),
+    Mutant(
+        "an answer that is not in its payload", _CODEC, "        bytes > slot->payload_bytes)", "        false)", _LINK
+    ),
+)

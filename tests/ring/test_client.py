@@ -22,14 +22,13 @@ from blockdex.contract.errors import (
 from blockdex.contract.messages import SequenceState, TokenAnswer
 from blockdex.ring import client as door
 from blockdex.ring import codec
-from blockdex.ring.channel import STREAM
-from blockdex.ring.client import RingChannel
+from blockdex.ring.caller import STREAM
 from blockdex.ring.handshake import Handles, take
-from blockdex.ring.layout import AT, CANCEL, REQUEST_STRUCT, RequestSlot
+from blockdex.ring.layout import AT, CANCEL, REQUEST_STRUCT, SLOT_BYTES, RequestSlot
 from blockdex.ring.listener import RingHost, sizes_of
-from blockdex.ring.segment import Sizes
+from blockdex.ring.segment import Segment, Sizes
 from blockdex.v1 import indexer_pb2 as pb
-from support.asking import Asked, eventually, waiting_selection
+from support.asking import Asked, MessageChannel, eventually, waiting_selection, wire_of
 from support.naive_engine import NaiveEngine
 from support.ring import Bell, Producer
 from support.ring_engine import Hosted, hosted
@@ -126,9 +125,16 @@ async def test_a_deadline_and_a_cancellation_give_everything_back(random: np.ran
         await eventually(lambda: run.engine.stats().dropped["cancelled"] == 1)
         await run.ask(get(1))
         link = run.channel._link
-        assert link is not None and link._ring.waiting == 0
-        place = link._ring.claim(None, link._segment.request_arena_bytes)
-        assert place is not None and place[2] == 0
+        assert link is not None and link.waiting == 0
+        await run.ask(get(1))
+        slot = REQUEST_STRUCT.unpack_from(link._handles.segment.memory, _last_slot(link._handles.segment))
+        assert RequestSlot._make(slot).payload_offset == 0, "all room is there"
+
+
+def _last_slot(segment: Segment) -> int:
+    """Offset of the slot that was written last."""
+    written = segment.counters[AT["requests_written"] // 8]
+    return int(segment.request_slots_offset + (written - 1) % segment.request_slots * SLOT_BYTES)
 
 
 async def test_answers_that_are_kept_stay_as_they_are(random: np.random.Generator) -> None:
@@ -204,13 +210,13 @@ async def test_answers_wait_for_room_and_the_engine_does_not(
         request = tokens(0, [(1, 0, LONG)], queries=queries)  # answered with 102,400 bytes
         link = run.channel._link
         assert link is not None
-        bell = link._handles.client_bell
+        bell, counters = link._handles.client_bell, link._handles.segment.counters
         link._loop.remove_reader(bell)
         three = [run.channel.submit(request, TIMEOUT) for _ in range(3)]
         await eventually(lambda: run.engine.stats().tokens["prefill"] == 3 * LONG)
-        await eventually(lambda: link._segment.counters[AT["answers_written"] // 8] == 2 + 2)
+        await eventually(lambda: counters[AT["answers_written"] // 8] == 2 + 2)
         await asyncio.sleep(0.05)
-        assert link._segment.counters[AT["answers_written"] // 8] == 2 + 2, "there is room for two; two came before"
+        assert counters[AT["answers_written"] // 8] == 2 + 2, "there is room for two; two came before"
         async with another(run) as other:
             await asyncio.wait_for(other.submit(get(1), TIMEOUT), TIMEOUT)
         link._loop.add_reader(bell, link._woken)
@@ -252,17 +258,17 @@ async def test_too_many_requests_are_refused_wherever_they_come_from() -> None:
         error = await refusal(other.submit(get(1), TIMEOUT))
         assert (error.message, error.reason) == ("queue: at most 6 requests may wait, 6 do", Reason.OVERLOADED)
         pending += [run.channel.submit(waits, TIMEOUT) for _ in range(2)]
-        with pytest.raises(ResourceExhaustedError, match="at most 6 requests may wait, 6 do"):
-            run.channel.submit(waits, TIMEOUT)
+        error = await refusal(run.channel.submit(waits, TIMEOUT))
+        assert (error.message, error.reason) == ("queue: at most 6 requests may wait, 6 do", Reason.OVERLOADED)
         for one in pending:
             one.cancel()
 
 
 @contextlib.asynccontextmanager
-async def another(run: Hosted) -> AsyncIterator[RingChannel]:
+async def another(run: Hosted) -> AsyncIterator[MessageChannel]:
     """One more channel to an engine."""
     there = asyncio.Event()
-    channel = RingChannel(run.address, changed=lambda connected: there.set() if connected else None)
+    channel = MessageChannel(run.address, changed=lambda connected: there.set() if connected else None)
     running = asyncio.create_task(channel.run())
     await asyncio.wait_for(there.wait(), TIMEOUT)
     yield channel
@@ -302,7 +308,7 @@ async def test_an_engine_that_goes_and_comes_back() -> None:
         hosting.cancel()
 
 
-async def test_the_short_way_to_an_engine(random: np.random.Generator) -> None:
+async def test_requests_of_a_stream(random: np.random.Generator) -> None:
     async with hosted() as run:
         await run.ask(open_sequence(1))
         asker, send = Asked(), run.channel.send
@@ -315,7 +321,7 @@ async def test_the_short_way_to_an_engine(random: np.random.Generator) -> None:
         given_up = run.channel.give_up(asker, 4)
         assert given_up is not None and (given_up.number, given_up.rpc) == (4, "Stream/SelectBlocks")
         await eventually(lambda: run.engine.stats().dropped["cancelled"] == 1)
-        assert run.channel.awaits(asker, 1) and not run.channel.awaits(asker, 4)
+        assert run.channel.give_up(asker, 4) is None
         await run.ask(tokens(0, [(1, 0, 1)], keys=values(random, 1, SPEC.head_dim)))
         await eventually(lambda: 1 in asker.told)
         response = asker.told[1]
@@ -325,7 +331,7 @@ async def test_the_short_way_to_an_engine(random: np.random.Generator) -> None:
         assert set(asker.told) == {1, 2, 3}, "nobody is told of what was given up"
 
 
-async def test_the_short_way_ends_with_the_engine() -> None:
+async def test_requests_end_with_the_engine() -> None:
     async with hosted() as run:
         await run.ask(open_sequence(1))
         asker = Asked()
@@ -335,41 +341,37 @@ async def test_the_short_way_ends_with_the_engine() -> None:
         assert not run.channel.send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(2))
 
 
-async def test_draining_the_short_way() -> None:
-    async with hosted() as run:
-        await run.ask(open_sequence(1))
-        asker = Asked()
-        assert run.channel.send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(1, timeout_ms=30))
-        assert run.channel.send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(2))
-        run.channel.refuse_new()
-        assert not run.channel.send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(3))
-        await run.channel.drain(0.2)
-        assert (await asker.error(1)).reason == Reason.DEADLINE_EXCEEDED
-        assert (await asker.error(2)).message == "server: shutting down, the request was not done within 0.2 s"
-
-
 async def test_nothing_overtakes_what_waits_for_room(
     random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with cramped(monkeypatch, requests=250_000, answers=1 << 20) as run:
         queries = values(random, LONG, 4, SPEC.head_dim)
         long_one = tokens(0, [(1, 0, LONG)], queries=queries, wait=True)
-        first, second = (run.channel.submit(long_one, TIMEOUT) for _ in range(2))
-        assert not run.channel.send(Asked(), STREAM, TENANT, TIMEOUT, waiting_selection(1, layer=1))
-        second.cancel()
-        first.cancel()
-        await eventually(lambda: run.channel.send(Asked(), STREAM, TENANT, TIMEOUT, waiting_selection(1, layer=1)))
+        first, second, short = Asked(), Asked(), Asked()
+        for asker in (first, second):
+            _, message = wire_of(long_one)
+            assert run.channel.send(asker, 1, TENANT, TIMEOUT, message)
+        assert run.channel.send(short, STREAM, TENANT, TIMEOUT, waiting_selection(1, layer=1))
+        await asyncio.sleep(0.05)
+        assert run.engine.stats().waiting == 1
+        run.channel.give_up(second, 0)
+        await eventually(lambda: run.engine.stats().waiting == 2)
+        run.channel.give_up(first, 0)
+        await eventually(lambda: run.engine.stats().waiting == 1)
+        run.channel.give_up(short, 1)
 
 
 async def test_draining() -> None:
     async with hosted() as run:
         await run.ask(open_sequence(1))
         waits = tokens(0, [(1, 0, 1)], queries=np.zeros((1, 4, SPEC.head_dim), np.float32), wait=True)
-        pending = run.channel.submit(waits, TIMEOUT)
+        pending, soon = run.channel.submit(waits, TIMEOUT), run.channel.submit(waits, 0.01)
         run.channel.refuse_new()
         with pytest.raises(UnavailableError, match="takes no new requests"):
             run.channel.submit(waits, TIMEOUT)
+        assert not run.channel.send(Asked(), STREAM, TENANT, TIMEOUT, waiting_selection(3))
         await run.channel.drain(0.05)
+        assert (await refusal(soon)).reason == Reason.DEADLINE_EXCEEDED
         assert (await refusal(pending)).message == "server: shutting down, the request was not done within 0.05 s"
         await asyncio.wait_for(run.channel.drain(TIMEOUT), TIMEOUT)
 

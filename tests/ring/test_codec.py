@@ -33,9 +33,10 @@ from blockdex.contract.messages import (
     TokenRequest,
     TruncateSequence,
 )
-from blockdex.ring import codec, layout
+from blockdex.ring import layout
 from blockdex.ring.layout import ANSWER_STRUCT, CANCEL, REQUEST_STRUCT, AnswerSlot, RequestSlot
 from blockdex.ring.segment import RingError, Segment, Sizes
+from support import slots as codec
 
 ROOM = 1 << 15
 U64 = st.integers(0, 2**64 - 1)
@@ -233,10 +234,10 @@ def test_an_answer_of_no_phase_is_refused(segment: Segment, phase: int) -> None:
 
 
 def test_dtypes_and_orders_are_numbered_as_on_the_wire() -> None:
-    from blockdex.frontend.grpc.convert import FLOAT_DTYPES
     from blockdex.v1 import indexer_pb2 as pb
 
     dtypes: dict[int, FloatDtype] = dict(enumerate(layout.DTYPES, start=1))
-    assert dtypes == FLOAT_DTYPES
+    wire = {pb.DTYPE_BF16: "bf16", pb.DTYPE_FP16: "fp16", pb.DTYPE_FP32: "fp32", pb.DTYPE_FP8_E4M3: "fp8_e4m3"}
+    assert dtypes == wire
     orders: dict[int, Order] = dict(enumerate(layout.ORDERS, start=1))
     assert orders == {pb.SELECTION_ORDER_ASCENDING: "ascending", pb.SELECTION_ORDER_SCORE: "score"}

@@ -175,17 +175,17 @@ async def test_a_wrong_request_is_refused_in_words(caplog: pytest.LogCaptureFixt
         await fill(run.ask, 1, 2)
         door = await run.connect()
         await run.ask(both((2, LENGTH, 1)))
-        taken = run.short_way_requests
+        taken = run.step_requests
         for ticket, (name, (request, changes, words)) in enumerate(WORDS.items()):
             door.write(tampered(door, request, ticket, changes))
             answer = await told(door, ticket)
             assert isinstance(answer, BlockdexError), name
             assert words in answer.message, name
             assert answer.reason != "INTERNAL", name
-        assert run.short_way_requests == taken
+        assert run.step_requests == taken
         door.write(door.lay(both(ROW), 1000))
         assert isinstance(await told(door, 1000), TokenAnswer)
-        assert run.short_way_requests == taken + 1
+        assert run.step_requests == taken + 1
         assert not door.is_hung_up()
         assert "batch failed" not in caplog.text
 
@@ -194,12 +194,12 @@ async def test_a_link_of_one_tenant_serves_no_other() -> None:
     async with host() as run:
         await fill(run.ask, 1)
         door = await run.connect("tenant")
-        taken = run.short_way_requests
+        taken = run.step_requests
         door.write(
             *[door.lay(request, ticket) for ticket, request in enumerate((both(ROW, tenant=""), get(1, tenant="")))]
         )
         assert isinstance(await told(door, 0), TokenAnswer)
-        assert run.short_way_requests == taken + 1
+        assert run.step_requests == taken + 1
         assert (await told(door, 1)).lengths[0] == LENGTH + 1
         for ticket, request in enumerate((both(ROW), get(1), get(1, tenant="another")), start=2):
             door.write(door.lay(request, ticket))
@@ -245,7 +245,7 @@ async def test_what_the_core_leaves_is_answered_by_a_batch() -> None:
         door = await run.connect()
         for ticket, (name, (request, changes)) in enumerate(UNUSUAL.items()):
             await run.settled()
-            taken = run.short_way_requests
+            taken = run.step_requests
             door.write(door.lay(request, ticket)._replace(**changes))
             answer = await told(door, ticket)
             if name == "too late":
@@ -254,7 +254,7 @@ async def test_what_the_core_leaves_is_answered_by_a_batch() -> None:
                 expected = naive.answer(request)
                 assert expected is not None
                 check_same(answer, expected, name)
-            assert run.short_way_requests - taken == (name == "a revision"), name
+            assert run.step_requests - taken == (name == "a revision"), name
 
 
 BROKEN: dict[str, dict[str, Any]] = {
@@ -421,7 +421,7 @@ async def fuzz(seed: int, rounds: int) -> int:
             sequence = int(random.integers(1, 4))
             at = LENGTH - int(random.integers(0, 2))
             await ask(both((sequence, at, 1)) if number % 3 else both((1, LENGTH, 1), (2, LENGTH, 1), order="score"))
-        assert run.short_way_requests > rounds // 2
+        assert run.step_requests > rounds // 2
         assert run.engine.stats().dropped["deadline"] < rounds * 16
     return broken
 

@@ -166,12 +166,12 @@ async def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
 
 async def test_a_fault_in_a_report_is_told_to_who_asked_and_ends_no_link(caplog: pytest.LogCaptureFixture) -> None:
     async with hosted() as run:
-        before = run.channel._talk
+        before = run.channel._control
         with pytest.raises(UnavailableError, match="engine: a fault in its report"):
             await run.channel.overview(0)  # which divides by it
         assert "a report failed" in caplog.text and "ZeroDivisionError" in caplog.text
         assert (await run.channel.info()).epoch == run.engine.info().epoch
-        assert run.channel._talk is before
+        assert run.channel._control is before
 
 
 async def test_who_asks_and_does_not_read_is_hung_up(

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from blockdex import _native
+from blockdex._native import SENT
+from blockdex.ring.caller import RPCS
 from blockdex.ring.client import Spinning
-from blockdex.ring.layout import AT
+from blockdex.ring.layout import AT, GET
 from blockdex.ring.segment import Segment, Sizes
 from blockdex.ring.selector import RingSelector
+from support.links import link_of
 from support.ring_engine import hosted
 from support.running_engine import TIMEOUT, get, open_sequence
 
@@ -37,7 +39,7 @@ class Door:
     def __init__(self, spin_seconds: float) -> None:
         self.segment = Segment.create(Sizes(8, 4096, 4096), epoch=1)
         self.bells = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
-        self.link = _native.Link(self.segment.memory, self.bells[0], spin_seconds)
+        self.link = link_of(self.segment, self.bells[0], spin_seconds=spin_seconds)
         self.selector = RingSelector()
         self.selector.register(self.bells[1], selectors.EVENT_READ)
         self.selector.watch(self.link, self.bells[1])
@@ -50,6 +52,13 @@ class Door:
     @property
     def sleeps(self) -> bool:
         return bool(self.segment.flags[AT["client_sleeps"] // 4])
+
+    def ask(self) -> None:
+        """Sends a request, which the engine takes."""
+        assert (
+            self.link.send_sequence(object(), 0, RPCS.index("GetSequence"), "t", 1.0, GET, 0, 1, 0, 0, 0, b"") == SENT
+        )
+        self.segment.counters[AT["requests_read"] // 8] += 1
 
     def answer(self) -> None:
         """Shows an answer, and rings nobody's bell."""
@@ -95,7 +104,7 @@ def test_it_sleeps_at_once_where_nothing_was_asked(make: Callable[[float], Door]
 def test_it_looks_for_as_long_as_it_spins_after_a_request_and_then_sleeps(make: Callable[[float], Door]) -> None:
     def looks() -> bool:
         door = make(SHORT)
-        door.link.publish()
+        door.ask()
         may, seconds = door.may_sleep()
         assert may
         assert door.sleeps
@@ -111,7 +120,7 @@ def test_it_looks_no_longer_than_a_timer_waits(make: Callable[[float], Door]) ->
     # Many times: others end its looking, too.
     for _ in range(50):
         door = make(LONG)
-        door.link.publish()
+        door.ask()
         may, seconds = door.may_sleep(SHORT)
         assert may
         assert door.sleeps
@@ -128,7 +137,7 @@ def test_it_leaves_its_core_to_who_has_something_to_do(make: Callable[[float], D
             other.stdout.readline()
             looked = 0.0
             for _ in range(20):
-                door.link.publish()
+                door.ask()
                 may, seconds = door.may_sleep()
                 assert may
                 assert door.sleeps
@@ -147,7 +156,7 @@ def test_it_sees_what_comes_while_it_looks(make: Callable[[float], Door], what: 
     def sees() -> bool:
         door = make(LONG)
         assert door.may_sleep()[0]
-        door.link.publish()
+        door.ask()
         came = 0.0
 
         def come() -> None:

@@ -10,11 +10,11 @@ import pytest
 from support.bare_core import (
     LENGTH,
     SECONDS_BOUNDS,
-    BareLane,
+    BareCore,
 )
 
 
-def test_what_is_counted(device_core: BareLane) -> None:
+def test_what_is_counted(device_core: BareCore) -> None:
     bare = device_core
     door = bare.open_client()
     door.send(bare.both(0, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 2), (3, LENGTH, 1)), bare.both(1, (1, LENGTH, 4)))
@@ -29,29 +29,29 @@ def test_what_is_counted(device_core: BareLane) -> None:
     bare.device.end()
     bare.look()
     counted = bare.counted
-    assert (counted["steps"], counted["num_tokens"]) == (2, 9)
-    assert counted["requests"] == ([1, 0, 1, 0], 4.0)
-    assert counted["tokens"] == ([1, 0, 1, 0], 9.0)
+    assert (counted["steps"], counted["append_tokens"], counted["decode_tokens"]) == (2, 9, 9)
+    assert counted["step_requests"] == counted["append_requests"] == counted["decode_requests"] == ([1, 0, 1, 0], 4.0)
+    assert counted["append_sizes"] == counted["decode_sizes"] == ([1, 0, 1, 0], 9.0)
     assert 0.04 + 0.05 <= counted["device_seconds"] < 1
     assert 0.06 <= counted["device_busy_seconds"] < counted["device_seconds"] - 0.025, "for 0.03 s both were there"
     door.read()
     told = np.array([door.told[ticket].numbers[-4:] for ticket in range(4)])
     assert (told[:, 2] >= [0.04, 0.04, 0.04, 0.05]).all() and (told > 0).all()
-    for (counts, total), seconds in zip(counted["stages"], told.T, strict=True):
+    for (counts, total), seconds in zip(counted["stages"][4:8], told.T, strict=True):
         assert total == pytest.approx(seconds.sum())
         assert counts == np.bincount(np.searchsorted(SECONDS_BOUNDS, seconds), minlength=3).tolist()
 
 
-def test_a_bound_belongs_to_the_bucket_below_it(bare: BareLane) -> None:
+def test_a_bound_belongs_to_the_bucket_below_it(bare: BareCore) -> None:
     door = bare.open_client()
     for ticket, count in enumerate((1, 2, 3)):
         door.send(bare.both(0, *[(sequence, LENGTH, 1) for sequence in range(1, count + 1)]), first_ticket=ticket)
         bare.lengths[:] = LENGTH
         bare.look()
-    assert bare.counted["tokens"] == ([1, 1, 1, 0], 6.0)
+    assert bare.counted["decode_sizes"] == ([1, 1, 1, 0], 6.0)
 
 
-def test_a_step_that_is_given_up_was_on_the_device(device_core: BareLane) -> None:
+def test_a_step_that_is_given_up_was_on_the_device(device_core: BareCore) -> None:
     bare = device_core
     door = bare.open_client()
     door.send(bare.both(0, (1, LENGTH, 1)))
@@ -66,7 +66,7 @@ def test_a_step_that_is_given_up_was_on_the_device(device_core: BareLane) -> Non
     assert bare.counted["device_busy_seconds"] == busy
 
 
-def test_a_clock_stands_still_while_steps_are_on_their_way(device_core: BareLane) -> None:
+def test_a_clock_stands_still_while_steps_are_on_their_way(device_core: BareCore) -> None:
     """So that it and what was busy with steps are the time that has passed, whenever one asks."""
     bare = device_core
     door = bare.open_client()
@@ -91,11 +91,11 @@ def test_a_clock_stands_still_while_steps_are_on_their_way(device_core: BareLane
     assert before <= bare.core.time_beside + busy <= time.monotonic()
 
 
-def test_a_request_from_the_future_has_waited_for_no_time(bare: BareLane) -> None:
+def test_a_request_from_the_future_has_waited_for_no_time(bare: BareCore) -> None:
     door = bare.open_client()
     door.write(door.lay(bare.both(0, (1, LENGTH, 1)), 0)._replace(received=2**62))
     bare.look()
     bare.look()
     door.read()
     assert door.told[0].numbers.queue_seconds == 0
-    assert bare.counted["stages"][0][1] == 0
+    assert bare.counted["stages"][4][1] == 0

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from blockdex import _native as native
+from blockdex.contract.messages import TokenAnswer
+from blockdex_kernels.interface import RUN_APPENDS, RUN_SELECTS, RUN_WANTS_SCORES
 from support.bare_core import (
     ALL,
+    FIRST_ROW,
     LENGTH,
     LONGEST,
     SPEC,
-    BareLane,
+    BareCore,
     Seen,
     bare_core,
     check_answer,
     usual,
 )
-from support.running_engine import TENANT
+from support.running_engine import tokens, values
 
 
 def columns(seen: Seen, runs: int) -> list[tuple[int, ...]]:
     """The rows of a step, and a check that there are no others."""
     assert not seen.columns[2, runs:].any(), "padding has no tokens"
-    return [tuple(column) for column in seen.columns[:, :runs].T.tolist()]
+    assert (seen.columns[4, :runs] == RUN_APPENDS | RUN_SELECTS).all()
+    return [tuple(column) for column in seen.columns[:4, :runs].T.tolist()]
 
 
-def test_a_step_holds_all_that_came(device_core: BareLane) -> None:
+def test_a_step_holds_all_that_came(device_core: BareCore) -> None:
     bare = device_core
     first, second = bare.open_client(), bare.open_client()
     requests = [usual(bare), bare.both(2, (3, LENGTH, LONGEST)), bare.both(2, (1, LENGTH - 1, 2))]
@@ -35,10 +40,10 @@ def test_a_step_holds_all_that_came(device_core: BareLane) -> None:
     assert bare.look() == 0
     (seen,) = bare.device.begun
     assert columns(seen, 4) == [
-        (1, LENGTH, 1, 100),
-        (1, LENGTH - 2, 3, 101),
-        (2, LENGTH, LONGEST, 102),
-        (2, LENGTH - 1, 2, 100),
+        (1, LENGTH, 1, FIRST_ROW),
+        (1, LENGTH - 2, 3, FIRST_ROW + 1),
+        (2, LENGTH, LONGEST, FIRST_ROW + 2),
+        (2, LENGTH - 1, 2, FIRST_ROW),
     ]
     keys, queries = (
         b"".join(bytes(getattr(request, half).tensor.data) for request in requests) for half in ("keys", "queries")
@@ -94,6 +99,7 @@ def test_what_no_program_holds_is_left(rows: list[tuple[int, ...]]) -> None:
         bare.lengths[:] = 24
         bare.open_client().send(bare.both(0, *rows))
         assert bare.look() == native.FOR_PYTHON
+        assert [kind for _, kind, *_ in bare.take()] == ["bulk"]
         assert not bare.device.begun
 
 
@@ -104,7 +110,10 @@ def test_what_no_program_holds_together_is_in_two_steps() -> None:
         door.send(*requests)
         assert bare.look() == 0
         assert bare.look() == 0
-        assert [columns(seen, 1) for seen in bare.device.begun] == [[(0, LENGTH, 1, 100)], [(0, LENGTH, 2, 101)]]
+        assert [columns(seen, 1) for seen in bare.device.begun] == [
+            [(0, LENGTH, 1, FIRST_ROW)],
+            [(0, LENGTH, 2, FIRST_ROW + 1)],
+        ]
         bare.device.end()
         assert bare.look() == 0
         bare.device.end()
@@ -135,9 +144,9 @@ def test_the_last_token_of_a_step() -> None:
         rows = [(sequence, LENGTH, LONGEST) for sequence in range(1, 128)]
         door.send(bare.both(0, *rows), bare.both(0, (150, LENGTH, 4)), bare.both(0, (151, LENGTH, 1)))
         bare.look()
-        assert (bare.core.steps, bare.counted["num_tokens"]) == (1, native.MAX_TOKENS)
+        assert (bare.core.steps, bare.counted["decode_tokens"]) == (1, native.MAX_TOKENS)
         bare.look()
-        assert (bare.core.steps, bare.counted["num_tokens"]) == (2, native.MAX_TOKENS + 1)
+        assert (bare.core.steps, bare.counted["decode_tokens"]) == (2, native.MAX_TOKENS + 1)
 
 
 @pytest.mark.parametrize("replays", [None, ALL])
@@ -184,58 +193,52 @@ def test_a_request_of_more_tokens_than_a_step_is_left() -> None:
         rows = [(sequence, LENGTH, LONGEST) for sequence in range(1, native.MAX_TOKENS // LONGEST + 1)]
         door = bare.open_client()
         door.send(bare.both(0, *rows), bare.both(1, *rows, (250, LENGTH, 1)))
-        assert bare.look() == 0
         assert bare.look() == native.FOR_PYTHON
-        assert (bare.core.steps, bare.counted["num_tokens"]) == (1, native.MAX_TOKENS)
+        assert [kind for _, kind, *_ in bare.take()] == ["bulk"]
+        assert (bare.core.steps, bare.counted["decode_tokens"]) == (1, native.MAX_TOKENS)
 
 
-def test_one_layer_of_a_sequence_is_once_in_a_step(device_core: BareLane) -> None:
-    """What goes on with it is in the next one; its other layers, and other sequences, are not held up."""
+def test_one_layer_of_a_sequence_is_once_in_a_step(device_core: BareCore) -> None:
+    """What goes on with it is in the next one, and so is what names any of its sequences; others are not held up."""
     bare = device_core
     doors = [bare.open_client() for _ in range(3)]
     doors[0].send(bare.both(0, (1, LENGTH, 1)))
     doors[1].send(bare.both(0, (2, LENGTH, 1), (1, LENGTH + 1, 1)), bare.both(0, (3, LENGTH, 1)))
-    doors[2].send(bare.both(1, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 1)))
+    doors[2].send(bare.both(1, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 1)), bare.both(1, (4, LENGTH, 1)))
     bare.look()
     bare.look()
     first, second = bare.device.begun
-    assert columns(first, 3) == [(0, LENGTH, 1, 100), (1, LENGTH, 1, 100), (0, LENGTH, 1, 101)]
-    assert bare.lines[1].waits is False
-    # The lines take turns: the second one comes first now. Its first row writes anew what another has written since.
-    assert columns(second, 3) == [(0, LENGTH, 1, 101), (0, LENGTH + 1, 1, 100), (0, LENGTH, 1, 102)]
-
-
-def test_more_marks_than_there_are_places_near_each_other() -> None:
-    """Undone and made again, in any order, marks stay what they are."""
-    with bare_core(sequences=256, replays=ALL) as bare:
-        first, second = bare.open_client(), bare.open_client()
-        names = list(range(1, 201))
-        first.send(bare.both(0, *[(sequence, LENGTH, 1) for sequence in names]))
-        second.send(
-            bare.both(0, *[(sequence, LENGTH, 1) for sequence in range(201, 240)], (200, LENGTH + 1, 1)),
-        )
-        bare.look()
-        assert len(bare.device.begun) == 1
-        bare.look()
-        assert bare.device.begun[1].columns[2].sum() == 40
+    assert columns(first, 3) == [
+        (0, LENGTH, 1, FIRST_ROW),
+        (0, LENGTH, 1, FIRST_ROW + 2),
+        (1, LENGTH, 1, FIRST_ROW + 3),
+    ]
+    assert columns(second, 3) == [
+        (0, LENGTH, 1, FIRST_ROW + 1),
+        (0, LENGTH + 1, 1, FIRST_ROW),
+        (1, LENGTH, 1, FIRST_ROW),
+    ]
+    bare.device.end()
+    bare.look()
+    assert columns(bare.device.begun[1], 1) == [(0, LENGTH, 1, FIRST_ROW + 1)], "anew, what another has written since"
 
 
 def test_the_lines_take_turns() -> None:
-    """One of them always has a step's worth of requests; nobody waits for longer than a step."""
+    """One of them always has a step's worth of requests; nobody waits for longer than two steps."""
     with bare_core(sequences=600) as bare:
         greedy, modest = bare.open_client(), bare.open_client()
         whole = [[(sequence, LENGTH, 1) for sequence in range(first, first + 256)] for first in (1, 257)]
         greedy.send(*[bare.both(0, *whole[number % 2]) for number in range(6)])
         for ticket in range(3):
             modest.send(bare.both(0, (590 + ticket, LENGTH, 1)), first_ticket=ticket)
-            for _ in range(3):
+            for _ in range(4):
                 bare.look()
             assert modest.read() == 1, ticket
         greedy.read()
         assert len(greedy.told) >= 3
 
 
-def test_answers_come_when_every_block_id_is_there(device_core: BareLane) -> None:
+def test_answers_come_when_every_block_id_is_there(device_core: BareCore) -> None:
     bare = device_core
     door = bare.open_client()
     request = bare.both(0, (1, LENGTH, 1), (2, LENGTH, 1))
@@ -258,7 +261,7 @@ def test_answers_come_when_every_block_id_is_there(device_core: BareLane) -> Non
     check_answer(door, 0, request)
 
 
-def test_two_steps_are_on_their_way_and_no_third(device_core: BareLane) -> None:
+def test_two_steps_are_on_their_way_and_no_third(device_core: BareCore) -> None:
     bare = device_core
     door = bare.open_client()
     requests = [bare.both(0, (1, LENGTH + number, 1)) for number in range(5)]
@@ -282,21 +285,76 @@ def test_two_steps_are_on_their_way_and_no_third(device_core: BareLane) -> None:
     assert (bare.core.in_flight, bare.core.launched) == (0, 0.0)
 
 
-def test_what_cannot_be_set_is_refused(device_core: BareLane) -> None:
+def test_what_cannot_be_set_is_refused(device_core: BareCore) -> None:
     bare = device_core
-    host, ids = bare.device.rooms[0]
+    host, ids, scores = bare.device.rooms[0]
     with pytest.raises(ValueError, match=r"host has \d+ bytes, \d+ are needed"):
-        bare.core.set_step(0, host[:-1], ids)
+        bare.core.set_step(0, host[:-1], ids, scores)
     with pytest.raises(ValueError, match="no room for 257 runs of 1 tokens"):
         bare.core.set_replays([(257, 1, 1, 1, 2)], 1, 1)
     with pytest.raises(ValueError, match="no room for 129 runs of 4 tokens"):
         bare.core.set_replays([(129, 4, 1, 1, 2)], 1, 1)
-    with pytest.raises(ValueError, match="a column for each sequence"):
-        bare.core.learn(TENANT, np.array([1], np.uint64), np.array([16]))
-    with pytest.raises(ValueError, match="a column for each sequence"):
-        bare.core.learn(TENANT, np.array([1, 2], np.uint64), np.array([1]))
+    with pytest.raises(ValueError, match=r"lengths has \d+ bytes, \d+ are needed"):
+        bare.core.set_columns(*bare.cache.columns._replace(lengths=bare.lengths[:, :-1].copy()))
+    bare.core.set_columns(*bare.cache.columns)
     bare.open_client().send(bare.both(0, (1, LENGTH, 1)))
     bare.look()
     for number in (0, 2):
         with pytest.raises(ValueError, match=f"step {number} of 2, 1 in flight"):
-            bare.core.set_step(number, host, ids)
+            bare.core.set_step(number, host, ids, scores)
+
+
+def test_shares_of_heads_lie_side_by_side(device_core: BareCore) -> None:
+    """Queries of a head that nobody asks for are 0; who asks for the same head again gets rows of its own."""
+    bare = device_core
+    door, random = bare.open_client(), np.random.default_rng(3)
+    queries = values(random, 3, SPEC.num_index_heads, SPEC.head_dim)
+    rows = [(1, LENGTH - 2, 2), (2, LENGTH - 1, 1)]
+    door.send(
+        tokens(0, rows, queries=queries[:, 1:], first_head=1),
+        tokens(0, rows, queries=queries[:, :1]),
+        tokens(0, rows, queries=queries[:, 1:], first_head=1, dtype="fp32"),
+    )
+    bare.look()
+    (seen,) = bare.device.begun
+    assert (
+        seen.columns[:, :4].T.tolist()
+        == [
+            [0, LENGTH - 2, 2, FIRST_ROW, RUN_SELECTS],
+            [0, LENGTH - 1, 1, FIRST_ROW + 1, RUN_SELECTS],
+        ]
+        * 2
+    )
+    staged = seen.queries[:6].view(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(staged[:3], queries)
+    np.testing.assert_array_equal(staged[3:, 1:], queries[:, 1:])
+    assert not staged[3:, :1].any()
+    bare.device.end()
+    bare.look()
+    door.read()
+    ids = seen.queries[:3, :, : SPEC.topk].astype(np.int32)
+    for ticket, heads in enumerate((slice(1, 2), slice(0, 1), slice(1, 2))):
+        answer = door.told[ticket].answer
+        assert isinstance(answer, TokenAnswer)
+        np.testing.assert_array_equal(answer.block_ids, ids[:, heads])
+
+
+def test_an_append_alone_is_answered_at_once_and_scores_only_when_they_are_there(device_core: BareCore) -> None:
+    bare = device_core
+    door, random = bare.open_client(), np.random.default_rng(4)
+    scored = tokens(0, [(2, 9, 2)], queries=values(random, 2, SPEC.num_index_heads, SPEC.head_dim), scores=True)
+    door.send(tokens(0, [(1, LENGTH, 1)], keys=values(random, 1, SPEC.head_dim)), scored)
+    bare.look()
+    assert door.read() == 1
+    assert door.told[0].answer == TokenAnswer(bare.cache.epoch)
+    (seen,) = bare.device.begun
+    assert seen.columns[4, :2].tolist() == [RUN_APPENDS, RUN_SELECTS | RUN_WANTS_SCORES]
+    bare.device.end()
+    _, _, scores = bare.device.rooms[0]
+    last = 3 * SPEC.num_index_heads * SPEC.topk - 1
+    there, scores.view(np.uint32)[last] = scores[last], 2**32 - 1
+    bare.look()
+    assert not door.read()
+    scores[last] = there
+    bare.look()
+    assert door.read() == 1

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from blockdex.contract.errors import Code, Reason, ResourceExhaustedError
 from blockdex.contract.messages import TokenAnswer
 from blockdex.executor.interface import Answer, Pending, check_patience
-from blockdex.ring.in_process import LocalChannel
+from blockdex.ring.server import RingInbox
 from blockdex.scheduler.loop import Engine
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.triton.gpu import GpuBackend
 from support.cache_state import check_integrity
-from support.running_engine import LIMITS, SPEC, Phase, open_sequence, running, tokens, values
+from support.ring_caller import RingCaller
+from support.running_engine import LIMITS, SPEC, open_sequence, running, tokens, values
 from support.triton_device import DEVICE
 
 A, B = 1, 2
@@ -39,17 +40,15 @@ def queries_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
     return values(random, length, SPEC.num_index_heads, SPEC.head_dim)
 
 
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-async def test_a_full_device_refuses_the_selection_alone(random: np.random.Generator, phase: Phase) -> None:
+async def test_a_full_device_refuses_the_selection_alone(random: np.random.Generator) -> None:
     async with running() as run:
         await run.ask(open_sequence(A))
         await run.ask(tokens(0, [(A, 0, 200)], keys=keys_of(random, 200)))
-        count = 2 if phase == "decode" else 100
-        asked = tokens(0, [(A, 200 - count, count)], queries=queries_of(random, count))
+        asked = tokens(0, [(A, 100, 100)], queries=queries_of(random, 100))
         expected = await run.select(asked)
         epoch, pages = run.engine.info().epoch, run.backend.pages.view(torch.int16).clone()
 
-        run.backend.fault, run.backend.error = phase, torch.OutOfMemoryError("made for this test")
+        run.backend.fault, run.backend.error = "prefill", torch.OutOfMemoryError("made for this test")
         error = await run.refusal(asked)
 
         assert isinstance(error, ResourceExhaustedError)
@@ -59,7 +58,6 @@ async def test_a_full_device_refuses_the_selection_alone(random: np.random.Gener
         check_integrity(run.engine._cache)
         assert not run.engine._launcher.prefills
         np.testing.assert_array_equal(await run.select(asked), expected)
-        assert not run.engine._unanswered
 
 
 async def test_a_full_device_refuses_every_part_of_a_request(random: np.random.Generator) -> None:
@@ -123,8 +121,10 @@ async def test_a_device_that_hangs_is_not_waited_for(
         run.engine._on_lost_device = told.release
         monkeypatch.setattr(run.backend, "synchronize", lambda: time.sleep(3600))
         monkeypatch.setattr(run.engine._executor, "begin", lambda step: Hanging())
-        await run.ask(open_sequence(A))
-        error = await run.refusal(tokens(0, [(A, 0, 2)], queries=queries_of(random, 2), keys=keys_of(random, 2)))
+        for sequence in (A, B):
+            await run.ask(open_sequence(sequence))
+        both = tokens(0, [(A, 0, 20), (B, 0, 2)], keys=keys_of(random, 22), queries=queries_of(random, 22))
+        error = await run.refusal(both)
         assert error.code == Code.INTERNAL
         assert await asyncio.to_thread(told.acquire, timeout=20)
         assert run.engine.device_is_lost
@@ -140,7 +140,9 @@ async def test_the_triton_kernels_answer_as_the_cpu_s(
     """An engine with either, asked the same: products of small integers are exact, so no flip is to be had."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     backend = GpuBackend(TRITON_SPEC, 64, DEVICE, reason="tested")
-    channel = LocalChannel(Engine(backend, limits=LIMITS, decode_queries=3, prefill_slice_seconds=1e-6))
+    inbox = RingInbox(0.0)
+    engine = Engine(backend, limits=LIMITS, inbox=inbox, decode_queries=3, prefill_slice_seconds=1e-6)
+    channel = RingCaller(engine, inbox)
     requests = []
     for layer in (0, 1):
         keys = [values(random, length, 16) for length in (150, 70, 2, 2)]

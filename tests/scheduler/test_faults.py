@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from blockdex.contract.errors import BlockdexError, Code, Reason, ResourceExhaustedError, UnavailableError
+from blockdex.contract.errors import BlockdexError, Code, Reason
 from blockdex.contract.messages import Request
 from support.cache_state import check_integrity, snapshot
 from support.running_engine import (
@@ -52,24 +52,17 @@ def queries_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
 
 async def test_a_full_queue_refuses_and_goes_on(random: np.random.Generator) -> None:
     limits = dataclasses.replace(LIMITS, max_queued_requests=3)
-    async with running(limits=limits, start=False) as run:
-        waiting = tokens(0, [(A, 0, 1)], queries=queries_of(random, 1), wait=True)
-        queued = [run.submit(request) for request in (open_sequence(A), waiting, get(A))]
-        with pytest.raises(ResourceExhaustedError, match="queue: at most 3 requests may wait, 3 do") as caught:
-            run.submit(get(A))
-        assert caught.value.reason == Reason.OVERLOADED
-        run.channel.start()
-        await asyncio.wait_for(asyncio.gather(queued[0], queued[2]), 20)
-        # What waits for keys still has its place; two are left.
-        with run.backend.held("append") as entered:
-            appended = run.submit(tokens(0, [(A, 0, 1)], keys=keys_of(random, 1)))
-            await run.reached(entered)
-            more = []
-            with pytest.raises(ResourceExhaustedError):
-                while True:
-                    more.append(run.submit(get(A)))
-            assert 1 <= len(more) <= 3
-        await asyncio.wait_for(asyncio.gather(appended, queued[1], *more), 20)
+    async with running(limits=limits) as run:
+        await run.ask(open_sequence(A))
+        wait = tokens(0, [(A, 0, 1)], queries=queries_of(random, 1), wait=True)
+        waiting = [run.submit(wait) for _ in range(3)]
+        refused = await run.refusal(get(A))
+        assert (refused.code, refused.reason) == (Code.RESOURCE_EXHAUSTED, Reason.OVERLOADED)
+        assert refused.message == "queue: at most 3 requests may wait, 3 do"
+        waiting.pop().cancel()
+        await run.settled()
+        await run.ask(tokens(0, [(A, 0, 1)], keys=keys_of(random, 1)))
+        await asyncio.wait_for(asyncio.gather(*waiting), 20)
 
 
 async def test_prefills_count_as_queued(random: np.random.Generator) -> None:
@@ -79,12 +72,8 @@ async def test_prefills_count_as_queued(random: np.random.Generator) -> None:
     async with running(limits=limits) as run:
         await run.ask(open_sequence(A))
         await run.ask(tokens(0, [(A, 0, 2500)], keys=keys_of(random, 2500)))
-        taken = []
-        with pytest.raises(ResourceExhaustedError):
-            for _ in range(10):
-                taken.append(run.submit(prefill))
-                await run.settled()
-        assert len(taken) == 4
+        taken = [run.submit(prefill) for _ in range(4)]
+        assert (await run.refusal(prefill)).reason == Reason.OVERLOADED
         for prefilling in taken:
             prefilling.cancel()
 
@@ -117,7 +106,7 @@ async def test_a_fault_begins_a_new_epoch(random: np.random.Generator, phase: Ph
             await run.reached(entered)
             run.backend.fault = phase  # the one held up goes on
             concerned += [
-                run.submit(tokens(0, [(A, 0, 3)], keys=keys_of(random, 3))),  # held back
+                run.submit(tokens(0, [(A, 0, 3)], keys=keys_of(random, 3), rollback=True)),  # held back
                 run.submit(tokens(0, [(B, 0, 9)], queries=queries_of(random, 9), wait=True)),  # waits
                 run.submit(tokens(1, [(A, 0, 9)], keys=keys_of(random, 9), queries=queries_of(random, 9))),
             ]
@@ -171,7 +160,7 @@ async def test_stops_with_work_in_hand(random: np.random.Generator) -> None:
         assert not pending[1].done()
 
 
-async def test_draining_answers_what_is_in_flight_and_refuses_the_rest(random: np.random.Generator) -> None:
+async def test_keys_that_cannot_come_are_not_waited_for(random: np.random.Generator) -> None:
     async with running() as run:
         await run.ask(open_sequence(A))
         with run.backend.held("append") as entered:
@@ -182,29 +171,11 @@ async def test_draining_answers_what_is_in_flight_and_refuses_the_rest(random: n
             hopeful = run.submit(tokens(1, [(A, 3, 1)], queries=queries_of(random, 1), wait=True))
             hopeless = run.submit(tokens(2, [(A, 0, 1)], queries=queries_of(random, 1), wait=True))
             coming = run.submit(tokens(1, [(A, 0, 5)], keys=keys_of(random, 5)))
-            drained = asyncio.create_task(run.channel.drain(10))
-            await asyncio.sleep(0)
-            with pytest.raises(UnavailableError) as caught:
-                run.submit(get(A))
-            assert caught.value.message == "server: shutting down, takes no new requests"
-            assert caught.value.reason == Reason.SHUTTING_DOWN
+            run.engine.expect_no_more()
         await asyncio.wait_for(asyncio.gather(appended, prefill, hopeful, coming), 20)
         left = await refusal(hopeless)
         assert (left.code, left.reason) == (Code.UNAVAILABLE, Reason.SHUTTING_DOWN)
         assert left.message == "server: shutting down, the keys it waits for cannot come"
-        await asyncio.wait_for(drained, 1)
-
-
-async def test_draining_ends_with_its_grace(random: np.random.Generator) -> None:
-    async with running() as run:
-        await run.ask(open_sequence(A))
-        with run.backend.held("append") as entered:
-            slow = run.submit(tokens(0, [(A, 0, 100)], keys=keys_of(random, 100)))
-            await run.reached(entered)
-            await asyncio.wait_for(run.channel.drain(0.1), 5)
-            left = await refusal(slow)
-        assert (left.code, left.reason) == (Code.UNAVAILABLE, Reason.SHUTTING_DOWN)
-        assert left.message == "server: shutting down, the request was not done within 0.1 s"
 
 
 def refused(random: np.random.Generator, run: Running) -> list[tuple[Request, Reason]]:
@@ -239,9 +210,10 @@ def refused(random: np.random.Generator, run: Running) -> list[tuple[Request, Re
         (tokens(0, [(A, 0, 8, 6)], queries=queries), Reason.FUTURE_REVISION),
         (tokens(0, [(A, 20, 8, 4)], keys=keys, queries=queries), Reason.STALE_REVISION),
         (tokens(0, [(A, 22, 8, 9)], keys=keys, queries=queries), Reason.APPEND_BEYOND_LENGTH),
-        # At the layer's revision, but not what was appended with it.
+        # At the revision of the append that made the layer, but another one.
         (tokens(0, [(B, 0, 4, 9), (A, 19, 4, 5)], keys=keys, queries=queries), Reason.STALE_REVISION),
-        (tokens(0, [(B, 0, 4), (A, 16, 4)], keys=keys, rollback=False), Reason.APPEND_OVERLAPS),
+        (tokens(0, [(B, 0, 4), (A, 19, 4)], keys=keys, queries=queries), Reason.APPEND_OVERLAPS),
+        (tokens(0, [(B, 0, 4), (A, 16, 4)], keys=keys), Reason.APPEND_OVERLAPS),
     ]
 
 
@@ -277,7 +249,7 @@ async def test_a_repeated_append_renews_the_lease(random: np.random.Generator) -
         expected = await run.select(both)
         await run.ask(tokens(0, [(B, 0, 16)], keys=keys_of(random, 16)))
         with run.backend.held("append") as entered:
-            busy = run.submit(tokens(0, [(B, 15, 1)], keys=keys_of(random, 1)))
+            busy = run.submit(tokens(0, [(B, 15, 1)], keys=keys_of(random, 1), rollback=True))
             await run.reached(entered)
             repeated = run.submit(both)
             refused = run.submit(tokens(0, [(B, 16, 1)], keys=keys_of(random, 1)))

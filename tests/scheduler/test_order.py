@@ -63,9 +63,9 @@ async def test_requests_of_many_tenants_layers_and_dtypes_share_launches(random:
         await answer_together(run, requests)
         appends = [call for call in run.backend.calls if call.phase == "append"]
         decodes = [call for call in run.backend.calls if call.phase == "decode"]
-        # One launch for all tenants and layers; what splits them is the dtype, the order and the wish for scores.
-        assert [call.tokens for call in appends] == [10, 10, 10]
-        assert [call.tokens for call in decodes] == [10] * 6
+        # One launch for all tenants, layers, dtypes and orders; the CPU's kernels are called once more for scores.
+        assert [call.tokens for call in appends] == [30]
+        assert [call.tokens for call in decodes] == [30, 30]
 
 
 async def test_layers_share_a_launch(random: np.random.Generator) -> None:
@@ -92,9 +92,9 @@ async def test_a_selection_sees_the_append_before_it_and_not_the_one_behind(rand
                 select,
                 tokens(1, [(A, 0, 20)], keys=keys_of(random, 20)),
                 select,
-                tokens(1, [(A, 2, 18)], keys=keys_of(random, 18)),
+                tokens(1, [(A, 2, 18)], keys=keys_of(random, 18), rollback=True),
                 select,
-                tokens(1, [(A, 2, 4)], keys=keys_of(random, 4)),
+                tokens(1, [(A, 2, 4)], keys=keys_of(random, 4), rollback=True),
                 select,
             ],
         )
@@ -114,7 +114,7 @@ async def test_fork_truncate_and_close_are_barriers(random: np.random.Generator)
                 fork(A, B, 21),
                 tokens(0, [(B, 21, 40)], keys=keys_of(random, 40)),
                 tokens(0, [(B, 57, 4)], queries=queries_of(random, 4)),
-                tokens(0, [(A, 3, 27)], keys=keys_of(random, 27)),
+                tokens(0, [(A, 3, 27)], keys=keys_of(random, 27), rollback=True),
                 select,
                 truncate(A, 13),
                 select,
@@ -133,7 +133,7 @@ async def test_fork_truncate_and_close_are_barriers(random: np.random.Generator)
 
 
 async def test_pages_given_back_and_taken_again_in_one_batch(random: np.random.Generator) -> None:
-    """A page that is copied, freed and written again in one batch is copied while it still holds the old keys."""
+    """A page that is copied, freed and written again is copied while it still holds the old keys."""
     setup: list[Request] = [open_sequence(A), tokens(0, [(A, 0, 24)], keys=keys_of(random, 24))]
     async with running(num_pages=5) as run:
         await answer_together(
@@ -141,7 +141,7 @@ async def test_pages_given_back_and_taken_again_in_one_batch(random: np.random.G
             [
                 fork(A, B, 20),
                 close(A),
-                tokens(0, [(B, 16, 3)], keys=keys_of(random, 3)),
+                tokens(0, [(B, 16, 3)], keys=keys_of(random, 3), rollback=True),
                 open_sequence(C),
                 tokens(0, [(C, 0, 8)], keys=keys_of(random, 8), queries=queries_of(random, 8)),
                 tokens(0, [(B, 13, 3)], queries=queries_of(random, 3)),
@@ -149,7 +149,7 @@ async def test_pages_given_back_and_taken_again_in_one_batch(random: np.random.G
             ],
             setup=setup,
         )
-        assert [call.tokens for call in run.backend.calls if call.phase == "append"] == [11]
+        assert [call.tokens for call in run.backend.calls if call.phase == "append"] == [3, 8]
 
 
 async def test_both_sides_of_a_fork_write_the_page_they_share(random: np.random.Generator) -> None:
@@ -160,8 +160,12 @@ async def test_both_sides_of_a_fork_write_the_page_they_share(random: np.random.
                 open_sequence(A),
                 *(tokens(layer, [(A, 0, 32)], keys=keys_of(random, 32)) for layer in range(3)),
                 fork(A, B, 32),
-                tokens(1, [(A, 4, 9), (B, 6, 9)], keys=keys_of(random, 18), queries=queries_of(random, 18)),
-                tokens(2, [(B, 10, 9), (A, 20, 2)], keys=keys_of(random, 11), queries=queries_of(random, 11)),
+                tokens(
+                    1, [(A, 4, 9), (B, 6, 9)], keys=keys_of(random, 18), queries=queries_of(random, 18), rollback=True
+                ),
+                tokens(
+                    2, [(B, 10, 9), (A, 20, 2)], keys=keys_of(random, 11), queries=queries_of(random, 11), rollback=True
+                ),
                 *(tokens(layer, [(A, 11, 2), (B, 12, 2)], queries=queries_of(random, 4)) for layer in range(3)),
             ],
         )
@@ -175,7 +179,7 @@ async def test_others_overtake_what_is_held_back(random: np.random.Generator) ->
                 open_sequence(A),
                 open_sequence(B),
                 tokens(0, [(A, 0, 3)], keys=keys_of(random, 3)),
-                tokens(0, [(A, 0, 5)], keys=keys_of(random, 5)),
+                tokens(0, [(A, 0, 5)], keys=keys_of(random, 5), rollback=True),
                 tokens(1, [(A, 0, 7)], keys=keys_of(random, 7)),
                 tokens(0, [(B, 0, 11)], keys=keys_of(random, 11)),
                 tokens(0, [(A, 5, 1), (B, 11, 1)], keys=keys_of(random, 2)),
@@ -183,15 +187,17 @@ async def test_others_overtake_what_is_held_back(random: np.random.Generator) ->
             ],
         )
         # The second append to A waits for the first; so does what names A behind it, and B behind that; B did not.
+        # Those of more than a step's tokens are run behind the step that came with them.
         batches = [call.tokens for call in run.backend.calls]
-        assert batches == [3 + 11, 5 + 7, 2 + 13]
+        assert batches == [3, 11, 5 + 7, 2, 13]
 
 
 async def test_held_back_requests_keep_their_order(random: np.random.Generator) -> None:
     select = tokens(0, [(A, 6, 2)], queries=queries_of(random, 2))
     requests: list[Request] = [open_sequence(A), tokens(0, [(A, 0, 8)], keys=keys_of(random, 8))]
     for start in range(8):
-        requests += [tokens(0, [(A, start, 8 - start)], keys=keys_of(random, 8 - start)), get(A), select]
+        keys = keys_of(random, 8 - start)
+        requests += [tokens(0, [(A, start, 8 - start)], keys=keys, rollback=True), get(A), select]
     async with running() as run:
         await answer_together(run, requests)
         assert [call.tokens for call in run.backend.calls if call.phase == "append"] == [8, 8, 7, 6, 5, 4, 3, 2, 1]
@@ -200,7 +206,7 @@ async def test_held_back_requests_keep_their_order(random: np.random.Generator) 
 async def test_a_repeated_append_is_done_once(random: np.random.Generator) -> None:
     append = tokens(0, [(A, 0, 40, 7)], keys=keys_of(random, 40))
     both = tokens(0, [(A, 40, 2, 8)], keys=keys_of(random, 2), queries=queries_of(random, 2))
-    other = tokens(0, [(A, 40, 2, 8), (B, 0, 3, 8)], keys=keys_of(random, 5))
+    other = tokens(0, [(A, 2, 40, 8), (B, 0, 3, 8)], keys=keys_of(random, 43))
     select = tokens(0, [(A, 38, 4)], queries=queries_of(random, 4))
     async with running() as run:
         opened = [open_sequence(A), open_sequence(B)]

@@ -13,7 +13,6 @@ from blockdex.contract.messages import Answer, FloatDtype, Order, Request
 from blockdex_kernels.spec import KeyDtype
 from support.cache_state import check_integrity
 from support.naive_engine import NaiveEngine, check_same
-from support.ring_engine import running_over_rings
 from support.running_engine import (
     DECODE_QUERIES,
     SPEC,
@@ -110,7 +109,9 @@ class Caller:
             first_head=first_head,
             order=ORDERS[random.integers(len(ORDERS))],
             scores=bool(random.random() < 0.3),
+            raw=bool(random.random() < 0.2),
             wait=wait,
+            rollback=bool(appends and random.random() < 0.3),
             dtype=DTYPES[random.integers(len(DTYPES))],
             tenant=tenant,
             epoch=self._naive.epoch if random.random() < 0.98 else 3,
@@ -182,15 +183,15 @@ async def test_answers_are_those_of_one_request_after_another(seed: int, key_dty
         check_integrity(run.engine._cache)
         refusals = sum(isinstance(answer, BlockdexError) for answer in expected)
         assert REQUESTS // 20 < refusals < REQUESTS // 2, "neither all refused nor all easy"
-        assert run.engine.stats().batches < REQUESTS // 3, "most ran together"
+        assert run.engine.stats().batches < REQUESTS // 2, "most ran together"
         assert {call.phase for call in run.backend.calls} == {"append", "decode", "prefill"}
 
 
 @pytest.mark.parametrize(("seed", "key_dtype"), [(4, "bf16"), (5, "bf16"), (6, "bf16"), (7, "fp8_e4m3")])
-async def test_behind_rings_too(seed: int, key_dtype: KeyDtype) -> None:
-    """Some take the short way and overtake others, and nobody can tell."""
+async def test_so_are_those_asked_a_few_at_a_time(seed: int, key_dtype: KeyDtype) -> None:
+    """Some are run in steps and overtake others, and nobody can tell."""
     spec = dataclasses.replace(SPEC, key_dtype=key_dtype)
-    async with running_over_rings(spec, num_pages=4096) as run:
+    async with running(spec, num_pages=4096) as run:
         naive = NaiveEngine(spec, run.engine.info().epoch)
         caller = Caller(seed, naive, waits=False, plain=0.8)
         for _ in range(8):
@@ -202,5 +203,5 @@ async def test_behind_rings_too(seed: int, key_dtype: KeyDtype) -> None:
                 check_same(actual, answer, f"request {number}: {request}")
             del futures, future, actual
         check_integrity(run.engine._cache)
-        assert run.short_way_requests > 4
+        assert run.engine._core.steps > 4
         assert {call.phase for call in run.backend.calls} == {"append", "decode", "prefill"}

@@ -19,9 +19,9 @@ from blockdex.contract.messages import Answer, Request
 from blockdex.executor.cpu import CpuExecutor
 from blockdex.executor.interface import Answer as Selected
 from blockdex.executor.interface import Pending, Step
+from blockdex.scheduler.bulk import Bulk, Reading, Rows, Tensor
 from blockdex.scheduler.prefill import Prefill
-from blockdex.scheduler.request import Entry
-from blockdex.scheduler.selection_group import Reading
+from blockdex_kernels import IndexSpec
 from blockdex_kernels.interface import Backend
 from support.naive_engine import NaiveEngine, check_same
 from support.running_engine import (
@@ -106,7 +106,9 @@ class LateRunner(CpuExecutor):
 def run_late(run: Running) -> LateRunner:
     """Gives an engine that was not started such a executor."""
     executor = LateRunner(run.backend)
-    run.engine._executor = run.engine._launcher._executor = executor
+    executor._step_buffers = list(run.engine._executor.step_buffers())
+    run.engine._core.set_run_step(executor.run_step_buffer)
+    run.engine._executor = run.engine._shared._executor = run.engine._launcher._executor = executor
     run.channel.start()
     return executor
 
@@ -212,9 +214,9 @@ async def test_a_prefill_sees_no_later_keys(random: np.random.Generator) -> None
     """What would change the keys that it reads waits for its end; what does not, overtakes it."""
     prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
     behind: list[Request] = [
-        tokens(1, [(A, 100, 3)], keys=keys_of(random, 3)),
-        tokens(0, [(B, 5, 9)], keys=keys_of(random, 9), queries=queries_of(random, 9)),
-        tokens(0, [(A, 3, LONG)], keys=keys_of(random, LONG), queries=queries_of(random, LONG)),
+        tokens(1, [(A, 100, 3)], keys=keys_of(random, 3), rollback=True),
+        tokens(0, [(B, 5, 9)], keys=keys_of(random, 9), queries=queries_of(random, 9), rollback=True),
+        tokens(0, [(A, 3, LONG)], keys=keys_of(random, LONG), queries=queries_of(random, LONG), rollback=True),
         get(A),
         fork(A, 9, 50),
         truncate(A, 40),
@@ -247,8 +249,8 @@ async def while_on_its_way(
 async def test_pages_that_a_prefill_reads_move_under_it(random: np.random.Generator) -> None:
     """An append to another layer would leave a shared page to the other one, which would write there."""
     prefill = tokens(0, [(A, 0, LONG)], queries=queries_of(random, LONG))
-    copying = tokens(1, [(A, 0, LONG)], keys=keys_of(random, LONG))
-    writing = [tokens(layer, [(9, 0, LONG)], keys=keys_of(random, LONG)) for layer in (0, 1)]
+    copying = tokens(1, [(A, 0, LONG)], keys=keys_of(random, LONG), rollback=True)
+    writing = [tokens(layer, [(9, 0, LONG)], keys=keys_of(random, LONG), rollback=True) for layer in (0, 1)]
     async with running(start=False, prefill_slice_seconds=1.0) as run:
         executor = run_late(run)
         naive = NaiveEngine(SPEC, run.engine.info().epoch)
@@ -291,7 +293,7 @@ async def test_an_append_that_moves_no_page_overtakes_a_prefill(random: np.rando
         reading = run.submit(prefill)
         await run.reached(executor.begun)
         await run.ask(tokens(1, [(A, LONG, 3)], keys=keys_of(random, 3)))
-        held_back = run.submit(tokens(1, [(A, 0, 3)], keys=keys_of(random, 3)))
+        held_back = run.submit(tokens(1, [(A, 0, 3)], keys=keys_of(random, 3), rollback=True))
         await run.ask(close(9))
         await asyncio.wait_for(held_back, 20)
         assert not reading.done()
@@ -422,8 +424,11 @@ async def test_time_that_the_device_waited_does_not_shorten_slices(random: np.ra
 @given(st.integers(0, 10**6), st.integers(1, 20_000), st.integers(0, 20_000), st.floats(1, 1e12))
 def test_a_slice_takes_what_its_time_allows(start: int, length: int, taken: int, products: float) -> None:
     """Keys grow along a prefill; the next slice is counted from where it begins, to within rounding."""
-    request = tokens(0, [(A, start, length)], queries=np.zeros((length, 1, 1), np.float32))
-    prefill = Prefill(Reading([Entry(request, 0.0, None)], 1, SPEC.topk), 0)
+    ids, columns = np.zeros(1, np.uint64), np.zeros(1, np.uint32)
+    rows = Rows(ids, columns, np.array([start]), np.array([length]), np.zeros(1, np.bool_))
+    queries = Tensor(torch.bfloat16, memoryview(bytes(2 * length)))
+    request = Bulk(0, 0, rows, 1, None, queries, 0, 1, "ascending", return_scores=False, raw_scores=False)
+    prefill = Prefill(Reading([request], IndexSpec(num_layers=1, head_dim=1)), 0)
     prefill.take(min(taken, length - 1))
     most = prefill.tokens_within(products)
     assert prefill.products(max(most - 1, 0)) <= products

@@ -146,7 +146,7 @@ async def test_a_deadline_beyond_all_reason_does_no_harm(random: np.random.Gener
     select = tokens(0, [(A, 0, 1)], queries=values(random, 1, SPEC.num_index_heads, SPEC.head_dim), wait=True)
     async with running() as run:
         await run.ask(open_sequence(A))
-        waiting = run.submit(select, timeout=1e15)
+        waiting = run.submit(select, timeout=2**62 / 1e9)
         await run.settled()
         await run.ask(tokens(0, [(A, 0, 1)], keys=values(random, 1, SPEC.head_dim)))
         assert block_ids(await asyncio.wait_for(waiting, 20)).shape == (1, SPEC.num_index_heads, SPEC.topk)
@@ -235,7 +235,7 @@ async def test_a_shared_read_holds_each_head_once(random: np.random.Generator) -
         for call in run.backend.calls:
             tokens_read[call.phase, call.heads] += call.tokens
         del tokens_read["append", 0]
-        assert tokens_read == {("decode", 4): 3, ("decode", 1): 1, ("prefill", 4): 60, ("prefill", 1): 20}
+        assert tokens_read == {("decode", 4): 4, ("prefill", 4): 60, ("prefill", 1): 20}
 
 
 async def test_only_the_same_spans_share_a_read(random: np.random.Generator) -> None:
@@ -261,4 +261,4 @@ async def test_only_the_same_spans_share_a_read(random: np.random.Generator) -> 
             assert expected is not None
             check_same(answer, expected, str(request))
         reads = [call for call in run.backend.calls if call.phase == "decode"]
-        assert all(call.heads == 1 for call in reads)
+        assert sum(call.tokens for call in reads) == 4 * 2, "order is no reason for another read"

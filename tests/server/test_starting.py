@@ -18,12 +18,11 @@ from blockdex.server.config import load_settings
     [
         ((), 3, True, False),
         ((), 4, True, True),
-        ((), 16, False, False),
+        ((), 16, False, "a server needs Linux on x86-64"),
         (("--processes", "single"), 16, True, False),
         (("--processes", "split"), 1, True, True),
         (("--frontends", "3"), 1, True, True),
-        (("--processes", "split"), 16, False, "processes: split needs Linux and the compiled module"),
-        (("--frontends", "3"), 16, False, "frontends: 3 need --processes split"),
+        (("--processes", "split"), 16, False, "a server needs Linux on x86-64"),
         (("--frontends", "3", "--processes", "single"), 16, True, "frontends: 3 need --processes split"),
     ],
 )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +169,8 @@ def test_the_engine_core_ends_and_comes_back_empty(server: Split, random: np.ran
         waits = select(1, [(1, 0, 1)], queries_of(random, 1), wait_for_keys=True)
         waiting = stub.SelectBlocks.future(waits, timeout=60, metadata=metadata)
         eventually(lambda: server.metric("blockdex_waiting_requests") == 1, "it waits")
+        over = threading.Event()
+        silent = stub.Stream(iter(over.wait, True), timeout=60, metadata=metadata)
         doors = server.doors
         assert httpx.get(f"{http}/v1/live").json()["obstacle"] == ""
 
@@ -198,6 +201,8 @@ def test_the_engine_core_ends_and_comes_back_empty(server: Split, random: np.ran
             client.append_keys(0, sequences=1, keys=keys_of(random, 1))
         assert stale.value.reason == Reason.EPOCH_MISMATCH
         assert client.info().epoch != epoch
+        assert next(silent) == pb.StreamResponse(event=pb.Event(new_epoch=pb.NewEpoch(epoch=client.info().epoch)))
+        over.set()
         live = str(client.info().epoch)
         eventually(lambda: httpx.get(f"{http}/v1/live").json()["epoch"] == live, "the page shows it")
         with pytest.raises(NotFoundError):

@@ -1,4 +1,4 @@
-"""A core without an engine: its books are arrays of the test, its device ends a step when it is told to."""
+"""A core without an engine: its cache is filled by the test, its device ends a step when it is told to."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockdex import _native as native
+from blockdex.cache import Cache
 from blockdex.contract.errors import Code
 from blockdex.contract.messages import TokenAnswer, TokenRequest
+from blockdex.executor.interface import keys_offset
 from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
 from blockdex_kernels import IndexSpec
+from blockdex_kernels.interface import RUN_SELECTS, RUN_WANTS_SCORES
 from support.foreign_frontend import ForeignFrontend
 from support.running_engine import TENANT, tokens, values
 
@@ -25,9 +28,10 @@ SPEC = IndexSpec(num_layers=3, num_index_heads=2, head_dim=8, block_size=8, topk
 LONGEST = 4
 ALL = [(native.MAX_RUNS, 2, 1000), (128, LONGEST, 1000)]
 """Programs for more than any request of these tests."""
-EPOCH = 77
 LENGTH, HELD = 20, 4
 """Tokens of every layer of every sequence, and pages, of which the last one is empty."""
+FIRST_ROW = 1
+"""Row of the page tables in which that of the first sequence begins; those of the others come behind it."""
 
 SECONDS_BOUNDS, SIZE_BOUNDS = (0.001, 10.0), (1.0, 2.0, 64.0)
 SIZES = Sizes(slots=64, request_bytes=1 << 20, answer_bytes=1 << 20)
@@ -38,7 +42,7 @@ class Seen(NamedTuple):
 
     Attributes:
         room: number of the step's memory.
-        columns: int32 `[4, R]`.
+        columns: int32 `[5, R]`.
         keys: bfloat16, as uint16 `[T, D]`.
         queries: likewise `[T, H, D]`.
     """
@@ -53,7 +57,7 @@ class Device:
     """Answers every query vector with its own first elements, so that an answer shows whose it is.
 
     Attributes:
-        rooms: memory of the steps, and where their block ids appear.
+        rooms: memory of the steps, and where their block ids and scores appear.
         begun: steps that were launched and have not ended.
         error: what the next launch returns, or what `run_step_buffer` raises.
     """
@@ -61,9 +65,11 @@ class Device:
     def __init__(self, spec: IndexSpec) -> None:
         heads, head_dim, tokens = spec.num_index_heads, spec.head_dim, native.MAX_TOKENS
         self.spec = spec
-        size = 16 * native.MAX_RUNS + 2 * tokens * head_dim * (1 + heads)
+        size = keys_offset(native.MAX_RUNS) + 2 * tokens * head_dim * (1 + heads)
+        ids = tokens * heads * spec.topk
         self.rooms = [
-            (np.full(size, 0xA5, np.uint8), np.zeros(tokens * heads * spec.topk, np.int32)) for _ in range(native.STEPS)
+            (np.full(size, 0xA5, np.uint8), np.zeros(ids, np.int32), np.zeros(ids, np.float32))
+            for _ in range(native.STEPS)
         ]
         self.begun: deque[Seen] = deque()
         self.error = 0
@@ -92,9 +98,14 @@ class Device:
         seen = self.begun.popleft()
         spec = self.spec
         ids = np.full((len(seen.queries), spec.num_index_heads, spec.topk), -1, np.int32)
-        used = int(seen.columns[2].sum())
-        ids[:used] = seen.queries[:used, :, : spec.topk]
-        self.rooms[seen.room][1][: ids.size] = ids.reshape(-1)
+        lengths, flags = seen.columns[2], np.repeat(seen.columns[4], seen.columns[2])
+        used = int(lengths.sum())
+        selected = seen.queries[:used, :, : spec.topk].astype(np.int32)
+        ids[:used] = np.where((flags & RUN_SELECTS)[:, None, None] != 0, selected, -1)
+        _, block_ids, scores = self.rooms[seen.room]
+        block_ids[: ids.size] = ids.reshape(-1)
+        wanted = np.flatnonzero(flags & RUN_WANTS_SCORES)
+        scores.reshape(-1, spec.num_index_heads, spec.topk)[wanted] = ids[wanted] + 0.5
         return seen
 
     def _begin(self, program: int, stream: int) -> int:
@@ -107,23 +118,24 @@ class Device:
 
     def _take(self, room: int, runs: int, num_tokens: int) -> None:
         host, spec = self.rooms[room][0], self.spec
-        keys_at = 16 * max(runs, 4)
+        keys_at = keys_offset(runs)
         queries_at = keys_at + 2 * num_tokens * spec.head_dim
         end = queries_at + 2 * num_tokens * spec.num_index_heads * spec.head_dim
-        columns = host[: 16 * runs].view(np.int32).reshape(4, runs).copy()
+        columns = host[: 20 * runs].view(np.int32).reshape(5, runs).copy()
+        columns[:, columns[2] == 0] = 0  # Padding says nothing but that.
         keys = host[keys_at:queries_at].view(np.uint16).reshape(num_tokens, spec.head_dim).copy()
         shape = (num_tokens, spec.num_index_heads, spec.head_dim)
         self.begun.append(Seen(room, columns, keys, host[queries_at:end].view(np.uint16).reshape(shape).copy()))
 
 
-class BareLane:
-    """A core, the books that it reads and writes, its device and its doors.
+class BareCore:
+    """A core, the cache that it shares, its device and its clients.
 
     Args:
         spec: of the indexer.
         sequences: how many there are: 1 to so many of the tenant, in columns from 0 on.
         replays: the device's programs (runs, length, width); None: it runs steps at once, in Python.
-        spin_seconds, max_spans, max_message_bytes: see `Core`.
+        spin_seconds, max_spans, max_message_bytes, max_queued, odd_keys: see `Core`.
     """
 
     def __init__(
@@ -133,8 +145,11 @@ class BareLane:
         sequences: int = 16,
         replays: Sequence[tuple[int, int, int]] | None = None,
         spin_seconds: float = 0.0,
-        max_spans: int = native.MAX_RUNS,
+        max_spans: int = 1024,
         max_message_bytes: int = 1 << 30,
+        max_queued: int = 256,
+        odd_keys: bool = False,
+        num_pages: int | None = None,
     ) -> None:
         self.spec, self.device = spec, Device(spec)
         self.nudge = os.eventfd(0, os.EFD_NONBLOCK)
@@ -143,30 +158,34 @@ class BareLane:
             heads=spec.num_index_heads,
             head_dim=spec.head_dim,
             topk=spec.topk,
+            init_blocks=spec.init_blocks,
+            local_blocks=spec.local_blocks,
             block_size=spec.block_size,
             longest=LONGEST,
             max_sequence_tokens=spec.max_sequence_tokens,
             max_spans=max_spans,
+            max_queued=max_queued,
             max_message_bytes=max_message_bytes,
+            scale=spec.score_scale,
+            odd_keys=odd_keys,
+            odd_queries=False,
             nudge=self.nudge,
             spin_seconds=spin_seconds,
             seconds_bounds=SECONDS_BOUNDS,
             size_bounds=SIZE_BOUNDS,
         )
-        # Behind them is a layer more, for which all would be right.
-        self.lengths = np.full((spec.num_layers + 1, sequences), LENGTH, np.int64)[:-1]
-        self.revisions = np.zeros((spec.num_layers + 1, sequences), np.uint64)[:-1]
-        self.held = np.full(sequences, HELD, np.int64)
-        self.forked = np.zeros(sequences, np.int64)
-        self.last_calls = np.zeros(sequences, np.float64)
-        self.first_rows = np.arange(100, 100 + sequences, dtype=np.int32)
-        self.generations = np.zeros(sequences, np.uint32)
-        self.blocked = np.zeros(sequences, np.uint8)
-        self.core.set_epoch(EPOCH)
-        self.share_books()
-        self.learn()
-        for number, (host, ids) in enumerate(self.device.rooms):
-            self.core.set_step(number, host, ids)
+        self.cache = Cache(spec, HELD * sequences if num_pages is None else num_pages)
+        held = self.cache._sequences
+        for sequence in range(1, sequences + 1):
+            self.cache.open_sequences(TENANT, {sequence: 0})
+            column = held.find(TENANT, sequence)
+            assert column == sequence - 1
+            held.set_pages(column, 0, self.cache._pool.allocate(HELD))
+            held.lengths[:, column] = LENGTH
+        self.core.set_epoch(self.cache.epoch)
+        self.core.set_columns(*self.cache.columns)
+        for number, room in enumerate(self.device.rooms):
+            self.core.set_step(number, *room)
         if replays is None:
             self.core.set_run_step(self.device.run_step_buffer)
         else:
@@ -175,23 +194,15 @@ class BareLane:
         self.engine_sides: list[Handles] = []
         self.lines: list[native.Line] = []
 
-    def share_books(self) -> None:
-        """Hands the core its books."""
-        self.core.set_books(
-            self.lengths,
-            self.revisions,
-            self.held,
-            self.forked,
-            self.last_calls,
-            self.first_rows,
-            self.generations,
-            self.blocked,
-        )
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 `[L, S]`, of the cache."""
+        return self.cache._sequences.lengths
 
-    def learn(self, tenant: str = TENANT) -> None:
-        """Tells the core of all sequences."""
-        count = len(self.held)
-        self.core.learn(tenant, np.arange(1, count + 1, dtype=np.uint64), np.arange(count))
+    @property
+    def revisions(self) -> NDArray[np.uint64]:
+        """uint64 `[L, S]`, of the cache."""
+        return self.cache._sequences.revisions
 
     def open_client(self, sizes: Sizes = SIZES) -> ForeignFrontend:
         """One more frontend."""
@@ -204,13 +215,13 @@ class BareLane:
         self.lines.append(line)
         return door
 
-    def both(self, layer: int, *rows: tuple[int, ...], **options: Any) -> TokenRequest:
+    def both(self, layer: int, *rows: tuple[int, ...], rollback: bool = True, **options: Any) -> TokenRequest:
         """Appends to rows (sequence, start, length[, revision]) and selects for them."""
         length = sum(row[2] for row in rows)
         random = np.random.default_rng([layer, *(abs(number) for row in rows for number in row)])
         keys = values(random, length, self.spec.head_dim)
         queries = values(random, length, self.spec.num_index_heads, self.spec.head_dim)
-        return tokens(layer, rows, keys=keys, queries=queries, **options)
+        return tokens(layer, rows, keys=keys, queries=queries, rollback=rollback, **options)
 
     def look(self) -> int:
         """Has the core look round once; answers why it returned, but for a device that takes its time."""
@@ -218,7 +229,7 @@ class BareLane:
 
     def abandon(self) -> None:
         """Gives up what is on its way."""
-        self.core.abandon(int(Code.INTERNAL), len(b"INTERNAL"), b"INTERNALa fault")
+        self.core.abandon(Code.INTERNAL, "INTERNAL", "a fault")
 
     def close(self) -> None:
         """Gives the files back."""
@@ -228,24 +239,27 @@ class BareLane:
             engine.close()
         os.close(self.nudge)
 
+    def take(self) -> list[tuple[Any, ...]]:
+        """What the core has left to Python."""
+        return list(iter(self.core.take, None))
+
     @property
     def counted(self) -> dict[str, Any]:
         """What the core counted, by name."""
-        names = ("stages", "requests", "tokens", "steps", "num_tokens", "device_seconds", "device_busy_seconds")
-        return dict(zip(names, self.core.counts(), strict=True))
+        return self.core.counts()
 
 
 @contextmanager
-def bare_core(spec: IndexSpec = SPEC, **options: Any) -> Iterator[BareLane]:
+def bare_core(spec: IndexSpec = SPEC, **options: Any) -> Iterator[BareCore]:
     """A core without an engine."""
-    made = BareLane(spec, **options)
+    made = BareCore(spec, **options)
     try:
         yield made
     finally:
         made.close()
 
 
-def usual(bare: BareLane) -> TokenRequest:
+def usual(bare: BareCore) -> TokenRequest:
     """Goes on with one sequence, and writes the end of another one anew."""
     return bare.both(1, (1, LENGTH, 1, 5), (2, LENGTH - 2, 3))
 
@@ -257,5 +271,5 @@ def check_answer(door: ForeignFrontend, ticket: int, request: TokenRequest) -> N
     assert request.queries is not None
     sent = np.frombuffer(request.queries.tensor.data, np.uint16).reshape(-1, SPEC.num_index_heads, SPEC.head_dim)
     np.testing.assert_array_equal(answer.block_ids, sent[:, :, : SPEC.topk])
-    assert (answer.epoch, numbers.phase) == (EPOCH, 2)
+    assert numbers.phase == 2
     assert min(numbers.queue_seconds, numbers.plan_seconds, numbers.device_seconds, numbers.reply_seconds) >= 0

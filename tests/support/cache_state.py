@@ -39,11 +39,6 @@ def spans(*rows: tuple[int, ...]) -> Spans:
     )
 
 
-def append(cache: Cache, tenant: str, layer: int, *rows: tuple[int, ...], rollback: bool = True) -> list[PageCopy]:
-    """Plans and applies an append."""
-    return cache.apply_append(cache.plan_append(tenant, layer, spans(*rows), rollback=rollback))
-
-
 def pages(cache: Cache, tenant: str, sequence_id: int) -> list[int]:
     """All pages of a sequence."""
     return held_pages(cache)[tenant, sequence_id]
@@ -52,17 +47,19 @@ def pages(cache: Cache, tenant: str, sequence_id: int) -> list[int]:
 def held_pages(cache: Cache) -> dict[Name, list[int]]:
     """Pages of every open sequence, without a call that the cache would notice."""
     sequences = cache._sequences
-    return {name: sequences.pages(slot).tolist() for slot, name in sequences._names.items()}
+    return {name_of(cache, column): sequences.pages(column).tolist() for column in sequences.open_columns().tolist()}
+
+
+def name_of(cache: Cache, column: int) -> Name:
+    """Whose a column is."""
+    sequences = cache._sequences
+    return sequences.index.tenant(int(sequences.tenants[column])), int(sequences.ids[column])
 
 
 def page_table(cache: Cache, tenant: str, spans: Spans) -> NDArray[np.int32]:
-    """Page of each block of each row's sequence, for as many blocks as the longest span reaches, 0 where there is none.
-
-    Raises:
-        NotFoundError: UNKNOWN_SEQUENCE.
-    """
+    """Page of each block of each row's sequence, as far as the longest span reaches, 0 where there is none."""
     width = -(-int((spans.starts + spans.lengths).max()) // cache.spec.block_size)
-    rows = cache.table_rows(tenant, spans)
+    rows = cache.first_rows[[cache._column(tenant, sequence) for sequence in spans.sequence_ids.tolist()]]
     held = [len(pages(cache, tenant, sequence)) for sequence in spans.sequence_ids.tolist()]
     table = np.zeros((len(rows), width), np.int32)
     for row, (first, count) in enumerate(zip(rows.tolist(), held, strict=True)):
@@ -76,7 +73,9 @@ def snapshot(cache: Cache) -> dict[str, Any]:
     state: dict[str, Any] = {"evictions": cache._evictions, "epoch": cache.epoch}
     for part in (cache._pool, cache._sequences, cache._sequences.tables):
         for name, value in vars(part).items():
-            if name not in {"tables", "_found"}:  # the latter is remembered, and checked below
+            if name == "index":
+                state[name] = len(value)
+            elif name != "tables":
                 state[f"{type(part).__name__}.{name}"] = pickle.dumps(value)
     return state
 
@@ -100,19 +99,19 @@ def check_integrity(cache: Cache) -> None:
     assert usage.sequences == len(held)
 
     tables = check_tables(sequences.tables, sequences.held)
-    for slot, (tenant, sequence_id) in sequences._names.items():
-        assert sequences._slots[tenant][sequence_id] == slot
+    for slot in sequences.open_columns().tolist():
+        tenant, sequence_id = name_of(cache, slot)
+        assert sequences.find(tenant, sequence_id) == slot
         longest = int(sequences.lengths[:, slot].max())
         assert sequences.held[slot] == -(-longest // cache.spec.block_size), "pages that no layer reaches, or too few"
         assert not tables[slot, sequences.held[slot] :].any(), "a page behind the last one"
         shared = [block for block, page in enumerate(held[tenant, sequence_id]) if holders[page] > 1]
         assert all(block < sequences.forked[slot] for block in shared)
-    assert sum(map(len, sequences._slots.values())) == len(sequences._names)
-    assert all(sequences._slots.values()), "a tenant without sequences is remembered"
-    for (tenant, names), slots in sequences._found.items():
-        assert [sequences._slots[tenant][name] for name in np.frombuffer(names, np.uint64).tolist()] == slots.tolist()
     free_slots = sequences._free
-    assert sorted([*free_slots, *sequences._names]) == list(range(len(sequences.held)))
+    assert sorted([*free_slots, *sequences.open_columns().tolist()]) == list(range(len(sequences.held)))
+    assert len(sequences) == len(held)
+    assert not sequences.reading.any() and not sequences.reading_sequence.any(), "a prefill that does not end"
+    assert pool.free_pages[0] == len(free)
     for column in (sequences.lengths.T, sequences.revisions.T, sequences.held, sequences.forked, tables):
         assert not column[free_slots].any(), "a free slot that remembers"
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Answer, Request
-from blockdex.ring import codec
 from blockdex.ring.handshake import Handles
 from blockdex.ring.layout import AT, REQUEST_STRUCT, SLOT_BYTES, AnswerSlot, RequestSlot, aligned
+from support import slots as codec
 from support.ring import Bell, Consumer, Producer
 from support.running_engine import TIMEOUT
 

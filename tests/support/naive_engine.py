@@ -18,7 +18,7 @@ from blockdex.contract.messages import (
     ForkSequence,
     GetSequence,
     OpenSequences,
-    Order,
+    Queries,
     Request,
     SequenceState,
     TensorData,
@@ -26,13 +26,15 @@ from blockdex.contract.messages import (
     TokenRequest,
     TruncateSequence,
 )
-from blockdex.scheduler.request import SequenceKey
 from blockdex_kernels import IndexSpec, reference
 from support.cache_state import check_integrity
 from support.running_engine import NUMPY_DTYPES, SPEC, Running, open_sequence, tokens
 
 BUSY = 99
 """A sequence that keeps the engine busy."""
+
+SequenceKey = tuple[str, int]
+"""Tenant and sequence id."""
 
 Row = tuple[int, int, int, int]
 """Sequence id, start, length, revision."""
@@ -68,9 +70,8 @@ class NaiveEngine:
         match request:
             case OpenSequences(tenant=tenant, sequence_ids=sequence_ids):
                 for sequence_id in sequence_ids:
-                    if any(
-                        len(layer.keys) or layer.revision for layer in self.sequences.get((tenant, sequence_id), ())
-                    ):
+                    held = self.sequences.get((tenant, sequence_id), ())
+                    if any(len(layer.keys) or layer.revision for layer in held):
                         self._check_absent(tenant, sequence_id)
                 empty = np.zeros((0, self.spec.head_dim), np.float32)
                 for sequence_id in sequence_ids:
@@ -107,23 +108,24 @@ class NaiveEngine:
             half = request.queries
             _check_selection(number, rows, after)
             queries = _array(half.tensor, spans.num_tokens, half.num_heads, self.spec.head_dim)
-            answer = self._select(rows, after, queries, half.order, return_scores=half.return_scores)
+            answer = self._select(rows, after, queries, half)
         for layer, new in zip(layers, after, strict=True):
             layer.keys, layer.revision = new.keys, new.revision
         return answer
 
     def _select(
-        self, spans: list[Row], layers: list[Layer], queries: NDArray[np.float32], order: Order, *, return_scores: bool
+        self, spans: list[Row], layers: list[Layer], queries: NDArray[np.float32], half: Queries
     ) -> TokenAnswer:
         block_ids, scores = [], []
         top = 0
         for (_, start, length, _), layer in zip(spans, layers, strict=True):
             rows = torch.from_numpy(queries[top : top + length])
-            selection = reference.select(torch.from_numpy(layer.keys), rows, start, self.spec, order=order)
+            selection = reference.select(torch.from_numpy(layer.keys), rows, start, self.spec, order=half.order)
             block_ids.append(selection.block_ids.numpy())
-            scores.append(selection.scores.float().numpy())
+            scores.append(_raw(selection) if half.raw_scores else selection.scores.float().numpy())
             top += length
-        return TokenAnswer(self.epoch, np.concatenate(block_ids), np.concatenate(scores) if return_scores else None)
+        wanted = half.return_scores or half.raw_scores
+        return TokenAnswer(self.epoch, np.concatenate(block_ids), np.concatenate(scores) if wanted else None)
 
     def _held(self, tenant: str, sequence_id: int) -> list[Layer]:
         try:
@@ -149,23 +151,30 @@ def _waits(request: TokenRequest, error: BlockdexError) -> bool:
     return error.reason == (Reason.FUTURE_REVISION if named else Reason.KEYS_NOT_APPENDED)
 
 
+def _raw(selection: reference.Reference) -> NDArray[np.float32]:
+    """Unscaled scores of a selection, those of forced blocks too."""
+    chosen = selection.block_ids.long()
+    scores = selection.block_scores.gather(2, chosen.clamp(min=0))
+    raw: NDArray[np.float32] = scores.masked_fill(chosen < 0, -np.inf).float().numpy()
+    return raw
+
+
 def _append(number: int, rows: list[Row], layers: list[Layer], keys: NDArray[np.float32], *, rollback: bool) -> None:
     _check_not_stale("append", number, rows, layers)
+    for (sequence_id, start, length, revision), layer in zip(rows, layers, strict=True):
+        if revision and revision == layer.revision and start + length != len(layer.keys):
+            words = f"append ends at {start + length}, length at its revision {revision} is {len(layer.keys)}"
+            raise errors.AbortedError(f"sequence {sequence_id}, layer {number}: {words}", Reason.STALE_REVISION)
     applies = [not revision or revision != layer.revision for (*_, revision), layer in zip(rows, layers, strict=True)]
-    for (sequence_id, start, length, revision), layer, applied in zip(rows, layers, applies, strict=True):
-        if not applied and start + length != len(layer.keys):
-            words = (
-                f"sequence {sequence_id}, layer {number}: append ends at {start + length}, "
-                f"length at its revision {revision} is {len(layer.keys)}"
-            )
-            raise errors.AbortedError(words, Reason.STALE_REVISION)
     for (sequence_id, start, _, revision), layer, applied in zip(rows, layers, applies, strict=True):
-        words = f"sequence {sequence_id}, layer {number}: append starts at {start}, length is {len(layer.keys)}"
-        if applied and start > len(layer.keys):
+        overlaps = start < len(layer.keys) and not revision and not rollback
+        if applied and (start > len(layer.keys) or overlaps):
+            words = f"sequence {sequence_id}, layer {number}: append starts at {start}, length is {len(layer.keys)}"
+            if overlaps:
+                raise errors.OutOfRangeError(
+                    f"{words}; to roll back takes a revision or rollback", Reason.APPEND_OVERLAPS
+                )
             raise errors.OutOfRangeError(words, Reason.APPEND_BEYOND_LENGTH)
-        if start < len(layer.keys) and not (revision or rollback):
-            words += "; to roll back takes a revision or rollback"
-            raise errors.OutOfRangeError(words, Reason.APPEND_OVERLAPS)
     top = 0
     for (_, start, length, revision), layer, applied in zip(rows, layers, applies, strict=True):
         if applied:

@@ -20,7 +20,8 @@ import blockdex
 from blockdex import _native as native
 from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
-from support.bare_core import BareLane, bare_core
+from support.bare_core import BareCore, bare_core
+from support.links import link_of
 
 ROUNDS, CALLS = 10, 25
 SIZES = Sizes(4, 4096, 4096)
@@ -127,18 +128,19 @@ class Made(NamedTuple):
     line: native.Line
     core: native.Core
     link: native.Link
-    bare: BareLane
+    bare: BareCore
     engine: Handles
 
     @property
     def pool(self) -> dict[str, list[Any]]:
         """Values by kind."""
-        books = [value for value in vars(self.bare).values() if isinstance(value, np.ndarray)]
+        books = list(self.bare.cache.columns[1:])
         return KINDS | {
             "NDArray": KINDS["NDArray"] + 3 * books,
             "memoryview": [self.engine.segment.memory, bytearray(64)],
             "object": KINDS["object"] + segments(self.engine),
             "Line": [*self.bare.lines, self.line],
+            "SequenceIndex": [self.bare.cache.columns.sequences],
         }
 
 
@@ -149,7 +151,7 @@ def made() -> Iterator[Made]:
     with contextlib.closing(engine), contextlib.closing(client), bare_core() as bare:
         bare.open_client()
         line = native.Line(engine.segment, engine.client_bell, engine.engine_bell)
-        link = native.Link(client.segment.memory, client.engine_bell)
+        link = link_of(client.segment, client.engine_bell)
         yield Made(line, bare.core, link, bare, engine)
 
 

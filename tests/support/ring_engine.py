@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from blockdex.contract.messages import Answer, Limits, Request
-from blockdex.ring.client import RingChannel, Spinning
+from blockdex.ring.client import Spinning
 from blockdex.ring.handshake import listen
 from blockdex.ring.listener import RingHost
 from blockdex.ring.server import RingInbox
 from blockdex.scheduler.loop import Engine
 from blockdex_kernels import IndexSpec
+from support.asking import MessageChannel
 from support.running_engine import DECODE_QUERIES, LIMITS, SPEC, TIMEOUT, Running, WatchedBackend
 
 
@@ -27,7 +28,7 @@ class Hosted:
     engine: Engine
     inbox: RingInbox
     listening: socket.socket
-    channel: RingChannel
+    channel: MessageChannel
     hosting: asyncio.Task[None]
     there: asyncio.Event
 
@@ -51,16 +52,17 @@ async def hosted(
     spinning: Spinning | None = None,
 ) -> AsyncIterator[Hosted]:
     """Runs an engine behind rings and connects a channel to it."""
-    inbox = RingInbox(limits.max_queued_requests, spin_seconds)
+    inbox = RingInbox(spin_seconds)
     backend = WatchedBackend(spec, num_pages)
     engine = Engine(backend, limits=limits, decode_queries=DECODE_QUERIES, prefill_slice_seconds=1e-6, inbox=inbox)
-    engine.start(inbox.deliver)
+    engine.start()
     there = asyncio.Event()
     with listen() as listening:
         hosting = asyncio.create_task(RingHost(engine, inbox, listening).run())
-        channel = RingChannel(
+        channel = MessageChannel(
             str(listening.getsockname(), "latin-1"),
             changed=lambda connected: there.set() if connected else there.clear(),
+            tell_seconds=-1.0,
             spinning=spinning,
         )
         running = asyncio.create_task(channel.run())
@@ -78,16 +80,13 @@ class RunningOverRings(Running):
     """An engine behind rings, its kernels and the channel to it."""
 
     @property
-    def short_way_requests(self) -> int:
-        """Requests that the engine has served on its short way so far."""
-        short_way = self.engine._short_way
-        assert short_way is not None
-        _, (_, requests), *_ = short_way._core.counts()
-        return round(requests)
+    def step_requests(self) -> int:
+        """Requests that the core has served in steps so far."""
+        return int(self.engine._core.counts()["step_requests"][1])
 
 
 @contextlib.asynccontextmanager
 async def running_over_rings(spec: IndexSpec = SPEC, **options: Any) -> AsyncIterator[RunningOverRings]:
-    """As `running` of `running_engine`, with the engine behind rings: decodes take its short way."""
+    """As `running` of `running_engine`, with the engine behind rings"""
     async with hosted(spec, **options) as run:
         yield RunningOverRings(run.backend, run.engine, run.channel)

@@ -1,4 +1,4 @@
-"""A real engine behind a real channel, with CPU kernels that can be watched, held up and made to fail."""
+"""A real engine behind a real ring, with CPU kernels that can be watched, held up and made to fail."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from blockdex.contract.messages import (
     TokenRequest,
     TruncateSequence,
 )
-from blockdex.ring.channel import PendingAnswer
-from blockdex.ring.in_process import LocalChannel
+from blockdex.ring.server import RingInbox
 from blockdex.scheduler.loop import Engine
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.cpu import CpuBackend
 from blockdex_kernels.interface import Selection
 from blockdex_kernels.interface import Spans as KernelSpans
 from support.cache_state import spans
+from support.ring_caller import PendingAnswer, RingCaller
 
 SPEC = IndexSpec(
     num_layers=3, num_index_heads=4, head_dim=16, block_size=8, topk=4, init_blocks=1, max_sequence_tokens=4096
@@ -115,15 +115,19 @@ class WatchedBackend(CpuBackend):
         self._note("append", len(keys), 0, spans)
         super().append(keys, spans)
 
-    def decode(self, queries: torch.Tensor, spans: KernelSpans, *, order: Order, return_scores: bool) -> Selection:
+    def decode(
+        self, queries: torch.Tensor, spans: KernelSpans, *, order: Order, return_scores: bool, raw_scores: bool = False
+    ) -> Selection:
         """As `Backend.decode`."""
         self._note("decode", len(queries), queries.shape[1], spans)
-        return super().decode(queries, spans, order=order, return_scores=return_scores)
+        return super().decode(queries, spans, order=order, return_scores=return_scores, raw_scores=raw_scores)
 
-    def prefill(self, queries: torch.Tensor, spans: KernelSpans, *, order: Order, return_scores: bool) -> Selection:
+    def prefill(
+        self, queries: torch.Tensor, spans: KernelSpans, *, order: Order, return_scores: bool, raw_scores: bool = False
+    ) -> Selection:
         """As `Backend.prefill`."""
         self._note("prefill", len(queries), queries.shape[1], spans)
-        return super().prefill(queries, spans, order=order, return_scores=return_scores)
+        return super().prefill(queries, spans, order=order, return_scores=return_scores, raw_scores=raw_scores)
 
     def _note(self, phase: Phase, tokens: int, heads: int, spans: KernelSpans) -> None:
         if self.fault == phase:
@@ -138,11 +142,11 @@ class WatchedBackend(CpuBackend):
 
 @dataclass
 class Running:
-    """An engine, its kernels and the channel to it, which is to be started."""
+    """An engine, its kernels and its caller, which is to be started."""
 
     backend: WatchedBackend
     engine: Engine
-    channel: Any  # A LocalChannel, or one over rings.
+    channel: Any  # A RingCaller, or a frontend's channel.
 
     def submit(self, request: Request, timeout: float = TIMEOUT) -> PendingAnswer:
         """Queues a request."""
@@ -166,7 +170,8 @@ class Running:
         assert await asyncio.to_thread(entered.wait, TIMEOUT), "the engine did not get there"
 
     async def settled(self) -> None:
-        """Waits until the engine has taken up everything that was queued before."""
+        """Waits until the engine has taken up everything that was queued, or given up, before."""
+        await asyncio.sleep(0)
         await self.refusal(get(2**64 - 1))
 
 
@@ -179,20 +184,23 @@ async def running(
     start: bool = True,
     lease_seconds: float = 600.0,
     prefill_slice_seconds: float = 1e-6,
+    spin_seconds: float = 0.0,
 ) -> AsyncIterator[Running]:
     """Runs an engine; without `start` the first pass begins when the test starts the channel.
 
     A slice of a prefill has the fewest tokens that it can have, unless said otherwise.
     """
     backend = WatchedBackend(spec, num_pages)
+    inbox = RingInbox(spin_seconds)
     engine = Engine(
         backend,
         limits=limits,
+        inbox=inbox,
         lease_seconds=lease_seconds,
         decode_queries=DECODE_QUERIES,
         prefill_slice_seconds=prefill_slice_seconds,
     )
-    channel = LocalChannel(engine)
+    channel = RingCaller(engine, inbox)
     if start:
         channel.start()
     try:
@@ -261,8 +269,9 @@ def tokens(
     first_head: int = 0,
     order: Order = "ascending",
     scores: bool = False,
-    rollback: bool = True,
+    raw: bool = False,
     wait: bool = False,
+    rollback: bool = False,
     dtype: FloatDtype = "bf16",
     tenant: str = TENANT,
     epoch: int = 0,
@@ -270,6 +279,6 @@ def tokens(
     """A request for the tokens of rows (sequence id, start, length[, revision]): an append, a selection, or both."""
     half = None
     if queries is not None:
-        half = Queries(tensor(queries, dtype), first_head, queries.shape[1], order, scores, wait)
+        half = Queries(tensor(queries, dtype), first_head, queries.shape[1], order, scores, wait, raw)
     appended = None if keys is None else Keys(tensor(keys, dtype), rollback)
     return TokenRequest(tenant, epoch, layer, spans(*rows), appended, half)

@@ -48,7 +48,7 @@ class CpuBackend(Backend):
         self.kernels = dict.fromkeys(("append", "decode", "prefill"), ("torch-cpu", reason))
         fp8 = spec.key_dtype == "fp8_e4m3"
         self._open_places = spec.topk - spec.init_blocks - spec.local_blocks
-        self._scale_queries = fp8 and fp8_scoring == "native"
+        self.rounds_queries = fp8 and fp8_scoring == "native"
         # Copies and gathers move bytes: not every torch build indexes fp8.
         self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
         self._scorer = BlockScorer(self._bytes.view(num_pages * spec.num_layers, -1), spec)
@@ -74,14 +74,18 @@ class CpuBackend(Backend):
             cache.index_copy_(0, torch.from_numpy(cell * self.spec.block_size + offset), cast.view(cache.dtype))
 
     @torch.no_grad()
-    def decode(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
+    def decode(
+        self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool, raw_scores: bool = False
+    ) -> Selection:
         """See `Backend.decode`; page ids and positions out of bounds are a ValueError too."""
-        return self._select(queries, spans, order, return_scores)
+        return self._select(queries, spans, order, return_scores, raw_scores)
 
     @torch.no_grad()
-    def prefill(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
+    def prefill(
+        self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool, raw_scores: bool = False
+    ) -> Selection:
         """See `Backend.prefill`; page ids and positions out of bounds are a ValueError too."""
-        return self._select(queries, spans, order, return_scores)
+        return self._select(queries, spans, order, return_scores, raw_scores)
 
     def copy_pages(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
         """See `Backend.copy_pages`.
@@ -93,7 +97,9 @@ class CpuBackend(Backend):
         for source, destination in zip(sources.tolist(), destinations.tolist(), strict=True):
             self._bytes[destination] = self._bytes[source]
 
-    def _select(self, queries: torch.Tensor, spans: Spans, order: Order, return_scores: bool) -> Selection:
+    def _select(
+        self, queries: torch.Tensor, spans: Spans, order: Order, return_scores: bool, raw_scores: bool
+    ) -> Selection:
         door.check_queries(queries, spans, order, self.spec, self.device)
         num_tokens, num_heads, head_dim = queries.shape
         runs, page_table = door.read_runs(
@@ -115,15 +121,46 @@ class CpuBackend(Backend):
             ids, values = ranking.arrange(best, last_blocks, self.spec, order, return_scores=return_scores)
             block_ids[batch.rows] = ids
             if scores is not None and values is not None:
-                scores[batch.rows] = values * (unscale * np.float32(self.spec.score_scale))
+                scores[batch.rows] = values * (unscale if raw_scores else unscale * np.float32(self.spec.score_scale))
+        if scores is not None and raw_scores:
+            self._score_forced(rows, runs, page_table, num_heads, block_ids, scores)
         shape = (num_tokens, num_heads, self.spec.topk)
         return Selection(
             torch.from_numpy(block_ids).view(shape), None if scores is None else torch.from_numpy(scores).view(shape)
         )
 
+    def _score_forced(
+        self,
+        rows: torch.Tensor,
+        runs: list[door.Run],
+        page_table: NDArray[np.int32],
+        num_heads: int,
+        block_ids: NDArray[np.int32],
+        scores: NDArray[np.float32],
+    ) -> None:
+        """Gives forced blocks, of rows (token, head) `[N, topk]`, the unscaled scores that they have."""
+        size = self.spec.block_size
+        run_of = np.repeat(np.arange(len(runs)), [run.length * num_heads for run in runs])
+        positions = np.concatenate([run.start + np.arange(run.length * num_heads) // num_heads for run in runs])
+        layers = np.array([run.layer for run in runs])
+        local = block_ids > (positions // size - self.spec.local_blocks)[:, None]
+        forced, places = np.nonzero((block_ids >= 0) & (local | (block_ids < self.spec.init_blocks)))
+        cells = self._bytes.view(-1, size, self.spec.head_dim)
+        step = max(1, _APPEND_ELEMENTS // (size * self.spec.head_dim))
+        for top in range(0, len(forced), step):
+            row, place = forced[top : top + step], places[top : top + step]
+            block = block_ids[row, place].astype(np.int64)
+            pages = page_table[run_of[row], block].astype(np.int64)
+            keys = cells[torch.from_numpy(pages * self.spec.num_layers + layers[run_of[row]])]
+            queries, unscale = self._cast_queries(rows[torch.from_numpy(row)][None])
+            products = torch.einsum("nd,nkd->nk", queries[0], keys.view(self.pages.dtype).float())
+            later = block[:, None] * size + np.arange(size) > positions[row, None]
+            products.masked_fill_(torch.from_numpy(later) | products.isnan(), -np.inf)
+            scores[row, place] = products.amax(dim=1).numpy() * unscale.reshape(-1)
+
     def _cast_queries(self, queries: torch.Tensor) -> tuple[torch.Tensor, NDArray[np.float32]]:
         """fp32 `[G, M, D]`: the queries as they are scored, and what undoes the scale of their rows."""
-        if not self._scale_queries:
+        if not self.rounds_queries:
             return queries.bfloat16().float(), np.ones(1, np.float32)
         scaled, unscale = scale_to_fp8(queries)
         return scaled.float(), unscale.numpy()

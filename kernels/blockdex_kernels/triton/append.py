@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blockdex_kernels.interface import Spans
+from blockdex_kernels.interface import RUN_APPENDS, Spans
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.launch import padded_runs, pdl_launch, wait_for_previous
 from blockdex_kernels.triton.numbers import float_to_e4m3, to_float
@@ -14,7 +14,7 @@ from blockdex_kernels.triton.numbers import float_to_e4m3, to_float
 
 @triton.jit(
     do_not_specialize=["num_runs", "num_tokens", "table_stride"],
-    do_not_specialize_on_alignment=["layers", "starts", "lengths", "page_table", "table_rows"],
+    do_not_specialize_on_alignment=["layers", "starts", "lengths", "page_table", "table_rows", "flags"],
 )
 def _append_kernel(
     keys,
@@ -24,6 +24,7 @@ def _append_kernel(
     lengths,
     page_table,
     table_rows,
+    flags,
     num_runs,
     num_tokens,
     num_layers,
@@ -34,6 +35,7 @@ def _append_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM: tl.constexpr,
+    APPENDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Each program writes a few consecutive tokens: see `append`."""
@@ -47,6 +49,8 @@ def _append_kernel(
     token = first + tl.arange(0, TOKENS)
     own = tl.sum((end[None, :] <= token[:, None]).to(tl.int32), 1)
     inside = (token < num_tokens) & (own < num_runs)
+    if flags is not None:
+        inside = inside & ((tl.load(flags + own, mask=inside, other=0) & APPENDS) != 0)
     position = token + tl.sum(tl.where(run[None, :] == own[:, None], shift[None, :], 0), 1)
     row = own
     if table_rows is not None:
@@ -85,6 +89,7 @@ def append(keys: torch.Tensor, spans: Spans, pages: torch.Tensor, spec: IndexSpe
         spans.lengths,
         spans.page_table,
         spans.table_rows,
+        spans.flags,
         len(spans.lengths),
         num_tokens,
         spec.num_layers,
@@ -94,6 +99,7 @@ def append(keys: torch.Tensor, spans: Spans, pages: torch.Tensor, spec: IndexSpe
         TOKENS=tokens,
         BLOCK=spec.block_size,
         DIM=dim,
+        APPENDS=RUN_APPENDS,
         PDL=pdl,
         num_warps=4,
         **pdl_launch(pdl),

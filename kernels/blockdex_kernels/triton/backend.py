@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 
 from blockdex_kernels import validate as door
 from blockdex_kernels.casts import TORCH_DTYPES
-from blockdex_kernels.interface import FP8_FLIP_TOLERANCE, Backend, Fp8Scoring, Order, Selection, Spans
+from blockdex_kernels.interface import (
+    FP8_FLIP_TOLERANCE,
+    RUN_SELECTS,
+    RUN_WANTS_SCORES,
+    Backend,
+    Fp8Scoring,
+    Order,
+    Selection,
+    Spans,
+)
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton import prefill_sm90
 from blockdex_kernels.triton.append import append
@@ -33,6 +42,7 @@ SCORE_BYTES = 512 << 20
 """Most that the scores of one launch take; longer calls are cut into slices."""
 
 _WIDTH_STEP = 32
+_RAW_TOKENS = 16
 
 
 class TritonBackend(Backend):
@@ -74,7 +84,7 @@ class TritonBackend(Backend):
         self.pages = torch.empty(shape, dtype=TORCH_DTYPES[spec.key_dtype], device=device)
         fp8 = spec.key_dtype == "fp8_e4m3"
         upcast = fp8 and (fp8_scoring == "upcast" or not self.chip.native_fp8)
-        self._scaled = fp8 and not upcast
+        self._scaled = self.rounds_queries = fp8 and not upcast
         self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
         if self._scaled and device.type == "cuda":
             self.flip_tolerance = FP8_FLIP_TOLERANCE
@@ -98,9 +108,13 @@ class TritonBackend(Backend):
             append(keys, spans, self._bytes, self.spec, pdl=self.chip.pdl)
 
     @torch.no_grad()
-    def decode(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
-        """See `Backend.decode`. Can be captured in a CUDA graph where `spans.max_length` is given."""
+    def decode(
+        self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool, raw_scores: bool = False
+    ) -> Selection:
+        """See `Backend.decode`. Without raw scores and with `spans.max_length` it can be captured in a CUDA graph."""
         door.check_queries(queries, spans, order, self.spec, self.device)
+        if return_scores and raw_scores:
+            return self._select_raw(queries, spans, order)
         selection = self._empty_selection(queries, return_scores)
         width = _width(spans.width)
         if self._tokens_at_once(queries.shape[1], width) < len(queries):
@@ -111,12 +125,16 @@ class TritonBackend(Backend):
         return selection
 
     def decode_into(self, selection: Selection, queries: torch.Tensor, spans: Spans, *, order: Order) -> None:
-        """As `decode`, unchecked, into tensors that may be pinned on the host; one launch must hold all scores."""
+        """As `decode`, unchecked, into tensors that may be pinned on the host; one launch must hold all scores.
+
+        With `spans.flags` the order is ascending, and `selection.scores` gets those of the runs that want them, raw.
+        """
         max_length = spans.max_length
         if max_length is None:
             max_length = int(Runs.of(spans).lengths.max())
         num_tokens, heads, _ = queries.shape
         scores, positions, unscales = self._score_buffers(num_tokens * heads, num_tokens, _width(spans.width))
+        wants = None if spans.flags is None else torch.empty_like(positions)
         wide = queries.shape[1] * max_length > 32
         fp8 = self.chip.decode_fp8_wide if wide else self.chip.decode_fp8
         launch = fp8 if self._scaled else self.chip.decode
@@ -128,22 +146,27 @@ class TritonBackend(Backend):
             self.spec,
             scores,
             positions,
+            wants,
             unscales,
-            every_block=selection.scores is not None or order == "score",
+            every_block=wants is None and (selection.scores is not None or order == "score"),
             programs=self.chip.multiprocessors * launch.programs,
             warps=launch.warps,
             stages=launch.stages,
             pdl=self.chip.pdl,
         )
-        self.rank(scores, positions, unscales, selection, order)
+        self.rank(scores, positions, unscales, selection, order, wants)
 
     @torch.no_grad()
-    def prefill(self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool) -> Selection:
+    def prefill(
+        self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool, raw_scores: bool = False
+    ) -> Selection:
         """See `Backend.prefill`. Waits for the device unless `spans.columns` is given.
 
         Can be captured in a CUDA graph with the columns; what replays must not change then are the runs' numbers.
         """
         door.check_queries(queries, spans, order, self.spec, self.device)
+        if return_scores and raw_scores:
+            return self._select_raw(queries, spans, order)
         selection = self._empty_selection(queries, return_scores)
         runs = Runs.of(spans)
         spans = replace(spans, columns=runs.columns)
@@ -161,6 +184,21 @@ class TritonBackend(Backend):
         """Spans of some of the tokens."""
         rows, layers, starts, lengths = self._sent(np.stack([runs.rows, runs.layers, runs.starts, runs.lengths]))
         return Spans(layers, starts, lengths, spans.own_tables()[rows], runs.columns)
+
+    def _select_raw(self, queries: torch.Tensor, spans: Spans, order: Order) -> Selection:
+        """A selection with raw scores, in pieces of a decode's length: too seldom for kernels of its own."""
+        if order != "ascending":
+            raise ValueError(f"order: raw scores come in ascending order, got {order!r}")
+        selection = self._empty_selection(queries, return_scores=True)
+        for number, tokens in enumerate(Runs.of(spans).slices(_RAW_TOKENS)):
+            at = slice(number * _RAW_TOKENS, (number + 1) * _RAW_TOKENS)
+            assert selection.scores is not None
+            own = Selection(selection.block_ids[at], selection.scores[at])
+            part = self._slice(spans, tokens)
+            flags = torch.full_like(part.layers, RUN_SELECTS | RUN_WANTS_SCORES)
+            part = replace(part, max_length=int(tokens.lengths.max()), flags=flags)
+            self.decode_into(own, queries[at], part, order="ascending")
+        return selection
 
     def score_prefill(
         self, queries: torch.Tensor, spans: Spans, *, every_block: bool
@@ -275,11 +313,13 @@ class TritonBackend(Backend):
         unscales: torch.Tensor | None,
         selection: Selection,
         order: Order,
+        wants: torch.Tensor | None = None,
     ) -> None:
         """Fills a selection from scores: see `blockdex_kernels.triton.rank.rank`."""
         rank(
             scores,
             positions,
+            wants,
             unscales,
             selection.block_ids,
             selection.scores,

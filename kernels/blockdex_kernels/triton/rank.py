@@ -178,10 +178,40 @@ def _best_blocks(
     _write_best(out, keys, block, low, count, K, K)
 
 
-@triton.jit(do_not_specialize=["heads", "one"], do_not_specialize_on_alignment=["positions"])
+@triton.jit
+def _write_raw(
+    scores,
+    out,
+    block,
+    is_chosen,
+    ranked,
+    values,
+    wants,
+    heads,
+    unscale,
+    slot,
+    TOPK: tl.constexpr,
+    UNSCALE: tl.constexpr,
+):
+    """Writes the scores of a row's blocks as they rank, if it wants them; those that were ranked are read back."""
+    if wants is not None:
+        if tl.load(wants + tl.program_id(0) // heads) != 0:
+            if ranked:
+                tl.debug_barrier()
+            there = tl.where(is_chosen, ranked, False)
+            block = tl.where(there, tl.load(out + slot, mask=there, other=0), block)
+            raw = tl.load(scores + block, mask=block >= 0, other=float("-inf"))
+            raw = tl.where(raw == raw, raw, float("-inf"))
+            if UNSCALE:
+                raw = raw * tl.load(unscale)
+            tl.store(values + slot, raw, mask=slot < TOPK)
+
+
+@triton.jit(do_not_specialize=["heads", "one"], do_not_specialize_on_alignment=["positions", "wants"])
 def _rank_kernel(
     scores,
     positions,
+    wants,
     unscales,
     block_ids,
     values,
@@ -223,8 +253,9 @@ def _rank_kernel(
     num_local = visible - end
     slot = tl.arange(0, TOPK_PADDED)
     block = slot
+    ranked = end - INIT > K
     if K > 0:
-        if end - INIT > K:
+        if ranked:
             own_scratch = scratch + row * (CANDIDATES // GROUP)
             _best_blocks(scores, end, out + INIT, own_scratch, one, K, CANDIDATES, GROUPS, GROUP, INIT, FEW)
             if BY_SCORE or VALUES:
@@ -250,8 +281,11 @@ def _rank_kernel(
         tl.store(out + place, block, mask=written)
     else:
         # What was ranked is there already.
-        ranked = tl.where(is_chosen, end - INIT > K, False)
-        tl.store(out + slot, block, mask=written & (ranked == 0))
+        there = tl.where(is_chosen, ranked, False)
+        tl.store(out + slot, block, mask=written & (there == 0))
+    _write_raw(
+        scores, out, block, is_chosen, ranked, values + row * TOPK, wants, heads, unscales + row, slot, TOPK, UNSCALE
+    )
     if VALUES:
         if UNSCALE:
             # Written only where something was scored.
@@ -284,6 +318,7 @@ def grouping(width: int, k: int, few: bool) -> tuple[int, int, int]:
 def rank(
     scores: torch.Tensor,
     positions: torch.Tensor,
+    wants: torch.Tensor | None,
     unscales: torch.Tensor | None,
     block_ids: torch.Tensor,
     values: torch.Tensor | None,
@@ -299,6 +334,9 @@ def rank(
             all of them find a place, unless the order or `values` asks for it. The width is a multiple of 32.
         positions: int32 `[rows / n]`, position of each n rows: of a token's, or of each alone; below 0 for padding,
             which gets -1 throughout.
+        wants: int32 beside `positions`; where it is not 0, `values` gets the scores as they rank, of forced blocks too,
+            -inf beside -1, and only there. The order is ascending then. None: `values` is for all rows, scaled, with
+            +inf for forced blocks.
         unscales: float32 `[rows]`, what returned scores are multiplied by besides the spec's scale; or None.
         block_ids: int32 `[..., topk]` of so many rows, written.
         values: float32 like `block_ids`, written; or None.
@@ -314,6 +352,7 @@ def rank(
     _rank_kernel[(rows,)](
         scores,
         positions,
+        wants,
         unscales if unscales is not None else scores,
         block_ids,
         values if values is not None else scores,
@@ -331,7 +370,7 @@ def rank(
         GROUPS=groups,
         GROUP=group,
         BY_SCORE=order == "score",
-        VALUES=values is not None,
+        VALUES=values is not None and wants is None,
         UNSCALE=unscales is not None,
         FEW=few,
         PDL=pdl,

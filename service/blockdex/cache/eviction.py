@@ -8,17 +8,21 @@ from numpy.typing import NDArray
 from blockdex.cache.sequence import Sequences
 
 
-def are_idle(sequences: Sequences, slots: NDArray[np.intp] | slice, kept_since: float, now: float) -> NDArray[np.bool_]:
-    """Which of the slots are past their lease: bool `[N]`.
+def are_idle(
+    sequences: Sequences, columns: NDArray[np.intp] | slice, kept_since: float, now: float
+) -> NDArray[np.bool_]:
+    """Which of the columns are past their lease, and read by no prefill: bool `[N]`.
 
     Args:
         sequences: all open sequences.
-        slots: some of theirs.
+        columns: some of theirs.
         kept_since: clock reading; sequences whose last call was not before it must stay, however short their lease.
         now: clock reading.
     """
-    last_calls = sequences.last_calls[slots]
-    return (now - last_calls >= sequences.leases[slots]) & (last_calls < kept_since)
+    last_calls = sequences.last_calls[columns]
+    idle = (now - last_calls >= sequences.leases[columns]) & (last_calls < kept_since)
+    unread: NDArray[np.bool_] = idle & (sequences.reading_sequence[columns] == 0)
+    return unread
 
 
 def choose_victims(
@@ -38,33 +42,33 @@ def choose_victims(
         sequences: all open sequences.
         readers: int32 `[num_pages]`, holders of each page that stay on it; counted down as sequences go.
         shortage: pages to free, at least 1.
-        named: slots that must stay.
+        named: columns that must stay.
         kept_since: as for `are_idle`.
         now: clock reading.
 
     Returns:
-        Slots to evict and the pages that this frees: fewer than `shortage` where all idle ones together do not suffice.
+        Columns to evict and the pages that this frees: fewer than `shortage` where all idle ones do not suffice.
     """
     evictable = are_idle(sequences, slice(None), kept_since, now) & (sequences.held > 0)
     evictable[named] = False
     idle = np.flatnonzero(evictable)
     victims: list[int] = []
     freed = 0
-    for slot in idle[np.argsort(sequences.last_calls[idle], kind="stable")].tolist():
-        pages = sequences.pages(slot)
+    for column in idle[np.argsort(sequences.last_calls[idle], kind="stable")].tolist():
+        pages = sequences.pages(column)
         readers[pages] -= 1
         freed += int(np.count_nonzero(readers[pages] == 0))
-        victims.append(slot)
+        victims.append(column)
         if freed >= shortage:
             break
     if freed < shortage:
         return victims, freed
     needed: list[int] = []
-    for slot in reversed(victims):
-        pages = sequences.pages(slot)
+    for column in reversed(victims):
+        pages = sequences.pages(column)
         kept = int(np.count_nonzero(readers[pages] == 0))
         if freed - kept < shortage:
-            needed.append(slot)
+            needed.append(column)
         else:
             readers[pages] += 1
             freed -= kept

@@ -22,12 +22,14 @@ class PagePool:
     Attributes:
         holders: int32 `[num_pages]`, sequences that hold each page, 0 where it is free.
         shared: pages that more than one sequence holds.
+        free_pages: int64 `[1]`, how many are free, where the core checks it.
     """
 
     def __init__(self, num_pages: int) -> None:
         self.holders: NDArray[np.int32] = np.zeros(num_pages, np.int32)
         self.shared = 0
         self._free = deque(range(num_pages))
+        self.free_pages: NDArray[np.int64] = np.array([num_pages], np.int64)
 
     @property
     def total(self) -> int:
@@ -43,6 +45,7 @@ class PagePool:
         """Takes `count` free pages, at most `free`, for one holder."""
         pages = np.array([self._free.popleft() for _ in range(count)], np.int32)
         self.holders[pages] = 1
+        self.free_pages[0] -= count
         return pages
 
     def share(self, pages: NDArray[np.int32]) -> None:
@@ -57,3 +60,4 @@ class PagePool:
         self.holders[pages] = holders - 1
         self.shared -= int(np.count_nonzero(holders == 2))
         self._free.extend(pages[holders == 1].tolist())
+        self.free_pages[0] = len(self._free)

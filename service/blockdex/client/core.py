@@ -92,11 +92,7 @@ class Core:
     def take_up(self, event: pb.Event) -> None:
         """Takes up what the server tells of."""
         ledger = self._ledger
-        if ledger is None:
-            return
-        for sequence in event.sequences_evicted.sequence_ids:
-            ledger.close(sequence)
-        if event.HasField("new_epoch"):
+        if ledger is not None and event.HasField("new_epoch"):
             ledger.over |= event.new_epoch.epoch != ledger.info.epoch
 
     def get_info(self, deadline: float) -> Call[Ledger]:

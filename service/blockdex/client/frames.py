@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from struct import Struct
 from typing import Any
 
 from blockdex.client.call import Call
@@ -12,15 +13,19 @@ from blockdex.contract.errors import BlockdexError, CancelledError, Reason, Unav
 from blockdex.v1 import indexer_pb2 as pb
 
 _LONGEST_TIMEOUT_MS = 2**32 - 1
-_NUMBER_FIRST = b"\x09"
+_HEAD = Struct("<BQB")
+_NUMBER, _TIMEOUT = 1 << 3 | 1, 2 << 3
+"""Tags of a request's number and its timeout."""
+
+_NUMBER_FIRST = bytes([_NUMBER])
 _NUMBER_END = 9
 
 
 def frame_of(call: Call[Any], request_id: int, timeout: float) -> bytes:
     """A call, numbered; the server gives it up when the caller does."""
     timeout_ms = min(math.ceil(1000 * timeout), _LONGEST_TIMEOUT_MS)
-    head = pb.StreamRequest(request_id=request_id, timeout_ms=timeout_ms).SerializeToString()
-    return b"".join((head, call.kind.tag, _varint(len(call.request)), call.request))
+    head = _HEAD.pack(_NUMBER, request_id, _TIMEOUT)
+    return b"".join((head, _varint(timeout_ms), call.kind.tag, _varint(len(call.request)), call.request))
 
 
 def cancel_of(request_id: int) -> bytes:

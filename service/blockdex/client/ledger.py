@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from blockdex.client.answers import Info
 from blockdex.contract.errors import FailedPreconditionError, Reason
 
+_WRITES, _IN_FLIGHT, _IN_A_ROW, _MEMBERS = range(1, 5)
 _UNKNOWN = -1
 _OVERLAPPED = -1
 _NOWHERE = -2
@@ -21,52 +22,52 @@ class _Layers:
     other order. Of others nobody knows which one it takes last, so that the length is unknown from then on.
     """
 
-    __slots__ = ("_in_a_row", "_in_flight", "_lengths", "_writes")
+    __slots__ = ("_numbers",)
 
     def __init__(self, lengths: list[int]) -> None:
-        self._lengths = lengths
-        self._writes = [0] * len(lengths)
-        self._in_flight = [0] * len(lengths)
-        self._in_a_row = [False] * len(lengths)
+        # Side by side, since a call touches all four of a layer, and so many layers are in no cache by then.
+        self._numbers = [number for length in lengths for number in (length, 0, 0, 0)]
 
     def length(self, layer: int) -> int:
-        return self._lengths[layer]
+        return self._numbers[_MEMBERS * layer]
 
     def put(self, layer: int, length: int) -> None:
-        self._lengths[layer] = length
+        self._numbers[_MEMBERS * layer] = length
 
-    def begin(self, layer: int, start: int, length: int) -> tuple[int, int]:
-        """A write from there has begun that makes the layer so long; how long it was before, and the write's number."""
-        before, alone = self._lengths[layer], self._in_flight[layer] == 0
-        in_a_row = start == before and (alone or self._in_a_row[layer])
-        self._in_a_row[layer] = in_a_row
-        self._lengths[layer] = length if alone or in_a_row else _UNKNOWN
-        self._writes[layer] += 1
-        self._in_flight[layer] += 1
-        return before, self._writes[layer]
+    def begin(self, layer: int, start: int, length: int) -> tuple[_Layers, int, int]:
+        """A write from there has begun that makes the layer so long: itself, its length before, the write's number."""
+        numbers, at = self._numbers, _MEMBERS * layer
+        before, alone = numbers[at], numbers[at + _IN_FLIGHT] == 0
+        in_a_row = start == before and (alone or bool(numbers[at + _IN_A_ROW]))
+        numbers[at] = length if alone or in_a_row else _UNKNOWN
+        numbers[at + _WRITES] += 1
+        numbers[at + _IN_FLIGHT] += 1
+        numbers[at + _IN_A_ROW] = int(in_a_row)
+        return self, before, numbers[at + _WRITES]
 
     def end(self, layer: int) -> None:
         """A write has ended."""
-        self._in_flight[layer] -= 1
+        self._numbers[_MEMBERS * layer + _IN_FLIGHT] -= 1
 
     def undo(self, layer: int, before: int, number: int) -> None:
         """A write that has ended changed nothing: all is as it was before, unless there was another one since."""
-        if number != self._writes[layer]:
+        numbers, at = self._numbers, _MEMBERS * layer
+        if number != numbers[at + _WRITES]:
             self.lose(layer)
             return
-        self._lengths[layer] = before
-        self._writes[layer] -= 1
+        numbers[at] = before
+        numbers[at + _WRITES] -= 1
 
     def lose(self, layer: int) -> None:
         """The length is unknown, whatever is undone later."""
-        self._lengths[layer] = _UNKNOWN
-        self._writes[layer] += 1
+        self._numbers[_MEMBERS * layer] = _UNKNOWN
+        self._numbers[_MEMBERS * layer + _WRITES] += 1
 
     def writes(self) -> list[int]:
-        return list(self._writes)
+        return self._numbers[_WRITES::_MEMBERS]
 
     def in_flight(self) -> list[int]:
-        return list(self._in_flight)
+        return self._numbers[_IN_FLIGHT::_MEMBERS]
 
 
 @dataclass(slots=True)
@@ -143,13 +144,14 @@ class Ledger:
         Raises:
             FailedPreconditionError: starts are left out and a length is unknown (OUTCOME_UNKNOWN).
         """
-        changes = []
         with self._lock:
             if starts is None:
                 starts = [self._length(sequence, layer) for sequence in sequences]
-            for sequence, start, rows in zip(sequences, starts, lengths, strict=False):
-                layers = self._sequences.get(sequence) or self._layers(sequence)
-                changes.append((layers, *layers.begin(layer, start, start + rows)))
+            known = self._sequences
+            changes = [
+                (known.get(sequence) or self._layers(sequence)).begin(layer, start, start + rows)
+                for sequence, start, rows in zip(sequences, starts, lengths, strict=False)
+            ]
         return Append(layer, changes, starts)
 
     def end_append(self, append: Append) -> None:
@@ -231,7 +233,7 @@ class Ledger:
 
     def _length(self, sequence: int, layer: int) -> int:
         layers = self._sequences.get(sequence)
-        length = _UNKNOWN if layers is None else layers.length(layer)
+        length = _UNKNOWN if layers is None else layers._numbers[_MEMBERS * layer]
         if length == _UNKNOWN:
             raise FailedPreconditionError(
                 f"sequence {sequence}, layer {layer}: its length is not known to this client; "

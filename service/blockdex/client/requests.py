@@ -201,29 +201,24 @@ def _fill_spans(request: Any, spans: Spans, starts: list[int]) -> None:
 
 
 def _fill_selection(request: Any, queries: Queries) -> None:
-    features = request.header.required_features
-    order, scores = _number_of(_ORDERS, queries.order), _number_of(_SCORE_FORMATS, queries.return_scores)
-    if order is None:
-        raise InvalidArgumentError(
-            f"order must be one of {', '.join(_ORDERS)}, got {queries.order}", Reason.INVALID_ORDER
-        )
-    if scores is None:
-        raise InvalidArgumentError(
-            f"return_scores must be False, True or 'raw', got {queries.return_scores!r}", Reason.INVALID_SCORES
-        )
     if queries.first_head or queries.num_heads:
         request.first_head = queries.first_head
         request.num_heads = queries.num_heads
-        features.append(pb.FEATURE_HEAD_RANGES)
-    if queries.order != "ascending" or queries.return_scores:
-        request.order = order
+        request.header.required_features.append(pb.FEATURE_HEAD_RANGES)
+    if queries.order != "ascending" or queries.return_scores is not False:
+        request.order = _number_of(_ORDERS, queries.order, "order", Reason.INVALID_ORDER)
+        scores = _number_of(_SCORE_FORMATS, queries.return_scores, "return_scores", Reason.INVALID_SCORES)
         request.return_scores = scores
-        features.append(pb.FEATURE_RAW_SCORES if scores == pb.SCORE_FORMAT_RAW else pb.FEATURE_SCORES)
+        feature = pb.FEATURE_RAW_SCORES if scores == pb.SCORE_FORMAT_RAW else pb.FEATURE_SCORES
+        request.header.required_features.append(feature)
     if queries.wait_for_keys:
         request.wait_for_keys = True
-        features.append(pb.FEATURE_WAIT_FOR_KEYS)
+        request.header.required_features.append(pb.FEATURE_WAIT_FOR_KEYS)
 
 
-def _number_of(numbers: Mapping[Any, int], word: object) -> int | None:
-    """The wire's number of a word; None of what is none."""
-    return numbers.get(word) if isinstance(word, Hashable) else None
+def _number_of(numbers: Mapping[Any, int], word: object, name: str, reason: Reason) -> int:
+    """The wire's number of a word; refuses what is none."""
+    number = numbers.get(word) if isinstance(word, Hashable) else None
+    if number is None:
+        raise InvalidArgumentError(f"{name} must be one of {', '.join(map(str, numbers))}, got {word}", reason)
+    return number

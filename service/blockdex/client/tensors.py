@@ -49,9 +49,10 @@ def elements_of(name: str, tensor: Any) -> tuple[FloatDtype, NDArray[Any]]:
     """
     if isinstance(tensor, np.ndarray):
         array = tensor if tensor.dtype.byteorder != ">" else tensor.astype(tensor.dtype.newbyteorder("<"))
-        if array.dtype not in NUMPY_DTYPES:
+        known = NUMPY_DTYPES.get(array.dtype)
+        if known is None:
             raise _unknown_dtype(name, tensor.dtype)
-        return NUMPY_DTYPES[array.dtype], array
+        return known, array
     torch = _torch_of(tensor)
     if torch is None:
         raise _no_tensor(name, tensor)

@@ -191,3 +191,8 @@ _BY_CODE: dict[int, type[BlockdexError]] = {
 def error_of(code: int, message: str, reason: Reason | str, metadata: Mapping[str, str]) -> BlockdexError:
     """The exception that stands for a canonical code; an unknown code becomes `UnknownError`."""
     return _BY_CODE.get(code, UnknownError)(message, reason, **metadata)
+
+
+def shutting_down(why: str) -> UnavailableError:
+    """What is refused that can no longer be done."""
+    return UnavailableError(f"server: shutting down, {why}", Reason.SHUTTING_DOWN)

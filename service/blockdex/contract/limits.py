@@ -7,19 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from operator import add
 
-import numpy as np
-
 from blockdex.contract.errors import FailedPreconditionError, InvalidArgumentError, Reason, ResourceExhaustedError
-from blockdex.contract.messages import (
-    CloseSequences,
-    ForkSequence,
-    Limits,
-    OpenSequences,
-    Request,
-    Spans,
-    TokenRequest,
-    TruncateSequence,
-)
 from blockdex_kernels import IndexSpec
 
 TENANT_KEY = "blockdex-tenant"
@@ -81,25 +69,6 @@ def check_heads(spec: IndexSpec, first_head: int, num_heads: int) -> int:
             num_index_heads=spec.num_index_heads,
         )
     return heads
-
-
-def check_spans(
-    spec: IndexSpec,
-    max_spans: int,
-    sequence_ids: Iterable[int],
-    starts: Iterable[int],
-    lengths: Iterable[int],
-    revisions: Iterable[int],
-) -> Spans:
-    """The columns as one message, or what `check_columns` raises."""
-    ids, first, count, revision = list(sequence_ids), list(starts), list(lengths), list(revisions)
-    check_columns(spec, max_spans, ids, first, count, revision)
-    return Spans(
-        np.array(ids, dtype=np.uint64),
-        np.array(first, dtype=np.int64),
-        np.array(count, dtype=np.int64),
-        np.array(revision, dtype=np.uint64) if revision else np.zeros(len(ids), dtype=np.uint64),
-    )
 
 
 def check_columns(
@@ -212,38 +181,3 @@ def check_length(spec: IndexSpec, sequence_id: int, length: int) -> None:
             length=length,
             max_sequence_tokens=spec.max_sequence_tokens,
         )
-
-
-def check_request(spec: IndexSpec, limits: Limits, request: Request) -> None:
-    """Refuses a message that no frontend of this project would have passed on: all of the above at once."""
-    check_tenant(request.tenant)
-    match request:
-        case TokenRequest():
-            _check_tokens(spec, limits, request)
-        case OpenSequences(sequence_ids=sequence_ids) | CloseSequences(sequence_ids=sequence_ids):
-            check_sequences(limits.max_spans, sequence_ids)
-        case (
-            ForkSequence(parent_id=sequence_id, length=length)
-            | TruncateSequence(sequence_id=sequence_id, length=length)
-        ):
-            check_length(spec, sequence_id, length)
-
-
-def _check_tokens(spec: IndexSpec, limits: Limits, request: TokenRequest) -> None:
-    spans, keys, queries = request.spans, request.keys, request.queries
-    check_layer(spec, request.layer)
-    check_num_spans(limits.max_spans, len(spans.sequence_ids))
-    columns = (spans.sequence_ids, spans.starts, spans.lengths, spans.revisions)
-    check_columns(spec, limits.max_spans, *(column.tolist() for column in columns))
-    tensors = [half.tensor for half in (keys, queries) if half is not None]
-    if not tensors:
-        raise InvalidArgumentError("request: has neither keys nor queries", Reason.EMPTY_REQUEST)
-    check_message_bytes(sum(len(tensor.data) for tensor in tensors), limits.max_message_bytes)
-    if keys is not None:
-        shape: tuple[int, ...] = (spans.num_tokens, spec.head_dim)
-        check_tensor_bytes("keys", keys.tensor.dtype, len(keys.tensor.data), shape)
-    if queries is not None:
-        if queries.num_heads != check_heads(spec, queries.first_head, queries.num_heads):
-            raise InvalidArgumentError("num_heads must be at least 1, got 0", Reason.INVALID_HEADS)
-        shape = (spans.num_tokens, queries.num_heads, spec.head_dim)
-        check_tensor_bytes("queries", queries.tensor.dtype, len(queries.tensor.data), shape)

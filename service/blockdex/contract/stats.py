@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from bisect import bisect_left
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from blockdex.contract.messages import KERNEL_PHASES, PHASES, STAGES, Phase, PhaseTotals, Stage, Totals
+from blockdex.contract.messages import KERNEL_PHASES, PHASES, STAGES, PhaseTotals, Totals
 
 SECONDS_BUCKETS = (
     *(step / 1e6 for step in (10, 25, 50, 100, 250, 500)),
@@ -92,6 +91,8 @@ class Stats:
         epoch_started: Unix seconds at which the cache was born.
         waiting: selections that wait for keys now.
         queued: requests taken over and not yet begun, now.
+        integrity_checks: times that an idle core has checked all of the cache's columns against each other.
+        integrity_faults: contradictions that it found.
     """
 
     stage_seconds: dict[str, dict[str, Histogram]] = field(
@@ -110,6 +111,8 @@ class Stats:
     epoch_started: float = 0.0
     waiting: int = 0
     queued: int = 0
+    integrity_checks: int = 0
+    integrity_faults: int = 0
 
     def launched(self, phase: str, tokens: int, requests: int) -> None:
         """Counts one launch.
@@ -122,11 +125,6 @@ class Stats:
         self.launch_requests[phase].observe(requests)
         self.batch_tokens[phase].observe(tokens)
         self.tokens[phase] += tokens
-
-    def answered(self, phase: Phase, stage_seconds: Mapping[Stage, float]) -> None:
-        """Counts the stages of one answered request, by what it came to."""
-        for stage, seconds in stage_seconds.items():
-            self.stage_seconds[phase][stage].observe(seconds)
 
     def totals(self) -> Totals:
         """What it all came to; from any thread."""

@@ -1,8 +1,4 @@
-/* blockdex._native: what a request passes on its short way, without Python in between.
- *
- * The short way takes what is plainly right and asked all the time. Whatever else comes is left, untouched, to the
- * Python beside it, which says what is wrong with it.
- */
+/* blockdex._native: the compiled parts of the ring, of the core behind it and of the wire before it. */
 #include "core/core.h"
 #include "ring/client.h"
 
@@ -15,11 +11,17 @@ static bool add_type(PyObject *module, PyType_Spec *spec) {
 }
 
 static int fill(PyObject *module) {
-    if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_core_spec) || add_link(module) < 0)
+    if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_core_spec) ||
+        !add_type(module, &blockdex_sequence_index_spec) || add_link(module) < 0)
         return -1;
-    return PyModule_AddIntConstant(module, "NOTICED", CORE_NOTICED) |
+    return PyModule_AddIntConstant(module, "SENT", SENT) | PyModule_AddIntConstant(module, "QUEUED", QUEUED) |
+           PyModule_AddIntConstant(module, "UNUSUAL", UNUSUAL) |
+           PyModule_AddIntConstant(module, "NOTHING_LEFT", NOTHING_LEFT) |
+           PyModule_AddIntConstant(module, "MORE_TO_COPY", MORE_TO_COPY) |
+           PyModule_AddIntConstant(module, "WAITS_FOR_ROOM", WAITS_FOR_ROOM) |
+           PyModule_AddIntConstant(module, "NOTICED", CORE_NOTICED) |
            PyModule_AddIntConstant(module, "FOR_PYTHON", CORE_FOR_PYTHON) |
-           PyModule_AddIntConstant(module, "LATE", CORE_LATE) | PyModule_AddIntConstant(module, "ROOM", CORE_ROOM) |
+           PyModule_AddIntConstant(module, "LATE", CORE_LATE) | PyModule_AddIntConstant(module, "BROKEN", CORE_BROKEN) |
            PyModule_AddIntConstant(module, "MAX_RUNS", CORE_RUNS) |
            PyModule_AddIntConstant(module, "MAX_TOKENS", CORE_TOKENS) |
            PyModule_AddIntConstant(module, "STEPS", CORE_STEPS);
@@ -30,7 +32,7 @@ static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "blockdex._native",
-    .m_doc = "What a request passes on its short way, without Python in between.",
+    .m_doc = "The compiled parts of the ring, of the core behind it and of the wire before it.",
     .m_slots = slots,
 };
 

@@ -10,20 +10,23 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex.executor.interface import (
+    COLUMNS,
     STEP_BUFFERS,
     Answer,
     Executor,
-    Packed,
     Pending,
     Step,
     StepBuffer,
     append_all,
     joined,
+    keys_offset,
     on_host,
     step_buffer_bytes,
     step_buffer_ids,
 )
-from blockdex_kernels.interface import Backend, Selection, Spans
+from blockdex_kernels.interface import RUN_APPENDS, RUN_SELECTS, RUN_WANTS_SCORES, Backend, Selection, Spans
+
+Rows = slice | NDArray[np.intp]
 
 
 class CpuExecutor(Executor):
@@ -36,7 +39,11 @@ class CpuExecutor(Executor):
         self._cells: NDArray[np.int32] = np.zeros(0, np.int32)
         spec = backend.spec
         self._step_buffers = [
-            StepBuffer(np.zeros(step_buffer_bytes(spec), np.uint8), np.zeros(step_buffer_ids(spec), np.int32))
+            StepBuffer(
+                np.zeros(step_buffer_bytes(spec), np.uint8),
+                np.zeros(step_buffer_ids(spec), np.int32),
+                np.zeros(step_buffer_ids(spec), np.float32),
+            )
             for _ in range(STEP_BUFFERS)
         ]
 
@@ -47,31 +54,61 @@ class CpuExecutor(Executor):
     def begin(self, step: Step) -> Pending:
         """See `Executor.begin`."""
         began = time.monotonic()
-        spans, selection = self._spans(step), None
+        spans, selection = self._spans(step.columns), None
         if step.keys is not None:
             append_all(self.backend, joined(step.keys, step.num_tokens, self.backend.spec.head_dim), spans)
         if step.queries is not None:
             queries = joined(step.queries, step.num_tokens, self.backend.spec.head_dim)
-            selection = self.backend.decode(queries, spans, order=step.order, return_scores=step.return_scores)
+            selection = self.backend.decode(
+                queries, spans, order=step.order, return_scores=step.return_scores, raw_scores=step.raw_scores
+            )
         return _Done(selection, time.monotonic() - began)
 
     def step_buffers(self) -> Sequence[StepBuffer]:
-        """See `Executor.rooms`."""
+        """See `Executor.step_buffers`."""
         return self._step_buffers
 
     def run_step_buffer(self, room: int, runs: int, tokens: int) -> None:
         """See `Executor.run_step_buffer`."""
-        spec, host = self.backend.spec, self._step_buffers[room].host
+        spec, buffer = self.backend.spec, self._step_buffers[room]
         head_dim, heads = spec.head_dim, spec.num_index_heads
-        columns = np.frombuffer(host, np.int32, 4 * runs).reshape(4, runs)
-        keys_at = 16 * max(runs, 4)
+        columns = np.frombuffer(buffer.host, np.int32, COLUMNS * runs).reshape(COLUMNS, runs).copy()
+        keys_at = keys_offset(runs)
         queries_at = keys_at + 2 * tokens * head_dim
-        memory = memoryview(host.data)
-        keys = Packed(torch.bfloat16, 1, [memory[keys_at:queries_at]])
-        queries = Packed(torch.bfloat16, heads, [memory[queries_at : queries_at + 2 * tokens * heads * head_dim]])
-        answer = self.begin(Step(columns.copy(), keys, queries)).answer()
-        assert answer is not None
-        self._step_buffers[room].block_ids[: answer.block_ids.size] = answer.block_ids.reshape(-1)
+        numbers = torch.from_numpy(buffer.host)
+        keys = numbers[keys_at:queries_at].view(torch.bfloat16).view(tokens, 1, head_dim)
+        queries = numbers[queries_at : queries_at + 2 * tokens * heads * head_dim].view(torch.bfloat16)
+        self._append_runs(columns, keys)
+        block_ids = buffer.block_ids[: tokens * heads * spec.topk].reshape(tokens, heads, spec.topk)
+        scores = buffer.scores[: block_ids.size].reshape(block_ids.shape)
+        self._select_runs(columns, queries.view(tokens, heads, head_dim), block_ids, scores)
+
+    def _append_runs(self, columns: NDArray[np.int32], keys: torch.Tensor) -> None:
+        own, rows = _chosen(columns, columns[4] & RUN_APPENDS != 0)
+        if own.size:
+            append_all(self.backend, keys[rows], self._spans(own))
+
+    def _select_runs(
+        self,
+        columns: NDArray[np.int32],
+        queries: torch.Tensor,
+        block_ids: NDArray[np.int32],
+        scores: NDArray[np.float32],
+    ) -> None:
+        selecting = columns[4] & (RUN_SELECTS | RUN_WANTS_SCORES)
+        for flags in (RUN_SELECTS, RUN_SELECTS | RUN_WANTS_SCORES):
+            own, rows = _chosen(columns, selecting == flags)
+            if not own.size:
+                continue
+            raw = bool(flags & RUN_WANTS_SCORES)
+            selection = self.backend.decode(
+                queries[rows], self._spans(own), order="ascending", return_scores=raw, raw_scores=raw
+            )
+            block_ids[rows] = selection.block_ids.numpy()
+            if selection.scores is not None:
+                scores[rows] = selection.scores.numpy()
+        _, rows = _chosen(columns, selecting == 0)
+        block_ids[rows] = -1
 
     def begin_prefill(self, step: Step) -> Pending:
         """See `Executor.begin_prefill`."""
@@ -79,15 +116,16 @@ class CpuExecutor(Executor):
         assert step.queries is not None
         selection = self.backend.prefill(
             joined(step.queries, step.num_tokens, self.backend.spec.head_dim),
-            self._spans(step),
+            self._spans(step.columns),
             order=step.order,
             return_scores=step.return_scores,
+            raw_scores=step.raw_scores,
         )
         return _Done(selection, time.monotonic() - began)
 
-    def _spans(self, step: Step) -> Spans:
-        layers, starts, lengths, rows = step.columns
-        blocks = -(-step.end // self.backend.spec.block_size)
+    def _spans(self, columns: NDArray[np.int32]) -> Spans:
+        layers, starts, lengths, rows, _ = columns
+        blocks = -(-int((starts + lengths).max()) // self.backend.spec.block_size)
         places = rows[:, None] * np.intp(self._table_row) + np.arange(blocks)
         # A short table beside a long one ends before the last of these, at the end of all tables too.
         page_table = self._cells[np.minimum(places, len(self._cells) - 1)]
@@ -98,8 +136,15 @@ class CpuExecutor(Executor):
             torch.from_numpy(starts),
             torch.from_numpy(lengths),
             torch.from_numpy(page_table),
-            step.columns[:3],
+            columns[:3],
         )
+
+
+def _chosen(columns: NDArray[np.int32], chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int32], Rows]:
+    """The columns of some runs, and their rows of a packed tensor: a slice where they are all."""
+    if chosen.all():
+        return columns, slice(None)
+    return np.ascontiguousarray(columns[:, chosen]), np.flatnonzero(np.repeat(chosen, columns[2]))
 
 
 class _Done(Pending):

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex.executor.graphs import Graphs, Launched, Shape, shapes, step_buffer_shapes
+from blockdex.executor.device_tables import DeviceTables
+from blockdex.executor.graphs import Graphs, Launched, shapes
 from blockdex.executor.interface import (
     STEP_BUFFERS,
     Answer,
@@ -56,9 +57,8 @@ class GpuExecutor(Executor):
         self._main = torch.cuda.Stream(backend.device, priority=_HIGH)  # type: ignore[no-untyped-call]
         self._table_row = table_row
         self._host_cells: NDArray[np.int32] = np.zeros(0, np.int32)
-        self._tables = self._empty_tables(max(_FIRST_CELLS, 2 * len(backend.pages)))
-        self._graphs = Graphs(backend, self._main, self._tables, self.max_pending)
-        self._in_step_buffers = Graphs(backend, self._main, self._tables, STEP_BUFFERS)
+        self._tables = DeviceTables(backend.device, table_row, max(_FIRST_CELLS, 2 * len(backend.pages)))
+        self._graphs = Graphs(backend, self._main, self._tables.rows, STEP_BUFFERS)
         self._replays = Replays(0, 0, [])
         self._slices = Slices(backend, self.max_slices)
         self._launching = ThreadPoolExecutor(1, "blockdex-prefill", self._slices.use_stream)
@@ -72,7 +72,6 @@ class GpuExecutor(Executor):
         """Compiles the kernels, then captures the graphs."""
         spec = self.backend.spec
         captures: list[Callable[[], None]] = [partial(self._graphs.capture, shape) for shape in shapes(spec)]
-        captures += [partial(self._in_step_buffers.capture, shape) for shape in step_buffer_shapes(spec)]
         captures += [partial(self._slices.capture, shape) for shape in self._slices.shapes()]
         total = 0
         for done, compiled in self.backend.warm_up():
@@ -82,25 +81,17 @@ class GpuExecutor(Executor):
             self.use_device()
             capture()
             yield total + done, total + len(captures)
-        self._replays = self._captured()
+        self._replays = Replays(_address_of_launch(), self._main.cuda_stream, self._graphs.replays())
         torch.cuda.empty_cache()
 
-    def _captured(self) -> Replays:
-        return Replays(_address_of_launch(), self._main.cuda_stream, self._in_step_buffers.replays())
-
     def step_buffers(self) -> list[StepBuffer]:
-        """See `Executor.rooms`."""
-        return self._in_step_buffers.step_buffers()
+        """See `Executor.step_buffers`."""
+        return self._graphs.step_buffers()
 
     @property
     def replays(self) -> Replays:
         """See `Executor.replays`; none before the warm-up."""
         return self._replays
-
-    @property
-    def table_capacity(self) -> int:
-        """See `Executor.table_capacity`."""
-        return self._tables.numel()
 
     def check(self, began: float) -> None:
         """See `Executor.check`."""
@@ -110,41 +101,27 @@ class GpuExecutor(Executor):
     def write_tables(self, cells: NDArray[np.int32], changes: NDArray[np.intp]) -> None:
         """See `Executor.write_tables`."""
         self._host_cells = cells
-        if len(cells) > self._tables.numel():
-            # Graphs hold its address: they are captured again, those of batches as they are asked for.
-            self._main.synchronize()
-            self._tables = self._empty_tables(2 * len(cells))
-            self._graphs = Graphs(self.backend, self._main, self._tables, self.max_pending)
-            captured = self._in_step_buffers.replays()
-            self._in_step_buffers.move(self._tables)
-            for step in captured:
-                heads = self.backend.spec.num_index_heads
-                self._in_step_buffers.capture(Shape(step.runs, step.length, heads, step.width, appends=True))
-            self._replays = self._captured()
-            changes = np.arange(len(cells))
+        self._tables.make_room(len(cells))
         if len(changes):
             sent = self._sent(np.concatenate((changes, cells[changes])).astype(np.int32))
             places, pages = sent[: len(changes)], sent[len(changes) :]
             # A cell that was written twice has the same page in both places.
-            self._tables.view(-1).index_copy_(0, places.long(), pages)
+            self._tables.rows.view(-1).index_copy_(0, places.long(), pages)
 
     def begin(self, step: Step) -> Pending:
         """See `Executor.begin`."""
-        shape = Shape.of(step, self.backend.spec)
-        if shape is not None:
-            return self._graphs.begin(shape, step)
-        return self._begin_eager(step)
-
-    def _begin_eager(self, step: Step) -> Pending:
-        layers, starts, lengths, rows = self._sent(step.columns)
+        layers, starts, lengths, rows, _ = self._sent(step.columns)
         blocks = -(-step.end // self.backend.spec.block_size)
-        spans = Spans(layers, starts, lengths, self._tables, step.columns[:3], step.longest, rows, blocks)
+        spans = Spans(layers, starts, lengths, self._tables.rows, step.columns[:3], step.longest, rows, blocks)
         if step.keys is not None:
             append_all(self.backend, self._upload(step.keys), spans)
         selection = None
         if step.queries is not None:
             queries = self._upload(step.queries)
-            selection = to_host(self.backend.decode(queries, spans, order=step.order, return_scores=step.return_scores))
+            selected = self.backend.decode(
+                queries, spans, order=step.order, return_scores=step.return_scores, raw_scores=step.raw_scores
+            )
+            selection = to_host(selected)
         return Launched(selection, self._main)
 
     def begin_prefill(self, step: Step) -> Pending:
@@ -156,10 +133,6 @@ class GpuExecutor(Executor):
 
     def _sent(self, numbers: NDArray[np.int32]) -> torch.Tensor:
         return torch.from_numpy(numbers).pin_memory().to(self.backend.device, non_blocking=True)
-
-    def _empty_tables(self, cells: int) -> torch.Tensor:
-        rows = -(-cells // self._table_row)
-        return torch.zeros((rows, self._table_row), dtype=torch.int32, device=self.backend.device)
 
 
 class _Prefill(Pending):

@@ -1,24 +1,23 @@
-"""Decode steps captured in CUDA graphs: one copy in, the kernels, block ids straight into the host's memory."""
+"""Steps captured in CUDA graphs: one copy in, the kernels, block ids and scores straight into the host's memory."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from blockdex.executor.interface import (
+    COLUMNS,
     MAX_RUNS,
     MAX_TOKENS,
     Answer,
     Pending,
     Replay,
-    Step,
     StepBuffer,
     check_patience,
+    keys_offset,
     on_host,
     step_buffer_bytes,
     step_buffer_ids,
@@ -34,11 +33,7 @@ MAX_PLACES = 1 << 20
 """Tokens times blocks: their scores take 4 MiB a head, of which graphs keep one buffer."""
 
 _RUNS = [1 << power for power in range(MAX_RUNS.bit_length())]
-_COLUMNS = 4
 _ITEM_BYTES = 2
-_UNWRITTEN = -2
-"""Less than any block id, and than the -1 of a place without one."""
-_LOOK_SECONDS = 0.001
 
 
 class Shape(NamedTuple):
@@ -47,34 +42,12 @@ class Shape(NamedTuple):
     Attributes:
         runs: runs.
         length: tokens of each.
-        heads: of the queries; 0 where there are none.
         width: blocks that no run exceeds.
-        appends: whether there are keys.
     """
 
     runs: int
     length: int
-    heads: int
     width: int
-    appends: bool
-
-    @classmethod
-    def of(cls, step: Step, spec: IndexSpec) -> Shape | None:
-        """The shape that holds a step; None for one that graphs are not made for."""
-        keys, queries = step.keys, step.queries
-        if step.return_scores or step.order != "ascending":
-            return None
-        if any(packed is not None and packed.dtype != torch.bfloat16 for packed in (keys, queries)):
-            return None
-        num_runs, blocks = step.columns.shape[1], -(-step.end // spec.block_size)
-        if num_runs > MAX_RUNS or step.longest > LENGTHS[-1] or blocks > WIDTHS[-1]:
-            return None
-        runs = 1 << (num_runs - 1).bit_length()
-        length = 1 << (step.longest - 1).bit_length()
-        heads = 0 if queries is None else queries.heads
-        width = next(width for width in WIDTHS if width >= blocks) if heads else WIDTHS[0]
-        shape = cls(runs, length, heads, width, keys is not None)
-        return shape if shape.is_small() else None
 
     def is_small(self) -> bool:
         """Whether a graph may keep room for it."""
@@ -85,58 +58,36 @@ class Shape(NamedTuple):
         """Rows of keys and queries, padded ones included."""
         return self.runs * self.length
 
-    def parts(self, head_dim: int) -> tuple[int, int, int]:
-        """Where in a step's bytes, which begin with the columns, keys and queries begin, and where all of it ends."""
-        keys = 4 * _COLUMNS * max(self.runs, 4)  # so that what follows lies at a multiple of 16 bytes
-        queries = keys + (_ITEM_BYTES * head_dim * self.tokens if self.appends else 0)
-        return keys, queries, queries + _ITEM_BYTES * head_dim * self.tokens * self.heads
-
 
 def widths(spec: IndexSpec) -> list[int]:
     """Those that sequences of an indexer may need."""
     return [width for width, less in zip(WIDTHS, (0, *WIDTHS), strict=False) if less < spec.max_blocks]
 
 
-def shapes(spec: IndexSpec) -> Iterator[Shape]:
-    """What is captured at the start for steps of the engine's batches: keys alone, and queries of ranks alike."""
-    for runs in _RUNS:
-        yield Shape(runs, 1, 0, WIDTHS[0], appends=True)
-    ranks = [heads for heads in range(1, spec.num_index_heads + 1) if spec.num_index_heads % heads == 0]
-    every = (
-        Shape(runs, 1, heads, width, appends=False)
-        for runs, width, heads in itertools.product(_RUNS, widths(spec), ranks)
-    )
-    yield from filter(Shape.is_small, every)
-
-
-def step_buffer_shapes(spec: IndexSpec) -> list[Shape]:
-    """What is captured at the start for steps in rooms, which append and select for all heads; smallest first."""
-    every = [
-        Shape(runs, length, spec.num_index_heads, width, appends=True)
-        for runs, width, length in itertools.product(_RUNS, widths(spec), LENGTHS)
-    ]
+def shapes(spec: IndexSpec) -> list[Shape]:
+    """What is captured at the start; smallest first. What is done for each run is its own affair, not the graph's."""
+    every = (Shape(runs, length, width) for runs, width, length in itertools.product(_RUNS, widths(spec), LENGTHS))
     return sorted(filter(Shape.is_small, every), key=lambda shape: (shape.tokens * shape.width, shape.runs))
 
 
 class _Slot:
-    """StepBuffer for one step on its way, shared by all graphs that use it; they run one after the other."""
+    """Memory of one step on its way, shared by all graphs that use it; they run one after the other."""
 
     def __init__(self, spec: IndexSpec, device: torch.device) -> None:
-        num_bytes = step_buffer_bytes(spec)
+        num_bytes, num_ids = step_buffer_bytes(spec), step_buffer_ids(spec)
         self.host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
-        self.memory = memoryview(self.host.numpy().data)
         self.there = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self.block_ids = torch.zeros(step_buffer_ids(spec), dtype=torch.int32, pin_memory=True)
-        self.written = self.block_ids.numpy()
+        self.block_ids = torch.zeros(num_ids, dtype=torch.int32, pin_memory=True)
+        self.scores = torch.zeros(num_ids, dtype=torch.float32, pin_memory=True)
 
 
 class Graphs:
-    """Graphs of the steps that engines make all the time, one for each shape and slot; more are captured as asked for.
+    """Graphs of the steps of a core, one for each shape and slot.
 
     Args:
         backend: whose kernels they hold.
         stream: where they run.
-        tables: int32 `[rows, W]`, the page tables on the device.
+        tables: int32 `[rows, W]`, the page tables on the device, which stay where they are.
         slots: steps that may be on their way at once.
     """
 
@@ -144,54 +95,19 @@ class Graphs:
         self._backend, self._stream, self._tables = backend, stream, tables
         self._graphs: dict[tuple[Shape, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        spec = backend.spec
-        self._slots = [_Slot(spec, backend.device) for _ in range(slots)]
-        self._next = 0
-        self._head_dim, self._topk = spec.head_dim, spec.topk
+        self._slots = [_Slot(backend.spec, backend.device) for _ in range(slots)]
 
     def step_buffers(self) -> list[StepBuffer]:
         """The memory of the slots."""
-        return [StepBuffer(slot.host.numpy(), slot.written) for slot in self._slots]
+        return [StepBuffer(slot.host.numpy(), slot.block_ids.numpy(), slot.scores.numpy()) for slot in self._slots]
 
     def replays(self) -> list[Replay]:
         """What is captured, in the order in which it was."""
         captured = dict.fromkeys(shape for shape, _ in self._graphs)
-        return [Replay(shape.runs, shape.length, shape.width, self._programs(shape)) for shape in captured]
+        return [Replay(*shape, self._programs(shape)) for shape in captured]
 
     def _programs(self, shape: Shape) -> tuple[int, ...]:
         return tuple(self._graphs[shape, number].raw_cuda_graph_exec() for number in range(len(self._slots)))
-
-    def move(self, tables: torch.Tensor) -> None:
-        """Forgets what is captured, which reads other page tables; none of it is on its way."""
-        self._tables = tables
-        self._graphs.clear()
-
-    def begin(self, shape: Shape, step: Step) -> Pending:
-        """Begins a step of a shape, in the slot whose turn it is: the step before it there must be answered."""
-        number = self._next
-        if (shape, number) not in self._graphs:
-            self._capture(shape, number)
-        slot = self._slots[number]
-        self._fill(slot.memory, shape, step)
-        written = slot.written[: shape.tokens * shape.heads * self._topk]
-        written.fill(_UNWRITTEN)
-        self._graphs[shape, number].replay()
-        self._next = (number + 1) % len(self._slots)
-        if not shape.heads:
-            return Launched(None, self._stream)
-        return _Replay(written, (step.num_tokens, shape.heads, self._topk), self._stream)
-
-    def _fill(self, memory: memoryview, shape: Shape, step: Step) -> None:
-        keys_at, queries_at, _ = shape.parts(self._head_dim)
-        columns = np.frombuffer(memory, np.int32, _COLUMNS * shape.runs).reshape(_COLUMNS, shape.runs)
-        num_runs = step.columns.shape[1]
-        columns[:, :num_runs] = step.columns
-        columns[2, num_runs:] = 0  # Runs of length 0 are padding.
-        for packed, begin in ((step.keys, keys_at), (step.queries, queries_at)):
-            at = begin
-            for part in packed.parts if packed is not None else ():
-                memory[at : at + len(part)] = part
-                at += len(part)
 
     def capture(self, shape: Shape) -> None:
         """Captures a shape for every slot, none of which is in use; compiles what kernels have left to compile."""
@@ -200,8 +116,7 @@ class Graphs:
 
     def _capture(self, shape: Shape, number: int) -> None:
         slot = self._slots[number]
-        columns = np.frombuffer(slot.memory, np.int32, _COLUMNS * shape.runs)
-        columns[:] = 0
+        slot.host[: 4 * COLUMNS * shape.runs].zero_()
         self._run(shape, slot)  # What is compiled now, or allocated for good, must not be so while it is captured.
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -210,19 +125,20 @@ class Graphs:
         self._graphs[shape, number] = graph
 
     def _run(self, shape: Shape, slot: _Slot) -> None:
-        backend, head_dim = self._backend, self._head_dim
-        keys_at, queries_at, end = shape.parts(head_dim)
+        backend, spec = self._backend, self._backend.spec
+        keys_at = keys_offset(shape.runs)
+        queries_at = keys_at + _ITEM_BYTES * spec.head_dim * shape.tokens
+        end = queries_at + _ITEM_BYTES * spec.head_dim * shape.tokens * spec.num_index_heads
         slot.there[:end].copy_(slot.host[:end], non_blocking=True)
-        columns = slot.there[: 4 * _COLUMNS * shape.runs].view(torch.int32).view(_COLUMNS, shape.runs)
-        layers, starts, lengths, rows = columns
-        spans = Spans(layers, starts, lengths, self._tables, None, shape.length, rows, shape.width)
-        if shape.appends:
-            backend.append(slot.there[keys_at:queries_at].view(torch.bfloat16).view(-1, head_dim), spans)
-        if not shape.heads:
-            return
-        queries = slot.there[queries_at:end].view(torch.bfloat16).view(-1, shape.heads, head_dim)
-        block_ids = slot.block_ids[: shape.tokens * shape.heads * self._topk].view(-1, shape.heads, self._topk)
-        backend.decode_into(Selection(block_ids, None), queries, spans, order="ascending")
+        columns = slot.there[: 4 * COLUMNS * shape.runs].view(torch.int32).view(COLUMNS, shape.runs)
+        layers, starts, lengths, rows, flags = columns
+        spans = Spans(layers, starts, lengths, self._tables, None, shape.length, rows, shape.width, flags)
+        backend.append(slot.there[keys_at:queries_at].view(torch.bfloat16).view(-1, spec.head_dim), spans)
+        queries = slot.there[queries_at:end].view(torch.bfloat16).view(-1, spec.num_index_heads, spec.head_dim)
+        answer = (shape.tokens, spec.num_index_heads, spec.topk)
+        ids = answer[0] * answer[1] * answer[2]
+        selection = Selection(slot.block_ids[:ids].view(answer), slot.scores[:ids].view(answer))
+        backend.decode_into(selection, queries, spans, order="ascending")
 
 
 class Launched(Pending):
@@ -245,28 +161,3 @@ class Launched(Pending):
     def answer(self) -> Answer | None:
         """See `Pending.answer`."""
         return None if self._selection is None else on_host(self._selection)
-
-
-class _Replay(Pending):
-    """A graph that was launched: done once the device has written every block id."""
-
-    def __init__(self, written: np.ndarray, shape: tuple[int, int, int], stream: torch.cuda.Stream) -> None:
-        self._written, self._shape, self._stream = written, shape, stream
-        self._began = self._looked = time.monotonic()
-
-    def done(self) -> bool:
-        """See `Pending.done`."""
-        if self._written.min() == _UNWRITTEN:
-            now = time.monotonic()
-            if now - self._looked > _LOOK_SECONDS:
-                self._looked = now
-                self._stream.query()  # raises where the device has failed
-                check_patience(self._began)
-            return False
-        self.device_seconds = time.monotonic() - self._began
-        return True
-
-    def answer(self) -> Answer | None:
-        """See `Pending.answer`."""
-        tokens, heads, topk = self._shape
-        return Answer(self._written[: tokens * heads * topk].reshape(self._shape).copy(), None)

@@ -28,6 +28,8 @@ Bytes = bytes | memoryview
 STEP_BUFFERS, MAX_RUNS, MAX_TOKENS = 2, 256, 512
 """Steps that are made in memory of the host, and how large they may be."""
 
+COLUMNS = 5
+
 ANSWER_SECONDS = 30.0
 """Longest that a device may take for a step."""
 
@@ -56,12 +58,13 @@ class Step:
     """Runs of consecutive tokens, to append, to select for, or both, in this order; R = runs, T = tokens.
 
     Attributes:
-        columns: int32 `[4, R]`: layer, position of the first token, tokens, and first row of the page table of each
-            run.
+        columns: int32 `[5, R]`: layer, position of the first token, tokens, first row of the page table, and flags of
+            each run, as `blockdex_kernels.interface.Spans` has them.
         keys: `[T, D]`; or None.
         queries: `[T, H, D]`; or None.
         order: of the selection.
         return_scores: whether it holds scores.
+        raw_scores: whether these are unscaled, and forced blocks have the score that they have.
         num_tokens: T.
         longest: tokens of the longest run.
         end: position behind the last token that any run reaches.
@@ -72,13 +75,14 @@ class Step:
     queries: Packed | None = None
     order: Order = "ascending"
     return_scores: bool = False
+    raw_scores: bool = False
     num_tokens: int = field(init=False)
     longest: int = field(init=False)
     end: int = field(init=False)
 
     def __post_init__(self) -> None:
         # For the few runs of most steps lists are faster than arrays.
-        _, starts, lengths, _ = self.columns.tolist()
+        _, starts, lengths, *_ = self.columns.tolist()
         self.num_tokens, self.longest = sum(lengths), max(lengths)
         self.end = max(map(add, starts, lengths))
 
@@ -99,14 +103,19 @@ class Answer:
 class StepBuffer:
     """Memory of the host in which a step is made by who wants it, without a `Step`, and where its answer appears.
 
+    All T rows of keys and of queries have their place; those of runs that do not append, or select, are not read.
+
     Attributes:
-        host: uint8: int32 columns `[4, R]` as those of `Step`, with room for 4 runs at least; right behind them
-            bfloat16 keys `[T, D]`, and right behind those bfloat16 queries `[T, H, D]`.
-        block_ids: int32 `[T, H, topk]`, in ascending order.
+        host: uint8: int32 columns `[5, R]` as those of `Step`; behind them, at the next multiple of 16, bfloat16 keys
+            `[T, D]`, and right behind those bfloat16 queries `[T, H, D]`.
+        block_ids: int32 `[T, H, topk]`, in ascending order; -1 for runs that do not select.
+        scores: float32 `[T, H, topk]`, beside the block ids of runs that want them: unscaled, forced blocks with the
+            score that they have, -inf beside -1. A NaN product counts as -inf, so none of them is a NaN.
     """
 
     host: NDArray[np.uint8]
     block_ids: NDArray[np.int32]
+    scores: NDArray[np.float32]
 
 
 class Replay(NamedTuple):
@@ -238,11 +247,6 @@ class Executor(ABC):
         """
         raise NotImplementedError
 
-    @property
-    def table_capacity(self) -> int | None:
-        """Cells of page tables beyond which captured steps have to be captured anew, with none of them on its way."""
-        return None
-
     def check(self, began: float) -> None:
         """Asks after a step in a room that is not done.
 
@@ -266,7 +270,12 @@ class Executor(ABC):
 
 def step_buffer_bytes(spec: IndexSpec) -> int:
     """Bytes of the largest step that a room holds."""
-    return 16 * MAX_RUNS + 2 * MAX_TOKENS * spec.head_dim * (1 + spec.num_index_heads)
+    return keys_offset(MAX_RUNS) + 2 * MAX_TOKENS * spec.head_dim * (1 + spec.num_index_heads)
+
+
+def keys_offset(runs: int) -> int:
+    """Where in a step buffer the keys begin, behind the columns of so many runs."""
+    return -(-4 * COLUMNS * runs // 16) * 16
 
 
 def step_buffer_ids(spec: IndexSpec) -> int:

@@ -197,7 +197,7 @@ class Slices:
     def _fill(self, slot: _Slot, step: Step, cells: NDArray[np.int32]) -> int:
         """Writes what the device is to read; returns where it ends."""
         assert step.queries is not None
-        layer, start, length, _ = step.columns[:, 0].tolist()
+        layer, start, length, *_ = step.columns[:, 0].tolist()
         heads = step.queries.heads
         tiles, ranges = self._backend.split(length * heads, len(cells))
         slot.numbers[:RUN_NUMBERS] = (layer, start, length, tiles, ranges, heads, 0, 0)
@@ -230,7 +230,9 @@ class Slices:
         layers, starts, lengths = numbers_there[:3].view(3, 1)
         spans = Spans(layers, starts, lengths, numbers_there[None, 3:], step.columns[:3])
         self._begin(uploaded, marks)
-        selection = self._backend.prefill(sent, spans, order=step.order, return_scores=step.return_scores)
+        selection = self._backend.prefill(
+            sent, spans, order=step.order, return_scores=step.return_scores, raw_scores=step.raw_scores
+        )
         self._end(marks)
         with torch.cuda.stream(self._downloads):
             there = to_host(selection)

@@ -148,5 +148,7 @@ class Driver:
             sequences=[span.sequence.id for span in step.spans],
             starts=[span.run.start for span in step.spans],
             lengths=[span.run.length for span in step.spans],
+            # Drafts that were rejected are written over, and a sequence that has grown enough starts over.
+            **({} if step.rpc == "SelectBlocks" else {"rollback": True}),
             **tensors,
         )

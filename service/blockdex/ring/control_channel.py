@@ -79,26 +79,33 @@ class ControlChannel:
             raise UnavailableError(f"engine: no answer within {_ANSWER_SECONDS:g} s", Reason.UNREACHABLE) from None
 
     async def heard(self) -> AsyncIterator[Words]:
-        """What the other end says, but for answers, until it is gone."""
+        """What the other end says, but for answers, until it is gone, or has said what nobody can mean."""
         try:
-            while True:
-                length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "little")
-                if length > _LONGEST:
-                    return
-                words = json.loads(await self._reader.readexactly(length))
+            while (words := await self._next()) is not None:
                 match words:
-                    case {"answer": answer}:
+                    case {"answer": dict(answer)} if self._asked:
                         _settle(self._asked.popleft(), answer)
-                    case {"failed": str(message)}:
+                    case {"failed": str(message)} if self._asked:
                         _settle(self._asked.popleft(), UnavailableError(message, Reason.UNREACHABLE))
+                    case {"answer": _} | {"failed": _}:
+                        return  # to what nobody has asked
                     case _:
                         yield words
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return
         finally:
             self._over = True
             for asked in self._asked:
                 _settle(asked, _gone())
+
+    async def _next(self) -> Words | None:
+        """One object; None where the other end is gone, or what it says is none."""
+        try:
+            length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "little")
+            if length > _LONGEST:
+                return None
+            words = json.loads(await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError, ValueError, RecursionError):
+            return None
+        return words if isinstance(words, dict) else None
 
     def hang_up(self) -> None:
         """Ends the conversation: the other end is told, and so is who listens here."""

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -17,39 +17,79 @@ from blockdex.logs import log_fault
 from blockdex.ring.control_channel import ControlChannel, Words
 from blockdex_kernels import IndexSpec
 
-if TYPE_CHECKING:
-    from blockdex.scheduler.loop import Engine
-
 logger = logging.getLogger(__name__)
+
+_Report = TypeVar("_Report")
+
+
+class Engine(Protocol):
+    """What an engine says of itself, from any thread."""
+
+    def info(self) -> Info:
+        """What it is, holds and can do, now."""
+        ...
+
+    def overview(self, max_cells: int) -> CacheOverview:
+        """What pages and sequences are like, now, the pages in `max_cells` cells at most."""
+        ...
+
+    def stats(self) -> Stats:
+        """What it counted and timed since it started."""
+        ...
+
+
+class Reports(Protocol):
+    """The same, asked on an asyncio loop, which no call blocks."""
+
+    async def info(self) -> Info:
+        """As `Engine.info`.
+
+        Raises:
+            UnavailableError: the engine is gone, or cannot be understood (UNREACHABLE); so do the other two.
+        """
+        ...
+
+    async def overview(self, max_cells: int) -> CacheOverview:
+        """As `Engine.overview`."""
+        ...
+
+    async def stats(self) -> Stats:
+        """As `Engine.stats`."""
+        ...
 
 
 class RemoteReports:
-    """`Reports` of an engine in another process; used on one asyncio loop.
+    """`Reports` over a control channel; used on one asyncio loop.
 
     Args:
-        talk: the conversation with that process, if it is there.
+        control: the control channel to who holds the engine, if they are there.
     """
 
-    def __init__(self, talk: Callable[[], ControlChannel | None]) -> None:
-        self._talk_of = talk
+    def __init__(self, control: Callable[[], ControlChannel | None]) -> None:
+        self._control_of = control
 
     async def info(self) -> Info:
         """As `Reports.info`."""
-        return info_of(await self._ask("info"))
+        return await self._ask(info_of, "info")
 
     async def stats(self) -> Stats:
         """As `Reports.stats`."""
-        return stats_of(await self._ask("stats"))
+        return await self._ask(stats_of, "stats")
 
     async def overview(self, max_cells: int) -> CacheOverview:
         """As `Reports.overview`."""
-        return overview_of(await self._ask("overview", max_cells=max_cells))
+        return await self._ask(overview_of, "overview", max_cells=max_cells)
 
-    async def _ask(self, what: str, **arguments: int) -> Words:
-        talk = self._talk_of()
-        if talk is None:
+    async def _ask(self, read: Callable[[Words], _Report], what: str, **arguments: int) -> _Report:
+        control = self._control_of()
+        if control is None:
             raise gone()
-        return await talk.ask({"ask": what, **arguments})
+        words = await control.ask({"ask": what, **arguments})
+        try:
+            return read(words)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as fault:
+            message = f"engine: its report of {what} cannot be read ({type(fault).__name__}: {fault})"
+            raise UnavailableError(message, Reason.UNREACHABLE) from None
 
 
 async def reply_to(engine: Engine, words: Words) -> Words:

@@ -6,21 +6,15 @@ import asyncio
 import logging
 import socket
 import time
-from functools import partial
-from typing import TYPE_CHECKING
 
-from blockdex.contract.limits import check_request
 from blockdex.contract.messages import Limits
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.control_channel import ControlChannel
-from blockdex.ring.engine_reports import reply_to
+from blockdex.ring.engine_reports import Engine, reply_to
 from blockdex.ring.handshake import Handles, offer
 from blockdex.ring.segment import RingError, Sizes
 from blockdex.ring.server import Line, RingInbox
 from blockdex_kernels import IndexSpec
-
-if TYPE_CHECKING:
-    from blockdex.scheduler.loop import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +75,7 @@ class RingHost:
             log_event(logger, logging.WARNING, "link broken", reason=str(error))
             loop.call_soon_threadsafe(talk.hang_up)
 
-        line = Line(handles, partial(check_request, info.spec, info.limits), hang_up)
+        line = Line(handles, hang_up)
         self._inbox.add(line)
         try:
             async for words in talk.heard():
@@ -112,7 +106,7 @@ async def _begin(connected: socket.socket, sizes: Sizes, epoch: int) -> tuple[Ha
 
 
 def sizes_of(spec: IndexSpec, limits: Limits) -> Sizes:
-    """StepBuffer for requests and answers of the largest kind that limits allow, twice over."""
+    """Room for requests and answers of the largest kind that limits allow, twice over."""
     tokens_times_heads = limits.max_message_bytes // spec.head_dim
     largest_request = limits.max_message_bytes + _COLUMN_BYTES * limits.max_spans
     largest_answer = 8 * spec.topk * tokens_times_heads

@@ -28,7 +28,7 @@ class RingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """StepBuffer of a segment.
+    """Room of a segment.
 
     Attributes:
         slots: requests, and answers, that can be on their way; a power of two.

@@ -1,41 +1,28 @@
-"""From admitted requests to steps on the device, and back."""
+"""What the core does not run itself: bulk requests, short spans at once and long ones in slices, and their answers."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blockdex._native import Core
 from blockdex.cache import Cache
 from blockdex.contract.errors import Reason, ResourceExhaustedError
-from blockdex.contract.messages import Phase, Spans, TensorData, TokenAnswer, TokenRequest
+from blockdex.contract.messages import PHASES, Phase
 from blockdex.contract.stats import Stats
 from blockdex.executor.interface import Executor, Packed, Pending, Step
 from blockdex.logs import log_event
-from blockdex.scheduler.batch import Batch
+from blockdex.ring import layout
+from blockdex.scheduler.bulk import ALL_TOKENS, Bulk, Chosen, Reading, Rows, readings
 from blockdex.scheduler.prefill import Prefill, Prefills
-from blockdex.scheduler.request import Entry, Outcome, SequenceKey, selects
-from blockdex.scheduler.selection_group import (
-    ALL_ROWS,
-    TORCH_DTYPES,
-    Part,
-    Reading,
-    Rows,
-    readings,
-    rows_of,
-    subset,
-    take_rows,
-)
-
-if TYPE_CHECKING:
-    from blockdex.scheduler.fast_path import ShortWay
+from blockdex.scheduler.sequences import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -44,36 +31,36 @@ _LEARNING_RATE = 0.25
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlight:
     """A step on its way.
 
     Attributes:
         pending: how it gets on.
         phase: `append`, `decode` or `prefill`.
-        parts: readings that get so many rows of its answer, in their order, and for which of their own.
-        sequence: of a prefill, the sequence and layer that it reads.
-        products: of a prefill, dot products that it takes.
-        steps_before: of a prefill, steps that had begun before it.
+        parts: readings that get so many rows of its answer, in their order, and for which of their own tokens.
+        prefill: whose slice it is, if it is one.
+        products: of a slice, dot products that it takes.
+        steps_before: of a slice, steps that had begun before it.
     """
 
     pending: Pending
     phase: Phase
-    parts: list[tuple[Reading, int, Rows]]
-    sequence: tuple[SequenceKey, int] | None = None
+    parts: list[tuple[Reading, int, Chosen]]
+    prefill: Prefill | None = None
     products: float = 0.0
     steps_before: int = 0
 
 
 class Launcher:
-    """Runs batches and slices of prefills, without waiting for them.
+    """Runs bulk requests and slices of prefills, without waiting for them, and answers them.
 
     Args:
+        core: has their requests, and is told their answers.
         cache: where the sequences are.
         executor: takes steps to the device.
         stats: where time and sizes are counted.
         decode_queries: a span of at most so many queries is decode, a longer one prefill.
         prefill_slice_seconds: time that one slice of a prefill may take, about.
-        short_way: what runs decodes beside it, if anything does.
 
     Attributes:
         prefills: what is left to begin of the long spans.
@@ -81,224 +68,224 @@ class Launcher:
 
     def __init__(
         self,
+        core: Core,
         cache: Cache,
         executor: Executor,
         stats: Stats,
         *,
         decode_queries: int,
         prefill_slice_seconds: float,
-        short_way: ShortWay | None,
     ) -> None:
         self.prefills = Prefills()
+        self._core = core
         self._cache = cache
         self._executor = executor
         self._spec = executor.backend.spec
         self._stats = stats
         self._decode_queries = decode_queries
         self._slice_seconds = prefill_slice_seconds
-        self._short_way = short_way
-        self._clock = time.monotonic if short_way is None else short_way.time_beside
         self._steps = 0
         self._products_per_second = 1e8
-        self._flights: deque[Flight] = deque()
-        self._slices: deque[Flight] = deque()
-        self._landed: list[Outcome] = []
+        self._in_flight: deque[InFlight] = deque()
+        self._slices: deque[InFlight] = deque()
+        self._reading: list[Prefill] = []
         self._busy_since = 0.0
 
     @property
     def in_flight(self) -> bool:
         """Whether anything is on its way."""
-        return bool(self._flights or self._slices or self._landed)
+        return bool(self._in_flight or self._slices)
 
     @property
-    def only_prefills(self) -> bool:
+    def waits_for_slices(self) -> bool:
         """Whether nothing else is on its way, and no other slice is to begin now."""
-        if not self._slices or self._flights or self._landed:
+        if not self._slices or self._in_flight:
             return False
         return not self.prefills or len(self._slices) >= self._executor.max_slices
 
     @property
     def reads(self) -> bool:
         """Whether any prefill is not done."""
-        return bool(self.prefills or self._slices)
+        return bool(self._reading)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether a batch can begin without waiting for one before."""
-        return len(self._flights) < self._executor.max_pending
-
-    def reading(self) -> Iterator[tuple[SequenceKey, int]]:
-        """The (sequence, layer) pairs that unfinished prefills read, begun or not."""
-        yield from (prefill.sequence for prefill in self.prefills)
-        yield from (flight.sequence for flight in self._slices if flight.sequence is not None)
-
-    def being_read(self) -> Iterator[SequenceKey]:
-        """The sequences whose pages slices on their way read, from page tables as these were when they began."""
-        yield from (flight.sequence[0] for flight in self._slices if flight.sequence is not None)
-
-    def begin(self, batch: Batch) -> list[Outcome]:
-        """Begins what a batch asks of the device; returns the answers that need not wait for it."""
-        changes = self._cache.take_table_changes()
-        if len(changes):
-            self._executor.write_tables(self._cache.table_cells, changes)
-        if batch.copies:
-            self._executor.copy_pages(*map(list, zip(*batch.copies, strict=True)))
-        made = readings(batch.selections, self._spec)
-        self._note([entry for entry, _ in batch.appends], "append")
-        self._append(batch.appends)
-        self._select(made)
-        done, now = [entry for entry, _ in batch.appends if not selects(entry)], time.monotonic()
-        for entry in done:
-            entry.finished = now
-        return [(entry, TokenAnswer(self._cache.epoch)) for entry in done]
+    def begin(self, requests: Sequence[Bulk]) -> None:
+        """Begins what bulk requests ask of the device: all appends, then all selections."""
+        self._append([request for request in requests if request.keys is not None and request.rows.applies.any()])
+        self._select(readings((request for request in requests if request.queries is not None), self._spec))
+        for request in requests:
+            if request.queries is None:
+                self._core.answer(request.number, 0, 0, 0, 0, 0, None, None)
 
     def begin_slice(self) -> None:
         """Begins one slice of the prefill whose turn it is, if there is one, and if not enough are on their way."""
         if not self.prefills or len(self._slices) >= self._executor.max_slices:
             return
         prefill = self.prefills.pop()
-        reading = prefill.reading
+        reading, first = prefill.reading, prefill.reading.first
         in_time = prefill.tokens_within(self._products_per_second * self._slice_seconds)
         most = min(prefill.remaining, max(self._executor.max_slice_rows // reading.heads, 1))
         tokens = min(max(in_time, self._executor.least_slice), most)
         products = prefill.products(tokens)
-        part, rows = prefill.take(tokens)
+        part = prefill.take(tokens)
         if prefill.remaining:
             # Behind the others: a short prefill does not wait for a long one to end.
             self.prefills.add(prefill)
-        queries = reading.packed([reading.queries(rows)])
-        step = Step(self._columns([part]), None, queries, reading.order, reading.return_scores)
-        self._note([entry for entry, _ in reading.callers], "prefill")
+        row = (prefill.layer, part.start, part.length, self._cache.first_rows[prefill.column], 0)
+        columns = np.array([row], np.int32).T.copy()
+        queries = reading.packed([reading.queries(part.tokens)])
+        step = Step(columns, None, queries, first.order, first.return_scores, first.raw_scores)
+        self._note([caller for caller, _ in reading.callers], "prefill")
         self._note_busy()
         try:
             pending = self._executor.begin_prefill(step)
         except torch.OutOfMemoryError as error:
+            prefill.slices -= 1
             self._give_up([reading], error)
             return
-        self._slices.append(
-            Flight(pending, "prefill", [(reading, tokens, rows)], prefill.sequence, products, self._steps_begun())
-        )
-        self._stats.launched("prefill", tokens, 1)
+        parts: list[tuple[Reading, int, Chosen]] = [(reading, part.length, part.tokens)]
+        self._slices.append(InFlight(pending, "prefill", parts, prefill, products, self._steps_begun()))
+        self._stats.launched("prefill", part.length, 1)
 
-    def land(self) -> list[Outcome]:
-        """What has become of the steps on their way: the answers of the requests that are answered whole."""
-        while self._flights and self._flights[0].pending.done():
-            self._arrive(self._flights.popleft())
+    def land(self) -> None:
+        """Answers the requests of steps that have ended, once they are answered whole."""
+        while self._in_flight and self._in_flight[0].pending.done():
+            self._arrive(self._in_flight.popleft())
         while self._slices and self._has_ended(self._slices[0]):
             self._arrive(self._slices.popleft())
-        landed, self._landed = self._landed, []
-        return landed
 
-    def keep_alive(self) -> None:
-        """Renews the leases of the sequences that prefills read, lest their pages be given away."""
-        for sequence, _ in self.reading():
-            self._cache.get_sequence(*sequence)
+    def drop_gone(self) -> None:
+        """Gives up prefills that nobody waits for any more."""
+        for reading in {id(prefill.reading): prefill.reading for prefill in self.prefills}.values():
+            reading.callers = [each for each in reading.callers if not self._core.drop_if_gone(each[0].number)]
+            if not reading.callers:
+                self._stop_reading([reading])
 
-    def drop_gone(self, now: float) -> list[Outcome]:
-        """Gives up prefills that nobody waits for any more; returns what the callers that are gone are answered."""
-        outcomes = [outcome for prefill in self.prefills for outcome in prefill.reading.drop_gone(now)]
-        if outcomes:
-            self.prefills.keep(lambda prefill: bool(prefill.reading.callers))
-        return outcomes
-
-    def _append(self, appends: Sequence[tuple[Entry, NDArray[np.bool_] | None]]) -> None:
-        """Writes the keys of every entry, one step for all that came in the same dtype."""
-        by_dtype: dict[torch.dtype, list[tuple[memoryview, Part]]] = {}
-        for entry, applies in appends:
-            request, keys = entry.request, _keys(entry)
-            assert isinstance(request, TokenRequest)
-            spans = request.spans
-            if applies is not None:
-                keys = take_rows(keys, len(keys) // spans.num_tokens, rows_of(spans, applies))
-                spans = subset(spans, applies)
-            part = Part(request.tenant, request.layer, spans)
-            by_dtype.setdefault(_keys_dtype(entry), []).append((keys, part))
+    def _append(self, requests: Sequence[Bulk]) -> None:
+        """Writes the keys of every request, one step for all that came in the same dtype."""
+        by_dtype: dict[torch.dtype, list[tuple[memoryview, Bulk, Rows]]] = {}
+        self._note(requests, "append")
+        for request in requests:
+            rows, keys = request.rows, request.keys
+            assert keys is not None
+            tokens: Chosen = ALL_TOKENS
+            if not rows.applies.all():
+                tokens, rows = rows.tokens_of(rows.applies), rows.subset(rows.applies)
+            data = keys.take(self._spec.head_dim * keys.dtype.itemsize, tokens)
+            by_dtype.setdefault(keys.dtype, []).append((data, request, rows))
         for dtype, parts in by_dtype.items():
-            step = Step(self._columns([part for _, part in parts]), Packed(dtype, 1, [keys for keys, _ in parts]))
+            columns = self._columns([(request.layer, rows) for _, request, rows in parts])
+            step = Step(columns, Packed(dtype, 1, [data for data, _, _ in parts]))
             self._begin(step, "append", [])
             self._stats.launched("append", step.num_tokens, len(parts))
 
     def _select(self, made: Sequence[Reading]) -> None:
         """Begins to answer the short spans of every reading; the long ones become prefills."""
-        groups: dict[tuple[object, ...], list[tuple[Reading, Spans, Rows]]] = {}
+        groups: dict[tuple[object, ...], list[tuple[Reading, Rows, Chosen]]] = {}
         for reading in made:
-            spans = reading.request.spans
+            rows = reading.first.rows
             if reading.longest <= self._decode_queries:
-                groups.setdefault(reading.alike, []).append((reading, spans, ALL_ROWS))
+                groups.setdefault(reading.alike, []).append((reading, rows, ALL_TOKENS))
                 continue
-            short = spans.lengths <= self._decode_queries
+            short = rows.lengths <= self._decode_queries
             for row in np.flatnonzero(~short).tolist():
-                self.prefills.add(Prefill(reading, row))
+                self._add_prefill(Prefill(reading, row))
             if short.any():
-                groups.setdefault(reading.alike, []).append((reading, subset(spans, short), rows_of(spans, short)))
+                groups.setdefault(reading.alike, []).append((reading, rows.subset(short), rows.tokens_of(short)))
         for group in groups.values():
             self._decode(group)
 
-    def _decode(self, group: Sequence[tuple[Reading, Spans, Rows]]) -> None:
+    def _add_prefill(self, prefill: Prefill) -> None:
+        self._cache.begin_reading(prefill.layer, prefill.column)
+        self._reading.append(prefill)
+        self.prefills.add(prefill)
+
+    def _decode(self, group: Sequence[tuple[Reading, Rows, Chosen]]) -> None:
         """Begins to answer short spans that are alike."""
         first = group[0][0]
-        queries = first.packed([reading.queries(rows) for reading, _, rows in group])
-        parts = [Part(reading.request.tenant, reading.request.layer, spans) for reading, spans, _ in group]
-        step = Step(self._columns(parts), None, queries, first.order, first.return_scores)
-        self._note([entry for reading, _, _ in group for entry, _ in reading.callers], "decode")
+        queries = first.packed([reading.queries(tokens) for reading, _, tokens in group])
+        columns = self._columns([(reading.first.layer, rows) for reading, rows, _ in group])
+        asked = first.first
+        step = Step(columns, None, queries, asked.order, asked.return_scores, asked.raw_scores)
+        self._note([caller for reading, _, _ in group for caller, _ in reading.callers], "decode")
         try:
-            self._begin(step, "decode", [(reading, spans.num_tokens, rows) for reading, spans, rows in group])
+            self._begin(step, "decode", [(reading, int(rows.lengths.sum()), tokens) for reading, rows, tokens in group])
         except torch.OutOfMemoryError as error:
             self._give_up([reading for reading, _, _ in group], error)
             return
         self._stats.launched("decode", step.num_tokens, len(group))
 
-    def _columns(self, parts: Sequence[Part]) -> NDArray[np.int32]:
-        """int32 `[4, R]`: see `Step.columns`."""
-        columns = np.empty((4, sum(len(part.spans.lengths) for part in parts)), np.int32)
-        row = 0
-        for tenant, layer, spans in parts:
-            own = columns[:, row : row + len(spans.lengths)]
-            own[0], own[1], own[2] = layer, spans.starts, spans.lengths
-            own[3] = self._cache.table_rows(tenant, spans)
-            row += own.shape[1]
+    def _columns(self, parts: Sequence[tuple[int, Rows]]) -> NDArray[np.int32]:
+        """int32 `[5, R]`: see `Step.columns`."""
+        first_rows = self._cache.first_rows
+        made = [
+            np.stack([np.full(len(rows.ids), layer), rows.starts, rows.lengths, first_rows[rows.columns]])
+            for layer, rows in parts
+        ]
+        columns = np.zeros((5, sum(part.shape[1] for part in made)), np.int32)
+        columns[:4] = np.concatenate(made, axis=1)
         return columns
 
-    def _begin(
-        self,
-        step: Step,
-        phase: Phase,
-        parts: list[tuple[Reading, int, Rows]],
-    ) -> None:
-        while not self.has_room:
-            if self._flights[0].pending.done():
-                self._arrive(self._flights.popleft())
+    def _begin(self, step: Step, phase: Phase, parts: list[tuple[Reading, int, Chosen]]) -> None:
+        while len(self._in_flight) >= self._executor.max_pending:
+            if self._in_flight[0].pending.done():
+                self._arrive(self._in_flight.popleft())
             time.sleep(0)
         self._note_busy()
         self._steps += 1
-        self._flights.append(Flight(self._executor.begin(step), phase, parts))
+        self._in_flight.append(InFlight(self._executor.begin(step), phase, parts))
 
     def _steps_begun(self) -> int:
-        """Other steps that have begun so far, on the short way too."""
-        return self._steps + (0 if self._short_way is None else self._short_way.steps)
+        """Other steps that have begun so far, the core's too."""
+        return self._steps + self._core.steps
 
     def _note_busy(self) -> None:
-        if not (self._flights or self._slices):
-            self._busy_since = self._clock()
+        if not self.in_flight:
+            self._busy_since = self._core.time_beside
 
-    def _arrive(self, flight: Flight) -> None:
-        now = time.monotonic()
+    def _note(self, requests: Sequence[Bulk], phase: Phase) -> None:
+        # The last one names it: what a request appends comes first, then its short spans, then its long ones.
+        for request in requests:
+            self._core.begin(request.number, PHASES.index(phase) + 1)
+
+    def _arrive(self, flight: InFlight) -> None:
         self._stats.device_seconds[flight.phase] += flight.pending.device_seconds
         answer = flight.pending.answer() if flight.parts else None
         row = 0
-        for reading, tokens, rows in flight.parts:
+        for reading, count, tokens in flight.parts:
             assert answer is not None
-            reading.write(rows, answer if len(flight.parts) == 1 else answer[row : row + tokens])
-            row += tokens
+            reading.write(tokens, answer if len(flight.parts) == 1 else answer[row : row + count])
+            row += count
             if not reading.unread:
-                for entry, _ in reading.callers:
-                    entry.finished = now
-                self._landed += reading.outcomes(self._cache.epoch)
-        if not (self._flights or self._slices):
-            self._stats.device_busy_seconds += self._clock() - self._busy_since
+                self._answer(reading)
+        if flight.prefill is not None:
+            flight.prefill.slices -= 1
+            self._end_reading()
+        if not self.in_flight:
+            self._stats.device_busy_seconds += self._core.time_beside - self._busy_since
 
-    def _has_ended(self, flight: Flight) -> bool:
-        """Whether a slice is done, or has failed for want of memory, which ends its readings."""
+    def _answer(self, reading: Reading) -> None:
+        for caller, answer in reading.shares():
+            flags = layout.HAS_BLOCK_IDS | (0 if answer.scores is None else layout.HAS_SCORES)
+            tokens, heads, topk = answer.block_ids.shape
+            self._core.answer(caller.number, flags, tokens, heads, topk, 0, answer.block_ids, answer.scores)
+        reading.callers = []
+
+    def _end_reading(self) -> None:
+        """What prefills have read to the end may be written again."""
+        for prefill in self._reading:
+            if prefill.is_done:
+                self._cache.end_reading(prefill.layer, prefill.column)
+                self._core.try_again()
+        self._reading = [prefill for prefill in self._reading if not prefill.is_done]
+
+    def _stop_reading(self, given_up: Sequence[Reading]) -> None:
+        for prefill in self._reading:
+            prefill.given_up |= prefill.reading in given_up
+        self.prefills.keep(lambda prefill: not prefill.given_up)
+        self._end_reading()
+
+    def _has_ended(self, flight: InFlight) -> bool:
+        """Whether a slice is done, or has failed for want of memory, which ends its reading."""
         try:
             if not flight.pending.done():
                 return False
@@ -309,7 +296,7 @@ class Launcher:
         self._learn(flight)
         return True
 
-    def _learn(self, flight: Flight) -> None:
+    def _learn(self, flight: InFlight) -> None:
         """Corrects the rate by a slice's.
 
         One that may have waited for the host, or for decodes, only says that the device is no slower. Otherwise what
@@ -320,37 +307,12 @@ class Launcher:
         if rate > self._products_per_second or not disturbed:
             self._products_per_second += _LEARNING_RATE * (rate - self._products_per_second)
 
-    def _give_up(self, readings: Sequence[Reading], error: torch.OutOfMemoryError) -> None:
+    def _give_up(self, given_up: Sequence[Reading], error: torch.OutOfMemoryError) -> None:
         """Answers the callers of selections that the device has no memory for; pages are as they were."""
-        self.prefills.keep(lambda prefill: prefill.reading not in readings)
-        self._refuse([entry for reading in readings for entry, _ in reading.callers], error)
-        for reading in readings:
-            reading.callers = []
-
-    def _refuse(self, entries: Iterable[Entry], error: torch.OutOfMemoryError) -> None:
         log_event(logger, logging.ERROR, "device out of memory", reason=str(error))
         refused = ResourceExhaustedError("device: no memory left to select with", Reason.OVERLOADED)
-        self._landed += [(entry, refused) for entry in entries]
-
-    @staticmethod
-    def _note(entries: Iterable[Entry], phase: Phase) -> None:
-        now = time.monotonic()
-        for entry in entries:
-            # The last one names it: what a request appends comes first, then its short spans, then its long ones.
-            entry.launched, entry.phase = now, phase
-
-
-def _keys(entry: Entry) -> memoryview:
-    """Bytes of `[T, D]`."""
-    return memoryview(_keys_of(entry).data).cast("B")
-
-
-def _keys_dtype(entry: Entry) -> torch.dtype:
-    return TORCH_DTYPES[_keys_of(entry).dtype]
-
-
-def _keys_of(entry: Entry) -> TensorData:
-    request = entry.request
-    assert isinstance(request, TokenRequest)
-    assert request.keys is not None
-    return request.keys.tensor
+        for reading in given_up:
+            for caller, _ in reading.callers:
+                refuse(self._core, caller.number, refused)
+            reading.callers = []
+        self._stop_reading(given_up)

@@ -5,38 +5,49 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-import numpy as np
+from blockdex.scheduler.bulk import Reading
 
-from blockdex.contract.messages import Spans
-from blockdex.scheduler.request import SequenceKey
-from blockdex.scheduler.selection_group import Part, Reading
+
+class Slice(NamedTuple):
+    """Part of a long span: position of its first token, its tokens, and where they are in the reading."""
+
+    start: int
+    length: int
+    tokens: slice
 
 
 class Prefill:
-    """One long span of a reading, row `row` of its spans.
+    """One long span of a reading, row `row` of it.
 
     Attributes:
         reading: where it is from.
-        sequence: the sequence and layer that it reads.
+        layer: what it reads.
+        column: whose.
+        slices: that are on their way.
+        given_up: whether nobody waits for the rest of it.
     """
 
     def __init__(self, reading: Reading, row: int) -> None:
-        spans = reading.request.spans
+        rows = reading.first.rows
         self.reading = reading
-        self._row = row
-        self.sequence: tuple[SequenceKey, int] = (
-            (reading.request.tenant, int(spans.sequence_ids[row])),
-            reading.request.layer,
-        )
-        self._start, self._length = int(spans.starts[row]), int(spans.lengths[row])
-        self._first_row = int(spans.lengths[:row].sum())
+        self.layer, self.column = reading.first.layer, int(rows.columns[row])
+        self.slices = 0
+        self.given_up = False
+        self._start, self._length = int(rows.starts[row]), int(rows.lengths[row])
+        self._first_token = int(rows.lengths[:row].sum())
         self._done = 0
 
     @property
     def remaining(self) -> int:
         """Tokens that are in no slice yet."""
         return self._length - self._done
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing reads for it any more."""
+        return not self.slices and (self.given_up or not self.remaining)
 
     def products(self, tokens: int) -> float:
         """Dot products that the next slice takes if it has so many tokens."""
@@ -47,26 +58,20 @@ class Prefill:
         before = self._start + self._done
         return int(math.sqrt(before * before + 2 * products / self.reading.heads)) - before
 
-    def take(self, tokens: int) -> tuple[Part, slice]:
-        """The next slice: its run, and its rows in the reading."""
-        request, first = self.reading.request, self._done
+    def take(self, tokens: int) -> Slice:
+        """The next slice, of so many tokens or all that remain."""
+        first = self._done
         self._done += min(tokens, self.remaining)
-        spans = request.spans
-        run = Spans(
-            spans.sequence_ids[self._row : self._row + 1],
-            np.array([self._start + first]),
-            np.array([self._done - first]),
-            spans.revisions[self._row : self._row + 1],
-        )
-        rows = slice(self._first_row + first, self._first_row + self._done)
-        return Part(request.tenant, request.layer, run), rows
+        self.slices += 1
+        tokens_there = slice(self._first_token + first, self._first_token + self._done)
+        return Slice(self._start + first, self._done - first, tokens_there)
 
 
 class Prefills:
     """Those that are not wholly begun. Tenants take turns, and so do the prefills of each."""
 
     def __init__(self) -> None:
-        self._turns: dict[str, deque[Prefill]] = {}
+        self._turns: dict[int, deque[Prefill]] = {}
 
     def __iter__(self) -> Iterator[Prefill]:
         return (prefill for turns in self._turns.values() for prefill in turns)
@@ -76,7 +81,7 @@ class Prefills:
 
     def add(self, prefill: Prefill) -> None:
         """Puts one behind all others of its tenant."""
-        self._turns.setdefault(prefill.reading.request.tenant, deque()).append(prefill)
+        self._turns.setdefault(prefill.reading.first.tenant, deque()).append(prefill)
 
     def pop(self) -> Prefill:
         """Takes out the one whose turn it is; its tenant's next turn comes after all other tenants'."""

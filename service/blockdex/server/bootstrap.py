@@ -21,7 +21,7 @@ from blockdex_kernels import IndexSpec
 
 if TYPE_CHECKING:
     from blockdex.frontend.grpc.tracing import Tracing
-    from blockdex.scheduler.fast_path import CoreInbox
+    from blockdex.ring.server import RingInbox
     from blockdex.scheduler.loop import Engine
     from blockdex_kernels.dispatch import Choice
 
@@ -34,7 +34,7 @@ _TRACING_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grp
 _WARM_UP_LINE_SECONDS = 5.0
 _SPIN_SECONDS = 0.001
 """Longer than what an engine does between two layers, so that both are awake when the next one asks."""
-_NO_SPLIT = "processes: split needs Linux and the compiled module blockdex._native; single goes everywhere"
+_NO_RING = "a server needs Linux on x86-64, which orders plain stores, and the compiled module blockdex._native"
 _CORES = 4
 """From so many on a server is several processes, which do not wait for each other's turn at the interpreter.
 
@@ -61,15 +61,15 @@ def splits(settings: ServeSettings) -> bool:
     """Whether a server is to be several processes.
 
     Raises:
-        StartError: it cannot be what the settings say.
+        StartError: it cannot be what the settings say, or cannot be here at all.
     """
-    if settings.processes == "split" and not SUPPORTED:
-        raise StartError(_NO_SPLIT)
-    if settings.frontends > 1 and not (settings.processes != "single" and SUPPORTED):
-        raise StartError(f"frontends: {settings.frontends} need --processes split, on Linux")
-    if settings.processes == "auto":
-        return SUPPORTED and (settings.frontends > 1 or len(os.sched_getaffinity(0)) >= _CORES)
-    return settings.processes == "split"
+    if not SUPPORTED:
+        raise StartError(_NO_RING)
+    if settings.processes != "auto":
+        if settings.frontends > 1 and settings.processes == "single":
+            raise StartError(f"frontends: {settings.frontends} need --processes split")
+        return settings.processes == "split"
+    return settings.frontends > 1 or len(os.sched_getaffinity(0)) >= _CORES
 
 
 def spin_seconds(settings: ServeSettings) -> float:
@@ -78,6 +78,11 @@ def spin_seconds(settings: ServeSettings) -> float:
         return settings.spin_seconds
     processes = 2 + settings.frontends
     return _SPIN_SECONDS if len(os.sched_getaffinity(0)) >= processes else 0.0
+
+
+def tell_seconds(settings: ServeSettings) -> float:
+    """Frontends hear how requests that took longer spent their time: slow ones for the log, or all for spans."""
+    return -1.0 if settings.otlp_endpoint else settings.slow_request_seconds
 
 
 def check_tracing(settings: ServeSettings) -> None:
@@ -107,7 +112,7 @@ def start_tracing(settings: ServeSettings) -> Tracing | None:
 
 
 def build_engine(
-    settings: ServeSettings, spec: IndexSpec, on_lost_device: Callable[[], None], inbox: CoreInbox | None = None
+    settings: ServeSettings, spec: IndexSpec, on_lost_device: Callable[[], None], inbox: RingInbox
 ) -> Engine:
     """The engine with its cache, not yet started; loads torch, which takes seconds.
 
@@ -115,7 +120,7 @@ def build_engine(
         settings: of the server.
         spec: the indexer.
         on_lost_device: as `Engine` takes it.
-        inbox: where its entries come from; without one, from `Engine.submit`.
+        inbox: where links come.
 
     Raises:
         StartError: the cache does not fit, or the device is not there.

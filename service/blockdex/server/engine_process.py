@@ -30,7 +30,7 @@ async def run(talk: ControlChannel, settings: ServeSettings, words: Words, heard
     """Builds the engine, compiles its kernels and lets frontends in, until the supervisor has it stop or is gone."""
     threading.excepthook = end_with_the_thread
     loop = asyncio.get_running_loop()
-    inbox = RingInbox(settings.max_queued_requests, spin_seconds(settings))
+    inbox = RingInbox(spin_seconds(settings))
 
     def on_lost_device() -> None:
         loop.call_soon_threadsafe(talk.hang_up)
@@ -40,7 +40,7 @@ async def run(talk: ControlChannel, settings: ServeSettings, words: Words, heard
     except (StartError, SpecError) as error:
         talk.tell({"refused": str(error)})
         return
-    engine.start(inbox.deliver)
+    engine.start()
     talk.tell({"gpu": gpu_uuid(engine.info().device)})
     opening = asyncio.create_task(_open(talk, engine, inbox, words["listening"]))
     # By itself it ends by a fault alone; then nobody is let in any more, and another core is started.

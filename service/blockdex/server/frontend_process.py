@@ -10,7 +10,7 @@ from blockdex.frontend.http.metrics import RequestMetrics
 from blockdex.ring.client import RingChannel, Spinning
 from blockdex.ring.control_channel import ControlChannel, Words
 from blockdex.ring.selector import RingSelector
-from blockdex.server.bootstrap import FLUSH_SECONDS, spin_seconds, start_tracing
+from blockdex.server.bootstrap import FLUSH_SECONDS, spin_seconds, start_tracing, tell_seconds
 from blockdex.server.child_process import run_child
 from blockdex.server.config import ServeSettings
 from blockdex.server.request_counts import words_of
@@ -40,7 +40,7 @@ class Frontend:
         self._channel = RingChannel(
             address,
             changed=self._changes.put_nowait,
-            slow_seconds=settings.slow_request_seconds,
+            tell_seconds=tell_seconds(settings),
             timed=self._requests.observe_many,
             spinning=Spinning(selector, seconds) if seconds else None,
         )
@@ -63,6 +63,7 @@ class Frontend:
         except OSError as error:
             self._talk.tell({"refused": str(error)})
             return
+        rpc.tell_of_epoch(self._channel.epoch)
         self._talk.tell({"listening": rpc.address, "serving": True})
         telling = asyncio.create_task(self._tell_changes(rpc))
         finishing: asyncio.Task[None] | None = None
@@ -89,6 +90,8 @@ class Frontend:
     async def _tell_changes(self, rpc: RpcServer) -> None:
         while True:
             there = await self._changes.get()
+            if there:
+                rpc.tell_of_epoch(self._channel.epoch)
             await rpc.be_ready(there)
             self._talk.tell({"serving": there})
 

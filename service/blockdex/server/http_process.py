@@ -13,7 +13,7 @@ from blockdex.frontend.http.live_page import LiveView
 from blockdex.frontend.http.metrics import Metrics, RequestCounts, ServerCollector
 from blockdex.frontend.http.readiness import Readiness
 from blockdex.frontend.http.server import HttpServer
-from blockdex.ring.channel import Reports
+from blockdex.ring.engine_reports import Reports
 
 
 class HttpSide:

@@ -10,10 +10,10 @@ import os
 import signal
 import socket
 import threading
+from typing import TYPE_CHECKING
 
 from blockdex.contract.messages import Info
 from blockdex.contract.version import VERSION
-from blockdex.frontend.http.metrics import RequestMetrics
 from blockdex.frontend.http.readiness import Readiness
 from blockdex.logs import configure_logging, log_event
 from blockdex.server.addresses import Address
@@ -25,14 +25,19 @@ from blockdex.server.bootstrap import (
     claim,
     end_with_the_thread,
     gpu_uuid,
+    spin_seconds,
     splits,
     start_tracing,
     warm_up,
 )
 from blockdex.server.config import ServeSettings
 from blockdex.server.http_process import HttpSide
+from blockdex.server.request_counts import OwnCounts
 from blockdex.server.supervisor import Supervisor
 from blockdex_kernels import IndexSpec, SpecError
+
+if TYPE_CHECKING:
+    from blockdex.ring.selector import RingSelector
 
 logger = logging.getLogger(__name__)
 
@@ -51,28 +56,40 @@ def serve(settings: ServeSettings) -> int:
     try:
         spec = settings.index_spec()
         check_tracing(settings)
-        run = _run_split if splits(settings) else _run_single
+        split = splits(settings)
         # Claimed before torch is loaded: a port in use is told at once. gRPC itself would only say that it failed.
         claim(settings.grpc_address).close()
         with claim(settings.http_address) as http_socket:
-            return asyncio.run(run(settings, spec, http_socket))
+            if split:
+                return asyncio.run(_run_split(settings, spec, http_socket))
+            return _run_on_ring(settings, spec, http_socket)
     except (StartError, SpecError) as error:
         log_event(logger, logging.ERROR, "refused to start", reason=str(error))
         return 2
 
 
-async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> int:
+def _run_on_ring(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> int:
+    from blockdex.ring.selector import RingSelector  # noqa: PLC0415 - it is compiled, and a refusal to start is not
+
+    selector = RingSelector()
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+        return runner.run(_run_single(settings, spec, http_socket, selector))
+
+
+async def _run_single(
+    settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket, selector: RingSelector
+) -> int:
     # What brings torch and gRPC is loaded here: a supervisor needs neither.
     from blockdex.frontend.grpc.server import start_rpc_server  # noqa: PLC0415
-    from blockdex.ring.in_process import LocalChannel  # noqa: PLC0415
+    from blockdex.ring.server import RingInbox  # noqa: PLC0415
+    from blockdex.server.single_process import connected  # noqa: PLC0415
 
     threading.excepthook = end_with_the_thread
-    engine = build_engine(settings, spec, on_lost_device=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    inbox = RingInbox(spin_seconds(settings))
+    engine = build_engine(settings, spec, lambda: os.kill(os.getpid(), signal.SIGTERM), inbox)
     told_to_stop = _listen_to_signals()
-    requests, readiness = RequestMetrics(), Readiness()
-    channel = LocalChannel(engine)
-    channel.start()
-    try:
+    requests, readiness = OwnCounts(), Readiness()
+    async with connected(engine, inbox, settings, requests, selector, told_to_stop) as channel:
         info = await channel.info()
         restarts = dict.fromkeys(("core", "frontend"), 0)
         http = await HttpSide.start(channel, requests, readiness, restarts, gpu_uuid(info.device), http_socket)
@@ -96,14 +113,14 @@ async def _run_single(settings: ServeSettings, spec: IndexSpec, http_socket: soc
             _log_stopping(settings)
             readiness.obstacle = "shutting down"
             await rpc.stop_being_ready()
+            channel.refuse_new()
+            engine.expect_no_more()
             await channel.drain(settings.shutdown_grace_seconds)
             await rpc.stop(_WRITE_SECONDS)
             if tracing is not None:
                 await asyncio.to_thread(tracing.close, FLUSH_SECONDS)
         finally:
             await http.stop()
-    finally:
-        channel.stop()
     log_event(logger, logging.INFO, "stopped")
     if engine.device_is_lost:
         # Another thread may be in a call of its driver that does not end, and the interpreter would wait for it.

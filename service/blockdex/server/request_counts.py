@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from blockdex.contract.errors import UnavailableError
 from blockdex.contract.stats import SECONDS_BUCKETS, Histogram
 from blockdex.frontend.http.metrics import RequestMetrics
 from blockdex.ring.control_channel import Words
 from blockdex.server.child_process import Child
+
+if TYPE_CHECKING:
+    from blockdex.ring.client import RingChannel
 
 _ANSWER_SECONDS = 1.0
 
@@ -31,6 +35,21 @@ def requests_of(words: Words) -> RequestMetrics:
         rpc: Histogram(SECONDS_BUCKETS, counts, total) for rpc, (counts, total) in words["seconds"].items()
     }
     return requests
+
+
+class OwnCounts(RequestMetrics):
+    """`RequestCounts` of the frontend in this process.
+
+    Attributes:
+        channel: what its requests go over; None before it is there.
+    """
+
+    channel: RingChannel | None = None
+
+    async def refresh(self) -> None:
+        """As `RequestCounts.refresh`."""
+        if self.channel is not None:
+            self.channel.tell_times()
 
 
 class FleetCounts:

@@ -18,7 +18,7 @@ from blockdex.contract.messages import Order
 from blockdex.frontend.grpc.server import start_rpc_server
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import reference
-from support.running_engine import running
+from support.ring_engine import hosted
 from support.serving import Serving
 from support.wire import (
     SPEC,
@@ -235,6 +235,6 @@ def test_reflection(server: Serving) -> None:
 
 
 async def test_a_port_in_use_is_refused(server: Serving) -> None:
-    async with running(start=False) as run:
+    async with hosted() as run:
         with pytest.raises(OSError, match=f"cannot listen on {server.grpc_address}"):
             await start_rpc_server(run.channel, server.grpc_address, observe=lambda rpc, code, seconds: None)

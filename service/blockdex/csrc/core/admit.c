@@ -1,220 +1,510 @@
-/* Which requests are plainly right: they append to the ends of sequences, in pages that these have to themselves, and
- * select for what they append. Nothing can be said against them, and no page has to be found for them. */
+/* Which requests may take effect now: the one place where a request is checked against the cache and entered in it.
+ *
+ * A step runs all its appends before all its selections, and what Python runs behind it comes later still. So a request is
+ * held back where that would tell the order of execution from the order of arrival: an append to a layer of a sequence that
+ * is appended to or read already, a fork, truncation or closing of a sequence that is appended to already (a selection may
+ * have waited for that) or that something behind the step works on, and either where a prefill is not done with reading. What is held back holds back every later request that names one of its
+ * sequences; others overtake it. A selection that waits for keys holds nothing back. */
 #include "core/core.h"
 
-/* What becomes of a request: it is taken; it is for a later step, or for Python. */
-enum verdict { TAKEN, LATER, FOR_PYTHON };
+#include <assert.h>
+#include <stdio.h>
 
-/* Where a request's own words are: another process can still change them. */
-struct parts {
-    const char *tenant;
-    size_t tenant_bytes;
-    const char *columns, *keys, *queries;
-};
+enum { CANCELLED = 1, DEADLINE_EXCEEDED = 4, NOT_FOUND = 5, FAILED_PRECONDITION = 9 };
+enum { ABORTED = 10, OUT_OF_RANGE = 11, UNAVAILABLE = 14 };
 
-static uint64_t aligned_to_8(uint64_t bytes) { return (bytes + 7) / 8 * 8; }
+/* What becomes of a request: it is entered, or answered; it is held back, waits for keys, or needs Python's decision. */
+enum verdict { TAKEN, ENDED, HELD_BACK, WAITS, NEEDS_PYTHON };
 
-static bool is_of_the_kind(const struct core *core, const struct blockdex_request *request, int64_t now) {
-    return request->kind == BLOCKDEX_TOKENS && request->keys_dtype == BLOCKDEX_BF16 &&
-           request->queries_dtype == BLOCKDEX_BF16 && request->order == BLOCKDEX_ASCENDING &&
-           !(request->flags & ~BLOCKDEX_ROLLBACK) && (!request->epoch || request->epoch == core->epoch) &&
-           request->deadline > now && request->layer < core->layers && !line_region_of(request) && request->num_spans &&
-           request->num_spans <= core->max_spans &&
-           /* One that holds some of the heads shares its read with those that hold the others, in Python's batches. */
-           !request->first_head && request->num_heads == core->heads;
+static int64_t *lengths_of(const struct core *core) { return core->columns.lengths.buf; }
+static uint64_t *revisions_of(const struct core *core) { return core->columns.revisions.buf; }
+static int32_t *reading_of(const struct core *core) { return core->columns.reading.buf; }
+
+static size_t cell_of(const struct core *core, const struct request *request, uint32_t row) {
+    assert(request->columns[row] < core->columns.count);
+    return (size_t)request->slot.layer * core->columns.count + request->columns[row];
 }
 
-/* Where in the arena a request's parts are; false where they are not in it. */
-static bool find_parts(const struct line *line, const struct blockdex_request *request, struct parts *parts) {
-    uint64_t arena = line->request_arena_bytes, offset = request->payload_offset, bytes = request->payload_bytes;
-    if (offset % 64 || offset > arena || bytes > arena - offset || request->keys_bytes > bytes ||
-        request->queries_bytes > bytes)
-        return false;
-    uint64_t columns = aligned_to_8(request->tenant_bytes);
-    uint64_t keys = blockdex_aligned(columns + 32 * (uint64_t)request->num_spans);
-    uint64_t queries = keys + blockdex_aligned(request->keys_bytes);
-    if (queries + request->queries_bytes != bytes) return false;
-    const char *begin = line->request_arena + offset;
-    if (line->tenant_bytes && request->tenant_bytes) return false;
-    parts->tenant_bytes = line->tenant_bytes ? line->tenant_bytes : request->tenant_bytes;
-    *parts = (struct parts){line->tenant_bytes ? line->tenant : begin, parts->tenant_bytes, begin + columns,
-                            begin + keys, begin + queries};
-    return true;
+static bool appends(const struct request *request) { return request->slot.keys_dtype != 0; }
+static bool selects(const struct request *request) { return request->slot.queries_dtype != 0; }
+static bool has_tokens(const struct request *request) { return request->slot.kind == BLOCKDEX_TOKENS; }
+
+/* What a request names, by number: its rows' sequences, or those of its slot. */
+static uint32_t num_named(const struct request *request) {
+    if (request->num_rows) return request->num_rows;
+    return request->slot.kind == BLOCKDEX_FORK ? 2 : 1;
 }
 
-/* Where a layer of a sequence is marked as named; where it is not, 0 stands there. */
-static uint64_t *mark_of(struct gathered *gathered, uint64_t named) {
-    size_t at = (size_t)(named * UINT64_C(0x9e3779b97f4a7c15) >> 32);
-    for (;; at++) {
-        uint64_t *place = &gathered->marks[at % CORE_MARKS];
-        if (!*place || *place == named) return place;
-    }
+static uint64_t named(const struct request *request, uint32_t row) {
+    if (request->num_rows) return request->ids[row];
+    return row ? request->slot.child_id : request->slot.sequence_id;
 }
 
-/* Whether an append needs no page: all that it writes is there, its sequence's alone, and stays in use. */
-static bool fits(const struct core *core, uint32_t layer, uint32_t column, int64_t start, int64_t length,
-                 uint64_t revision, bool rollback) {
-    const struct books *books = &core->books;
-    const size_t cell = (size_t)layer * books->columns + column;
-    int64_t before = ((const int64_t *)books->lengths.buf)[cell];
-    uint64_t known = ((const uint64_t *)books->revisions.buf)[cell];
-    int64_t held = ((const int64_t *)books->held.buf)[column];
-    int64_t forked = ((const int64_t *)books->forked.buf)[column];
-    int64_t size = core->block_size;
-    /* The last page may reach further than any sequence. */
-    int64_t end = held * size < core->max_tokens ? held * size : core->max_tokens;
-    if (start < 0 || start > before || length < 1 || length > core->longest || start + length > end) return false;
-    /* A layer that reaches fewer pages than before may have been the one that held them. */
-    if (before && (start + length - 1) / size < (before - 1) / size) return false;
-    /* What would cut the layer without a word is refused. */
-    return start / size >= forked && (revision ? revision > known : rollback || start == before);
-}
-
-/* The column of a sequence that nothing holds up; -1 otherwise. */
-static int64_t free_column(const struct core *core, uint32_t tenant, uint64_t sequence_id) {
-    const struct place_of *place = sequence_index_find(&core->places, tenant, sequence_id);
-    const struct books *books = &core->books;
-    if (!place || ((const uint32_t *)books->generations.buf)[place->column] != place->generation ||
-        ((const uint8_t *)books->blocked.buf)[place->column])
-        return -1;
-    return place->column;
-}
-
-/* Adds a request's rows behind those that are there, which it changes nothing of. Each word of the request is read once,
- * and what was checked is what is taken: another process could change it between the two. */
-static enum verdict add_rows(struct core *core, const struct blockdex_request *request, const struct parts *parts,
-                             uint64_t revisions[CORE_RUNS], uint32_t columns[CORE_RUNS], struct gathered *to) {
-    const uint32_t spans = request->num_spans;
-    const volatile uint64_t *words = (const volatile uint64_t *)(const void *)parts->columns;
-    int64_t tenant = sequence_index_tenant(&core->places, parts->tenant, parts->tenant_bytes);
-    if (tenant < 0) return FOR_PYTHON;
-    for (uint32_t row = 0; row < spans; row++) {
-        uint64_t sequence_id = words[row], revision = words[3 * spans + row];
-        int64_t start = (int64_t)words[spans + row], length = (int64_t)words[2 * spans + row];
-        int64_t column = free_column(core, (uint32_t)tenant, sequence_id);
-        if (column < 0 ||
-            !fits(core, request->layer, (uint32_t)column, start, length, revision, request->flags & BLOCKDEX_ROLLBACK))
-            return FOR_PYTHON;
-        uint32_t at = to->runs + row;
-        to->layers[at] = (int32_t)request->layer;
-        to->starts[at] = (int32_t)start;
-        to->lengths[at] = (int32_t)length;
-        to->rows[at] = ((const int32_t *)core->books.first_rows.buf)[column];
-        columns[row] = (uint32_t)column;
-        revisions[row] = revision;
-    }
-    return TAKEN;
-}
-
-/* Whether a step that holds a request too, whose rows are there behind the others, can be run. */
-static enum verdict fits_in_step(const struct core *core, const struct blockdex_request *request, uint32_t tokens,
-                                 uint32_t longest, int64_t end, uint64_t most_answered) {
-    const struct gathered *to = &core->gathered;
-    /* Keys and queries are as many as the tokens; an answer for which there is never room is Python's to refuse. */
-    if (4 * (uint64_t)tokens * core->heads * core->topk > most_answered ||
-        request->keys_bytes + request->queries_bytes > core->max_message_bytes ||
-        request->keys_bytes != 2 * (uint64_t)tokens * core->head_dim ||
-        request->queries_bytes != request->keys_bytes * request->num_heads)
-        return FOR_PYTHON;
-    longest = longest > to->longest ? longest : to->longest;
-    end = end > to->end ? end : to->end;
-    bool runs = to->tokens + tokens <= CORE_TOKENS &&
-                (core->run_step || core_replay(core, to->runs + request->num_spans, longest, end));
-    return runs ? TAKEN : to->runs ? LATER : FOR_PYTHON;
-}
-
-/* Enters in the cache's books what the rows of a request append. */
-static void enter(struct core *core, const struct blockdex_request *request, const uint64_t revisions[CORE_RUNS],
-                  const uint32_t columns[CORE_RUNS], int64_t now) {
-    const struct gathered *to = &core->gathered;
-    struct books *books = &core->books;
-    for (uint32_t row = 0; row < request->num_spans; row++) {
-        size_t cell = (size_t)request->layer * books->columns + columns[row];
-        uint32_t at = to->runs + row;
-        ((int64_t *)books->lengths.buf)[cell] = (int64_t)to->starts[at] + to->lengths[at];
-        if (revisions[row]) ((uint64_t *)books->revisions.buf)[cell] = revisions[row];
-        ((double *)books->last_calls.buf)[columns[row]] = 1e-9 * (double)now;
-    }
-}
-
-/* Marks what a request names; where that is named already, undoes it. */
-static enum verdict mark_all(struct gathered *to, uint32_t layer, uint32_t spans, const uint32_t columns[CORE_RUNS]) {
-    uint64_t *marked[CORE_RUNS];
-    for (uint32_t row = 0; row < spans; row++) {
-        uint64_t named = ((uint64_t)layer << 32 | columns[row]) + 1;
-        marked[row] = mark_of(to, named);
-        if (!*marked[row]) {
-            *marked[row] = named;
-            continue;
-        }
-        /* The last ones first: whoever was entered before them is found without them. */
-        enum verdict verdict = LATER;
-        while (row-- > 0) {
-            /* Two rows of its own are Python's to refuse. */
-            if (*marked[row] == named) verdict = FOR_PYTHON;
-            *marked[row] = 0;
-        }
-        return verdict;
-    }
-    return TAKEN;
-}
-
-static enum verdict consider(struct core *core, struct line *line, int64_t now) {
-    const struct blockdex_request request = *(const volatile struct blockdex_request *)line_head(line);
-    struct gathered *to = &core->gathered;
-    struct parts parts;
-    uint64_t revisions[CORE_RUNS];
-    uint32_t columns[CORE_RUNS], tokens = 0, longest = 0;
-    int64_t end = 0;
-    if (!is_of_the_kind(core, &request, now) || !find_parts(line, &request, &parts)) return FOR_PYTHON;
-    if (request.num_spans > CORE_RUNS - to->runs) return LATER;
-    enum verdict verdict = add_rows(core, &request, &parts, revisions, columns, to);
-    if (verdict != TAKEN) return verdict;
-    for (uint32_t at = to->runs; at < to->runs + request.num_spans; at++) {
-        uint32_t length = (uint32_t)to->lengths[at];
-        tokens += length;
-        longest = length > longest ? length : longest;
-        end = to->starts[at] + to->lengths[at] > end ? to->starts[at] + to->lengths[at] : end;
-    }
-    verdict = fits_in_step(core, &request, tokens, longest, end, line_longest(line));
-    if (verdict == TAKEN) verdict = mark_all(to, request.layer, request.num_spans, columns);
-    if (verdict != TAKEN) return verdict;
-    enter(core, &request, revisions, columns, now);
-    to->keys[to->num_asked] = parts.keys;
-    to->queries[to->num_asked] = parts.queries;
-    to->asked[to->num_asked++] =
-        (struct asked){line, request.ticket, tokens, request.received < now ? request.received : now};
-    to->runs += request.num_spans;
-    to->tokens += tokens;
-    to->longest = longest > to->longest ? longest : to->longest;
-    to->end = end > to->end ? end : to->end;
-    return TAKEN;
-}
-
-static bool is_looked_at(const struct line *line) { return line_is_heard(line) && !line->waits; }
-
-bool core_anything_came(const struct core *core) {
-    for (size_t number = 0; number < core->num_lines; number++)
-        if (is_looked_at(core->lines[number]) && line_filled(core->lines[number])) return true;
+static bool is_held_back(const struct core *core, const struct request *request) {
+    if (!core->held_back.used) return false;
+    for (uint32_t row = 0; row < num_named(request); row++)
+        if (pair_index_find(&core->held_back, request->tenant, named(request, row))) return true;
     return false;
 }
 
-void core_gather(struct core *core, int64_t now) {
-    struct gathered *to = &core->gathered;
-    to->runs = to->tokens = to->longest = to->num_asked = 0;
-    to->end = 0;
-    if (!core_anything_came(core)) return;
-    memset(to->marks, 0, sizeof to->marks);
-    for (size_t number = 0; number < core->num_lines; number++) {
-        struct line *line = core->lines[(core->turn + number) % core->num_lines];
-        if (!is_looked_at(line)) continue;
-        int64_t filled = line_filled(line);
-        for (line->waits = filled < 0; filled > 0; filled--) {
-            enum verdict verdict = consider(core, line, now);
-            if (verdict == TAKEN) line_release(line);
-            line->waits = verdict == FOR_PYTHON;
-            if (verdict != TAKEN) break;
-        }
+/* Later requests must not overtake this one. Without memory for that they cannot be told: everything stops, as it does
+ * where there is none for an answer. */
+static bool hold_back_others(struct core *core, struct request *request) {
+    request->holds_back = true;
+    for (uint32_t row = 0; row < num_named(request); row++)
+        if (!pair_index_set(&core->held_back, request->tenant, named(request, row), 0)) return false;
+    return true;
+}
+
+#define REFUSE(code, reason, ...) (core_refuse(core, request, code, reason, __VA_ARGS__), false)
+#define ID(row) ((unsigned long long)request->ids[row])
+#define START(row) ((long long)request->starts[row])
+#define LENGTH(row) ((long long)request->lengths[row])
+/* What errors say beside their message, of its numbers. */
+#define REVISIONS META "sequence_id=%1$llu" META "layer=%2$u" META "revision=%4$llu" META "layer_revision=%5$llu"
+#define NUMBERS \
+    META "sequence_id=%1$llu" META "layer=%2$u" META "start=%4$lld" META "length=%5$lld" META "layer_length=%6$lld"
+
+static bool check_epoch(struct core *core, struct request *request) {
+    if (!request->slot.epoch || request->slot.epoch == core->epoch) return true;
+    return REFUSE(FAILED_PRECONDITION, "EPOCH_MISMATCH",
+                  "epoch: request names %1$llu, the cache's is %2$llu" META "epoch=%1$llu" META "cache_epoch=%2$llu",
+                  (unsigned long long)request->slot.epoch, (unsigned long long)core->epoch);
+}
+
+static bool find_columns(struct core *core, struct request *request) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
+        int64_t column = sequence_index_find(core->index, request->tenant, request->ids[row]);
+        if (column < 0)
+            return REFUSE(NOT_FOUND, "UNKNOWN_SEQUENCE",
+                          "sequence %1$llu: unknown (never opened, closed, or evicted)" META "sequence_id=%1$llu",
+                          ID(row));
+        assert((size_t)column < core->columns.count);
+        request->columns[row] = (uint32_t)column;
     }
-    core->turn = (core->turn + 1) % core->num_lines;
+    return true;
+}
+
+static bool check_not_stale(struct core *core, struct request *request, const char *call) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
+        const uint64_t revision = request->revisions[row], known = revisions_of(core)[cell_of(core, request, row)];
+        if (revision && revision < known)
+            return REFUSE(ABORTED, "STALE_REVISION",
+                          "sequence %1$llu, layer %2$u: %3$s has revision %4$llu, the layer is at %5$llu" REVISIONS,
+                          ID(row), request->slot.layer, call, (unsigned long long)revision, (unsigned long long)known);
+    }
+    return true;
+}
+
+/* The append rule. Afterwards `applies` says which rows are to be written: not those that were before. */
+static bool check_append(struct core *core, struct request *request) {
+    const bool rollback = request->slot.flags & BLOCKDEX_ROLLBACK;
+    const uint32_t layer = request->slot.layer;
+    if (!check_not_stale(core, request, "append")) return false;
+    request->done_already = true;
+    for (uint32_t row = 0; row < request->num_rows; row++) {
+        const size_t cell = cell_of(core, request, row);
+        const int64_t length = lengths_of(core)[cell], end = request->starts[row] + request->lengths[row];
+        const uint64_t revision = request->revisions[row];
+        request->applies[row] = !revision || revision != revisions_of(core)[cell];
+        request->done_already &= !request->applies[row];
+        if (!request->applies[row] && end != length)
+            return REFUSE(ABORTED, "STALE_REVISION",
+                          "sequence %1$llu, layer %2$u: append ends at %3$lld, length at its revision %7$llu is "
+                          "%6$lld" NUMBERS META "revision=%7$llu",
+                          ID(row), layer, (long long)end, START(row), LENGTH(row), (long long)length,
+                          (unsigned long long)revision);
+    }
+    for (uint32_t row = 0; row < request->num_rows; row++) {
+        const int64_t length = lengths_of(core)[cell_of(core, request, row)], start = request->starts[row];
+        if (!request->applies[row]) continue;
+        if (start > length)
+            return REFUSE(OUT_OF_RANGE, "APPEND_BEYOND_LENGTH",
+                          "sequence %1$llu, layer %2$u: append starts at %3$lld, length is %6$lld" NUMBERS, ID(row),
+                          layer, (long long)start, START(row), LENGTH(row), (long long)length);
+        if (start < length && !rollback && !request->revisions[row])
+            return REFUSE(
+                OUT_OF_RANGE, "APPEND_OVERLAPS",
+                "sequence %1$llu, layer %2$u: append starts at %3$lld, length is %6$lld; to roll back takes a "
+                "revision or rollback" NUMBERS,
+                ID(row), layer, (long long)start, START(row), LENGTH(row), (long long)length);
+    }
+    return true;
+}
+
+/* Of a selection alone. One that appends for its own tokens reads what it has written. */
+static enum verdict check_selection(struct core *core, struct request *request) {
+    const bool may_wait = request->slot.flags & BLOCKDEX_WAIT_FOR_KEYS;
+    const uint32_t spans = request->num_rows, layer = request->slot.layer;
+    bool all_named = true;
+    if (!check_not_stale(core, request, "selection")) return ENDED;
+    for (uint32_t row = 0; row < spans; row++) {
+        const uint64_t revision = request->revisions[row], known = revisions_of(core)[cell_of(core, request, row)];
+        all_named &= revision != 0;
+        if (revision <= known) continue;
+        if (may_wait) return WAITS;
+        core_refuse(core, request, ABORTED, "FUTURE_REVISION",
+                    "sequence %1$llu, layer %2$u: %3$s has revision %4$llu, the layer is at %5$llu" REVISIONS, ID(row),
+                    layer, "selection", (unsigned long long)revision, (unsigned long long)known);
+        return ENDED;
+    }
+    for (uint32_t row = 0; row < spans; row++) {
+        const int64_t length = lengths_of(core)[cell_of(core, request, row)];
+        const int64_t end = request->starts[row] + request->lengths[row];
+        if (end <= length) continue;
+        /* Revisions that it names are all there: what names none may yet come. */
+        if (may_wait && !all_named) return WAITS;
+        core_refuse(core, request, FAILED_PRECONDITION, "KEYS_NOT_APPENDED",
+                    "sequence %1$llu, layer %2$u: selection ends at %3$lld, length is %6$lld" NUMBERS, ID(row), layer,
+                    (long long)end, START(row), LENGTH(row), (long long)length);
+        return ENDED;
+    }
+    return TAKEN;
+}
+
+/* Whether all pages that a row writes are there, and its sequence's alone. */
+static bool has_pages(const struct core *core, const struct request *request, uint32_t row) {
+    const uint32_t column = request->columns[row];
+    const int64_t size = core->block_size, held = ((const int64_t *)core->columns.held.buf)[column];
+    const int64_t forked = ((const int64_t *)core->columns.forked.buf)[column];
+    const int64_t first = request->starts[row] / size;
+    const int64_t stop = (request->starts[row] + request->lengths[row] + size - 1) / size;
+    if (stop > held) return false;
+    const int32_t *cells = core->columns.cells.buf, *holders = core->columns.holders.buf;
+    const size_t table = (size_t)((const int32_t *)core->columns.first_rows.buf)[column] * TABLE_ROW;
+    for (int64_t block = first; block < stop && block < forked; block++)
+        if (holders[cells[table + (size_t)block]] > 1) return false;
+    return true;
+}
+
+/* An append, by row: whether it would be told from one in the order of arrival. */
+static bool append_conflicts(struct core *core, const struct request *request) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
+        const size_t cell = cell_of(core, request, row);
+        if (reading_of(core)[cell]) return true;
+        if (core->appended_in[cell] != core->serial && core->read_in[cell] != core->serial &&
+            core->bulk_appended_in[cell] != core->serial)
+            continue;
+        core->changed = true; /* in the next step there is nothing against it */
+        return true;
+    }
+    return false;
+}
+
+static bool needs_pages(const struct core *core, const struct request *request) {
+    for (uint32_t row = 0; row < request->num_rows; row++)
+        if (request->applies[row] && !has_pages(core, request, row)) return true;
+    return false;
+}
+
+/* Whether no step can hold a request, however empty: then Python runs it. */
+static bool is_bulk(const struct core *core, const struct request *request) {
+    return request->longest > core->longest || request->num_rows > CORE_RUNS || request->tokens > CORE_TOKENS ||
+           (!core->run_step && !core_replay(core, request->num_rows, request->longest, request->end));
+}
+
+static uint64_t heads_of(const struct request *request) {
+    assert(request->slot.num_heads >= 1 && request->slot.num_heads <= 64);
+    return UINT64_MAX >> (64 - request->slot.num_heads) << request->slot.first_head;
+}
+
+/* Rows of the step that a selection shares with others of the same tokens and other heads; NULL where there are none. */
+static struct group *find_group(struct core *core, const struct request *request) {
+    struct gathered *to = &core->gathered;
+    if (appends(request)) return NULL;
+    const uint64_t heads = heads_of(request);
+    const uint32_t spans = request->num_rows;
+    for (uint32_t number = 0; number < to->num_groups; number++) {
+        struct group *group = &to->groups[number];
+        if (group->layer != request->slot.layer || group->runs != spans || group->tokens != request->tokens ||
+            group->heads & heads)
+            continue;
+        bool same = true;
+        for (uint32_t row = 0, run = group->first_run; row < spans && same; row++, run++)
+            same = to->sequences[run] == request->columns[row] && to->columns[1][run] == request->starts[row] &&
+                   to->columns[2][run] == request->lengths[row];
+        if (same) return group;
+    }
+    return NULL;
+}
+
+static bool fits_in_step(const struct core *core, const struct request *request) {
+    const struct gathered *to = &core->gathered;
+    const uint32_t runs = to->runs + request->num_rows;
+    const uint32_t longest = request->longest > to->longest ? request->longest : to->longest;
+    const int64_t end = request->end > to->end ? request->end : to->end;
+    return runs <= CORE_RUNS && to->tokens + request->tokens <= CORE_TOKENS && to->num_asked < CORE_ASKED &&
+           (core->run_step || core_replay(core, runs, longest, end));
+}
+
+static void add_runs(struct core *core, const struct request *request) {
+    struct gathered *to = &core->gathered;
+    struct group *group = &to->groups[to->num_groups++];
+    *group = (struct group){
+        to->runs, request->num_rows, to->tokens, request->tokens, request->slot.layer, request->tenant, 0};
+    for (uint32_t row = 0; row < request->num_rows; row++) {
+        const uint32_t run = to->runs++, column = request->columns[row];
+        to->columns[0][run] = (int32_t)request->slot.layer;
+        to->columns[1][run] = (int32_t)request->starts[row];
+        to->columns[2][run] = (int32_t)request->lengths[row];
+        to->columns[3][run] = ((const int32_t *)core->columns.first_rows.buf)[column];
+        to->columns[4][run] = appends(request) && request->applies[row] ? RUN_APPENDS : 0;
+        to->sequences[run] = column;
+    }
+    to->tokens += request->tokens;
+    to->longest = request->longest > to->longest ? request->longest : to->longest;
+    to->end = request->end > to->end ? request->end : to->end;
+}
+
+/* Puts a request into the step that is gathered; it fits. */
+static void add_to_step(struct core *core, struct request *request, struct group *group) {
+    struct gathered *to = &core->gathered;
+    if (!group) {
+        add_runs(core, request);
+        group = &to->groups[to->num_groups - 1];
+    }
+    if (selects(request)) {
+        const bool scored = request->slot.flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES) ||
+                            request->slot.order == BLOCKDEX_SCORE;
+        group->heads |= heads_of(request);
+        for (uint32_t run = group->first_run; run < group->first_run + group->runs; run++)
+            to->columns[4][run] |= RUN_SELECTS | (scored ? RUN_WANTS_SCORES : 0);
+    }
+    to->asked[to->num_asked++] = (struct asked){request, group->first_token, group->first_run};
+}
+
+/* A layer that reaches fewer pages than before may have been the one that held them. */
+static void note_cut(struct core *core, uint32_t column, int64_t before, int64_t after) {
+    if (!before || (after - 1) / core->block_size >= (before - 1) / core->block_size) return;
+    if (core->trimmed_in[column] == core->serial) return;
+    core->trimmed_in[column] = core->serial;
+    assert(core->num_to_trim < core->columns.count);
+    core->to_trim[core->num_to_trim++] = column;
+}
+
+/* Enters in the cache's columns what a request appends, and who was called. */
+static void enter(struct core *core, const struct request *request, int64_t now) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
+        const size_t cell = cell_of(core, request, row);
+        ((double *)core->columns.last_calls.buf)[request->columns[row]] = 1e-9 * (double)now;
+        if (!appends(request) || !request->applies[row]) continue;
+        const int64_t end = request->starts[row] + request->lengths[row];
+        note_cut(core, request->columns[row], lengths_of(core)[cell], end);
+        lengths_of(core)[cell] = end;
+        if (request->revisions[row]) revisions_of(core)[cell] = request->revisions[row];
+        core->appended = true;
+    }
+}
+
+static void stamp(struct core *core, const struct request *request, bool bulk) {
+    for (uint32_t row = 0; row < request->num_rows; row++) {
+        const size_t cell = cell_of(core, request, row);
+        if (appends(request)) (bulk ? core->bulk_appended_in : core->appended_in)[cell] = core->serial;
+        if (selects(request)) core->read_in[cell] = core->serial;
+        if (bulk || appends(request)) core->used_in[request->columns[row]] = core->serial;
+    }
+}
+
+static void ask_python(struct core *core, const struct request *request) {
+    assert(core->num_for_python < core->max_queued);
+    core->for_python[core->num_for_python++] = request->number;
+}
+
+/* Whether a step would run before what is to be written behind it, and so read what is not there. */
+static bool reads_too_early(struct core *core, const struct request *request) {
+    for (uint32_t row = 0; row < request->num_rows; row++)
+        if (core->bulk_appended_in[cell_of(core, request, row)] == core->serial) return true;
+    return false;
+}
+
+static enum verdict take_tokens(struct core *core, struct request *request, int64_t now) {
+    if (!find_columns(core, request)) return ENDED;
+    if (appends(request) && !check_append(core, request)) return ENDED;
+    if (!appends(request)) {
+        enum verdict verdict = check_selection(core, request);
+        if (verdict != TAKEN) return verdict;
+    } else if (request->done_already ? false : append_conflicts(core, request))
+        return HELD_BACK;
+    else if (needs_pages(core, request))
+        return NEEDS_PYTHON;
+    if (appends(request) && request->done_already && !selects(request)) {
+        enter(core, request, now);
+        request->taken = now;
+        core_answer(core, request, (struct blockdex_answer){0}, NULL, 0);
+        return ENDED;
+    }
+    const bool bulk = is_bulk(core, request);
+    struct group *group = bulk ? NULL : find_group(core, request);
+    if (!bulk && (reads_too_early(core, request) || !(group || fits_in_step(core, request)))) {
+        core->gathered.full = core->changed = true;
+        return HELD_BACK;
+    }
+    enter(core, request, now);
+    stamp(core, request, bulk);
+    request->taken = now;
+    if (bulk)
+        ask_python(core, request);
+    else
+        add_to_step(core, request, group);
+    return TAKEN;
+}
+
+/* A sequence's life is Python's, once nothing is in the way. */
+static enum verdict take_sequence(struct core *core, struct request *request) {
+    if (request->slot.kind == BLOCKDEX_OPEN || request->slot.kind == BLOCKDEX_GET) return NEEDS_PYTHON;
+    for (uint32_t row = 0; row < num_named(request); row++) {
+        int64_t column = sequence_index_find(core->index, request->tenant, named(request, row));
+        if (column < 0) continue;
+        if (((const int32_t *)core->columns.reading_sequence.buf)[column]) return HELD_BACK;
+        if (core->used_in[column] != core->serial) continue;
+        core->changed = true;
+        return HELD_BACK;
+    }
+    return NEEDS_PYTHON;
+}
+
+static enum verdict judge(struct core *core, struct request *request, int64_t now) {
+    /* Whatever is held back that one names which waits came later. */
+    if (request->place != IS_WAITING && is_held_back(core, request)) return HELD_BACK;
+    if (!check_epoch(core, request)) return ENDED;
+    return has_tokens(request) ? take_tokens(core, request, now) : take_sequence(core, request);
+}
+
+static void move(struct core *core, struct request *request, enum whereabouts place) {
+    if (request->place == place) return;
+    if (request->place == IS_QUEUED) list_remove(&core->backlog, request);
+    if (request->place == IS_WAITING) list_remove(&core->waiting, request);
+    request->place = place;
+    if (place == IS_WAITING) list_append(&core->waiting, request);
+    if (place == IS_QUEUED) list_prepend(&core->backlog, request);
+}
+
+bool core_drop_if_gone(struct core *core, struct request *request, int64_t now) {
+    const double waited = 1e-9 * (double)(now - request->received);
+    if (request->has_pages) return false; /* it takes effect next */
+    if (request->cancelled) {
+        core_add(&core->cancelled, 1);
+        core_refuse(core, request, CANCELLED, "CANCELLED", "caller: gone after %.3f s", waited);
+        return true;
+    }
+    if (request->slot.deadline > now) return false;
+    core_add(&core->late, 1);
+    core_refuse(core, request, DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED",
+                "timeout: %.3f s were allowed, %.3f s have passed",
+                1e-9 * (double)(request->slot.deadline - request->received), waited);
+    return true;
+}
+
+/* Takes a request, or leaves it where it is; it may be forgotten then. False: no memory is left. */
+static bool consider(struct core *core, struct request *request, int64_t now) {
+    request->holds_back = false;
+    if (core_drop_if_gone(core, request, now)) return true;
+    switch (judge(core, request, now)) {
+        case ENDED: return true;
+        case TAKEN: move(core, request, is_bulk(core, request) ? BULK : IN_STEP); return true;
+        case WAITS: move(core, request, IS_WAITING); return true;
+        case NEEDS_PYTHON:
+            ask_python(core, request);
+            if (!has_tokens(request)) {
+                request->taken = now;
+                move(core, request, WITH_PYTHON);
+            }
+            return hold_back_others(core, request);
+        default:
+            /* Its keys are there: it comes before whatever could take them away. */
+            if (request->place == IS_WAITING) move(core, request, IS_QUEUED);
+            return hold_back_others(core, request);
+    }
+}
+
+static bool consider_list(struct core *core, struct list *list, int64_t now) {
+    bool memory = true;
+    for (struct request *request = list->first, *next; request && memory; request = next) {
+        next = request->next;
+        memory = consider(core, request, now);
+    }
+    return memory;
+}
+
+static bool is_looked_at(const struct line *line) { return line_is_heard(line) && line_filled(line); }
+
+bool core_anything_came(const struct core *core) {
+    if (core->changed) return true;
+    for (size_t number = 0; number < core->num_lines; number++)
+        if (is_looked_at(core->lines[number])) return true;
+    return false;
+}
+
+static bool read_line(struct core *core, struct line *line, int64_t now) {
+    int64_t filled = line_filled(line);
+    if (filled < 0) {
+        core->broken = line;
+        snprintf(core->broken_by, sizeof core->broken_by,
+                 "ring: more slots are said to be filled than the %llu there are",
+                 (unsigned long long)line->request_slots);
+        return true;
+    }
+    for (; filled > 0 && !core->gathered.full && core->broken != line; filled--) {
+        struct request *request = core_read(core, line, now);
+        if (!request) continue;
+        request->place = IS_QUEUED;
+        list_append(&core->backlog, request);
+        if (!consider(core, request, now)) return false;
+    }
+    return true;
+}
+
+static bool read_lines(struct core *core, int64_t now) {
+    for (size_t number = 0; number < core->num_lines && !core->broken; number++) {
+        struct line *line = core->lines[(core->turn + number) % core->num_lines];
+        if (is_looked_at(line) && !read_line(core, line, now)) return false;
+    }
+    core->turn = core->num_lines ? (core->turn + 1) % core->num_lines : 0;
+    return true;
+}
+
+static void refuse_waiting(struct core *core) {
+    for (struct request *request = core->waiting.first, *next; request; request = next) {
+        next = request->next;
+        core_refuse(core, request, UNAVAILABLE, "SHUTTING_DOWN",
+                    "server: shutting down, the keys it waits for cannot come");
+    }
+}
+
+bool core_gather(struct core *core, int64_t now) {
+    struct gathered *to = &core->gathered;
+    to->runs = to->tokens = to->longest = to->num_asked = to->num_groups = 0;
+    to->end = 0;
+    to->full = false;
+    if (!core_anything_came(core)) return true;
+    core->serial++;
+    core->active = now;
+    core->unchecked = true;
+    if (core->changed) {
+        core->changed = false;
+        pair_index_clear(&core->held_back);
+        if (!consider_list(core, &core->backlog, now)) return false;
+    }
+    if (!read_lines(core, now)) return false;
+    if (core->appended) {
+        core->appended = false;
+        if (!consider_list(core, &core->waiting, now)) return false;
+    }
+    if (core->no_more && !core->backlog.count && !core_anything_came(core)) refuse_waiting(core);
+    return true;
+}
+
+static void drop_gone(struct core *core, struct list *list, int64_t now) {
+    for (struct request *request = list->first, *next; request; request = next) {
+        next = request->next;
+        if (!core_drop_if_gone(core, request, now) && request->slot.deadline < core->next_deadline)
+            core->next_deadline = request->slot.deadline;
+    }
+}
+
+void core_drop_gone(struct core *core, int64_t now) {
+    if (now < core->next_deadline) return;
+    core->next_deadline = INT64_MAX;
+    drop_gone(core, &core->backlog, now);
+    drop_gone(core, &core->waiting, now);
 }

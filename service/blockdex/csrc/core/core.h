@@ -1,21 +1,60 @@
-/* The engine's short way: decodes that go on in place, from the ring to the device and back. */
-#ifndef BLOCKDEX_LANE_H
-#define BLOCKDEX_LANE_H
+/* The core: every request from the rings is checked, entered, run on the device and answered here.
+ *
+ * A request is read off its ring once (request.c), checked against the cache and entered (admit.c), staged into a step of
+ * the device (step.c) and answered (answer.c). Python is asked for what takes a decision: pages, forks, eviction, the life
+ * of sequences, prefills. One thread runs all of it; only core_notice and the counters are for others. */
+#ifndef BLOCKDEX_CORE_H
+#define BLOCKDEX_CORE_H
 
-#include "ring/server_type.h"
+#include "core/pair_index.h"
 #include "core/sequence_index.h"
+#include "ring/server_type.h"
 
-enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_MARKS = 1024 };
+enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_COLUMNS = 5, CORE_ASKED = 1024 };
 /* Why `run` returns, but for the time's being up. */
-enum { CORE_NOTICED = 1, CORE_FOR_PYTHON = 2, CORE_LATE = 4, CORE_ROOM = 8 };
-enum { CORE_STAGES = 4, CORE_BUCKETS = 32 };
+enum { CORE_NOTICED = 1, CORE_FOR_PYTHON = 2, CORE_LATE = 4, CORE_BROKEN = 8 };
+enum { CORE_PHASES = 4, CORE_STAGES = 4, CORE_BUCKETS = 32 };
+/* Flags of a run in a step. */
+enum { RUN_APPENDS = 1, RUN_SELECTS = 2, RUN_WANTS_SCORES = 4 };
+/* Cells of a row of the page tables. */
+enum { TABLE_ROW = 64 };
 
 /* What the cache knows of its sequences, by column of S, where the cache itself has it. */
-struct books {
-    Py_buffer lengths, revisions;                   /* [L, S] */
-    Py_buffer held, forked, last_calls, first_rows; /* [S] */
-    Py_buffer generations, blocked;                 /* [S] */
-    size_t columns;
+struct columns {
+    Py_buffer lengths, revisions;           /* int64, uint64 [L, S] */
+    Py_buffer reading;                      /* int32 [L, S]: prefills that are not done */
+    Py_buffer held, forked, last_calls;     /* int64, int64, float64 [S] */
+    Py_buffer first_rows, reading_sequence; /* int32 [S] */
+    Py_buffer cells, holders;               /* int32 [rows * TABLE_ROW], int32 [pages] */
+    Py_buffer free_pages;                   /* int64 [1]: how many there are */
+    size_t count;
+};
+
+/* Where a request is: in one of the core's lists, or in a step, or with Python. */
+enum whereabouts { IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, BULK };
+
+/* A request that was read off its ring; while it is on its way, its link is not given up. Its tensors stay in its client's arena, which can be written to at any time; all
+ * else was copied once. */
+struct request {
+    struct request *previous, *next; /* in `backlog` or `waiting` */
+    struct line *line;
+    struct blockdex_request slot;
+    enum whereabouts place;
+    uint32_t number, tenant, num_rows, tokens, longest; /* rows: spans, or sequences to open or to close */
+    bool cancelled, has_pages, done_already, holds_back;
+    uint8_t phase;
+    int64_t end, received, taken, launched, finished;
+    const char *keys, *queries;
+    uint64_t *ids, *revisions;
+    int64_t *starts, *lengths;
+    uint32_t *columns;
+    uint8_t *applies; /* 0 for a row that was appended before */
+    uint64_t words[];
+};
+
+struct list {
+    struct request *first, *last;
+    _Atomic uint32_t count; /* other threads read it */
 };
 
 /* Programs of the device, one for each step, for up to so many runs of up to so many tokens, in so many blocks. */
@@ -24,50 +63,78 @@ struct replay {
     void *programs[CORE_STEPS];
 };
 
-/* What one request of a step is answered. */
+/* A request in a step, and where its tokens begin there. */
 struct asked {
-    struct line *line; /* NULL: nobody is there any more, or it is answered already */
-    uint64_t ticket;
-    uint32_t tokens;
-    int64_t received;
+    struct request *request;
+    uint32_t first_token, first_run;
 };
 
-/* One launch, and the memory that it reads and writes. */
-struct step {
-    Py_buffer host, block_ids;
-    bool in_flight;
-    uint32_t num_asked;
-    size_t ids, seen_ids;
-    int64_t taken, launched;
-    struct asked asked[CORE_RUNS];
+/* Rows of a step that requests of different heads share. */
+struct group {
+    uint32_t first_run, runs, first_token, tokens, layer, tenant;
+    uint64_t heads; /* asked for, a bit each */
 };
 
 /* Requests that become one step: a row for each of their runs. */
 struct gathered {
-    uint32_t runs, tokens, longest, num_asked;
+    uint32_t runs, tokens, longest, num_asked, num_groups;
     int64_t end;
-    int32_t layers[CORE_RUNS], starts[CORE_RUNS], lengths[CORE_RUNS], rows[CORE_RUNS];
-    struct asked asked[CORE_RUNS];
-    const char *keys[CORE_RUNS], *queries[CORE_RUNS];
-    uint64_t marks[CORE_MARKS];
+    bool full; /* something did not fit */
+    int32_t columns[CORE_COLUMNS][CORE_RUNS];
+    uint32_t sequences[CORE_RUNS];
+    struct asked asked[CORE_ASKED];
+    struct group groups[CORE_RUNS];
 };
 
+/* One launch, and the memory that it reads and writes. */
+struct step {
+    Py_buffer host, block_ids, scores;
+    uint32_t num_asked, num_runs;
+    size_t ids, seen_ids;
+    uint32_t seen_run, seen_in_run;
+    int64_t taken, launched;
+    uint32_t first_tokens[CORE_RUNS + 1];
+    uint8_t flags[CORE_RUNS];
+    struct asked asked[CORE_ASKED];
+};
+
+/* Counters have one writer, and readers in other threads. */
+typedef _Atomic uint64_t counter;
+
 struct histogram {
-    uint64_t counts[CORE_BUCKETS];
-    double total;
+    counter counts[CORE_BUCKETS];
+    counter total; /* nanoseconds, or pieces */
 };
 
 struct core {
     PyObject_HEAD
     /* What it serves. */
-    uint32_t layers, heads, head_dim, topk, block_size, longest, max_spans;
+    uint32_t layers, heads, head_dim, topk, init_blocks, local_blocks, block_size, longest, max_spans, max_queued;
+    float scale;
+    bool odd_keys, odd_queries;
     int64_t max_tokens;
     uint64_t max_message_bytes, epoch;
-    struct books books;
-    struct sequence_index places;
-    /* Who asks. */
+    struct columns columns;
+    struct sequence_index *index;
+    /* What is asked. */
     struct line **lines;
     size_t num_lines, turn;
+    struct line **gone_lines; /* dropped, while requests of theirs are on their way */
+    size_t num_gone;
+    struct request **requests; /* by number; NULL where there is none */
+    uint32_t *free_numbers, num_free;
+    struct pair_index tickets;
+    struct list backlog, waiting;
+    uint32_t *for_python, num_for_python, next_for_python; /* numbers of requests, in order of arrival */
+    uint32_t *to_trim, num_to_trim;                        /* columns that may have pages to give back */
+    struct pair_index held_back;                           /* what requests name that later ones must not overtake */
+    bool changed;                                          /* what was held back may get on now */
+    bool appended;                                         /* what waits may get on now */
+    bool no_more;
+    bool no_memory; /* for an answer: nobody knows any more what was told */
+    int64_t next_deadline;
+    /* What the step that is gathered, and what Python is to run behind it, do to cells [L, S] and columns [S]: stamps. */
+    uint64_t serial, *trimmed_in, *appended_in, *read_in, *bulk_appended_in, *used_in;
     /* Where it runs. */
     PyObject *run_step;
     int (*launch)(void *program, void *stream);
@@ -81,26 +148,60 @@ struct core {
     /* How it waits. */
     int nudge;
     _Atomic uint32_t noticed;
-    int64_t spin, active, looked;
+    int64_t spin, active, looked, passed;
     struct pollfd *bells;
+    struct line *broken;
+    char broken_by[160];
+    /* The cache's columns are looked through when nothing is to be done. */
+    bool unchecked; /* something was done since */
+    size_t checked_columns, checked_pages;
+    int32_t *recounted; /* [pages] */
+    counter integrity_checks, integrity_faults;
     /* What is told of it. */
     double seconds_bounds[CORE_BUCKETS], size_bounds[CORE_BUCKETS];
     uint32_t num_seconds_bounds, num_size_bounds;
-    struct histogram stages[CORE_STAGES], requests, tokens;
-    uint64_t num_tokens, num_steps;
-    double device_seconds, device_busy_seconds;
+    struct histogram stages[CORE_PHASES][CORE_STAGES], step_requests, phase_requests[2], phase_tokens[2];
+    counter num_tokens[2], num_steps, cancelled, late;
+    counter device_nanoseconds[2], busy_nanoseconds;
     int64_t busy_since;
+    char *scratch;
+    size_t scratch_bytes;
     struct gathered gathered;
 };
 
 /* Nanoseconds of CLOCK_MONOTONIC. */
 int64_t core_now(void);
+static inline void core_add(counter *to, uint64_t more) {
+    atomic_store_explicit(to, atomic_load_explicit(to, memory_order_relaxed) + more, memory_order_relaxed);
+}
+void core_observe(struct histogram *histogram, const double *bounds, uint32_t num_bounds, double value, double unit);
 
-/* Takes what is plainly right at the head of every line into `gathered`; what is not has its line wait. */
-void core_gather(struct core *core, int64_t now);
+/* request.c: what is in a slot. */
 
-/* Whether there is a request that core_gather would look at: asked again and again while nothing comes. */
+/* Reads the oldest request off a link's ring and releases its slot. NULL where there is nothing to do: it was a
+ * cancellation, it was refused, or the link is broken (`core->broken` then says whose). */
+struct request *core_read(struct core *core, struct line *line, int64_t now);
+void core_forget(struct core *core, struct request *request);
+void list_append(struct list *list, struct request *request);
+void list_prepend(struct list *list, struct request *request);
+void list_remove(struct list *list, struct request *request);
+
+/* admit.c: which requests may take effect now. */
+
+/* Takes what may get on now, from those held back and from the rings, into `gathered` and `for_python`.
+ * False: no memory is left. */
+bool core_gather(struct core *core, int64_t now);
+
+/* Whether there is anything that core_gather would look at: asked again and again while nothing comes. */
 bool core_anything_came(const struct core *core);
+
+/* Answers a request whose caller is gone or whose deadline has passed; false where there is nothing against it. */
+bool core_drop_if_gone(struct core *core, struct request *request, int64_t now);
+
+/* Does so for all that are held back or wait. */
+void core_drop_gone(struct core *core, int64_t now);
+
+/* step.c */
 
 /* The smallest programs that hold so much; NULL where there are none. */
 const struct replay *core_replay(const struct core *core, uint32_t runs, uint32_t longest, int64_t end);
@@ -111,8 +212,25 @@ bool core_begin(struct core *core, int64_t now);
 /* Answers the steps that have ended; false: no memory is left. */
 bool core_land(struct core *core, int64_t now);
 
-/* Answers what is on its way and not yet answered with an error, and forgets it; false: no memory is left. */
-bool core_abandon(struct core *core, uint16_t code, const char *text, size_t bytes, uint16_t reason_bytes);
+/* Before each of the numbers, as `name=value`, that an error says beside its message. */
+#define META "\x1f"
+
+/* answer.c: each ends its request, and forgets it. Where there is no memory for the answer, it says so in
+ * `no_memory`, and the request stays. */
+void core_answer_selection(struct core *core, struct request *request, const struct step *step, uint32_t first_token);
+void core_answer(struct core *core, struct request *request, struct blockdex_answer numbers, const void *payload,
+                 uint64_t bytes);
+void core_refuse(struct core *core, struct request *request, uint16_t code, const char *reason, const char *format, ...)
+    __attribute__((format(printf, 5, 6)));
+void core_refuse_slot(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+                      uint16_t code, const char *reason, const char *format, ...) __attribute__((format(printf, 7, 8)));
+void core_publish(struct core *core);
+
+/* integrity.c: checks some of the cache's columns against each other; false once all were, since they last changed. */
+bool core_check_integrity(struct core *core);
+
+/* loop.c: serves until there is something for Python, or until then; why it returns, -1 for a failure. */
+int core_run(struct core *core, int64_t until);
 
 extern PyType_Spec blockdex_core_spec;
 

@@ -1,105 +1,166 @@
 #include "core/sequence_index.h"
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { FEWEST = 256 };
+enum { FEWEST_TENANTS = 16 };
 
-static size_t spread(uint32_t tenant, uint64_t sequence_id) {
-    /* Ids are often numbers one after the other; the multiplier is 2^64 divided by the golden ratio. */
-    uint64_t mixed = (sequence_id ^ ((uint64_t)tenant << 32)) * UINT64_C(0x9e3779b97f4a7c15);
-    return (size_t)(mixed ^ mixed >> 32);
-}
-
-static size_t spread_name(const char *name, size_t bytes) {
-    uint64_t mixed = UINT64_C(0xcbf29ce484222325); /* FNV-1a */
-    for (size_t at = 0; at < bytes; at++) mixed = (mixed ^ (uint8_t)name[at]) * UINT64_C(0x100000001b3);
-    return (size_t)(mixed ^ mixed >> 32);
-}
-
-static void forget(struct sequence_index *places) {
-    for (size_t tenant = 0; tenant < places->capacity; tenant++) free(places->tenants[tenant].name);
-    memset(places->tenants, 0, places->capacity * sizeof *places->tenants);
-    memset(places->table, 0, places->capacity * sizeof *places->table);
-    places->used = 0;
-}
-
-bool sequence_index_reset(struct sequence_index *places, size_t sequences) {
-    size_t capacity = FEWEST;
-    while (capacity < 4 * sequences) capacity *= 2;
-    if (capacity == places->capacity) {
-        forget(places);
-        return true;
+/* A free place, linked to the next one; 0 without memory. */
+static uint32_t take_place(struct sequence_index *index) {
+    if (!index->first_free) {
+        uint32_t old = index->num_tenants, more = old ? 2 * old : (uint32_t)FEWEST_TENANTS;
+        struct tenant *tenants = realloc(index->tenants, more * sizeof *tenants);
+        if (!tenants) return 0;
+        memset(tenants + old, 0, (more - old) * sizeof *tenants);
+        for (uint32_t place = more - 1; place > 0 && place >= old; place--) {
+            tenants[place].next = index->first_free;
+            index->first_free = place;
+        }
+        index->tenants = tenants;
+        index->num_tenants = more;
     }
-    struct sequence_index empty = {
-        .table = calloc(capacity, sizeof *empty.table),
-        .tenants = calloc(capacity, sizeof *empty.tenants),
-        .capacity = capacity,
-    };
-    if (!empty.table || !empty.tenants) {
-        free(empty.table);
-        free(empty.tenants);
-        return false;
+    uint32_t place = index->first_free;
+    index->first_free = index->tenants[place].next;
+    return place;
+}
+
+static void give_place_back(struct sequence_index *index, uint32_t place) {
+    index->tenants[place] = (struct tenant){.next = index->first_free};
+    index->first_free = place;
+}
+
+uint32_t sequence_index_use_tenant(struct sequence_index *index, const char *name, size_t bytes) {
+    const uint64_t hash = keyed_hash(name, bytes);
+    const uint32_t *found = pair_index_find(&index->by_name, hash, bytes);
+    const uint32_t first = found ? *found : 0;
+    for (uint32_t place = first; place; place = index->tenants[place].next) {
+        struct tenant *tenant = &index->tenants[place];
+        if (memcmp(tenant->name, name, bytes)) continue;
+        tenant->uses++;
+        return place;
     }
-    sequence_index_free(places);
-    *places = empty;
-    return true;
-}
-
-void sequence_index_free(struct sequence_index *places) {
-    if (places->capacity) forget(places);
-    free(places->tenants);
-    free(places->table);
-}
-
-/* The place of a tenant; where it is not known, one without a name. */
-static struct tenant *look_up_tenant(const struct sequence_index *places, const char *name, size_t bytes) {
-    size_t at = spread_name(name, bytes);
-    for (;; at++) {
-        struct tenant *tenant = &places->tenants[at & (places->capacity - 1)];
-        if (!tenant->name || (tenant->bytes == bytes && !memcmp(tenant->name, name, bytes))) return tenant;
-    }
-}
-
-int64_t sequence_index_tenant(const struct sequence_index *places, const char *name, size_t bytes) {
-    const struct tenant *tenant = look_up_tenant(places, name, bytes);
-    return tenant->name ? tenant - places->tenants : -1;
-}
-
-static struct place_of *look_up(const struct sequence_index *places, uint32_t tenant, uint64_t sequence_id) {
-    size_t at = spread(tenant, sequence_id);
-    for (;; at++) {
-        struct place_of *place = &places->table[at & (places->capacity - 1)];
-        if (!place->used || (place->sequence_id == sequence_id && place->tenant == tenant)) return place;
-    }
-}
-
-const struct place_of *sequence_index_find(const struct sequence_index *places, uint32_t tenant, uint64_t sequence_id) {
-    const struct place_of *place = look_up(places, tenant, sequence_id);
-    return place->used ? place : NULL;
-}
-
-/* The number of a tenant that is known from now on; -1 without memory. */
-static int64_t learn_tenant(struct sequence_index *places, const char *name, size_t bytes) {
-    struct tenant *tenant = look_up_tenant(places, name, bytes);
-    if (!tenant->name) {
-        char *copy = malloc(bytes + 1); /* none takes no memory, which malloc may say with NULL */
-        if (!copy) return -1;
+    char *copy = malloc(bytes + 1); /* none takes no memory, which malloc may say with NULL */
+    uint32_t place = copy ? take_place(index) : 0;
+    if (place && pair_index_set(&index->by_name, hash, bytes, place)) {
         memcpy(copy, name, bytes);
-        *tenant = (struct tenant){copy, bytes};
+        index->tenants[place] = (struct tenant){copy, bytes, 1, first};
+        return place;
     }
-    return tenant - places->tenants;
+    if (place) give_place_back(index, place);
+    free(copy);
+    return 0;
 }
 
-bool sequence_index_learn(struct sequence_index *places, const char *tenant, size_t tenant_bytes, uint64_t sequence_id,
-                          uint32_t column, uint32_t generation) {
-    /* Most of them may be closed by now. Those that are not are learnt again with their next request. Tenants are never
-     * more than sequences, so this leaves room for them, too. */
-    if (2 * places->used >= places->capacity) forget(places);
-    int64_t number = learn_tenant(places, tenant, tenant_bytes);
-    if (number < 0) return false;
-    struct place_of *place = look_up(places, (uint32_t)number, sequence_id);
-    places->used += !place->used;
-    *place = (struct place_of){sequence_id, (uint32_t)number, column, generation, true};
-    return true;
+void sequence_index_release_tenant(struct sequence_index *index, uint32_t place) {
+    struct tenant *tenant = &index->tenants[place];
+    assert(tenant->uses > 0);
+    if (--tenant->uses) return;
+    const uint64_t hash = keyed_hash(tenant->name, tenant->bytes);
+    const uint32_t first = *pair_index_find(&index->by_name, hash, tenant->bytes);
+    if (first == place) {
+        if (tenant->next)
+            (void)pair_index_set(&index->by_name, hash, tenant->bytes,
+                                 tenant->next); /* it is there: no memory needed */
+        else
+            pair_index_remove(&index->by_name, hash, tenant->bytes);
+    } else {
+        uint32_t before = first;
+        while (index->tenants[before].next != place) before = index->tenants[before].next;
+        index->tenants[before].next = tenant->next;
+    }
+    free(tenant->name);
+    give_place_back(index, place);
 }
+
+int64_t sequence_index_find(const struct sequence_index *index, uint32_t tenant, uint64_t sequence_id) {
+    const uint32_t *column = pair_index_find(&index->columns, tenant, sequence_id);
+    return column ? (int64_t)*column : -1;
+}
+
+static PyObject *method_open(struct sequence_index *index, PyObject *arguments) {
+    const char *name;
+    Py_ssize_t bytes;
+    unsigned long long sequence_id;
+    unsigned int column;
+    if (!PyArg_ParseTuple(arguments, "s#KI", &name, &bytes, &sequence_id, &column)) return NULL;
+    uint32_t tenant = sequence_index_use_tenant(index, name, (size_t)bytes);
+    if (!tenant) return PyErr_NoMemory();
+    const bool there = sequence_index_find(index, tenant, sequence_id) >= 0;
+    if (there || !pair_index_set(&index->columns, tenant, sequence_id, column)) {
+        sequence_index_release_tenant(index, tenant);
+        return there ? PyErr_Format(PyExc_ValueError, "sequence %llu: open already", sequence_id) : PyErr_NoMemory();
+    }
+    return PyLong_FromUnsignedLong(tenant);
+}
+
+static PyObject *method_close(struct sequence_index *index, PyObject *arguments) {
+    unsigned int tenant;
+    unsigned long long sequence_id;
+    if (!PyArg_ParseTuple(arguments, "IK", &tenant, &sequence_id)) return NULL;
+    if (sequence_index_find(index, tenant, sequence_id) < 0)
+        return PyErr_Format(PyExc_KeyError, "tenant %u, sequence %llu: not open", tenant, sequence_id);
+    pair_index_remove(&index->columns, tenant, sequence_id);
+    sequence_index_release_tenant(index, tenant);
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_find(struct sequence_index *index, PyObject *arguments) {
+    const char *name;
+    Py_ssize_t bytes;
+    unsigned long long sequence_id;
+    if (!PyArg_ParseTuple(arguments, "s#K", &name, &bytes, &sequence_id)) return NULL;
+    uint32_t tenant = sequence_index_use_tenant(index, name, (size_t)bytes);
+    if (!tenant) return PyErr_NoMemory();
+    int64_t column = sequence_index_find(index, tenant, sequence_id);
+    sequence_index_release_tenant(index, tenant);
+    if (column < 0) Py_RETURN_NONE;
+    return PyLong_FromLongLong(column);
+}
+
+static PyObject *method_tenant(struct sequence_index *index, PyObject *argument) {
+    unsigned long place = PyLong_AsUnsignedLong(argument);
+    if (PyErr_Occurred()) return NULL;
+    if (place >= index->num_tenants || !index->tenants[place].name)
+        return PyErr_Format(PyExc_KeyError, "tenant %lu: there is none", place);
+    return PyUnicode_DecodeASCII(index->tenants[place].name, (Py_ssize_t)index->tenants[place].bytes, "replace");
+}
+
+static Py_ssize_t count(struct sequence_index *index) { return (Py_ssize_t)index->columns.used; }
+
+static void index_dealloc(struct sequence_index *index) {
+    PyTypeObject *type = Py_TYPE((PyObject *)index);
+    for (uint32_t place = 0; place < index->num_tenants; place++) free(index->tenants[place].name);
+    free(index->tenants);
+    pair_index_free(&index->by_name);
+    pair_index_free(&index->columns);
+    freefunc deallocate = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    deallocate(index);
+    Py_DECREF(type);
+}
+
+bool sequence_index_is_one(PyObject *object) {
+    return PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc) == (void *)index_dealloc;
+}
+
+static PyMethodDef methods[] = {
+    {"open", (PyCFunction)method_open, METH_VARARGS, "Enters a tenant's sequence and its column; the tenant's number."},
+    {"close", (PyCFunction)method_close, METH_VARARGS, "Takes out a sequence, of a tenant's number."},
+    {"find", (PyCFunction)method_find, METH_VARARGS, "The column of a tenant's sequence; None where it is not open."},
+    {"tenant", (PyCFunction)method_tenant, METH_O, "The name of a tenant's number."},
+    {0},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_dealloc, index_dealloc},
+    {Py_tp_methods, methods},
+    {Py_sq_length, count},
+    {0, NULL},
+};
+
+PyType_Spec blockdex_sequence_index_spec = {
+    .name = "blockdex._native.SequenceIndex",
+    .basicsize = sizeof(struct sequence_index),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = slots,
+};

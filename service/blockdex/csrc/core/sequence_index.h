@@ -1,42 +1,33 @@
-/* Which column a sequence has: as much of that as requests had to be told so far. */
-#ifndef BLOCKDEX_PLACES_H
-#define BLOCKDEX_PLACES_H
+/* Which column a sequence has: the one index of sequences, which the cache writes and the core reads. */
+#ifndef BLOCKDEX_SEQUENCE_INDEX_H
+#define BLOCKDEX_SEQUENCE_INDEX_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "core/pair_index.h"
+#include "native.h"
 
-/* A sequence's column, and how often that column had been given back when it was its. */
-struct place_of {
-    uint64_t sequence_id;
-    uint32_t tenant, column, generation;
-    bool used;
-};
-
+/* A tenant's number is its place. It has one as long as it is used: by its open sequences, and by its requests. */
 struct tenant {
     char *name; /* NULL where there is none */
-    size_t bytes;
+    size_t bytes, uses;
+    uint32_t next; /* another one of the same hash, or a free place behind this free place; 0: none */
 };
 
-/* Two tables with open addressing, of `capacity` each, a power of two. A tenant's number is its place. */
 struct sequence_index {
-    struct place_of *table;
-    struct tenant *tenants;
-    size_t capacity, used;
+    PyObject_HEAD
+    struct tenant *tenants; /* place 0 is nobody's */
+    uint32_t num_tenants, first_free;
+    struct pair_index by_name, columns;
 };
 
-/* Makes it empty, with room for so many sequences; false without memory. What it held is forgotten. */
-bool sequence_index_reset(struct sequence_index *places, size_t sequences);
-void sequence_index_free(struct sequence_index *places);
+/* The number of a tenant, which is used once more from now on; 0 without memory. */
+uint32_t sequence_index_use_tenant(struct sequence_index *index, const char *name, size_t bytes);
+void sequence_index_release_tenant(struct sequence_index *index, uint32_t tenant);
 
-/* Number of a tenant, any bytes; -1 for one that nothing is known of. */
-int64_t sequence_index_tenant(const struct sequence_index *places, const char *name, size_t bytes);
+/* The column of a sequence; -1 where it is not open. */
+int64_t sequence_index_find(const struct sequence_index *index, uint32_t tenant, uint64_t sequence_id);
 
-/* NULL where nothing is known of the sequence. */
-const struct place_of *sequence_index_find(const struct sequence_index *places, uint32_t tenant, uint64_t sequence_id);
+bool sequence_index_is_one(PyObject *object);
 
-/* Takes note of a sequence, instead of what was known of it; false without memory. Forgets all others when full. */
-bool sequence_index_learn(struct sequence_index *places, const char *tenant, size_t tenant_bytes, uint64_t sequence_id,
-                          uint32_t column, uint32_t generation);
+extern PyType_Spec blockdex_sequence_index_spec;
 
 #endif

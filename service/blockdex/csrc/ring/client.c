@@ -1,6 +1,6 @@
 #include "ring/client.h"
 
-enum { HEADER_BYTES = 4096 };
+enum { HEADER_BYTES = 4096, MOST = 1 << 24 };
 
 static bool is_inside(const struct link *self, uint64_t offset, uint64_t bytes) {
     uint64_t size = (uint64_t)self->memory.len;
@@ -8,15 +8,16 @@ static bool is_inside(const struct link *self, uint64_t offset, uint64_t bytes) 
 }
 
 static bool is_slots(const struct link *self, uint64_t offset, uint32_t slots) {
-    return slots && !(slots & (slots - 1)) && slots <= 1u << 24 &&
-           is_inside(self, offset, (uint64_t)slots * SLOT_BYTES);
+    return slots && !(slots & (slots - 1)) && slots <= MOST &&
+           is_inside(self, offset, (uint64_t)slots * BLOCKDEX_SLOT_BYTES);
 }
 
 static bool read_header(struct link *self) {
     char *memory = self->memory.buf;
     struct blockdex_header *header = self->memory.buf;
     if (self->memory.len < HEADER_BYTES || (uintptr_t)memory % 64) return false;
-    if (header->magic != BLOCKDEX_MAGIC || header->version != BLOCKDEX_VERSION || header->slot_bytes != SLOT_BYTES)
+    if (header->magic != BLOCKDEX_MAGIC || header->version != BLOCKDEX_VERSION ||
+        header->slot_bytes != BLOCKDEX_SLOT_BYTES)
         return false;
     uint64_t requests_at = header->request_slots_offset, answers_at = header->answer_slots_offset;
     uint64_t requests_arena_at = header->request_arena_offset, answers_arena_at = header->answer_arena_offset;
@@ -28,30 +29,57 @@ static bool read_header(struct link *self) {
     self->answer_slots = memory + answers_at;
     self->request_arena = memory + requests_arena_at;
     self->answer_arena = memory + answers_arena_at;
-    uint64_t arena_bytes = header->request_arena_bytes;
+    self->request_arena_bytes = header->request_arena_bytes;
     if (!is_slots(self, requests_at, self->num_request_slots) || !is_slots(self, answers_at, self->num_answer_slots) ||
-        !is_inside(self, requests_arena_at, arena_bytes) ||
+        !is_inside(self, requests_arena_at, self->request_arena_bytes) ||
         !is_inside(self, answers_arena_at, self->answer_arena_bytes))
         return false;
-    /* As many as may wait, and once more as many that were given up and are to be answered still. */
+    return true;
+}
+
+/* Room for as many requests as may wait, and for as many again that were given up and are to be answered still. */
+static bool open_tables(struct link *self) {
     uint32_t most = 2 * self->num_request_slots;
-    return arena_open(&self->arena, arena_bytes, most) && flights_open(&self->flights, most);
+    while (most < 2 * (uint64_t)self->max_waiting) most *= 2;
+    return arena_open(&self->arena, self->request_arena_bytes, most) && inflight_open(&self->inflight, most);
+}
+
+/* What the engine has said it holds requests to, and what of answers is counted and told. */
+static bool read_bounds(struct link *self, PyObject *arguments, PyObject *keywords, PyObject **memory) {
+    static char *names[] = {"memory",      "engine_bell",  "num_heads", "max_spans",   "max_message_bytes",
+                            "max_waiting", "tell_seconds", "num_rpcs",  "time_bounds", "spin_seconds",
+                            NULL};
+    unsigned long long num_heads, max_spans, max_message_bytes;
+    unsigned char num_rpcs;
+    double spin_seconds = 0.0;
+    PyObject *time_bounds;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OiKKKIdbO!|d:Link", names, memory, &self->engine_bell,
+                                     &num_heads, &max_spans, &max_message_bytes, &self->max_waiting,
+                                     &self->tell_seconds, &num_rpcs, &PyTuple_Type, &time_bounds, &spin_seconds))
+        return false;
+    if (!max_spans || max_spans > MOST || self->max_waiting > MOST || num_heads > UINT32_MAX ||
+        num_rpcs < SEQUENCE_RPCS) {
+        PyErr_Format(PyExc_ValueError, "max_spans must be 1 to %d, max_waiting at most that, and RPCs at least %d",
+                     MOST, SEQUENCE_RPCS);
+        return false;
+    }
+    self->spin = (int64_t)(1e9 * spin_seconds);
+    self->bounds = (struct bounds){num_heads, max_message_bytes};
+    if (columns_open(&self->columns, (uint32_t)max_spans) && times_open(&self->times, num_rpcs, time_bounds))
+        return true;
+    if (!PyErr_Occurred()) PyErr_NoMemory();
+    return false;
 }
 
 static PyObject *link_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"memory", "engine_bell", "spin_seconds", NULL};
     PyObject *memory;
-    int engine_bell;
-    double spin_seconds = 0.0;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "Oi|d:Link", names, &memory, &engine_bell, &spin_seconds))
-        return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     struct link *self = (struct link *)allocate(type, 0);
     if (!self) return NULL;
-    self->engine_bell = engine_bell;
-    self->spin = (int64_t)(1e9 * spin_seconds);
-    self->flights.free = UINT32_MAX;
-    if (PyObject_GetBuffer(memory, &self->memory, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) < 0) {
+    self->inflight.free = UINT32_MAX;
+    self->outbox.end = &self->outbox.first;
+    if (!read_bounds(self, arguments, keywords, &memory) ||
+        PyObject_GetBuffer(memory, &self->memory, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) < 0) {
         Py_DECREF(self);
         return NULL;
     }
@@ -60,25 +88,25 @@ static PyObject *link_new(PyTypeObject *type, PyObject *arguments, PyObject *key
         PyErr_SetString(PyExc_ValueError, "segment: its header is none of a ring");
         return NULL;
     }
+    if (!open_tables(self)) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
     return (PyObject *)self;
-}
-
-static void forget_bounds(struct link *self) {
-    scratch_close(&self->scratch);
-    times_close(&self->times);
 }
 
 static int link_traverse(PyObject *object, visitproc visit, void *arg) {
     struct link *self = (struct link *)object;
     Py_VISIT(Py_TYPE(object));
-    for (uint32_t at = 0; at < self->flights.capacity; at++) Py_VISIT((PyObject *)self->flights.all[at].owner);
+    for (uint32_t at = 0; at < self->inflight.capacity; at++) Py_VISIT((PyObject *)self->inflight.all[at].owner);
     return 0;
 }
 
 static int link_clear(PyObject *object) {
     struct link *self = (struct link *)object;
-    for (uint32_t at = 0; at < self->flights.capacity; at++)
-        Py_XDECREF((PyObject *)flights_disown(&self->flights, &self->flights.all[at]));
+    while (self->outbox.first) outbox_release(outbox_remove(self, self->outbox.first));
+    for (uint32_t at = 0; at < self->inflight.capacity; at++)
+        Py_XDECREF((PyObject *)inflight_disown(&self->inflight, &self->inflight.all[at]));
     return 0;
 }
 
@@ -87,40 +115,18 @@ static void link_dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
     link_clear(object);
-    forget_bounds(self);
-    flights_close(&self->flights);
+    columns_close(&self->columns);
+    times_close(&self->times);
+    inflight_close(&self->inflight);
     arena_close(&self->arena);
     if (self->memory.obj) PyBuffer_Release(&self->memory);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
     Py_DECREF(type);
 }
 
-static PyObject *link_open_short_way(PyObject *object, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"num_layers",        "num_heads",   "head_dim",     "max_sequence_tokens", "max_spans",
-                            "max_message_bytes", "max_waiting", "slow_seconds", "time_bounds",         NULL};
-    struct link *self = (struct link *)object;
-    struct bounds bounds;
-    unsigned long long numbers[6];
-    unsigned int max_waiting;
-    double slow_seconds;
-    PyObject *time_bounds;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "KKKKKKIdO!:open_short_way", names, &numbers[0], &numbers[1],
-                                     &numbers[2], &numbers[3], &numbers[4], &numbers[5], &max_waiting, &slow_seconds,
-                                     &PyTuple_Type, &time_bounds))
-        return NULL;
-    bounds = (struct bounds){numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
-    if (!bounds.max_spans || bounds.max_spans > 1u << 24 || bounds.num_heads > UINT32_MAX)
-        return PyErr_Format(PyExc_ValueError, "max_spans must be 1 to %d, and heads have 32 bits", 1 << 24);
-    forget_bounds(self);
-    uint64_t salt = (uint64_t)link_now() * UINT64_C(0x9e3779b97f4a7c15) ^ (uint64_t)(uintptr_t)self;
-    if (!scratch_open(&self->scratch, (uint32_t)bounds.max_spans, salt) ||
-        !times_open(&self->times, NUM_RPCS, time_bounds)) {
-        forget_bounds(self);
-        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
-    }
-    self->bounds = bounds;
-    self->max_waiting = max_waiting;
-    self->slow_seconds = slow_seconds;
+static PyObject *link_close(PyObject *object, PyObject *unused) {
+    (void)unused;
+    ((struct link *)object)->closed = true;
     Py_RETURN_NONE;
 }
 
@@ -131,12 +137,7 @@ static PyObject *link_take_times(PyObject *object, PyObject *unused) {
 
 static PyObject *link_waiting(PyObject *object, void *unused) {
     (void)unused;
-    return PyLong_FromUnsignedLong(((struct link *)object)->flights.waiting);
-}
-
-static PyObject *link_on_short_way(PyObject *object, void *unused) {
-    (void)unused;
-    return PyLong_FromUnsignedLong(((struct link *)object)->flights.on_short_way);
+    return PyLong_FromUnsignedLong(((struct link *)object)->inflight.waiting);
 }
 
 static PyObject *link_answered(PyObject *object, void *unused) {
@@ -145,18 +146,12 @@ static PyObject *link_answered(PyObject *object, void *unused) {
 }
 
 static PyMethodDef methods[] = {
-    {"open_short_way", (PyCFunction)(void (*)(void))link_open_short_way, METH_VARARGS | METH_KEYWORDS,
-     "Takes requests on the short way from now on, within these bounds."},
-    {"send", (PyCFunction)(void (*)(void))link_send, METH_FASTCALL,
-     "Sends a request as it came off the wire; False where it is not for the short way."},
-    {"claim", link_claim, METH_VARARGS,
-     "A ticket, a slot and room for a request that Python writes; None while there is none of them."},
-    {"publish", link_publish, METH_NOARGS, "Shows the engine what was claimed."},
-    {"cancel", link_cancel, METH_O, "Tells the engine that nobody waits for a request; False while no slot is free."},
-    {"awaits", link_awaits, METH_VARARGS, "Whether somebody's request of that number is on the short way."},
-    {"give_up", link_give_up, METH_VARARGS,
-     "Takes a request on the short way from who asked; None where there is none."},
-    {"give_up_all", link_give_up_all, METH_O, "Takes all requests on the short way from who asked, or from everybody."},
+    {"send", (PyCFunction)(void (*)(void))link_send, METH_FASTCALL, "Sends a token request as it came off the wire."},
+    {"send_sequence", link_send_sequence, METH_VARARGS, "Sends a request about a sequence."},
+    {"flush", link_flush, METH_NOARGS, "Sends what there is room for, and copies a slice of what is long."},
+    {"overdue", link_overdue, METH_O, "Gives up what has waited for room for so many seconds."},
+    {"give_up", link_give_up, METH_VARARGS, "Gives up a request of an owner; None where there is none."},
+    {"give_up_all", link_give_up_all, METH_O, "Gives up all requests of an owner, or of everybody."},
     {"take", link_take, METH_NOARGS,
      "The answers that are there; without any, the bell rings when some come, unless it spins."},
     {"await_alone", link_await_alone, METH_VARARGS,
@@ -165,13 +160,13 @@ static PyMethodDef methods[] = {
      "Looks for answers, or events of an epoll, as long as it spins; whether there are none."},
     {"take_times", link_take_times, METH_NOARGS,
      "What was timed since the last call: for every RPC its counts and their sum in seconds."},
+    {"close", link_close, METH_NOARGS, "Writes nothing into the ring from now on, and takes nothing."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef attributes[] = {
     {"waiting", link_waiting, NULL, "Requests that somebody waits for.", NULL},
     {"answered", link_answered, NULL, "Whether there are answers to take.", NULL},
-    {"on_short_way", link_on_short_way, NULL, "Those of them that took the short way.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -6,17 +6,41 @@
 
 #include <time.h>
 
-#include "ring/arena.h"
 #include "blockdex_ring.h"
-#include "ring/inflight.h"
 #include "latency_histogram.h"
-#include "wire/request_codec.h"
+#include "ring/arena.h"
+#include "ring/inflight.h"
 #include "wire/messages.h"
+#include "wire/request_codec.h"
 
-enum { SLOT_BYTES = BLOCKDEX_SLOT_BYTES };
+/* RPCs by number: the kinds of token requests, the same over a stream, and from there on requests about sequences. */
+enum { STREAMED = NUM_KINDS, SEQUENCE_RPCS = 2 * NUM_KINDS };
 
-/* RPCs by number: the kinds of token requests, and the same over a stream. */
-enum { STREAMED = NUM_KINDS, NUM_RPCS = 2 * NUM_KINDS };
+/* What `send` and `send_sequence` return, and `flush`. */
+enum { SENT, QUEUED, UNUSUAL };
+enum { NOTHING_LEFT, MORE_TO_COPY, WAITS_FOR_ROOM };
+
+/* A request that is not all in the ring yet. `slot` describes it; once it is `placed` it has its extent of the arena, with
+ * tenant and columns in it, and `written` bytes of its tensors. `message` of one about sequences is the columns that it carries. */
+struct outgoing {
+    struct outgoing *next;
+    struct pending *pending;
+    PyObject *message, *tenant;
+    struct wire_tensor keys, queries;
+    uint64_t written;
+    struct blockdex_request slot;
+    bool placed;
+};
+
+/* Where the columns of a request about sequences begin: behind the tenant, as docs/ring.md says. */
+static inline uint64_t sequences_columns_at(uint64_t tenant_bytes) { return (tenant_bytes + 7) / 8 * 8; }
+
+/* In the order of their arrival; the `unplaced` ones wait for room, behind all others. `no_slot`: some wait for a slot. */
+struct outbox {
+    struct outgoing *first, **end;
+    uint32_t unplaced;
+    bool no_slot;
+};
 
 /* What the header says is copied when the link begins: nobody changes it under our feet. */
 struct link {
@@ -25,16 +49,18 @@ struct link {
     struct blockdex_header *header;
     char *request_slots, *request_arena;
     const char *answer_slots, *answer_arena;
-    uint64_t answer_arena_bytes, written, read;
+    uint64_t request_arena_bytes, answer_arena_bytes, written, read;
     int64_t spin, active;
     uint32_t num_request_slots, num_answer_slots;
     int engine_bell;
+    bool closed, taking;
     struct arena arena;
-    struct flights flights;
+    struct inflight inflight;
+    struct outbox outbox;
     struct bounds bounds;
-    struct scratch scratch;
+    struct wire_spans columns;
     uint32_t max_waiting;
-    double slow_seconds;
+    double tell_seconds;
     struct times times;
 };
 
@@ -55,12 +81,25 @@ static inline bool link_lie_down(struct link *self) {
     return blockdex_may_sleep(&self->header->client_sleeps, &self->header->answers_written, self->read);
 }
 
+/* Shows the engine one more slot; false while none is free, or the link is closed. */
+bool link_publish(struct link *self, const struct blockdex_request *slot);
+
+/* Sends a request at once if there is room and nothing of its owner's before it, or keeps it in the outbox, with
+ * references of its own to message and tenant: SENT or QUEUED, -1 without memory, with an error set and nothing changed. */
+int outbox_begin(struct link *self, struct outgoing *outgoing, const struct wire_request *request);
+
+/* Sends what there is room for, in order, and copies a slice of what is long: NOTHING_LEFT and so on. */
+int outbox_flush(struct link *self);
+
+/* Takes a request out, which was not sent; it is to be released, last of all. */
+struct outgoing *outbox_remove(struct link *self, struct outgoing *outgoing);
+void outbox_release(struct outgoing *outgoing);
+
 /* Methods of requests. */
 PyObject *link_send(PyObject *object, PyObject *const *arguments, Py_ssize_t count);
-PyObject *link_claim(PyObject *object, PyObject *arguments);
-PyObject *link_publish(PyObject *object, PyObject *unused);
-PyObject *link_cancel(PyObject *object, PyObject *ticket);
-PyObject *link_awaits(PyObject *object, PyObject *arguments);
+PyObject *link_send_sequence(PyObject *object, PyObject *arguments);
+PyObject *link_flush(PyObject *object, PyObject *unused);
+PyObject *link_overdue(PyObject *object, PyObject *seconds);
 PyObject *link_give_up(PyObject *object, PyObject *arguments);
 PyObject *link_give_up_all(PyObject *object, PyObject *owner);
 

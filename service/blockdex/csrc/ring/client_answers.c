@@ -1,9 +1,11 @@
 /* What a link receives. */
 #include "ring/client.h"
 
-static PyObject *response_of(const struct flight *flight, const struct blockdex_answer *slot, const char *payload) {
+/* The response to a token request as it goes over the wire; None for an answer that is no such response. */
+static PyObject *response_of(const struct pending *pending, const struct blockdex_answer *slot, const char *payload) {
     struct wire_response response = {
-        .number = flight->number, .kind = flight->rpc % STREAMED, .streamed = flight->rpc >= STREAMED};
+        .number = pending->number, .kind = pending->rpc % NUM_KINDS, .streamed = pending->rpc >= STREAMED};
+    if (pending->rpc >= SEQUENCE_RPCS || slot->code) return Py_NewRef(Py_None);
     if (!tokens_answer(slot, payload, &response)) {
         PyErr_SetString(PyExc_ValueError, "answer: it is none to its request");
         return NULL;
@@ -13,57 +15,73 @@ static PyObject *response_of(const struct flight *flight, const struct blockdex_
     return bytes;
 }
 
-/* An answer as Python gets it: (owner, number, response, rest). The response is that of a request on the short way that
- * was answered well. The rest says what else there is: of such a one that was slow (rpc, received, slot, b""), of all
- * others (rpc, received, slot, payload). */
-static PyObject *item_of(struct link *self, const struct flight *flight, const struct blockdex_answer *slot,
-                         int64_t at) {
-    const char *payload = self->answer_arena + slot->payload_offset;
-    double seconds = (double)(at - flight->received) / 1e9;
-    bool responds = flight->rpc != LONG_WAY && !slot->code;
-    PyObject *response = responds ? response_of(flight, slot, payload) : Py_NewRef(Py_None);
-    if (!response) return NULL;
-    if (responds && seconds <= self->slow_seconds) {
-        times_observe(&self->times, flight->rpc, seconds);
-        return Py_BuildValue("OKNO", flight->owner, (unsigned long long)flight->number, response, Py_None);
-    }
-    if (responds) times_observe(&self->times, flight->rpc, seconds);
-    return Py_BuildValue("OKN(iLy#y#)", flight->owner, (unsigned long long)flight->number, response, (int)flight->rpc,
-                         (long long)flight->received, (const char *)slot, (Py_ssize_t)sizeof *slot, payload,
-                         responds ? (Py_ssize_t)0 : (Py_ssize_t)slot->payload_bytes);
+/* What there is to say of an answer beside its response: (rpc, received, slot, payload, layer, spans, tokens). */
+static PyObject *rest_of(const struct pending *pending, const struct blockdex_answer *slot, const char *payload,
+                         bool responds) {
+    return Py_BuildValue("(iLy#y#IIK)", (int)pending->rpc, (long long)pending->received, (const char *)slot,
+                         (Py_ssize_t)sizeof *slot, payload, responds ? (Py_ssize_t)0 : (Py_ssize_t)slot->payload_bytes,
+                         pending->layer, pending->num_spans, (unsigned long long)pending->num_tokens);
 }
 
-/* The flight of an answer; NULL with an error set where the answer is not what the layout says. */
-static struct flight *flight_of(const struct link *self, const struct blockdex_answer *slot) {
-    struct flight *flight = flights_with(&self->flights, slot->ticket);
-    if (!flight) return (void *)PyErr_Format(PyExc_ValueError, "answer: ticket %llu is not in flight", slot->ticket);
+/* An answer as Python gets it: (owner, number, response, rest). The rest of a response is None, unless that took long. */
+static PyObject *item_of(const struct link *self, PyObject *owner, const struct pending *pending,
+                         const struct blockdex_answer *slot, double seconds) {
+    const char *payload = self->answer_arena + slot->payload_offset;
+    PyObject *response = response_of(pending, slot, payload);
+    if (!response) return NULL;
+    bool responds = response != Py_None;
+    PyObject *rest =
+        responds && seconds <= self->tell_seconds ? Py_NewRef(Py_None) : rest_of(pending, slot, payload, responds);
+    if (!rest) {
+        Py_DECREF(response);
+        return NULL;
+    }
+    return Py_BuildValue("(NKNN)", Py_NewRef(owner), (unsigned long long)pending->number, response, rest);
+}
+
+/* The request of an answer; NULL with an error set where the answer is not what the layout says. */
+static struct pending *pending_of(const struct link *self, const struct blockdex_answer *slot) {
+    struct pending *pending = inflight_with(&self->inflight, slot->ticket);
+    if (!pending || pending->unsent)
+        return (void *)PyErr_Format(PyExc_ValueError, "answer: ticket %llu is not in flight", slot->ticket);
     uint64_t room = self->answer_arena_bytes;
     if (slot->payload_bytes > room || slot->payload_offset > room - slot->payload_bytes)
         return (void *)PyErr_Format(PyExc_ValueError, "answer: %llu bytes at %llu are not in an arena of %llu",
                                     slot->payload_bytes, slot->payload_offset, room);
     if (slot->phase < BLOCKDEX_APPEND || slot->phase > BLOCKDEX_SEQUENCE)
         return (void *)PyErr_Format(PyExc_ValueError, "answer: phase must be 1 to 4, got %llu", slot->phase);
-    return flight;
+    return pending;
 }
 
-/* Adds the oldest answer to the list, unless nobody waits for it, and gives its room back. */
+/* Adds an answer to the list, unless nobody waits for it. What is made for it may run the collector, and that anybody's
+ * code, which may give up this very request: so all is made first, of a copy and with a reference of its own to the owner,
+ * and nothing changes before. */
+static bool tell(struct link *self, PyObject *list, struct pending *pending, const struct blockdex_answer *slot,
+                 int64_t at) {
+    const struct pending copy = *pending;
+    PyObject *owner = Py_XNewRef((PyObject *)copy.owner);
+    if (!owner) return true;
+    double seconds = (double)(at - copy.received) / 1e9;
+    PyObject *item = item_of(self, owner, &copy, slot, seconds);
+    bool waits = pending->owner == owner;
+    bool told = item && (!waits || PyList_Append(list, item) == 0);
+    if (told && waits) {
+        if (!slot->code) times_observe(&self->times, copy.rpc, seconds);
+        Py_DECREF((PyObject *)inflight_disown(&self->inflight, pending));
+    }
+    Py_XDECREF(item);
+    Py_DECREF(owner);
+    return told;
+}
+
+/* Takes the oldest answer and gives its room back. */
 static bool take_one(struct link *self, PyObject *list, int64_t at) {
     struct blockdex_answer slot;
-    memcpy(&slot, self->answer_slots + self->read % self->num_answer_slots * SLOT_BYTES, sizeof slot);
-    struct flight *flight = flight_of(self, &slot);
-    if (!flight) return false;
-    if (flight->owner) {
-        PyObject *item = item_of(self, flight, &slot, at);
-        if (!item || PyList_Append(list, item) < 0) {
-            Py_XDECREF(item);
-            return false;
-        }
-        Py_DECREF(item); /* which holds the owner, too */
-        /* Which somebody whom the collector ended meanwhile may have given up. */
-        Py_XDECREF((PyObject *)flights_disown(&self->flights, flight));
-    }
-    arena_give_back(&self->arena, flight->extent);
-    flights_end(&self->flights, flight);
+    memcpy(&slot, self->answer_slots + self->read % self->num_answer_slots * BLOCKDEX_SLOT_BYTES, sizeof slot);
+    struct pending *pending = pending_of(self, &slot);
+    if (!pending || !tell(self, list, pending, &slot, at)) return false;
+    arena_give_back(&self->arena, pending->extent);
+    inflight_end(&self->inflight, pending);
     if (slot.payload_bytes)
         atomic_store_explicit(&self->header->answer_bytes_freed, slot.payload_end, memory_order_release);
     self->read++;
@@ -92,11 +110,15 @@ PyObject *link_take(PyObject *object, PyObject *unused) {
     (void)unused;
     struct link *self = (struct link *)object;
     PyObject *list = PyList_New(0);
+    /* Whoever is run by the collector in the midst of this takes nothing. */
+    if (!list || self->taking || self->closed) return list;
+    self->taking = true;
     /* Nobody may wait for those that were there; then it looks again. */
     while (list && !PyList_Size(list)) {
-        if (!link_filled(self) && (self->spin || link_lie_down(self))) return list;
+        if (!link_filled(self) && (self->spin || link_lie_down(self))) break;
         atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
         if (!take_all(self, list)) Py_CLEAR(list);
     }
+    self->taking = false;
     return list;
 }

@@ -37,7 +37,7 @@ PyObject *link_await_alone(PyObject *object, PyObject *arguments) {
     int epoll;
     double seconds;
     if (!PyArg_ParseTuple(arguments, "id:await_alone", &epoll, &seconds)) return NULL;
-    if (self->flights.waiting == 1 && self->spin) {
+    if (self->inflight.waiting == 1 && self->spin && !self->closed) {
         /* Nobody is to ring for what is looked for. */
         atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;

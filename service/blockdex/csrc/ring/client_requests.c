@@ -1,132 +1,159 @@
-/* What a link sends: requests as they came off the wire, those that Python writes, and those that are given up. */
+/* What a link sends: token requests as they came off the wire, requests about sequences, and what is given up. */
 #include "ring/client.h"
 
 enum { MAX_TENANT_BYTES = 256 };
 
-/* The next free slot; NULL while the engine has not emptied one. */
-static struct blockdex_request *free_slot(const struct link *self) {
+bool link_publish(struct link *self, const struct blockdex_request *slot) {
     uint64_t taken = self->written - atomic_load_explicit(&self->header->requests_read, memory_order_acquire);
-    if (taken >= self->num_request_slots) return NULL;
-    return (void *)(self->request_slots + self->written % self->num_request_slots * SLOT_BYTES);
-}
-
-static void publish(struct link *self) {
+    if (self->closed || taken >= self->num_request_slots) return false;
+    memcpy(self->request_slots + self->written % self->num_request_slots * BLOCKDEX_SLOT_BYTES, slot, sizeof *slot);
+    self->written++;
     self->active = link_now();
     blockdex_show(&self->header->requests_written, self->written, &self->header->engine_sleeps, self->engine_bell);
-}
-
-/* Metadata carries nothing but printable ASCII. */
-static bool is_tenant(const char *tenant, Py_ssize_t bytes) {
-    if (bytes < 1 || bytes > MAX_TENANT_BYTES) return false;
-    for (Py_ssize_t at = 0; at < bytes; at++)
-        if (tenant[at] < ' ' || tenant[at] > '~') return false;
     return true;
 }
 
-/* What `send` is asked. */
-struct asked {
-    PyObject *owner;
-    const char *tenant;
+/* Who sends, and what they say of a request beside its message. */
+struct sender {
+    PyObject *owner, *tenant;
     Py_ssize_t tenant_bytes;
+    uint64_t number;
     double timeout;
-    unsigned rpc;
+    uint8_t rpc;
 };
 
-/* Reads and checks a request, and writes it into the ring if it is right and there is room; else changes nothing. */
-static bool send_short(struct link *self, const struct asked *asked, const char *bytes, size_t size) {
-    struct wire_request request = {.spans = &self->scratch.spans, .kind = asked->rpc};
-    struct blockdex_request *slot = free_slot(self), described;
-    struct extent extent;
-    bool streamed = asked->rpc == STREAMED;
-    if (!slot || !self->scratch.places || flights_full(&self->flights) || self->flights.waiting >= self->max_waiting)
-        return false;
-    memset(self->scratch.spans.counts, 0, sizeof self->scratch.spans.counts);
-    if (!(streamed ? wire_read_streamed : wire_read)(&request, (const uint8_t *)bytes, size)) return false;
-    if (!tokens_check(&request, &self->bounds, &self->scratch)) return false;
-    double timeout = request.timeout_ms ? request.timeout_ms / 1e3 : asked->timeout;
-    if (!(timeout >= 0 && timeout < 1e9) || flights_of(&self->flights, asked->owner, request.number)) return false;
-    tokens_describe(&request, (size_t)asked->tenant_bytes, &described);
-    if (!arena_take(&self->arena, described.payload_bytes, &extent)) return false;
-    uint8_t rpc = (uint8_t)(request.kind + (streamed ? STREAMED : 0));
-    struct flight *flight = flights_begin(&self->flights, Py_NewRef(asked->owner), request.number, rpc);
-    flight->extent = extent;
-    flight->received = link_now();
-    tokens_carry(&request, asked->tenant, &described, self->request_arena + extent.offset);
-    described.ticket = flight->ticket;
-    described.received = flight->received;
-    described.deadline = flight->received + (int64_t)(timeout * 1e9);
-    described.payload_offset = extent.offset;
-    memcpy(slot, &described, sizeof described);
-    self->written++;
-    publish(self);
+/* Metadata carries nothing but printable ASCII; whoever calls has refused what else a caller may say. */
+static bool read_tenant(struct sender *sender) {
+    const char *tenant = PyUnicode_AsUTF8AndSize(sender->tenant, &sender->tenant_bytes);
+    if (!tenant) return false;
+    bool good = sender->tenant_bytes >= 1 && sender->tenant_bytes <= MAX_TENANT_BYTES;
+    for (Py_ssize_t at = 0; good && at < sender->tenant_bytes; at++) good = tenant[at] >= ' ' && tenant[at] <= '~';
+    if (!good) PyErr_SetString(PyExc_ValueError, "tenant: must be 1 to 256 printable ASCII characters");
+    return good;
+}
+
+/* Whether one more request may be in flight. */
+static bool may_begin(const struct link *self, const struct sender *sender, struct refusal *refusal) {
+    const struct inflight *table = &self->inflight;
+    if (inflight_of(table, sender->owner, sender->number))
+        return refuse(refusal, INVALID_ARGUMENT, "DUPLICATE_REQUEST_ID", "request_id: %llu is in flight already",
+                      (unsigned long long)sender->number);
+    if (table->waiting >= self->max_waiting)
+        return refuse(refusal, RESOURCE_EXHAUSTED, "OVERLOADED", "queue: at most %u requests may wait, %u do",
+                      self->max_waiting, table->waiting);
+    if (inflight_full(table))
+        return refuse(refusal, RESOURCE_EXHAUSTED, "OVERLOADED",
+                      "queue: %u requests are unanswered, those that were given up included", table->capacity);
     return true;
+}
+
+static PyObject *refused(const struct sender *sender, const struct refusal *refusal) {
+    return Py_BuildValue("(iKiss)", (int)sender->rpc, (unsigned long long)sender->number, (int)refusal->code,
+                         refusal->reason, refusal->message);
+}
+
+/* Enters a request into the table and sends it, or keeps it until there is room. */
+static PyObject *begin(struct link *self, const struct sender *sender, struct outgoing *outgoing,
+                       const struct wire_request *request) {
+    struct refusal refusal;
+    if (!may_begin(self, sender, &refusal)) return refused(sender, &refusal);
+    double timeout = sender->timeout > 0 ? sender->timeout : 0;
+    struct pending *pending = inflight_begin(&self->inflight, Py_NewRef(sender->owner), sender->number, sender->rpc);
+    pending->received = link_now();
+    pending->layer = outgoing->slot.layer;
+    pending->num_spans = request ? outgoing->slot.num_spans : 0;
+    pending->num_tokens = request ? tokens_count(request) : 0;
+    outgoing->pending = pending;
+    outgoing->tenant = sender->tenant;
+    outgoing->slot.ticket = pending->ticket;
+    outgoing->slot.received = pending->received;
+    /* A deadline has 63 bits of nanoseconds; gRPC's may lie 11,000 years ahead. */
+    outgoing->slot.deadline = pending->received + (int64_t)(1e9 * (timeout < 1e9 ? timeout : 1e9));
+    int became = outbox_begin(self, outgoing, request);
+    if (became >= 0) return PyLong_FromLong(became);
+    if (outgoing->placed) arena_give_back(&self->arena, pending->extent);
+    PyObject *owner = inflight_disown(&self->inflight, pending);
+    inflight_end(&self->inflight, pending);
+    Py_DECREF(owner);
+    return PyErr_NoMemory();
 }
 
 PyObject *link_send(PyObject *object, PyObject *const *arguments, Py_ssize_t count) {
-    if (count != 5) return PyErr_Format(PyExc_TypeError, "send: 5 arguments, got %zd", count);
-    struct asked asked = {.owner = arguments[0]};
+    struct link *self = (struct link *)object;
+    struct wire_request request = {.spans = &self->columns};
+    struct refusal refusal;
     char *bytes;
     Py_ssize_t size;
+    if (count != 5) return PyErr_Format(PyExc_TypeError, "send: 5 arguments, got %zd", count);
+    struct sender sender = {.owner = arguments[0], .tenant = arguments[2]};
+    struct outgoing outgoing = {.message = arguments[4]};
     unsigned long rpc = PyLong_AsUnsignedLong(arguments[1]);
-    asked.tenant = PyUnicode_AsUTF8AndSize(arguments[2], &asked.tenant_bytes);
-    if (!asked.tenant) return NULL;
-    asked.timeout = PyFloat_AsDouble(arguments[3]);
-    if (PyErr_Occurred() || PyBytes_AsStringAndSize(arguments[4], &bytes, &size) < 0) return NULL;
+    sender.timeout = PyErr_Occurred() ? 0 : PyFloat_AsDouble(arguments[3]);
+    if (PyErr_Occurred() || PyBytes_AsStringAndSize(arguments[4], &bytes, &size) < 0 || !read_tenant(&sender))
+        return NULL;
     if (rpc > STREAMED) return PyErr_Format(PyExc_ValueError, "send: rpc must be at most %d, got %lu", STREAMED, rpc);
-    asked.rpc = (unsigned)rpc;
-    if (!is_tenant(asked.tenant, asked.tenant_bytes)) Py_RETURN_FALSE;
-    return PyBool_FromLong(send_short((struct link *)object, &asked, bytes, (size_t)size));
+    bool streamed = rpc == STREAMED;
+    if (!streamed) request.kind = (uint32_t)rpc;
+    memset(self->columns.counts, 0, sizeof self->columns.counts);
+    if (!(streamed ? wire_read_streamed : wire_read)(&request, (const uint8_t *)bytes, (size_t)size))
+        return PyLong_FromLong(UNUSUAL);
+    sender.number = request.number;
+    sender.rpc = (uint8_t)(request.kind + (streamed ? STREAMED : 0));
+    if (request.timeout_ms) sender.timeout = request.timeout_ms / 1e3;
+    if (!tokens_fit(&request, &self->bounds, &refusal)) return refused(&sender, &refusal);
+    tokens_describe(&request, (size_t)sender.tenant_bytes, &outgoing.slot);
+    outgoing.keys = request.keys;
+    outgoing.queries = request.queries;
+    return begin(self, &sender, &outgoing, &request);
 }
 
-PyObject *link_claim(PyObject *object, PyObject *arguments) {
-    struct link *self = (struct link *)object;
-    PyObject *owner;
-    unsigned long long bytes;
-    struct extent extent;
-    if (!PyArg_ParseTuple(arguments, "OK:claim", &owner, &bytes)) return NULL;
-    struct blockdex_request *slot = free_slot(self);
-    if (!slot || flights_full(&self->flights) || !arena_take(&self->arena, bytes, &extent)) Py_RETURN_NONE;
-    struct flight *flight = flights_begin(&self->flights, Py_NewRef(owner), 0, LONG_WAY);
-    flight->extent = extent;
-    self->written++;
-    unsigned long long at = (unsigned long long)((char *)slot - (char *)self->header);
-    return Py_BuildValue("KKK", (unsigned long long)flight->ticket, at, (unsigned long long)extent.offset);
+PyObject *link_send_sequence(PyObject *object, PyObject *arguments) {
+    struct sender sender;
+    struct outgoing outgoing = {.written = 0};
+    struct blockdex_request *slot = &outgoing.slot;
+    unsigned long long owned, epoch, sequence_id, child_id, number;
+    if (!PyArg_ParseTuple(arguments, "OKbO!dHKKKKIO!:send_sequence", &sender.owner, &owned, &sender.rpc,
+                          &PyUnicode_Type, &sender.tenant, &sender.timeout, &slot->kind, &epoch, &sequence_id,
+                          &child_id, &number, &slot->num_spans, &PyBytes_Type, &outgoing.message) ||
+        !read_tenant(&sender))
+        return NULL;
+    if (sender.rpc < SEQUENCE_RPCS || slot->kind < BLOCKDEX_OPEN || slot->kind > BLOCKDEX_CLOSE)
+        return PyErr_Format(PyExc_ValueError, "send_sequence: RPC %d and kind %d are none of a sequence", sender.rpc,
+                            slot->kind);
+    uint64_t bytes = (uint64_t)PyBytes_Size(outgoing.message);
+    sender.number = owned;
+    slot->tenant_bytes = (uint16_t)sender.tenant_bytes;
+    bool has_columns = slot->kind == BLOCKDEX_OPEN || slot->kind == BLOCKDEX_CLOSE;
+    slot->payload_bytes = has_columns ? sequences_columns_at(slot->tenant_bytes) + bytes : slot->tenant_bytes;
+    slot->epoch = epoch;
+    slot->sequence_id = sequence_id;
+    slot->child_id = child_id;
+    slot->number = number;
+    return begin((struct link *)object, &sender, &outgoing, NULL);
 }
 
-PyObject *link_publish(PyObject *object, PyObject *unused) {
+PyObject *link_flush(PyObject *object, PyObject *unused) {
     (void)unused;
-    publish((struct link *)object);
-    Py_RETURN_NONE;
+    return PyLong_FromLong(outbox_flush((struct link *)object));
 }
 
-PyObject *link_cancel(PyObject *object, PyObject *ticket) {
-    struct link *self = (struct link *)object;
-    uint64_t number = PyLong_AsUnsignedLongLong(ticket);
-    if (PyErr_Occurred()) return NULL;
-    struct flight *flight = flights_with(&self->flights, number);
-    if (!flight) Py_RETURN_TRUE; /* answered meanwhile */
-    struct blockdex_request *slot = free_slot(self);
-    if (!slot) Py_RETURN_FALSE;
-    *slot = (struct blockdex_request){.ticket = number, .kind = BLOCKDEX_CANCEL};
-    self->written++;
-    publish(self);
-    /* Last: what an owner does when it goes must find everything in order. */
-    Py_XDECREF((PyObject *)flights_disown(&self->flights, flight));
-    Py_RETURN_TRUE;
-}
-
-/* Takes a flight from its owner: (owner, number, rpc, received, ticket). */
-static PyObject *given_up(struct link *self, struct flight *flight) {
-    PyObject *owner = flights_disown(&self->flights, flight);
-    return Py_BuildValue("NKiLK", owner, (unsigned long long)flight->number, (int)flight->rpc,
-                         (long long)flight->received, (unsigned long long)flight->ticket);
-}
-
-PyObject *link_awaits(PyObject *object, PyObject *arguments) {
-    PyObject *owner;
-    unsigned long long number;
-    if (!PyArg_ParseTuple(arguments, "OK:awaits", &owner, &number)) return NULL;
-    return PyBool_FromLong(flights_of(&((struct link *)object)->flights, owner, number) != NULL);
+/* Takes a request from its owner, so that nobody is told of its answer: (owner, number, rpc, received, layer, spans, tokens,
+ * bytes of its payload, or 0 where it was sent). Nothing is in between when another's code may run. */
+static PyObject *given_up(struct link *self, struct pending *pending) {
+    const struct pending was = *pending;
+    struct outgoing *unsent = was.unsent;
+    unsigned long long unsent_bytes = unsent ? unsent->slot.payload_bytes : 0;
+    if (unsent) outbox_remove(self, unsent);
+    PyObject *owner = inflight_disown(&self->inflight, pending);
+    if (unsent) {
+        inflight_end(&self->inflight, pending);
+        outbox_release(unsent);
+    } else if (!link_publish(self, &(struct blockdex_request){.ticket = was.ticket, .kind = BLOCKDEX_CANCEL})) {
+        pending->cancel_due = true;
+        self->inflight.cancels_due++;
+    }
+    return Py_BuildValue("(NKiLIIKK)", owner, (unsigned long long)was.number, (int)was.rpc, (long long)was.received,
+                         was.layer, was.num_spans, (unsigned long long)was.num_tokens, unsent_bytes);
 }
 
 PyObject *link_give_up(PyObject *object, PyObject *arguments) {
@@ -134,25 +161,36 @@ PyObject *link_give_up(PyObject *object, PyObject *arguments) {
     PyObject *owner;
     unsigned long long number;
     if (!PyArg_ParseTuple(arguments, "OK:give_up", &owner, &number)) return NULL;
-    struct flight *flight = flights_of(&self->flights, owner, number);
-    if (!flight) Py_RETURN_NONE;
-    return given_up(self, flight);
+    struct pending *pending = inflight_of(&self->inflight, owner, number);
+    if (!pending) Py_RETURN_NONE;
+    return given_up(self, pending);
 }
 
-PyObject *link_give_up_all(PyObject *object, PyObject *owner) {
-    struct link *self = (struct link *)object;
+/* Whether it has waited since then for room, and not for its turn or its copy. */
+static bool waits_for_room(const struct link *self, const struct pending *pending, int64_t since) {
+    uint64_t taken = self->written - atomic_load_explicit(&self->header->requests_read, memory_order_acquire);
+    return pending->unsent && pending->received < since &&
+           (!pending->unsent->placed || taken >= self->num_request_slots);
+}
+
+/* Gives up those of an owner, or of everybody, or of those only the ones that have waited for room since then. */
+static PyObject *give_up_some(struct link *self, PyObject *owner, int64_t since) {
     PyObject *list = PyList_New(0);
-    if (!list) return NULL;
-    for (uint32_t at = 0; at < self->flights.capacity && self->flights.on_short_way; at++) {
-        struct flight *flight = &self->flights.all[at];
-        if (!flight->owner || flight->rpc == LONG_WAY || (owner != Py_None && flight->owner != owner)) continue;
-        PyObject *item = given_up(self, flight);
-        if (!item || PyList_Append(list, item) < 0) {
-            Py_XDECREF(item);
-            Py_DECREF(list);
-            return NULL;
-        }
-        Py_DECREF(item);
+    for (uint32_t at = 0; list && at < self->inflight.capacity && self->inflight.waiting; at++) {
+        struct pending *pending = &self->inflight.all[at];
+        if (!pending->owner || (owner != Py_None && pending->owner != owner)) continue;
+        if (since && !waits_for_room(self, pending, since)) continue;
+        PyObject *item = given_up(self, pending);
+        if (!item || PyList_Append(list, item) < 0) Py_CLEAR(list);
+        Py_XDECREF(item);
     }
     return list;
+}
+
+PyObject *link_give_up_all(PyObject *object, PyObject *owner) { return give_up_some((struct link *)object, owner, 0); }
+
+PyObject *link_overdue(PyObject *object, PyObject *seconds) {
+    double patience = PyFloat_AsDouble(seconds);
+    if (PyErr_Occurred()) return NULL;
+    return give_up_some((struct link *)object, Py_None, link_now() - (int64_t)(1e9 * patience));
 }

@@ -1,51 +1,55 @@
-/* The requests of a link that are not answered yet, by the ticket that the ring carries and by who asked. */
-#ifndef BLOCKDEX_FLIGHTS_H
-#define BLOCKDEX_FLIGHTS_H
+/* The in-flight table of a link: its requests that are not answered yet, by the ticket that the ring carries and by who
+ * waits for the answer. */
+#ifndef BLOCKDEX_INFLIGHT_H
+#define BLOCKDEX_INFLIGHT_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
 #include "ring/arena.h"
 
-/* `owner` asked: NULL once nobody waits any more. `number` is its own name for the request. `rpc` is LONG_WAY for one that
- * Python wrote and reads the answer of. */
-struct flight {
+struct outgoing;
+
+/* `owner` waits for the answer: NULL once nobody does. `number` is the owner's own name for the request, `rpc` one of the
+ * numbers of blockdex.ring.caller.RPCS. `unsent` is what is still to be written for it, `cancel_due` says that the
+ * engine is to be told that nobody waits any more. */
+struct pending {
     uint64_t ticket;
     void *owner;
-    uint64_t number;
+    uint64_t number, num_tokens;
     int64_t received;
     struct extent extent;
-    uint32_t next;
+    struct outgoing *unsent;
+    uint32_t next, layer, num_spans;
     uint8_t rpc;
+    bool cancel_due;
 };
 
-enum { LONG_WAY = 255 };
-
-/* `waiting`: flights that have an owner; `on_short_way`: those of them that Python did not write. */
-struct flights {
-    struct flight *all;
+/* `waiting`: entries that have an owner; `cancels_due`: entries whose cancellation is to be sent. */
+struct inflight {
+    struct pending *all;
     uint32_t *buckets;
-    uint32_t capacity, free, waiting, on_short_way;
+    uint32_t capacity, free, waiting, cancels_due;
     uint64_t serial;
 };
 
-/* Room for so many, a power of two; false without memory. */
-bool flights_open(struct flights *flights, uint32_t capacity);
-void flights_close(struct flights *flights);
+/* A table of so many entries, a power of two; false without memory. */
+bool inflight_open(struct inflight *table, uint32_t capacity);
+void inflight_close(struct inflight *table);
 
-static inline bool flights_full(const struct flights *flights) { return flights->free == UINT32_MAX; }
+static inline bool inflight_full(const struct inflight *table) { return table->free == UINT32_MAX; }
 
-/* A new one, with a ticket; there must be room. Those on the short way are found by owner and number. */
-struct flight *flights_begin(struct flights *flights, void *owner, uint64_t number, uint8_t rpc);
+/* A new entry, with a ticket; the table must not be full. */
+struct pending *inflight_begin(struct inflight *table, void *owner, uint64_t number, uint8_t rpc);
 
-/* By ticket, also where its owner has gone; by owner and number, on the short way alone. NULL where there is none. */
-struct flight *flights_with(const struct flights *flights, uint64_t ticket);
-struct flight *flights_of(const struct flights *flights, const void *owner, uint64_t number);
+/* By ticket, also where its owner has gone; by owner and number. NULL where there is none. */
+struct pending *inflight_with(const struct inflight *table, uint64_t ticket);
+struct pending *inflight_of(const struct inflight *table, const void *owner, uint64_t number);
 
 /* Nobody waits for it any more; its owner is returned, NULL where it had none. */
-void *flights_disown(struct flights *flights, struct flight *flight);
+void *inflight_disown(struct inflight *table, struct pending *pending);
 
-/* It was answered: its place is free. It must have no owner. */
-void flights_end(struct flights *flights, struct flight *flight);
+/* It is answered, or was never sent: its entry is free. It must have no owner. */
+void inflight_end(struct inflight *table, struct pending *pending);
 
 #endif

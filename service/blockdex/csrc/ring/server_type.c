@@ -81,6 +81,11 @@ struct line *line_of(PyObject *object) {
 
 PyObject *line_object(struct line *line) { return (PyObject *)((char *)line - offsetof(struct line_object, line)); }
 
+static PyObject *get_memory(struct line_object *self, void *unused) {
+    (void)unused;
+    return PyMemoryView_FromObject(self->memory.obj);
+}
+
 static PyObject *get_filled(struct line_object *self, void *unused) {
     (void)unused;
     return PyLong_FromLongLong(line_filled(&self->line));
@@ -169,6 +174,7 @@ static PyObject *method_publish(struct line_object *self, PyObject *unused) {
 }
 
 static PyGetSetDef properties[] = {
+    {"memory", (getter)get_memory, NULL, "The segment's bytes.", NULL},
     {"filled", (getter)get_filled, NULL, "Requests that were not taken yet; -1 where that cannot be.", NULL},
     {"waits", (getter)get_waits, NULL, "Whether the oldest request is one for Python to take now.", NULL},
     {"gone", (getter)get_gone, (setter)set_gone, "Whether nobody is there to be answered.", NULL},

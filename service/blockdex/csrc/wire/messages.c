@@ -11,30 +11,42 @@ static bool read_number(const struct field *field, uint64_t largest, uint32_t *n
     return field->type == VARINT && field->value <= largest;
 }
 
-static bool add_number(struct wire_spans *spans, unsigned column, uint64_t value) {
-    uint32_t count = spans->counts[column];
-    if (count == spans->most) return false;
-    spans->columns[column][count] = value;
-    spans->counts[column]++;
-    return true;
+/* Protobuf writes a negative number of an enum as one of 64 bits, and reads the lower half of whatever is written. */
+static bool read_enum(const struct field *field, uint32_t *number) {
+    *number = (uint32_t)field->value;
+    return field->type == VARINT;
+}
+
+static void add_number(struct wire_spans *spans, unsigned column, uint64_t value) {
+    uint32_t count = spans->counts[column]++;
+    if (count < spans->most) spans->columns[column][count] = value;
 }
 
 static bool read_varints(struct wire_spans *spans, unsigned column, struct field *field) {
     uint64_t value;
-    if (field->type == VARINT) return field->value <= UINT32_MAX && add_number(spans, column, field->value);
+    if (field->type == VARINT) {
+        add_number(spans, column, field->value);
+        return field->value <= UINT32_MAX;
+    }
     if (field->type != BYTES) return false;
-    while (field->inside.at < field->inside.end)
-        if (!read_varint(&field->inside, 10, &value) || value > UINT32_MAX || !add_number(spans, column, value))
-            return false;
+    while (field->inside.at < field->inside.end) {
+        if (!read_varint(&field->inside, 10, &value) || value > UINT32_MAX) return false;
+        add_number(spans, column, value);
+    }
     return true;
 }
 
 static bool read_fixed64s(struct wire_spans *spans, unsigned column, struct field *field) {
     uint64_t value;
-    if (field->type == FIXED64) return add_number(spans, column, field->value);
+    if (field->type == FIXED64) {
+        add_number(spans, column, field->value);
+        return true;
+    }
     if (field->type != BYTES) return false;
-    while (field->inside.at < field->inside.end)
-        if (!read_fixed64(&field->inside, &value) || !add_number(spans, column, value)) return false;
+    while (field->inside.at < field->inside.end) {
+        if (!read_fixed64(&field->inside, &value)) return false;
+        add_number(spans, column, value);
+    }
     return true;
 }
 
@@ -62,17 +74,18 @@ static bool read_spans(struct wire_request *request, const struct field *message
 static bool read_tensor(struct wire_tensor *tensor, const struct field *message) {
     struct cursor cursor = message->inside;
     struct field field = {0};
-    if (message->type != BYTES || tensor->data) return false;
+    if (message->type != BYTES || tensor->present) return false;
+    tensor->present = true;
     while (cursor.at < cursor.end) {
         if (!read_field(&cursor, &field)) return false;
-        if (field.number == 1 && !read_number(&field, UINT32_MAX, &tensor->dtype)) return false;
+        if (field.number == 1 && !read_enum(&field, &tensor->dtype)) return false;
         if (field.number == 2) {
             if (field.type != BYTES) return false;
             tensor->data = field.inside.at;
             tensor->bytes = (uint64_t)(field.inside.end - field.inside.at);
         }
     }
-    return tensor->data != NULL;
+    return true;
 }
 
 static bool is_feature(uint64_t value) { return value >= 1 && value <= LAST_FEATURE; }
@@ -136,8 +149,8 @@ static bool read_part(struct wire_request *request, struct field *field) {
         case QUERIES: return read_tensor(&request->queries, field);
         case FIRST_HEAD: return read_number(field, UINT32_MAX, &request->first_head);
         case NUM_HEADS: return read_number(field, UINT32_MAX, &request->num_heads);
-        case ORDER: return read_number(field, UINT32_MAX, &request->order);
-        case SCORES: return read_number(field, RAW_SCORES, &request->scores);
+        case ORDER: return read_enum(field, &request->order);
+        case SCORES: return read_enum(field, &request->scores);
         case WAIT: return read_number(field, 1, &request->wait_for_keys);
         default: return read_number(field, 1, &request->rollback);
     }

@@ -1,7 +1,7 @@
 /* Token requests and their answers as protobuf, as proto/blockdex/v1/indexer.proto has them.
  *
  * What is read here is what encoders write: any order of fields, packed and unpacked numbers, unknown fields. What else
- * protobuf would take (one message in two pieces, groups, numbers beyond their type) is left to protobuf.
+ * protobuf takes (one message in two pieces, groups, numbers beyond their type) it has to write anew first.
  */
 #ifndef BLOCKDEX_WIRE_H
 #define BLOCKDEX_WIRE_H
@@ -17,11 +17,12 @@ struct wire_tensor {
     const uint8_t *data;
     uint64_t bytes;
     uint32_t dtype;
+    bool present;
 };
 
 enum { SEQUENCE_IDS, STARTS, LENGTHS, REVISIONS, NUM_COLUMNS };
 
-/* Columns of numbers, each with room for `most`. */
+/* Columns of numbers, each with room for `most`: more are counted, and not kept. */
 struct wire_spans {
     uint64_t *columns[NUM_COLUMNS];
     uint32_t counts[NUM_COLUMNS];
@@ -43,7 +44,8 @@ struct wire_request {
 };
 
 /* Reads one request of a kind, or one of a stream, which names its kind; `spans` has been set, the rest is zero. False
- * where it is to be left to protobuf. */
+ * where protobuf has to read it: it is unusual, no such message, of a stream no token request, or it insists on a model or
+ * on a feature that the server does not have. */
 bool wire_read(struct wire_request *request, const uint8_t *bytes, size_t size);
 bool wire_read_streamed(struct wire_request *request, const uint8_t *bytes, size_t size);
 

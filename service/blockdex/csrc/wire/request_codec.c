@@ -1,91 +1,81 @@
 #include "wire/request_codec.h"
 
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 enum { BLOCKDEX_INT32 = 5 };
 
-static const uint8_t DTYPE_BYTES[] = {
-    [BLOCKDEX_BF16] = 2, [BLOCKDEX_FP16] = 2, [BLOCKDEX_FP32] = 4, [BLOCKDEX_FP8_E4M3] = 1};
-
-/* Places for `max_spans` ids, half of them empty at least. */
-static uint64_t num_places(uint64_t num_spans) {
-    uint64_t places = 2;
-    while (places < 2 * num_spans) places *= 2;
-    return places;
+bool columns_open(struct wire_spans *spans, uint32_t most) {
+    uint64_t *columns = calloc((size_t)NUM_COLUMNS * most, sizeof *columns);
+    for (unsigned column = 0; columns && column < NUM_COLUMNS; column++)
+        spans->columns[column] = columns + (size_t)column * most;
+    spans->most = most;
+    return columns;
 }
 
-bool scratch_open(struct scratch *scratch, uint32_t max_spans, uint64_t salt) {
-    uint64_t *columns = calloc((size_t)NUM_COLUMNS * max_spans, sizeof *columns);
-    scratch->places = calloc(num_places(max_spans), sizeof *scratch->places);
-    for (unsigned column = 0; column < NUM_COLUMNS; column++)
-        scratch->spans.columns[column] = columns ? columns + (size_t)column * max_spans : NULL;
-    scratch->spans.most = max_spans;
-    scratch->salt = salt | 1;
-    return columns && scratch->places;
+void columns_close(struct wire_spans *spans) { free(spans->columns[0]); }
+
+bool refuse(struct refusal *refusal, uint16_t code, const char *reason, const char *format, ...) {
+    va_list numbers;
+    *refusal = (struct refusal){.code = code, .reason = reason};
+    va_start(numbers, format);
+    vsnprintf(refusal->message, sizeof refusal->message, format, numbers);
+    va_end(numbers);
+    return false;
 }
 
-void scratch_close(struct scratch *scratch) {
-    free(scratch->spans.columns[0]);
-    free(scratch->places);
-    *scratch = (struct scratch){.places = NULL};
-}
-
-static bool all_different(const uint64_t *ids, uint32_t count, struct scratch *scratch) {
-    uint64_t places = num_places(count);
-    memset(scratch->places, 0, places * sizeof *scratch->places);
-    for (uint32_t at = 0; at < count; at++) {
-        uint64_t mixed = ids[at] * scratch->salt;
-        uint64_t place = (mixed ^ mixed >> 32) * scratch->salt >> 32 & (places - 1);
-        for (; scratch->places[place]; place = (place + 1) & (places - 1))
-            if (ids[scratch->places[place] - 1] == ids[at]) return false;
-        scratch->places[place] = at + 1;
-    }
+static bool columns_fit(const struct wire_spans *spans, struct refusal *refusal) {
+    const uint32_t *counts = spans->counts;
+    uint32_t count = counts[SEQUENCE_IDS], revisions = counts[REVISIONS];
+    if (counts[STARTS] != count || counts[LENGTHS] != count || (revisions && revisions != count))
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_SPANS",
+                      "spans: columns must be equally long, got %u sequence_ids, %u starts, %u lengths, %u revisions"
+                      "\nsequence_ids=%u\nstarts=%u\nlengths=%u\nrevisions=%u",
+                      count, counts[STARTS], counts[LENGTHS], revisions ? revisions : count, count, counts[STARTS],
+                      counts[LENGTHS], revisions ? revisions : count);
+    if (count > spans->most)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_SPANS",
+                      "spans: must be 1 to %u, got %u\ncount=%u\nmax_spans=%u", spans->most, count, count, spans->most);
+    if (!revisions) memset(spans->columns[REVISIONS], 0, count * sizeof(uint64_t));
     return true;
 }
 
-/* Counts the tokens. */
-static bool check_spans(struct wire_spans *spans, const struct bounds *bounds, struct scratch *scratch,
-                        uint64_t *tokens) {
-    uint32_t count = spans->counts[SEQUENCE_IDS];
-    if (!count || spans->counts[STARTS] != count || spans->counts[LENGTHS] != count) return false;
-    if (!spans->counts[REVISIONS])
-        memset(spans->columns[REVISIONS], 0, count * sizeof(uint64_t));
-    else if (spans->counts[REVISIONS] != count)
-        return false;
-    *tokens = 0;
-    for (uint32_t at = 0; at < count; at++) {
-        /* Both have 32 bits. */
-        uint64_t start = spans->columns[STARTS][at], length = spans->columns[LENGTHS][at];
-        if (!length || start + length > bounds->max_sequence_tokens) return false;
-        *tokens += length;
-    }
-    return all_different(spans->columns[SEQUENCE_IDS], count, scratch);
+static bool tensor_fits(const char *name, const struct wire_tensor *tensor, struct refusal *refusal) {
+    if (tensor->dtype < BLOCKDEX_BF16 || tensor->dtype > BLOCKDEX_FP8_E4M3)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_TENSOR", "%s: dtype must be one of 1, 2, 3, 4, got %d", name,
+                      (int)tensor->dtype);
+    return true;
 }
 
-static bool check_tensor(const struct wire_tensor *tensor, uint64_t tokens, uint64_t heads, uint64_t head_dim) {
-    uint64_t expected;
-    if (!tensor->data || tensor->dtype < BLOCKDEX_BF16 || tensor->dtype > BLOCKDEX_FP8_E4M3) return false;
-    return !__builtin_mul_overflow(tokens, heads, &expected) &&
-           !__builtin_mul_overflow(expected, head_dim, &expected) &&
-           !__builtin_mul_overflow(expected, DTYPE_BYTES[tensor->dtype], &expected) && tensor->bytes == expected;
+bool tokens_fit(struct wire_request *request, const struct bounds *bounds, struct refusal *refusal) {
+    bool appends = request->kind != SELECT_BLOCKS, selects = request->kind != APPEND_KEYS;
+    if (!columns_fit(request->spans, refusal)) return false;
+    if (appends && !tensor_fits("keys", &request->keys, refusal)) return false;
+    if (selects && !tensor_fits("queries", &request->queries, refusal)) return false;
+    if (selects && request->order > BLOCKDEX_SCORE)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_ORDER", "order must be one of 0, 1, 2, got %d",
+                      (int)request->order);
+    if (selects && request->scores > RAW_SCORES)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_SCORES", "return_scores must be one of 0, 1, 2, got %d",
+                      (int)request->scores);
+    uint64_t bytes = request->keys.bytes + request->queries.bytes;
+    unsigned long long allowed = bounds->max_message_bytes, got = bytes;
+    if (bytes > allowed)
+        return refuse(
+            refusal, RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE",
+            "keys and queries together must be at most %llu bytes, got %llu\nbytes=%llu\nmax_message_bytes=%llu",
+            allowed, got, got, allowed);
+    if (selects && !request->order) request->order = BLOCKDEX_ASCENDING;
+    if (selects && !request->num_heads && request->first_head < bounds->num_heads)
+        request->num_heads = (uint32_t)bounds->num_heads - request->first_head;
+    return true;
 }
 
-static bool check_heads(struct wire_request *request, const struct bounds *bounds) {
-    if (request->first_head >= bounds->num_heads) return false;
-    if (!request->num_heads) request->num_heads = (uint32_t)bounds->num_heads - request->first_head;
-    return (uint64_t)request->first_head + request->num_heads <= bounds->num_heads;
-}
-
-bool tokens_check(struct wire_request *request, const struct bounds *bounds, struct scratch *scratch) {
-    uint64_t tokens;
-    if (request->layer >= bounds->num_layers || !check_spans(request->spans, bounds, scratch, &tokens)) return false;
-    if (request->kind != SELECT_BLOCKS && !check_tensor(&request->keys, tokens, 1, bounds->head_dim)) return false;
-    if (request->kind != APPEND_KEYS) {
-        if (!check_heads(request, bounds) || request->order > BLOCKDEX_SCORE) return false;
-        if (!check_tensor(&request->queries, tokens, request->num_heads, bounds->head_dim)) return false;
-        if (!request->order) request->order = BLOCKDEX_ASCENDING;
-    }
-    return request->keys.bytes + request->queries.bytes <= bounds->max_message_bytes;
+uint64_t tokens_count(const struct wire_request *request) {
+    uint64_t tokens = 0;
+    for (uint32_t at = 0; at < request->spans->counts[LENGTHS]; at++) tokens += request->spans->columns[LENGTHS][at];
+    return tokens;
 }
 
 /* Where columns, keys and queries begin behind the tenant, as docs/ring.md says. */
@@ -122,15 +112,30 @@ void tokens_describe(const struct wire_request *request, size_t tenant_bytes, st
     slot->payload_bytes = parts_of(slot).queries + slot->queries_bytes;
 }
 
-void tokens_carry(const struct wire_request *request, const char *tenant, const struct blockdex_request *slot,
-                  char *to) {
+void tokens_write_columns(const struct wire_request *request, const char *tenant, const struct blockdex_request *slot,
+                          char *to) {
     struct parts parts = parts_of(slot);
     size_t column_bytes = slot->num_spans * sizeof(uint64_t);
     memcpy(to, tenant, slot->tenant_bytes);
     for (unsigned column = 0; column < NUM_COLUMNS; column++)
         memcpy(to + parts.columns + column * column_bytes, request->spans->columns[column], column_bytes);
-    if (request->keys.data) memcpy(to + parts.keys, request->keys.data, slot->keys_bytes);
-    if (request->queries.data) memcpy(to + parts.queries, request->queries.data, slot->queries_bytes);
+}
+
+uint64_t tokens_write_tensors(const struct wire_tensor *keys, const struct wire_tensor *queries,
+                              const struct blockdex_request *slot, char *to, uint64_t written, uint64_t most) {
+    struct parts parts = parts_of(slot);
+    uint64_t bytes = 0;
+    if (written < keys->bytes) {
+        bytes = keys->bytes - written < most ? keys->bytes - written : most;
+        memcpy(to + parts.keys + written, keys->data + written, bytes);
+    }
+    uint64_t at = written + bytes - keys->bytes, left = most - bytes;
+    if (written + bytes >= keys->bytes && at < queries->bytes) {
+        uint64_t more = queries->bytes - at < left ? queries->bytes - at : left;
+        memcpy(to + parts.queries + at, queries->data + at, more);
+        bytes += more;
+    }
+    return bytes;
 }
 
 bool tokens_answer(const struct blockdex_answer *slot, const char *payload, struct wire_response *response) {
@@ -142,11 +147,13 @@ bool tokens_answer(const struct blockdex_answer *slot, const char *payload, stru
     if (__builtin_mul_overflow((uint64_t)slot->num_tokens * slot->num_heads, 4 * (uint64_t)slot->topk, &bytes) ||
         bytes > slot->payload_bytes)
         return false;
-    response->block_ids = (struct wire_tensor){(const uint8_t *)payload, bytes, BLOCKDEX_INT32};
+    response->block_ids =
+        (struct wire_tensor){.data = (const uint8_t *)payload, .bytes = bytes, .dtype = BLOCKDEX_INT32};
     if (slot->flags & BLOCKDEX_HAS_SCORES) {
         scores_at = blockdex_aligned(bytes);
         if (scores_at > slot->payload_bytes || bytes > slot->payload_bytes - scores_at) return false;
-        response->scores = (struct wire_tensor){(const uint8_t *)payload + scores_at, bytes, BLOCKDEX_FP32};
+        response->scores =
+            (struct wire_tensor){.data = (const uint8_t *)payload + scores_at, .bytes = bytes, .dtype = BLOCKDEX_FP32};
     }
     return true;
 }

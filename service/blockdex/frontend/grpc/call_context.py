@@ -14,7 +14,7 @@ import grpc
 
 from blockdex.contract.limits import TENANT_KEY, check_tenant
 from blockdex.logs import RateLimit, log_event
-from blockdex.ring.channel import CameTo, PendingAnswer
+from blockdex.ring.caller import CameTo
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context as TraceContext
@@ -38,7 +38,7 @@ _SLOW_LINES_PER_SECOND = 10
 logger = logging.getLogger(__name__)
 
 
-class Caller(NamedTuple):
+class CallContext(NamedTuple):
     """Who makes a call.
 
     Attributes:
@@ -68,7 +68,7 @@ class Caller(NamedTuple):
         return self.tenant
 
 
-def caller_of(context: Context) -> Caller:
+def call_of(context: Context) -> CallContext:
     """Who makes the call; where an entry comes twice, the first one counts."""
     tenant = request_id = None
     for key, value in context.invocation_metadata() or ():
@@ -80,7 +80,7 @@ def caller_of(context: Context) -> Caller:
         tenant = str(next(iter(identities)), "utf-8")
     if request_id is None or not _REQUEST_ID.fullmatch(request_id):
         request_id = f"{next(_drawn) % (1 << 64):016x}"
-    return Caller(context, DEFAULT_TENANT if tenant is None else tenant, request_id)
+    return CallContext(context, DEFAULT_TENANT if tenant is None else tenant, request_id)
 
 
 class RequestLog:
@@ -98,90 +98,81 @@ class RequestLog:
         self._tracing = tracing
         self._limit = RateLimit(_SLOW_LINES_PER_SECOND)
 
-    @property
-    def traces(self) -> bool:
-        """Whether spans are made of requests, which takes more of them than their answers' bytes."""
-        return self._tracing is not None
-
-    def caller_of(self, context: Context) -> Caller:
+    def call_of(self, context: Context) -> CallContext:
         """Who makes the call, and what its spans are to be part of."""
-        caller = caller_of(context)
+        call = call_of(context)
         if self._tracing is None:
-            return caller
-        return caller._replace(trace=self._tracing.parent_of(context.invocation_metadata() or ()))
+            return call
+        return call._replace(trace=self._tracing.parent_of(context.invocation_metadata() or ()))
 
     def answered(
         self,
         rpc: str,
         code: str,
         began: float,
-        caller: Caller,
-        pending: PendingAnswer | CameTo | None = None,
+        call: CallContext,
+        came_to: CameTo | None = None,
         number: int | None = None,
     ) -> None:
-        """Tells of one answered request.
+        """Tells of one answered request that is not counted yet; otherwise as `took`."""
+        self._observe(rpc, code, time.monotonic() - began)
+        self.took(rpc, code, began, call, came_to, number)
+
+    def took(
+        self,
+        rpc: str,
+        code: str,
+        began: float,
+        call: CallContext,
+        came_to: CameTo | None,
+        number: int | None = None,
+    ) -> None:
+        """Makes the span of one answered request, and logs it if it was slow, unless there were too many of late.
 
         Args:
             rpc: the method's name; one on a stream as `Stream/AppendKeys`.
             code: name of the canonical code it was answered with.
             began: `time.monotonic` seconds of its arrival.
-            caller: who made it.
-            pending: its answer from the engine, or what it came to there, where it got that far.
+            call: who made it.
+            came_to: what it came to in the engine, where it got that far.
             number: on a stream, the request's own id in it: its lines are named by both.
         """
         ended = time.monotonic()
-        self._observe(rpc, code, ended - began)
-        if self._tracing is not None and caller.trace is not None:
-            request_id = caller.request_id if number is None else f"{caller.request_id}/{number}"
-            assert pending is None or isinstance(pending, PendingAnswer)
-            self._tracing.answered(rpc, code, (began, ended), caller.trace, request_id, pending)
-        if ended - began > self._slow_seconds:
-            self.was_slow(rpc, code, (began, ended), caller, pending, number)
-
-    def was_slow(
-        self,
-        rpc: str,
-        code: str,
-        times: tuple[float, float],
-        caller: Caller,
-        came_to: PendingAnswer | CameTo | None,
-        number: int | None = None,
-    ) -> None:
-        """Logs a slow request, unless there were too many of late; `times` are those of its arrival and its answer."""
-        began, ended = times
-        if self._limit.allows(ended):
-            if number is not None:
-                caller = caller._replace(request_id=f"{caller.request_id}/{number}")
+        if number is not None:
+            call = call._replace(request_id=f"{call.request_id}/{number}")
+        if self._tracing is not None and call.trace is not None:
+            self._tracing.answered(rpc, code, (began, ended), call.trace, call.request_id, came_to)
+        if ended - began > self._slow_seconds and self._limit.allows(ended):
             log_event(
                 logger,
                 logging.WARNING,
                 "slow request",
                 rpc=rpc,
                 code=code,
-                **caller.names,
+                **call.names,
                 ms=_milliseconds(ended - began),
                 **_engine_fields(came_to),
                 withheld=self._limit.withheld(),
             )
 
-    def stream_opened(self, caller: Caller) -> None:
+    def stream_opened(self, call: CallContext) -> None:
         """Tells of a new stream."""
-        log_event(logger, logging.INFO, "stream opened", **caller.names)
+        log_event(logger, logging.INFO, "stream opened", **call.names)
 
-    def stream_closed(self, caller: Caller, seconds: float, requests: int, errors: int) -> None:
+    def stream_closed(self, call: CallContext, seconds: float, requests: int, errors: int) -> None:
         """Tells of a stream's end: how long it was, its requests, and how many of them were not answered OK."""
         log_event(
             logger,
             logging.INFO,
             "stream closed",
-            **caller.names,
+            **call.names,
             seconds=round(seconds, 3),
             requests=requests,
             errors=errors,
         )
 
 
-def _engine_fields(came_to: PendingAnswer | CameTo | None) -> dict[str, str | float]:
+def _engine_fields(came_to: CameTo | None) -> dict[str, str | float]:
     """What the engine says of a request, if it says anything."""
     if came_to is None or not came_to.stage_seconds:
         return {}

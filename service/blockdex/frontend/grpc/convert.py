@@ -1,4 +1,4 @@
-"""Between the wire and plain messages: requests are checked here for all that needs no cache."""
+"""Between protobuf and the ring, but for what `blockdex._native` reads and writes: token requests and responses."""
 
 from __future__ import annotations
 
@@ -7,44 +7,23 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from blockdex.contract import limits as checks
 from blockdex.contract.errors import InvalidArgumentError, NotFoundError, Reason, UnimplementedError
+from blockdex.contract.limits import check_num_spans
 from blockdex.contract.messages import (
-    Answer,
     CloseSequences,
-    FloatDtype,
     ForkSequence,
     GetSequence,
     Info,
-    Keys,
-    Limits,
     OpenSequences,
-    Order,
-    Queries,
-    Request,
-    Spans,
-    TensorData,
-    TokenAnswer,
-    TokenRequest,
+    SequenceRequest,
+    SequenceState,
     Totals,
     TruncateSequence,
 )
 from blockdex.v1 import indexer_pb2 as pb
-from blockdex_kernels import IndexSpec
 
 _Message = TypeVar("_Message", bound=Message)
 
-FLOAT_DTYPES: dict[int, FloatDtype] = {
-    pb.DTYPE_BF16: "bf16",
-    pb.DTYPE_FP16: "fp16",
-    pb.DTYPE_FP32: "fp32",
-    pb.DTYPE_FP8_E4M3: "fp8_e4m3",
-}
-_ORDERS: dict[int, Order] = {
-    pb.SELECTION_ORDER_UNSPECIFIED: "ascending",
-    pb.SELECTION_ORDER_ASCENDING: "ascending",
-    pb.SELECTION_ORDER_SCORE: "score",
-}
 FEATURES = (
     pb.FEATURE_HEAD_RANGES,
     pb.FEATURE_REVISIONS,
@@ -60,8 +39,6 @@ _PHASES: dict[str, pb.Phase] = {
     "prefill": pb.PHASE_PREFILL,
     "sequence": pb.PHASE_SEQUENCE,
 }
-_SCORE_FORMATS = (pb.SCORE_FORMAT_UNSPECIFIED, pb.SCORE_FORMAT_SCALED, pb.SCORE_FORMAT_RAW)
-
 SequenceWireRequest = (
     pb.OpenSequencesRequest
     | pb.GetSequenceRequest
@@ -70,7 +47,6 @@ SequenceWireRequest = (
     | pb.CloseSequencesRequest
 )
 TokenWireRequest = pb.AppendKeysRequest | pb.SelectBlocksRequest | pb.AppendAndSelectRequest
-WireRequest = SequenceWireRequest | TokenWireRequest
 SequenceWireResponse = (
     pb.OpenSequencesResponse
     | pb.GetSequenceResponse
@@ -78,7 +54,6 @@ SequenceWireResponse = (
     | pb.TruncateSequenceResponse
     | pb.CloseSequencesResponse
 )
-TokenWireResponse = pb.AppendKeysResponse | pb.SelectBlocksResponse | pb.AppendAndSelectResponse
 
 
 def parsed(kind: type[_Message], message: bytes) -> _Message:
@@ -94,39 +69,39 @@ def parsed(kind: type[_Message], message: bytes) -> _Message:
         raise InvalidArgumentError(words, Reason.MALFORMED_MESSAGE) from None
 
 
-def message_of(spec: IndexSpec, limits: Limits, tenant: str, request: WireRequest) -> Request:
-    """The plain message of a request.
+def usual(message: Message) -> bytes:
+    """A message as encoders write it, whichever way it came; what this server does not know is left out."""
+    message.DiscardUnknownFields()
+    return bytes(message.SerializeToString())
+
+
+def sequence_request(tenant: str, max_spans: int, request: SequenceWireRequest) -> SequenceRequest:
+    """The plain message of a request about sequences.
 
     Raises:
-        BlockdexError: a field is out of bounds, whatever the cache holds.
+        BlockdexError: as `check_header`; or it names more sequences than a slot can carry.
     """
     check_header(request.header)
     epoch = request.header.epoch
     match request:
         case pb.OpenSequencesRequest(sequences=sequences):
+            check_num_spans(max_spans, len(sequences), "sequences")
             ids = tuple(sequence.sequence_id for sequence in sequences)
-            checks.check_sequences(limits.max_spans, ids)
             return OpenSequences(tenant, epoch, ids, tuple(sequence.lease_seconds for sequence in sequences))
         case pb.GetSequenceRequest():
             return GetSequence(tenant, epoch, request.sequence_id)
         case pb.ForkSequenceRequest():
-            checks.check_length(spec, request.parent_id, request.length)
             return ForkSequence(tenant, epoch, request.parent_id, request.child_id, request.length)
         case pb.TruncateSequenceRequest():
-            checks.check_length(spec, request.sequence_id, request.length)
             return TruncateSequence(tenant, epoch, request.sequence_id, request.length)
-        case pb.CloseSequencesRequest():
-            checks.check_sequences(limits.max_spans, request.sequence_ids)
-            return CloseSequences(tenant, epoch, tuple(request.sequence_ids))
         case _:
-            return _token_request(spec, limits, tenant, request)
+            check_num_spans(max_spans, len(request.sequence_ids), "sequences")
+            return CloseSequences(tenant, epoch, tuple(request.sequence_ids))
 
 
-def response_of(request: WireRequest, answer: Answer) -> SequenceWireResponse | TokenWireResponse:
-    """What a request is answered on the wire."""
-    if isinstance(answer, TokenAnswer):
-        return _token_response(request, answer)
-    lengths, revisions, epoch = answer.lengths, answer.revisions, answer.epoch
+def sequence_response(request: SequenceWireRequest, state: SequenceState) -> SequenceWireResponse:
+    """What such a request is answered on the wire."""
+    lengths, revisions, epoch = state.lengths, state.revisions, state.epoch
     match request:
         case pb.OpenSequencesRequest():
             return pb.OpenSequencesResponse(epoch=epoch)
@@ -163,83 +138,6 @@ def _feature_name(feature: int) -> str:
         if feature in pb.Feature.values()
         else str(feature)
     )
-
-
-def _token_request(spec: IndexSpec, limits: Limits, tenant: str, message: TokenWireRequest) -> TokenRequest:
-    checks.check_layer(spec, message.layer)
-    columns = message.spans
-    spans = checks.check_spans(
-        spec, limits.max_spans, columns.sequence_ids, columns.starts, columns.lengths, columns.revisions
-    )
-    keys = queries = None
-    num_bytes = 0
-    if not isinstance(message, pb.SelectBlocksRequest):
-        keys = Keys(_tensor("keys", message.keys), message.rollback)
-        num_bytes += len(keys.tensor.data)
-    if not isinstance(message, pb.AppendKeysRequest):
-        queries = _queries(spec, message)
-        num_bytes += len(queries.tensor.data)
-    checks.check_message_bytes(num_bytes, limits.max_message_bytes)
-    _check_shapes(spec, spans, keys, queries)
-    return TokenRequest(tenant, message.header.epoch, message.layer, spans, keys, queries)
-
-
-def _queries(spec: IndexSpec, message: pb.SelectBlocksRequest | pb.AppendAndSelectRequest) -> Queries:
-    num_heads = checks.check_heads(spec, message.first_head, message.num_heads)
-    order = _ORDERS.get(message.order)
-    if order is None:
-        raise InvalidArgumentError(
-            f"order must be one of {', '.join(map(str, _ORDERS))}, got {message.order}", Reason.INVALID_ORDER
-        )
-    if message.return_scores not in _SCORE_FORMATS:
-        known = ", ".join(map(str, _SCORE_FORMATS))
-        raise InvalidArgumentError(
-            f"return_scores must be one of {known}, got {message.return_scores}", Reason.INVALID_SCORES
-        )
-    return Queries(
-        tensor=_tensor("queries", message.queries),
-        first_head=message.first_head,
-        num_heads=num_heads,
-        order=order,
-        return_scores=message.return_scores != pb.SCORE_FORMAT_UNSPECIFIED,
-        wait_for_keys=isinstance(message, pb.SelectBlocksRequest) and message.wait_for_keys,
-        raw_scores=message.return_scores == pb.SCORE_FORMAT_RAW,
-    )
-
-
-def _check_shapes(spec: IndexSpec, spans: Spans, keys: Keys | None, queries: Queries | None) -> None:
-    tokens = spans.num_tokens
-    if keys is not None:
-        tensor = keys.tensor
-        checks.check_tensor_bytes("keys", tensor.dtype, len(tensor.data), (tokens, spec.head_dim))
-    if queries is not None:
-        tensor = queries.tensor
-        shape = (tokens, queries.num_heads, spec.head_dim)
-        checks.check_tensor_bytes("queries", tensor.dtype, len(tensor.data), shape)
-
-
-def _tensor(name: str, message: pb.Tensor) -> TensorData:
-    dtype = FLOAT_DTYPES.get(message.dtype)
-    if dtype is None:
-        known = ", ".join(map(str, FLOAT_DTYPES))
-        raise InvalidArgumentError(f"{name}: dtype must be one of {known}, got {message.dtype}", Reason.INVALID_TENSOR)
-    return TensorData(dtype, message.data)
-
-
-def _token_response(request: WireRequest, answer: TokenAnswer) -> TokenWireResponse:
-    if isinstance(request, pb.AppendKeysRequest):
-        return pb.AppendKeysResponse(epoch=answer.epoch)
-    block_ids, scores = _selection(answer)
-    kind = pb.SelectBlocksResponse if isinstance(request, pb.SelectBlocksRequest) else pb.AppendAndSelectResponse
-    return kind(block_ids=block_ids, scores=scores, epoch=answer.epoch)
-
-
-def _selection(answer: TokenAnswer) -> tuple[pb.Tensor, pb.Tensor | None]:
-    assert answer.block_ids is not None
-    block_ids = pb.Tensor(dtype=pb.DTYPE_INT32, data=answer.block_ids.astype("<i4", copy=False).tobytes())
-    if answer.scores is None:
-        return block_ids, None
-    return block_ids, pb.Tensor(dtype=pb.DTYPE_FP32, data=answer.scores.astype("<f4", copy=False).tobytes())
 
 
 def info_response(info: Info, version: str, transports: Iterable[str]) -> pb.GetInfoResponse:

@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from blockdex.frontend.grpc.call_context import Observe, RequestLog
 from blockdex.frontend.grpc.service import SERVICE, IndexerService
-from blockdex.ring.channel import Channel
+from blockdex.ring.client import RingChannel
 from blockdex.v1 import indexer_pb2 as pb
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ class RpcServer:
         address: `host:port` it listens on, with the real port.
     """
 
-    def __init__(self, channel: Channel, address: str, log: RequestLog, share_port: bool) -> None:
-        # StepBuffer above the limit, so that a request beyond it is refused in words and not cut off by the transport.
+    def __init__(self, channel: RingChannel, address: str, log: RequestLog, share_port: bool) -> None:
+        # Room above the limit, so that a request beyond it is refused in words and not cut off by the transport.
         receive = 2 * channel.limits.max_message_bytes
         self._server = grpc.aio.server(
             options=[
@@ -35,6 +35,7 @@ class RpcServer:
             ]
         )
         self._service = IndexerService(channel, log)
+        self._epoch = 0
         self._health = health.aio.HealthServicer()
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -58,6 +59,12 @@ class RpcServer:
         for name in ("", SERVICE.full_name):
             await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
 
+    def tell_of_epoch(self, epoch: int) -> None:
+        """Streams hear of the cache's epoch where it is another than before."""
+        if self._epoch not in {0, epoch}:
+            self._service.tell(pb.Event(new_epoch=pb.NewEpoch(epoch=epoch)))
+        self._epoch = epoch
+
     async def stop_being_ready(self) -> None:
         """Health probes hear NOT_SERVING from now on, whatever comes, and streams that the server is told to stop."""
         self._service.tell(pb.Event(draining=pb.Draining()))
@@ -70,7 +77,7 @@ class RpcServer:
 
 
 async def start_rpc_server(
-    channel: Channel,
+    channel: RingChannel,
     address: str,
     *,
     observe: Observe,

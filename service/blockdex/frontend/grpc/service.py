@@ -9,52 +9,59 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from blockdex.contract.errors import BlockdexError
+from blockdex.contract.errors import BlockdexError, InternalError, Reason
 from blockdex.contract.limits import check_epoch
-from blockdex.contract.messages import Info
+from blockdex.contract.messages import Info, SequenceState
 from blockdex.contract.version import VERSION
 from blockdex.frontend.grpc import convert
-from blockdex.frontend.grpc.call_context import REQUEST_ID_KEY, Caller, Context, RequestLog
+from blockdex.frontend.grpc.call_context import REQUEST_ID_KEY, CallContext, Context, RequestLog
 from blockdex.frontend.grpc.status import DETAILS_KEY, as_blockdex_error, status_of
 from blockdex.frontend.grpc.stream import StreamSession
-from blockdex.ring.channel import TOKEN_RPCS, CameTo, Channel, PendingAnswer
+from blockdex.ring.caller import TOKEN_RPCS, CameTo
+from blockdex.ring.client import RingChannel
 from blockdex.v1 import indexer_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["IndexerService"]
 TRANSPORTS = ("grpc",)
-_REQUESTS: dict[str, type[convert.TokenWireRequest]] = {
-    "AppendKeys": pb.AppendKeysRequest,
-    "SelectBlocks": pb.SelectBlocksRequest,
-    "AppendAndSelect": pb.AppendAndSelectRequest,
-}
+_TOKEN_REQUESTS: tuple[type[convert.TokenWireRequest], ...] = (
+    pb.AppendKeysRequest,
+    pb.SelectBlocksRequest,
+    pb.AppendAndSelectRequest,
+)
 _Report = TypeVar("_Report", pb.GetInfoResponse, pb.GetStatsResponse)
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-class ShortCall(asyncio.Future[bytes]):
-    """A unary RPC on the short way, as `Asker`; cancelled where its caller is gone."""
+class UnaryCall(asyncio.Future[Any]):
+    """One unary RPC, as `Caller`: its response's bytes, or a sequence's state; cancelled where its peer is gone."""
 
-    def __init__(self, caller: Caller, log: RequestLog) -> None:
+    def __init__(self, call: CallContext, log: RequestLog) -> None:
         super().__init__()
-        self._caller = caller
+        self._call = call
         self._log = log
 
     def answered(self, number: int, response: bytes) -> None:
-        """As `Asker.answered`."""
+        """As `Caller.answered`."""
         del number
         if not self.done():
             self.set_result(response)
 
-    def was_slow(self, number: int, rpc: str, began: float, came_to: CameTo) -> None:
-        """As `Asker.was_slow`."""
-        del number
-        self._log.was_slow(rpc, "OK", (began, time.monotonic()), self._caller, came_to)
-
-    def failed(self, number: int, rpc: str, began: float, error: BlockdexError, came_to: CameTo | None) -> None:
-        """As `Asker.failed`."""
+    def changed(self, number: int, state: SequenceState) -> None:
+        """As `Caller.changed`."""
         del number
         if not self.done():
-            self._log.answered(rpc, error.code.name, began, self._caller, came_to)
+            self.set_result(state)
+
+    def took(self, number: int, rpc: str, came_to: CameTo) -> None:
+        """As `Caller.took`."""
+        del number
+        self._log.took(rpc, "OK", came_to.received, self._call, came_to)
+
+    def failed(self, number: int, rpc: str, began: float, error: BlockdexError, came_to: CameTo | None) -> None:
+        """As `Caller.failed`."""
+        del number
+        if not self.done():
+            self._log.answered(rpc, error.code.name, began, self._call, came_to)
             self.set_exception(error)
 
 
@@ -66,7 +73,7 @@ class IndexerService:
         log: told of every answered request and of streams.
     """
 
-    def __init__(self, channel: Channel, log: RequestLog) -> None:
+    def __init__(self, channel: RingChannel, log: RequestLog) -> None:
         self._channel = channel
         self._log = log
         self._sessions: set[StreamSession] = set()
@@ -114,111 +121,119 @@ class IndexerService:
 
     async def OpenSequences(self, request: pb.OpenSequencesRequest, context: Context) -> Any:
         """Opens empty sequences."""
-        return await self._answer("OpenSequences", request, context, self._log.caller_of(context))
+        return await self._change("OpenSequences", request, context)
 
     async def GetSequence(self, request: pb.GetSequenceRequest, context: Context) -> Any:
         """Lengths and revisions of a sequence."""
-        return await self._answer("GetSequence", request, context, self._log.caller_of(context))
+        return await self._change("GetSequence", request, context)
 
     async def ForkSequence(self, request: pb.ForkSequenceRequest, context: Context) -> Any:
         """Opens a sequence as a prefix of another."""
-        return await self._answer("ForkSequence", request, context, self._log.caller_of(context))
+        return await self._change("ForkSequence", request, context)
 
     async def TruncateSequence(self, request: pb.TruncateSequenceRequest, context: Context) -> Any:
         """Cuts a sequence."""
-        return await self._answer("TruncateSequence", request, context, self._log.caller_of(context))
+        return await self._change("TruncateSequence", request, context)
 
     async def CloseSequences(self, request: pb.CloseSequencesRequest, context: Context) -> Any:
         """Gives up sequences."""
-        return await self._answer("CloseSequences", request, context, self._log.caller_of(context))
+        return await self._change("CloseSequences", request, context)
 
     async def AppendKeys(self, message: bytes, context: Context) -> bytes:
         """Writes index keys."""
-        return await self._answer_tokens(0, message, context)
+        return await self._token_call(0, message, context)
 
     async def SelectBlocks(self, message: bytes, context: Context) -> bytes:
         """Selects key blocks."""
-        return await self._answer_tokens(1, message, context)
+        return await self._token_call(1, message, context)
 
     async def AppendAndSelect(self, message: bytes, context: Context) -> bytes:
         """Writes index keys, then selects key blocks for the same tokens."""
-        return await self._answer_tokens(2, message, context)
+        return await self._token_call(2, message, context)
 
     async def Stream(self, requests: object, context: Context) -> None:
         """Any of the calls on sequences and their tokens, many in flight."""
-        began, caller = time.monotonic(), self._log.caller_of(context)
+        began, call = time.monotonic(), self._log.call_of(context)
         try:
-            caller.checked_tenant()
+            call.checked_tenant()
         except BlockdexError as error:
-            await _abort(context, error, caller.request_id)
-        context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
-        session = StreamSession(self._channel, caller, self._log)
+            await _abort(context, error, call.request_id)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
+        session = StreamSession(self._channel, call, self._log)
         self._sessions.add(session)
-        self._log.stream_opened(caller)
+        self._log.stream_opened(call)
         try:
             await session.run()
             if refusal := session.refusal:
-                self._log.answered("Stream", refusal.code.name, began, caller)
-                await _abort(context, refusal, caller.request_id)
+                self._log.answered("Stream", refusal.code.name, began, call)
+                await _abort(context, refusal, call.request_id)
         finally:
             self._sessions.discard(session)
             await session.close()
-            self._log.stream_closed(caller, time.monotonic() - began, session.requests, session.errors)
+            self._log.stream_closed(call, time.monotonic() - began, session.requests, session.errors)
 
     async def _report(
         self, rpc: str, header: pb.RequestHeader, context: Context, answer: Callable[[Info], Awaitable[_Report]]
     ) -> _Report:
         """Answers what is asked about the server itself."""
-        began, caller = time.monotonic(), self._log.caller_of(context)
+        began, call = time.monotonic(), self._log.call_of(context)
         try:
             convert.check_header(header)
             info = await self._channel.info()
             check_epoch(header.epoch, info.epoch)
             response = await answer(info)
         except BlockdexError as error:
-            self._log.answered(rpc, error.code.name, began, caller)
-            await _abort(context, error, caller.request_id)
-        context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
-        self._log.answered(rpc, "OK", began, caller)
+            self._log.answered(rpc, error.code.name, began, call)
+            await _abort(context, error, call.request_id)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
+        self._log.answered(rpc, "OK", began, call)
         return response
 
-    async def _answer_tokens(self, rpc: int, message: bytes, context: Context) -> bytes:
-        """Answers a token RPC, which comes and goes as bytes: by the short way where that takes it."""
-        caller = self._log.caller_of(context)
-        call = ShortCall(caller, self._log)
-        if self._log.traces or not self._channel.send(call, rpc, caller.tenant, self._timeout(context), message):
-            response = await self._answer(TOKEN_RPCS[rpc], message, context, caller)
-            return bytes(response.SerializeToString())
-        self._channel.look()
+    async def _token_call(self, rpc: int, message: bytes, context: Context) -> bytes:
+        """Answers a token RPC, which comes and goes as bytes."""
+
+        def send(caller: UnaryCall, tenant: str, timeout: float) -> None:
+            send = self._channel.send
+            if not send(caller, rpc, tenant, timeout, message):
+                self._channel.check()
+                request = convert.parsed(_TOKEN_REQUESTS[rpc], message)
+                convert.check_header(request.header)
+                if not send(caller, rpc, tenant, timeout, convert.usual(request)):
+                    raise InternalError(f"{TOKEN_RPCS[rpc]}: cannot be read as protobuf wrote it", Reason.INTERNAL)
+            self._channel.look()
+
+        response: bytes = await self._answer(TOKEN_RPCS[rpc], send, context)
+        return response
+
+    async def _change(
+        self, rpc: str, request: convert.SequenceWireRequest, context: Context
+    ) -> convert.SequenceWireResponse:
+        """Answers an RPC about sequences."""
+
+        def send(caller: UnaryCall, tenant: str, timeout: float) -> None:
+            message = convert.sequence_request(tenant, self._channel.limits.max_spans, request)
+            self._channel.send_sequence(caller, 0, rpc, message, timeout)
+
+        return convert.sequence_response(request, await self._answer(rpc, send, context))
+
+    async def _answer(self, rpc: str, send: Callable[[UnaryCall, str, float], None], context: Context) -> Any:
+        """Sends a request and waits for its answer; what goes wrong ends the call."""
+        began, call = time.monotonic(), self._log.call_of(context)
+        caller = UnaryCall(call, self._log)
         try:
-            response = await call
+            send(caller, call.checked_tenant(), self._timeout(context))
+        except Exception as fault:
+            caller.failed(0, rpc, began, as_blockdex_error(fault, rpc, call.request_id), None)
+        try:
+            answer = await caller
         except asyncio.CancelledError:
-            if given_up := self._channel.give_up(call, 0):
-                self._log.answered(given_up.rpc, "CANCELLED", given_up.began, caller)
+            if given_up := self._channel.give_up(caller, 0):
+                self._log.answered(rpc, "CANCELLED", began, call, given_up.came_to)
             raise
         except BlockdexError as error:
-            await _abort(context, error, caller.request_id)
-        context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
-        return response
-
-    async def _answer(self, rpc: str, asked: convert.WireRequest | bytes, context: Context, caller: Caller) -> Any:
-        began, channel = time.monotonic(), self._channel
-        pending: PendingAnswer | None = None
-        try:
-            request = convert.parsed(_REQUESTS[rpc], asked) if isinstance(asked, bytes) else asked
-            message = convert.message_of(channel.spec, channel.limits, caller.checked_tenant(), request)
-            pending = channel.submit(message, self._timeout(context))
-            response = convert.response_of(request, await pending)
-        except asyncio.CancelledError:
-            self._log.answered(rpc, "CANCELLED", began, caller, pending)
-            raise
-        except Exception as fault:
-            error = as_blockdex_error(fault, rpc, caller.request_id)
-            self._log.answered(rpc, error.code.name, began, caller, pending)
-            await _abort(context, error, caller.request_id)
-        context.set_trailing_metadata(((REQUEST_ID_KEY, caller.request_id),))
-        self._log.answered(rpc, "OK", began, caller, pending)
-        return response
+            await _abort(context, error, call.request_id)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
+        return answer
 
     def _timeout(self, context: Context) -> float:
         remaining = context.time_remaining()

@@ -19,9 +19,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from blockdex.contract.errors import Code
-from blockdex.contract.messages import STAGES, TokenRequest
+from blockdex.contract.messages import STAGES
 from blockdex.contract.version import VERSION
-from blockdex.ring.channel import PendingAnswer
+from blockdex.ring.caller import CameTo
 from blockdex.v1 import indexer_pb2 as pb
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["IndexerService"].full_name
@@ -64,7 +64,7 @@ class Tracing:
         times: tuple[float, float],
         parent: Context,
         request_id: str,
-        pending: PendingAnswer | None,
+        came_to: CameTo | None,
     ) -> None:
         """Makes the span of one answered request, and below it those of the engine's stages.
 
@@ -74,7 +74,7 @@ class Tracing:
             times: `time.monotonic` seconds of its arrival and its answer.
             parent: what it is part of.
             request_id: under which the log tells of it.
-            pending: its answer from the engine, where it got that far.
+            came_to: what it came to in the engine, where it got that far.
         """
         # Anew each time: the clock of the day is set now and then.
         epoch = time.time_ns() - time.monotonic_ns()
@@ -90,24 +90,23 @@ class Tracing:
             span.set_attribute("rpc.grpc.status_code", _code_number(code))
             if code in _SERVER_FAULTS:
                 span.set_status(StatusCode.ERROR, code)
-            if pending is not None:
-                self._tell_of_engine(span, epoch, pending)
+            if came_to is not None:
+                self._tell_of_engine(span, epoch, came_to)
         span.end(ended)
 
-    def _tell_of_engine(self, span: Span, epoch: int, pending: PendingAnswer) -> None:
-        request = pending.request
-        if isinstance(request, TokenRequest):
-            span.set_attribute("blockdex.layer", request.layer)
-            span.set_attribute("blockdex.spans", len(request.spans.lengths))
-            span.set_attribute("blockdex.tokens", request.spans.num_tokens)
-        if not pending.stage_seconds:
+    def _tell_of_engine(self, span: Span, epoch: int, came_to: CameTo) -> None:
+        if came_to.spans:
+            span.set_attribute("blockdex.layer", came_to.layer)
+            span.set_attribute("blockdex.spans", came_to.spans)
+            span.set_attribute("blockdex.tokens", came_to.tokens)
+        if not came_to.stage_seconds:
             return
-        span.set_attribute("blockdex.phase", pending.phase)
-        inside, at = set_span_in_context(span, Context()), pending.received
+        span.set_attribute("blockdex.phase", came_to.phase)
+        inside, at = set_span_in_context(span, Context()), came_to.received
         for stage in STAGES:
-            if stage in pending.stage_seconds:
+            if stage in came_to.stage_seconds:
                 child = self._tracer.start_span(stage, inside, start_time=epoch + round(at * 1e9))
-                at += pending.stage_seconds[stage]
+                at += came_to.stage_seconds[stage]
                 child.end(epoch + round(at * 1e9))
 
     def close(self, grace: float) -> None:

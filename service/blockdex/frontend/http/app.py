@@ -16,7 +16,7 @@ from blockdex.frontend.grpc.service import TRANSPORTS
 from blockdex.frontend.http.live_page import LiveView
 from blockdex.frontend.http.metrics import Metrics
 from blockdex.frontend.http.readiness import Readiness
-from blockdex.ring.channel import Reports
+from blockdex.ring.engine_reports import Reports
 
 PAGE_FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),

@@ -14,7 +14,7 @@ from blockdex.contract.messages import CacheUsage, Info
 from blockdex.contract.stats import Histogram, Stats
 from blockdex.frontend.http.metrics import RequestCounts
 from blockdex.logs import log_event
-from blockdex.ring.channel import Reports
+from blockdex.ring.engine_reports import Reports
 
 WINDOW_SECONDS = 60
 

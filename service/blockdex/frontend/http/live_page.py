@@ -16,7 +16,7 @@ from blockdex.contract.version import VERSION
 from blockdex.frontend.http.history import History, Sample, stages_of
 from blockdex.frontend.http.metrics import CODES
 from blockdex.frontend.http.readiness import Readiness
-from blockdex.ring.channel import Reports
+from blockdex.ring.engine_reports import Reports
 
 MAX_CELLS = 4096
 _NOW_SECONDS = 5

@@ -19,7 +19,7 @@ from blockdex.contract.stats import SECONDS_BUCKETS, Histogram, Stats
 from blockdex.contract.version import VERSION
 from blockdex.frontend.http.gpu_metrics import GpuCollector
 from blockdex.frontend.http.readiness import Readiness
-from blockdex.ring.channel import Reports
+from blockdex.ring.engine_reports import Reports
 
 TOKEN_RPCS = ("AppendKeys", "SelectBlocks", "AppendAndSelect")
 STREAM_RPCS = ("OpenSequences", "GetSequence", "ForkSequence", "TruncateSequence", "CloseSequences", *TOKEN_RPCS)

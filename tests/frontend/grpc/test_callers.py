@@ -1,4 +1,4 @@
-"""The short way from the wire to the ring and back, through a real gRPC server; what it leaves goes the long way."""
+"""From the wire to the ring and back, through a real gRPC server before an engine in this process."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 import grpc
 import pytest
 
-from blockdex.contract.messages import Request
 from blockdex.frontend.grpc.server import start_rpc_server
 from blockdex.frontend.http.metrics import RequestMetrics
-from blockdex.ring.channel import SHORT_RPCS, PendingAnswer
+from blockdex.ring.caller import RPCS, TOKEN_RPCS
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 from support.ring_engine import Hosted, hosted
@@ -39,24 +38,23 @@ def both() -> pb.AppendAndSelectRequest:
 
 
 class Served:
-    """A server before a hosted engine whose tenant has the sequence 1 open, and how many requests took the long way."""
+    """A server before a hosted engine whose tenant has the sequence 1 open."""
 
     def __init__(self, run: Hosted, metrics: RequestMetrics) -> None:
         self.run = run
         self.metrics = metrics
-        self.long_way: list[Request] = []
-        submit = run.channel.submit
-
-        def note(request: Request, timeout: float) -> PendingAnswer:
-            self.long_way.append(request)
-            return submit(request, timeout)
-
-        run.channel.submit = note  # type: ignore[method-assign]
 
     def counts(self) -> dict[str, int]:
-        """Requests answered well, by RPC, of those that may take the short way."""
+        """Requests answered well, by RPC."""
         self.run.channel.tell_times()
-        return {rpc: self.metrics.counts[rpc, "OK"] for rpc in SHORT_RPCS if self.metrics.counts[rpc, "OK"]}
+        return {rpc: self.metrics.counts[rpc, "OK"] for rpc in RPCS if self.metrics.counts[rpc, "OK"]}
+
+    @property
+    def waiting(self) -> int:
+        """Requests that somebody waits for."""
+        link = self.run.channel._link
+        assert link is not None
+        return link.waiting
 
 
 @pytest.fixture
@@ -73,7 +71,7 @@ async def served() -> AsyncIterator[tuple[Served, grpc.aio.Channel]]:
             await server.stop(0.0)
 
 
-async def test_all_token_calls_take_it_and_are_counted(served: tuple[Served, grpc.aio.Channel]) -> None:
+async def test_all_calls_are_counted(served: tuple[Served, grpc.aio.Channel]) -> None:
     serving, channel = served
     stub = pb_grpc.IndexerServiceStub(channel)
     for call, request in ((stub.AppendKeys, append()), (stub.SelectBlocks, select()), (stub.AppendAndSelect, both())):
@@ -88,13 +86,49 @@ async def test_all_token_calls_take_it_and_are_counted(served: tuple[Served, grp
         assert response.WhichOneof("response") in ("append_keys", "select_blocks", "append_and_select")
     await stream.call.done_writing()
     await stream.ends()
-    assert not serving.long_way
-    expected = dict.fromkeys(SHORT_RPCS, 1) | {"Stream/SelectBlocks": 2}
+    await stub.GetSequence(pb.GetSequenceRequest(sequence_id=1), metadata=METADATA, timeout=TIMEOUT)
+    rpcs = (*TOKEN_RPCS, *(f"Stream/{rpc}" for rpc in TOKEN_RPCS), "OpenSequences", "GetSequence")
+    expected = dict.fromkeys(rpcs, 1) | {"Stream/SelectBlocks": 2}
     assert serving.counts() == expected
-    assert {rpc: serving.metrics.seconds[rpc].count for rpc in SHORT_RPCS} == expected
+    assert {rpc: seconds.count for rpc, seconds in serving.metrics.seconds.items() if seconds.count} == expected
 
 
-async def test_errors_of_it_are_those_of_the_engine(served: tuple[Served, grpc.aio.Channel]) -> None:
+def in_pieces(request: Any) -> bytes:
+    """The same request as protobuf reads it, and no encoder writes it: spans in two pieces, a group that is unknown."""
+    whole, spans = request.SerializeToString(), pb.Spans()
+    spans.MergeFrom(request.spans)
+    rest = type(request)()
+    rest.MergeFrom(request)
+    rest.ClearField("spans")
+    pieces = type(request)(spans=pb.Spans(sequence_ids=spans.sequence_ids)), type(request)(spans=spans)
+    pieces[1].spans.ClearField("sequence_ids")
+    group = b"\xa3\x06\x08\x01\xa4\x06"  # number 100
+    message = b"".join([pieces[0].SerializeToString(), group, rest.SerializeToString(), pieces[1].SerializeToString()])
+    read = type(request).FromString(message)
+    read.DiscardUnknownFields()
+    assert read.SerializeToString() == whole and message != whole
+    return message
+
+
+async def test_what_no_encoder_writes_is_answered_all_the_same(served: tuple[Served, grpc.aio.Channel]) -> None:
+    serving, channel = served
+    call: Any = channel.unary_unary("/blockdex.v1.IndexerService/AppendKeys")
+    response = await call(in_pieces(append()), metadata=METADATA, timeout=TIMEOUT)
+    assert pb.AppendKeysResponse.FromString(response).epoch == serving.run.engine.info().epoch
+    body = in_pieces(append(start=1))
+    streamed: Any = channel.stream_stream("/blockdex.v1.IndexerService/Stream")(metadata=METADATA)
+    number = pb.StreamRequest(request_id=7).SerializeToString()
+    await streamed.write(number + b"\x1a" + bytes([len(body)]) + body)
+    read = pb.StreamResponse.FromString(await streamed.read())
+    assert (read.request_id, read.WhichOneof("response")) == (7, "append_keys")
+    streamed.cancel()
+    assert serving.counts() == {"OpenSequences": 1, "AppendKeys": 1, "Stream/AppendKeys": 1}
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call(b"\x0a\xff", metadata=METADATA, timeout=TIMEOUT)
+    assert refused.value.details() == "message: its 2 bytes are no blockdex.v1.AppendKeysRequest"
+
+
+async def test_errors_are_those_of_the_engine(served: tuple[Served, grpc.aio.Channel]) -> None:
     serving, channel = served
     stub = pb_grpc.IndexerServiceStub(channel)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -104,39 +138,9 @@ async def test_errors_of_it_are_those_of_the_engine(served: tuple[Served, grpc.a
     await stream.send(3, append(start=5))
     assert (await stream.refusal(3)).message == refused.value.details()
     stream.call.cancel()
-    assert not serving.long_way
     assert serving.metrics.counts["AppendKeys", "OUT_OF_RANGE"] == 1
     assert serving.metrics.counts["Stream/AppendKeys", "OUT_OF_RANGE"] == 1
-    assert not serving.counts()
-
-
-async def test_a_stream_may_mix_both_ways(
-    served: tuple[Served, grpc.aio.Channel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A number in flight on one way is in flight on the other."""
-    serving, channel = served
-    send, short_way = serving.run.channel.send, True
-    monkeypatch.setattr(serving.run.channel, "send", lambda *request: short_way and send(*request))
-    stream = OpenStream(pb_grpc.IndexerServiceStub(channel).Stream(metadata=METADATA))
-    await stream.send(1, select(layer=1, wait_for_keys=True))
-    await stream.call.write(pb.StreamRequest(request_id=1))
-    assert (await stream.refusal(1)).reason == "DUPLICATE_REQUEST_ID"
-    assert not serving.long_way
-    short_way = False
-    await stream.send(2, select(layer=1, wait_for_keys=True))
-    await stream.send(2, append())
-    assert (await stream.refusal(2)).reason == "DUPLICATE_REQUEST_ID"
-    assert len(serving.long_way) == 1
-    short_way = True
-    for number in (1, 2):
-        await stream.send(number, append())
-        assert (await stream.refusal(number)).reason == "DUPLICATE_REQUEST_ID"
-        await stream.cancel(number)
-        assert (await stream.refusal(number)).reason == "CANCELLED"
-    await stream.send(2, append())
-    assert (await stream.receive()).WhichOneof("response") == "append_keys"
-    assert len(serving.long_way) == 1, "the rest took the short way again"
-    stream.call.cancel()
+    assert serving.counts() == {"OpenSequences": 1}
 
 
 async def test_a_unary_caller_that_goes_gives_it_up(served: tuple[Served, grpc.aio.Channel]) -> None:
@@ -145,10 +149,8 @@ async def test_a_unary_caller_that_goes_gives_it_up(served: tuple[Served, grpc.a
     with pytest.raises(grpc.aio.AioRpcError) as late:
         await stub.SelectBlocks(select(wait_for_keys=True), metadata=METADATA, timeout=0.1)
     assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    link = serving.run.channel._link
-    assert link is not None and not serving.long_way
     await stub.AppendKeys(append(), metadata=METADATA, timeout=TIMEOUT)
-    assert link._ring.waiting == 0
+    assert serving.waiting == 0
 
 
 async def test_a_stream_that_closes_gives_up_what_it_asked(served: tuple[Served, grpc.aio.Channel]) -> None:
@@ -159,9 +161,8 @@ async def test_a_stream_that_closes_gives_up_what_it_asked(served: tuple[Served,
         await stream.send(number, select(wait_for_keys=True))
     await stream.send(3, append(layer=1))
     assert (await stream.receive()).request_id == 3
-    link = serving.run.channel._link
-    assert link is not None and link.on_short_way == 3
+    assert serving.waiting == 3
     stream.call.cancel()
     await stub.AppendKeys(append(layer=2), metadata=METADATA, timeout=TIMEOUT)
-    assert link._ring.waiting == 0
+    assert serving.waiting == 0
     assert serving.metrics.counts["Stream/SelectBlocks", "CANCELLED"] == 3

@@ -1,0 +1,398 @@
+/* What is in a slot: read once, since another process can write it at any time, and checked as far as that takes no
+ * knowledge of the cache. What the layout forbids breaks the link; what the contract forbids is refused. */
+#include "core/casts.h"
+#include "core/core.h"
+
+#include <assert.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { WORDS = 5, FEW_SPANS = 8 };
+enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12, INTERNAL = 13 };
+
+static const char *const DTYPE_NAMES[] = {"", "bf16", "fp16", "fp32", "fp8_e4m3"};
+
+void list_append(struct list *list, struct request *request) {
+    request->previous = list->last;
+    request->next = NULL;
+    *(list->last ? &list->last->next : &list->first) = request;
+    list->last = request;
+    atomic_fetch_add_explicit(&list->count, 1, memory_order_relaxed);
+}
+
+void list_prepend(struct list *list, struct request *request) {
+    request->next = list->first;
+    request->previous = NULL;
+    *(list->first ? &list->first->previous : &list->last) = request;
+    list->first = request;
+    atomic_fetch_add_explicit(&list->count, 1, memory_order_relaxed);
+}
+
+void list_remove(struct list *list, struct request *request) {
+    *(request->previous ? &request->previous->next : &list->first) = request->next;
+    *(request->next ? &request->next->previous : &list->last) = request->previous;
+    request->previous = request->next = NULL;
+    uint32_t before = atomic_fetch_sub_explicit(&list->count, 1, memory_order_relaxed);
+    assert(before > 0);
+    (void)before;
+}
+
+void core_forget(struct core *core, struct request *request) {
+    if (request->place == IS_QUEUED) list_remove(&core->backlog, request);
+    if (request->place == IS_WAITING) list_remove(&core->waiting, request);
+    core->changed |= request->holds_back;
+    pair_index_remove(&core->tickets, (uintptr_t)request->line, request->slot.ticket);
+    assert(core->requests[request->number] == request);
+    core->requests[request->number] = NULL;
+    core->free_numbers[core->num_free++] = request->number;
+    sequence_index_release_tenant(core->index, request->tenant);
+    free(request);
+}
+
+__attribute__((format(printf, 3, 4))) static struct request *break_link(struct core *core, struct line *line,
+                                                                        const char *format, ...) {
+    va_list numbers;
+    va_start(numbers, format);
+    vsnprintf(core->broken_by, sizeof core->broken_by, format, numbers);
+    va_end(numbers);
+    core->broken = line;
+    return NULL;
+}
+
+static void cancel(struct core *core, struct line *line, uint64_t ticket) {
+    const uint32_t *number = pair_index_find(&core->tickets, (uintptr_t)line, ticket);
+    if (!number) return;
+    core->requests[*number]->cancelled = true;
+    core->next_deadline = INT64_MIN;
+}
+
+/* Where in the arena a request's parts are. */
+struct parts {
+    const char *tenant, *columns, *keys, *queries;
+};
+
+/* Columns of a request that carries any: of spans, or of sequences to open (with their leases) or to close. */
+static unsigned num_columns(const struct blockdex_request *slot) {
+    return slot->kind == BLOCKDEX_TOKENS ? 4 : slot->kind == BLOCKDEX_OPEN ? 2 : slot->kind == BLOCKDEX_CLOSE ? 1 : 0;
+}
+
+static bool find_parts(struct core *core, struct line *line, const struct blockdex_request *slot, struct parts *parts) {
+    const uint64_t arena = line->request_arena_bytes, offset = slot->payload_offset, bytes = slot->payload_bytes;
+    if (offset % 64 || offset > arena || bytes > arena - offset) {
+        break_link(core, line, "request: %llu bytes at %llu are not in an arena of %llu", (unsigned long long)bytes,
+                   (unsigned long long)offset, (unsigned long long)arena);
+        return false;
+    }
+    if (slot->tenant_bytes > bytes) {
+        break_link(core, line, "request: a tenant of %u bytes in %llu", slot->tenant_bytes, (unsigned long long)bytes);
+        return false;
+    }
+    const char *begin = line->request_arena + offset;
+    const uint64_t columns = (slot->tenant_bytes + 7u) / 8 * 8;
+    *parts = (struct parts){.tenant = begin, .columns = begin + columns};
+    if (slot->kind != BLOCKDEX_TOKENS) {
+        const uint64_t rows = columns + 8 * (uint64_t)num_columns(slot) * slot->num_spans;
+        if (!num_columns(slot) || rows == bytes) return true;
+        break_link(core, line, "request: its parts take %llu bytes, got %llu", (unsigned long long)rows,
+                   (unsigned long long)bytes);
+        return false;
+    }
+    const uint64_t keys = blockdex_aligned(columns + 32 * (uint64_t)slot->num_spans);
+    const uint64_t queries = keys + blockdex_aligned(slot->keys_bytes);
+    if (slot->keys_bytes > bytes || slot->queries_bytes > bytes || queries + slot->queries_bytes != bytes) {
+        break_link(core, line, "request: its parts take %llu bytes, got %llu",
+                   (unsigned long long)(queries + slot->queries_bytes), (unsigned long long)bytes);
+        return false;
+    }
+    *parts = (struct parts){begin, begin + columns, begin + keys, begin + queries};
+    return true;
+}
+
+static bool keeps_layout(struct core *core, struct line *line, const struct blockdex_request *slot) {
+    enum { FLAGS = BLOCKDEX_RETURN_SCORES | BLOCKDEX_WAIT_FOR_KEYS | BLOCKDEX_ROLLBACK | BLOCKDEX_RAW_SCORES };
+    if (slot->kind < BLOCKDEX_OPEN || slot->kind > BLOCKDEX_TOKENS)
+        break_link(core, line, "request: kind must be %d to %d, got %u", BLOCKDEX_OPEN, BLOCKDEX_CANCEL, slot->kind);
+    else if (slot->kind != BLOCKDEX_TOKENS)
+        return true;
+    else if (slot->flags & ~FLAGS)
+        break_link(core, line, "request: flags must be 0 to %d, got %u", FLAGS, slot->flags);
+    else if ((slot->keys_bytes && !slot->keys_dtype) || (slot->queries_bytes && !slot->queries_dtype))
+        break_link(core, line, "request: %llu bytes of keys and %llu of queries, one without a dtype",
+                   (unsigned long long)slot->keys_bytes, (unsigned long long)slot->queries_bytes);
+    else if ((slot->keys_dtype && !dtype_bytes(slot->keys_dtype)) ||
+             (slot->queries_dtype && !dtype_bytes(slot->queries_dtype)))
+        break_link(core, line, "request: dtype must be 1 to %d, got %u and %u", BLOCKDEX_FP8_E4M3, slot->keys_dtype,
+                   slot->queries_dtype);
+    else if (slot->queries_dtype && (slot->order < BLOCKDEX_ASCENDING || slot->order > BLOCKDEX_SCORE))
+        break_link(core, line, "request: order must be 1 to %d, got %u", BLOCKDEX_SCORE, slot->order);
+    else
+        return true;
+    return false;
+}
+
+#define REFUSE(code, reason, ...) (core_refuse_slot(core, line, slot, now, code, reason, __VA_ARGS__), false)
+
+static bool check_sources(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now) {
+    const char *const names[] = {"keys", "queries", "block_ids", "scores"};
+    const uint32_t regions[] = {slot->keys_region, slot->queries_region, slot->block_ids_region, slot->scores_region};
+    for (int source = 0; source < 4; source++)
+        if (regions[source])
+            return REFUSE(UNIMPLEMENTED, "REGION_UNSUPPORTED", "%s_region: the link shares no regions, got %u",
+                          names[source], regions[source]);
+    return true;
+}
+
+static bool check_tenant(struct core *core, struct line *line, const struct blockdex_request *slot, const char *tenant,
+                         int64_t now) {
+    const uint32_t bytes = slot->tenant_bytes;
+    bool printable = true;
+    if (line->tenant_bytes)
+        return !bytes || REFUSE(INVALID_ARGUMENT, "INVALID_TENANT",
+                                "tenant: the link's is '%.*s', a request of it names none, got %u bytes",
+                                line->tenant_bytes, line->tenant, bytes);
+    if (bytes < 1 || bytes > BLOCKDEX_MAX_TENANT_BYTES)
+        return REFUSE(INVALID_ARGUMENT, "INVALID_TENANT", "blockdex-tenant: must have 1 to %d characters, got %u",
+                      BLOCKDEX_MAX_TENANT_BYTES, bytes);
+    for (uint32_t at = 0; at < bytes; at++) printable &= tenant[at] >= ' ' && tenant[at] <= '~';
+    if (!printable)
+        return REFUSE(INVALID_ARGUMENT, "INVALID_TENANT", "blockdex-tenant: must be printable ASCII, got %u bytes",
+                      bytes);
+    return true;
+}
+
+static bool check_tensor(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+                         const char *name, uint8_t dtype, uint64_t bytes, uint64_t tokens, uint32_t heads) {
+    const uint64_t expected = tokens * (heads ? heads : 1) * core->head_dim * dtype_bytes(dtype);
+    char shape[64];
+    if (bytes == expected) return true;
+    if (heads)
+        snprintf(shape, sizeof shape, "[%llu, %u, %u]", (unsigned long long)tokens, heads, core->head_dim);
+    else
+        snprintf(shape, sizeof shape, "[%llu, %u]", (unsigned long long)tokens, core->head_dim);
+    return REFUSE(INVALID_ARGUMENT, "INVALID_TENSOR",
+                  "%1$s: %2$s of %3$s takes %4$llu bytes, got %5$llu" META "expected_bytes=%4$llu" META "bytes=%5$llu",
+                  name, shape, DTYPE_NAMES[dtype], (unsigned long long)expected, (unsigned long long)bytes);
+}
+
+static bool check_heads(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now) {
+    const uint32_t first = slot->first_head, heads = slot->num_heads;
+    if (first >= core->heads)
+        return REFUSE(INVALID_ARGUMENT, "INVALID_HEADS",
+                      "first_head must be below %1$u, got %2$u" META "first_head=%2$u" META "num_index_heads=%1$u",
+                      core->heads, first);
+    if (heads > core->heads - first)
+        return REFUSE(INVALID_ARGUMENT, "INVALID_HEADS",
+                      "first_head + num_heads must be at most %1$u, got %2$u + %3$u" META "first_head=%2$u" META
+                      "num_heads=%3$u" META "num_index_heads=%1$u",
+                      core->heads, first, heads);
+    if (!heads) return REFUSE(INVALID_ARGUMENT, "INVALID_HEADS", "num_heads must be at least 1, got 0");
+    return true;
+}
+
+/* Everything of a token request but its columns and their sums. */
+static bool check_numbers(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now) {
+    const uint64_t bytes = slot->keys_bytes + slot->queries_bytes;
+    if (slot->layer >= core->layers)
+        return REFUSE(INVALID_ARGUMENT, "INVALID_LAYER",
+                      "layer must be below %1$u, got %2$u" META "layer=%2$u" META "num_layers=%1$u", core->layers,
+                      slot->layer);
+    if (slot->num_spans < 1 || slot->num_spans > core->max_spans)
+        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
+                      "spans: must be 1 to %1$u, got %2$u" META "count=%2$u" META "max_spans=%1$u", core->max_spans,
+                      slot->num_spans);
+    if (!slot->keys_dtype && !slot->queries_dtype)
+        return REFUSE(INVALID_ARGUMENT, "EMPTY_REQUEST", "request: has neither keys nor queries");
+    if (bytes > core->max_message_bytes)
+        return REFUSE(RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE",
+                      "keys and queries together must be at most %1$llu bytes, got %2$llu" META "bytes=%2$llu" META
+                      "max_message_bytes=%1$llu",
+                      (unsigned long long)core->max_message_bytes, (unsigned long long)bytes);
+    return !slot->queries_dtype || check_heads(core, line, slot, now);
+}
+
+static bool check_span(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+                       uint64_t id, int64_t start, int64_t length) {
+    const unsigned long long name = id;
+    const long long first = start, count = length, most = core->max_tokens;
+#define NUMBERS META "sequence_id=%1$llu" META "start=%2$lld" META "length=%3$lld"
+    if (length < 1)
+        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
+                      "sequence %1$llu: length must be at least 1, got %3$lld" NUMBERS, name, first, count);
+    if (start < 0)
+        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
+                      "sequence %1$llu: start must be at least 0, got %2$lld" NUMBERS, name, first, count);
+    if (first > most || count > most - first)
+        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
+                      "sequence %1$llu: start + length must be at most %4$lld, got %2$lld + %3$lld" NUMBERS, name,
+                      first, count, most);
+    return true;
+}
+
+/* The row of an id that an earlier row names; -1 where all differ, -2 without memory. */
+static int64_t find_duplicate(const uint64_t *ids, uint32_t count) {
+    if (count <= FEW_SPANS) {
+        for (uint32_t row = 1; row < count; row++)
+            for (uint32_t before = 0; before < row; before++)
+                if (ids[before] == ids[row]) return row;
+        return -1;
+    }
+    struct pair_index seen = {0};
+    int64_t found = -1;
+    for (uint32_t row = 0; row < count && found == -1; row++) {
+        if (pair_index_find(&seen, 0, ids[row]))
+            found = row;
+        else if (!pair_index_set(&seen, 0, ids[row], row))
+            found = -2;
+    }
+    pair_index_free(&seen);
+    return found;
+}
+
+static bool check_different(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+                            const struct request *request, const char *rows) {
+    const int64_t twice = find_duplicate(request->ids, request->num_rows);
+    uint32_t times = 0;
+    if (twice == -2) return REFUSE(RESOURCE_EXHAUSTED, "OVERLOADED", "engine: no memory left for a request");
+    if (twice < 0) return true;
+    for (uint32_t row = 0; row < request->num_rows; row++) times += request->ids[row] == request->ids[twice];
+    return REFUSE(INVALID_ARGUMENT, "DUPLICATE_SEQUENCE",
+                  "%1$s: sequence %2$llu is named %3$u times, at most 1 is allowed" META "sequence_id=%2$llu" META
+                  "count=%3$u",
+                  rows, (unsigned long long)request->ids[twice], times);
+}
+
+static void copy_columns(const struct blockdex_request *slot, const struct parts *parts, struct request *request) {
+    const volatile uint64_t *words = (const volatile uint64_t *)(const void *)parts->columns;
+    for (size_t at = 0; at < num_columns(slot) * (size_t)request->num_rows; at++) request->words[at] = words[at];
+}
+
+/* Of spans, and of what follows from them. */
+static bool check_columns(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+                          struct request *request) {
+    const uint32_t spans = slot->num_spans;
+    uint64_t tokens = 0;
+    for (uint32_t row = 0; row < spans; row++) {
+        const int64_t start = request->starts[row], length = request->lengths[row];
+        if (!check_span(core, line, slot, now, request->ids[row], start, length)) return false;
+        tokens += (uint64_t)length;
+        if (length > request->longest) request->longest = (uint32_t)length;
+        if (start + length > request->end) request->end = start + length;
+        request->applies[row] = 1;
+    }
+    if (!check_different(core, line, slot, now, request, "spans")) return false;
+    if (slot->keys_dtype && !check_tensor(core, line, slot, now, "keys", slot->keys_dtype, slot->keys_bytes, tokens, 0))
+        return false;
+    if (slot->queries_dtype && !check_tensor(core, line, slot, now, "queries", slot->queries_dtype, slot->queries_bytes,
+                                             tokens, slot->num_heads))
+        return false;
+    const bool scored = slot->flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES);
+    const uint64_t ids = slot->queries_dtype ? 4 * tokens * slot->num_heads * core->topk : 0;
+    const uint64_t answer = scored ? blockdex_aligned(ids) + ids : ids;
+    if (answer > line_longest(line))
+        return REFUSE(INTERNAL, "INTERNAL", "answer: %llu bytes, there is room for %llu", (unsigned long long)answer,
+                      (unsigned long long)line_longest(line));
+    request->tokens = (uint32_t)tokens;
+    return true;
+}
+
+/* Everything of a request on sequences but its columns. */
+static bool check_sequences(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now) {
+    const uint32_t count = slot->num_spans;
+    const unsigned long long length = slot->number, most = (unsigned long long)core->max_tokens;
+    if (num_columns(slot) && (count < 1 || count > core->max_spans))
+        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
+                      "sequences: must be 1 to %1$u, got %2$u" META "count=%2$u" META "max_spans=%1$u", core->max_spans,
+                      count);
+    if ((slot->kind != BLOCKDEX_FORK && slot->kind != BLOCKDEX_TRUNCATE) || length <= most) return true;
+    return REFUSE(INVALID_ARGUMENT, "INVALID_LENGTH",
+                  "sequence %1$llu: length must be 0 to %2$llu, got %3$llu" META "sequence_id=%1$llu" META
+                  "length=%3$llu" META "max_sequence_tokens=%2$llu",
+                  (unsigned long long)slot->sequence_id, most, length);
+}
+
+static struct request *new_request(struct line *line, const struct blockdex_request *slot, uint32_t spans) {
+    const size_t words = WORDS * (size_t)spans + (spans + 7) / 8;
+    struct request *request = calloc(1, sizeof *request + 8 * words);
+    if (!request) return NULL;
+    request->line = line;
+    request->slot = *slot;
+    request->num_rows = spans;
+    request->phase = BLOCKDEX_SEQUENCE;
+    request->ids = request->words;
+    request->starts = (int64_t *)request->words + spans;
+    request->lengths = request->starts + spans;
+    request->revisions = request->words + 3 * (size_t)spans;
+    request->columns = (uint32_t *)(request->words + 4 * (size_t)spans);
+    request->applies = (uint8_t *)(request->words + WORDS * (size_t)spans);
+    return request;
+}
+
+/* Gives it a number, a tenant and its ticket; false without memory. */
+static bool enter(struct core *core, struct request *request, const char *tenant, size_t tenant_bytes) {
+    request->tenant = sequence_index_use_tenant(core->index, tenant, tenant_bytes);
+    if (!request->tenant) return false;
+    uint32_t number = core->free_numbers[core->num_free - 1];
+    if (!pair_index_set(&core->tickets, (uintptr_t)request->line, request->slot.ticket, number)) {
+        sequence_index_release_tenant(core->index, request->tenant);
+        return false;
+    }
+    core->num_free--;
+    request->number = number;
+    core->requests[number] = request;
+    if (request->slot.deadline < core->next_deadline) core->next_deadline = request->slot.deadline;
+    return true;
+}
+
+/* Refuses one request too many. */
+__attribute__((format(printf, 5, 0))) static struct request *refuse(struct core *core, struct line *line,
+                                                                    const struct blockdex_request *slot, int64_t now,
+                                                                    const char *format) {
+    core_refuse_slot(core, line, slot, now, RESOURCE_EXHAUSTED, "OVERLOADED", format, core->max_queued,
+                     core->max_queued - core->num_free);
+    return NULL;
+}
+
+static bool check_rows(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+                       struct request *request) {
+    if (slot->kind == BLOCKDEX_TOKENS) return check_columns(core, line, slot, now, request);
+    return check_different(core, line, slot, now, request, "sequences");
+}
+
+static struct request *read_slot(struct core *core, struct line *line, const struct blockdex_request *slot,
+                                 int64_t now) {
+    const bool has_tokens = slot->kind == BLOCKDEX_TOKENS, own = !line->tenant_bytes;
+    struct parts parts;
+    char tenant[BLOCKDEX_MAX_TENANT_BYTES];
+    if (!keeps_layout(core, line, slot) || !find_parts(core, line, slot, &parts)) return NULL;
+    if (pair_index_find(&core->tickets, (uintptr_t)line, slot->ticket))
+        return break_link(core, line, "request: ticket %llu is in flight already", (unsigned long long)slot->ticket);
+    memcpy(tenant, parts.tenant, slot->tenant_bytes < sizeof tenant ? slot->tenant_bytes : sizeof tenant);
+    if (!check_sources(core, line, slot, now) || !check_tenant(core, line, slot, tenant, now) ||
+        !(has_tokens ? check_numbers : check_sequences)(core, line, slot, now))
+        return NULL;
+    if (!core->num_free) return refuse(core, line, slot, now, "queue: at most %u requests may wait, %u do");
+    struct request *request = new_request(line, slot, num_columns(slot) ? slot->num_spans : 0);
+    if (!request) return refuse(core, line, slot, now, "engine: no memory left for %u requests, %u wait");
+    copy_columns(slot, &parts, request);
+    if (!check_rows(core, line, slot, now, request)) {
+        free(request);
+        return NULL;
+    }
+    if (!enter(core, request, own ? tenant : line->tenant, own ? slot->tenant_bytes : line->tenant_bytes)) {
+        free(request);
+        return refuse(core, line, slot, now, "engine: no memory left for %u requests, %u wait");
+    }
+    request->received = slot->received < now ? slot->received : now;
+    request->keys = parts.keys;
+    request->queries = parts.queries;
+    return request;
+}
+
+struct request *core_read(struct core *core, struct line *line, int64_t now) {
+    const struct blockdex_request slot = *(const volatile struct blockdex_request *)line_head(line);
+    line_release(line);
+    if (slot.kind != BLOCKDEX_CANCEL) return read_slot(core, line, &slot, now);
+    cancel(core, line, slot.ticket);
+    return NULL;
+}

@@ -1,0 +1,237 @@
+"""Requests that fit no step of the core: entered in the cache already, run from their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockdex.executor.interface import Answer, Packed
+from blockdex.ring import layout
+from blockdex_kernels import IndexSpec
+from blockdex_kernels.interface import Order
+
+Chosen = slice | NDArray[np.intp]
+"""Tokens of a packed tensor: one behind the other, or some."""
+
+ALL_TOKENS = slice(None)
+
+TORCH_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+
+
+class Rows(NamedTuple):
+    """The spans of a request, row by row `[N]`.
+
+    Attributes:
+        ids: uint64, the sequences.
+        columns: uint32, where the cache has them.
+        starts: int64, position of each span's first token.
+        lengths: int64, its tokens.
+        applies: bool, whether its keys are to be written; not where they were before.
+    """
+
+    ids: NDArray[np.uint64]
+    columns: NDArray[np.uint32]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    applies: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, parts: Sequence[bytes]) -> Rows:
+        """Rows as the core hands them over."""
+        ids, columns, starts, lengths, applies = parts
+        return cls(
+            np.frombuffer(ids, np.uint64),
+            np.frombuffer(columns, np.uint32),
+            np.frombuffer(starts, np.int64),
+            np.frombuffer(lengths, np.int64),
+            np.frombuffer(applies, np.bool_),
+        )
+
+    def tokens_of(self, chosen: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """The tokens of the packed tensors beside them that belong to the chosen rows."""
+        return np.flatnonzero(np.repeat(chosen, self.lengths))
+
+    def subset(self, chosen: NDArray[np.bool_]) -> Rows:
+        """The chosen rows."""
+        return Rows(
+            self.ids[chosen], self.columns[chosen], self.starts[chosen], self.lengths[chosen], self.applies[chosen]
+        )
+
+
+class Tensor(NamedTuple):
+    """A packed tensor as it came."""
+
+    dtype: torch.dtype
+    data: memoryview
+
+    def take(self, token_bytes: int, tokens: Chosen) -> memoryview:
+        """The bytes of some tokens; those received, not copied, where they lie together."""
+        if isinstance(tokens, slice):
+            return (
+                self.data if tokens is ALL_TOKENS else self.data[tokens.start * token_bytes : tokens.stop * token_bytes]
+            )
+        return np.frombuffer(self.data, np.uint8).reshape(-1, token_bytes)[tokens].reshape(-1).data
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bulk:
+    """A request that fits no step: its number in the core, what it names, and what it brings.
+
+    Attributes:
+        number: by which the core is told its answer.
+        layer: where it appends and selects.
+        rows: its spans.
+        tenant: number of whose it is.
+        keys: `[T, D]`, or None.
+        queries: `[T, num_heads, D]`, of heads `first_head` on, or None.
+        order, return_scores, raw_scores: of the selection.
+    """
+
+    number: int
+    layer: int
+    rows: Rows
+    tenant: int
+    keys: Tensor | None
+    queries: Tensor | None
+    first_head: int
+    num_heads: int
+    order: Order
+    return_scores: bool
+    raw_scores: bool
+
+    @classmethod
+    def of(cls, item: tuple[Any, ...]) -> Bulk:
+        """The request of an item as `Core.take` hands it over."""
+        number, _, layer, parts, tenant, line, keys_dtype, keys, queries_dtype, queries, *rest = item
+        first_head, num_heads, order, flags = rest
+        return cls(
+            number,
+            layer,
+            Rows.of(parts),
+            tenant,
+            _tensor(line.memory, keys_dtype, keys),
+            _tensor(line.memory, queries_dtype, queries),
+            first_head,
+            num_heads,
+            layout.ORDERS[order - 1] if order else "ascending",
+            bool(flags & (layout.RETURN_SCORES | layout.RAW_SCORES)),
+            bool(flags & layout.RAW_SCORES),
+        )
+
+
+def _tensor(memory: memoryview, dtype: int, place: tuple[int, int]) -> Tensor | None:
+    begin, num_bytes = place
+    if not dtype:
+        return None
+    return Tensor(TORCH_DTYPES[layout.DTYPES[dtype - 1]], memory[begin : begin + num_bytes])
+
+
+class Reading:
+    """Selections of the same tokens of one layer, by one caller or by several that hold different heads.
+
+    Attributes:
+        first: the first caller; layer, rows and what is asked for are the same for all.
+        callers: who still waits for the answer, each with its own heads.
+        heads: of all callers, side by side.
+        num_tokens: of the spans.
+        longest: tokens of the longest span.
+        unread: tokens that no kernel has answered yet.
+    """
+
+    def __init__(self, callers: Sequence[Bulk], spec: IndexSpec) -> None:
+        self.first = first = callers[0]
+        self.callers: list[tuple[Bulk, slice]] = []
+        self.heads = 0
+        tensors: list[Tensor] = []
+        for caller in callers:
+            assert caller.queries is not None
+            tensors.append(caller.queries)
+            self.callers.append((caller, slice(self.heads, self.heads + caller.num_heads)))
+            self.heads += caller.num_heads
+        self.longest = int(first.rows.lengths.max())
+        self.num_tokens = self.unread = int(first.rows.lengths.sum())
+        self._topk = spec.topk
+        self._token_bytes = self.heads * spec.head_dim * tensors[0].dtype.itemsize
+        self._queries = tensors[0] if len(tensors) == 1 else _side_by_side(tensors, self.num_tokens)
+        self._answer: Answer | None = None
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What selections of one launch have in common."""
+        first = self.first
+        return self.heads, self._queries.dtype, first.order, first.return_scores, first.raw_scores
+
+    def queries(self, tokens: Chosen) -> memoryview:
+        """Bytes of `[tokens, heads, D]`."""
+        return self._queries.take(self._token_bytes, tokens)
+
+    def packed(self, parts: Sequence[memoryview]) -> Packed:
+        """Tokens of this reading, or of others like it, as kernels take them."""
+        return Packed(self._queries.dtype, self.heads, parts)
+
+    def write(self, tokens: Chosen, answer: Answer) -> None:
+        """Takes a kernel's answer for some of the tokens."""
+        self.unread -= len(answer.block_ids)
+        if tokens is ALL_TOKENS:
+            self._answer = answer
+            return
+        if self._answer is None:
+            shape = (self.num_tokens, self.heads, self._topk)
+            self._answer = Answer(
+                np.empty(shape, np.int32), np.empty(shape, np.float32) if self.first.return_scores else None
+            )
+        self._answer.block_ids[tokens] = answer.block_ids
+        if self._answer.scores is not None:
+            self._answer.scores[tokens] = answer.scores
+
+    def shares(self) -> Iterable[tuple[Bulk, Answer]]:
+        """Every caller's share of the answer; to be called once nothing is unread."""
+        assert self._answer is not None
+        block_ids, scores = self._answer.block_ids, self._answer.scores
+        for caller, heads in self.callers:
+            own = None if scores is None else np.ascontiguousarray(scores[:, heads])
+            yield caller, Answer(np.ascontiguousarray(block_ids[:, heads]), own)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Callers that share a read, and their heads as the bits of a number."""
+
+    callers: list[Bulk] = field(default_factory=list)
+    heads: int = 0
+
+
+def readings(selections: Iterable[Bulk], spec: IndexSpec) -> list[Reading]:
+    """Groups selections whose tokens, order and dtype are the same, so that they share one read of the keys.
+
+    A group holds each head once at most: whoever asks for the same again is another engine, and no kernel is made ready
+    for more heads than the indexer has.
+    """
+    groups: dict[tuple[object, ...], list[_Group]] = {}
+    for caller in selections:
+        assert caller.queries is not None
+        what = (caller.layer, caller.order, caller.return_scores, caller.raw_scores, caller.queries.dtype)
+        where = tuple(column.tobytes() for column in caller.rows[1:4])
+        alike, heads = groups.setdefault((*what, *where), []), (1 << caller.num_heads) - 1 << caller.first_head
+        group = next((group for group in alike if not group.heads & heads), None)
+        if group is None:
+            alike.append(group := _Group())
+        group.callers.append(caller)
+        group.heads |= heads
+    return [Reading(group.callers, spec) for alike in groups.values() for group in alike]
+
+
+def _side_by_side(tensors: Sequence[Tensor], num_tokens: int) -> Tensor:
+    """`[T, heads, D]` of several callers as one tensor."""
+    parts = [np.frombuffer(tensor.data, np.uint8).reshape(num_tokens, -1) for tensor in tensors]
+    return Tensor(tensors[0].dtype, np.concatenate(parts, axis=1).reshape(-1).data)

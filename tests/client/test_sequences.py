@@ -1,0 +1,71 @@
+"""Sequences in batches, opened again, and what the server did for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import blockdex
+from blockdex.contract.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, Reason, UnimplementedError
+from support.clients import new_sequence
+
+KEYS = np.ones((2, 128), np.float32)
+
+
+def is_open(client: blockdex.Client, sequence: int) -> bool:
+    try:
+        client.get_sequence(sequence)
+    except NotFoundError:
+        return False
+    return True
+
+
+def test_all_are_opened_or_none(client: blockdex.Client, sequence: int) -> None:
+    fresh = [new_sequence() for _ in range(3)]
+    client.append_keys(0, sequences=sequence, keys=KEYS)
+    with pytest.raises(AlreadyExistsError, match=f"sequence {sequence}: open already"):
+        client.open_sequences([*fresh, sequence])
+    assert not any(is_open(client, each) for each in fresh)
+    client.open_sequences(fresh, lease_seconds=[7, 8, 9])
+    client.append_keys(0, sequences=fresh, lengths=[1, 1, 1], keys=np.ones((3, 128), np.float32))
+    client.close_sequences([*fresh, new_sequence()])
+    assert not any(is_open(client, each) for each in fresh)
+    client.close_sequences(fresh)
+
+
+def test_one_that_is_still_empty_is_opened_again(client: blockdex.Client, sequence: int) -> None:
+    client.open_sequence(sequence)
+    client.append_keys(0, sequences=sequence, keys=KEYS, revisions=1)
+    client.truncate_sequence(sequence, 0)
+    with pytest.raises(AlreadyExistsError):  # the revision stays
+        client.open_sequence(sequence)
+
+
+def test_batches_that_cannot_be(client: blockdex.Client) -> None:
+    for call in (client.open_sequences, client.close_sequences):
+        for ids, reason in (([], Reason.INVALID_SPANS), ([1, 2, 1], Reason.DUPLICATE_SEQUENCE)):
+            with pytest.raises(InvalidArgumentError) as refused:
+                call(ids)
+            assert refused.value.reason == reason
+    with pytest.raises(InvalidArgumentError, match="lease_seconds: must be 1 or as many as the 3 sequences, got 2"):
+        client.open_sequences([1, 2, 3], lease_seconds=[1, 2])
+
+
+def test_what_the_server_did(client: blockdex.Client, sequence: int) -> None:
+    before = client.stats()
+    client.append_keys(0, sequences=sequence, keys=KEYS)
+    after = client.stats()
+    assert after.requests > before.requests
+    assert after.uptime_seconds > before.uptime_seconds
+    assert set(after.phases) == {"append", "decode", "prefill", "sequence"}
+
+
+def test_raw_scores_are_asked_for(client: blockdex.Client, sequence: int) -> None:
+    client.append_keys(0, sequences=sequence, keys=KEYS)
+    queries = np.ones((1, 4, 128), np.float32)
+    if "RAW_SCORES" not in client.info().features:
+        with pytest.raises(UnimplementedError, match="RAW_SCORES is not offered"):
+            client.select_blocks(0, sequences=sequence, queries=queries, return_scores="raw")
+        return
+    ids, scores = client.select_blocks(0, sequences=sequence, queries=queries, return_scores="raw")
+    np.testing.assert_array_equal(scores, np.where(ids == -1, -np.inf, 128.0))

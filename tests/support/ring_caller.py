@@ -1,0 +1,113 @@
+"""A caller that asks an engine of the same process through a ring, and awaits its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from blockdex.contract.errors import BlockdexError
+from blockdex.contract.messages import Answer, Phase, Request, Stage
+from blockdex.ring import layout
+from blockdex.ring.handshake import new_link
+from blockdex.ring.layout import AT, REQUEST_STRUCT, RequestSlot, aligned
+from blockdex.ring.segment import Sizes
+from blockdex.ring.server import Line, RingInbox
+from blockdex.scheduler.loop import Engine
+from support import slots
+from support.atomics import Atomics
+from support.ring import Bell, Consumer, Producer
+
+_SIZES = Sizes(slots=1 << 13, request_bytes=1 << 29, answer_bytes=1 << 28)
+_LOOK_SECONDS = 0.0003
+
+
+class PendingAnswer(asyncio.Future[Answer]):
+    """An answer to come, or a `BlockdexError`. Cancelling it gives the request up.
+
+    Attributes:
+        phase: what the request came to, once it is answered.
+        stage_seconds: seconds in each stage that it reached, likewise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase: Phase = "sequence"
+        self.stage_seconds: Mapping[Stage, float] = {}
+
+
+class RingCaller:
+    """The client's side of a link to an engine, which it starts and stops; made and used on one asyncio loop."""
+
+    def __init__(self, engine: Engine, inbox: RingInbox) -> None:
+        engine_side, handles = new_link(_SIZES, engine.info().epoch)
+        segment = handles.segment
+        self.broken: list[Exception] = []
+        self._engine = engine
+        self._segment = segment
+        self._requests = Producer(segment, "request", Bell(segment, "engine_sleeps", handles.engine_bell))
+        self._answers = Consumer(segment, "answer")
+        self._room = Bell(segment, "engine_waits_for_room", handles.engine_bell)
+        self._in_flight: dict[int, PendingAnswer] = {}
+        self._tickets = itertools.count(1)
+        self._offset = 0
+        self._reading: asyncio.Task[None] | None = None
+        inbox.add(Line(engine_side, self.broken.append))
+
+    def start(self) -> None:
+        """Starts the engine."""
+        self._engine.start()
+        self._reading = asyncio.create_task(self._read())
+
+    def stop(self) -> None:
+        """Ends the engine."""
+        if self._reading is not None:
+            self._reading.cancel()
+        self._engine.stop()
+
+    def submit(self, request: Request, timeout: float) -> PendingAnswer:
+        """Writes a request."""
+        pending, ticket, size = PendingAnswer(), next(self._tickets), aligned(slots.request_bytes(request))
+        if not self._in_flight:
+            self._offset = 0
+        assert self._offset + size <= _SIZES.request_bytes, "the test asks for more than its arena holds"
+        now = time.monotonic()
+        slots.write_request(self._segment, self._requests.claim(), self._offset, ticket, request, now, now + timeout)
+        self._offset += size
+        self._in_flight[ticket] = pending
+        pending.add_done_callback(lambda _: self._give_up(ticket) if pending.cancelled() else None)
+        self._requests.publish()
+        return pending
+
+    def _give_up(self, ticket: int) -> None:
+        at = self._requests.claim()
+        REQUEST_STRUCT.pack_into(self._segment.memory, at, *RequestSlot(ticket=ticket, kind=layout.CANCEL))
+        self._requests.publish()
+
+    async def _read(self) -> None:
+        while True:
+            for _ in range(self._answers.check()):
+                self._take()
+            self._room.ring()
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _take(self) -> None:
+        segment = self._segment
+        numbers = slots.read_answer_slot(segment, self._answers.take())
+        begin = segment.answer_arena_offset + numbers.payload_offset
+        payload = np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin).copy()
+        pending = self._in_flight.pop(numbers.ticket)
+        if numbers.payload_bytes:
+            Atomics(segment).store(AT["answer_bytes_freed"], numbers.payload_end)
+        self._answers.release()
+        if pending.done():
+            return
+        pending.phase, pending.stage_seconds = slots.phase_of(numbers), slots.stage_seconds_of(numbers)
+        answer = slots.read_answer(numbers, payload)
+        if isinstance(answer, BlockdexError):
+            pending.set_exception(answer)
+        else:
+            pending.set_result(answer)
