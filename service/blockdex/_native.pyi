@@ -316,7 +316,7 @@ class Link:
 
     Args:
         memory: the whole segment, writable.
-        engine_bell: the eventfd that the engine sleeps on; it must stay open until `close`.
+        engine_bell: the client's end of the pair that the engine sleeps on; it must stay open until `close`.
         num_heads, max_spans, max_message_bytes: as `IndexSpec` and `Limits` say.
         max_waiting: requests that may be waited for; more are refused.
         tell_seconds: of an answer that took longer the rest is told, too.

@@ -81,8 +81,6 @@ def test_info_as_text(server: Serving, capsys: pytest.CaptureFixture[str]) -> No
     assert "  num_layers: 3" in lines
     assert "  init_blocks: 0" in lines
     assert any(line.startswith("  decode: ") for line in lines)
-    assert "    decode:" in lines
-    assert any(line.startswith("        queue: ") for line in lines)
 
 
 def test_info_as_json(server: Serving, capsys: pytest.CaptureFixture[str]) -> None:

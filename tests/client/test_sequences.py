@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import blockdex
-from blockdex.contract.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, Reason, UnimplementedError
+from blockdex.contract.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, Reason
+from blockdex.contract.messages import Order
 from support.clients import new_sequence
 
 KEYS = np.ones((2, 128), np.float32)
@@ -60,12 +61,20 @@ def test_what_the_server_did(client: blockdex.Client, sequence: int) -> None:
     assert set(after.phases) == {"append", "decode", "prefill", "sequence"}
 
 
-def test_raw_scores_are_asked_for(client: blockdex.Client, sequence: int) -> None:
-    client.append_keys(0, sequences=sequence, keys=KEYS)
-    queries = np.ones((1, 4, 128), np.float32)
-    if "RAW_SCORES" not in client.info().features:
-        with pytest.raises(UnimplementedError, match="RAW_SCORES is not offered"):
-            client.select_blocks(0, sequences=sequence, queries=queries, return_scores="raw")
-        return
-    ids, scores = client.select_blocks(0, sequences=sequence, queries=queries, return_scores="raw")
-    np.testing.assert_array_equal(scores, np.where(ids == -1, -np.inf, 128.0))
+@pytest.mark.parametrize("num_queries", [1, 40], ids=["decode", "prefill"])
+@pytest.mark.parametrize("order", ["ascending", "score"])
+def test_raw_scores_are_those_that_blocks_rank_by(
+    client: blockdex.Client, sequence: int, order: Order, num_queries: int
+) -> None:
+    """Unscaled, and for forced blocks, too: so that the candidates of several servers can be merged."""
+    random = np.random.default_rng(3)
+    # Whole numbers, so that a sum is the same in whatever order its products are added.
+    keys = random.integers(-4, 5, (5000, 128)).astype(np.float32)
+    queries = random.integers(-4, 5, (num_queries, 4, 128)).astype(np.float32)
+    client.append_keys(0, sequences=sequence, keys=keys)
+    ids, scores = client.select_blocks(0, sequences=sequence, queries=queries, order=order, return_scores="raw")
+    for token in range(num_queries):
+        visible = len(keys) - num_queries + token + 1
+        products = queries[token] @ keys[:visible].T
+        best = np.stack([products[:, at : at + 128].max(axis=1) for at in range(0, visible, 128)], axis=1)
+        np.testing.assert_array_equal(scores[token], np.take_along_axis(best, ids[token], axis=1))

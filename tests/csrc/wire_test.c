@@ -16,17 +16,29 @@ static uint64_t draw(uint64_t below) {
     return state % below;
 }
 
-static struct wire_spans spans;
+static struct wire_spans columns;
+
+/* What a slot would carry, into no more room than the slot says. */
+static void write_payload(const struct wire_request *request) {
+    struct blockdex_request slot = {0};
+    tokens_describe(request, 1, &slot);
+    char *to = malloc(slot.payload_bytes);
+    if (!to) exit(2);
+    tokens_write_columns(request, "t", &slot, to);
+    tokens_write_tensors(&request->keys, &request->queries, &slot, to, 0, UINT64_MAX);
+    free(to);
+}
 
 static int read_one(const uint8_t *bytes, size_t size) {
     static const struct bounds bounds = {4, 1 << 27};
-    struct wire_request request = {.spans = &spans};
+    struct wire_request request = {.spans = &columns};
     struct refusal refusal;
     uint8_t *copied = malloc(size ? size : 1);
     if (!copied) exit(2);
     memcpy(copied, bytes, size);
-    memset(spans.counts, 0, sizeof spans.counts);
+    memset(columns.counts, 0, sizeof columns.counts);
     bool taken = wire_read_streamed(&request, copied, size) && tokens_fit(&request, &bounds, &refusal);
+    if (taken) write_payload(&request);
     free(copied);
     return taken ? (int)request.layer : -1;
 }
@@ -45,13 +57,13 @@ static void use(uint8_t *bytes, uint32_t size, uint64_t changes) {
 
 int main(int argc, char **argv) {
     uint32_t size;
-    if (argc != 2 || !columns_open(&spans, 256)) return 2;
+    if (argc != 2 || !columns_open(&columns, 256)) return 2;
     while (fread(&size, sizeof size, 1, stdin) == 1) {
         uint8_t *bytes = malloc(size + 1);
         if (!bytes || fread(bytes, 1, size, stdin) != size) return 2;
         use(bytes, size, strtoull(argv[1], NULL, 10));
         free(bytes);
     }
-    columns_close(&spans);
+    columns_close(&columns);
     return 0;
 }

@@ -13,10 +13,6 @@ _CONNECT = ("csrc/test_programs.py",)
 _TABLES = ("csrc/test_programs.py::test_arena_and_in_flight_table_do_what_the_plainest_ones_do",)
 _CORE_LINKS = ("scheduler/test_core_links.py",)
 
-_ANSWERS, _REQUESTS, _OUTBOX = "csrc/ring/client_answers.c", "csrc/ring/client_requests.c", "csrc/ring/client_outbox.c"
-_LINK = ("ring/test_link.py",)
-_REFERENCES = ("ring/test_link.py::test_no_reference_is_lost_or_kept",)
-
 _FENCE = "    atomic_thread_fence(memory_order_seq_cst);\n"
 
 MUTANTS = (
@@ -163,7 +159,7 @@ MUTANTS = (
         _HEADER,
         "recv(bell, &rung, 1, MSG_DONTWAIT)",
         "recv(bell, &rung, 1, 0)",
-        _CORE_LINKS,
+        _CONNECT,
     ),
     # --- Bounds ---
     Mutant(
@@ -336,92 +332,4 @@ MUTANTS = (
         _TABLES,
     ),
     Mutant("a request that was given up is still counted", _INFLIGHT, "    table->waiting--;\n", "", _TABLES),
-    # --- The client's link ---
-    Mutant(
-        "an answer keeps a reference to its owner",
-        _ANSWERS,
-        "        Py_DECREF((PyObject *)inflight_disown(&self->inflight, pending));\n",
-        "        inflight_disown(&self->inflight, pending);\n",
-        _REFERENCES,
-    ),
-    Mutant("an answer keeps its item", _ANSWERS, "    Py_XDECREF(item);\n", "", _REFERENCES),
-    Mutant(
-        "a request keeps a reference to its owner",
-        _REQUESTS,
-        "inflight_begin(&self->inflight, Py_NewRef(sender->owner),",
-        "inflight_begin(&self->inflight, Py_NewRef(Py_NewRef(sender->owner)),",
-        _REFERENCES,
-    ),
-    Mutant("a message that waited is kept", _OUTBOX, "    Py_DECREF(message);\n", "", _REFERENCES),
-    Mutant("a tenant that waited is kept", _OUTBOX, "    Py_DECREF(tenant);\n", "", _REFERENCES),
-    Mutant(
-        "who gave up while an answer was made is told of it",
-        _ANSWERS,
-        "    bool waits = pending->owner == owner;\n",
-        "    bool waits = true;\n",
-        ("ring/test_native_client.py",),
-    ),
-    Mutant(
-        "who is run by the collector takes answers in between",
-        _ANSWERS,
-        "    if (!list || self->taking || self->closed) return list;\n",
-        "    if (!list || self->closed) return list;\n",
-        ("ring/test_native_client.py",),
-    ),
-    Mutant(
-        "a closed link still writes",
-        _REQUESTS,
-        "    if (self->closed || taken >= self->num_request_slots) return false;\n",
-        "    if (taken >= self->num_request_slots) return false;\n",
-        ("ring/test_native_client.py",),
-    ),
-    Mutant(
-        "a short request overtakes a long one of its stream",
-        _OUTBOX,
-        "self->outbox.no_slot || is_behind_another(self, outgoing))",
-        "self->outbox.no_slot)",
-        _LINK,
-    ),
-    Mutant(
-        "who comes later takes the slot that others wait for",
-        _OUTBOX,
-        "self->outbox.no_slot || is_behind",
-        "is_behind",
-        _LINK,
-    ),
-    Mutant(
-        "who comes later takes the room that others wait for",
-        _OUTBOX,
-        "!self->outbox.unplaced && place(",
-        "place(",
-        ("ring/test_client.py::test_nothing_overtakes_what_waits_for_room", *_LINK),
-    ),
-    Mutant(
-        "long requests are copied at once",
-        _OUTBOX,
-        "enum { SLICE_BYTES = 1 << 19 };",
-        "enum { SLICE_BYTES = 1 << 30 };",
-        _LINK,
-    ),
-    Mutant(
-        "a cancellation that finds no slot is forgotten",
-        _REQUESTS,
-        "        self->inflight.cancels_due++;\n",
-        "",
-        _LINK,
-    ),
-    Mutant(
-        "an unsent request that is given up keeps its room",
-        _OUTBOX,
-        "        arena_give_back(&self->arena, outgoing->pending->extent);\n",
-        "        (void)0;\n",
-        _LINK,
-    ),
-    Mutant(
-        "a number in flight twice is taken",
-        _REQUESTS,
-        "    if (inflight_of(table, sender->owner, sender->number))\n",
-        "    if (!table)\n",
-        _LINK,
-    ),
 )

@@ -40,4 +40,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "an answer that is not in its payload", _CODEC, "        bytes > slot->payload_bytes)", "        false)", _LINK
     ),
+    Mutant(
+        "a number behind the end is read", _PROTOBUF, "    if (cursor->end - cursor->at < 8) return false;\n", "", _LINK
+    ),
+    Mutant("a number beyond 64 bits", _PROTOBUF, "        if (count == 9 && byte > 1) return false;\n", "", _LINK),
 )

@@ -918,7 +918,7 @@ ARENA = 4096
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 249), st.integers(0, 100)), max_size=120))
 def test_extents_never_overlap_and_all_room_comes_back(steps: list[tuple[bool, int, int]]) -> None:
-    with opened(requests=ARENA, slots=256) as core:
+    with opened(requests=ARENA, slots=256, max_waiting=200) as core:
         taken: dict[int, tuple[int, int]] = {}
 
         def give_back(offset: int) -> None:

@@ -141,7 +141,7 @@ async def test_what_was_answered_at_the_end_is_told(dead_end: DeadEnd) -> None:
 
 
 async def test_a_closed_link_writes_nothing(dead_end: DeadEnd) -> None:
-    """Its eventfds are closed, and may be anybody's by now."""
+    """Its ends of the pairs are closed, and may be anybody's by now."""
     waiting = [dead_end.begin() for _ in range(5)]
     dead_end.free_slots()
     dead_end.link.close()
@@ -165,7 +165,7 @@ class Meddler:
 async def test_whoever_is_run_by_the_collector_may_give_up_what_is_being_told(dead_end: DeadEnd) -> None:
     """It runs where answers are made, in the midst of the table; nobody is told twice, and nothing is sent twice."""
     asker = Asked()
-    for round_ in range(10):
+    for round_ in range(12):
         for number in range(3):
             assert dead_end.link.send(asker, STREAM, TENANT, TIMEOUT, waiting_selection(3 * round_ + number))
         slots = dead_end.slots()[-3:]
@@ -176,14 +176,19 @@ async def test_whoever_is_run_by_the_collector_may_give_up_what_is_being_told(de
             given_up.extend(dead_end.link.give_up_all(asker))
             assert dead_end.link._ring.take() == []
 
-        Meddler(give_up)
-        old = gc.get_threshold()
-        gc.set_threshold(1 + round_)
+        dead_end.answer(*(AnswerSlot(ticket=slot.ticket, code=3) for slot in slots))
+        before = gc.get_threshold()
+        gc.collect()
+        gc.disable()
         try:
-            dead_end.answer(*(AnswerSlot(ticket=slot.ticket, code=3) for slot in slots))
+            Meddler(give_up)
+            # So that it is the next but so many object that is made which runs the collector.
+            gc.set_threshold(gc.get_count()[0] + round_)
+            gc.enable()
             dead_end.link._look()
         finally:
-            gc.set_threshold(*old)
+            gc.enable()
+            gc.set_threshold(*before)
         gc.collect()
         numbers = [each.number for each in given_up]  # type: ignore[attr-defined]
         assert sorted([*numbers, *asker.told]) == [3 * round_ + number for number in range(3)]

@@ -24,22 +24,22 @@ ARENA, SLOTS = 1024, 64
 @contextmanager
 def link(slots: int = SLOTS, arena: int = ARENA) -> Iterator[tuple[native.Line, ForeignFrontend]]:
     engine, client = new_link(Sizes(slots, request_bytes=1 << 12, answer_bytes=arena), epoch=1)
-    door = ForeignFrontend(client)
+    frontend = ForeignFrontend(client)
     try:
-        yield native.Line(engine.segment, engine.client_bell, engine.engine_bell), door
+        yield native.Line(engine.segment, engine.client_bell, engine.engine_bell), frontend
     finally:
-        door.close()
+        frontend.close()
         engine.close()
 
 
 def test_room_that_nobody_uses_is_taken_from_the_front_again() -> None:
-    with link() as (line, door):
-        counters = door.handles.segment.counters
+    with link() as (line, frontend):
+        counters = frontend.handles.segment.counters
         for number in range(40):
             place = line.claim(100)
             assert place is not None
             slot, offset, end = place
-            assert slot == door.handles.segment.answer_slots_offset + number % SLOTS * SLOT_BYTES
+            assert slot == frontend.handles.segment.answer_slots_offset + number % SLOTS * SLOT_BYTES
             assert (offset, end % ARENA) == (0, 128)
             counters[AT["answer_bytes_freed"] // 8] = end
             counters[AT["answers_read"] // 8] = number + 1
@@ -49,8 +49,8 @@ def test_room_that_nobody_uses_is_taken_from_the_front_again() -> None:
 @example([(False, ARENA // 2, 0), (False, ARENA // 2, 0), (False, 64, 0)])
 @example([(False, 448, 0), (False, 448, 0), (True, 0, 0), (False, 64, 0), (False, 448, 0)])
 def test_no_answer_is_written_where_one_is_still_read(steps: list[tuple[bool, int, int]]) -> None:
-    with link() as (line, door):
-        counters = door.handles.segment.counters
+    with link() as (line, frontend):
+        counters = frontend.handles.segment.counters
         extents: dict[int, tuple[int, int]] = {}  # offset and size of what is read still, by the position of its end
         claimed = 0
         for give_back, size, which in steps:
@@ -80,8 +80,8 @@ def test_no_answer_is_written_where_one_is_still_read(steps: list[tuple[bool, in
 
 
 def test_all_of_the_room_is_used() -> None:
-    with link() as (line, door):
-        counters = door.handles.segment.counters
+    with link() as (line, frontend):
+        counters = frontend.handles.segment.counters
         for quarter in range(4):
             assert line.claim(ARENA // 4) is not None, quarter
         assert line.claim(1) is None
@@ -94,20 +94,20 @@ def test_all_of_the_room_is_used() -> None:
 @pytest.mark.parametrize("freed", [64, 1 << 40, 2**64 - 2 * ARENA])
 def test_room_that_was_never_taken_is_not_given_back(freed: int) -> None:
     """Who says so harms itself: it gets nothing."""
-    with link() as (line, door):
-        door.handles.segment.counters[AT["answer_bytes_freed"] // 8] = freed
+    with link() as (line, frontend):
+        frontend.handles.segment.counters[AT["answer_bytes_freed"] // 8] = freed
         assert line.claim(64) is None
 
 
 def test_more_answers_read_than_written() -> None:
-    with link() as (line, door):
-        door.handles.segment.counters[AT["answers_read"] // 8] = 1
+    with link() as (line, frontend):
+        frontend.handles.segment.counters[AT["answers_read"] // 8] = 1
         assert line.claim(0) is None
 
 
 def test_a_slot_for_each_answer_and_no_more() -> None:
-    with link(slots=4) as (line, door):
-        counters, begin = door.handles.segment.counters, door.handles.segment.answer_slots_offset
+    with link(slots=4) as (line, frontend):
+        counters, begin = frontend.handles.segment.counters, frontend.handles.segment.answer_slots_offset
         places = [line.claim(0) for _ in range(5)]
         assert [place and place[0] for place in places] == [*(begin + number * SLOT_BYTES for number in range(4)), None]
         assert counters[AT["answers_written"] // 8] == 0
@@ -119,8 +119,8 @@ def test_a_slot_for_each_answer_and_no_more() -> None:
 
 
 def test_the_bell_is_rung_for_who_sleeps_when_there_is_something_new() -> None:
-    with link() as (line, door):
-        flags, bell = door.handles.segment.flags, door.handles.client_bell
+    with link() as (line, frontend):
+        flags, bell = frontend.handles.segment.flags, frontend.handles.client_bell
         flags[AT["client_sleeps"] // 4] = 1
         line.publish()
         assert flags[AT["client_sleeps"] // 4] == 1, "nothing was written"
@@ -145,10 +145,10 @@ def test_more_than_all_of_the_room_is_never_had(size: int) -> None:
 
 
 def test_a_request_that_is_not_there_is_not_given_back() -> None:
-    with link() as (line, door):
+    with link() as (line, frontend):
         with pytest.raises(ValueError, match="release: no request is there"):
             line.release()
-        door.handles.segment.counters[AT["requests_written"] // 8] = SLOTS + 1
+        frontend.handles.segment.counters[AT["requests_written"] // 8] = SLOTS + 1
         with pytest.raises(ValueError, match="release: no request is there"):
             line.release()
 
@@ -172,6 +172,17 @@ def test_a_segment_whose_parts_are_not_inside_it_is_refused(changes: dict[str, A
         native.Line(SimpleNamespace(**right), engine.client_bell, engine.engine_bell)
         with pytest.raises(ValueError, match="segment: its parts are not inside its memory"):
             native.Line(SimpleNamespace(**right | changes), engine.client_bell, engine.engine_bell)
+
+
+def test_a_link_gives_its_segment_back() -> None:
+    engine, client = new_link(Sizes(SLOTS, request_bytes=1 << 12, answer_bytes=ARENA), epoch=1)
+    with closing(engine), closing(client), memoryview(engine.segment.memory) as memory:
+        right = {name: getattr(engine.segment, name) for name in vars(engine.segment)}
+        line = native.Line(SimpleNamespace(**right | {"memory": memory}), engine.client_bell, engine.engine_bell)
+        with pytest.raises(BufferError):
+            memory.release()
+        del line
+        memory.release()
 
 
 def test_a_tenant_that_is_too_long_is_refused() -> None:

@@ -67,7 +67,10 @@ REFUSED = {
         Code.INVALID_ARGUMENT, "INVALID_TENANT", "blockdex-tenant: must have 1 to 256 characters, got 0", tenant=""
     ),
     "a tenant of other characters": Case(
-        Code.INVALID_ARGUMENT, "INVALID_TENANT", "blockdex-tenant: must be printable ASCII, got 3 bytes", tenant="a\nb"
+        Code.INVALID_ARGUMENT,
+        "INVALID_TENANT",
+        "blockdex-tenant: must be printable ASCII, got 'a\\x0ab'",
+        tenant="a\nb",
     ),
     "an unknown tenant": Case(
         Code.NOT_FOUND, "UNKNOWN_SEQUENCE", "sequence 1: unknown (never opened", tenant="another"

@@ -212,8 +212,8 @@ def refused(random: np.random.Generator, run: Running) -> list[tuple[Request, Re
         (tokens(0, [(A, 22, 8, 9)], keys=keys, queries=queries), Reason.APPEND_BEYOND_LENGTH),
         # At the revision of the append that made the layer, but another one.
         (tokens(0, [(B, 0, 4, 9), (A, 19, 4, 5)], keys=keys, queries=queries), Reason.STALE_REVISION),
-        (tokens(0, [(B, 0, 4), (A, 19, 4)], keys=keys, queries=queries), Reason.APPEND_OVERLAPS),
-        (tokens(0, [(B, 0, 4), (A, 16, 4)], keys=keys), Reason.APPEND_OVERLAPS),
+        (tokens(0, [(B, 0, 4), (A, 19, 4)], keys=keys, queries=queries, rollback=False), Reason.APPEND_OVERLAPS),
+        (tokens(0, [(B, 0, 4), (A, 16, 4)], keys=keys, rollback=False), Reason.APPEND_OVERLAPS),
     ]
 
 

@@ -211,7 +211,7 @@ def _spans() -> Named:
         yield f"too many sequences, {rpc}", _invalid("INVALID_SPANS", several(*range(20, 4117)), f"{words} 4097")
         message = "sequences: sequence 20 is named 2 times, at most 1 is allowed"
         yield f"a sequence again, {rpc}", _invalid("DUPLICATE_SEQUENCE", several(20, 21, 20), message)
-    message = "spans: sequence 7 is named 3 times, at most 1 is allowed"
+    message = "spans: sequence 8 is named 2 times, at most 1 is allowed"
     rows = ((B, 0, 1), (A, 0, 1), (B, 1, 1), (A, 1, 1), (A, 2, 1))
     for rpc, again in {"append": append_to(*rows), "select": select_of(*rows), "both": both_of(*rows)}.items():
         yield f"one sequence again, {rpc}", _invalid("DUPLICATE_SEQUENCE", again, message)
@@ -243,7 +243,7 @@ def _tensors() -> Named:
 
 
 def _features() -> Named:
-    has = "this server has HEAD_RANGES, REVISIONS, WAIT_FOR_KEYS, SCORES, ROLLBACK"
+    has = "this server has HEAD_RANGES, REVISIONS, WAIT_FOR_KEYS, SCORES, ROLLBACK, RAW_SCORES"
     for feature, name in ((0, "UNSPECIFIED"), (pb.FEATURE_POOLS, "POOLS"), (99, "99")):
         message = f"required_features: {name} is not offered, {has}"
         for rpc, request in _good(required_features=[pb.FEATURE_REVISIONS, feature]).items():

@@ -271,7 +271,7 @@ def tokens(
     scores: bool = False,
     raw: bool = False,
     wait: bool = False,
-    rollback: bool = False,
+    rollback: bool = True,
     dtype: FloatDtype = "bf16",
     tenant: str = TENANT,
     epoch: int = 0,

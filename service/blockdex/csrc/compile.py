@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TARGET = HERE.parent / "_native.abi3.so"
 FLAGS = (
-    *("-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-std=gnu11", "-O3", "-fno-trapping-math", "-fPIC", "-shared", "-fvisibility=hidden"),
     *("-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"),
 )
 

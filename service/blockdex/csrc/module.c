@@ -1,4 +1,5 @@
-/* blockdex._native: the compiled parts of the ring, of the core behind it and of the wire before it. */
+/* blockdex._native: the way of a request, without Python in between: from the wire to the ring (wire/, ring/), and from the
+ * ring to the device and back (core/). */
 #include "core/core.h"
 #include "ring/client.h"
 

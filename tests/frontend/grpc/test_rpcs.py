@@ -84,7 +84,7 @@ def test_get_info_says_what_is_served(tenant: Wire) -> None:
     assert [choice.phase for choice in info.kernels] == [pb.PHASE_APPEND, pb.PHASE_DECODE, pb.PHASE_PREFILL]
     assert all(choice.kernel and choice.reason for choice in info.kernels)
     assert info.version == __version__
-    assert list(info.features) == [1, 2, 3, 4, 5]
+    assert list(info.features) == [1, 2, 3, 4, 5, 6]
     assert list(info.transports) == ["grpc"]
 
 

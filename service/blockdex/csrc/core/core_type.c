@@ -88,6 +88,7 @@ static void forget_line(struct core *core, struct line *line) {
         if (!request || request->line != line) continue;
         request->cancelled = true;
         if ((request->place == IS_QUEUED && !request->has_pages) || request->place == IS_WAITING) {
+            core_add(&core->cancelled, 1);
             core_forget(core, request);
             continue;
         }

@@ -64,7 +64,7 @@ static void cancel(struct core *core, struct line *line, uint64_t ticket) {
     const uint32_t *number = pair_index_find(&core->tickets, (uintptr_t)line, ticket);
     if (!number) return;
     core->requests[*number]->cancelled = true;
-    core->next_deadline = INT64_MIN;
+    core->next_deadline = 0; /* passed already */
 }
 
 /* Where in the arena a request's parts are. */
@@ -143,21 +143,35 @@ static bool check_sources(struct core *core, struct line *line, const struct blo
     return true;
 }
 
+/* In quotes, and printable. */
+static const char *quoted(const char *bytes, uint32_t count, char text[4 * BLOCKDEX_MAX_TENANT_BYTES + 3]) {
+    char *to = text;
+    *to++ = '\'';
+    for (uint32_t at = 0; at < count && at < BLOCKDEX_MAX_TENANT_BYTES; at++) {
+        const bool plain = bytes[at] >= ' ' && bytes[at] <= '~';
+        to += snprintf(to, 5, plain ? "%c" : "\\x%02x", plain ? bytes[at] : (unsigned char)bytes[at]);
+    }
+    *to++ = '\'';
+    *to = 0;
+    return text;
+}
+
 static bool check_tenant(struct core *core, struct line *line, const struct blockdex_request *slot, const char *tenant,
                          int64_t now) {
+    char own[4 * BLOCKDEX_MAX_TENANT_BYTES + 3], named[4 * BLOCKDEX_MAX_TENANT_BYTES + 3];
     const uint32_t bytes = slot->tenant_bytes;
     bool printable = true;
     if (line->tenant_bytes)
-        return !bytes || REFUSE(INVALID_ARGUMENT, "INVALID_TENANT",
-                                "tenant: the link's is '%.*s', a request of it names none, got %u bytes",
-                                line->tenant_bytes, line->tenant, bytes);
+        return !bytes ||
+               REFUSE(INVALID_ARGUMENT, "INVALID_TENANT", "tenant: the link's is %s, a request of it names none, got %s",
+                      quoted(line->tenant, line->tenant_bytes, own), quoted(tenant, bytes, named));
     if (bytes < 1 || bytes > BLOCKDEX_MAX_TENANT_BYTES)
         return REFUSE(INVALID_ARGUMENT, "INVALID_TENANT", "blockdex-tenant: must have 1 to %d characters, got %u",
                       BLOCKDEX_MAX_TENANT_BYTES, bytes);
     for (uint32_t at = 0; at < bytes; at++) printable &= tenant[at] >= ' ' && tenant[at] <= '~';
     if (!printable)
-        return REFUSE(INVALID_ARGUMENT, "INVALID_TENANT", "blockdex-tenant: must be printable ASCII, got %u bytes",
-                      bytes);
+        return REFUSE(INVALID_ARGUMENT, "INVALID_TENANT", "blockdex-tenant: must be printable ASCII, got %s",
+                      quoted(tenant, bytes, named));
     return true;
 }
 

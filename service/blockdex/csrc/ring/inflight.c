@@ -40,6 +40,7 @@ struct pending *inflight_begin(struct inflight *table, void *owner, uint64_t num
     assert(owner && !inflight_full(table));
     uint32_t at = table->free, *bucket = bucket_of(table, owner, number);
     struct pending *pending = &table->all[at];
+    assert(at < table->capacity && !pending->ticket && !pending->owner);
     table->free = pending->next;
     table->waiting++;
     *pending = (struct pending){.ticket = ++table->serial * table->capacity + at,
@@ -68,7 +69,10 @@ void *inflight_disown(struct inflight *table, struct pending *pending) {
     void *owner = pending->owner;
     if (!owner) return NULL;
     uint32_t *link = bucket_of(table, owner, pending->number);
-    while (*link != index_of(table, pending)) link = &table->all[*link].next;
+    while (*link != index_of(table, pending)) {
+        assert(*link != NONE);
+        link = &table->all[*link].next;
+    }
     *link = pending->next;
     table->waiting--;
     pending->owner = NULL;
@@ -76,7 +80,7 @@ void *inflight_disown(struct inflight *table, struct pending *pending) {
 }
 
 void inflight_end(struct inflight *table, struct pending *pending) {
-    assert(!pending->owner && !pending->unsent);
+    assert(pending->ticket && !pending->owner && !pending->unsent);
     if (pending->cancel_due) table->cancels_due--;
     *pending = (struct pending){.next = table->free};
     table->free = index_of(table, pending);

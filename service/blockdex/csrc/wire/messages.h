@@ -30,7 +30,7 @@ struct wire_spans {
 };
 
 /* The last of the features that a request may require, as `Feature` numbers them from 1 on. */
-enum { LAST_FEATURE = 5 };
+enum { LAST_FEATURE = 6 };
 
 /* As `ScoreFormat` numbers them. */
 enum { NO_SCORES, SCALED_SCORES, RAW_SCORES };

@@ -30,6 +30,7 @@ FEATURES = (
     pb.FEATURE_WAIT_FOR_KEYS,
     pb.FEATURE_SCORES,
     pb.FEATURE_ROLLBACK,
+    pb.FEATURE_RAW_SCORES,
 )
 """What a request may require."""
 

@@ -192,6 +192,14 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily("blockdex_waiting_requests", "Selections that wait for keys.", stats.waiting)
     yield GaugeMetricFamily("blockdex_queued_requests", "Requests taken over and not yet begun.", stats.queued)
+    yield CounterMetricFamily(
+        "blockdex_integrity_checks",
+        "Times that an idle core has checked its counts, page tables and lengths against each other.",
+        stats.integrity_checks,
+    )
+    yield CounterMetricFamily(
+        "blockdex_integrity_faults", "Contradictions that these checks found.", stats.integrity_faults
+    )
 
 
 def _of_stages(stats: Stats) -> Metric:
