@@ -14,7 +14,6 @@ from blockdex_kernels.interface import Fp8Scoring, Selection
 from blockdex_kernels.reference import FLIP_TOLERANCE
 from blockdex_kernels.spec import KeyDtype
 from blockdex_kernels.triton.backend import TritonBackend
-from blockdex_kernels.triton.runs import Runs
 
 
 class Version(ABC):
@@ -80,8 +79,7 @@ class Blockdex(Version):
 
     def score(self, batch: Batch) -> Any:
         """See `Version.score`."""
-        runs = Runs.of(batch.spans)
-        return self._staged.score_prefill(batch.queries, batch.spans.page_table, runs, every_block=False)
+        return self._staged.score_prefill(batch.queries, batch.spans, every_block=False)
 
     def rank(self, scores: Any, batch: Batch) -> torch.Tensor:
         """See `Version.rank`."""
