@@ -12,6 +12,7 @@ import numpy as np
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Answer, Phase, Request, Stage
 from blockdex.ring import layout
+from blockdex.ring.events import Event
 from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, REQUEST_STRUCT, RequestSlot, aligned
 from blockdex.ring.segment import Sizes
@@ -46,6 +47,7 @@ class RingCaller:
         engine_side, handles = new_link(_SIZES, engine.info().epoch)
         segment = handles.segment
         self.broken: list[Exception] = []
+        self.events: list[Event] = []
         self._engine = engine
         self._segment = segment
         self._requests = Producer(segment, "request", Bell(segment, "engine_sleeps", handles.engine_bell))
@@ -55,7 +57,7 @@ class RingCaller:
         self._tickets = itertools.count(1)
         self._offset = 0
         self._reading: asyncio.Task[None] | None = None
-        inbox.add(Line(engine_side, self.broken.append))
+        inbox.add(Line(engine_side, self.broken.append, self.events.append))
 
     def start(self) -> None:
         """Starts the engine."""

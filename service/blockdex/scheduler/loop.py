@@ -15,6 +15,7 @@ from blockdex.contract.messages import CacheOverview, Info, Limits
 from blockdex.contract.stats import Stats
 from blockdex.executor.dispatch import make_executor
 from blockdex.executor.interface import DeviceHungError
+from blockdex.ring.events import NewEpoch, evictions
 from blockdex.ring.server import RingInbox
 from blockdex.scheduler import THREAD
 from blockdex.scheduler.bulk import Bulk
@@ -216,6 +217,8 @@ class Engine:
         self._sequences.trim()
         copies = self._sequences.handle(others)
         self._take_over(copies)
+        for event in evictions(self._cache.take_evicted()):
+            self._inbox.tell(event)
 
     def _take_over(self, copies: list[PageCopy]) -> None:
         """Has the device and the core know what has changed in the cache."""
@@ -231,6 +234,7 @@ class Engine:
         fault = InternalError("engine: a batch failed; every sequence is gone, a new epoch begins", Reason.INTERNAL)
         self._core.abandon(fault.code, fault.reason, fault.message)
         self._be_born()
+        self._inbox.tell(NewEpoch(self._cache.epoch))
 
     def _check_device(self, fault: Exception) -> None:
         """After a fault: was it one batch, or is the device gone?"""
