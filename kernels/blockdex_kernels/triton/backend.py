@@ -57,6 +57,8 @@ class TritonBackend(Backend):
         reason: why this backend was chosen.
         fp8_scoring: `native` or `upcast`; read for an fp8 cache only. A chip that cannot multiply e4m3 upcasts.
         score_bytes: most that the scores of one launch take.
+        pages: `[num_pages, L, block_size, D]` of someone else, each page dense, at any distance of each other; None:
+            allocated here.
 
     Attributes:
         plans_on_device: whether `prefill_into` is to be asked for what `prefill` is.
@@ -76,20 +78,26 @@ class TritonBackend(Backend):
         reason: str,
         fp8_scoring: Fp8Scoring = "native",
         score_bytes: int = SCORE_BYTES,
+        pages: torch.Tensor | None = None,
     ) -> None:
         self.spec = spec
         self.device = torch.empty(0, device=device).device  # with its number, where `device` has none
         self.chip = Chip.of(device)
         shape = (num_pages, spec.num_layers, spec.block_size, spec.head_dim)
-        self.pages = torch.empty(shape, dtype=TORCH_DTYPES[spec.key_dtype], device=device)
+        own = pages is None
+        if pages is None:
+            pages = torch.empty(shape, dtype=TORCH_DTYPES[spec.key_dtype], device=device)
+        self.pages = pages
         fp8 = spec.key_dtype == "fp8_e4m3"
         upcast = fp8 and (fp8_scoring == "upcast" or not self.chip.native_fp8)
-        self._scaled = self.rounds_queries = fp8 and not upcast
+        self._native_fp8 = fp8 and not upcast
+        self._scaled = self.rounds_queries = self._native_fp8
         self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
-        if self._scaled and device.type == "cuda":
+        if self._native_fp8 and device.type == "cuda":
             self.flip_tolerance = FP8_FLIP_TOLERANCE
         self._keys = Pages.of(self.pages, upcast=upcast, tma=self.chip.tma)
-        fits = self.chip.warpgroups and not upcast and prefill_sm90.fits(spec)
+        # Pages of someone else may lie apart, where Hopper's kernel takes them to follow each other.
+        fits = own and self.chip.warpgroups and not upcast and prefill_sm90.fits(spec)
         self._key_tiles = prefill_sm90.describe(self.pages) if fits else None
         self._score_bytes = score_bytes
         self._captured: list[torch.Tensor] = []
@@ -137,7 +145,7 @@ class TritonBackend(Backend):
         wants = None if spans.flags is None else torch.empty_like(positions)
         wide = queries.shape[1] * max_length > 32
         fp8 = self.chip.decode_fp8_wide if wide else self.chip.decode_fp8
-        launch = fp8 if self._scaled else self.chip.decode
+        launch = fp8 if self._native_fp8 else self.chip.decode
         score_decode(
             queries,
             spans,
@@ -279,7 +287,7 @@ class TritonBackend(Backend):
 
     def _prefill_launch(self) -> tuple[Launch, int]:
         """The shape of its launch, and how many programs run at once."""
-        launch = self.chip.prefill_fp8 if self._scaled else self.chip.prefill
+        launch = self.chip.prefill_fp8 if self._native_fp8 else self.chip.prefill
         return launch, self.chip.multiprocessors * launch.programs
 
     def _score(
