@@ -17,6 +17,7 @@ from blockdex_kernels.interface import (
     Backend,
     Fp8Scoring,
     Order,
+    PrefillKernel,
     Selection,
     Spans,
 )
@@ -56,6 +57,7 @@ class TritonBackend(Backend):
         device: a CUDA device; the CPU where Triton's interpreter is on.
         reason: why this backend was chosen.
         fp8_scoring: `native` or `upcast`; read for an fp8 cache only. A chip that cannot multiply e4m3 upcasts.
+        prefill_kernel: `hopper` takes the kernel of `prefill_sm90`, where that fits.
         score_bytes: most that the scores of one launch take.
         pages: `[num_pages, L, block_size, D]` of someone else, each page dense, at any distance of each other; None:
             allocated here.
@@ -77,6 +79,7 @@ class TritonBackend(Backend):
         *,
         reason: str,
         fp8_scoring: Fp8Scoring = "native",
+        prefill_kernel: PrefillKernel = "portable",
         score_bytes: int = SCORE_BYTES,
         pages: torch.Tensor | None = None,
     ) -> None:
@@ -98,14 +101,15 @@ class TritonBackend(Backend):
         self._keys = Pages.of(self.pages, upcast=upcast, tma=self.chip.tma)
         # Pages of someone else may lie apart, where Hopper's kernel takes them to follow each other.
         fits = own and self.chip.warpgroups and not upcast and prefill_sm90.fits(spec)
-        self._key_tiles = prefill_sm90.describe(self.pages) if fits else None
+        chosen = fits and prefill_kernel == "hopper"
+        self._key_tiles = prefill_sm90.describe(self.pages) if chosen else None
         self._score_bytes = score_bytes
         self._captured: list[torch.Tensor] = []
         scoring = f"triton-{self.chip.name}" + ("-fp8" if self._scaled else "-upcast" if upcast else "")
         self.kernels = {
             "append": (f"triton-{self.chip.name}", reason),
             "decode": (scoring, reason),
-            "prefill": (scoring, reason),
+            "prefill": (scoring.replace("triton-", "gluon-") if chosen else scoring, reason),
         }
 
     @torch.no_grad()
