@@ -199,10 +199,9 @@ class TritonBackend(Backend):
 
     def _select_raw(self, queries: torch.Tensor, spans: Spans, order: Order) -> Selection:
         """A selection with raw scores, in pieces of a decode's length: too seldom for kernels of its own."""
-        if order != "ascending":
-            raise ValueError(f"order: raw scores come in ascending order, got {order!r}")
         selection = self._empty_selection(queries, return_scores=True)
-        for number, tokens in enumerate(Runs.of(spans).slices(_RAW_TOKENS)):
+        runs = Runs.of(spans)
+        for number, tokens in enumerate(runs.slices(_RAW_TOKENS)):
             at = slice(number * _RAW_TOKENS, (number + 1) * _RAW_TOKENS)
             assert selection.scores is not None
             own = Selection(selection.block_ids[at], selection.scores[at])
@@ -210,7 +209,22 @@ class TritonBackend(Backend):
             flags = torch.full_like(part.layers, RUN_SELECTS | RUN_WANTS_SCORES)
             part = replace(part, max_length=int(tokens.lengths.max()), flags=flags)
             self.decode_into(own, queries[at], part, order="ascending")
-        return selection
+        return selection if order == "ascending" else self._by_score(selection, runs)
+
+    def _by_score(self, selection: Selection, runs: Runs) -> Selection:
+        """A selection in ascending order with raw scores, in the order of these: init, local, then other blocks."""
+        ids, scores = selection.block_ids, selection.scores
+        assert scores is not None
+        firsts = np.cumsum(runs.lengths) - runs.lengths
+        positions = np.repeat(runs.starts - firsts, runs.lengths) + np.arange(runs.lengths.sum())
+        own_blocks = torch.from_numpy(positions // self.spec.block_size).to(ids.device)[:, None, None]
+        init, local = ids < self.spec.init_blocks, ids > own_blocks - self.spec.local_blocks
+        group = torch.where(init, 0, torch.where(local, 1, 2)).masked_fill(ids < 0, 3)
+        # Stable, so that equal scores, and forced blocks, stay in the order of their ids.
+        falling = torch.sort(torch.where(group == 2, -scores, 0.0), dim=-1, stable=True).indices
+        grouped = torch.sort(group.gather(-1, falling), dim=-1, stable=True).indices
+        at = falling.gather(-1, grouped)
+        return Selection(ids.gather(-1, at), scores.gather(-1, at))
 
     def score_prefill(
         self, queries: torch.Tensor, spans: Spans, *, every_block: bool
