@@ -76,7 +76,7 @@ def _prefill_scores_kernel(
     positions,
     items,
     page_table,
-    num_layers,
+    page_stride,
     width,
     table_stride,
     ROWS: tl.constexpr,
@@ -116,13 +116,13 @@ def _prefill_scores_kernel(
         # The tensor cores work on one half while the maxima of the other are taken: each iteration takes those of the
         # lower half of the block before. The first block is peeled off, so that accumulators are only ever written by
         # the tensor cores; otherwise the assembler runs them one after the other.
-        keys = load_block(pages, tl.load(cells + begin), layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+        keys = load_block(pages, tl.load(cells + begin), layer, page_stride, BLOCK, DIM, UPCAST, TMA)
         upper_products = tl.dot(upper_rows, tl.trans(keys))
         tl.store(upper_scores + begin, tl.max(upper_products, 1), mask=upper < end)
         products = tl.dot(lower_rows, tl.trans(keys))
         page = tl.load(cells + begin + 1, mask=begin + 1 < stop, other=0)
         for block in tl.range(begin + 1, stop, num_stages=STAGES):
-            keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+            keys = load_block(pages, page, layer, page_stride, BLOCK, DIM, UPCAST, TMA)
             page = tl.load(cells + block + 1, mask=block + 1 < stop, other=0)
             upper_products = tl.dot(upper_rows, tl.trans(keys))
             lower_max = tl.max(products, 1)
@@ -134,7 +134,7 @@ def _prefill_scores_kernel(
     # Blocks that some query sees in part, which there are only where the last visible block is not forced; and all of
     # them where keys are upcast: those pass through shared memory that the next block's overwrite.
     for block in tl.range(begin, tl.maximum(stop, masked_stop), num_stages=1):
-        keys = load_block(pages, tl.load(cells + block), layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+        keys = load_block(pages, tl.load(cells + block), layer, page_stride, BLOCK, DIM, UPCAST, TMA)
         key_position = block * BLOCK + tl.arange(0, BLOCK)
         for half in tl.static_range(2):
             half_rows = _load_rows(rows, first + half * ROWS, end, ROWS, DIM, TMA)
@@ -373,7 +373,7 @@ def score_prefill(
         positions,
         items,
         page_table,
-        spec.num_layers,
+        pages.page_stride,
         scores.shape[1],
         page_table.stride(0),
         ROWS=tile // 2,
