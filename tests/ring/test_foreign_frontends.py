@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.ring_messages import Request, Spans, TokenAnswer
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Limits, Request, Spans, TokenAnswer
+from blockdex.contract.messages import Limits
 from blockdex.ring.handshake import take
 from blockdex.ring.layout import AT, CANCEL, REQUEST, REQUEST_STRUCT, RequestSlot
 from support.asking import eventually

@@ -19,6 +19,7 @@ from support.bare_core import (
 )
 from support.foreign_frontend import ForeignFrontend
 from support.running_engine import TIMEOUT
+from support.serving import environment
 
 
 def check_refused(door: ForeignFrontend, *tickets: int) -> None:
@@ -99,4 +100,5 @@ def test_a_step_that_hangs_is_asked_after_and_given_up_with_those_behind_it(devi
 def test_nobody_is_answered_twice_where_no_memory_is_left() -> None:
     """In a process of its own, in which no memory was given back that could be had again."""
     program = [sys.executable, "-m", core_without_memory.__name__]
-    subprocess.run(program, check=True, timeout=60, cwd=Path(core_without_memory.__file__).parents[1])
+    tests = Path(core_without_memory.__file__).parents[1]
+    subprocess.run(program, check=True, timeout=60, cwd=tests.parent, env=environment(PYTHONPATH=str(tests)))

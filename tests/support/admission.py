@@ -7,10 +7,10 @@ import weakref
 
 import numpy as np
 
+from benchmarks.ring_messages import TokenRequest
 from blockdex import _native as native
 from blockdex.cache import Cache, PageCopy
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import TokenRequest
 from blockdex.ring.handshake import new_link
 from blockdex.ring.segment import Sizes
 from blockdex.scheduler.sequences import SequenceKeeper

@@ -10,23 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.ring_messages import Answer, Queries, Request, TensorData, TokenAnswer, TokenRequest
 from blockdex.contract.errors import (
     BlockdexError,
 )
 from blockdex.contract.messages import (
-    Answer,
     CloseSequences,
     ForkSequence,
     GetSequence,
     OpenSequences,
     Phase,
-    Queries,
-    Request,
     SequenceState,
     Stage,
-    TensorData,
-    TokenAnswer,
-    TokenRequest,
     TruncateSequence,
 )
 from blockdex.ring.caller import CameTo

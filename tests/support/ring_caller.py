@@ -7,17 +7,16 @@ import itertools
 import time
 from collections.abc import Mapping
 
-import numpy as np
-
+from benchmarks.ring_messages import Answer, Request, read_answer, request_bytes, write_request
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Answer, Phase, Request, Stage
+from blockdex.contract.messages import Phase, Stage
 from blockdex.ring import layout
+from blockdex.ring.codec import phase_of, stage_seconds_of
 from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, REQUEST_STRUCT, RequestSlot, aligned
 from blockdex.ring.segment import Sizes
 from blockdex.ring.server import Line, RingInbox
 from blockdex.scheduler.loop import Engine
-from support import slots
 from support.atomics import Atomics
 from support.ring import Bell, Consumer, Producer
 
@@ -70,12 +69,12 @@ class RingCaller:
 
     def submit(self, request: Request, timeout: float) -> PendingAnswer:
         """Writes a request."""
-        pending, ticket, size = PendingAnswer(), next(self._tickets), aligned(slots.request_bytes(request))
+        pending, ticket, size = PendingAnswer(), next(self._tickets), aligned(request_bytes(request))
         if not self._in_flight:
             self._offset = 0
         assert self._offset + size <= _SIZES.request_bytes, "the test asks for more than its arena holds"
         now = time.monotonic()
-        slots.write_request(self._segment, self._requests.claim(), self._offset, ticket, request, now, now + timeout)
+        write_request(self._segment, self._requests.claim(), self._offset, ticket, request, now, now + timeout)
         self._offset += size
         self._in_flight[ticket] = pending
         pending.add_done_callback(lambda _: self._give_up(ticket) if pending.cancelled() else None)
@@ -96,17 +95,14 @@ class RingCaller:
 
     def _take(self) -> None:
         segment = self._segment
-        numbers = slots.read_answer_slot(segment, self._answers.take())
-        begin = segment.answer_arena_offset + numbers.payload_offset
-        payload = np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin).copy()
+        numbers, answer = read_answer(segment, self._answers.take())
         pending = self._in_flight.pop(numbers.ticket)
         if numbers.payload_bytes:
             Atomics(segment).store(AT["answer_bytes_freed"], numbers.payload_end)
         self._answers.release()
         if pending.done():
             return
-        pending.phase, pending.stage_seconds = slots.phase_of(numbers), slots.stage_seconds_of(numbers)
-        answer = slots.read_answer(numbers, payload)
+        pending.phase, pending.stage_seconds = phase_of(numbers), stage_seconds_of(numbers)
         if isinstance(answer, BlockdexError):
             pending.set_exception(answer)
         else:

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from blockdex.contract.messages import Answer, Limits, Request
+from benchmarks.ring_messages import Answer, Request
+from blockdex.contract.messages import Limits
 from blockdex.ring.client import Spinning
 from blockdex.ring.handshake import listen
 from blockdex.ring.listener import RingHost
