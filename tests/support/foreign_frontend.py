@@ -15,7 +15,6 @@ from blockdex.contract.errors import BlockdexError
 from blockdex.ring.handshake import Handles
 from blockdex.ring.layout import AT, REQUEST_STRUCT, SLOT_BYTES, AnswerSlot, RequestSlot, aligned
 from support.ring import Bell, Consumer, Producer
-from support.running_engine import TIMEOUT
 
 
 class Told(NamedTuple):
@@ -104,14 +103,6 @@ class ForeignFrontend:
             self._answers.release()
         self._room.ring()
         return count
-
-    def await_answers(self, count: int) -> None:
-        """Reads answers until so many were told in all."""
-        deadline = time.monotonic() + TIMEOUT
-        while len(self.told) < count:
-            if not self.read():
-                assert time.monotonic() < deadline, f"{len(self.told)} of {count} answers came"
-                time.sleep(0.0002)
 
     def is_hung_up(self, seconds: float = 0.0) -> bool:
         """Whether the engine has ended the link, within some seconds."""
