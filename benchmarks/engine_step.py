@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.ring_messages import Keys, Queries, Request, Spans, TensorData, TokenRequest, read_answer, write_request
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Keys, Limits, OpenSequences, Queries, Request, Spans, TensorData, TokenRequest
-from blockdex.ring import codec
+from blockdex.contract.messages import Limits, OpenSequences
+from blockdex.ring.codec import stage_seconds_of
 from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, REQUEST, SLOT_BYTES
 from blockdex.ring.listener import sizes_of
@@ -108,7 +109,7 @@ class Asker:
     def write(self, request: Request) -> bytes:
         """A request's slot, as `ask` takes it, again and again; its payload lies at the arena's beginning."""
         far = time.monotonic() + 1e6
-        codec.write_request(self._segment, self._segment.request_slots_offset, 0, 1, request, 0.0, far)
+        write_request(self._segment, self._segment.request_slots_offset, 0, 1, request, 0.0, far)
         begin = self._segment.request_slots_offset
         return bytes(self._segment.memory[begin : begin + SLOT_BYTES])
 
@@ -151,17 +152,13 @@ class Asker:
     def _take(self, number: int) -> float:
         segment = self._segment
         slot = segment.answer_slots_offset + number % segment.answer_slots * SLOT_BYTES
-        numbers = codec.read_answer_slot(segment, slot)
-        if numbers.code:
-            begin = segment.answer_arena_offset + numbers.payload_offset
-            payload = np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin)
-            error = codec.read_answer(numbers, payload)
-            assert isinstance(error, BlockdexError)
-            raise error
+        numbers, answer = read_answer(segment, slot)
+        if isinstance(answer, BlockdexError):
+            raise answer
         if numbers.payload_bytes:
             segment.counters[AT["answer_bytes_freed"] // 8] = numbers.payload_end
         segment.counters[AT["answers_read"] // 8] = number + 1
-        return sum(codec.stage_seconds_of(numbers).values())
+        return sum(stage_seconds_of(numbers).values())
 
     def close(self, inbox: RingInbox) -> None:
         """Goes, as a frontend does."""

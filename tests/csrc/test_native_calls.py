@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from blockdex import _native
 from support import native_calls
-from support.programs import REPOSITORY, run
+from support.programs import run_module
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 9))])
 def test_no_argument_ends_the_process(seed: int) -> None:
-    command = ("env", f"--chdir={REPOSITORY / 'tests'}", sys.executable, "-X", "faulthandler")
-    run(*command, "-m", native_calls.__name__, str(seed), seconds=100)
+    run_module(native_calls.__name__, str(seed), seconds=100)
 
 
 def test_every_call_is_in_the_stub() -> None:

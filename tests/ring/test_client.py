@@ -13,15 +13,15 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
+from benchmarks.ring_messages import TokenAnswer, write_request
 from blockdex.contract.errors import (
     BlockdexError,
     Reason,
     ResourceExhaustedError,
     UnavailableError,
 )
-from blockdex.contract.messages import SequenceState, TokenAnswer
+from blockdex.contract.messages import SequenceState
 from blockdex.ring import client as door
-from blockdex.ring import codec
 from blockdex.ring.caller import STREAM
 from blockdex.ring.handshake import Handles, take
 from blockdex.ring.layout import AT, CANCEL, REQUEST_STRUCT, SLOT_BYTES, RequestSlot
@@ -393,7 +393,7 @@ async def test_who_breaks_the_rules_loses_its_link(what: str, caplog: pytest.Log
         producer = Producer(segment, "request", Bell(segment, "engine_sleeps", handles.engine_bell))
         waits = tokens(0, [(1, 0, 1)], queries=np.zeros((1, 4, SPEC.head_dim), np.float32), wait=True)
         now = time.monotonic()
-        codec.write_request(segment, producer.claim(), 0, 1, waits, now, now + TIMEOUT)
+        write_request(segment, producer.claim(), 0, 1, waits, now, now + TIMEOUT)
         producer.publish()
         await eventually(lambda: run.engine.stats().waiting == 1)
         match what:
@@ -402,7 +402,7 @@ async def test_who_breaks_the_rules_loses_its_link(what: str, caplog: pytest.Log
             case "payload":
                 REQUEST_STRUCT.pack_into(segment.memory, producer.claim(), *RequestSlot(kind=2, payload_bytes=2**60))
             case "ticket":
-                codec.write_request(segment, producer.claim(), 0, 1, waits, now, now + TIMEOUT)
+                write_request(segment, producer.claim(), 0, 1, waits, now, now + TIMEOUT)
         producer.publish()
         if what == "counter":
             segment.counters[AT["requests_written"] // 8] = 1 << 40

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.ring_messages import Request, Spans, TokenAnswer
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Limits, Request, Spans, TokenAnswer
+from blockdex.contract.messages import Limits
 from blockdex.ring.handshake import take
 from blockdex.ring.layout import AT, CANCEL, REQUEST, REQUEST_STRUCT, RequestSlot
 from support.asking import eventually
@@ -216,6 +217,10 @@ UNUSUAL: dict[str, tuple[Any, dict[str, Any]]] = {
     "by score, with scores": (both(ROW, order="score", scores=True), {}),
     "in fp32": (both(ROW, dtype="fp32"), {}),
     "keys alone": (tokens(0, [ROW], keys=np.ones((1, DIM), np.float32)), {}),
+    "many keys, and an order of no queries": (
+        tokens(0, [(1, 9, 9)], keys=np.ones((9, DIM), np.float32)),
+        {"order": 77},
+    ),
     "queries alone": (tokens(0, [(1, 3, 1)], queries=np.ones((1, HEADS, DIM), np.float32)), {}),
     "some of the heads": (tokens(0, [(1, 3, 1)], queries=np.ones((1, 1, DIM), np.float32), first_head=2), {}),
     "another epoch": (both(ROW, epoch=3), {}),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blockdex.contract.messages import TokenAnswer
+from benchmarks.ring_messages import TokenAnswer
 from blockdex.ring import layout
 from blockdex.ring.layout import ANSWER, HEADER, REQUEST, Field
 from support.programs import REPOSITORY, program

@@ -18,17 +18,18 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.ring_messages import Answer, TokenAnswer, TokenRequest
 from blockdex._native import MORE_TO_COPY, NOTHING_LEFT, QUEUED, SENT, UNUSUAL, WAITS_FOR_ROOM
 from blockdex.contract.errors import BlockdexError, Code, NotFoundError, Reason
-from blockdex.contract.messages import Answer, GetSequence, Limits, SequenceState, TokenAnswer, TokenRequest
+from blockdex.contract.messages import GetSequence, Limits, SequenceState
 from blockdex.frontend.grpc import convert
-from blockdex.ring import layout
+from blockdex.ring import codec, layout
 from blockdex.ring.caller import RPCS, STREAM
 from blockdex.ring.layout import ANSWER_STRUCT, AT, REQUEST_STRUCT, RequestSlot, aligned
 from blockdex.ring.segment import Segment, Sizes
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
-from support import slots as codec
+from support import slots
 from support.asking import RESPONSES
 from support.links import BOUNDS, link_of
 
@@ -43,7 +44,7 @@ NAMES = ("append_keys", "select_blocks", "append_and_select")
 
 
 class Core:
-    """The engine's side of a link, by `codec`."""
+    """The engine's side of a link, by `slots`."""
 
     def __init__(
         self,
@@ -76,20 +77,18 @@ class Core:
     def numbers(self, number: int) -> RequestSlot:
         return RequestSlot._make(REQUEST_STRUCT.unpack_from(self.segment.memory, self.slot(number)))
 
-    def take(self) -> codec.Received:
+    def take(self) -> slots.Received:
         """The oldest request."""
         read = self.segment.counters[AT["requests_read"] // 8]
         assert read < self.written
-        received = codec.read_request(self.segment, self.slot(read))
+        received = slots.read_request(self.segment, self.slot(read))
         self.segment.counters[AT["requests_read"] // 8] = read + 1
         return received
 
     def answer(self, ticket: int, answer: Answer | BlockdexError, offset: int = 0) -> None:
         """Writes an answer, with its payload at an offset."""
-        numbers, columns = codec.columns_of(answer)
         slot = self.segment.answer_slots_offset + self.answered % self.segment.answer_slots * layout.SLOT_BYTES
-        place = (offset, offset + codec.answer_bytes(columns))
-        codec.write_answer(self.segment, slot, ticket, numbers, columns, "decode", {"queue": 0.5}, place)
+        slots.write_answer(self.segment, slot, ticket, answer, "decode", {"queue": 0.5}, offset)
         self.answered += 1
         self.segment.counters[AT["answers_written"] // 8] = self.answered
 
@@ -735,10 +734,10 @@ def test_errors_and_states_come_as_they_are() -> None:
         (_, _, response, rest), (_, number, none, other) = core.link.take()
         assert (response, none, number) == (None, None, 4)
         numbers = layout.AnswerSlot._make(ANSWER_STRUCT.unpack(rest[2]))
-        error = codec.read_answer(numbers, np.frombuffer(rest[3], np.uint8))
+        error = codec.read_error(numbers, np.frombuffer(rest[3], np.uint8))
         assert (str(error), rest[0], rest[4:]) == ("no such [NOT_FOUND, UNKNOWN_SEQUENCE]", 0, (1, 1, 3))
         assert codec.stage_seconds_of(numbers) == {"queue": 0.5}
-        state = codec.read_answer(
+        state = codec.read_state(
             layout.AnswerSlot._make(ANSWER_STRUCT.unpack(other[2])), np.frombuffer(other[3], np.uint8)
         )
         assert isinstance(state, SequenceState) and state.lengths is not None and state.revisions is not None

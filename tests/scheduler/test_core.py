@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.ring_messages import Request
 from blockdex import _native as native
 from blockdex.contract.errors import BlockdexError, Code
-from blockdex.contract.messages import FloatDtype, Request
+from blockdex.contract.messages import FloatDtype
 from blockdex.ring.layout import AT, IS_STATE, RequestSlot
 from blockdex.ring.segment import Sizes
 from blockdex_kernels import IndexSpec

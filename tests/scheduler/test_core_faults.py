@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -18,6 +15,7 @@ from support.bare_core import (
     check_answer,
 )
 from support.foreign_frontend import ForeignFrontend
+from support.programs import run_module
 from support.running_engine import TIMEOUT
 
 
@@ -98,5 +96,4 @@ def test_a_step_that_hangs_is_asked_after_and_given_up_with_those_behind_it(devi
 
 def test_nobody_is_answered_twice_where_no_memory_is_left() -> None:
     """In a process of its own, in which no memory was given back that could be had again."""
-    program = [sys.executable, "-m", core_without_memory.__name__]
-    subprocess.run(program, check=True, timeout=60, cwd=Path(core_without_memory.__file__).parents[1])
+    run_module(core_without_memory.__name__)

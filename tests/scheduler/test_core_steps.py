@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from benchmarks.ring_messages import TokenAnswer
 from blockdex import _native as native
-from blockdex.contract.messages import TokenAnswer
 from blockdex_kernels.interface import RUN_APPENDS, RUN_SELECTS, RUN_WANTS_SCORES
 from support.bare_core import (
     ALL,

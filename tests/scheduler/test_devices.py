@@ -11,8 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.ring_messages import TokenAnswer
 from blockdex.contract.errors import Code, Reason, ResourceExhaustedError
-from blockdex.contract.messages import TokenAnswer
 from blockdex.executor.interface import Answer, Pending, check_patience
 from blockdex.ring.server import RingInbox
 from blockdex.scheduler.loop import Engine

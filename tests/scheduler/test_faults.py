@@ -11,8 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.ring_messages import Request
 from blockdex.contract.errors import BlockdexError, Code, Reason
-from blockdex.contract.messages import Request
 from blockdex.ring.events import NewEpoch
 from support.cache_state import check_integrity, snapshot
 from support.running_engine import (

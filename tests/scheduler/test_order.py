@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from blockdex.contract.messages import FloatDtype, Order, Request
+from benchmarks.ring_messages import Request
+from blockdex.contract.messages import FloatDtype, Order
 from support.naive_engine import answer_together
 from support.running_engine import (
     SPEC,

@@ -8,8 +8,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from benchmarks.ring_messages import Answer, Request
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Answer, FloatDtype, Order, Request
+from blockdex.contract.messages import FloatDtype, Order
 from blockdex_kernels.spec import KeyDtype
 from support.cache_state import check_integrity
 from support.naive_engine import NaiveEngine, check_same

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from benchmarks.ring_messages import Answer, Request
 from blockdex.cache import TABLE_ROW
 from blockdex.contract.errors import Code, Reason
-from blockdex.contract.messages import Answer, Request
 from blockdex.executor.cpu import CpuExecutor
 from blockdex.executor.interface import Answer as Selected
 from blockdex.executor.interface import Pending, Step

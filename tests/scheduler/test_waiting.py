@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from benchmarks.ring_messages import Request
 from blockdex.contract.errors import Code, Reason
-from blockdex.contract.messages import Request
 from support.naive_engine import NaiveEngine, check_same
 from support.running_engine import (
     SPEC,

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from blockdex.contract.errors import (
-    BlockdexError,
-)
+from benchmarks.ring_messages import Answer, Queries, Request, TensorData, TokenAnswer, TokenRequest
+from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import (
-    Answer,
     CloseSequences,
     ForkSequence,
     GetSequence,
     OpenSequences,
-    Phase,
-    Queries,
-    Request,
     SequenceState,
-    Stage,
-    TensorData,
-    TokenAnswer,
-    TokenRequest,
     TruncateSequence,
 )
 from blockdex.ring.caller import CameTo
 from blockdex.ring.client import RingChannel
 from blockdex.v1 import indexer_pb2 as pb
+from support import ring_caller
 from support.running_engine import SPEC, TIMEOUT
 
 DTYPES = {"bf16": pb.DTYPE_BF16, "fp16": pb.DTYPE_FP16, "fp32": pb.DTYPE_FP32, "fp8_e4m3": pb.DTYPE_FP8_E4M3}
@@ -87,16 +78,8 @@ def _tensor(tensor: TensorData) -> pb.Tensor:
     return pb.Tensor(dtype=DTYPES[tensor.dtype], data=bytes(tensor.data))
 
 
-class PendingAnswer(asyncio.Future[Answer]):
-    """The `Caller` of one plain message, and its answer to come; cancelling it gives the request up.
-
-    Attributes:
-        phase: once it is there, what the request came to, as far as the channel tells.
-        stage_seconds: the same of its time.
-    """
-
-    phase: Phase = "sequence"
-    stage_seconds: Mapping[Stage, float] = MappingProxyType({})
+class PendingAnswer(ring_caller.PendingAnswer):
+    """The `Caller` of one plain message, and its answer to come."""
 
     def __init__(self, request: Request) -> None:
         super().__init__()

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.ring_messages import TokenAnswer, TokenRequest
 from blockdex import _native as native
 from blockdex.cache import Cache
 from blockdex.contract.errors import Code
-from blockdex.contract.messages import TokenAnswer, TokenRequest
 from blockdex.executor.interface import keys_offset
 from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.ring_messages import Spans
 from blockdex.cache import TABLE_ROW, Cache, PageCopy
 from blockdex.cache.page_table import PageTables
-from blockdex.contract.messages import Spans
 
 Name = tuple[str, int]
 

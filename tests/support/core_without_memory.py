@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ring_messages import TokenAnswer
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import TokenAnswer
 from blockdex.ring.segment import Sizes
 from blockdex_kernels import IndexSpec
 from support.bare_core import LENGTH, LONGEST, BareCore, bare_core

@@ -10,13 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.ring_messages import Answer, Request, read_answer, request_bytes, write_request
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Answer, Request
 from blockdex.ring.handshake import Handles
 from blockdex.ring.layout import AT, REQUEST_STRUCT, SLOT_BYTES, AnswerSlot, RequestSlot, aligned
-from support import slots as codec
 from support.ring import Bell, Consumer, Producer
-from support.running_engine import TIMEOUT
 
 
 class Told(NamedTuple):
@@ -66,13 +64,13 @@ class ForeignFrontend:
             ticket: of the request.
             deadline: seconds from now.
         """
-        segment, size = self._segment, aligned(codec.request_bytes(request))
+        segment, size = self._segment, aligned(request_bytes(request))
         if self._offset + size > segment.request_arena_bytes:
             self._offset = 0
         now = time.monotonic()
         assert self.free, "no slot is free"
         slot = segment.request_slots_offset + self._requests._written % segment.request_slots * SLOT_BYTES
-        codec.write_request(segment, slot, self._offset, ticket, request, now, now + deadline)
+        write_request(segment, slot, self._offset, ticket, request, now, now + deadline)
         self._offset += size
         return RequestSlot._make(REQUEST_STRUCT.unpack_from(segment.memory, slot))
 
@@ -97,24 +95,14 @@ class ForeignFrontend:
         count = self._answers.check() if most is None else min(most, self._answers.check())
         for _ in range(count):
             segment = self._segment
-            numbers = codec.read_answer_slot(segment, self._answers.take())
-            begin = segment.answer_arena_offset + numbers.payload_offset
-            payload = np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin).copy()
+            numbers, answer = read_answer(segment, self._answers.take())
             assert numbers.ticket not in self.told, f"request {numbers.ticket} is answered twice"
-            self.told[numbers.ticket] = Told(numbers, codec.read_answer(numbers, payload))
+            self.told[numbers.ticket] = Told(numbers, answer)
             if numbers.payload_bytes:
                 segment.counters[AT["answer_bytes_freed"] // 8] = numbers.payload_end
             self._answers.release()
         self._room.ring()
         return count
-
-    def await_answers(self, count: int) -> None:
-        """Reads answers until so many were told in all."""
-        deadline = time.monotonic() + TIMEOUT
-        while len(self.told) < count:
-            if not self.read():
-                assert time.monotonic() < deadline, f"{len(self.told)} of {count} answers came"
-                time.sleep(0.0002)
 
     def is_hung_up(self, seconds: float = 0.0) -> bool:
         """Whether the engine has ended the link, within some seconds."""

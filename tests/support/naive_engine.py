@@ -10,20 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.ring_messages import Answer, Queries, Request, TensorData, TokenAnswer, TokenRequest
 from blockdex.contract import errors
 from blockdex.contract.errors import BlockdexError, Reason
 from blockdex.contract.messages import (
-    Answer,
     CloseSequences,
     ForkSequence,
     GetSequence,
     OpenSequences,
-    Queries,
-    Request,
     SequenceState,
-    TensorData,
-    TokenAnswer,
-    TokenRequest,
     TruncateSequence,
 )
 from blockdex_kernels import IndexSpec, reference

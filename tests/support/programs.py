@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -30,3 +31,10 @@ def run(*command: str | Path, text: str | None = None, seconds: float = 60) -> s
     said = f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
     assert done.returncode == 0, said
     return done.stdout
+
+
+def run_module(name: str, *arguments: str, seconds: float = 60) -> str:
+    """Runs a module of `support` in a Python of its own, which sees what this one sees."""
+    folders = os.pathsep.join([str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
+    command = ("env", f"PYTHONPATH={folders}", sys.executable, "-X", "faulthandler", "-m", name)
+    return run(*command, *arguments, seconds=seconds)

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Mapping
 
-import numpy as np
-
+from benchmarks.ring_messages import Answer, Request
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Answer, Phase, Request, Stage
+from blockdex.contract.messages import Phase, Stage
 from blockdex.ring import layout
+from blockdex.ring.codec import phase_of, stage_seconds_of
 from blockdex.ring.events import Event
 from blockdex.ring.handshake import new_link
-from blockdex.ring.layout import AT, REQUEST_STRUCT, RequestSlot, aligned
+from blockdex.ring.layout import RequestSlot
 from blockdex.ring.segment import Sizes
 from blockdex.ring.server import Line, RingInbox
 from blockdex.scheduler.loop import Engine
-from support import slots
-from support.atomics import Atomics
-from support.ring import Bell, Consumer, Producer
+from support.foreign_frontend import ForeignFrontend
 
 _SIZES = Sizes(slots=1 << 13, request_bytes=1 << 29, answer_bytes=1 << 28)
 _LOOK_SECONDS = 0.0003
@@ -45,17 +42,12 @@ class RingCaller:
 
     def __init__(self, engine: Engine, inbox: RingInbox) -> None:
         engine_side, handles = new_link(_SIZES, engine.info().epoch)
-        segment = handles.segment
         self.broken: list[Exception] = []
         self.events: list[Event] = []
         self._engine = engine
-        self._segment = segment
-        self._requests = Producer(segment, "request", Bell(segment, "engine_sleeps", handles.engine_bell))
-        self._answers = Consumer(segment, "answer")
-        self._room = Bell(segment, "engine_waits_for_room", handles.engine_bell)
+        self._frontend = ForeignFrontend(handles)
         self._in_flight: dict[int, PendingAnswer] = {}
         self._tickets = itertools.count(1)
-        self._offset = 0
         self._reading: asyncio.Task[None] | None = None
         inbox.add(Line(engine_side, self.broken.append, self.events.append))
 
@@ -72,43 +64,28 @@ class RingCaller:
 
     def submit(self, request: Request, timeout: float) -> PendingAnswer:
         """Writes a request."""
-        pending, ticket, size = PendingAnswer(), next(self._tickets), aligned(slots.request_bytes(request))
-        if not self._in_flight:
-            self._offset = 0
-        assert self._offset + size <= _SIZES.request_bytes, "the test asks for more than its arena holds"
-        now = time.monotonic()
-        slots.write_request(self._segment, self._requests.claim(), self._offset, ticket, request, now, now + timeout)
-        self._offset += size
+        pending, ticket = PendingAnswer(), next(self._tickets)
+        self._frontend.write(self._frontend.lay(request, ticket, deadline=timeout))
         self._in_flight[ticket] = pending
         pending.add_done_callback(lambda _: self._give_up(ticket) if pending.cancelled() else None)
-        self._requests.publish()
         return pending
 
     def _give_up(self, ticket: int) -> None:
-        at = self._requests.claim()
-        REQUEST_STRUCT.pack_into(self._segment.memory, at, *RequestSlot(ticket=ticket, kind=layout.CANCEL))
-        self._requests.publish()
+        self._frontend.write(RequestSlot(ticket=ticket, kind=layout.CANCEL))
 
     async def _read(self) -> None:
         while True:
-            for _ in range(self._answers.check()):
-                self._take()
-            self._room.ring()
+            self._frontend.read()
+            for ticket in list(self._frontend.told):
+                self._take(ticket)
             await asyncio.sleep(_LOOK_SECONDS)
 
-    def _take(self) -> None:
-        segment = self._segment
-        numbers = slots.read_answer_slot(segment, self._answers.take())
-        begin = segment.answer_arena_offset + numbers.payload_offset
-        payload = np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin).copy()
-        pending = self._in_flight.pop(numbers.ticket)
-        if numbers.payload_bytes:
-            Atomics(segment).store(AT["answer_bytes_freed"], numbers.payload_end)
-        self._answers.release()
+    def _take(self, ticket: int) -> None:
+        numbers, answer = self._frontend.told.pop(ticket)
+        pending = self._in_flight.pop(ticket)
         if pending.done():
             return
-        pending.phase, pending.stage_seconds = slots.phase_of(numbers), slots.stage_seconds_of(numbers)
-        answer = slots.read_answer(numbers, payload)
+        pending.phase, pending.stage_seconds = phase_of(numbers), stage_seconds_of(numbers)
         if isinstance(answer, BlockdexError):
             pending.set_exception(answer)
         else:

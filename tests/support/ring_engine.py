@@ -7,9 +7,9 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
-from blockdex.contract.messages import Answer, Limits, Request
+from benchmarks.ring_messages import Answer, Request
+from blockdex.contract.messages import Limits
 from blockdex.ring.client import Spinning
 from blockdex.ring.handshake import listen
 from blockdex.ring.listener import RingHost
@@ -83,10 +83,3 @@ class RunningOverRings(Running):
     def step_requests(self) -> int:
         """Requests that the core has served in steps so far."""
         return int(self.engine._core.counts()["step_requests"][1])
-
-
-@contextlib.asynccontextmanager
-async def running_over_rings(spec: IndexSpec = SPEC, **options: Any) -> AsyncIterator[RunningOverRings]:
-    """As `running` of `running_engine`, with the engine behind rings"""
-    async with hosted(spec, **options) as run:
-        yield RunningOverRings(run.backend, run.engine, run.channel)

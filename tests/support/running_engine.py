@@ -14,22 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.ring_messages import Answer, Keys, Queries, Request, TensorData, TokenAnswer, TokenRequest
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import (
-    Answer,
     CloseSequences,
     FloatDtype,
     ForkSequence,
     GetSequence,
-    Keys,
     Limits,
     OpenSequences,
     Order,
-    Queries,
-    Request,
-    TensorData,
-    TokenAnswer,
-    TokenRequest,
     TruncateSequence,
 )
 from blockdex.ring.server import RingInbox

@@ -1,4 +1,4 @@
-"""Checks of a request that need no cache: shapes, sizes, bounds. Client, frontend and engine refuse alike."""
+"""Checks of a request that need no cache: shapes, sizes, bounds."""
 
 from __future__ import annotations
 

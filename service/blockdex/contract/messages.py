@@ -1,7 +1,6 @@
-"""What crosses between the frontend and the engine, and nothing else: plain data, no torch, no gRPC.
+"""Requests about sequences, answers and reports as plain data, without torch and gRPC.
 
-The frontend has checked every message against the spec (`blockdex.contract.limits`); the engine checks it against the
-cache.
+Token requests have no class here: they go from the wire into the ring, and back, in C (`csrc/wire`).
 """
 
 from __future__ import annotations
@@ -26,36 +25,6 @@ PHASES: tuple[Phase, ...] = (*KERNEL_PHASES, "sequence")
 
 STAGES: tuple[Stage, ...] = ("queue", "plan", "device", "reply")
 """Where a request's time in the engine goes, in order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spans:
-    """Runs of consecutive tokens, one a sequence, as packed columns of N rows.
-
-    Attributes:
-        sequence_ids: uint64 `[N]`, no two alike.
-        starts: int64 `[N]`, position of each run's first token.
-        lengths: int64 `[N]`, tokens of each run, at least 1.
-        revisions: uint64 `[N]`, 0 where unchecked.
-    """
-
-    sequence_ids: NDArray[np.uint64]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    revisions: NDArray[np.uint64]
-
-    @property
-    def num_tokens(self) -> int:
-        """T, rows of a packed tensor beside the spans."""
-        return int(self.lengths.sum())
-
-
-@dataclass(frozen=True, slots=True)
-class TensorData:
-    """Elements of a tensor as they came, little-endian and row-major; the shape follows from the message around it."""
-
-    dtype: FloatDtype
-    data: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,44 +81,7 @@ class CloseSequences:
     sequence_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """The appending half of a request: `[T, D]`; `rollback` says that it may start before the ends of its layers."""
-
-    tensor: TensorData
-    rollback: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Queries:
-    """The selecting half of a request: `[T, num_heads, D]`, heads `first_head` to `first_head + num_heads - 1`.
-
-    `raw_scores` has the scores that `return_scores` asks for as they rank, unscaled and those of forced blocks too.
-    """
-
-    tensor: TensorData
-    first_head: int
-    num_heads: int
-    order: Order
-    return_scores: bool
-    wait_for_keys: bool
-    raw_scores: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRequest:
-    """AppendKeys (keys alone), SelectBlocks (queries alone) or AppendAndSelect (both) for the tokens of the spans."""
-
-    tenant: str
-    epoch: int
-    layer: int
-    spans: Spans
-    keys: Keys | None
-    queries: Queries | None
-
-
 SequenceRequest = OpenSequences | GetSequence | ForkSequence | TruncateSequence | CloseSequences
-Request = SequenceRequest | TokenRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,18 +91,6 @@ class SequenceState:
     epoch: int
     lengths: NDArray[np.int64] | None = None
     revisions: NDArray[np.uint64] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TokenAnswer:
-    """Answer to a token request: int32 and float32 `[T, num_heads, topk]`, None where not asked for."""
-
-    epoch: int
-    block_ids: NDArray[np.int32] | None = None
-    scores: NDArray[np.float32] | None = None
-
-
-Answer = SequenceState | TokenAnswer
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@
 
 #include <stdbool.h>
 
-/* `counts` is [rpcs, num_bounds + 1]: of one RPC's answers `counts[i]` took at most the i-th bound, the last more than any.
- * `totals` is [rpcs], in seconds. All are NULL while nothing is timed. */
+/* `counts` is [rpcs, num_bounds + 1]: of one RPC's answers `counts[i]` took at most the i-th bound, the last more
+ * than any. `totals` is [rpcs], in seconds. All are NULL while nothing is timed. */
 struct times {
     unsigned rpcs;
     size_t num_bounds;
@@ -15,13 +15,15 @@ struct times {
     uint64_t *counts;
 };
 
-/* Times so many RPCs from now on, by a tuple of rising bounds in seconds; false without memory, or with an error set. */
+/* Times so many RPCs from now on, by a tuple of rising bounds in seconds; false without memory, or with an error
+ * set. */
 bool times_open(struct times *times, unsigned rpcs, PyObject *bounds);
 void times_close(struct times *times);
 
 void times_observe(struct times *times, unsigned rpc, double seconds);
 
-/* What was timed since the last call: a list of (counts, total) for every RPC, which is empty while nothing is timed. */
+/* What was timed since the last call: a list of (counts, total) for every RPC, which is empty while nothing is
+ * timed. */
 PyObject *times_take(struct times *times);
 
 #endif

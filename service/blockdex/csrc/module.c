@@ -1,5 +1,5 @@
-/* blockdex._native: the way of a request, without Python in between: from the wire to the ring (wire/, ring/), and from the
- * ring to the device and back (core/). */
+/* blockdex._native: the way of a request, without Python in between: from the wire to the ring (wire/, ring/), and
+ * from the ring to the device and back (core/). */
 #include "core/core.h"
 #include "ring/client.h"
 

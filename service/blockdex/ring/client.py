@@ -20,7 +20,7 @@ from blockdex.contract.errors import (
     error_of,
     shutting_down,
 )
-from blockdex.contract.messages import Info, Limits, SequenceRequest, SequenceState
+from blockdex.contract.messages import Info, Limits, SequenceRequest
 from blockdex.contract.stats import SECONDS_BUCKETS
 from blockdex.logs import log_event
 from blockdex.ring import codec
@@ -29,7 +29,7 @@ from blockdex.ring.control_channel import ControlChannel
 from blockdex.ring.engine_reports import RemoteReports, gone
 from blockdex.ring.events import Event, NewEpoch, SequencesEvicted, event_of
 from blockdex.ring.handshake import Handles, silence, take
-from blockdex.ring.layout import ANSWER_STRUCT, AnswerSlot
+from blockdex.ring.layout import ANSWER_STRUCT, IS_STATE, AnswerSlot
 from blockdex.ring.segment import RingError
 from blockdex.ring.selector import RingSelector
 
@@ -267,11 +267,11 @@ def _tell(caller: Caller, number: int, response: bytes | None, rest: native.Rest
         caller.answered(number, response)
         caller.took(number, RPCS[rpc], came_to)
         return
-    answer = codec.read_answer(numbers, np.frombuffer(payload, np.uint8))
-    if isinstance(answer, BlockdexError):
-        caller.failed(number, RPCS[rpc], came_to.received, answer, came_to)
-    elif isinstance(answer, SequenceState):
-        caller.changed(number, answer)
+    contents = np.frombuffer(payload, np.uint8)
+    if numbers.code:
+        caller.failed(number, RPCS[rpc], came_to.received, codec.read_error(numbers, contents), came_to)
+    elif numbers.flags & IS_STATE:
+        caller.changed(number, codec.read_state(numbers, contents))
         caller.took(number, RPCS[rpc], came_to)
     else:
         raise ValueError(f"answer: it is none to {RPCS[rpc]}")

@@ -123,7 +123,7 @@ class Bulk:
             _tensor(line.memory, queries_dtype, queries),
             first_head,
             num_heads,
-            layout.ORDERS[order - 1] if order else "ascending",
+            layout.ORDERS[order - 1] if queries_dtype else "ascending",
             bool(flags & (layout.RETURN_SCORES | layout.RAW_SCORES)),
             bool(flags & layout.RAW_SCORES),
         )

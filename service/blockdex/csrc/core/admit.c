@@ -1,9 +1,10 @@
 /* Which requests may take effect now: the one place where a request is checked against the cache and entered in it.
  *
- * A step runs all its appends before all its selections, and what Python runs behind it comes later still. So a request is
- * held back where that would tell the order of execution from the order of arrival: an append to a layer of a sequence that
- * is appended to or read already, a fork, truncation or closing of a sequence that is appended to already (a selection may
- * have waited for that) or that something behind the step works on, and either where a prefill is not done with reading. What is held back holds back every later request that names one of its
+ * A step runs all its appends before all its selections, and what Python runs behind it comes later still. So a
+ * request is held back where that would tell the order of execution from the order of arrival: an append to a layer
+ * of a sequence that is appended to or read already, a fork, truncation or closing of a sequence that is appended to
+ * already (a selection may have waited for that) or that something behind the step works on, and either where a
+ * prefill is not done with reading. What is held back holds back every later request that names one of its
  * sequences; others overtake it. A selection that waits for keys holds nothing back. */
 #include "core/core.h"
 
@@ -13,7 +14,8 @@
 enum { CANCELLED = 1, DEADLINE_EXCEEDED = 4, NOT_FOUND = 5, FAILED_PRECONDITION = 9 };
 enum { ABORTED = 10, OUT_OF_RANGE = 11, UNAVAILABLE = 14 };
 
-/* What becomes of a request: it is entered, or answered; it is held back, waits for keys, or needs Python's decision. */
+/* What becomes of a request: it is entered, or answered; it is held back, waits for keys, or needs Python's
+ * decision. */
 enum verdict { TAKEN, ENDED, HELD_BACK, WAITS, NEEDS_PYTHON };
 
 static int64_t *lengths_of(const struct core *core) { return core->columns.lengths.buf; }
@@ -208,7 +210,8 @@ static uint64_t heads_of(const struct request *request) {
     return UINT64_MAX >> (64 - request->slot.num_heads) << request->slot.first_head;
 }
 
-/* Rows of the step that a selection shares with others of the same tokens and other heads; NULL where there are none. */
+/* Rows of the step that a selection shares with others of the same tokens and other heads; NULL where there are
+ * none. */
 static struct group *find_group(struct core *core, const struct request *request) {
     struct gathered *to = &core->gathered;
     if (appends(request)) return NULL;

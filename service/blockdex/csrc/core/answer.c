@@ -16,9 +16,9 @@ void core_observe(struct histogram *histogram, const double *bounds, uint32_t nu
     core_add(&histogram->total, value > 0 ? (uint64_t)(value * unit) : 0);
 }
 
-/* Seconds in each stage that a request reached, one behind the other from its arrival until now; below 0 where it did not.
- * Without any kernel there is no `device`, and `plan` lasts until the answer was there. What was never taken up was in
- * `queue` all the time. */
+/* Seconds in each stage that a request reached, one behind the other from its arrival until now; below 0 where it
+ * did not. Without any kernel there is no `device`, and `plan` lasts until the answer was there. What was never
+ * taken up was in `queue` all the time. */
 static void set_stages(const struct request *request, int64_t now, struct blockdex_answer *answer) {
     const int64_t finished = request->finished ? request->finished : now;
     answer->queue_seconds = 1e-9 * (double)((request->taken ? request->taken : now) - request->received);

@@ -23,8 +23,9 @@ static inline uint16_t to_odd(uint32_t bits) {
     return (uint16_t)(bits >> 16 | (nan ? QUIET : (bits & 0xffff) != 0));
 }
 
-/* float32 bits of a number of `exponent_bits` and `fraction_bits`, which float32 holds exactly; infinities and NaN are not
- * told apart from numbers. Both ways are computed and one is chosen, so that the compiler can do many at once. */
+/* float32 bits of a number of `exponent_bits` and `fraction_bits`, which float32 holds exactly; infinities and NaN
+ * are not told apart from numbers. Both ways are computed and one is chosen, so that the compiler can do many at
+ * once. */
 static inline uint32_t widened(uint32_t bits, int exponent_bits, int fraction_bits) {
     const uint32_t sign = bits >> (exponent_bits + fraction_bits) << 31;
     const uint32_t magnitude = bits & ((1u << (exponent_bits + fraction_bits)) - 1);

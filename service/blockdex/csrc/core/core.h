@@ -1,8 +1,9 @@
 /* The core: every request from the rings is checked, entered, run on the device and answered here.
  *
- * A request is read off its ring once (request.c), checked against the cache and entered (admit.c), staged into a step of
- * the device (step.c) and answered (answer.c). Python is asked for what takes a decision: pages, forks, eviction, the life
- * of sequences, prefills. One thread runs all of it; only core_notice and the counters are for others. */
+ * A request is read off its ring once (request.c), checked against the cache and entered (admit.c), staged into a
+ * step of the device (step.c) and answered (answer.c). Python is asked for what takes a decision: pages, forks,
+ * eviction, the life of sequences, prefills. One thread runs all of it; only core_notice and the counters are for
+ * others. */
 #ifndef BLOCKDEX_CORE_H
 #define BLOCKDEX_CORE_H
 
@@ -33,8 +34,8 @@ struct columns {
 /* Where a request is: in one of the core's lists, or in a step, or with Python. */
 enum whereabouts { IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, BULK };
 
-/* A request that was read off its ring; while it is on its way, its link is not given up. Its tensors stay in its client's arena, which can be written to at any time; all
- * else was copied once. */
+/* A request that was read off its ring; while it is on its way, its link is not given up. Its tensors stay in its
+ * client's arena, which can be written to at any time; all else was copied once. */
 struct request {
     struct request *previous, *next; /* in `backlog` or `waiting` */
     struct line *line;
@@ -133,7 +134,8 @@ struct core {
     bool no_more;
     bool no_memory; /* for an answer: nobody knows any more what was told */
     int64_t next_deadline;
-    /* What the step that is gathered, and what Python is to run behind it, do to cells [L, S] and columns [S]: stamps. */
+    /* What the step that is gathered, and what Python is to run behind it, do to cells [L, S] and columns [S]:
+     * stamps. */
     uint64_t serial, *trimmed_in, *appended_in, *read_in, *bulk_appended_in, *used_in;
     /* Where it runs. */
     PyObject *run_step;
@@ -206,7 +208,8 @@ void core_drop_gone(struct core *core, int64_t now);
 /* The smallest programs that hold so much; NULL where there are none. */
 const struct replay *core_replay(const struct core *core, uint32_t runs, uint32_t longest, int64_t end);
 
-/* Begins what was gathered, without the GIL. False: the device takes no step, or, with the GIL, Python's own has failed. */
+/* Begins what was gathered, without the GIL. False: the device takes no step, or, with the GIL, Python's own has
+ * failed. */
 bool core_begin(struct core *core, int64_t now);
 
 /* Answers the steps that have ended; false: no memory is left. */

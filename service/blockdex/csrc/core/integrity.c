@@ -1,5 +1,5 @@
-/* The cache's columns against each other: how many hold each page, how many pages are free, how far each table reaches. A
- * little at a time, while nothing else is to be done; from the beginning again after every change. */
+/* The cache's columns against each other: how many hold each page, how many pages are free, how far each table
+ * reaches. A little at a time, while nothing else is to be done; from the beginning again after every change. */
 #include "core/core.h"
 
 #include <assert.h>

@@ -1,5 +1,5 @@
-/* A map from pairs of numbers to a number. Its hash is keyed at random in each process, so that nobody can choose ids that
- * collide; its memory is bounded by what it holds. */
+/* A map from pairs of numbers to a number. Its hash is keyed at random in each process, so that nobody can choose
+ * ids that collide; its memory is bounded by what it holds. */
 #ifndef BLOCKDEX_PAIR_INDEX_H
 #define BLOCKDEX_PAIR_INDEX_H
 

@@ -162,9 +162,9 @@ static bool check_tenant(struct core *core, struct line *line, const struct bloc
     const uint32_t bytes = slot->tenant_bytes;
     bool printable = true;
     if (line->tenant_bytes)
-        return !bytes ||
-               REFUSE(INVALID_ARGUMENT, "INVALID_TENANT", "tenant: the link's is %s, a request of it names none, got %s",
-                      quoted(line->tenant, line->tenant_bytes, own), quoted(tenant, bytes, named));
+        return !bytes || REFUSE(INVALID_ARGUMENT, "INVALID_TENANT",
+                                "tenant: the link's is %s, a request of it names none, got %s",
+                                quoted(line->tenant, line->tenant_bytes, own), quoted(tenant, bytes, named));
     if (bytes < 1 || bytes > BLOCKDEX_MAX_TENANT_BYTES)
         return REFUSE(INVALID_ARGUMENT, "INVALID_TENANT", "blockdex-tenant: must have 1 to %d characters, got %u",
                       BLOCKDEX_MAX_TENANT_BYTES, bytes);

@@ -20,8 +20,9 @@ enum { STREAMED = NUM_KINDS, SEQUENCE_RPCS = 2 * NUM_KINDS };
 enum { SENT, QUEUED, UNUSUAL };
 enum { NOTHING_LEFT, MORE_TO_COPY, WAITS_FOR_ROOM };
 
-/* A request that is not all in the ring yet. `slot` describes it; once it is `placed` it has its extent of the arena, with
- * tenant and columns in it, and `written` bytes of its tensors. `message` of one about sequences is the columns that it carries. */
+/* A request that is not all in the ring yet. `slot` describes it; once it is `placed` it has its extent of the
+ * arena, with tenant and columns in it, and `written` bytes of its tensors. `message` of one about sequences is the
+ * columns that it carries. */
 struct outgoing {
     struct outgoing *next;
     struct pending *pending;
@@ -35,7 +36,8 @@ struct outgoing {
 /* Where the columns of a request about sequences begin: behind the tenant, as docs/ring.md says. */
 static inline uint64_t sequences_columns_at(uint64_t tenant_bytes) { return (tenant_bytes + 7) / 8 * 8; }
 
-/* In the order of their arrival; the `unplaced` ones wait for room, behind all others. `no_slot`: some wait for a slot. */
+/* In the order of their arrival; the `unplaced` ones wait for room, behind all others. `no_slot`: some wait for a
+ * slot. */
 struct outbox {
     struct outgoing *first, **end;
     uint32_t unplaced;
@@ -85,7 +87,8 @@ static inline bool link_lie_down(struct link *self) {
 bool link_publish(struct link *self, const struct blockdex_request *slot);
 
 /* Sends a request at once if there is room and nothing of its owner's before it, or keeps it in the outbox, with
- * references of its own to message and tenant: SENT or QUEUED, -1 without memory, with an error set and nothing changed. */
+ * references of its own to message and tenant: SENT or QUEUED, -1 without memory, with an error set and nothing
+ * changed. */
 int outbox_begin(struct link *self, struct outgoing *outgoing, const struct wire_request *request);
 
 /* Sends what there is room for, in order, and copies a slice of what is long: NOTHING_LEFT and so on. */

@@ -23,7 +23,8 @@ static PyObject *rest_of(const struct pending *pending, const struct blockdex_an
                          pending->layer, pending->num_spans, (unsigned long long)pending->num_tokens);
 }
 
-/* An answer as Python gets it: (owner, number, response, rest). The rest of a response is None, unless that took long. */
+/* An answer as Python gets it: (owner, number, response, rest). The rest of a response is None, unless that took
+ * long. */
 static PyObject *item_of(const struct link *self, PyObject *owner, const struct pending *pending,
                          const struct blockdex_answer *slot, double seconds) {
     const char *payload = self->answer_arena + slot->payload_offset;
@@ -53,9 +54,9 @@ static struct pending *pending_of(const struct link *self, const struct blockdex
     return pending;
 }
 
-/* Adds an answer to the list, unless nobody waits for it. What is made for it may run the collector, and that anybody's
- * code, which may give up this very request: so all is made first, of a copy and with a reference of its own to the owner,
- * and nothing changes before. */
+/* Adds an answer to the list, unless nobody waits for it. What is made for it may run the collector, and that
+ * anybody's code, which may give up this very request: so all is made first, of a copy and with a reference of its
+ * own to the owner, and nothing changes before. */
 static bool tell(struct link *self, PyObject *list, struct pending *pending, const struct blockdex_answer *slot,
                  int64_t at) {
     const struct pending copy = *pending;

@@ -1,5 +1,5 @@
-/* What a link has taken and not sent yet: requests that wait for room, and long ones, which are copied slice by slice so
- * that whoever runs the link can look after others between two slices. */
+/* What a link has taken and not sent yet: requests that wait for room, and long ones, which are copied slice by
+ * slice so that whoever runs the link can look after others between two slices. */
 #include "ring/client.h"
 
 #include <assert.h>

@@ -137,8 +137,8 @@ PyObject *link_flush(PyObject *object, PyObject *unused) {
     return PyLong_FromLong(outbox_flush((struct link *)object));
 }
 
-/* Takes a request from its owner, so that nobody is told of its answer: (owner, number, rpc, received, layer, spans, tokens,
- * bytes of its payload, or 0 where it was sent). Nothing is in between when another's code may run. */
+/* Takes a request from its owner, so that nobody is told of its answer: (owner, number, rpc, received, layer, spans,
+ * tokens, bytes of its payload, or 0 where it was sent). Nothing is in between when another's code may run. */
 static PyObject *given_up(struct link *self, struct pending *pending) {
     const struct pending was = *pending;
     struct outgoing *unsent = was.unsent;

@@ -10,9 +10,9 @@
 
 struct outgoing;
 
-/* `owner` waits for the answer: NULL once nobody does. `number` is the owner's own name for the request, `rpc` one of the
- * numbers of blockdex.ring.caller.RPCS. `unsent` is what is still to be written for it, `cancel_due` says that the
- * engine is to be told that nobody waits any more. */
+/* `owner` waits for the answer: NULL once nobody does. `number` is the owner's own name for the request, `rpc` one
+ * of the numbers of blockdex.ring.caller.RPCS. `unsent` is what is still to be written for it, `cancel_due` says
+ * that the engine is to be told that nobody waits any more. */
 struct pending {
     uint64_t ticket;
     void *owner;

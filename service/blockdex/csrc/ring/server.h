@@ -39,7 +39,8 @@ struct place {
     uint64_t offset, end;
 };
 
-/* A link in memory of so many bytes; `bell` is sent to, `own_bell` received from. False: the parts are not inside it. */
+/* A link in memory of so many bytes; `bell` is sent to, `own_bell` received from. False: the parts are not inside
+ * it. */
 bool line_open(struct line *line, void *memory, uint64_t bytes, const struct segment_layout *layout, int bell,
                int own_bell);
 void line_close(struct line *line);

@@ -43,9 +43,9 @@ struct wire_request {
     bool has_header, has_spans;
 };
 
-/* Reads one request of a kind, or one of a stream, which names its kind; `spans` has been set, the rest is zero. False
- * where protobuf has to read it: it is unusual, no such message, of a stream no token request, or it insists on a model or
- * on a feature that the server does not have. */
+/* Reads one request of a kind, or one of a stream, which names its kind; `spans` has been set, the rest is zero.
+ * False where protobuf has to read it: it is unusual, no such message, of a stream no token request, or it insists
+ * on a model or on a feature that the server does not have. */
 bool wire_read(struct wire_request *request, const uint8_t *bytes, size_t size);
 bool wire_read_streamed(struct wire_request *request, const uint8_t *bytes, size_t size);
 

@@ -14,8 +14,8 @@ struct bounds {
 bool columns_open(struct wire_spans *spans, uint32_t most);
 void columns_close(struct wire_spans *spans);
 
-/* What a request is refused with: a canonical code, a word of blockdex.contract.errors.Reason, and a message; behind it, a
- * line each, what of its numbers has a name: `name=value`. */
+/* What a request is refused with: a canonical code, a word of blockdex.contract.errors.Reason, and a message; behind
+ * it, a line each, what of its numbers has a name: `name=value`. */
 struct refusal {
     uint16_t code;
     const char *reason;

@@ -271,7 +271,8 @@ static inline void blockdex_publish(struct blockdex_ring *ring) {
     blockdex_show(&header->requests_written, ring->written, &header->engine_sleeps, ring->engine_bell);
 }
 
-/* The oldest answer that was not released; NULL if none comes within so many milliseconds, or once the engine is gone. */
+/* The oldest answer that was not released; NULL if none comes within so many milliseconds, or once the engine is
+ * gone. */
 static inline const struct blockdex_answer *blockdex_wait(struct blockdex_ring *ring, int milliseconds) {
     struct blockdex_header *header = ring->header;
     struct pollfd bells[2] = {{ring->client_bell, POLLIN, 0}, {ring->link, POLLIN, 0}};

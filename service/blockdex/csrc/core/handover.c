@@ -1,0 +1,182 @@
+/* Requests that Python takes from the core, by number, and answers: bulk work, the life of sequences, new pages. */
+#include "core/core_type.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static PyObject *bytes_of(const void *from, size_t bytes) { return PyBytes_FromStringAndSize(from, (Py_ssize_t)bytes); }
+
+static PyObject *columns_of_request(const struct request *request) {
+    const size_t spans = request->num_rows;
+    return Py_BuildValue("NNNNN", bytes_of(request->ids, 8 * spans), bytes_of(request->columns, 4 * spans),
+                         bytes_of(request->starts, 8 * spans), bytes_of(request->lengths, 8 * spans),
+                         bytes_of(request->applies, spans));
+}
+
+/* Where a tensor is in its link's memory: offset and bytes. */
+static PyObject *place_of_tensor(const struct request *request, const char *from, uint64_t bytes) {
+    return Py_BuildValue("nK", (Py_ssize_t)(from - (const char *)request->line->header), (unsigned long long)bytes);
+}
+
+static PyObject *bulk_of(const struct request *request) {
+    const struct blockdex_request *slot = &request->slot;
+    return Py_BuildValue("IsINIOBNBNIIBB", request->number, "bulk", slot->layer, columns_of_request(request),
+                         request->tenant, line_object(request->line), slot->keys_dtype,
+                         place_of_tensor(request, request->keys, slot->keys_bytes), slot->queries_dtype,
+                         place_of_tensor(request, request->queries, slot->queries_bytes), slot->first_head,
+                         slot->num_heads, slot->order, slot->flags);
+}
+
+static PyObject *sequence_of(const struct core *core, const struct request *request) {
+    static const char *const kinds[] = {
+        [BLOCKDEX_OPEN] = "open",         [BLOCKDEX_GET] = "get",     [BLOCKDEX_FORK] = "fork",
+        [BLOCKDEX_TRUNCATE] = "truncate", [BLOCKDEX_CLOSE] = "close",
+    };
+    const struct blockdex_request *slot = &request->slot;
+    const struct tenant *tenant = &core->index->tenants[request->tenant];
+    if (slot->kind == BLOCKDEX_OPEN || slot->kind == BLOCKDEX_CLOSE)
+        return Py_BuildValue(
+            "Iss#NN", request->number, kinds[slot->kind], tenant->name, (Py_ssize_t)tenant->bytes,
+            bytes_of(request->ids, 8 * (size_t)request->num_rows),
+            bytes_of(request->starts, slot->kind == BLOCKDEX_OPEN ? 8 * (size_t)request->num_rows : 0));
+    return Py_BuildValue("Iss#KKK", request->number, kinds[slot->kind], tenant->name, (Py_ssize_t)tenant->bytes,
+                         (unsigned long long)slot->sequence_id, (unsigned long long)slot->child_id,
+                         (unsigned long long)slot->number);
+}
+
+PyObject *core_method_take_cut(struct core *core, PyObject *unused) {
+    (void)unused;
+    PyObject *columns = bytes_of(core->to_trim, sizeof *core->to_trim * core->num_to_trim);
+    if (columns) core->num_to_trim = 0;
+    core->unchecked = true;
+    return columns;
+}
+
+PyObject *core_method_take(struct core *core, PyObject *unused) {
+    (void)unused;
+    core->unchecked = true;
+    while (core->next_for_python < core->num_for_python) {
+        struct request *request = core->requests[core->for_python[core->next_for_python++]];
+        if (!request) continue;
+        if (request->place == BULK) return bulk_of(request);
+        if (request->place == WITH_PYTHON) return sequence_of(core, request);
+        return Py_BuildValue("IsIN", request->number, "pages", request->slot.layer, columns_of_request(request));
+    }
+    core->next_for_python = core->num_for_python = 0;
+    Py_RETURN_NONE;
+}
+
+/* The request of a number, in one of those places; NULL with an error set. */
+static struct request *request_of(const struct core *core, unsigned int number, bool queued) {
+    struct request *request = number < core->max_queued ? core->requests[number] : NULL;
+    const bool right =
+        request && (queued ? request->place == IS_QUEUED : request->place == WITH_PYTHON || request->place == BULK);
+    if (!right) PyErr_Format(PyExc_ValueError, "core: request %u is not one for Python", number);
+    return right ? request : NULL;
+}
+
+PyObject *core_method_grant(struct core *core, PyObject *argument) {
+    unsigned long number = PyLong_AsUnsignedLong(argument);
+    if (PyErr_Occurred()) return NULL;
+    struct request *request = request_of(core, (unsigned int)number, true);
+    if (!request) return NULL;
+    request->has_pages = core->changed = true;
+    Py_RETURN_NONE;
+}
+
+PyObject *core_method_begin(struct core *core, PyObject *arguments) {
+    unsigned int number, phase;
+    if (!PyArg_ParseTuple(arguments, "II", &number, &phase)) return NULL;
+    struct request *request = request_of(core, number, false);
+    if (!request) return NULL;
+    if (phase < 1 || phase > CORE_PHASES) return PyErr_Format(PyExc_ValueError, "core: phase %u is none", phase);
+    request->phase = (uint8_t)phase;
+    request->launched = core_now();
+    Py_RETURN_NONE;
+}
+
+PyObject *core_method_drop_if_gone(struct core *core, PyObject *argument) {
+    unsigned long number = PyLong_AsUnsignedLong(argument);
+    if (PyErr_Occurred()) return NULL;
+    struct request *request = request_of(core, (unsigned int)number, false);
+    if (!request) return NULL;
+    struct line *line = request->line;
+    bool dropped = core_drop_if_gone(core, request, core_now());
+    if (dropped) line_publish(line);
+    return PyBool_FromLong(dropped);
+}
+
+/* Both parts one behind the other, the second at a multiple of 64; NULL with an error set. */
+static char *join(struct core *core, const Py_buffer *first, const Py_buffer *second, size_t *bytes) {
+    const size_t at = second->obj ? (size_t)blockdex_aligned((uint64_t)first->len) : (size_t)first->len;
+    *bytes = at + (second->obj ? (size_t)second->len : 0);
+    if (*bytes > core->scratch_bytes) {
+        char *wider = realloc(core->scratch, *bytes);
+        if (!wider) return (char *)PyErr_NoMemory();
+        core->scratch = wider;
+        core->scratch_bytes = *bytes;
+    }
+    if (first->len) memcpy(core->scratch, first->buf, (size_t)first->len);
+    if (second->obj) memcpy(core->scratch + at, second->buf, (size_t)second->len);
+    return core->scratch;
+}
+
+PyObject *core_method_answer(struct core *core, PyObject *arguments) {
+    unsigned int number;
+    struct blockdex_answer answer = {0};
+    Py_buffer parts[2] = {{0}, {0}};
+    PyObject *first, *second, *done = NULL;
+    if (!PyArg_ParseTuple(arguments, "IIIIIIOO", &number, &answer.flags, &answer.num_tokens, &answer.num_heads,
+                          &answer.topk, &answer.num_layers, &first, &second))
+        return NULL;
+    struct request *request = request_of(core, number, false);
+    if (!request) return NULL;
+    if (first != Py_None && PyObject_GetBuffer(first, &parts[0], PyBUF_C_CONTIGUOUS) < 0) return NULL;
+    if (second == Py_None || PyObject_GetBuffer(second, &parts[1], PyBUF_C_CONTIGUOUS) == 0) {
+        size_t bytes = 0;
+        struct line *line = request->line;
+        const char *payload = parts[0].obj ? join(core, &parts[0], &parts[1], &bytes) : "";
+        if (payload) {
+            request->finished = core_now();
+            core->changed |= request->place == WITH_PYTHON;
+            core_answer(core, request, answer, payload, bytes);
+            line_publish(line);
+            done = Py_NewRef(Py_None);
+        }
+    }
+    for (int part = 0; part < 2; part++)
+        if (parts[part].obj) PyBuffer_Release(&parts[part]);
+    return done;
+}
+
+PyObject *core_method_refuse(struct core *core, PyObject *arguments) {
+    unsigned int number;
+    unsigned short code;
+    const char *reason, *message;
+    if (!PyArg_ParseTuple(arguments, "IHss", &number, &code, &reason, &message)) return NULL;
+    const bool queued =
+        number < core->max_queued && core->requests[number] && core->requests[number]->place == IS_QUEUED;
+    struct request *request = request_of(core, number, queued);
+    if (!request) return NULL;
+    struct line *line = request->line;
+    request->finished = core_now();
+    core_refuse(core, request, code, reason, "%s", message);
+    line_publish(line);
+    Py_RETURN_NONE;
+}
+
+PyObject *core_method_abandon(struct core *core, PyObject *arguments) {
+    unsigned short code;
+    const char *reason, *message;
+    if (!PyArg_ParseTuple(arguments, "Hss", &code, &reason, &message)) return NULL;
+    if (core->in_flight) core_add(&core->busy_nanoseconds, (uint64_t)(core_now() - core->busy_since));
+    core->in_flight = 0;
+    core->no_memory = false;
+    core->num_for_python = core->next_for_python = core->num_to_trim = 0;
+    for (uint32_t number = 0; number < core->max_queued; number++)
+        if (core->requests[number]) core_refuse(core, core->requests[number], code, reason, "%s", message);
+    pair_index_clear(&core->held_back);
+    core_publish(core);
+    if (core->no_memory) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
