@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import Mapping
 
 from benchmarks.ring_messages import Answer, Request
@@ -44,12 +45,13 @@ class RingCaller:
         engine_side, handles = new_link(_SIZES, engine.info().epoch)
         self.broken: list[Exception] = []
         self.events: list[Event] = []
-        self._engine = engine
+        self._engine, self._inbox, self._handles = engine, inbox, handles
         self._frontend = ForeignFrontend(handles)
         self._in_flight: dict[int, PendingAnswer] = {}
         self._tickets = itertools.count(1)
         self._reading: asyncio.Task[None] | None = None
-        inbox.add(Line(engine_side, self.broken.append, self.events.append))
+        self._line = Line(engine_side, self.broken.append, self.events.append)
+        inbox.add(self._line)
 
     def start(self) -> None:
         """Starts the engine."""
@@ -61,6 +63,10 @@ class RingCaller:
         if self._reading is not None:
             self._reading.cancel()
         self._engine.stop()
+        if not self._line.gone:
+            self._line.handles.close()
+        self._handles.close()
+        os.close(self._inbox.nudge)
 
     def submit(self, request: Request, timeout: float) -> PendingAnswer:
         """Writes a request."""
