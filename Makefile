@@ -5,6 +5,8 @@ KEY_DTYPE ?= bf16
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 NATIVE := service/blockdex/_native.abi3.so
 FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/ring/*.c tests/csrc/*.[ch])
 
@@ -19,7 +21,7 @@ CROSS_TOOLS := aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu qemu-aarch64=qemu-use
 	/usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1=libc6-dev-arm64-cross
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
 
-.PHONY: help install tools demo test test-all mutants lint format proto lock bench bench-gpu bench-service docs clean
+.PHONY: help install tools demo test test-all test-vllm mutants lint format proto lock bench bench-gpu bench-service docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -50,6 +52,18 @@ test: $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
 test-all: $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
 	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS)
 	$(BIN)/python -m pytest
+	$(MAKE) test-vllm
+
+# An environment of its own: vLLM without its needs, which name torch's CUDA build; torch and the tools are those of .venv.
+$(VLLM_STAMP): $(STAMP) integrations/vllm/tests/environment/requirements.txt
+	$(PYTHON) -m venv --without-pip $(VENV_FLAGS) $(VLLM_VENV)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > $$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement integrations/vllm/tests/environment/requirements.txt
+	touch $@
+
+test-vllm: $(VLLM_STAMP) ## The plugin in vLLM's real package, installed as a user does (a part of test-all)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check ./integrations/vllm
+	PYTHONPATH=integrations/vllm/tests/environment $(VLLM_VENV)/bin/python -m pytest -c integrations/vllm/pyproject.toml integrations/vllm/tests
 
 mutants: $(NATIVE) ## Small faults put into the C, one at a time: each is seen by some test of make test
 	cd tests && ../$(BIN)/python -m mutants
@@ -90,4 +104,4 @@ docs: $(STAMP) ## Build the documentation into site/
 	$(BIN)/python -m zensical build --strict
 
 clean: ## Remove the virtual environments and caches
-	rm -rf $(VENV) .venv-proto site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .venv-proto site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

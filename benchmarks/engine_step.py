@@ -102,7 +102,7 @@ class Asker:
     def __init__(self, inbox: RingInbox, epoch: int, sizes: Sizes) -> None:
         engine, self._handles = new_link(sizes, epoch)
         self._segment = self._handles.segment
-        self._line = Line(engine, hang_up=lambda _: None)
+        self._line = Line(engine, hang_up=lambda _: None, tell=lambda _: None)
         inbox.add(self._line)
         self._asked = 0
 

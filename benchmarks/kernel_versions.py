@@ -14,7 +14,6 @@ from blockdex_kernels.interface import Fp8Scoring, Selection
 from blockdex_kernels.reference import FLIP_TOLERANCE
 from blockdex_kernels.spec import KeyDtype
 from blockdex_kernels.triton.backend import TritonBackend
-from blockdex_kernels.triton.runs import Runs
 
 
 class Version(ABC):
@@ -62,7 +61,7 @@ class Blockdex(Version):
 
     def __init__(self, device: str, key_dtype: KeyDtype, pages: int) -> None:
         self.spec = IndexSpec(num_layers=LAYERS, key_dtype=key_dtype)
-        self.backend = choose_backend(device, self.spec, pages)
+        self.backend = choose_backend(device, self.spec, pages, prefill_kernel="hopper")
         self.flip_tolerance = self.backend.flip_tolerance
         if "upcast" in self.backend.kernels["prefill"][0]:
             self.fp8_scoring = "upcast"
@@ -80,8 +79,7 @@ class Blockdex(Version):
 
     def score(self, batch: Batch) -> Any:
         """See `Version.score`."""
-        runs = Runs.of(batch.spans)
-        return self._staged.score_prefill(batch.queries, batch.spans.page_table, runs, every_block=False)
+        return self._staged.score_prefill(batch.queries, batch.spans, every_block=False)
 
     def rank(self, scores: Any, batch: Batch) -> torch.Tensor:
         """See `Version.rank`."""

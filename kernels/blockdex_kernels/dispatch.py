@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from blockdex_kernels.cpu import CpuBackend
-from blockdex_kernels.interface import Backend, Fp8Scoring
+from blockdex_kernels.interface import Backend, Fp8Scoring, PrefillKernel
 from blockdex_kernels.spec import IndexSpec
 
 LEAST_CAPABILITY = (8, 0)
@@ -91,7 +91,12 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_backend(
-    device: str | Choice, spec: IndexSpec, num_pages: int, *, fp8_scoring: Fp8Scoring = "native"
+    device: str | Choice,
+    spec: IndexSpec,
+    num_pages: int,
+    *,
+    fp8_scoring: Fp8Scoring = "native",
+    prefill_kernel: PrefillKernel = "portable",
 ) -> Backend:
     """The backend for a device, its pages allocated.
 
@@ -101,6 +106,8 @@ def choose_backend(
         num_pages: pages to allocate.
         fp8_scoring: how an fp8 cache is scored: `native` (queries scaled into the fp8 range and cast) or `upcast`
             (queries kept in bf16, keys upcast).
+        prefill_kernel: `hopper` has prefills scored by the kernel that is made for Hopper, where chip and indexer are
+            what it is for; it was not yet run in an engine.
 
     Raises:
         ValueError: `choose_device` refuses the device, or the pages are too few or too many.
@@ -110,4 +117,11 @@ def choose_backend(
         return CpuBackend(spec, num_pages, reason=choice.reason, fp8_scoring=fp8_scoring)
     from blockdex_kernels.triton.gpu import GpuBackend  # noqa: PLC0415 - not every machine has Triton
 
-    return GpuBackend(spec, num_pages, choice.device, reason=choice.reason, fp8_scoring=fp8_scoring)
+    return GpuBackend(
+        spec,
+        num_pages,
+        choice.device,
+        reason=choice.reason,
+        fp8_scoring=fp8_scoring,
+        prefill_kernel=prefill_kernel,
+    )

@@ -15,6 +15,7 @@ from blockdex_kernels.spec import IndexSpec
 
 Order = Literal["ascending", "score"]
 Fp8Scoring = Literal["native", "upcast"]
+PrefillKernel = Literal["portable", "hopper"]
 
 RUN_APPENDS, RUN_SELECTS, RUN_WANTS_SCORES = 1, 2, 4
 """What is to be done for a run of `Spans`."""

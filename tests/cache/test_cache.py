@@ -319,6 +319,9 @@ class TestEviction:
         append(cache, "red", 0, (1, 0, 17))
         assert set(held_pages(cache)) == {("red", 1), ("red", 4)}
         assert cache.usage().evictions == 2
+        assert [sorted(ids) for ids in cache.take_evicted().values()] == [[2, 3]]
+        cache.close_sequences("red", [1, 4])
+        assert cache.take_evicted() == {}, "those were told already, and who closes knows"
         check_integrity(cache)
 
     def test_what_a_batch_has_named_stays_until_the_next_one(self, cache: Cache, clock: Clock) -> None:
@@ -354,6 +357,7 @@ class TestEviction:
         assert cache._sequences.find("red", 1) is not None
         assert cache._sequences.find("blue", 7) is not None
         assert cache.usage().evictions == 0, "it was not for pages"
+        assert len(cache.take_evicted()["red"]) + cache.usage().sequences == 2 + 3 * MANY_SEQUENCES
         check_integrity(cache)
 
     def test_an_empty_parent_stays_for_its_fork(self, cache: Cache, clock: Clock) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blockdex import FailedPreconditionError
+from blockdex import FailedPreconditionError, NotFoundError
 from blockdex.client.ledger import Ledger
 from support.clients import some_info
 
@@ -26,6 +26,23 @@ def length(ledger: Ledger, layer: int = 0) -> int | None:
         return ledger.last_positions(layer, [7], [0])[0]
     except FailedPreconditionError:
         return None
+
+
+def test_of_an_evicted_sequence_nothing_is_known_until_it_is_opened_again(ledger: Ledger) -> None:
+    ledger.evict([7, 8])
+    for layer in (0, 1):
+        with pytest.raises(NotFoundError, match=f"^sequence 7, layer {layer}: the server has evicted it"):
+            ledger.begin_append(layer, [7], [1], None)
+    with pytest.raises(FailedPreconditionError, match="sequence 8, layer 0: its length is not known"):
+        ledger.last_positions(0, [8], [1])
+    ledger.end_question(ledger.begin_question(7), [3, 3])
+    assert length(ledger) == 3, "the server says what is so"
+    ledger.evict([7])
+    ledger.open(7, [0, 0])
+    assert length(ledger) == 0
+    ledger.evict([7])
+    ledger.close(7)
+    assert length(ledger) is None
 
 
 def test_an_append_follows_one_that_is_still_in_flight(ledger: Ledger) -> None:

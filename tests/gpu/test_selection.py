@@ -160,6 +160,23 @@ def test_a_million_tokens(
     check(backend_for(spec, runs, cache[1]), runs, generator, fp8_scoring=cache[1], oracle=select)
 
 
+@pytest.mark.parametrize("cache", CACHES, ids="-".join)
+def test_uneven_runs_side_by_side(
+    cache: tuple[Any, Fp8Scoring], generator: torch.Generator, device_generator: torch.Generator
+) -> None:
+    """1 to 8,192 blocks, 1 to 8,192 rows, some with nothing to rank, and keys of which one is like no other."""
+    spec = IndexSpec(num_layers=2, key_dtype=cache[0])
+    shapes = [(5, 5), (102_272, 700), (2048, 2048), (1, 1), (spec.max_sequence_tokens, 3), (40_003, 131), (2049, 1)]
+    runs = [run_of(device_generator, spec, *shape, layer=row % 2) for row, shape in enumerate(shapes)]
+    runs[1].keys[:, ::32] *= 30  # channels that stand out
+    runs[4].keys[:] = runs[4].keys[:128].repeat(len(runs[4].keys) // 128, 1)  # equal blocks
+    runs[5].keys.mul_(2.0**-7)  # e4m3's numbers below the normal ones
+
+    backend = backend_for(spec, runs, cache[1])
+    check(backend, runs, generator, fp8_scoring=cache[1], oracle=select)
+    check(backend, runs[::-1], generator, fp8_scoring=cache[1], oracle=select)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
 def test_every_input_dtype_and_stride(

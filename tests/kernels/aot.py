@@ -37,6 +37,7 @@ _SERIALIZED = re.compile(r"^.*\bC75\d\d\b.*$", re.MULTILINE)
 _JUMP = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
 _MULTIPLIES = re.compile(r"\b(UTC)?[HQ]G?MMA\b")
 _SPILL = re.compile(r"\b(LDL|STL)\b")
+_NARROW_LOAD = re.compile(r"\bld\.global\S*\.b(?:8|16)\b")
 _PRODUCTS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 compilations: list[dict[str, Any]] = []
@@ -107,6 +108,7 @@ def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options:
                 "spilled_in_loop": spilled_in_loop(kernel.asm["cubin"]) if products and stores + loads else 0,
                 "warps": kernel.metadata.num_warps,
                 "shared": kernel.metadata.shared,
+                "narrow_loads": len(_NARROW_LOAD.findall(kernel.asm["ptx"])),
                 "serialized": _SERIALIZED.findall(log.getvalue()),
             }
         )
@@ -127,7 +129,7 @@ def queries(num_runs: int, length: int, dtype: torch.dtype = torch.bfloat16) -> 
 def launch_everything(key_dtype: Any) -> None:
     """Every kernel in the shapes of an engine that serves the model."""
     global case, at_once  # noqa: PLW0603 - what the next compilations belong to
-    backend = TritonBackend(IndexSpec(num_layers=2, key_dtype=key_dtype), 2, CPU, reason="")
+    backend = TritonBackend(IndexSpec(num_layers=2, key_dtype=key_dtype), 2, CPU, reason="", prefill_kernel="hopper")
     name = backend.kernels["decode"][0] + (" bf16" if key_dtype == "bf16" else "")
     native = name.endswith("-fp8")
     at_once = {
@@ -150,6 +152,9 @@ def launch_everything(key_dtype: Any) -> None:
     backend.decode(queries(8, 1), spans(8, 1, 1_000), order="score", return_scores=True)
     case = f"{name}: prefill of float32 at 1M tokens"
     backend.prefill(queries(1, 40, torch.float32), spans(1, 40, 1_000_000), order="ascending", return_scores=False)
+    case = f"{name}: prefill where no block is forced"
+    backend = TritonBackend(IndexSpec(num_layers=2, key_dtype=key_dtype, local_blocks=0), 2, CPU, reason="")
+    backend.prefill_into(block_ids, torch.zeros(8192, 128, dtype=torch.bfloat16), numbers, table, 1024)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from blockdex_kernels.interface import (
     RUN_WANTS_SCORES,
     Backend,
     Fp8Scoring,
+    Order,
     Selection,
 )
 from blockdex_kernels.reference import Reference, select
@@ -56,10 +58,11 @@ def test_raw_scores_are_as_they_rank(
     backend = make(spec, runs, cache[1])
     spans = load(backend, runs, generator)
     queries = torch.cat([run.queries for run in runs]).to(backend.device)
-    plain = backend.decode(queries, spans, order="ascending", return_scores=False)
     counts = [len(run.queries) for run in runs]
-    for phase in (backend.decode, backend.prefill):
-        selection = phase(queries, spans, order="ascending", return_scores=True, raw_scores=True)
+    orders: tuple[Order, ...] = ("ascending", "score")
+    for phase, order in itertools.product((backend.decode, backend.prefill), orders):
+        plain = phase(queries, spans, order=order, return_scores=False)
+        selection = phase(queries, spans, order=order, return_scores=True, raw_scores=True)
         assert selection.scores is not None
         assert torch.equal(selection.block_ids, plain.block_ids)
         parts = zip(

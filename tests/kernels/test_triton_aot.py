@@ -81,7 +81,7 @@ def test_kernels_compile_to_what_the_chip_is_good_at(
     silicon, compilations = CHIPS[capability], compiling[capability].result(timeout=110)
     for made in compilations:
         print(made)
-        if made["kernel"] in {"decode_scores_kernel", "prefill_scores_kernel"}:
+        if "scores" in made["kernel"]:
             assert made["products"] == [silicon.product], made
             assert not made["spilled_in_loop"], made
         else:
@@ -92,8 +92,12 @@ def test_kernels_compile_to_what_the_chip_is_good_at(
         assert made["registers"] * made["warps"] * 32 * at_once <= REGISTERS, made
         assert (made["shared"] + 1024) * at_once <= silicon.shared, made
         assert made["serialized"] == [], made
+        if "sm90" in made["kernel"]:
+            # Queries come 16 bytes at a time: else each call takes microseconds longer.
+            assert made["narrow_loads"] == 0, made
     kernels = {made["kernel"] for made in compilations}
-    assert kernels == {
+    # Hopper has its own, beside the one for indexers that this does not serve.
+    assert kernels - {"prefill_scores_sm90_kernel"} == {
         "append_kernel",
         "cast_queries_kernel",
         "decode_scores_kernel",
@@ -101,3 +105,4 @@ def test_kernels_compile_to_what_the_chip_is_good_at(
         "prefill_scores_kernel",
         "rank_kernel",
     }
+    assert ("prefill_scores_sm90_kernel" in kernels) == (capability == 90)

@@ -4,4 +4,76 @@ from __future__ import annotations
 
 from mutants.mutant import Mutant
 
-MUTANTS: tuple[Mutant, ...] = ()
+_ADMIT, _STEP = "csrc/core/admit.c", "csrc/core/step.c"
+_CASTS, _INDEX = "csrc/core/casts.c", "csrc/core/pair_index.c"
+_CORE = ("scheduler/test_core.py",)
+_STEPS = ("scheduler/test_core_steps.py",)
+_ORDER = ("scheduler/test_order.py", "scheduler/test_order_random.py")
+_WAITING = ("scheduler/test_waiting.py",)
+
+MUTANTS = (
+    Mutant(
+        "an append cuts a layer without being told to",
+        _ADMIT,
+        "start < length && !rollback && !request->revisions[row]",
+        "start < length && !rollback && !request->revisions[row] && length < 0",
+        _CORE,
+    ),
+    Mutant("a gap is taken", _ADMIT, "        if (start > length)\n", "        if (start > length + 1)\n", _CORE),
+    Mutant(
+        "a lower revision is taken", _ADMIT, "if (revision && revision < known)", "if (revision > known + 1)", _CORE
+    ),
+    Mutant(
+        "an equal revision is taken whatever its length",
+        _ADMIT,
+        "if (!request->applies[row] && end != length)",
+        "if (!request->applies[row] && end > length)",
+        _CORE,
+    ),
+    Mutant(
+        "keys that are not there are read", _ADMIT, "        if (end <= length) continue;", "        continue;", _CORE
+    ),
+    Mutant("another epoch is served", _ADMIT, "if (!request->slot.epoch || ", "if (true || ", _CORE),
+    Mutant(
+        "what is held back is overtaken",
+        _ADMIT,
+        "if (request->place != IS_WAITING && is_held_back(core, request)) return HELD_BACK;",
+        "",
+        (*_CORE, *_ORDER),
+    ),
+    Mutant(
+        "a page that others hold is written",
+        _ADMIT,
+        "if (holders[cells[table + (size_t)block]] > 1) return false;",
+        "",
+        (*_CORE, *_ORDER),
+    ),
+    Mutant(
+        "a layer is appended to twice in a step",
+        _ADMIT,
+        "if (core->appended_in[cell] != core->serial && ",
+        "if (",
+        (*_STEPS, *_ORDER),
+    ),
+    Mutant(
+        "two ask for one head of a shared row",
+        _ADMIT,
+        "            group->heads & heads)",
+        "            false)",
+        _WAITING,
+    ),
+    Mutant("heads of others are not told apart", _ADMIT, " << request->slot.first_head;", ";", (*_STEPS, *_WAITING)),
+    Mutant(
+        "scores are not waited for",
+        _STEP,
+        "if (scores[place] == UNWRITTEN_SCORE) return false;",
+        "(void)scores[place];",
+        _STEPS,
+    ),
+    Mutant("block ids are not waited for", _STEP, "    if (step->seen_ids < step->ids) return false;\n", "", _STEPS),
+    Mutant("numbers are cut off", _CASTS, "bits + 0x7fff + (bits >> 16 & 1)", "bits", _CORE),
+    Mutant("rounding to odd is forgotten", _CASTS, "(nan ? QUIET : (bits & 0xffff) != 0)", "(nan ? QUIET : 0)", _CORE),
+    Mutant(
+        "an id is found under another one", _INDEX, "slot->owner == owner && slot->id == id", "slot->id == id", _CORE
+    ),
+)

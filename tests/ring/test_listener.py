@@ -17,6 +17,7 @@ import pytest
 from blockdex.contract.errors import UnavailableError
 from blockdex.ring import control_channel as talk
 from blockdex.ring import handshake as handover
+from blockdex.ring.events import Event, SequencesEvicted
 from blockdex.ring.handshake import Handles, take
 from blockdex.ring.layout import GREETING_STRUCT, HELLO_STRUCT, MAGIC, VERSION
 from blockdex.ring.segment import RingError, Segment, Sizes
@@ -190,3 +191,21 @@ async def test_who_asks_and_does_not_read_is_hung_up(
             while part := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connected, 1 << 20), TIMEOUT):
                 read += len(part)
         assert read < 6 * PAGES, "what the socket holds, less than one answer"
+
+
+async def test_who_does_not_read_events_is_hung_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(talk, "_ANSWER_SECONDS", 0.5)
+    async with hosted() as run, linked(run):
+        heard: list[Event] = []
+        run.channel.tell_events(heard.append)
+        await eventually(lambda: len(run.inbox._lines) == 2)
+        events = [SequencesEvicted("t", [sequence, *range(1024)]) for sequence in range(500)]
+        for event in events:
+            for line in run.inbox._lines:
+                line.tell(event)
+        await eventually(lambda: len(run.inbox._lines) == 1)
+        assert "link broken" in caplog.text
+        assert heard == events
+        await run.ask(open_sequence(1))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.ring_messages import Request
 from blockdex.contract.errors import BlockdexError, Code, Reason
+from blockdex.ring.events import NewEpoch
 from support.cache_state import check_integrity, snapshot
 from support.running_engine import (
     LIMITS,
@@ -120,6 +121,8 @@ async def test_a_fault_begins_a_new_epoch(random: np.random.Generator, phase: Ph
 
         info = run.engine.info()
         assert info.epoch != epoch
+        await run.settled()
+        assert run.channel.events == [NewEpoch(info.epoch)]
         assert (info.cache.pages_used, info.cache.sequences) == (0, 0)
         assert (await run.refusal(get(A))).reason == Reason.UNKNOWN_SEQUENCE
         stale = await run.refusal(get(A, epoch=epoch))

@@ -11,7 +11,7 @@ from benchmarks.ring_messages import TokenRequest
 from blockdex import _native as native
 from blockdex.cache import Cache, PageCopy
 from blockdex.contract.errors import BlockdexError
-from blockdex.ring.handshake import new_link
+from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
 from blockdex.scheduler.sequences import SequenceKeeper
 from support.foreign_frontend import ForeignFrontend
@@ -62,6 +62,7 @@ class Admission:
         engine, client = new_link(_SIZES, epoch=1)
         self.client = ForeignFrontend(client)
         self.core.add(native.Line(engine.segment, engine.client_bell, engine.engine_bell))
+        weakref.finalize(cache, _close, self.nudge, engine, client)
 
     def ask(self, cache: Cache, request: TokenRequest) -> list[PageCopy]:
         """Asks as an engine's thread does, and answers the copies that are to be made before any key is written.
@@ -90,6 +91,12 @@ class Admission:
         if isinstance(answer, BlockdexError):
             raise answer
         return copies
+
+
+def _close(nudge: int, engine: Handles, client: Handles) -> None:
+    engine.close()
+    client.close()
+    os.close(nudge)
 
 
 def ask(cache: Cache, request: TokenRequest) -> list[PageCopy]:

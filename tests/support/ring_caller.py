@@ -11,6 +11,7 @@ from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Phase, Stage
 from blockdex.ring import layout
 from blockdex.ring.codec import phase_of, stage_seconds_of
+from blockdex.ring.events import Event
 from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import RequestSlot
 from blockdex.ring.segment import Sizes
@@ -42,12 +43,13 @@ class RingCaller:
     def __init__(self, engine: Engine, inbox: RingInbox) -> None:
         engine_side, handles = new_link(_SIZES, engine.info().epoch)
         self.broken: list[Exception] = []
+        self.events: list[Event] = []
         self._engine = engine
         self._frontend = ForeignFrontend(handles)
         self._in_flight: dict[int, PendingAnswer] = {}
         self._tickets = itertools.count(1)
         self._reading: asyncio.Task[None] | None = None
-        inbox.add(Line(engine_side, self.broken.append))
+        inbox.add(Line(engine_side, self.broken.append, self.events.append))
 
     def start(self) -> None:
         """Starts the engine."""

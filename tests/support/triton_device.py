@@ -57,4 +57,5 @@ def backend_for(
 ) -> TritonBackend:
     """With more pages than the runs fill: the others stay poisoned."""
     num_pages = pages_of(runs, spec) + spare_pages
+    options.setdefault("prefill_kernel", "hopper")  # where there is such a chip
     return TritonBackend(spec, num_pages, DEVICE, reason="tested", fp8_scoring=fp8_scoring, **options)

@@ -7,9 +7,9 @@ arguments one by one, so that a call with the wrong ones selects other blocks.
 from __future__ import annotations
 
 import torch
-from vllm.platforms import current_platform  # type: ignore[import-not-found]
-from vllm.triton_utils import tl, triton  # type: ignore[import-not-found]
-from vllm.utils.math_utils import round_up  # type: ignore[import-not-found]
+from vllm.platforms import current_platform
+from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import round_up
 
 BLOCK = 128
 

@@ -27,7 +27,7 @@ def _append_kernel(
     flags,
     num_runs,
     num_tokens,
-    num_layers,
+    page_stride,
     stride_t,
     stride_d,
     table_stride,
@@ -57,7 +57,7 @@ def _append_kernel(
         row = tl.load(table_rows + own, mask=inside, other=0)
     page = tl.load(page_table + row.to(tl.int64) * table_stride + position // BLOCK, mask=inside, other=0)
     layer = tl.load(layers + own, mask=inside, other=0)
-    cell = (page.to(tl.int64) * num_layers + layer) * BLOCK + position % BLOCK
+    key = page.to(tl.int64) * page_stride + (layer * BLOCK + position % BLOCK) * DIM
     dim = tl.arange(0, DIM)
     at = token.to(tl.int64)[:, None] * stride_t + dim[None, :] * stride_d
     values = to_float(tl.load(keys + at, mask=inside[:, None], other=0))
@@ -65,7 +65,7 @@ def _append_kernel(
         values = float_to_e4m3(values)
     else:
         values = values.to(pages.dtype.element_ty)
-    tl.store(pages + cell[:, None] * DIM + dim[None, :], values, mask=inside[:, None])
+    tl.store(pages + key[:, None] + dim[None, :], values, mask=inside[:, None])
 
 
 def append(keys: torch.Tensor, spans: Spans, pages: torch.Tensor, spec: IndexSpec, *, pdl: bool) -> None:
@@ -74,7 +74,7 @@ def append(keys: torch.Tensor, spans: Spans, pages: torch.Tensor, spec: IndexSpe
     Args:
         keys: `[T, D]`, any float dtype and strides.
         spans: where they go; rows with length 0 are padding.
-        pages: `[num_pages, L, block_size, D]`; uint8 holds e4m3.
+        pages: `[num_pages, L, block_size, D]`, each dense, at any distance of each other; uint8 holds e4m3.
         spec: the indexer.
         pdl: whether to launch as a programmatic dependent.
     """
@@ -92,7 +92,7 @@ def append(keys: torch.Tensor, spans: Spans, pages: torch.Tensor, spec: IndexSpe
         spans.flags,
         len(spans.lengths),
         num_tokens,
-        spec.num_layers,
+        pages.stride(0),
         *keys.stride(),
         spans.page_table.stride(0),
         RUNS=runs,

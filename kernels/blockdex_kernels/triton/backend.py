@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,10 +17,12 @@ from blockdex_kernels.interface import (
     Backend,
     Fp8Scoring,
     Order,
+    PrefillKernel,
     Selection,
     Spans,
 )
 from blockdex_kernels.spec import IndexSpec
+from blockdex_kernels.triton import prefill_sm90
 from blockdex_kernels.triton.append import append
 from blockdex_kernels.triton.chip import Chip, Launch
 from blockdex_kernels.triton.decode import score_decode
@@ -53,7 +57,10 @@ class TritonBackend(Backend):
         device: a CUDA device; the CPU where Triton's interpreter is on.
         reason: why this backend was chosen.
         fp8_scoring: `native` or `upcast`; read for an fp8 cache only. A chip that cannot multiply e4m3 upcasts.
+        prefill_kernel: `hopper` takes the kernel of `prefill_sm90`, where that fits.
         score_bytes: most that the scores of one launch take.
+        pages: `[num_pages, L, block_size, D]` of someone else, each page dense, at any distance of each other; None:
+            allocated here.
 
     Attributes:
         plans_on_device: whether `prefill_into` is to be asked for what `prefill` is.
@@ -72,27 +79,37 @@ class TritonBackend(Backend):
         *,
         reason: str,
         fp8_scoring: Fp8Scoring = "native",
+        prefill_kernel: PrefillKernel = "portable",
         score_bytes: int = SCORE_BYTES,
+        pages: torch.Tensor | None = None,
     ) -> None:
         self.spec = spec
         self.device = torch.empty(0, device=device).device  # with its number, where `device` has none
         self.chip = Chip.of(device)
         shape = (num_pages, spec.num_layers, spec.block_size, spec.head_dim)
-        self.pages = torch.empty(shape, dtype=TORCH_DTYPES[spec.key_dtype], device=device)
+        own = pages is None
+        if pages is None:
+            pages = torch.empty(shape, dtype=TORCH_DTYPES[spec.key_dtype], device=device)
+        self.pages = pages
         fp8 = spec.key_dtype == "fp8_e4m3"
         upcast = fp8 and (fp8_scoring == "upcast" or not self.chip.native_fp8)
-        self._scaled = self.rounds_queries = fp8 and not upcast
+        self._native_fp8 = fp8 and not upcast
+        self._scaled = self.rounds_queries = self._native_fp8
         self._bytes = self.pages.view(torch.uint8) if fp8 else self.pages
-        if self._scaled and device.type == "cuda":
+        if self._native_fp8 and device.type == "cuda":
             self.flip_tolerance = FP8_FLIP_TOLERANCE
         self._keys = Pages.of(self.pages, upcast=upcast, tma=self.chip.tma)
+        # Pages of someone else may lie apart, where Hopper's kernel takes them to follow each other.
+        fits = own and self.chip.warpgroups and not upcast and prefill_sm90.fits(spec)
+        chosen = fits and prefill_kernel == "hopper"
+        self._key_tiles = prefill_sm90.describe(self.pages) if chosen else None
         self._score_bytes = score_bytes
         self._captured: list[torch.Tensor] = []
         scoring = f"triton-{self.chip.name}" + ("-fp8" if self._scaled else "-upcast" if upcast else "")
         self.kernels = {
             "append": (f"triton-{self.chip.name}", reason),
             "decode": (scoring, reason),
-            "prefill": (scoring, reason),
+            "prefill": (scoring.replace("triton-", "gluon-") if chosen else scoring, reason),
         }
 
     @torch.no_grad()
@@ -132,7 +149,7 @@ class TritonBackend(Backend):
         wants = None if spans.flags is None else torch.empty_like(positions)
         wide = queries.shape[1] * max_length > 32
         fp8 = self.chip.decode_fp8_wide if wide else self.chip.decode_fp8
-        launch = fp8 if self._scaled else self.chip.decode
+        launch = fp8 if self._native_fp8 else self.chip.decode
         score_decode(
             queries,
             spans,
@@ -164,46 +181,91 @@ class TritonBackend(Backend):
             return self._select_raw(queries, spans, order)
         selection = self._empty_selection(queries, return_scores)
         runs = Runs.of(spans)
-        heads, block_size = queries.shape[1], self.spec.block_size
-        width = _width(int((runs.starts + runs.lengths - 1).max(initial=0)) // block_size + 1)
-        step = self._tokens_at_once(heads, width)
+        spans = replace(spans, columns=runs.columns)
+        step = self._tokens_at_once(queries.shape[1], _width(runs.blocks(self.spec.block_size)))
         every_block = return_scores or order == "score"
-        tables = spans.own_tables()
         for number, part in enumerate(runs.slices(step)):
             at = slice(number * step, number * step + step)
             own = Selection(selection.block_ids[at], None if selection.scores is None else selection.scores[at])
+            own_spans = spans if step >= len(queries) else self._slice(spans, part)
             # The scores of a slice are let go before those of the next are asked for.
-            self.rank(*self.score_prefill(queries[at], tables, part, every_block=every_block), own, order)
+            self.rank(*self.score_prefill(queries[at], own_spans, every_block=every_block), own, order)
         return selection
+
+    def _slice(self, spans: Spans, runs: Runs) -> Spans:
+        """Spans of some of the tokens."""
+        rows, layers, starts, lengths = self._sent(np.stack([runs.rows, runs.layers, runs.starts, runs.lengths]))
+        return Spans(layers, starts, lengths, spans.own_tables()[rows], runs.columns)
 
     def _select_raw(self, queries: torch.Tensor, spans: Spans, order: Order) -> Selection:
         """A selection with raw scores, in pieces of a decode's length: too seldom for kernels of its own."""
-        if order != "ascending":
-            raise ValueError(f"order: raw scores come in ascending order, got {order!r}")
         selection = self._empty_selection(queries, return_scores=True)
-        tables = spans.own_tables()
-        for number, tokens in enumerate(Runs.of(spans).slices(_RAW_TOKENS)):
+        runs = Runs.of(spans)
+        for number, tokens in enumerate(runs.slices(_RAW_TOKENS)):
             at = slice(number * _RAW_TOKENS, (number + 1) * _RAW_TOKENS)
             assert selection.scores is not None
             own = Selection(selection.block_ids[at], selection.scores[at])
-            columns = self._sent(np.stack([tokens.layers, tokens.starts, tokens.lengths, tokens.rows]))
-            flags = torch.full_like(columns[0], RUN_SELECTS | RUN_WANTS_SCORES)
-            layers, starts, lengths, rows = columns
-            longest = int(tokens.lengths.max())
-            part = Spans(layers, starts, lengths, tables[rows.long()], None, longest, flags=flags)
+            part = self._slice(spans, tokens)
+            flags = torch.full_like(part.layers, RUN_SELECTS | RUN_WANTS_SCORES)
+            part = replace(part, max_length=int(tokens.lengths.max()), flags=flags)
             self.decode_into(own, queries[at], part, order="ascending")
-        return selection
+        return selection if order == "ascending" else self._by_score(selection, runs)
+
+    def _by_score(self, selection: Selection, runs: Runs) -> Selection:
+        """A selection in ascending order with raw scores, in the order of these: init, local, then other blocks."""
+        ids, scores = selection.block_ids, selection.scores
+        assert scores is not None
+        firsts = np.cumsum(runs.lengths) - runs.lengths
+        positions = np.repeat(runs.starts - firsts, runs.lengths) + np.arange(runs.lengths.sum())
+        own_blocks = torch.from_numpy(positions // self.spec.block_size).to(ids.device)[:, None, None]
+        init, local = ids < self.spec.init_blocks, ids > own_blocks - self.spec.local_blocks
+        group = torch.where(init, 0, torch.where(local, 1, 2)).masked_fill(ids < 0, 3)
+        # Stable, so that equal scores, and forced blocks, stay in the order of their ids.
+        falling = torch.sort(torch.where(group == 2, -scores, 0.0), dim=-1, stable=True).indices
+        grouped = torch.sort(group.gather(-1, falling), dim=-1, stable=True).indices
+        at = falling.gather(-1, grouped)
+        return Selection(ids.gather(-1, at), scores.gather(-1, at))
 
     def score_prefill(
-        self, queries: torch.Tensor, page_table: torch.Tensor, runs: Runs, *, every_block: bool
+        self, queries: torch.Tensor, spans: Spans, *, every_block: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Scores of queries `[T, H, D]` of runs: what `rank` reads, in buffers of its own."""
-        launch, programs = self._prefill_launch()
-        tiles = cut(runs, queries.shape[1], self.spec, tile=launch.tile, programs=programs, every_block=every_block)
-        rows = queries.shape[0] * queries.shape[1]
-        buffers = self._score_buffers(rows, rows, _width(tiles.width))
-        self._score(queries, page_table, self._sent(tiles.items), *buffers)
+        """Scores of queries `[T, H, D]`: what `rank` reads, in buffers of its own."""
+        num_tokens, heads, _ = queries.shape
+        runs = Runs.of(spans)
+        rows, width = num_tokens * heads, _width(runs.blocks(self.spec.block_size))
+        buffers = self._score_buffers(rows, rows, width)
+        if self._key_tiles is not None:
+            self._score_sm90(queries, spans, heads, *buffers, every_block=every_block)
+        else:
+            launch, programs = self._prefill_launch()
+            items = cut(runs, heads, self.spec, tile=launch.tile, programs=programs, every_block=every_block)
+            self._score(queries, spans.own_tables(), self._sent(items), *buffers)
         return buffers
+
+    def _score_sm90(
+        self,
+        queries: torch.Tensor,
+        spans: Spans,
+        heads: int | torch.Tensor,
+        scores: torch.Tensor,
+        positions: torch.Tensor,
+        unscales: torch.Tensor | None,
+        *,
+        every_block: bool,
+    ) -> None:
+        prefill_sm90.score_prefill(
+            queries,
+            spans,
+            heads,
+            self._key_tiles,
+            self.spec,
+            scores,
+            positions,
+            unscales,
+            every_block=every_block,
+            programs=self.chip.multiprocessors,
+            pdl=self.chip.pdl,
+        )
 
     def split(self, rows: int, blocks: int) -> tuple[int, int]:
         """Tiles of a run of so many rows, and ranges of the blocks that its last row sees: see `prefill_into`."""
@@ -227,18 +289,23 @@ class TritonBackend(Backend):
             page_table: int32 `[1, max_blocks]`.
             width: blocks that the run does not exceed.
         """
-        launch, programs = self._prefill_launch()
         rows = len(queries)
-        count = max_items(rows, tile=launch.tile, programs=programs)
-        items = torch.empty((count, ITEM_FIELDS.value), dtype=torch.int32, device=self.device)
         scores, positions, unscales = self._score_buffers(rows, rows, _width(width))
-        plan_run(numbers, items, positions, self.spec, tile=launch.tile, pdl=self.chip.pdl)
-        self._score(queries[:, None], page_table, items, scores, positions, unscales)
+        if self._key_tiles is not None:
+            layer, start, length, heads = (numbers[at : at + 1] for at in (0, 1, 2, 5))
+            run = Spans(layer, start, length, page_table)
+            self._score_sm90(queries[:, None], run, heads, scores, positions, unscales, every_block=False)
+        else:
+            launch, programs = self._prefill_launch()
+            count = max_items(rows, tile=launch.tile, programs=programs)
+            items = torch.empty((count, ITEM_FIELDS.value), dtype=torch.int32, device=self.device)
+            plan_run(numbers, items, positions, self.spec, tile=launch.tile, pdl=self.chip.pdl)
+            self._score(queries[:, None], page_table, items, scores, positions, unscales)
         self.rank(scores, positions, unscales, Selection(block_ids, None), "ascending")
 
     def _prefill_launch(self) -> tuple[Launch, int]:
         """The shape of its launch, and how many programs run at once."""
-        launch = self.chip.prefill_fp8 if self._scaled else self.chip.prefill
+        launch = self.chip.prefill_fp8 if self._native_fp8 else self.chip.prefill
         return launch, self.chip.multiprocessors * launch.programs
 
     def _score(

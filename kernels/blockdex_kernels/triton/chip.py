@@ -34,6 +34,7 @@ class Chip:
         tma: whether tensors are read through descriptors by the copy engine.
         pdl: whether a kernel may be launched while the one before it ends.
         native_fp8: whether the tensor cores multiply e4m3.
+        warpgroups: whether they are Hopper's, which four warps ask for a product together.
         prefill: scores of prefill from keys of two bytes.
         prefill_fp8: the same from e4m3 keys.
         decode: scores of decode from keys of two bytes.
@@ -46,6 +47,7 @@ class Chip:
     tma: bool
     pdl: bool
     native_fp8: bool
+    warpgroups: bool
     prefill: Launch
     prefill_fp8: Launch
     decode: Launch
@@ -61,7 +63,7 @@ class Chip:
         """
         if device.type == "cpu":
             few, tiles = Launch(1, 4, 1), Launch(1, 4, 1, tile=32)
-            return cls("interpreter", 3, False, False, True, tiles, tiles, few, few, few)
+            return cls("interpreter", 3, False, False, True, False, tiles, tiles, few, few, few)
         properties = torch.cuda.get_device_properties(device)
         if properties.major < 8:
             raise ValueError(f"device {device}: compute capability must be at least 8.0, got {properties.name}'s")
@@ -77,6 +79,7 @@ def chip_of(capability: int, multiprocessors: int) -> Chip:
         tma=capability >= 90,
         pdl=capability >= 90,
         native_fp8=capability >= 89,
+        warpgroups=capability == 90,
         # Rows share what is read of the keys, which bounds bf16: as many as registers hold. e4m3 is bounded by the
         # maxima, and two programs on a multiprocessor take them while the other multiplies; where accumulators are
         # registers, four warps have too few.

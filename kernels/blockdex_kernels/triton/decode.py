@@ -141,8 +141,8 @@ def _fetch_ahead(
     table_rows,
     flags,
     num_runs,
-    num_layers,
-    num_cells,
+    page_stride,
+    last_cell,
     table_stride,
     table_cells,
     RUNS: tl.constexpr,
@@ -173,10 +173,11 @@ def _fetch_ahead(
             row = tl.load(table_rows + one, cache_modifier=".cg")
         place = tl.minimum(tl.maximum(row.to(tl.int64) * table_stride + block, 0), table_cells - 1)
         page = tl.load(page_table + place, cache_modifier=".cg")
-        cell = page.to(tl.int64) * num_layers + tl.load(layers + one, cache_modifier=".cg")
-        cell = tl.minimum(tl.maximum(cell, 0), num_cells - 1)
+        layer = tl.load(layers + one, cache_modifier=".cg")
+        cell = page.to(tl.int64) * page_stride + layer * (BLOCK * DIM)
+        cell = tl.minimum(tl.maximum(cell, 0), last_cell)
         LINE: tl.constexpr = 128 * 8 // keys.dtype.element_ty.primitive_bitwidth  # keys' elements in a cache line
-        _fetch((keys + cell * (BLOCK * DIM) + tl.arange(0, BLOCK * DIM // LINE) * LINE).to(tl.int64))
+        _fetch((keys + cell + tl.arange(0, BLOCK * DIM // LINE) * LINE).to(tl.int64))
 
 
 @triton.jit
@@ -190,7 +191,7 @@ def _score_rest(
     written,
     first_block,
     last_block,
-    num_layers,
+    page_stride,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM: tl.constexpr,
@@ -199,7 +200,7 @@ def _score_rest(
 ):
     """Scores the few blocks at a run's end that some of its queries see in part."""
     for block in tl.range(first_block, last_block, num_stages=1):
-        keys = load_block(pages, tl.load(cells + block), layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+        keys = load_block(pages, tl.load(cells + block), layer, page_stride, BLOCK, DIM, UPCAST, TMA)
         tl.store(target + block, _maxima(rows, keys, block, position, COLUMNS, BLOCK, True), mask=written)
 
 
@@ -250,8 +251,8 @@ def _decode_scores_kernel(
     num_runs,
     num_tokens,
     heads,
-    num_layers,
-    num_cells,
+    page_stride,
+    last_cell,
     width,
     stride_t,
     stride_h,
@@ -287,8 +288,8 @@ def _decode_scores_kernel(
             table_rows,
             flags,
             num_runs,
-            num_layers,
-            num_cells,
+            page_stride,
+            last_cell,
             table_stride,
             table_cells,
             RUNS,
@@ -346,7 +347,7 @@ def _decode_scores_kernel(
             target = scores + (first_row + column) * width
             position = own_start + (skipped + column) // heads
             for block in tl.range(first_block, whole, num_stages=STAGES):
-                own_keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+                own_keys = load_block(pages, page, layer, page_stride, BLOCK, DIM, UPCAST, TMA)
                 page = tl.load(cells + block + 1, mask=block + 1 < last_block, other=0)
                 best = _maxima(rows, own_keys, block, position, COLUMNS, BLOCK, LOCAL == 0)
                 # Keys stream through the L2 cache and push out what is written beside them, a few bytes at a time, and
@@ -363,7 +364,7 @@ def _decode_scores_kernel(
                     column < num_rows,
                     whole,
                     last_block,
-                    num_layers,
+                    page_stride,
                     COLUMNS,
                     BLOCK,
                     DIM,
@@ -427,11 +428,10 @@ def score_decode(
     num_tokens, heads, dim = queries.shape
     columns = min(max(triton.next_power_of_2(heads * max_length), 16), MAX_COLUMNS)
     chunks = triton.cdiv(heads * max_length, columns)
-    keys = pages.argument.base if pages.tma else pages.argument
     _decode_scores_kernel[(programs, chunks)](
         queries.view(torch.uint8) if queries.dtype == torch.float8_e4m3fn else queries,
         pages.argument,
-        keys,
+        pages.elements,
         scores,
         positions,
         wants,
@@ -445,8 +445,8 @@ def score_decode(
         len(spans.lengths),
         num_tokens,
         heads,
-        spec.num_layers,
-        len(keys) // spec.block_size,
+        pages.page_stride,
+        len(pages.elements) - spec.block_size * dim,
         scores.shape[1],
         *queries.stride(),
         spans.page_table.stride(0),

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex_kernels.fmha_sm100 import BLOCK_SIZE, CAPABILITIES, FmhaScorer, buffer_width, find_scorer
-from blockdex_kernels.interface import Fp8Scoring
+from blockdex_kernels.interface import Fp8Scoring, Spans
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.backend import TritonBackend
 from blockdex_kernels.triton.runs import Runs
@@ -58,21 +58,22 @@ class GpuBackend(TritonBackend):
         return warm_up(self)
 
     def score_prefill(
-        self, queries: torch.Tensor, page_table: torch.Tensor, runs: Runs, *, every_block: bool
+        self, queries: torch.Tensor, spans: Spans, *, every_block: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """See `TritonBackend.score_prefill`."""
         scorer = self._scorer
         # Callers that ask for the same tokens share a call, and may bring more heads than the indexer has.
         if scorer is None or queries.shape[1] > scorer.max_heads:
-            return super().score_prefill(queries, page_table, runs, every_block=every_block)
-        num_blocks = -(-int((runs.starts + runs.lengths).max()) // BLOCK_SIZE)
+            return super().score_prefill(queries, spans, every_block=every_block)
+        runs = Runs.of(spans)
         num_tokens, heads, _ = queries.shape
-        scores, positions, unscales = self._score_buffers(num_tokens * heads, num_tokens, buffer_width(num_blocks))
+        width = buffer_width(runs.blocks(BLOCK_SIZE))
+        scores, positions, unscales = self._score_buffers(num_tokens * heads, num_tokens, width)
         positions.copy_(self._sent(_positions(runs)))
         scorer.score(
             self._rows(queries, unscales).view(queries.shape),
-            np.stack([runs.layers, runs.starts, runs.lengths]),
-            page_table[self._sent(runs.rows)],
+            runs.columns,
+            spans.own_tables(),
             scores.view(*queries.shape[:2], -1),
         )
         return scores, positions, unscales

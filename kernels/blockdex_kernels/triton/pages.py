@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ def load_block(
     pages,
     page,
     layer,
-    num_layers,
+    page_stride,
     BLOCK: tl.constexpr,
     DIM: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -28,11 +29,11 @@ def load_block(
 ):
     """`[BLOCK, DIM]`: the keys of one block, in bf16 where they are upcast."""
     if TMA:
-        keys = pages.load([(page * num_layers + layer) * BLOCK, 0])
+        keys = pages.load([page * (page_stride // DIM) + layer * BLOCK, 0])
     else:
-        cell = page.to(tl.int64) * num_layers + layer
+        cell = page.to(tl.int64) * page_stride + layer * (BLOCK * DIM)
         inside = tl.arange(0, BLOCK)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-        keys = tl.load(pages + cell * (BLOCK * DIM) + inside)
+        keys = tl.load(pages + cell + inside)
     if UPCAST:
         keys = e4m3_to_float(keys).to(tl.bfloat16)
     return keys
@@ -43,30 +44,45 @@ class Pages:
     """What a kernel is handed to read keys.
 
     Attributes:
-        argument: a descriptor of `[num_pages * L * block_size, D]` with boxes of one block, or the tensor; bytes
-            where keys are upcast.
+        argument: a descriptor of rows of D elements with boxes of one block, or the elements; bytes where keys are
+            upcast.
+        elements: all from the first page's first to the last page's last, those between pages too.
+        page_stride: elements from one page to the next.
         scored: Triton's type of keys and queries when they are multiplied.
         upcast: whether keys are e4m3 that become bf16 before they are scored.
         tma: whether the argument is a descriptor.
     """
 
     argument: Any
+    elements: torch.Tensor
+    page_stride: int
     scored: tl.dtype
     upcast: bool
     tma: bool
 
     @classmethod
     def of(cls, pages: torch.Tensor, *, upcast: bool, tma: bool) -> Pages:
-        """Describes `[num_pages, L, block_size, D]`.
+        """Describes `[num_pages, L, block_size, D]`, each page dense, at any distance of each other.
+
+        The copy engine counts rows, from an address that 16 divides: pages that do not lie like that are read without.
 
         Raises:
-            ValueError: more keys than a descriptor can count.
+            ValueError: the keys of a page do not follow each other, or there are more rows than a descriptor can count.
         """
-        rows = pages.view(-1, pages.shape[-1])
+        num_pages, *shape = pages.shape
+        if num_pages and not pages[0].is_contiguous():
+            raise ValueError(f"pages: each must be dense, got strides {pages.stride()} of shape {list(pages.shape)}")
+        dim = shape[-1]
+        page_stride = pages.stride(0)
+        end = max(num_pages - 1, 0) * page_stride + math.prod(shape)
+        scored = tl.bfloat16 if upcast else _TRITON_TYPES[pages.dtype]
+        elements = pages.as_strided((end,), (1,))
+        if upcast:
+            elements = elements.view(torch.uint8)
+        tma = tma and page_stride % dim == 0 and elements.data_ptr() % 16 == 0
+        if not tma:
+            return cls(elements, elements, page_stride, scored, upcast, tma)
+        rows = elements.view(-1, dim)
         if len(rows) >= 2**31:
             raise ValueError(f"num_pages: the cache must hold fewer than {2**31} keys in all layers, got {len(rows)}")
-        scored = tl.bfloat16 if upcast else _TRITON_TYPES[pages.dtype]
-        if upcast:
-            rows = rows.view(torch.uint8)
-        argument = TensorDescriptor.from_tensor(rows, list(pages.shape[2:])) if tma else rows
-        return cls(argument, scored, upcast, tma)
+        return cls(TensorDescriptor.from_tensor(rows, shape[1:]), elements, page_stride, scored, upcast, tma)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import triton
@@ -78,7 +76,7 @@ def _prefill_scores_kernel(
     positions,
     items,
     page_table,
-    num_layers,
+    page_stride,
     width,
     table_stride,
     ROWS: tl.constexpr,
@@ -118,13 +116,13 @@ def _prefill_scores_kernel(
         # The tensor cores work on one half while the maxima of the other are taken: each iteration takes those of the
         # lower half of the block before. The first block is peeled off, so that accumulators are only ever written by
         # the tensor cores; otherwise the assembler runs them one after the other.
-        keys = load_block(pages, tl.load(cells + begin), layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+        keys = load_block(pages, tl.load(cells + begin), layer, page_stride, BLOCK, DIM, UPCAST, TMA)
         upper_products = tl.dot(upper_rows, tl.trans(keys))
         tl.store(upper_scores + begin, tl.max(upper_products, 1), mask=upper < end)
         products = tl.dot(lower_rows, tl.trans(keys))
         page = tl.load(cells + begin + 1, mask=begin + 1 < stop, other=0)
         for block in tl.range(begin + 1, stop, num_stages=STAGES):
-            keys = load_block(pages, page, layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+            keys = load_block(pages, page, layer, page_stride, BLOCK, DIM, UPCAST, TMA)
             page = tl.load(cells + block + 1, mask=block + 1 < stop, other=0)
             upper_products = tl.dot(upper_rows, tl.trans(keys))
             lower_max = tl.max(products, 1)
@@ -136,7 +134,7 @@ def _prefill_scores_kernel(
     # Blocks that some query sees in part, which there are only where the last visible block is not forced; and all of
     # them where keys are upcast: those pass through shared memory that the next block's overwrite.
     for block in tl.range(begin, tl.maximum(stop, masked_stop), num_stages=1):
-        keys = load_block(pages, tl.load(cells + block), layer, num_layers, BLOCK, DIM, UPCAST, TMA)
+        keys = load_block(pages, tl.load(cells + block), layer, page_stride, BLOCK, DIM, UPCAST, TMA)
         key_position = block * BLOCK + tl.arange(0, BLOCK)
         for half in tl.static_range(2):
             half_rows = _load_rows(rows, first + half * ROWS, end, ROWS, DIM, TMA)
@@ -199,22 +197,7 @@ def _plan_run_kernel(
     tl.store(item + 8, heads + tl.zeros_like(number), mask=inside)
 
 
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """What the programs of a prefill launch do: every row of `items` is one program's.
-
-    Attributes:
-        items: int32 `[N, 9]`: first row, end of the run's rows, what to add to a row and divide by the heads to get
-            its position, row of the page table, layer, first block, end of the blocks that no row ranks in part, end of
-            those that some row does (or 0), heads.
-        width: columns of the score buffer that the blocks need.
-    """
-
-    items: NDArray[np.int32]
-    width: int
-
-
-def cut(runs: Runs, heads: int, spec: IndexSpec, *, tile: int, programs: int, every_block: bool) -> Tiles:
+def cut(runs: Runs, heads: int, spec: IndexSpec, *, tile: int, programs: int, every_block: bool) -> NDArray[np.int32]:
     """Cuts runs into tiles of rows, and the blocks of the tiles into ranges about equally long.
 
     Args:
@@ -224,6 +207,11 @@ def cut(runs: Runs, heads: int, spec: IndexSpec, *, tile: int, programs: int, ev
         tile: rows of a tile.
         programs: how many run at once.
         every_block: whether scores are wanted even where all candidates find a place.
+
+    Returns:
+        Int32 `[N, 9]`, a row for each program: first row, end of the run's rows, what to add to a row and divide by the
+        heads to get its position, row of the page table, layer, first block, end of the blocks that no row ranks in
+        part, end of those that some row does (or 0), heads.
     """
     run_rows = runs.lengths.astype(np.int64) * heads
     first_rows = np.cumsum(run_rows) - run_rows
@@ -259,7 +247,7 @@ def cut(runs: Runs, heads: int, spec: IndexSpec, *, tile: int, programs: int, ev
     columns = (first[of], end[of], shift[of], table_rows, layers, begin, stop, masked_stop, every_heads)
     items = np.stack(columns, axis=1).astype(np.int32)
     # Neighbours in time share their keys.
-    return Tiles(items[np.argsort(begin, kind="stable")], int(visible.max(initial=1)))
+    return items[np.argsort(begin, kind="stable")]
 
 
 def split(rows: int, blocks: int, *, tile: int, programs: int) -> tuple[int, int]:
@@ -369,7 +357,7 @@ def score_prefill(
         page_table: int32 `[R, max_blocks]`.
         pages: the keys.
         spec: the indexer.
-        items: int32 `[N, 9]` on the device: `Tiles.items`.
+        items: int32 `[N, 9]` on the device, as `cut` returns them.
         scores: float32 `[T * H, width]`, written where a query ranks a block by its score, and beyond that anything.
         positions: int32 `[T * H]`, written: each row's position.
         tile: rows of a tile, as the items were cut; a multiple of 2.
@@ -385,7 +373,7 @@ def score_prefill(
         positions,
         items,
         page_table,
-        spec.num_layers,
+        pages.page_stride,
         scores.shape[1],
         page_table.stride(0),
         ROWS=tile // 2,

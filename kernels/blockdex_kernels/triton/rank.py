@@ -18,6 +18,8 @@ GREATEST = tl.constexpr(2**31 - 1)
 
 _FEW_ROWS = 1024
 """Rows that fit on the chip beside the programs of another kernel: what counts is how long one row takes."""
+_AT_ONCE = 64
+"""Blocks of one of few rows that are looked into at once, without groups: more take longer than groups do."""
 _DEPENDENT_ROWS = 8192
 """With more rows, waiting inside the kernel costs a large grid more than what is gained at its start."""
 
@@ -36,6 +38,18 @@ def _halved(low, high, count, middle, reached, fewest: tl.constexpr):
 @triton.jit
 def _reached(keys, bound):
     return tl.sum((keys >= bound).to(tl.int32), 0)
+
+
+@triton.jit
+def _least(keys, eligible, K: tl.constexpr, KEYS: tl.constexpr):
+    """A bound that at least K of the eligible keys reach; the others are `LEAST`."""
+    low = tl.full([], LEAST, tl.int32)
+    if K <= 32:
+        # The least of 32 maxima of as many keys each, if each of these holds any: 32 keys reach it.
+        low = tl.min(tl.max(tl.reshape(keys, [KEYS // 32, 32]), 0), 0)
+    if low == LEAST:
+        low = tl.min(tl.where(eligible, keys, GREATEST), 0)
+    return low
 
 
 @triton.jit
@@ -119,12 +133,7 @@ def _best_groups(
     if INIT > 0:
         filled = filled & (group * GROUP + GROUP > INIT)
     keys = tl.where(filled, ordered(maxima), LEAST)
-    low = tl.full([], LEAST, tl.int32)
-    if K <= 32:
-        # The least of 32 maxima of as many groups each, if each holds any: 32 groups reach it.
-        low = tl.min(tl.max(tl.reshape(keys, [GROUPS // 32, 32]), 0), 0)
-    if low == LEAST:
-        low = tl.min(tl.where(filled, keys, GREATEST), 0)
+    low = _least(keys, filled, K, GROUPS)
     low, count = _bound(keys, low, K, MOST, FEW)
     return low, _write_best(out, keys, group, low, count, K, MOST)
 
@@ -154,16 +163,17 @@ def _best_blocks(
     num_groups = (end + GROUP - 1) // GROUP - INIT // GROUP
     group = INIT // GROUP + slot
     low = tl.full([], LEAST, tl.int32)
-    if num_groups > MOST:
-        low, num_groups = _best_groups(scores, end, scratch, K, GROUPS, GROUP, MOST, INIT, FEW)
-        tl.debug_barrier()
-        group = tl.load(scratch + slot, mask=slot < num_groups, other=0)
+    if MOST < GROUPS:
+        if num_groups > MOST:
+            low, num_groups = _best_groups(scores, end, scratch, K, GROUPS, GROUP, MOST, INIT, FEW)
+            tl.debug_barrier()
+            group = tl.load(scratch + slot, mask=slot < num_groups, other=0)
     block = group * GROUP + candidate % GROUP
     eligible = (slot < num_groups) & (block >= INIT) & (block < end)
     value = tl.load(scores + block, mask=eligible, other=float("-inf"))
     keys = tl.where(eligible, ordered(value), LEAST)
     if low == LEAST:
-        low = tl.min(tl.where(eligible, keys, GREATEST), 0)
+        low = _least(keys, eligible, K, CANDIDATES)
     low, count = _bound(keys, low, K, K, FEW)
     _write_best(out, keys, block, low, count, K, K)
 
@@ -288,10 +298,14 @@ def _rank_kernel(
 def grouping(width: int, k: int, few: bool) -> tuple[int, int, int]:
     """How rows of a width are ranked: groups of blocks, blocks of a group, and how many blocks are looked into.
 
-    For few rows these are twice as many as they have to be: then hardly any bound has to be looked for among groups.
+    For few rows these are all, or twice as many as they have to be: then hardly any bound has to be looked for among
+    groups.
     A thread's share of the blocks, of the groups and of the candidates cost about as 5 to 27 to 35, since groups and
     candidates are compared with one bound after another.
     """
+    if few and width <= _AT_ONCE:
+        candidates = max(triton.next_power_of_2(width), 32)
+        return candidates // 4, 4, candidates
     shapes = []
     for groups in (32, 64, 128, 256, 512, 1024):
         group = next(size for size in (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 2**20) if groups * size >= width)

@@ -35,6 +35,15 @@ class Runs:
             columns = np.stack([column.cpu().numpy() for column in (spans.layers, spans.starts, spans.lengths)])
         return cls(np.arange(columns.shape[1], dtype=np.int32), *columns)
 
+    @property
+    def columns(self) -> NDArray[np.int32]:
+        """int32 `[3, R]`: layers, starts and lengths, as `Spans.columns`."""
+        return np.stack([self.layers, self.starts, self.lengths])
+
+    def blocks(self, block_size: int) -> int:
+        """Blocks that the longest sequence has."""
+        return int((self.starts + self.lengths - 1).max(initial=0)) // block_size + 1
+
     def slices(self, tokens: int) -> Iterator[Runs]:
         """Cuts the packed tokens into slices of at most so many; a run may lie in several."""
         ends = np.cumsum(self.lengths, dtype=np.int64)

@@ -72,6 +72,7 @@ class Cache:
         self._pool = PagePool(num_pages)
         self._sequences = Sequences(spec.num_layers)
         self._evictions = 0
+        self._evicted: dict[str, list[int]] = {}
         self._kept_since = float("inf")
         self._next_looked_at = 0
 
@@ -255,6 +256,11 @@ class Cache:
         """int32 `[S]`: row of the cells in which the page table of each column begins, as of now."""
         return self._sequences.tables.first_rows
 
+    def take_evicted(self) -> dict[str, list[int]]:
+        """Ids of the sequences, by tenant, that were given up for being past their lease since this was last asked."""
+        evicted, self._evicted = self._evicted, {}
+        return evicted
+
     def usage(self) -> CacheUsage:
         """Pages and sequences, now."""
         pool = self._pool
@@ -327,8 +333,15 @@ class Cache:
 
     def _evict(self, victims: list[int]) -> None:
         for column in victims:
-            self._remove(column)
+            self._give_up(column)
         self._evictions += len(victims)
+
+    def _give_up(self, column: int) -> None:
+        """Removes a sequence that nobody has closed, whose tenant is to hear of it."""
+        sequences = self._sequences
+        tenant = sequences.index.tenant(int(sequences.tenants[column]))
+        self._evicted.setdefault(tenant, []).append(int(sequences.ids[column]))
+        self._remove(column)
 
     def _add(self, tenant: str, sequence_id: int, lease: float, now: float) -> int:
         """Opens an empty sequence, and answers its column."""
@@ -349,7 +362,7 @@ class Cache:
         empty = are_idle(sequences, columns, self._kept_since, now) & (sequences.held[columns] == 0)
         for column in columns[empty].tolist():
             if sequences.is_open(column):
-                self._remove(column)
+                self._give_up(column)
 
     def _remove(self, column: int) -> None:
         self._pool.release(self._sequences.pages(column))

@@ -92,8 +92,11 @@ class Core:
     def take_up(self, event: pb.Event) -> None:
         """Takes up what the server tells of."""
         ledger = self._ledger
-        if ledger is not None and event.HasField("new_epoch"):
+        if ledger is None:
+            return
+        if event.HasField("new_epoch"):
             ledger.over |= event.new_epoch.epoch != ledger.info.epoch
+        ledger.evict(event.sequences_evicted.sequence_ids)
 
     def get_info(self, deadline: float) -> Call[Ledger]:
         """GetInfo. The answer is what the client knows from then on; a new epoch drops every length."""

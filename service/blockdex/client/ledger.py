@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from blockdex.client.answers import Info
-from blockdex.contract.errors import FailedPreconditionError, Reason
+from blockdex.contract.errors import FailedPreconditionError, NotFoundError, Reason
 
 _WRITES, _IN_FLIGHT, _IN_A_ROW, _MEMBERS = range(1, 5)
 _UNKNOWN = -1
@@ -113,7 +113,8 @@ class Ledger:
     def __init__(self, info: Info) -> None:
         self.info = info
         self.over = False
-        self._sequences: dict[int, _Layers] = {}
+        # None is for one that the server has evicted.
+        self._sequences: dict[int, _Layers | None] = {}
         self._lock = threading.Lock()
 
     def open(self, sequence: int, lengths: Sequence[int]) -> None:
@@ -129,11 +130,18 @@ class Ledger:
         """
         self._sequences.pop(sequence, None)
 
+    def evict(self, sequences: Iterable[int]) -> None:
+        """Forgets the lengths of sequences that the server has evicted; without a lock, as `close`."""
+        for sequence in sequences:
+            if sequence in self._sequences:
+                self._sequences[sequence] = None
+
     def last_positions(self, layer: int, sequences: list[int], lengths: list[int]) -> list[int]:
         """Where the last `lengths[i]` positions of each sequence start.
 
         Raises:
             FailedPreconditionError: a length is unknown (OUTCOME_UNKNOWN).
+            NotFoundError: a sequence was evicted (UNKNOWN_SEQUENCE).
         """
         with self._lock:
             return [self._length(sequence, layer) - rows for sequence, rows in zip(sequences, lengths, strict=False)]
@@ -143,6 +151,7 @@ class Ledger:
 
         Raises:
             FailedPreconditionError: starts are left out and a length is unknown (OUTCOME_UNKNOWN).
+            NotFoundError: starts are left out and a sequence was evicted (UNKNOWN_SEQUENCE).
         """
         with self._lock:
             if starts is None:
@@ -234,6 +243,9 @@ class Ledger:
     def _length(self, sequence: int, layer: int) -> int:
         layers = self._sequences.get(sequence)
         length = _UNKNOWN if layers is None else layers._numbers[_MEMBERS * layer]
+        if layers is None and sequence in self._sequences:
+            message = f"sequence {sequence}, layer {layer}: the server has evicted it"
+            raise NotFoundError(message, Reason.UNKNOWN_SEQUENCE)
         if length == _UNKNOWN:
             raise FailedPreconditionError(
                 f"sequence {sequence}, layer {layer}: its length is not known to this client; "

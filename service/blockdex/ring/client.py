@@ -27,6 +27,7 @@ from blockdex.ring import codec
 from blockdex.ring.caller import RPCS, Caller, CameTo, GivenUp
 from blockdex.ring.control_channel import ControlChannel
 from blockdex.ring.engine_reports import RemoteReports, gone
+from blockdex.ring.events import Event, NewEpoch, SequencesEvicted, event_of
 from blockdex.ring.handshake import Handles, silence, take
 from blockdex.ring.layout import ANSWER_STRUCT, IS_STATE, AnswerSlot
 from blockdex.ring.segment import RingError
@@ -290,9 +291,6 @@ class RingChannel(RemoteReports):
         tell_seconds: callers are told how requests that took longer spent their time.
         timed: told of good answers by `tell_times`, and when a link ends.
         spinning: looks for answers and requests before the loop sleeps; without it that sleeps at once.
-
-    Attributes:
-        epoch: of the engine's cache when the link to it began, 0 before the first.
     """
 
     def __init__(
@@ -314,7 +312,9 @@ class RingChannel(RemoteReports):
         self._control: ControlChannel | None = None
         self._link: Link | None = None
         self._limits: Limits | None = None
-        self.epoch = 0
+        self._told: Callable[[Event], None] = lambda _: None
+        self._epoch = 0
+        self._new_epoch = 0
 
     @property
     def limits(self) -> Limits:
@@ -338,7 +338,8 @@ class RingChannel(RemoteReports):
         with connected:
             await asyncio.get_running_loop().sock_connect(connected, self._address)
             handles, control = await _begin(connected)
-        hearing = asyncio.create_task(_listen(control))
+        self._new_epoch = 0
+        hearing = asyncio.create_task(self._listen(control))
         try:
             link = await self._open(handles, control)
             try:
@@ -362,8 +363,29 @@ class RingChannel(RemoteReports):
         except BaseException:
             handles.close()
             raise
-        self._limits, self._control, self._link, self.epoch = info.limits, control, link, info.epoch
+        self._limits, self._control, self._link = info.limits, control, link
+        # What it has told since it answered is newer.
+        self._take_epoch(self._new_epoch or info.epoch)
         return link
+
+    async def _listen(self, control: ControlChannel) -> None:
+        """Until the engine is gone; beside answers it tells events."""
+        async for words in control.heard():
+            match event_of(words):
+                case NewEpoch(epoch):
+                    self._new_epoch = epoch
+                    self._take_epoch(epoch)
+                case SequencesEvicted() as evicted:
+                    self._told(evicted)
+
+    def _take_epoch(self, epoch: int) -> None:
+        if self._epoch not in {0, epoch}:
+            self._told(NewEpoch(epoch))
+        self._epoch = epoch
+
+    def tell_events(self, told: Callable[[Event], None]) -> None:
+        """Has someone told of every event of the engine from now on, a new epoch of another engine included."""
+        self._told = told
 
     def refuse_new(self) -> None:
         """Takes no new requests from now on."""
@@ -461,9 +483,3 @@ async def _begin(connected: socket.socket) -> tuple[Handles, ControlChannel]:
     except BaseException:
         handles.close()
         raise
-
-
-async def _listen(control: ControlChannel) -> None:
-    """Until the engine is gone; it says nothing but answers."""
-    async for _ in control.heard():
-        pass

@@ -59,7 +59,7 @@ class ControlChannel:
         except TimeoutError:
             # Not `hang_up`, which would keep what was not read until it is.
             self._writer.transport.abort()
-            raise TimeoutError(f"link: an answer was not read within {_ANSWER_SECONDS:g} s") from None
+            raise TimeoutError(f"link: what it was told was not read within {_ANSWER_SECONDS:g} s") from None
 
     async def ask(self, words: Words) -> Words:
         """Sends a question and waits for its answer.

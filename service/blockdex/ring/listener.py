@@ -11,6 +11,7 @@ from blockdex.contract.messages import Limits
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.control_channel import ControlChannel
 from blockdex.ring.engine_reports import Engine, reply_to
+from blockdex.ring.events import EventQueue, words_of
 from blockdex.ring.handshake import Handles, offer
 from blockdex.ring.segment import RingError, Sizes
 from blockdex.ring.server import Line, RingInbox
@@ -75,16 +76,20 @@ class RingHost:
             log_event(logger, logging.WARNING, "link broken", reason=str(error))
             loop.call_soon_threadsafe(talk.hang_up)
 
-        line = Line(handles, hang_up)
+        events = EventQueue(loop)
+        line = Line(handles, hang_up, events.put)
         self._inbox.add(line)
         try:
-            async for words in talk.heard():
-                talk.tell(await reply_to(self._engine, words))
-                await talk.drain()
-        except TimeoutError as error:
-            hang_up(error)
-        except ConnectionError:
-            pass  # it went without its answer
+            async with asyncio.TaskGroup() as tasks:
+                telling = tasks.create_task(_tell_of(events, talk))
+                async for words in talk.heard():
+                    talk.tell(await reply_to(self._engine, words))
+                    await talk.drain()
+                telling.cancel()
+        except* TimeoutError as errors:
+            hang_up(errors.exceptions[0])
+        except* ConnectionError:
+            pass  # it went without what it was told
         finally:
             self._inbox.drop(line)
             talk.hang_up()
@@ -93,6 +98,13 @@ class RingHost:
         if self._limit.allows(time.monotonic()):
             withheld = self._limit.withheld()
             log_event(logger, logging.WARNING, "link refused", reason=str(error), withheld=withheld)
+
+
+async def _tell_of(events: EventQueue, talk: ControlChannel) -> None:
+    """Tells of events as they come."""
+    while True:
+        talk.tell(words_of(await events.get()))
+        await talk.drain()
 
 
 async def _begin(connected: socket.socket, sizes: Sizes, epoch: int) -> tuple[Handles, ControlChannel]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from blockdex._native import Core
 from blockdex._native import Line as NativeLine
+from blockdex.ring.events import Event
 from blockdex.ring.handshake import Handles
 from blockdex.ring.segment import RingError
 
@@ -19,21 +20,23 @@ class Line:
     Args:
         handles: the engine's side of the link.
         hang_up: ends the connection, from any thread; called where the client has written what cannot be.
+        tell: tells the client of an event, on the engine's thread.
 
     Attributes:
         native: what the core serves.
         gone: set, from any thread, when the client is.
     """
 
-    def __init__(self, handles: Handles, hang_up: Callable[[RingError], None]) -> None:
+    def __init__(self, handles: Handles, hang_up: Callable[[RingError], None], tell: Callable[[Event], None]) -> None:
         self.handles = handles
         self.hang_up = hang_up
+        self.tell = tell
         self.native = NativeLine(handles.segment, handles.client_bell, handles.engine_bell, handles.tenant)
         self.gone = False
 
 
 class RingInbox:
-    """The links that an engine serves. The engine's thread looks round and breaks off; others do the rest.
+    """The links that an engine serves. The engine's thread looks round, tells and breaks off; others do the rest.
 
     Args:
         spin_seconds: after a request or an answer, how long the core looks for requests before it sleeps.
@@ -78,6 +81,12 @@ class RingInbox:
             self._lines.remove(line)
             self._core.drop(line.native)
             line.handles.close()
+
+    def tell(self, event: Event) -> None:
+        """Tells the clients of all links of an event, those included that have only just come."""
+        self.look_round()
+        for line in self._lines:
+            line.tell(event)
 
     def break_off(self) -> None:
         """Ends the links whose clients wrote what cannot be."""

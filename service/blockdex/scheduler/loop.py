@@ -15,6 +15,7 @@ from blockdex.contract.messages import CacheOverview, Info, Limits
 from blockdex.contract.stats import Stats
 from blockdex.executor.dispatch import make_executor
 from blockdex.executor.interface import DeviceHungError
+from blockdex.ring.events import NewEpoch, evictions
 from blockdex.ring.server import RingInbox
 from blockdex.scheduler import THREAD
 from blockdex.scheduler.bulk import Bulk
@@ -84,10 +85,14 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._next_look = 0.0
         self._core = make_core(inbox, self._executor, limits, decode_queries)
-        self._be_born()
+        self._cache = self._new_cache()
+        self._serve_cache()
 
-    def _be_born(self) -> None:
-        self._cache = Cache(self.spec, len(self._backend.pages), default_lease_seconds=self._lease_seconds)
+    def _new_cache(self) -> Cache:
+        return Cache(self.spec, len(self._backend.pages), default_lease_seconds=self._lease_seconds)
+
+    def _serve_cache(self) -> None:
+        """Makes what works on a new cache."""
         self._stats.epoch_started = time.time()
         self._shared = Shared(self._core, self._executor, self._cache)
         self._sequences = SequenceKeeper(self._core, self._cache)
@@ -216,6 +221,8 @@ class Engine:
         self._sequences.trim()
         copies = self._sequences.handle(others)
         self._take_over(copies)
+        for event in evictions(self._cache.take_evicted()):
+            self._inbox.tell(event)
 
     def _take_over(self, copies: list[PageCopy]) -> None:
         """Has the device and the core know what has changed in the cache."""
@@ -229,8 +236,11 @@ class Engine:
     def _start_anew(self) -> None:
         """After a fault nobody knows what the pages hold: everything is refused, and a new epoch begins."""
         fault = InternalError("engine: a batch failed; every sequence is gone, a new epoch begins", Reason.INTERNAL)
+        # Who is told of the fault and asks for the epoch at once is answered the new one.
+        self._cache = self._new_cache()
         self._core.abandon(fault.code, fault.reason, fault.message)
-        self._be_born()
+        self._serve_cache()
+        self._inbox.tell(NewEpoch(self._cache.epoch))
 
     def _check_device(self, fault: Exception) -> None:
         """After a fault: was it one batch, or is the device gone?"""

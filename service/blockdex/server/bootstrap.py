@@ -144,7 +144,13 @@ def build_engine(
         if cache_bytes == "auto":
             cache_bytes = _automatic_cache_bytes(choice)
             _check_room(cache_bytes, spec)
-        backend = choose_backend(choice, spec, cache_bytes // spec.bytes_per_page, fp8_scoring=settings.fp8_scoring)
+        backend = choose_backend(
+            choice,
+            spec,
+            cache_bytes // spec.bytes_per_page,
+            fp8_scoring=settings.fp8_scoring,
+            prefill_kernel=settings.prefill_kernel,
+        )
     except ValueError as error:
         raise StartError(str(error)) from error
     except (RuntimeError, MemoryError) as error:

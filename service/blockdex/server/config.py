@@ -146,6 +146,11 @@ class ServeSettings(BaseSettings):
     fp8_scoring: Literal["native", "upcast"] = _setting(
         "native", "HOW", "How an fp8 cache is scored: native (queries cast too) or upcast (queries stay bf16)."
     )
+    prefill_kernel: Literal["portable", "hopper"] = _setting(
+        "portable",
+        "WHICH",
+        "Kernel of prefills: portable, or hopper on such a chip (on trial: it has run in no server).",
+    )
     max_message_bytes: Size = _setting("128MiB", "SIZE", "Tensor bytes of one request.", ge=1, lt=2**31)
     max_spans: int = _setting(4096, "N", "Sequences of one request.", ge=1)
     max_queued_requests: int = _setting(4096, "N", "Requests waiting in the engine, all clients together.", ge=1)

@@ -63,7 +63,6 @@ class Frontend:
         except OSError as error:
             self._talk.tell({"refused": str(error)})
             return
-        rpc.tell_of_epoch(self._channel.epoch)
         self._talk.tell({"listening": rpc.address, "serving": True})
         telling = asyncio.create_task(self._tell_changes(rpc))
         finishing: asyncio.Task[None] | None = None
@@ -90,8 +89,6 @@ class Frontend:
     async def _tell_changes(self, rpc: RpcServer) -> None:
         while True:
             there = await self._changes.get()
-            if there:
-                rpc.tell_of_epoch(self._channel.epoch)
             await rpc.be_ready(there)
             self._talk.tell({"serving": there})
 

@@ -547,12 +547,20 @@ class StreamRequest(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., append_keys: _Optional[_Union[AppendKeysRequest, _Mapping]] = ..., select_blocks: _Optional[_Union[SelectBlocksRequest, _Mapping]] = ..., append_and_select: _Optional[_Union[AppendAndSelectRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., open_sequences: _Optional[_Union[OpenSequencesRequest, _Mapping]] = ..., get_sequence: _Optional[_Union[GetSequenceRequest, _Mapping]] = ..., fork_sequence: _Optional[_Union[ForkSequenceRequest, _Mapping]] = ..., truncate_sequence: _Optional[_Union[TruncateSequenceRequest, _Mapping]] = ..., close_sequences: _Optional[_Union[CloseSequencesRequest, _Mapping]] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("draining", "new_epoch")
+    __slots__ = ("sequences_evicted", "draining", "new_epoch")
+    SEQUENCES_EVICTED_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     NEW_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    sequences_evicted: SequencesEvicted
     draining: Draining
     new_epoch: NewEpoch
-    def __init__(self, draining: _Optional[_Union[Draining, _Mapping]] = ..., new_epoch: _Optional[_Union[NewEpoch, _Mapping]] = ...) -> None: ...
+    def __init__(self, sequences_evicted: _Optional[_Union[SequencesEvicted, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., new_epoch: _Optional[_Union[NewEpoch, _Mapping]] = ...) -> None: ...
+
+class SequencesEvicted(_message.Message):
+    __slots__ = ("sequence_ids",)
+    SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    sequence_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Draining(_message.Message):
     __slots__ = ()

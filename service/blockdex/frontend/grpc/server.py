@@ -35,7 +35,6 @@ class RpcServer:
             ]
         )
         self._service = IndexerService(channel, log)
-        self._epoch = 0
         self._health = health.aio.HealthServicer()
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -58,12 +57,6 @@ class RpcServer:
         status = health_pb2.HealthCheckResponse
         for name in ("", SERVICE.full_name):
             await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
-
-    def tell_of_epoch(self, epoch: int) -> None:
-        """Streams hear of the cache's epoch where it is another than before."""
-        if self._epoch not in {0, epoch}:
-            self._service.tell(pb.Event(new_epoch=pb.NewEpoch(epoch=epoch)))
-        self._epoch = epoch
 
     async def stop_being_ready(self) -> None:
         """Health probes hear NOT_SERVING from now on, whatever comes, and streams that the server is told to stop."""

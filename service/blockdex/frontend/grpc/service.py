@@ -19,6 +19,7 @@ from blockdex.frontend.grpc.status import DETAILS_KEY, as_blockdex_error, status
 from blockdex.frontend.grpc.stream import StreamSession
 from blockdex.ring.caller import TOKEN_RPCS, CameTo
 from blockdex.ring.client import RingChannel
+from blockdex.ring.events import Event, NewEpoch, SequencesEvicted
 from blockdex.v1 import indexer_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["IndexerService"]
@@ -77,6 +78,7 @@ class IndexerService:
         self._channel = channel
         self._log = log
         self._sessions: set[StreamSession] = set()
+        channel.tell_events(self._pass_on)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The methods by their names. Token calls come and go as bytes, the others as messages."""
@@ -93,10 +95,19 @@ class IndexerService:
                 )
         return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
-    def tell(self, event: pb.Event) -> None:
-        """Tells every stream of an event."""
+    def tell(self, event: pb.Event, tenant: str | None = None) -> None:
+        """Tells every stream of an event, or those of one tenant."""
+        message = pb.StreamResponse(event=event).SerializeToString()
         for session in self._sessions:
-            session.tell(event)
+            if tenant in {None, session.tenant}:
+                session.tell(message)
+
+    def _pass_on(self, event: Event) -> None:
+        match event:
+            case SequencesEvicted(tenant, ids):
+                self.tell(pb.Event(sequences_evicted=pb.SequencesEvicted(sequence_ids=ids)), tenant)
+            case NewEpoch(epoch):
+                self.tell(pb.Event(new_epoch=pb.NewEpoch(epoch=epoch)))
 
     def finish_streams(self) -> None:
         """Has every stream end once what it has in flight is answered."""

@@ -49,12 +49,14 @@ class StreamSession:
         log: told of every request that did not go well, as `Stream/AppendKeys` and so on.
 
     Attributes:
+        tenant: whose sequences the requests name.
         requests: requests so far, cancellations not counted.
         errors: how many of them were not answered OK.
         refusal: what ended the stream, where that was a message which is none.
     """
 
     def __init__(self, channel: RingChannel, call: CallContext, log: RequestLog) -> None:
+        self.tenant = call.tenant
         self.requests = 0
         self.errors = 0
         self.refusal: InvalidArgumentError | None = None
@@ -92,10 +94,10 @@ class StreamSession:
             await self._something_to_write
             self._something_to_write = None
 
-    def tell(self, event: pb.Event) -> None:
-        """Tells the peer of an event; of too many for a peer that does not read, the oldest are dropped."""
+    def tell(self, event: bytes) -> None:
+        """Sends an event's bytes; of too many for a peer that does not read, the oldest are dropped."""
         if not self._no_more:
-            self._events.append(pb.StreamResponse(event=event).SerializeToString())
+            self._events.append(event)
             self._wake_writer()
 
     def finish(self) -> None:
@@ -140,7 +142,7 @@ class StreamSession:
             _wake(self._something_to_write)
 
     async def _read(self) -> None:
-        channel, tenant = self._channel, self._call.tenant
+        channel, tenant = self._channel, self.tenant
         read, send, look = self._call.context.read, channel.send, channel.look
         try:
             while (message := await read()) is not grpc.aio.EOF:
@@ -190,7 +192,7 @@ class StreamSession:
             self.failed(number, rpc, began, error, None)
 
     def _send_again(self, kind: str, request: pb.StreamRequest) -> None:
-        channel, body, tenant = self._channel, getattr(request, kind), self._call.tenant
+        channel, body, tenant = self._channel, getattr(request, kind), self.tenant
         if kind in _TOKEN_RPCS:
             convert.check_header(body.header)
             if not channel.send(self, STREAM, tenant, self._longest_wait, convert.usual(request)):
