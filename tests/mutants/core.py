@@ -37,7 +37,7 @@ MUTANTS = (
     Mutant(
         "what is held back is overtaken",
         _ADMIT,
-        "if (request->place != IS_WAITING && is_held_back(core, request)) return HELD_BACK;",
+        "if (request->state != IS_WAITING && is_held_back(core, request)) return HELD_BACK;",
         "",
         (*_CORE, *_ORDER),
     ),

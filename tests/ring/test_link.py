@@ -193,7 +193,7 @@ DTYPE_NAMES = dict(enumerate(layout.DTYPES, start=1))
 
 def insists(body: Any) -> bool:
     """Whether a request names what only protobuf's reader knows to refuse."""
-    return bool(body.header.model) or any(not 1 <= feature <= 6 for feature in body.header.required_features)
+    return bool(body.header.model) or any(feature not in convert.FEATURES for feature in body.header.required_features)
 
 
 def unfit(body: Any) -> Reason | None:

@@ -69,7 +69,8 @@ class Sequences:
 
     def open_columns(self) -> NDArray[np.intp]:
         """Columns of all open sequences; also from another thread."""
-        return np.flatnonzero(self.tenants)
+        # Of a copy: numpy fails where another thread changes what it looks for meanwhile.
+        return np.flatnonzero(self.tenants.copy())
 
     def pages(self, column: int) -> NDArray[np.int32]:
         """Pages of a sequence `[held]`."""

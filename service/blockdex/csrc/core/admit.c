@@ -368,18 +368,18 @@ static enum verdict take_sequence(struct core *core, struct request *request) {
 
 static enum verdict judge(struct core *core, struct request *request, int64_t now) {
     /* Whatever is held back that one names which waits came later. */
-    if (request->place != IS_WAITING && is_held_back(core, request)) return HELD_BACK;
+    if (request->state != IS_WAITING && is_held_back(core, request)) return HELD_BACK;
     if (!check_epoch(core, request)) return ENDED;
     return has_tokens(request) ? take_tokens(core, request, now) : take_sequence(core, request);
 }
 
-static void move(struct core *core, struct request *request, enum whereabouts place) {
-    if (request->place == place) return;
-    if (request->place == IS_QUEUED) list_remove(&core->backlog, request);
-    if (request->place == IS_WAITING) list_remove(&core->waiting, request);
-    request->place = place;
-    if (place == IS_WAITING) list_append(&core->waiting, request);
-    if (place == IS_QUEUED) list_prepend(&core->backlog, request);
+static void move(struct core *core, struct request *request, enum request_state state) {
+    if (request->state == state) return;
+    if (request->state == IS_QUEUED) list_remove(&core->backlog, request);
+    if (request->state == IS_WAITING) list_remove(&core->waiting, request);
+    request->state = state;
+    if (state == IS_WAITING) list_append(&core->waiting, request);
+    if (state == IS_QUEUED) list_prepend(&core->backlog, request);
 }
 
 bool core_drop_if_gone(struct core *core, struct request *request, int64_t now) {
@@ -415,7 +415,7 @@ static bool consider(struct core *core, struct request *request, int64_t now) {
             return hold_back_others(core, request);
         default:
             /* Its keys are there: it comes before whatever could take them away. */
-            if (request->place == IS_WAITING) move(core, request, IS_QUEUED);
+            if (request->state == IS_WAITING) move(core, request, IS_QUEUED);
             return hold_back_others(core, request);
     }
 }
@@ -450,7 +450,7 @@ static bool read_line(struct core *core, struct line *line, int64_t now) {
     for (; filled > 0 && !core->gathered.full && core->broken != line; filled--) {
         struct request *request = core_read(core, line, now);
         if (!request) continue;
-        request->place = IS_QUEUED;
+        request->state = IS_QUEUED;
         list_append(&core->backlog, request);
         if (!consider(core, request, now)) return false;
     }

@@ -12,7 +12,7 @@
 #include "ring/server_type.h"
 
 enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_COLUMNS = 5, CORE_ASKED = 1024 };
-/* Why `run` returns, but for the time's being up. */
+/* Why `run` returns before its time is up, a bit each. */
 enum { CORE_NOTICED = 1, CORE_FOR_PYTHON = 2, CORE_LATE = 4, CORE_BROKEN = 8 };
 enum { CORE_PHASES = 4, CORE_STAGES = 4, CORE_BUCKETS = 32 };
 /* Flags of a run in a step. */
@@ -32,7 +32,7 @@ struct columns {
 };
 
 /* Where a request is: in one of the core's lists, or in a step, or with Python. */
-enum whereabouts { IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, BULK };
+enum request_state { IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, BULK };
 
 /* A request that was read off its ring; while it is on its way, its link is not given up. Its tensors stay in its
  * client's arena, which can be written to at any time; all else was copied once. */
@@ -40,7 +40,7 @@ struct request {
     struct request *previous, *next; /* in `backlog` or `waiting` */
     struct line *line;
     struct blockdex_request slot;
-    enum whereabouts place;
+    enum request_state state;
     uint32_t number, tenant, num_rows, tokens, longest; /* rows: spans, or sequences to open or to close */
     bool cancelled, has_pages, done_already, holds_back;
     uint8_t phase;
@@ -208,14 +208,14 @@ void core_drop_gone(struct core *core, int64_t now);
 /* The smallest programs that hold so much; NULL where there are none. */
 const struct replay *core_replay(const struct core *core, uint32_t runs, uint32_t longest, int64_t end);
 
-/* Begins what was gathered, without the GIL. False: the device takes no step, or, with the GIL, Python's own has
- * failed. */
+/* Launches what was gathered, without the GIL. False: cuGraphLaunch failed (`launch_error`), or, with the GIL, Python's
+ * own step raised. */
 bool core_begin(struct core *core, int64_t now);
 
 /* Answers the steps that have ended; false: no memory is left. */
 bool core_land(struct core *core, int64_t now);
 
-/* Before each of the numbers, as `name=value`, that an error says beside its message. */
+/* Stands before each `name=value` of an error's metadata, behind its message. */
 #define META "\x1f"
 
 /* answer.c: each ends its request, and forgets it. Where there is no memory for the answer, it says so in

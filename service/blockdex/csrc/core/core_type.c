@@ -17,7 +17,7 @@ static bool is_used(const struct core *core, const struct line *line) {
     return false;
 }
 
-/* Gives up the lines that were dropped and that no request is of any more. */
+/* Releases the lines that were dropped, once no request of theirs is left. */
 static void release_gone(struct core *core) {
     for (size_t number = core->num_gone; number-- > 0;) {
         struct line *line = core->gone_lines[number];
@@ -27,7 +27,7 @@ static void release_gone(struct core *core) {
     }
 }
 
-/* So many seconds from now on; at once where that is no time. */
+/* The time that many seconds from now; now where they are negative or NaN. */
 static int64_t time_after(double seconds) {
     if (seconds >= 1e9) return INT64_MAX;
     return core_now() + (seconds > 0 ? (int64_t)(1e9 * seconds) : 0);
@@ -37,10 +37,12 @@ static PyObject *method_run(struct core *core, PyObject *argument) {
     double seconds = PyFloat_AsDouble(argument);
     if (PyErr_Occurred()) return NULL;
     int64_t until = time_after(seconds);
-    if (!core->index) return PyErr_Format(PyExc_RuntimeError, "core: it has no columns of a cache");
-    if (!core->run_step && !core->launch) return PyErr_Format(PyExc_RuntimeError, "core: nothing runs its steps");
+    if (!core->index) return PyErr_Format(PyExc_RuntimeError, "core: set_columns was not called");
+    if (!core->run_step && !core->launch)
+        return PyErr_Format(PyExc_RuntimeError, "core: neither set_replays nor set_run_step was called");
     for (int step = 0; step < CORE_STEPS; step++)
-        if (!core->steps[step].host.obj) return PyErr_Format(PyExc_RuntimeError, "core: step %d has no memory", step);
+        if (!core->steps[step].host.obj)
+            return PyErr_Format(PyExc_RuntimeError, "core: set_step was not called for step %d", step);
     release_gone(core);
     core->without_gil = PyEval_SaveThread();
     int why = core_run(core, until);
@@ -81,13 +83,13 @@ static PyObject *method_add(struct core *core, PyObject *line) {
     Py_RETURN_NONE;
 }
 
-/* Nothing is answered there any more. What is not yet begun is forgotten; what is, goes on for nobody. */
+/* Drops the requests of a line that are not begun; those that are begun run to their end, and are not answered. */
 static void forget_line(struct core *core, struct line *line) {
     for (uint32_t number = 0; number < core->max_queued; number++) {
         struct request *request = core->requests[number];
         if (!request || request->line != line) continue;
         request->cancelled = true;
-        if ((request->place == IS_QUEUED && !request->has_pages) || request->place == IS_WAITING) {
+        if ((request->state == IS_QUEUED && !request->has_pages) || request->state == IS_WAITING) {
             core_add(&core->cancelled, 1);
             core_forget(core, request);
             continue;
@@ -274,7 +276,8 @@ static PyMethodDef methods[] = {
     {"expect_no_more", (PyCFunction)method_expect_no_more, METH_NOARGS, "Keys that are waited for come no more."},
     {"add", (PyCFunction)method_add, METH_O, "Serves one more line."},
     {"drop", (PyCFunction)method_drop, METH_O, "Serves a line no more: nothing is written for it."},
-    {"take_broken", (PyCFunction)method_take_broken, METH_NOARGS, "A line that wrote what cannot be, and what."},
+    {"take_broken", (PyCFunction)method_take_broken, METH_NOARGS,
+     "A line with invalid numbers in its ring, and which; None if there is none."},
     {"set_columns", (PyCFunction)core_method_set_columns, METH_VARARGS, "Shares the cache's columns."},
     {"set_epoch", (PyCFunction)core_method_set_epoch, METH_O, "The cache's epoch."},
     {"set_step", (PyCFunction)core_method_set_step, METH_VARARGS, "Memory that one of the steps is made in."},

@@ -14,7 +14,7 @@ static PyObject *columns_of_request(const struct request *request) {
 }
 
 /* Where a tensor is in its link's memory: offset and bytes. */
-static PyObject *place_of_tensor(const struct request *request, const char *from, uint64_t bytes) {
+static PyObject *tensor_in_memory(const struct request *request, const char *from, uint64_t bytes) {
     return Py_BuildValue("nK", (Py_ssize_t)(from - (const char *)request->line->header), (unsigned long long)bytes);
 }
 
@@ -22,8 +22,8 @@ static PyObject *bulk_of(const struct request *request) {
     const struct blockdex_request *slot = &request->slot;
     return Py_BuildValue("IsINIOBNBNIIBB", request->number, "bulk", slot->layer, columns_of_request(request),
                          request->tenant, line_object(request->line), slot->keys_dtype,
-                         place_of_tensor(request, request->keys, slot->keys_bytes), slot->queries_dtype,
-                         place_of_tensor(request, request->queries, slot->queries_bytes), slot->first_head,
+                         tensor_in_memory(request, request->keys, slot->keys_bytes), slot->queries_dtype,
+                         tensor_in_memory(request, request->queries, slot->queries_bytes), slot->first_head,
                          slot->num_heads, slot->order, slot->flags);
 }
 
@@ -58,19 +58,19 @@ PyObject *core_method_take(struct core *core, PyObject *unused) {
     while (core->next_for_python < core->num_for_python) {
         struct request *request = core->requests[core->for_python[core->next_for_python++]];
         if (!request) continue;
-        if (request->place == BULK) return bulk_of(request);
-        if (request->place == WITH_PYTHON) return sequence_of(core, request);
+        if (request->state == BULK) return bulk_of(request);
+        if (request->state == WITH_PYTHON) return sequence_of(core, request);
         return Py_BuildValue("IsIN", request->number, "pages", request->slot.layer, columns_of_request(request));
     }
     core->next_for_python = core->num_for_python = 0;
     Py_RETURN_NONE;
 }
 
-/* The request of a number, in one of those places; NULL with an error set. */
+/* The request of a number, `queued`, or handed to Python; NULL with an error set. */
 static struct request *request_of(const struct core *core, unsigned int number, bool queued) {
     struct request *request = number < core->max_queued ? core->requests[number] : NULL;
     const bool right =
-        request && (queued ? request->place == IS_QUEUED : request->place == WITH_PYTHON || request->place == BULK);
+        request && (queued ? request->state == IS_QUEUED : request->state == WITH_PYTHON || request->state == BULK);
     if (!right) PyErr_Format(PyExc_ValueError, "core: request %u is not one for Python", number);
     return right ? request : NULL;
 }
@@ -138,7 +138,7 @@ PyObject *core_method_answer(struct core *core, PyObject *arguments) {
         const char *payload = parts[0].obj ? join(core, &parts[0], &parts[1], &bytes) : "";
         if (payload) {
             request->finished = core_now();
-            core->changed |= request->place == WITH_PYTHON;
+            core->changed |= request->state == WITH_PYTHON;
             core_answer(core, request, answer, payload, bytes);
             line_publish(line);
             done = Py_NewRef(Py_None);
@@ -155,7 +155,7 @@ PyObject *core_method_refuse(struct core *core, PyObject *arguments) {
     const char *reason, *message;
     if (!PyArg_ParseTuple(arguments, "IHss", &number, &code, &reason, &message)) return NULL;
     const bool queued =
-        number < core->max_queued && core->requests[number] && core->requests[number]->place == IS_QUEUED;
+        number < core->max_queued && core->requests[number] && core->requests[number]->state == IS_QUEUED;
     struct request *request = request_of(core, number, queued);
     if (!request) return NULL;
     struct line *line = request->line;

@@ -39,8 +39,8 @@ void list_remove(struct list *list, struct request *request) {
 }
 
 void core_forget(struct core *core, struct request *request) {
-    if (request->place == IS_QUEUED) list_remove(&core->backlog, request);
-    if (request->place == IS_WAITING) list_remove(&core->waiting, request);
+    if (request->state == IS_QUEUED) list_remove(&core->backlog, request);
+    if (request->state == IS_WAITING) list_remove(&core->waiting, request);
     core->changed |= request->holds_back;
     pair_index_remove(&core->tickets, (uintptr_t)request->line, request->slot.ticket);
     assert(core->requests[request->number] == request);

@@ -6,59 +6,59 @@
 
 enum { FEWEST_TENANTS = 16 };
 
-/* A free place, linked to the next one; 0 without memory. */
-static uint32_t take_place(struct sequence_index *index) {
+/* A free number, linked to the next one; 0 without memory. */
+static uint32_t take_number(struct sequence_index *index) {
     if (!index->first_free) {
         uint32_t old = index->num_tenants, more = old ? 2 * old : (uint32_t)FEWEST_TENANTS;
         struct tenant *tenants = realloc(index->tenants, more * sizeof *tenants);
         if (!tenants) return 0;
         memset(tenants + old, 0, (more - old) * sizeof *tenants);
-        for (uint32_t place = more - 1; place > 0 && place >= old; place--) {
-            tenants[place].next = index->first_free;
-            index->first_free = place;
+        for (uint32_t number = more - 1; number > 0 && number >= old; number--) {
+            tenants[number].next = index->first_free;
+            index->first_free = number;
         }
         index->tenants = tenants;
         index->num_tenants = more;
     }
-    uint32_t place = index->first_free;
-    index->first_free = index->tenants[place].next;
-    return place;
+    uint32_t number = index->first_free;
+    index->first_free = index->tenants[number].next;
+    return number;
 }
 
-static void give_place_back(struct sequence_index *index, uint32_t place) {
-    index->tenants[place] = (struct tenant){.next = index->first_free};
-    index->first_free = place;
+static void give_number_back(struct sequence_index *index, uint32_t number) {
+    index->tenants[number] = (struct tenant){.next = index->first_free};
+    index->first_free = number;
 }
 
 uint32_t sequence_index_use_tenant(struct sequence_index *index, const char *name, size_t bytes) {
     const uint64_t hash = keyed_hash(name, bytes);
     const uint32_t *found = pair_index_find(&index->by_name, hash, bytes);
     const uint32_t first = found ? *found : 0;
-    for (uint32_t place = first; place; place = index->tenants[place].next) {
-        struct tenant *tenant = &index->tenants[place];
+    for (uint32_t number = first; number; number = index->tenants[number].next) {
+        struct tenant *tenant = &index->tenants[number];
         if (memcmp(tenant->name, name, bytes)) continue;
         tenant->uses++;
-        return place;
+        return number;
     }
     char *copy = malloc(bytes + 1); /* none takes no memory, which malloc may say with NULL */
-    uint32_t place = copy ? take_place(index) : 0;
-    if (place && pair_index_set(&index->by_name, hash, bytes, place)) {
+    uint32_t number = copy ? take_number(index) : 0;
+    if (number && pair_index_set(&index->by_name, hash, bytes, number)) {
         memcpy(copy, name, bytes);
-        index->tenants[place] = (struct tenant){copy, bytes, 1, first};
-        return place;
+        index->tenants[number] = (struct tenant){copy, bytes, 1, first};
+        return number;
     }
-    if (place) give_place_back(index, place);
+    if (number) give_number_back(index, number);
     free(copy);
     return 0;
 }
 
-void sequence_index_release_tenant(struct sequence_index *index, uint32_t place) {
-    struct tenant *tenant = &index->tenants[place];
+void sequence_index_release_tenant(struct sequence_index *index, uint32_t number) {
+    struct tenant *tenant = &index->tenants[number];
     assert(tenant->uses > 0);
     if (--tenant->uses) return;
     const uint64_t hash = keyed_hash(tenant->name, tenant->bytes);
     const uint32_t first = *pair_index_find(&index->by_name, hash, tenant->bytes);
-    if (first == place) {
+    if (first == number) {
         if (tenant->next)
             (void)pair_index_set(&index->by_name, hash, tenant->bytes,
                                  tenant->next); /* it is there: no memory needed */
@@ -66,11 +66,11 @@ void sequence_index_release_tenant(struct sequence_index *index, uint32_t place)
             pair_index_remove(&index->by_name, hash, tenant->bytes);
     } else {
         uint32_t before = first;
-        while (index->tenants[before].next != place) before = index->tenants[before].next;
+        while (index->tenants[before].next != number) before = index->tenants[before].next;
         index->tenants[before].next = tenant->next;
     }
     free(tenant->name);
-    give_place_back(index, place);
+    give_number_back(index, number);
 }
 
 int64_t sequence_index_find(const struct sequence_index *index, uint32_t tenant, uint64_t sequence_id) {
@@ -119,18 +119,18 @@ static PyObject *method_find(struct sequence_index *index, PyObject *arguments) 
 }
 
 static PyObject *method_tenant(struct sequence_index *index, PyObject *argument) {
-    unsigned long place = PyLong_AsUnsignedLong(argument);
+    unsigned long number = PyLong_AsUnsignedLong(argument);
     if (PyErr_Occurred()) return NULL;
-    if (place >= index->num_tenants || !index->tenants[place].name)
-        return PyErr_Format(PyExc_KeyError, "tenant %lu: there is none", place);
-    return PyUnicode_DecodeASCII(index->tenants[place].name, (Py_ssize_t)index->tenants[place].bytes, "replace");
+    if (number >= index->num_tenants || !index->tenants[number].name)
+        return PyErr_Format(PyExc_KeyError, "tenant %lu: there is none", number);
+    return PyUnicode_DecodeASCII(index->tenants[number].name, (Py_ssize_t)index->tenants[number].bytes, "replace");
 }
 
 static Py_ssize_t count(struct sequence_index *index) { return (Py_ssize_t)index->columns.used; }
 
 static void index_dealloc(struct sequence_index *index) {
     PyTypeObject *type = Py_TYPE((PyObject *)index);
-    for (uint32_t place = 0; place < index->num_tenants; place++) free(index->tenants[place].name);
+    for (uint32_t number = 0; number < index->num_tenants; number++) free(index->tenants[number].name);
     free(index->tenants);
     pair_index_free(&index->by_name);
     pair_index_free(&index->columns);

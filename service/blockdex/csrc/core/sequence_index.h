@@ -5,16 +5,17 @@
 #include "core/pair_index.h"
 #include "native.h"
 
-/* A tenant's number is its place. It has one as long as it is used: by its open sequences, and by its requests. */
+/* A tenant's number is its index in `tenants`. It has one as long as it is used: by its open sequences, and by its
+ * requests. */
 struct tenant {
     char *name; /* NULL where there is none */
     size_t bytes, uses;
-    uint32_t next; /* another one of the same hash, or a free place behind this free place; 0: none */
+    uint32_t next; /* another one of the same hash, or the next free number; 0: none */
 };
 
 struct sequence_index {
     PyObject_HEAD
-    struct tenant *tenants; /* place 0 is nobody's */
+    struct tenant *tenants; /* 0 is nobody's */
     uint32_t num_tenants, first_free;
     struct pair_index by_name, columns;
 };

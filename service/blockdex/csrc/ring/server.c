@@ -69,9 +69,9 @@ void line_release(struct line *line) {
 }
 
 /* Extents of the answers' arena are given back in order, round and round; positions count bytes from the beginning. */
-static bool take_extent(struct line *line, uint64_t bytes, struct place *place) {
+static bool take_extent(struct line *line, uint64_t bytes, struct claim *claim) {
     uint64_t freed = atomic_load_explicit(&line->header->answer_bytes_freed, memory_order_acquire);
-    uint64_t size = line->answer_arena_bytes, begin = line->tape_end, wanted = blockdex_aligned(bytes);
+    uint64_t size = line->answer_arena_bytes, begin = line->arena_end, wanted = blockdex_aligned(bytes);
     uint64_t to_the_edge = size - begin % size;
     if (bytes > size) return false;
     if (begin - freed > size) return false; /* no such position: only who harms itself says that */
@@ -79,31 +79,31 @@ static bool take_extent(struct line *line, uint64_t bytes, struct place *place) 
     bool unused = freed == begin && to_the_edge + wanted <= size;
     if (wanted > to_the_edge || unused) begin += to_the_edge;
     if (begin + wanted - freed > size) return false;
-    line->tape_end = place->end = begin + wanted;
-    place->offset = begin % size;
-    assert(place->offset % 64 == 0 && place->offset + wanted <= size);
-    place->payload = line->answer_arena + place->offset;
+    line->arena_end = claim->end = begin + wanted;
+    claim->offset = begin % size;
+    assert(claim->offset % 64 == 0 && claim->offset + wanted <= size);
+    claim->payload = line->answer_arena + claim->offset;
     return true;
 }
 
-bool line_claim(struct line *line, uint64_t bytes, struct place *place) {
+bool line_claim(struct line *line, uint64_t bytes, struct claim *claim) {
     uint64_t taken = line->written - atomic_load_explicit(&line->header->answers_read, memory_order_acquire);
     if (taken >= line->answer_slots) return false;
-    *place = (struct place){.payload = line->answer_arena};
-    if (bytes && !take_extent(line, bytes, place)) return false;
-    place->slot = (void *)(line->answers + line->written++ % line->answer_slots * BLOCKDEX_SLOT_BYTES);
+    *claim = (struct claim){.payload = line->answer_arena};
+    if (bytes && !take_extent(line, bytes, claim)) return false;
+    claim->slot = (void *)(line->answers + line->written++ % line->answer_slots * BLOCKDEX_SLOT_BYTES);
     line->changed = true;
     return true;
 }
 
 static bool write_answer(struct line *line, const struct blockdex_answer *numbers, const void *payload) {
-    struct place place;
-    if (!line_claim(line, numbers->payload_bytes, &place)) return false;
-    memcpy(place.payload, payload, numbers->payload_bytes);
+    struct claim claim;
+    if (!line_claim(line, numbers->payload_bytes, &claim)) return false;
+    memcpy(claim.payload, payload, numbers->payload_bytes);
     struct blockdex_answer answer = *numbers;
-    answer.payload_offset = place.offset;
-    answer.payload_end = place.end;
-    memcpy(place.slot, &answer, sizeof answer);
+    answer.payload_offset = claim.offset;
+    answer.payload_end = claim.end;
+    memcpy(claim.slot, &answer, sizeof answer);
     return true;
 }
 

@@ -21,7 +21,7 @@ struct line {
     struct blockdex_header *header;
     char *requests, *answers, *request_arena, *answer_arena;
     uint64_t request_slots, answer_slots, request_arena_bytes, answer_arena_bytes;
-    uint64_t read, written, tape_end;
+    uint64_t read, written, arena_end;
     struct unwritten *first_unwritten, **last_unwritten;
     int bell, own_bell;
     uint16_t tenant_bytes; /* 0: every request names its own */
@@ -32,8 +32,8 @@ struct line {
     bool crowded; /* Python has answers for which there was no room */
 };
 
-/* A place for an answer. */
-struct place {
+/* Where an answer is written: its slot, and its payload in the arena. */
+struct claim {
     struct blockdex_answer *slot;
     char *payload;
     uint64_t offset, end;
@@ -61,9 +61,9 @@ static inline uint32_t line_region_of(const struct blockdex_request *request) {
 }
 
 /* The next free slot, and room for what the answer carries; false while there is none of either. */
-bool line_claim(struct line *line, uint64_t bytes, struct place *place);
+bool line_claim(struct line *line, uint64_t bytes, struct claim *claim);
 
-/* Answers, as soon as there is room: numbers, but for the place of what they carry. False: no memory is left. */
+/* Answers, as soon as there is room: `numbers` without payload_offset and payload_end. False: no memory is left. */
 bool line_answer(struct line *line, struct blockdex_answer numbers, const void *payload, uint64_t bytes);
 
 /* Writes answers that there was no room for; shows the client what was written, and wakes it. */

@@ -152,13 +152,13 @@ static PyObject *method_release(struct line_object *self, PyObject *unused) {
 }
 
 static PyObject *method_claim(struct line_object *self, PyObject *bytes) {
-    struct place place;
+    struct claim claim;
     unsigned long long size = PyLong_AsUnsignedLongLong(bytes);
     if (PyErr_Occurred()) return NULL;
-    if (!line_claim(&self->line, size, &place)) Py_RETURN_NONE;
-    const char *slot = (const void *)place.slot;
+    if (!line_claim(&self->line, size, &claim)) Py_RETURN_NONE;
+    const char *slot = (const void *)claim.slot;
     Py_ssize_t offset = slot - (const char *)self->memory.buf;
-    return Py_BuildValue("nKK", offset, (unsigned long long)place.offset, (unsigned long long)place.end);
+    return Py_BuildValue("nKK", offset, (unsigned long long)claim.offset, (unsigned long long)claim.end);
 }
 
 static PyObject *method_wait_for_room(struct line_object *self, PyObject *unused) {
