@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 from collections.abc import Mapping
@@ -45,12 +46,16 @@ class RingCaller:
         engine_side, handles = new_link(_SIZES, engine.info().epoch)
         self.broken: list[Exception] = []
         self.events: list[Event] = []
-        self._engine, self._inbox, self._handles = engine, inbox, handles
+        self._engine = engine
         self._frontend = ForeignFrontend(handles)
         self._in_flight: dict[int, PendingAnswer] = {}
         self._tickets = itertools.count(1)
         self._reading: asyncio.Task[None] | None = None
         self._line = Line(engine_side, self.broken.append, self.events.append)
+        self._files = contextlib.ExitStack()
+        self._files.callback(os.close, inbox.nudge)
+        self._files.callback(handles.close)
+        self._files.callback(lambda: None if self._line.gone else engine_side.close())
         inbox.add(self._line)
 
     def start(self) -> None:
@@ -63,10 +68,7 @@ class RingCaller:
         if self._reading is not None:
             self._reading.cancel()
         self._engine.stop()
-        if not self._line.gone:
-            self._line.handles.close()
-        self._handles.close()
-        os.close(self._inbox.nudge)
+        self._files.close()
 
     def submit(self, request: Request, timeout: float) -> PendingAnswer:
         """Writes a request."""
