@@ -30,7 +30,7 @@ from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, REQUEST, SLOT_BYTES
 from blockdex.ring.listener import sizes_of
 from blockdex.ring.segment import Sizes
-from blockdex.ring.server import Line, RingInbox
+from blockdex.ring.server import RingInbox, ServerLink
 from blockdex.scheduler.loop import Engine
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.cpu import CpuBackend
@@ -102,7 +102,7 @@ class Asker:
     def __init__(self, inbox: RingInbox, epoch: int, sizes: Sizes) -> None:
         engine, self._handles = new_link(sizes, epoch)
         self._segment = self._handles.segment
-        self._line = Line(engine, hang_up=lambda _: None, tell=lambda _: None)
+        self._line = ServerLink(engine, hang_up=lambda _: None, tell=lambda _: None)
         inbox.add(self._line)
         self._asked = 0
 

@@ -14,7 +14,7 @@ MAX_RUNS: int
 MAX_TOKENS: int
 STEPS: int
 
-class Line:
+class ServerLink:
     """One link, as the engine's thread sees it: requests come off it, answers go onto it.
 
     Args:
@@ -189,13 +189,13 @@ class Core:
     def expect_no_more(self) -> None:
         """No request will come any more: selections whose keys are not there are refused, not kept waiting."""
 
-    def add(self, line: Line, /) -> None:
+    def add(self, line: ServerLink, /) -> None:
         """Serves one more line."""
 
-    def drop(self, line: Line, /) -> None:
+    def drop(self, line: ServerLink, /) -> None:
         """Serves a line no more: nothing is written for it, and what it asked for is given up."""
 
-    def take_broken(self) -> tuple[Line, str] | None:
+    def take_broken(self) -> tuple[ServerLink, str] | None:
         """A line whose client wrote what cannot be, and what that was; it is read no more."""
 
     def set_columns(
@@ -305,7 +305,7 @@ Rest = tuple[int, int, bytes, bytes, int, int, int]
 RPC, `received` of its request's slot, the answer's slot, its payload, and the request's layer, spans, tokens.
 """
 
-class Link:
+class ClientLink:
     """The frontend's side of a ring, on one thread: slots, tickets, the requests' arena, the answers'.
 
     Requests of one caller are sent in their order. What there is no room for waits, and all that comes behind it;
@@ -340,7 +340,7 @@ class Link:
         num_rpcs: int,
         time_bounds: tuple[float, ...],
         spin_seconds: float = 0.0,
-    ) -> Link: ...
+    ) -> ClientLink: ...
     @property
     def answered(self) -> bool:
         """Whether there are answers to take."""

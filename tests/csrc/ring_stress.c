@@ -8,7 +8,7 @@
 
 enum { SLOTS = 16, ARENA = 4096, LARGEST = 448, PATIENCE = 10000 };
 
-static struct line line;
+static struct server_link link;
 static struct blockdex_ring ring;
 static uint64_t count;
 
@@ -45,23 +45,23 @@ static void *be_the_client(void *unused) {
 }
 
 static void sleep_until_rung(void) {
-    struct pollfd bell = {line.own_bell, POLLIN, 0};
-    if (line_lie_down(&line) && poll(&bell, 1, PATIENCE) <= 0) fail("the engine was not woken");
-    blockdex_silence(line.own_bell);
-    line_get_up(&line);
+    struct pollfd bell = {link.own_bell, POLLIN, 0};
+    if (server_link_lie_down(&link) && poll(&bell, 1, PATIENCE) <= 0) fail("the engine was not woken");
+    blockdex_silence(link.own_bell);
+    server_link_get_up(&link);
 }
 
 static void *be_the_engine(void *unused) {
-    for (uint64_t answered = 0; answered < count || line.first_unwritten;) {
-        for (int64_t filled = line_filled(&line); filled > 0; filled--, answered++) {
-            struct blockdex_request request = *line_head(&line);
-            line_release(&line);
+    for (uint64_t answered = 0; answered < count || link.first_unwritten;) {
+        for (int64_t filled = server_link_filled(&link); filled > 0; filled--, answered++) {
+            struct blockdex_request request = *server_link_head(&link);
+            server_link_release(&link);
             struct blockdex_answer answer = {.ticket = request.ticket, .phase = BLOCKDEX_SEQUENCE};
-            const char *payload = line.request_arena + request.payload_offset;
-            if (!line_answer(&line, answer, payload, request.payload_bytes)) fail("no memory");
+            const char *payload = link.request_arena + request.payload_offset;
+            if (!server_link_answer(&link, answer, payload, request.payload_bytes)) fail("no memory");
         }
-        line_publish(&line);
-        if (!line_filled(&line) && (answered < count || line.first_unwritten)) sleep_until_rung();
+        server_link_publish(&link);
+        if (!server_link_filled(&link) && (answered < count || link.first_unwritten)) sleep_until_rung();
     }
     return unused;
 }
@@ -87,7 +87,7 @@ static void make_link(void) {
         .header = header, .link = links[0], .engine_bell = engine_bells[0], .client_bell = client_bells[1]};
     const struct segment_layout layout = {requests, answers, request_arena, answer_arena,
                                           SLOTS,    SLOTS,   SLOTS * 512,   ARENA};
-    if (!line_open(&line, memory, 1 << 17, &layout, client_bells[0], engine_bells[1])) fail("no link");
+    if (!server_link_open(&link, memory, 1 << 17, &layout, client_bells[0], engine_bells[1])) fail("no link");
 }
 
 int main(int argc, char **argv) {

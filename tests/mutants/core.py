@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutants.mutant import Mutant
 
-_ADMIT, _STEP = "csrc/core/admit.c", "csrc/core/step.c"
+_ADMIT, _STEP = "csrc/core/admit.c", "csrc/core/launch.c"
 _CASTS, _INDEX = "csrc/core/casts.c", "csrc/core/pair_index.c"
 _CORE = ("scheduler/test_core.py",)
 _STEPS = ("scheduler/test_core_steps.py",)

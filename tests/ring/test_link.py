@@ -93,7 +93,7 @@ class Core:
         self.segment.counters[AT["answers_written"] // 8] = self.answered
 
     def send(self, rpc: int, message: bytes, owner: object = ME) -> Any:
-        """As `Link.send`, of one tenant and with one timeout."""
+        """As `ClientLink.send`, of one tenant and with one timeout."""
         return self.link.send(owner, rpc, TENANT, 7.0, message)
 
     def ask(self, owner: object = ME, number: int = 0) -> Any:

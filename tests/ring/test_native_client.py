@@ -43,7 +43,7 @@ class DeadEnd:
         self.segment = handles.segment
         info: Any = SimpleNamespace(spec=SPEC, limits=LIMITS)
         self.breaks = 0
-        self.link = client.Link(handles, info, self._broken, TIMEOUT, None)
+        self.link = client.ClientLink(handles, info, self._broken, TIMEOUT, None)
         self.answers = Producer(self.segment, "answer", Bell(self.segment, "client_sleeps", self.engine.client_bell))
 
     def _broken(self) -> None:

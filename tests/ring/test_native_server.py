@@ -22,11 +22,11 @@ ARENA, SLOTS = 1024, 64
 
 
 @contextmanager
-def link(slots: int = SLOTS, arena: int = ARENA) -> Iterator[tuple[native.Line, ForeignFrontend]]:
+def link(slots: int = SLOTS, arena: int = ARENA) -> Iterator[tuple[native.ServerLink, ForeignFrontend]]:
     engine, client = new_link(Sizes(slots, request_bytes=1 << 12, answer_bytes=arena), epoch=1)
     frontend = ForeignFrontend(client)
     try:
-        yield native.Line(engine.segment, engine.client_bell, engine.engine_bell), frontend
+        yield native.ServerLink(engine.segment, engine.client_bell, engine.engine_bell), frontend
     finally:
         frontend.close()
         engine.close()
@@ -169,16 +169,16 @@ def test_a_segment_whose_parts_are_not_inside_it_is_refused(changes: dict[str, A
     engine, client = new_link(Sizes(SLOTS, request_bytes=1 << 12, answer_bytes=ARENA), epoch=1)
     with closing(engine), closing(client):
         right = {name: getattr(engine.segment, name) for name in vars(engine.segment)}
-        native.Line(SimpleNamespace(**right), engine.client_bell, engine.engine_bell)
+        native.ServerLink(SimpleNamespace(**right), engine.client_bell, engine.engine_bell)
         with pytest.raises(ValueError, match="segment: its parts are not inside its memory"):
-            native.Line(SimpleNamespace(**right | changes), engine.client_bell, engine.engine_bell)
+            native.ServerLink(SimpleNamespace(**right | changes), engine.client_bell, engine.engine_bell)
 
 
 def test_a_link_gives_its_segment_back() -> None:
     engine, client = new_link(Sizes(SLOTS, request_bytes=1 << 12, answer_bytes=ARENA), epoch=1)
     with closing(engine), closing(client), memoryview(engine.segment.memory) as memory:
         right = {name: getattr(engine.segment, name) for name in vars(engine.segment)}
-        line = native.Line(SimpleNamespace(**right | {"memory": memory}), engine.client_bell, engine.engine_bell)
+        line = native.ServerLink(SimpleNamespace(**right | {"memory": memory}), engine.client_bell, engine.engine_bell)
         with pytest.raises(BufferError):
             memory.release()
         del line
@@ -188,11 +188,11 @@ def test_a_link_gives_its_segment_back() -> None:
 def test_a_tenant_that_is_too_long_is_refused() -> None:
     engine, client = new_link(Sizes(SLOTS, request_bytes=1 << 12, answer_bytes=ARENA), epoch=1)
     with closing(engine), closing(client), pytest.raises(ValueError, match="tenant: at most 256 bytes, got 257"):
-        native.Line(engine.segment, engine.client_bell, engine.engine_bell, "t" * 257)
+        native.ServerLink(engine.segment, engine.client_bell, engine.engine_bell, "t" * 257)
 
 
 def test_what_is_no_segment_is_no_line() -> None:
     with pytest.raises(AttributeError):
-        native.Line(object(), 0, 0)
+        native.ServerLink(object(), 0, 0)
     with link() as (line, _), pytest.raises(TypeError, match="cannot be deleted"):
         del line.gone

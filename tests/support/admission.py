@@ -61,7 +61,7 @@ class Admission:
         self.core.set_epoch(cache.epoch)
         engine, client = new_link(_SIZES, epoch=1)
         self.client = ForeignFrontend(client)
-        self.core.add(native.Line(engine.segment, engine.client_bell, engine.engine_bell))
+        self.core.add(native.ServerLink(engine.segment, engine.client_bell, engine.engine_bell))
         self._cache, self._sides = weakref.ref(cache), (engine, client)
 
     def serves(self, cache: Cache) -> bool:

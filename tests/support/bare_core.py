@@ -192,7 +192,7 @@ class BareCore:
             self.core.set_replays(*self.device.replays(replays))
         self.doors: list[ForeignFrontend] = []
         self.engine_sides: list[Handles] = []
-        self.lines: list[native.Line] = []
+        self.lines: list[native.ServerLink] = []
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -208,7 +208,7 @@ class BareCore:
         """One more frontend."""
         engine, client = new_link(sizes, epoch=1)
         door = ForeignFrontend(client)
-        line = native.Line(engine.segment, engine.client_bell, engine.engine_bell)
+        line = native.ServerLink(engine.segment, engine.client_bell, engine.engine_bell)
         self.engine_sides.append(engine)
         self.core.add(line)
         self.doors.append(door)

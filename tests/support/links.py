@@ -26,4 +26,4 @@ def link_of(segment: Segment, bell: int, *, spec: IndexSpec = SPEC, limits: Limi
         "num_rpcs": len(RPCS),
         "time_bounds": BOUNDS,
     }
-    return _native.Link(segment.memory, bell, **bounds | options)
+    return _native.ClientLink(segment.memory, bell, **bounds | options)

@@ -125,9 +125,9 @@ def use(objects: list[Any], pool: dict[str, list[Any]], known: dict[str, list[Pa
 class Made(NamedTuple):
     """Objects of the module, and what else its calls take."""
 
-    line: native.Line
+    line: native.ServerLink
     core: native.Core
-    link: native.Link
+    link: native.ClientLink
     bare: BareCore
     engine: Handles
 
@@ -139,7 +139,7 @@ class Made(NamedTuple):
             "NDArray": KINDS["NDArray"] + 3 * books,
             "memoryview": [self.engine.segment.memory, bytearray(64)],
             "object": KINDS["object"] + segments(self.engine),
-            "Line": [*self.bare.lines, self.line],
+            "ServerLink": [*self.bare.lines, self.line],
             "SequenceIndex": [self.bare.cache.columns.sequences],
         }
 
@@ -150,7 +150,7 @@ def made() -> Iterator[Made]:
     engine, client = new_link(SIZES, epoch=1)
     with contextlib.closing(engine), contextlib.closing(client), bare_core() as bare:
         bare.open_client()
-        line = native.Line(engine.segment, engine.client_bell, engine.engine_bell)
+        line = native.ServerLink(engine.segment, engine.client_bell, engine.engine_bell)
         link = link_of(client.segment, client.engine_bell)
         yield Made(line, bare.core, link, bare, engine)
 

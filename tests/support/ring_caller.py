@@ -17,7 +17,7 @@ from blockdex.ring.events import Event
 from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import RequestSlot
 from blockdex.ring.segment import Sizes
-from blockdex.ring.server import Line, RingInbox
+from blockdex.ring.server import RingInbox, ServerLink
 from blockdex.scheduler.loop import Engine
 from support.foreign_frontend import ForeignFrontend
 
@@ -51,7 +51,7 @@ class RingCaller:
         self._in_flight: dict[int, PendingAnswer] = {}
         self._tickets = itertools.count(1)
         self._reading: asyncio.Task[None] | None = None
-        self._line = Line(engine_side, self.broken.append, self.events.append)
+        self._line = ServerLink(engine_side, self.broken.append, self.events.append)
         self._files = contextlib.ExitStack()
         self._files.callback(os.close, inbox.nudge)
         self._files.callback(handles.close)

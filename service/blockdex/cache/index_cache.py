@@ -164,7 +164,7 @@ class Cache:
             if column is not None:
                 self._remove(column)
 
-    def find_pages(
+    def allocate_pages(
         self,
         subject: str,
         named: NDArray[np.intp],

@@ -54,7 +54,7 @@ class Spinning(NamedTuple):
     seconds: float
 
 
-class Link:
+class ClientLink:
     """The rings to one life of the engine; ends with it.
 
     Args:
@@ -81,7 +81,7 @@ class Link:
         self._spinning = spinning
         self._loop = asyncio.get_running_loop()
         try:
-            self._ring = native.Link(
+            self._ring = native.ClientLink(
                 handles.segment.memory,
                 handles.engine_bell,
                 num_heads=info.spec.num_index_heads,
@@ -310,7 +310,7 @@ class RingChannel(RemoteReports):
         self._spinning = spinning
         self._refuses_new = False
         self._control: ControlChannel | None = None
-        self._link: Link | None = None
+        self._link: ClientLink | None = None
         self._limits: Limits | None = None
         self._told: Callable[[Event], None] = lambda _: None
         self._epoch = 0
@@ -355,11 +355,11 @@ class RingChannel(RemoteReports):
             hearing.cancel()
             control.hang_up()
 
-    async def _open(self, handles: Handles, control: ControlChannel) -> Link:
+    async def _open(self, handles: Handles, control: ControlChannel) -> ClientLink:
         """The link of what was handed out, once the engine has said what it is."""
         try:
             info = await RemoteReports(lambda: control).info()
-            link = Link(handles, info, control.hang_up, self._tell_seconds, self._spinning)
+            link = ClientLink(handles, info, control.hang_up, self._tell_seconds, self._spinning)
         except BaseException:
             handles.close()
             raise

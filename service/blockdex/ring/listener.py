@@ -14,7 +14,7 @@ from blockdex.ring.engine_reports import Engine, reply_to
 from blockdex.ring.events import EventQueue, words_of
 from blockdex.ring.handshake import Handles, offer
 from blockdex.ring.segment import RingError, Sizes
-from blockdex.ring.server import Line, RingInbox
+from blockdex.ring.server import RingInbox, ServerLink
 from blockdex_kernels import IndexSpec
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class RingHost:
             loop.call_soon_threadsafe(talk.hang_up)
 
         events = EventQueue(loop)
-        line = Line(handles, hang_up, events.put)
+        line = ServerLink(handles, hang_up, events.put)
         self._inbox.add(line)
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -18,10 +18,10 @@ class RingSelector(selectors.EpollSelector):
 
     def __init__(self) -> None:
         super().__init__()
-        self._ring: native.Link | None = None
+        self._ring: native.ClientLink | None = None
         self._bell = -1
 
-    def watch(self, ring: native.Link, bell: int) -> None:
+    def watch(self, ring: native.ClientLink, bell: int) -> None:
         """Takes answers of a ring for events of its bell, which is registered, from now on."""
         self._ring, self._bell = ring, bell
 

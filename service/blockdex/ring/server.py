@@ -8,13 +8,13 @@ import queue
 from collections.abc import Callable
 
 from blockdex._native import Core
-from blockdex._native import Line as NativeLine
+from blockdex._native import ServerLink as NativeLink
 from blockdex.ring.events import Event
 from blockdex.ring.handshake import Handles
 from blockdex.ring.segment import RingError
 
 
-class Line:
+class ServerLink:
     """One link, as the engine sees it.
 
     Args:
@@ -31,7 +31,7 @@ class Line:
         self.handles = handles
         self.hang_up = hang_up
         self.tell = tell
-        self.native = NativeLine(handles.segment, handles.client_bell, handles.engine_bell, handles.tenant)
+        self.native = NativeLink(handles.segment, handles.client_bell, handles.engine_bell, handles.tenant)
         self.gone = False
 
 
@@ -50,20 +50,20 @@ class RingInbox:
         self.nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.spin_seconds = spin_seconds
         self._core: Core | None = None
-        self._lines: list[Line] = []
-        self._arrivals: queue.SimpleQueue[Line] = queue.SimpleQueue()
+        self._lines: list[ServerLink] = []
+        self._arrivals: queue.SimpleQueue[ServerLink] = queue.SimpleQueue()
 
     def serve(self, core: Core) -> None:
         """Serves links with a core from now on; before the first one comes."""
         self._core = core
 
-    def add(self, line: Line) -> None:
+    def add(self, line: ServerLink) -> None:
         """Takes requests of a client from now on."""
         assert self._core is not None
         self._arrivals.put(line)
         self._core.notice()
 
-    def drop(self, line: Line) -> None:
+    def drop(self, line: ServerLink) -> None:
         """Takes no more requests of a client that is gone, and gives up those that it sent."""
         assert self._core is not None
         line.gone = True

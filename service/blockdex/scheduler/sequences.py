@@ -50,7 +50,7 @@ class SequenceKeeper:
             return []  # The core asks again when the prefill is done.
         subject = f"sequence {all_rows.ids[0]}" if len(all_rows.ids) == 1 else f"{len(all_rows.ids)} sequences"
         named = all_rows.columns.astype(np.intp)
-        copies = self._cache.find_pages(f"{subject}, layer {layer}: append", named, columns, rows.starts, ends)
+        copies = self._cache.allocate_pages(f"{subject}, layer {layer}: append", named, columns, rows.starts, ends)
         self._core.grant(number)
         return copies
 

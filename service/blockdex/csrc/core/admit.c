@@ -429,26 +429,28 @@ static bool consider_list(struct core *core, struct list *list, int64_t now) {
     return memory;
 }
 
-static bool is_looked_at(const struct line *line) { return line_is_heard(line) && line_filled(line); }
+static bool is_looked_at(const struct server_link *link) {
+    return server_link_is_heard(link) && server_link_filled(link);
+}
 
 bool core_anything_came(const struct core *core) {
     if (core->changed) return true;
-    for (size_t number = 0; number < core->num_lines; number++)
-        if (is_looked_at(core->lines[number])) return true;
+    for (size_t number = 0; number < core->num_links; number++)
+        if (is_looked_at(core->links[number])) return true;
     return false;
 }
 
-static bool read_line(struct core *core, struct line *line, int64_t now) {
-    int64_t filled = line_filled(line);
+static bool read_line(struct core *core, struct server_link *link, int64_t now) {
+    int64_t filled = server_link_filled(link);
     if (filled < 0) {
-        core->broken = line;
+        core->broken = link;
         snprintf(core->broken_by, sizeof core->broken_by,
                  "ring: more slots are said to be filled than the %llu there are",
-                 (unsigned long long)line->request_slots);
+                 (unsigned long long)link->request_slots);
         return true;
     }
-    for (; filled > 0 && !core->gathered.full && core->broken != line; filled--) {
-        struct request *request = core_read(core, line, now);
+    for (; filled > 0 && !core->gathered.full && core->broken != link; filled--) {
+        struct request *request = core_read(core, link, now);
         if (!request) continue;
         request->state = IS_QUEUED;
         list_append(&core->backlog, request);
@@ -458,11 +460,11 @@ static bool read_line(struct core *core, struct line *line, int64_t now) {
 }
 
 static bool read_lines(struct core *core, int64_t now) {
-    for (size_t number = 0; number < core->num_lines && !core->broken; number++) {
-        struct line *line = core->lines[(core->turn + number) % core->num_lines];
-        if (is_looked_at(line) && !read_line(core, line, now)) return false;
+    for (size_t number = 0; number < core->num_links && !core->broken; number++) {
+        struct server_link *link = core->links[(core->turn + number) % core->num_links];
+        if (is_looked_at(link) && !read_line(core, link, now)) return false;
     }
-    core->turn = core->num_lines ? (core->turn + 1) % core->num_lines : 0;
+    core->turn = core->num_links ? (core->turn + 1) % core->num_links : 0;
     return true;
 }
 

@@ -40,14 +40,14 @@ static void observe_stages(struct core *core, const struct blockdex_answer *answ
 
 void core_answer(struct core *core, struct request *request, struct blockdex_answer answer, const void *payload,
                  uint64_t bytes) {
-    if (!request->line->gone) {
+    if (!request->link->gone) {
         answer.ticket = request->slot.ticket;
         if (!answer.code) answer.epoch = core->epoch;
         answer.phase = request->phase;
         set_stages(request, core_now(), &answer);
         /* One that nothing took up has no stages to count. */
         if (request->taken) observe_stages(core, &answer);
-        if (!line_answer(request->line, answer, payload, bytes)) {
+        if (!server_link_answer(request->link, answer, payload, bytes)) {
             core->no_memory = true;
             return;
         }
@@ -79,7 +79,7 @@ void core_refuse(struct core *core, struct request *request, uint16_t code, cons
     core_answer(core, request, answer, text, bytes);
 }
 
-void core_refuse_slot(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+void core_refuse_slot(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                       uint16_t code, const char *reason, const char *format, ...) {
     char text[MAX_MESSAGE_BYTES];
     uint64_t bytes;
@@ -92,7 +92,7 @@ void core_refuse_slot(struct core *core, struct line *line, const struct blockde
     answer.phase = BLOCKDEX_SEQUENCE;
     answer.queue_seconds = 1e-9 * (double)(now > slot->received ? now - slot->received : 0);
     answer.plan_seconds = answer.device_seconds = answer.reply_seconds = -1;
-    core->no_memory |= !line_answer(line, answer, text, bytes);
+    core->no_memory |= !server_link_answer(link, answer, text, bytes);
 }
 
 /* One row's blocks, and their unscaled scores, as the device has written them: by rising id, -1 at the end. */
@@ -194,5 +194,5 @@ void core_answer_selection(struct core *core, struct request *request, const str
 }
 
 void core_publish(struct core *core) {
-    for (size_t number = 0; number < core->num_lines; number++) line_publish(core->lines[number]);
+    for (size_t number = 0; number < core->num_links; number++) server_link_publish(core->links[number]);
 }

@@ -1,7 +1,7 @@
 /* The core: every request from the rings is checked, entered, run on the device and answered here.
  *
  * A request is read off its ring once (request.c), checked against the cache and entered (admit.c), staged into a
- * step of the device (step.c) and answered (answer.c). Python is asked for what takes a decision: pages, forks,
+ * step of the device (launch.c) and answered (answer.c). Python is asked for what takes a decision: pages, forks,
  * eviction, the life of sequences, prefills. One thread runs all of it; only core_notice and the counters are for
  * others. */
 #ifndef BLOCKDEX_CORE_H
@@ -38,7 +38,7 @@ enum request_state { IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, BULK };
  * client's arena, which can be written to at any time; all else was copied once. */
 struct request {
     struct request *previous, *next; /* in `backlog` or `waiting` */
-    struct line *line;
+    struct server_link *link;
     struct blockdex_request slot;
     enum request_state state;
     uint32_t number, tenant, num_rows, tokens, longest; /* rows: spans, or sequences to open or to close */
@@ -118,9 +118,9 @@ struct core {
     struct columns columns;
     struct sequence_index *index;
     /* What is asked. */
-    struct line **lines;
-    size_t num_lines, turn;
-    struct line **gone_lines; /* dropped, while requests of theirs are on their way */
+    struct server_link **links;
+    size_t num_links, turn;
+    struct server_link **gone_links; /* dropped, while requests of theirs are on their way */
     size_t num_gone;
     struct request **requests; /* by number; NULL where there is none */
     uint32_t *free_numbers, num_free;
@@ -152,7 +152,7 @@ struct core {
     _Atomic uint32_t noticed;
     int64_t spin, active, looked, passed;
     struct pollfd *bells;
-    struct line *broken;
+    struct server_link *broken;
     char broken_by[160];
     /* The cache's columns are looked through when nothing is to be done. */
     bool unchecked; /* something was done since */
@@ -182,7 +182,7 @@ void core_observe(struct histogram *histogram, const double *bounds, uint32_t nu
 
 /* Reads the oldest request off a link's ring and releases its slot. NULL where there is nothing to do: it was a
  * cancellation, it was refused, or the link is broken (`core->broken` then says whose). */
-struct request *core_read(struct core *core, struct line *line, int64_t now);
+struct request *core_read(struct core *core, struct server_link *link, int64_t now);
 void core_forget(struct core *core, struct request *request);
 void list_append(struct list *list, struct request *request);
 void list_prepend(struct list *list, struct request *request);
@@ -203,7 +203,7 @@ bool core_drop_if_gone(struct core *core, struct request *request, int64_t now);
 /* Does so for all that are held back or wait. */
 void core_drop_gone(struct core *core, int64_t now);
 
-/* step.c */
+/* launch.c */
 
 /* The smallest programs that hold so much; NULL where there are none. */
 const struct replay *core_replay(const struct core *core, uint32_t runs, uint32_t longest, int64_t end);
@@ -225,7 +225,7 @@ void core_answer(struct core *core, struct request *request, struct blockdex_ans
                  uint64_t bytes);
 void core_refuse(struct core *core, struct request *request, uint16_t code, const char *reason, const char *format, ...)
     __attribute__((format(printf, 5, 6)));
-void core_refuse_slot(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+void core_refuse_slot(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                       uint16_t code, const char *reason, const char *format, ...) __attribute__((format(printf, 7, 8)));
 void core_publish(struct core *core);
 

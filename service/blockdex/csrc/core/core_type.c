@@ -11,19 +11,19 @@ static PyObject *fail(struct core *core) {
     return PyErr_Format(PyExc_RuntimeError, "cuGraphLaunch failed: CUDA error %d", error);
 }
 
-static bool is_used(const struct core *core, const struct line *line) {
+static bool is_used(const struct core *core, const struct server_link *link) {
     for (uint32_t number = 0; number < core->max_queued; number++)
-        if (core->requests[number] && core->requests[number]->line == line) return true;
+        if (core->requests[number] && core->requests[number]->link == link) return true;
     return false;
 }
 
 /* Releases the lines that were dropped, once no request of theirs is left. */
 static void release_gone(struct core *core) {
     for (size_t number = core->num_gone; number-- > 0;) {
-        struct line *line = core->gone_lines[number];
-        if (is_used(core, line)) continue;
-        core->gone_lines[number] = core->gone_lines[--core->num_gone];
-        Py_DECREF(line_object(line));
+        struct server_link *link = core->gone_links[number];
+        if (is_used(core, link)) continue;
+        core->gone_links[number] = core->gone_links[--core->num_gone];
+        Py_DECREF(server_link_object(link));
     }
 }
 
@@ -71,54 +71,54 @@ static PyObject *method_expect_no_more(struct core *core, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
-static PyObject *method_add(struct core *core, PyObject *line) {
-    if (!line_of(line)) return NULL;
-    struct line **lines = PyMem_Realloc(core->lines, (core->num_lines + 1) * sizeof *lines);
-    if (!lines) return PyErr_NoMemory();
-    core->lines = lines;
-    struct pollfd *bells = PyMem_Realloc(core->bells, (core->num_lines + 2) * sizeof *bells);
+static PyObject *method_add(struct core *core, PyObject *link) {
+    if (!server_link_of(link)) return NULL;
+    struct server_link **links = PyMem_Realloc(core->links, (core->num_links + 1) * sizeof *links);
+    if (!links) return PyErr_NoMemory();
+    core->links = links;
+    struct pollfd *bells = PyMem_Realloc(core->bells, (core->num_links + 2) * sizeof *bells);
     if (!bells) return PyErr_NoMemory();
     core->bells = bells;
-    core->lines[core->num_lines++] = line_of(Py_NewRef(line));
+    core->links[core->num_links++] = server_link_of(Py_NewRef(link));
     Py_RETURN_NONE;
 }
 
 /* Drops the requests of a line that are not begun; those that are begun run to their end, and are not answered. */
-static void forget_line(struct core *core, struct line *line) {
+static void forget_link(struct core *core, struct server_link *link) {
     for (uint32_t number = 0; number < core->max_queued; number++) {
         struct request *request = core->requests[number];
-        if (!request || request->line != line) continue;
+        if (!request || request->link != link) continue;
         request->cancelled = true;
         if ((request->state == IS_QUEUED && !request->has_pages) || request->state == IS_WAITING) {
             core_add(&core->cancelled, 1);
             core_forget(core, request);
             continue;
         }
-        pair_index_remove(&core->tickets, (uintptr_t)line, request->slot.ticket);
+        pair_index_remove(&core->tickets, (uintptr_t)link, request->slot.ticket);
     }
-    if (core->broken == line) core->broken = NULL;
+    if (core->broken == link) core->broken = NULL;
 }
 
-static PyObject *method_drop(struct core *core, PyObject *line) {
-    for (size_t number = 0; number < core->num_lines; number++) {
-        if (line_object(core->lines[number]) != line) continue;
-        core->lines[number]->gone = true;
-        struct line **gone = PyMem_Realloc(core->gone_lines, (core->num_gone + 1) * sizeof *gone);
+static PyObject *method_drop(struct core *core, PyObject *link) {
+    for (size_t number = 0; number < core->num_links; number++) {
+        if (server_link_object(core->links[number]) != link) continue;
+        core->links[number]->gone = true;
+        struct server_link **gone = PyMem_Realloc(core->gone_links, (core->num_gone + 1) * sizeof *gone);
         if (!gone) return PyErr_NoMemory();
-        core->gone_lines = gone;
-        gone[core->num_gone++] = core->lines[number];
-        forget_line(core, core->lines[number]);
-        core->lines[number] = core->lines[--core->num_lines];
+        core->gone_links = gone;
+        gone[core->num_gone++] = core->links[number];
+        forget_link(core, core->links[number]);
+        core->links[number] = core->links[--core->num_links];
         release_gone(core);
         Py_RETURN_NONE;
     }
-    return PyErr_Format(PyExc_ValueError, "core: %R is not one of its lines", line);
+    return PyErr_Format(PyExc_ValueError, "core: %R is not one of its links", link);
 }
 
 static PyObject *method_take_broken(struct core *core, PyObject *unused) {
     (void)unused;
     if (!core->broken) Py_RETURN_NONE;
-    PyObject *broken = Py_BuildValue("Os", line_object(core->broken), core->broken_by);
+    PyObject *broken = Py_BuildValue("Os", server_link_object(core->broken), core->broken_by);
     core->broken->gone = true;
     core->broken = NULL;
     return broken;
@@ -239,8 +239,8 @@ static void core_dealloc(struct core *core) {
         release(&core->steps[step].block_ids);
         release(&core->steps[step].scores);
     }
-    for (size_t number = 0; number < core->num_lines; number++) Py_DECREF(line_object(core->lines[number]));
-    for (size_t number = 0; number < core->num_gone; number++) Py_DECREF(line_object(core->gone_lines[number]));
+    for (size_t number = 0; number < core->num_links; number++) Py_DECREF(server_link_object(core->links[number]));
+    for (size_t number = 0; number < core->num_gone; number++) Py_DECREF(server_link_object(core->gone_links[number]));
     void *const allocated[] = {core->requests, core->free_numbers,     core->for_python, core->appended_in,
                                core->read_in,  core->bulk_appended_in, core->used_in,    core->trimmed_in,
                                core->to_trim,  core->recounted,        core->scratch};
@@ -249,8 +249,8 @@ static void core_dealloc(struct core *core) {
     pair_index_free(&core->held_back);
     Py_XDECREF((PyObject *)core->index);
     Py_XDECREF(core->run_step);
-    PyMem_Free(core->lines);
-    PyMem_Free(core->gone_lines);
+    PyMem_Free(core->links);
+    PyMem_Free(core->gone_links);
     PyMem_Free(core->bells);
     PyMem_Free(core->replays);
     freefunc deallocate = (freefunc)PyType_GetSlot(type, Py_tp_free);
@@ -274,10 +274,10 @@ static PyMethodDef methods[] = {
     {"notice", (PyCFunction)method_notice, METH_NOARGS, "Has `run` return; from any thread."},
     {"try_again", (PyCFunction)method_try_again, METH_NOARGS, "What was held back may get on now."},
     {"expect_no_more", (PyCFunction)method_expect_no_more, METH_NOARGS, "Keys that are waited for come no more."},
-    {"add", (PyCFunction)method_add, METH_O, "Serves one more line."},
-    {"drop", (PyCFunction)method_drop, METH_O, "Serves a line no more: nothing is written for it."},
+    {"add", (PyCFunction)method_add, METH_O, "Serves one more link."},
+    {"drop", (PyCFunction)method_drop, METH_O, "Serves a link no more: nothing is written for it."},
     {"take_broken", (PyCFunction)method_take_broken, METH_NOARGS,
-     "A line with invalid numbers in its ring, and which; None if there is none."},
+     "A link with invalid numbers in its ring, and which; None if there is none."},
     {"set_columns", (PyCFunction)core_method_set_columns, METH_VARARGS, "Shares the cache's columns."},
     {"set_epoch", (PyCFunction)core_method_set_epoch, METH_O, "The cache's epoch."},
     {"set_step", (PyCFunction)core_method_set_step, METH_VARARGS, "Memory that one of the steps is made in."},

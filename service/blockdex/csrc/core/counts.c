@@ -63,8 +63,8 @@ PyObject *core_get_looked(struct core *core, void *unused) {
 PyObject *core_get_queued(struct core *core, void *unused) {
     (void)unused;
     uint64_t queued = core->backlog.count;
-    for (size_t number = 0; number < core->num_lines; number++) {
-        int64_t filled = core->lines[number]->gone ? 0 : line_filled(core->lines[number]);
+    for (size_t number = 0; number < core->num_links; number++) {
+        int64_t filled = core->links[number]->gone ? 0 : server_link_filled(core->links[number]);
         queued += filled > 0 ? (uint64_t)filled : 0;
     }
     return PyLong_FromUnsignedLongLong(queued);

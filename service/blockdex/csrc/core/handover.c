@@ -15,13 +15,13 @@ static PyObject *columns_of_request(const struct request *request) {
 
 /* Where a tensor is in its link's memory: offset and bytes. */
 static PyObject *tensor_in_memory(const struct request *request, const char *from, uint64_t bytes) {
-    return Py_BuildValue("nK", (Py_ssize_t)(from - (const char *)request->line->header), (unsigned long long)bytes);
+    return Py_BuildValue("nK", (Py_ssize_t)(from - (const char *)request->link->header), (unsigned long long)bytes);
 }
 
 static PyObject *bulk_of(const struct request *request) {
     const struct blockdex_request *slot = &request->slot;
     return Py_BuildValue("IsINIOBNBNIIBB", request->number, "bulk", slot->layer, columns_of_request(request),
-                         request->tenant, line_object(request->line), slot->keys_dtype,
+                         request->tenant, server_link_object(request->link), slot->keys_dtype,
                          tensor_in_memory(request, request->keys, slot->keys_bytes), slot->queries_dtype,
                          tensor_in_memory(request, request->queries, slot->queries_bytes), slot->first_head,
                          slot->num_heads, slot->order, slot->flags);
@@ -100,9 +100,9 @@ PyObject *core_method_drop_if_gone(struct core *core, PyObject *argument) {
     if (PyErr_Occurred()) return NULL;
     struct request *request = request_of(core, (unsigned int)number, false);
     if (!request) return NULL;
-    struct line *line = request->line;
+    struct server_link *link = request->link;
     bool dropped = core_drop_if_gone(core, request, core_now());
-    if (dropped) line_publish(line);
+    if (dropped) server_link_publish(link);
     return PyBool_FromLong(dropped);
 }
 
@@ -134,13 +134,13 @@ PyObject *core_method_answer(struct core *core, PyObject *arguments) {
     if (first != Py_None && PyObject_GetBuffer(first, &parts[0], PyBUF_C_CONTIGUOUS) < 0) return NULL;
     if (second == Py_None || PyObject_GetBuffer(second, &parts[1], PyBUF_C_CONTIGUOUS) == 0) {
         size_t bytes = 0;
-        struct line *line = request->line;
+        struct server_link *link = request->link;
         const char *payload = parts[0].obj ? join(core, &parts[0], &parts[1], &bytes) : "";
         if (payload) {
             request->finished = core_now();
             core->changed |= request->state == WITH_PYTHON;
             core_answer(core, request, answer, payload, bytes);
-            line_publish(line);
+            server_link_publish(link);
             done = Py_NewRef(Py_None);
         }
     }
@@ -158,10 +158,10 @@ PyObject *core_method_refuse(struct core *core, PyObject *arguments) {
         number < core->max_queued && core->requests[number] && core->requests[number]->state == IS_QUEUED;
     struct request *request = request_of(core, number, queued);
     if (!request) return NULL;
-    struct line *line = request->line;
+    struct server_link *link = request->link;
     request->finished = core_now();
     core_refuse(core, request, code, reason, "%s", message);
-    line_publish(line);
+    server_link_publish(link);
     Py_RETURN_NONE;
 }
 

@@ -17,11 +17,11 @@ static void sleep_until(struct core *core, int64_t now, int64_t until) {
     uint64_t rung;
     bool idle = !core_anything_came(core);
     core->bells[0] = (struct pollfd){core->nudge, POLLIN, 0};
-    for (size_t number = 0; number < core->num_lines; number++) {
-        struct line *line = core->lines[number];
-        if (line->gone) continue;
-        idle &= line_lie_down(line);
-        core->bells[bells++] = (struct pollfd){line->own_bell, POLLIN, 0};
+    for (size_t number = 0; number < core->num_links; number++) {
+        struct server_link *link = core->links[number];
+        if (link->gone) continue;
+        idle &= server_link_lie_down(link);
+        core->bells[bells++] = (struct pollfd){link->own_bell, POLLIN, 0};
     }
     if (idle && !atomic_load_explicit(&core->noticed, memory_order_acquire)) {
         int64_t milliseconds = until == INT64_MAX ? -1 : (until - now + 999999) / 1000000;
@@ -31,8 +31,8 @@ static void sleep_until(struct core *core, int64_t now, int64_t until) {
         for (nfds_t bell = 1; bell < bells; bell++)
             if (core->bells[bell].revents) blockdex_silence(core->bells[bell].fd);
     }
-    for (size_t number = 0; number < core->num_lines; number++)
-        if (!core->lines[number]->gone) line_get_up(core->lines[number]);
+    for (size_t number = 0; number < core->num_links; number++)
+        if (!core->links[number]->gone) server_link_get_up(core->links[number]);
 }
 
 static bool is_late(struct core *core, int64_t now) {

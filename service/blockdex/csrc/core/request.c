@@ -42,7 +42,7 @@ void core_forget(struct core *core, struct request *request) {
     if (request->state == IS_QUEUED) list_remove(&core->backlog, request);
     if (request->state == IS_WAITING) list_remove(&core->waiting, request);
     core->changed |= request->holds_back;
-    pair_index_remove(&core->tickets, (uintptr_t)request->line, request->slot.ticket);
+    pair_index_remove(&core->tickets, (uintptr_t)request->link, request->slot.ticket);
     assert(core->requests[request->number] == request);
     core->requests[request->number] = NULL;
     core->free_numbers[core->num_free++] = request->number;
@@ -50,18 +50,18 @@ void core_forget(struct core *core, struct request *request) {
     free(request);
 }
 
-__attribute__((format(printf, 3, 4))) static struct request *break_link(struct core *core, struct line *line,
+__attribute__((format(printf, 3, 4))) static struct request *break_link(struct core *core, struct server_link *link,
                                                                         const char *format, ...) {
     va_list numbers;
     va_start(numbers, format);
     vsnprintf(core->broken_by, sizeof core->broken_by, format, numbers);
     va_end(numbers);
-    core->broken = line;
+    core->broken = link;
     return NULL;
 }
 
-static void cancel(struct core *core, struct line *line, uint64_t ticket) {
-    const uint32_t *number = pair_index_find(&core->tickets, (uintptr_t)line, ticket);
+static void cancel(struct core *core, struct server_link *link, uint64_t ticket) {
+    const uint32_t *number = pair_index_find(&core->tickets, (uintptr_t)link, ticket);
     if (!number) return;
     core->requests[*number]->cancelled = true;
     core->next_deadline = 0; /* passed already */
@@ -77,31 +77,32 @@ static unsigned num_columns(const struct blockdex_request *slot) {
     return slot->kind == BLOCKDEX_TOKENS ? 4 : slot->kind == BLOCKDEX_OPEN ? 2 : slot->kind == BLOCKDEX_CLOSE ? 1 : 0;
 }
 
-static bool find_parts(struct core *core, struct line *line, const struct blockdex_request *slot, struct parts *parts) {
-    const uint64_t arena = line->request_arena_bytes, offset = slot->payload_offset, bytes = slot->payload_bytes;
+static bool find_parts(struct core *core, struct server_link *link, const struct blockdex_request *slot,
+                       struct parts *parts) {
+    const uint64_t arena = link->request_arena_bytes, offset = slot->payload_offset, bytes = slot->payload_bytes;
     if (offset % 64 || offset > arena || bytes > arena - offset) {
-        break_link(core, line, "request: %llu bytes at %llu are not in an arena of %llu", (unsigned long long)bytes,
+        break_link(core, link, "request: %llu bytes at %llu are not in an arena of %llu", (unsigned long long)bytes,
                    (unsigned long long)offset, (unsigned long long)arena);
         return false;
     }
     if (slot->tenant_bytes > bytes) {
-        break_link(core, line, "request: a tenant of %u bytes in %llu", slot->tenant_bytes, (unsigned long long)bytes);
+        break_link(core, link, "request: a tenant of %u bytes in %llu", slot->tenant_bytes, (unsigned long long)bytes);
         return false;
     }
-    const char *begin = line->request_arena + offset;
+    const char *begin = link->request_arena + offset;
     const uint64_t columns = (slot->tenant_bytes + 7u) / 8 * 8;
     *parts = (struct parts){.tenant = begin, .columns = begin + columns};
     if (slot->kind != BLOCKDEX_TOKENS) {
         const uint64_t rows = columns + 8 * (uint64_t)num_columns(slot) * slot->num_spans;
         if (!num_columns(slot) || rows == bytes) return true;
-        break_link(core, line, "request: its parts take %llu bytes, got %llu", (unsigned long long)rows,
+        break_link(core, link, "request: its parts take %llu bytes, got %llu", (unsigned long long)rows,
                    (unsigned long long)bytes);
         return false;
     }
     const uint64_t keys = blockdex_aligned(columns + 32 * (uint64_t)slot->num_spans);
     const uint64_t queries = keys + blockdex_aligned(slot->keys_bytes);
     if (slot->keys_bytes > bytes || slot->queries_bytes > bytes || queries + slot->queries_bytes != bytes) {
-        break_link(core, line, "request: its parts take %llu bytes, got %llu",
+        break_link(core, link, "request: its parts take %llu bytes, got %llu",
                    (unsigned long long)(queries + slot->queries_bytes), (unsigned long long)bytes);
         return false;
     }
@@ -109,31 +110,32 @@ static bool find_parts(struct core *core, struct line *line, const struct blockd
     return true;
 }
 
-static bool keeps_layout(struct core *core, struct line *line, const struct blockdex_request *slot) {
+static bool keeps_layout(struct core *core, struct server_link *link, const struct blockdex_request *slot) {
     enum { FLAGS = BLOCKDEX_RETURN_SCORES | BLOCKDEX_WAIT_FOR_KEYS | BLOCKDEX_ROLLBACK | BLOCKDEX_RAW_SCORES };
     if (slot->kind < BLOCKDEX_OPEN || slot->kind > BLOCKDEX_TOKENS)
-        break_link(core, line, "request: kind must be %d to %d, got %u", BLOCKDEX_OPEN, BLOCKDEX_CANCEL, slot->kind);
+        break_link(core, link, "request: kind must be %d to %d, got %u", BLOCKDEX_OPEN, BLOCKDEX_CANCEL, slot->kind);
     else if (slot->kind != BLOCKDEX_TOKENS)
         return true;
     else if (slot->flags & ~FLAGS)
-        break_link(core, line, "request: flags must be 0 to %d, got %u", FLAGS, slot->flags);
+        break_link(core, link, "request: flags must be 0 to %d, got %u", FLAGS, slot->flags);
     else if ((slot->keys_bytes && !slot->keys_dtype) || (slot->queries_bytes && !slot->queries_dtype))
-        break_link(core, line, "request: %llu bytes of keys and %llu of queries, one without a dtype",
+        break_link(core, link, "request: %llu bytes of keys and %llu of queries, one without a dtype",
                    (unsigned long long)slot->keys_bytes, (unsigned long long)slot->queries_bytes);
     else if ((slot->keys_dtype && !dtype_bytes(slot->keys_dtype)) ||
              (slot->queries_dtype && !dtype_bytes(slot->queries_dtype)))
-        break_link(core, line, "request: dtype must be 1 to %d, got %u and %u", BLOCKDEX_FP8_E4M3, slot->keys_dtype,
+        break_link(core, link, "request: dtype must be 1 to %d, got %u and %u", BLOCKDEX_FP8_E4M3, slot->keys_dtype,
                    slot->queries_dtype);
     else if (slot->queries_dtype && (slot->order < BLOCKDEX_ASCENDING || slot->order > BLOCKDEX_SCORE))
-        break_link(core, line, "request: order must be 1 to %d, got %u", BLOCKDEX_SCORE, slot->order);
+        break_link(core, link, "request: order must be 1 to %d, got %u", BLOCKDEX_SCORE, slot->order);
     else
         return true;
     return false;
 }
 
-#define REFUSE(code, reason, ...) (core_refuse_slot(core, line, slot, now, code, reason, __VA_ARGS__), false)
+#define REFUSE(code, reason, ...) (core_refuse_slot(core, link, slot, now, code, reason, __VA_ARGS__), false)
 
-static bool check_sources(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now) {
+static bool check_sources(struct core *core, struct server_link *link, const struct blockdex_request *slot,
+                          int64_t now) {
     const char *const names[] = {"keys", "queries", "block_ids", "scores"};
     const uint32_t regions[] = {slot->keys_region, slot->queries_region, slot->block_ids_region, slot->scores_region};
     for (int source = 0; source < 4; source++)
@@ -156,15 +158,15 @@ static const char *quoted(const char *bytes, uint32_t count, char text[4 * BLOCK
     return text;
 }
 
-static bool check_tenant(struct core *core, struct line *line, const struct blockdex_request *slot, const char *tenant,
-                         int64_t now) {
+static bool check_tenant(struct core *core, struct server_link *link, const struct blockdex_request *slot,
+                         const char *tenant, int64_t now) {
     char own[4 * BLOCKDEX_MAX_TENANT_BYTES + 3], named[4 * BLOCKDEX_MAX_TENANT_BYTES + 3];
     const uint32_t bytes = slot->tenant_bytes;
     bool printable = true;
-    if (line->tenant_bytes)
+    if (link->tenant_bytes)
         return !bytes || REFUSE(INVALID_ARGUMENT, "INVALID_TENANT",
                                 "tenant: the link's is %s, a request of it names none, got %s",
-                                quoted(line->tenant, line->tenant_bytes, own), quoted(tenant, bytes, named));
+                                quoted(link->tenant, link->tenant_bytes, own), quoted(tenant, bytes, named));
     if (bytes < 1 || bytes > BLOCKDEX_MAX_TENANT_BYTES)
         return REFUSE(INVALID_ARGUMENT, "INVALID_TENANT", "blockdex-tenant: must have 1 to %d characters, got %u",
                       BLOCKDEX_MAX_TENANT_BYTES, bytes);
@@ -175,7 +177,7 @@ static bool check_tenant(struct core *core, struct line *line, const struct bloc
     return true;
 }
 
-static bool check_tensor(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+static bool check_tensor(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                          const char *name, uint8_t dtype, uint64_t bytes, uint64_t tokens, uint32_t heads) {
     const uint64_t expected = tokens * (heads ? heads : 1) * core->head_dim * dtype_bytes(dtype);
     char shape[64];
@@ -189,7 +191,7 @@ static bool check_tensor(struct core *core, struct line *line, const struct bloc
                   name, shape, DTYPE_NAMES[dtype], (unsigned long long)expected, (unsigned long long)bytes);
 }
 
-static bool check_heads(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now) {
+static bool check_heads(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now) {
     const uint32_t first = slot->first_head, heads = slot->num_heads;
     if (first >= core->heads)
         return REFUSE(INVALID_ARGUMENT, "INVALID_HEADS",
@@ -205,7 +207,8 @@ static bool check_heads(struct core *core, struct line *line, const struct block
 }
 
 /* Everything of a token request but its columns and their sums. */
-static bool check_numbers(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now) {
+static bool check_numbers(struct core *core, struct server_link *link, const struct blockdex_request *slot,
+                          int64_t now) {
     const uint64_t bytes = slot->keys_bytes + slot->queries_bytes;
     if (slot->layer >= core->layers)
         return REFUSE(INVALID_ARGUMENT, "INVALID_LAYER",
@@ -222,10 +225,10 @@ static bool check_numbers(struct core *core, struct line *line, const struct blo
                       "keys and queries together must be at most %1$llu bytes, got %2$llu" META "bytes=%2$llu" META
                       "max_message_bytes=%1$llu",
                       (unsigned long long)core->max_message_bytes, (unsigned long long)bytes);
-    return !slot->queries_dtype || check_heads(core, line, slot, now);
+    return !slot->queries_dtype || check_heads(core, link, slot, now);
 }
 
-static bool check_span(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+static bool check_span(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                        uint64_t id, int64_t start, int64_t length) {
     const unsigned long long name = id;
     const long long first = start, count = length, most = core->max_tokens;
@@ -263,8 +266,8 @@ static int64_t find_duplicate(const uint64_t *ids, uint32_t count) {
     return found;
 }
 
-static bool check_different(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
-                            const struct request *request, const char *rows) {
+static bool check_different(struct core *core, struct server_link *link, const struct blockdex_request *slot,
+                            int64_t now, const struct request *request, const char *rows) {
     const int64_t twice = find_duplicate(request->ids, request->num_rows);
     uint32_t times = 0;
     if (twice == -2) return REFUSE(RESOURCE_EXHAUSTED, "OVERLOADED", "engine: no memory left for a request");
@@ -282,36 +285,37 @@ static void copy_columns(const struct blockdex_request *slot, const struct parts
 }
 
 /* Of spans, and of what follows from them. */
-static bool check_columns(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+static bool check_columns(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                           struct request *request) {
     const uint32_t spans = slot->num_spans;
     uint64_t tokens = 0;
     for (uint32_t row = 0; row < spans; row++) {
         const int64_t start = request->starts[row], length = request->lengths[row];
-        if (!check_span(core, line, slot, now, request->ids[row], start, length)) return false;
+        if (!check_span(core, link, slot, now, request->ids[row], start, length)) return false;
         tokens += (uint64_t)length;
         if (length > request->longest) request->longest = (uint32_t)length;
         if (start + length > request->end) request->end = start + length;
         request->applies[row] = 1;
     }
-    if (!check_different(core, line, slot, now, request, "spans")) return false;
-    if (slot->keys_dtype && !check_tensor(core, line, slot, now, "keys", slot->keys_dtype, slot->keys_bytes, tokens, 0))
+    if (!check_different(core, link, slot, now, request, "spans")) return false;
+    if (slot->keys_dtype && !check_tensor(core, link, slot, now, "keys", slot->keys_dtype, slot->keys_bytes, tokens, 0))
         return false;
-    if (slot->queries_dtype && !check_tensor(core, line, slot, now, "queries", slot->queries_dtype, slot->queries_bytes,
+    if (slot->queries_dtype && !check_tensor(core, link, slot, now, "queries", slot->queries_dtype, slot->queries_bytes,
                                              tokens, slot->num_heads))
         return false;
     const bool scored = slot->flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES);
     const uint64_t ids = slot->queries_dtype ? 4 * tokens * slot->num_heads * core->topk : 0;
     const uint64_t answer = scored ? blockdex_aligned(ids) + ids : ids;
-    if (answer > line_longest(line))
+    if (answer > server_link_longest(link))
         return REFUSE(INTERNAL, "INTERNAL", "answer: %llu bytes, there is room for %llu", (unsigned long long)answer,
-                      (unsigned long long)line_longest(line));
+                      (unsigned long long)server_link_longest(link));
     request->tokens = (uint32_t)tokens;
     return true;
 }
 
 /* Everything of a request on sequences but its columns. */
-static bool check_sequences(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now) {
+static bool check_sequences(struct core *core, struct server_link *link, const struct blockdex_request *slot,
+                            int64_t now) {
     const uint32_t count = slot->num_spans;
     const unsigned long long length = slot->number, most = (unsigned long long)core->max_tokens;
     if (num_columns(slot) && (count < 1 || count > core->max_spans))
@@ -325,11 +329,11 @@ static bool check_sequences(struct core *core, struct line *line, const struct b
                   (unsigned long long)slot->sequence_id, most, length);
 }
 
-static struct request *new_request(struct line *line, const struct blockdex_request *slot, uint32_t spans) {
+static struct request *new_request(struct server_link *link, const struct blockdex_request *slot, uint32_t spans) {
     const size_t words = WORDS * (size_t)spans + (spans + 7) / 8;
     struct request *request = calloc(1, sizeof *request + 8 * words);
     if (!request) return NULL;
-    request->line = line;
+    request->link = link;
     request->slot = *slot;
     request->num_rows = spans;
     request->phase = BLOCKDEX_SEQUENCE;
@@ -347,7 +351,7 @@ static bool enter(struct core *core, struct request *request, const char *tenant
     request->tenant = sequence_index_use_tenant(core->index, tenant, tenant_bytes);
     if (!request->tenant) return false;
     uint32_t number = core->free_numbers[core->num_free - 1];
-    if (!pair_index_set(&core->tickets, (uintptr_t)request->line, request->slot.ticket, number)) {
+    if (!pair_index_set(&core->tickets, (uintptr_t)request->link, request->slot.ticket, number)) {
         sequence_index_release_tenant(core->index, request->tenant);
         return false;
     }
@@ -359,43 +363,43 @@ static bool enter(struct core *core, struct request *request, const char *tenant
 }
 
 /* Refuses one request too many. */
-__attribute__((format(printf, 5, 0))) static struct request *refuse(struct core *core, struct line *line,
+__attribute__((format(printf, 5, 0))) static struct request *refuse(struct core *core, struct server_link *link,
                                                                     const struct blockdex_request *slot, int64_t now,
                                                                     const char *format) {
-    core_refuse_slot(core, line, slot, now, RESOURCE_EXHAUSTED, "OVERLOADED", format, core->max_queued,
+    core_refuse_slot(core, link, slot, now, RESOURCE_EXHAUSTED, "OVERLOADED", format, core->max_queued,
                      core->max_queued - core->num_free);
     return NULL;
 }
 
-static bool check_rows(struct core *core, struct line *line, const struct blockdex_request *slot, int64_t now,
+static bool check_rows(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                        struct request *request) {
-    if (slot->kind == BLOCKDEX_TOKENS) return check_columns(core, line, slot, now, request);
-    return check_different(core, line, slot, now, request, "sequences");
+    if (slot->kind == BLOCKDEX_TOKENS) return check_columns(core, link, slot, now, request);
+    return check_different(core, link, slot, now, request, "sequences");
 }
 
-static struct request *read_slot(struct core *core, struct line *line, const struct blockdex_request *slot,
+static struct request *read_slot(struct core *core, struct server_link *link, const struct blockdex_request *slot,
                                  int64_t now) {
-    const bool has_tokens = slot->kind == BLOCKDEX_TOKENS, own = !line->tenant_bytes;
+    const bool has_tokens = slot->kind == BLOCKDEX_TOKENS, own = !link->tenant_bytes;
     struct parts parts;
     char tenant[BLOCKDEX_MAX_TENANT_BYTES];
-    if (!keeps_layout(core, line, slot) || !find_parts(core, line, slot, &parts)) return NULL;
-    if (pair_index_find(&core->tickets, (uintptr_t)line, slot->ticket))
-        return break_link(core, line, "request: ticket %llu is in flight already", (unsigned long long)slot->ticket);
+    if (!keeps_layout(core, link, slot) || !find_parts(core, link, slot, &parts)) return NULL;
+    if (pair_index_find(&core->tickets, (uintptr_t)link, slot->ticket))
+        return break_link(core, link, "request: ticket %llu is in flight already", (unsigned long long)slot->ticket);
     memcpy(tenant, parts.tenant, slot->tenant_bytes < sizeof tenant ? slot->tenant_bytes : sizeof tenant);
-    if (!check_sources(core, line, slot, now) || !check_tenant(core, line, slot, tenant, now) ||
-        !(has_tokens ? check_numbers : check_sequences)(core, line, slot, now))
+    if (!check_sources(core, link, slot, now) || !check_tenant(core, link, slot, tenant, now) ||
+        !(has_tokens ? check_numbers : check_sequences)(core, link, slot, now))
         return NULL;
-    if (!core->num_free) return refuse(core, line, slot, now, "queue: at most %u requests may wait, %u do");
-    struct request *request = new_request(line, slot, num_columns(slot) ? slot->num_spans : 0);
-    if (!request) return refuse(core, line, slot, now, "engine: no memory left for %u requests, %u wait");
+    if (!core->num_free) return refuse(core, link, slot, now, "queue: at most %u requests may wait, %u do");
+    struct request *request = new_request(link, slot, num_columns(slot) ? slot->num_spans : 0);
+    if (!request) return refuse(core, link, slot, now, "engine: no memory left for %u requests, %u wait");
     copy_columns(slot, &parts, request);
-    if (!check_rows(core, line, slot, now, request)) {
+    if (!check_rows(core, link, slot, now, request)) {
         free(request);
         return NULL;
     }
-    if (!enter(core, request, own ? tenant : line->tenant, own ? slot->tenant_bytes : line->tenant_bytes)) {
+    if (!enter(core, request, own ? tenant : link->tenant, own ? slot->tenant_bytes : link->tenant_bytes)) {
         free(request);
-        return refuse(core, line, slot, now, "engine: no memory left for %u requests, %u wait");
+        return refuse(core, link, slot, now, "engine: no memory left for %u requests, %u wait");
     }
     request->received = slot->received < now ? slot->received : now;
     request->keys = parts.keys;
@@ -403,10 +407,10 @@ static struct request *read_slot(struct core *core, struct line *line, const str
     return request;
 }
 
-struct request *core_read(struct core *core, struct line *line, int64_t now) {
-    const struct blockdex_request slot = *(const volatile struct blockdex_request *)line_head(line);
-    line_release(line);
-    if (slot.kind != BLOCKDEX_CANCEL) return read_slot(core, line, &slot, now);
-    cancel(core, line, slot.ticket);
+struct request *core_read(struct core *core, struct server_link *link, int64_t now) {
+    const struct blockdex_request slot = *(const volatile struct blockdex_request *)server_link_head(link);
+    server_link_release(link);
+    if (slot.kind != BLOCKDEX_CANCEL) return read_slot(core, link, &slot, now);
+    cancel(core, link, slot.ticket);
     return NULL;
 }

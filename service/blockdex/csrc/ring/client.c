@@ -2,17 +2,17 @@
 
 enum { HEADER_BYTES = 4096, MOST = 1 << 24 };
 
-static bool is_inside(const struct link *self, uint64_t offset, uint64_t bytes) {
+static bool is_inside(const struct client_link *self, uint64_t offset, uint64_t bytes) {
     uint64_t size = (uint64_t)self->memory.len;
     return offset % 64 == 0 && offset >= HEADER_BYTES && offset <= size && bytes <= size - offset;
 }
 
-static bool is_slots(const struct link *self, uint64_t offset, uint32_t slots) {
+static bool is_slots(const struct client_link *self, uint64_t offset, uint32_t slots) {
     return slots && !(slots & (slots - 1)) && slots <= MOST &&
            is_inside(self, offset, (uint64_t)slots * BLOCKDEX_SLOT_BYTES);
 }
 
-static bool read_header(struct link *self) {
+static bool read_header(struct client_link *self) {
     char *memory = self->memory.buf;
     struct blockdex_header *header = self->memory.buf;
     if (self->memory.len < HEADER_BYTES || (uintptr_t)memory % 64) return false;
@@ -38,14 +38,14 @@ static bool read_header(struct link *self) {
 }
 
 /* Room for as many requests as may wait, and for as many again that were given up and are to be answered still. */
-static bool open_tables(struct link *self) {
+static bool open_tables(struct client_link *self) {
     uint32_t most = 2 * self->num_request_slots;
     while (most < 2 * (uint64_t)self->max_waiting) most *= 2;
     return arena_open(&self->arena, self->request_arena_bytes, most) && inflight_open(&self->inflight, most);
 }
 
 /* What the engine has said it holds requests to, and what of answers is counted and told. */
-static bool read_bounds(struct link *self, PyObject *arguments, PyObject *keywords, PyObject **memory) {
+static bool read_bounds(struct client_link *self, PyObject *arguments, PyObject *keywords, PyObject **memory) {
     static char *names[] = {"memory",      "engine_bell",  "num_heads", "max_spans",   "max_message_bytes",
                             "max_waiting", "tell_seconds", "num_rpcs",  "time_bounds", "spin_seconds",
                             NULL};
@@ -71,10 +71,10 @@ static bool read_bounds(struct link *self, PyObject *arguments, PyObject *keywor
     return false;
 }
 
-static PyObject *link_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
+static PyObject *client_link_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     PyObject *memory;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    struct link *self = (struct link *)allocate(type, 0);
+    struct client_link *self = (struct client_link *)allocate(type, 0);
     if (!self) return NULL;
     self->inflight.free = UINT32_MAX;
     self->outbox.end = &self->outbox.first;
@@ -95,26 +95,26 @@ static PyObject *link_new(PyTypeObject *type, PyObject *arguments, PyObject *key
     return (PyObject *)self;
 }
 
-static int link_traverse(PyObject *object, visitproc visit, void *arg) {
-    struct link *self = (struct link *)object;
+static int client_link_traverse(PyObject *object, visitproc visit, void *arg) {
+    struct client_link *self = (struct client_link *)object;
     Py_VISIT(Py_TYPE(object));
     for (uint32_t at = 0; at < self->inflight.capacity; at++) Py_VISIT((PyObject *)self->inflight.all[at].owner);
     return 0;
 }
 
-static int link_clear(PyObject *object) {
-    struct link *self = (struct link *)object;
+static int client_link_clear(PyObject *object) {
+    struct client_link *self = (struct client_link *)object;
     while (self->outbox.first) outbox_release(outbox_remove(self, self->outbox.first));
     for (uint32_t at = 0; at < self->inflight.capacity; at++)
         Py_XDECREF((PyObject *)inflight_disown(&self->inflight, &self->inflight.all[at]));
     return 0;
 }
 
-static void link_dealloc(PyObject *object) {
-    struct link *self = (struct link *)object;
+static void client_link_dealloc(PyObject *object) {
+    struct client_link *self = (struct client_link *)object;
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
-    link_clear(object);
+    client_link_clear(object);
     columns_close(&self->columns);
     times_close(&self->times);
     inflight_close(&self->inflight);
@@ -124,66 +124,67 @@ static void link_dealloc(PyObject *object) {
     Py_DECREF(type);
 }
 
-static PyObject *link_close(PyObject *object, PyObject *unused) {
+static PyObject *client_link_close(PyObject *object, PyObject *unused) {
     (void)unused;
-    ((struct link *)object)->closed = true;
+    ((struct client_link *)object)->closed = true;
     Py_RETURN_NONE;
 }
 
-static PyObject *link_take_times(PyObject *object, PyObject *unused) {
+static PyObject *client_link_take_times(PyObject *object, PyObject *unused) {
     (void)unused;
-    return times_take(&((struct link *)object)->times);
+    return times_take(&((struct client_link *)object)->times);
 }
 
-static PyObject *link_waiting(PyObject *object, void *unused) {
+static PyObject *client_link_waiting(PyObject *object, void *unused) {
     (void)unused;
-    return PyLong_FromUnsignedLong(((struct link *)object)->inflight.waiting);
+    return PyLong_FromUnsignedLong(((struct client_link *)object)->inflight.waiting);
 }
 
-static PyObject *link_answered(PyObject *object, void *unused) {
+static PyObject *client_link_answered(PyObject *object, void *unused) {
     (void)unused;
-    return PyBool_FromLong(link_filled((struct link *)object) != 0);
+    return PyBool_FromLong(client_link_filled((struct client_link *)object) != 0);
 }
 
 static PyMethodDef methods[] = {
-    {"send", (PyCFunction)(void (*)(void))link_send, METH_FASTCALL, "Sends a token request as it came off the wire."},
-    {"send_sequence", link_send_sequence, METH_VARARGS, "Sends a request about a sequence."},
-    {"flush", link_flush, METH_NOARGS, "Sends what there is room for, and copies a slice of what is long."},
-    {"overdue", link_overdue, METH_O, "Gives up what has waited for room for so many seconds."},
-    {"give_up", link_give_up, METH_VARARGS, "Gives up a request of an owner; None where there is none."},
-    {"give_up_all", link_give_up_all, METH_O, "Gives up all requests of an owner, or of everybody."},
-    {"take", link_take, METH_NOARGS,
+    {"send", (PyCFunction)(void (*)(void))client_link_send, METH_FASTCALL,
+     "Sends a token request as it came off the wire."},
+    {"send_sequence", client_link_send_sequence, METH_VARARGS, "Sends a request about a sequence."},
+    {"flush", client_link_flush, METH_NOARGS, "Sends what there is room for, and copies a slice of what is long."},
+    {"overdue", client_link_overdue, METH_O, "Gives up what has waited for room for so many seconds."},
+    {"give_up", client_link_give_up, METH_VARARGS, "Gives up a request of an owner; None where there is none."},
+    {"give_up_all", client_link_give_up_all, METH_O, "Gives up all requests of an owner, or of everybody."},
+    {"take", client_link_take, METH_NOARGS,
      "The answers that are there; without any, the bell rings when some come, unless it spins."},
-    {"await_alone", link_await_alone, METH_VARARGS,
+    {"await_alone", client_link_await_alone, METH_VARARGS,
      "Waits a moment for the only request in flight, if it spins; whether there are answers."},
-    {"may_sleep", link_may_sleep, METH_VARARGS,
+    {"may_sleep", client_link_may_sleep, METH_VARARGS,
      "Looks for answers, or events of an epoll, as long as it spins; whether there are none."},
-    {"take_times", link_take_times, METH_NOARGS,
+    {"take_times", client_link_take_times, METH_NOARGS,
      "What was timed since the last call: for every RPC its counts and their sum in seconds."},
-    {"close", link_close, METH_NOARGS, "Writes nothing into the ring from now on, and takes nothing."},
+    {"close", client_link_close, METH_NOARGS, "Writes nothing into the ring from now on, and takes nothing."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef attributes[] = {
-    {"waiting", link_waiting, NULL, "Requests that somebody waits for.", NULL},
-    {"answered", link_answered, NULL, "Whether there are answers to take.", NULL},
+    {"waiting", client_link_waiting, NULL, "Requests that somebody waits for.", NULL},
+    {"answered", client_link_answered, NULL, "Whether there are answers to take.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot type_slots[] = {
     {Py_tp_doc, "The frontend's side of a ring, on one thread."},
-    {Py_tp_new, link_new},
-    {Py_tp_dealloc, link_dealloc},
-    {Py_tp_traverse, link_traverse},
-    {Py_tp_clear, link_clear},
+    {Py_tp_new, client_link_new},
+    {Py_tp_dealloc, client_link_dealloc},
+    {Py_tp_traverse, client_link_traverse},
+    {Py_tp_clear, client_link_clear},
     {Py_tp_methods, methods},
     {Py_tp_getset, attributes},
     {0, NULL},
 };
 
 static PyType_Spec type_spec = {
-    .name = "blockdex._native.Link",
-    .basicsize = sizeof(struct link),
+    .name = "blockdex._native.ClientLink",
+    .basicsize = sizeof(struct client_link),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
     .slots = type_slots,
 };

@@ -1,4 +1,4 @@
-/* blockdex._native.Link: the frontend's side of a ring. */
+/* blockdex._native.ClientLink: the frontend's side of a ring. */
 #ifndef BLOCKDEX_LINK_H
 #define BLOCKDEX_LINK_H
 
@@ -45,7 +45,7 @@ struct outbox {
 };
 
 /* What the header says is copied when the link begins: nobody changes it under our feet. */
-struct link {
+struct client_link {
     PyObject_HEAD
     Py_buffer memory;
     struct blockdex_header *header;
@@ -67,51 +67,51 @@ struct link {
 };
 
 /* Nanoseconds of CLOCK_MONOTONIC. */
-static inline int64_t link_now(void) {
+static inline int64_t client_link_now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
 }
 
 /* Answers that are there. */
-static inline uint64_t link_filled(const struct link *self) {
+static inline uint64_t client_link_filled(const struct client_link *self) {
     return atomic_load_explicit(&self->header->answers_written, memory_order_acquire) - self->read;
 }
 
 /* Says that this side sleeps, and looks once more: whether there are no answers. */
-static inline bool link_lie_down(struct link *self) {
+static inline bool client_link_lie_down(struct client_link *self) {
     return blockdex_may_sleep(&self->header->client_sleeps, &self->header->answers_written, self->read);
 }
 
 /* Shows the engine one more slot; false while none is free, or the link is closed. */
-bool link_publish(struct link *self, const struct blockdex_request *slot);
+bool client_link_publish(struct client_link *self, const struct blockdex_request *slot);
 
 /* Sends a request at once if there is room and nothing of its owner's before it, or keeps it in the outbox, with
  * references of its own to message and tenant: SENT or QUEUED, -1 without memory, with an error set and nothing
  * changed. */
-int outbox_begin(struct link *self, struct outgoing *outgoing, const struct wire_request *request);
+int outbox_begin(struct client_link *self, struct outgoing *outgoing, const struct wire_request *request);
 
 /* Sends what there is room for, in order, and copies a slice of what is long: NOTHING_LEFT and so on. */
-int outbox_flush(struct link *self);
+int outbox_flush(struct client_link *self);
 
 /* Takes a request out, which was not sent; it is to be released, last of all. */
-struct outgoing *outbox_remove(struct link *self, struct outgoing *outgoing);
+struct outgoing *outbox_remove(struct client_link *self, struct outgoing *outgoing);
 void outbox_release(struct outgoing *outgoing);
 
 /* Methods of requests. */
-PyObject *link_send(PyObject *object, PyObject *const *arguments, Py_ssize_t count);
-PyObject *link_send_sequence(PyObject *object, PyObject *arguments);
-PyObject *link_flush(PyObject *object, PyObject *unused);
-PyObject *link_overdue(PyObject *object, PyObject *seconds);
-PyObject *link_give_up(PyObject *object, PyObject *arguments);
-PyObject *link_give_up_all(PyObject *object, PyObject *owner);
+PyObject *client_link_send(PyObject *object, PyObject *const *arguments, Py_ssize_t count);
+PyObject *client_link_send_sequence(PyObject *object, PyObject *arguments);
+PyObject *client_link_flush(PyObject *object, PyObject *unused);
+PyObject *client_link_overdue(PyObject *object, PyObject *seconds);
+PyObject *client_link_give_up(PyObject *object, PyObject *arguments);
+PyObject *client_link_give_up_all(PyObject *object, PyObject *owner);
 
 /* Methods of answers. */
-PyObject *link_take(PyObject *object, PyObject *unused);
+PyObject *client_link_take(PyObject *object, PyObject *unused);
 
 /* Methods of waiting for them. */
-PyObject *link_await_alone(PyObject *object, PyObject *arguments);
-PyObject *link_may_sleep(PyObject *object, PyObject *arguments);
+PyObject *client_link_await_alone(PyObject *object, PyObject *arguments);
+PyObject *client_link_may_sleep(PyObject *object, PyObject *arguments);
 
 /* Adds the type to the module; -1 with an error set. */
 int add_link(PyObject *module);

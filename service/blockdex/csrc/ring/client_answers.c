@@ -25,7 +25,7 @@ static PyObject *rest_of(const struct pending *pending, const struct blockdex_an
 
 /* An answer as Python gets it: (owner, number, response, rest). The rest of a response is None, unless that took
  * long. */
-static PyObject *item_of(const struct link *self, PyObject *owner, const struct pending *pending,
+static PyObject *item_of(const struct client_link *self, PyObject *owner, const struct pending *pending,
                          const struct blockdex_answer *slot, double seconds) {
     const char *payload = self->answer_arena + slot->payload_offset;
     PyObject *response = response_of(pending, slot, payload);
@@ -41,7 +41,7 @@ static PyObject *item_of(const struct link *self, PyObject *owner, const struct 
 }
 
 /* The request of an answer; NULL with an error set where the answer is not what the layout says. */
-static struct pending *pending_of(const struct link *self, const struct blockdex_answer *slot) {
+static struct pending *pending_of(const struct client_link *self, const struct blockdex_answer *slot) {
     struct pending *pending = inflight_with(&self->inflight, slot->ticket);
     if (!pending || pending->unsent)
         return (void *)PyErr_Format(PyExc_ValueError, "answer: ticket %llu is not in flight", slot->ticket);
@@ -57,7 +57,7 @@ static struct pending *pending_of(const struct link *self, const struct blockdex
 /* Adds an answer to the list, unless nobody waits for it. What is made for it may run the collector, and that
  * anybody's code, which may give up this very request: so all is made first, of a copy and with a reference of its
  * own to the owner, and nothing changes before. */
-static bool tell(struct link *self, PyObject *list, struct pending *pending, const struct blockdex_answer *slot,
+static bool tell(struct client_link *self, PyObject *list, struct pending *pending, const struct blockdex_answer *slot,
                  int64_t at) {
     const struct pending copy = *pending;
     PyObject *owner = Py_XNewRef((PyObject *)copy.owner);
@@ -76,7 +76,7 @@ static bool tell(struct link *self, PyObject *list, struct pending *pending, con
 }
 
 /* Takes the oldest answer and gives its room back. */
-static bool take_one(struct link *self, PyObject *list, int64_t at) {
+static bool take_one(struct client_link *self, PyObject *list, int64_t at) {
     struct blockdex_answer slot;
     memcpy(&slot, self->answer_slots + self->read % self->num_answer_slots * BLOCKDEX_SLOT_BYTES, sizeof slot);
     struct pending *pending = pending_of(self, &slot);
@@ -90,9 +90,9 @@ static bool take_one(struct link *self, PyObject *list, int64_t at) {
 }
 
 /* Adds the answers that are there to the list; false with an error set where none could be added. */
-static bool take_all(struct link *self, PyObject *list) {
-    uint64_t count = link_filled(self);
-    int64_t at = link_now();
+static bool take_all(struct client_link *self, PyObject *list) {
+    uint64_t count = client_link_filled(self);
+    int64_t at = client_link_now();
     if (count) self->active = at;
     if (count > self->num_answer_slots) {
         PyErr_Format(PyExc_ValueError, "ring: %llu slots are said to be filled, there are %u", count,
@@ -107,16 +107,16 @@ static bool take_all(struct link *self, PyObject *list) {
     return !PyErr_Occurred();
 }
 
-PyObject *link_take(PyObject *object, PyObject *unused) {
+PyObject *client_link_take(PyObject *object, PyObject *unused) {
     (void)unused;
-    struct link *self = (struct link *)object;
+    struct client_link *self = (struct client_link *)object;
     PyObject *list = PyList_New(0);
     /* Whoever is run by the collector in the midst of this takes nothing. */
     if (!list || self->taking || self->closed) return list;
     self->taking = true;
     /* Nobody may wait for those that were there; then it looks again. */
     while (list && !PyList_Size(list)) {
-        if (!link_filled(self) && (self->spin || link_lie_down(self))) break;
+        if (!client_link_filled(self) && (self->spin || client_link_lie_down(self))) break;
         atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
         if (!take_all(self, list)) Py_CLEAR(list);
     }

@@ -20,7 +20,7 @@ static void unlink_at(struct outbox *outbox, struct outgoing **at) {
 static bool is_written(const struct outgoing *outgoing) { return outgoing->written == tensor_bytes(outgoing); }
 
 /* Takes room for a request and writes all of it but its tensors; false while there is none. */
-static bool place(struct link *self, struct outgoing *outgoing, const struct wire_request *request) {
+static bool place(struct client_link *self, struct outgoing *outgoing, const struct wire_request *request) {
     struct blockdex_request *slot = &outgoing->slot;
     struct pending *pending = outgoing->pending;
     Py_ssize_t tenant_bytes;
@@ -41,7 +41,7 @@ static bool place(struct link *self, struct outgoing *outgoing, const struct wir
 }
 
 /* The same for one that waited for room: the columns that were read from its message are another one's by now. */
-static bool place_again(struct link *self, struct outgoing *outgoing) {
+static bool place_again(struct client_link *self, struct outgoing *outgoing) {
     uint8_t rpc = outgoing->pending->rpc;
     if (rpc >= SEQUENCE_RPCS) return place(self, outgoing, NULL);
     struct wire_request request = {.spans = &self->columns, .kind = rpc % NUM_KINDS};
@@ -56,7 +56,7 @@ static bool place_again(struct link *self, struct outgoing *outgoing) {
     return place(self, outgoing, &request);
 }
 
-static void write_some(struct link *self, struct outgoing *outgoing, uint64_t *most) {
+static void write_some(struct client_link *self, struct outgoing *outgoing, uint64_t *most) {
     char *to = self->request_arena + outgoing->slot.payload_offset;
     uint64_t bytes =
         tokens_write_tensors(&outgoing->keys, &outgoing->queries, &outgoing->slot, to, outgoing->written, *most);
@@ -65,21 +65,21 @@ static void write_some(struct link *self, struct outgoing *outgoing, uint64_t *m
 }
 
 /* Whether a request of the same owner is to be sent before. */
-static bool is_behind_another(const struct link *self, const struct outgoing *outgoing) {
+static bool is_behind_another(const struct client_link *self, const struct outgoing *outgoing) {
     for (struct outgoing *other = self->outbox.first; other && other != outgoing; other = other->next)
         if (other->pending->owner == outgoing->pending->owner) return true;
     return false;
 }
 
 /* Whether it was sent. Once one finds no slot, all others wait behind it. */
-static bool send_if_ready(struct link *self, struct outgoing *outgoing) {
+static bool send_if_ready(struct client_link *self, struct outgoing *outgoing) {
     if (!outgoing->placed || !is_written(outgoing) || self->outbox.no_slot || is_behind_another(self, outgoing))
         return false;
-    self->outbox.no_slot = !link_publish(self, &outgoing->slot);
+    self->outbox.no_slot = !client_link_publish(self, &outgoing->slot);
     return !self->outbox.no_slot;
 }
 
-static int keep(struct link *self, const struct outgoing *outgoing) {
+static int keep(struct client_link *self, const struct outgoing *outgoing) {
     struct outgoing *kept = malloc(sizeof *kept);
     if (!kept) return -1;
     *kept = *outgoing;
@@ -93,7 +93,7 @@ static int keep(struct link *self, const struct outgoing *outgoing) {
     return QUEUED;
 }
 
-int outbox_begin(struct link *self, struct outgoing *outgoing, const struct wire_request *request) {
+int outbox_begin(struct client_link *self, struct outgoing *outgoing, const struct wire_request *request) {
     uint64_t most = SLICE_BYTES;
     if (!self->outbox.unplaced && place(self, outgoing, request) && tensor_bytes(outgoing) <= SLICE_BYTES)
         write_some(self, outgoing, &most);
@@ -101,18 +101,19 @@ int outbox_begin(struct link *self, struct outgoing *outgoing, const struct wire
     return keep(self, outgoing);
 }
 
-static void send_cancels(struct link *self) {
+static void send_cancels(struct client_link *self) {
     struct inflight *table = &self->inflight;
     for (uint32_t at = 0; at < table->capacity && table->cancels_due; at++) {
         struct pending *pending = &table->all[at];
         if (!pending->cancel_due) continue;
-        if (!link_publish(self, &(struct blockdex_request){.ticket = pending->ticket, .kind = BLOCKDEX_CANCEL})) return;
+        if (!client_link_publish(self, &(struct blockdex_request){.ticket = pending->ticket, .kind = BLOCKDEX_CANCEL}))
+            return;
         pending->cancel_due = false;
         table->cancels_due--;
     }
 }
 
-int outbox_flush(struct link *self) {
+int outbox_flush(struct client_link *self) {
     /* What is short passes what is long, and neither keeps the other from its share. */
     uint64_t short_bytes = SLICE_BYTES, long_bytes = SLICE_BYTES;
     struct outgoing *sent = NULL;
@@ -143,7 +144,7 @@ int outbox_flush(struct link *self) {
     return self->outbox.first || self->inflight.cancels_due ? WAITS_FOR_ROOM : NOTHING_LEFT;
 }
 
-struct outgoing *outbox_remove(struct link *self, struct outgoing *outgoing) {
+struct outgoing *outbox_remove(struct client_link *self, struct outgoing *outgoing) {
     struct outgoing **at = &self->outbox.first;
     while (*at != outgoing) at = &(*at)->next;
     unlink_at(&self->outbox, at);

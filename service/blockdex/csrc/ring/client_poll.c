@@ -13,27 +13,28 @@ enum { LOOKS_BETWEEN = 16 };
 enum { LONGEST_YIELD_NANOSECONDS = 20000 };
 
 /* Whether answers are there, or events of the epoll. */
-static bool look(const struct link *self, int epoll) {
+static bool look(const struct client_link *self, int epoll) {
     struct epoll_event event;
     for (int look = 0; look < LOOKS_BETWEEN; look++) {
-        if (link_filled(self)) return true;
+        if (client_link_filled(self)) return true;
         cpu_relax();
     }
     return epoll_wait(epoll, &event, 1, 0) != 0;
 }
 
 /* Whether any come until then; not if another thread wants this core meanwhile. */
-static bool look_until(const struct link *self, int epoll, int64_t until) {
-    for (int64_t at = link_now(), before = at; at < until && at - before < LONGEST_YIELD_NANOSECONDS; at = link_now()) {
+static bool look_until(const struct client_link *self, int epoll, int64_t until) {
+    for (int64_t at = client_link_now(), before = at; at < until && at - before < LONGEST_YIELD_NANOSECONDS;
+         at = client_link_now()) {
         if (look(self, epoll)) return true;
-        before = link_now();
+        before = client_link_now();
         sched_yield();
     }
     return false;
 }
 
-PyObject *link_await_alone(PyObject *object, PyObject *arguments) {
-    struct link *self = (struct link *)object;
+PyObject *client_link_await_alone(PyObject *object, PyObject *arguments) {
+    struct client_link *self = (struct client_link *)object;
     int epoll;
     double seconds;
     if (!PyArg_ParseTuple(arguments, "id:await_alone", &epoll, &seconds)) return NULL;
@@ -41,18 +42,20 @@ PyObject *link_await_alone(PyObject *object, PyObject *arguments) {
         /* Nobody is to ring for what is looked for. */
         atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;
-        for (int64_t until = link_now() + (int64_t)(1e9 * seconds); link_now() < until && !look(self, epoll);) continue;
+        for (int64_t until = client_link_now() + (int64_t)(1e9 * seconds);
+             client_link_now() < until && !look(self, epoll);)
+            continue;
         Py_END_ALLOW_THREADS;
     }
-    return PyBool_FromLong(link_filled(self) != 0);
+    return PyBool_FromLong(client_link_filled(self) != 0);
 }
 
-PyObject *link_may_sleep(PyObject *object, PyObject *arguments) {
-    struct link *self = (struct link *)object;
+PyObject *client_link_may_sleep(PyObject *object, PyObject *arguments) {
+    struct client_link *self = (struct client_link *)object;
     int epoll;
     double seconds;
     if (!PyArg_ParseTuple(arguments, "id:may_sleep", &epoll, &seconds)) return NULL;
-    int64_t at = link_now(), until = self->active + self->spin;
+    int64_t at = client_link_now(), until = self->active + self->spin;
     if (seconds < 1 && at + (int64_t)(1e9 * seconds) < until) until = at + (int64_t)(1e9 * seconds);
     if (at < until) {
         bool comes;
@@ -62,5 +65,5 @@ PyObject *link_may_sleep(PyObject *object, PyObject *arguments) {
         Py_END_ALLOW_THREADS;
         if (comes) Py_RETURN_FALSE;
     }
-    return PyBool_FromLong(link_lie_down(self));
+    return PyBool_FromLong(client_link_lie_down(self));
 }

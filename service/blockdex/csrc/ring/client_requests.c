@@ -3,12 +3,12 @@
 
 enum { MAX_TENANT_BYTES = 256 };
 
-bool link_publish(struct link *self, const struct blockdex_request *slot) {
+bool client_link_publish(struct client_link *self, const struct blockdex_request *slot) {
     uint64_t taken = self->written - atomic_load_explicit(&self->header->requests_read, memory_order_acquire);
     if (self->closed || taken >= self->num_request_slots) return false;
     memcpy(self->request_slots + self->written % self->num_request_slots * BLOCKDEX_SLOT_BYTES, slot, sizeof *slot);
     self->written++;
-    self->active = link_now();
+    self->active = client_link_now();
     blockdex_show(&self->header->requests_written, self->written, &self->header->engine_sleeps, self->engine_bell);
     return true;
 }
@@ -33,7 +33,7 @@ static bool read_tenant(struct sender *sender) {
 }
 
 /* Whether one more request may be in flight. */
-static bool may_begin(const struct link *self, const struct sender *sender, struct refusal *refusal) {
+static bool may_begin(const struct client_link *self, const struct sender *sender, struct refusal *refusal) {
     const struct inflight *table = &self->inflight;
     if (inflight_of(table, sender->owner, sender->number))
         return refuse(refusal, INVALID_ARGUMENT, "DUPLICATE_REQUEST_ID", "request_id: %llu is in flight already",
@@ -53,13 +53,13 @@ static PyObject *refused(const struct sender *sender, const struct refusal *refu
 }
 
 /* Enters a request into the table and sends it, or keeps it until there is room. */
-static PyObject *begin(struct link *self, const struct sender *sender, struct outgoing *outgoing,
+static PyObject *begin(struct client_link *self, const struct sender *sender, struct outgoing *outgoing,
                        const struct wire_request *request) {
     struct refusal refusal;
     if (!may_begin(self, sender, &refusal)) return refused(sender, &refusal);
     double timeout = sender->timeout > 0 ? sender->timeout : 0;
     struct pending *pending = inflight_begin(&self->inflight, Py_NewRef(sender->owner), sender->number, sender->rpc);
-    pending->received = link_now();
+    pending->received = client_link_now();
     pending->layer = outgoing->slot.layer;
     pending->num_spans = request ? outgoing->slot.num_spans : 0;
     pending->num_tokens = request ? tokens_count(request) : 0;
@@ -78,8 +78,8 @@ static PyObject *begin(struct link *self, const struct sender *sender, struct ou
     return PyErr_NoMemory();
 }
 
-PyObject *link_send(PyObject *object, PyObject *const *arguments, Py_ssize_t count) {
-    struct link *self = (struct link *)object;
+PyObject *client_link_send(PyObject *object, PyObject *const *arguments, Py_ssize_t count) {
+    struct client_link *self = (struct client_link *)object;
     struct wire_request request = {.spans = &self->columns};
     struct refusal refusal;
     char *bytes;
@@ -107,7 +107,7 @@ PyObject *link_send(PyObject *object, PyObject *const *arguments, Py_ssize_t cou
     return begin(self, &sender, &outgoing, &request);
 }
 
-PyObject *link_send_sequence(PyObject *object, PyObject *arguments) {
+PyObject *client_link_send_sequence(PyObject *object, PyObject *arguments) {
     struct sender sender;
     struct outgoing outgoing = {.written = 0};
     struct blockdex_request *slot = &outgoing.slot;
@@ -129,17 +129,17 @@ PyObject *link_send_sequence(PyObject *object, PyObject *arguments) {
     slot->sequence_id = sequence_id;
     slot->child_id = child_id;
     slot->number = number;
-    return begin((struct link *)object, &sender, &outgoing, NULL);
+    return begin((struct client_link *)object, &sender, &outgoing, NULL);
 }
 
-PyObject *link_flush(PyObject *object, PyObject *unused) {
+PyObject *client_link_flush(PyObject *object, PyObject *unused) {
     (void)unused;
-    return PyLong_FromLong(outbox_flush((struct link *)object));
+    return PyLong_FromLong(outbox_flush((struct client_link *)object));
 }
 
 /* Takes a request from its owner, so that nobody is told of its answer: (owner, number, rpc, received, layer, spans,
  * tokens, bytes of its payload, or 0 where it was sent). Nothing is in between when another's code may run. */
-static PyObject *given_up(struct link *self, struct pending *pending) {
+static PyObject *given_up(struct client_link *self, struct pending *pending) {
     const struct pending was = *pending;
     struct outgoing *unsent = was.unsent;
     unsigned long long unsent_bytes = unsent ? unsent->slot.payload_bytes : 0;
@@ -148,7 +148,7 @@ static PyObject *given_up(struct link *self, struct pending *pending) {
     if (unsent) {
         inflight_end(&self->inflight, pending);
         outbox_release(unsent);
-    } else if (!link_publish(self, &(struct blockdex_request){.ticket = was.ticket, .kind = BLOCKDEX_CANCEL})) {
+    } else if (!client_link_publish(self, &(struct blockdex_request){.ticket = was.ticket, .kind = BLOCKDEX_CANCEL})) {
         pending->cancel_due = true;
         self->inflight.cancels_due++;
     }
@@ -156,8 +156,8 @@ static PyObject *given_up(struct link *self, struct pending *pending) {
                          was.layer, was.num_spans, (unsigned long long)was.num_tokens, unsent_bytes);
 }
 
-PyObject *link_give_up(PyObject *object, PyObject *arguments) {
-    struct link *self = (struct link *)object;
+PyObject *client_link_give_up(PyObject *object, PyObject *arguments) {
+    struct client_link *self = (struct client_link *)object;
     PyObject *owner;
     unsigned long long number;
     if (!PyArg_ParseTuple(arguments, "OK:give_up", &owner, &number)) return NULL;
@@ -167,14 +167,14 @@ PyObject *link_give_up(PyObject *object, PyObject *arguments) {
 }
 
 /* Whether it has waited since then for room, and not for its turn or its copy. */
-static bool waits_for_room(const struct link *self, const struct pending *pending, int64_t since) {
+static bool waits_for_room(const struct client_link *self, const struct pending *pending, int64_t since) {
     uint64_t taken = self->written - atomic_load_explicit(&self->header->requests_read, memory_order_acquire);
     return pending->unsent && pending->received < since &&
            (!pending->unsent->placed || taken >= self->num_request_slots);
 }
 
 /* Gives up those of an owner, or of everybody, or of those only the ones that have waited for room since then. */
-static PyObject *give_up_some(struct link *self, PyObject *owner, int64_t since) {
+static PyObject *give_up_some(struct client_link *self, PyObject *owner, int64_t since) {
     PyObject *list = PyList_New(0);
     for (uint32_t at = 0; list && at < self->inflight.capacity && self->inflight.waiting; at++) {
         struct pending *pending = &self->inflight.all[at];
@@ -187,10 +187,12 @@ static PyObject *give_up_some(struct link *self, PyObject *owner, int64_t since)
     return list;
 }
 
-PyObject *link_give_up_all(PyObject *object, PyObject *owner) { return give_up_some((struct link *)object, owner, 0); }
+PyObject *client_link_give_up_all(PyObject *object, PyObject *owner) {
+    return give_up_some((struct client_link *)object, owner, 0);
+}
 
-PyObject *link_overdue(PyObject *object, PyObject *seconds) {
+PyObject *client_link_overdue(PyObject *object, PyObject *seconds) {
     double patience = PyFloat_AsDouble(seconds);
     if (PyErr_Occurred()) return NULL;
-    return give_up_some((struct link *)object, Py_None, link_now() - (int64_t)(1e9 * patience));
+    return give_up_some((struct client_link *)object, Py_None, client_link_now() - (int64_t)(1e9 * patience));
 }

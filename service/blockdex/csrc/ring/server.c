@@ -15,8 +15,8 @@ static bool are_slots(uint64_t size, uint64_t offset, uint64_t slots) {
     return slots && !(slots & (slots - 1)) && slots <= 1u << 24 && is_inside(size, offset, slots * BLOCKDEX_SLOT_BYTES);
 }
 
-bool line_open(struct line *line, void *memory, uint64_t bytes, const struct segment_layout *layout, int bell,
-               int own_bell) {
+bool server_link_open(struct server_link *link, void *memory, uint64_t bytes, const struct segment_layout *layout,
+                      int bell, int own_bell) {
     char *begin = memory;
     if (bytes < HEADER_BYTES || (uintptr_t)memory % 128 ||
         !are_slots(bytes, layout->requests_at, layout->request_slots) ||
@@ -25,7 +25,7 @@ bool line_open(struct line *line, void *memory, uint64_t bytes, const struct seg
         !is_inside(bytes, layout->answer_arena_at, layout->answer_arena_bytes) || !layout->answer_arena_bytes ||
         layout->answer_arena_bytes % 64)
         return false;
-    *line = (struct line){
+    *link = (struct server_link){
         .header = memory,
         .requests = begin + layout->requests_at,
         .answers = begin + layout->answers_at,
@@ -38,40 +38,40 @@ bool line_open(struct line *line, void *memory, uint64_t bytes, const struct seg
         .bell = bell,
         .own_bell = own_bell,
     };
-    line->last_unwritten = &line->first_unwritten;
+    link->last_unwritten = &link->first_unwritten;
     return true;
 }
 
-static void forget_unwritten(struct line *line) {
-    for (struct unwritten *left = line->first_unwritten, *next; left; left = next) {
+static void forget_unwritten(struct server_link *link) {
+    for (struct unwritten *left = link->first_unwritten, *next; left; left = next) {
         next = left->next;
         free(left);
     }
-    line->first_unwritten = NULL;
-    line->last_unwritten = &line->first_unwritten;
+    link->first_unwritten = NULL;
+    link->last_unwritten = &link->first_unwritten;
 }
 
-void line_close(struct line *line) { forget_unwritten(line); }
+void server_link_close(struct server_link *link) { forget_unwritten(link); }
 
-int64_t line_filled(const struct line *line) {
-    uint64_t filled = atomic_load_explicit(&line->header->requests_written, memory_order_acquire) - line->read;
-    return filled <= line->request_slots ? (int64_t)filled : -1;
+int64_t server_link_filled(const struct server_link *link) {
+    uint64_t filled = atomic_load_explicit(&link->header->requests_written, memory_order_acquire) - link->read;
+    return filled <= link->request_slots ? (int64_t)filled : -1;
 }
 
-uint64_t line_longest(const struct line *line) { return line->answer_arena_bytes / 2; }
+uint64_t server_link_longest(const struct server_link *link) { return link->answer_arena_bytes / 2; }
 
-const struct blockdex_request *line_head(const struct line *line) {
-    return (const void *)(line->requests + line->read % line->request_slots * BLOCKDEX_SLOT_BYTES);
+const struct blockdex_request *server_link_head(const struct server_link *link) {
+    return (const void *)(link->requests + link->read % link->request_slots * BLOCKDEX_SLOT_BYTES);
 }
 
-void line_release(struct line *line) {
-    atomic_store_explicit(&line->header->requests_read, ++line->read, memory_order_release);
+void server_link_release(struct server_link *link) {
+    atomic_store_explicit(&link->header->requests_read, ++link->read, memory_order_release);
 }
 
 /* Extents of the answers' arena are given back in order, round and round; positions count bytes from the beginning. */
-static bool take_extent(struct line *line, uint64_t bytes, struct claim *claim) {
-    uint64_t freed = atomic_load_explicit(&line->header->answer_bytes_freed, memory_order_acquire);
-    uint64_t size = line->answer_arena_bytes, begin = line->arena_end, wanted = blockdex_aligned(bytes);
+static bool take_extent(struct server_link *link, uint64_t bytes, struct claim *claim) {
+    uint64_t freed = atomic_load_explicit(&link->header->answer_bytes_freed, memory_order_acquire);
+    uint64_t size = link->answer_arena_bytes, begin = link->arena_end, wanted = blockdex_aligned(bytes);
     uint64_t to_the_edge = size - begin % size;
     if (bytes > size) return false;
     if (begin - freed > size) return false; /* no such position: only who harms itself says that */
@@ -79,26 +79,26 @@ static bool take_extent(struct line *line, uint64_t bytes, struct claim *claim) 
     bool unused = freed == begin && to_the_edge + wanted <= size;
     if (wanted > to_the_edge || unused) begin += to_the_edge;
     if (begin + wanted - freed > size) return false;
-    line->arena_end = claim->end = begin + wanted;
+    link->arena_end = claim->end = begin + wanted;
     claim->offset = begin % size;
     assert(claim->offset % 64 == 0 && claim->offset + wanted <= size);
-    claim->payload = line->answer_arena + claim->offset;
+    claim->payload = link->answer_arena + claim->offset;
     return true;
 }
 
-bool line_claim(struct line *line, uint64_t bytes, struct claim *claim) {
-    uint64_t taken = line->written - atomic_load_explicit(&line->header->answers_read, memory_order_acquire);
-    if (taken >= line->answer_slots) return false;
-    *claim = (struct claim){.payload = line->answer_arena};
-    if (bytes && !take_extent(line, bytes, claim)) return false;
-    claim->slot = (void *)(line->answers + line->written++ % line->answer_slots * BLOCKDEX_SLOT_BYTES);
-    line->changed = true;
+bool server_link_claim(struct server_link *link, uint64_t bytes, struct claim *claim) {
+    uint64_t taken = link->written - atomic_load_explicit(&link->header->answers_read, memory_order_acquire);
+    if (taken >= link->answer_slots) return false;
+    *claim = (struct claim){.payload = link->answer_arena};
+    if (bytes && !take_extent(link, bytes, claim)) return false;
+    claim->slot = (void *)(link->answers + link->written++ % link->answer_slots * BLOCKDEX_SLOT_BYTES);
+    link->changed = true;
     return true;
 }
 
-static bool write_answer(struct line *line, const struct blockdex_answer *numbers, const void *payload) {
+static bool write_answer(struct server_link *link, const struct blockdex_answer *numbers, const void *payload) {
     struct claim claim;
-    if (!line_claim(line, numbers->payload_bytes, &claim)) return false;
+    if (!server_link_claim(link, numbers->payload_bytes, &claim)) return false;
     memcpy(claim.payload, payload, numbers->payload_bytes);
     struct blockdex_answer answer = *numbers;
     answer.payload_offset = claim.offset;
@@ -107,61 +107,63 @@ static bool write_answer(struct line *line, const struct blockdex_answer *number
     return true;
 }
 
-bool line_answer(struct line *line, struct blockdex_answer numbers, const void *payload, uint64_t bytes) {
-    if (line->gone) return true;
+bool server_link_answer(struct server_link *link, struct blockdex_answer numbers, const void *payload, uint64_t bytes) {
+    if (link->gone) return true;
     numbers.payload_bytes = bytes;
-    if (!line->first_unwritten && write_answer(line, &numbers, payload)) return true;
+    if (!link->first_unwritten && write_answer(link, &numbers, payload)) return true;
     struct unwritten *left = malloc(sizeof *left + bytes);
     if (!left) return false;
     left->next = NULL;
     left->numbers = numbers;
     memcpy(left->payload, payload, bytes);
-    *line->last_unwritten = left;
-    line->last_unwritten = &left->next;
+    *link->last_unwritten = left;
+    link->last_unwritten = &left->next;
     return true;
 }
 
-static void write_unwritten(struct line *line) {
+static void write_unwritten(struct server_link *link) {
     struct unwritten *left;
-    while ((left = line->first_unwritten) && write_answer(line, &left->numbers, left->payload)) {
-        if (!(line->first_unwritten = left->next)) line->last_unwritten = &line->first_unwritten;
+    while ((left = link->first_unwritten) && write_answer(link, &left->numbers, left->payload)) {
+        if (!(link->first_unwritten = left->next)) link->last_unwritten = &link->first_unwritten;
         free(left);
     }
 }
 
-void line_publish(struct line *line) {
-    if (line->gone) {
-        forget_unwritten(line);
+void server_link_publish(struct server_link *link) {
+    if (link->gone) {
+        forget_unwritten(link);
         return;
     }
-    if (line->first_unwritten) {
-        write_unwritten(line);
-        if (line->first_unwritten) {
-            line_wait_for_room(line);
-            write_unwritten(line); /* room may have come just before that was said */
+    if (link->first_unwritten) {
+        write_unwritten(link);
+        if (link->first_unwritten) {
+            server_link_wait_for_room(link);
+            write_unwritten(link); /* room may have come just before that was said */
         }
     }
-    if (!line->changed) return;
-    line->changed = false;
-    blockdex_show(&line->header->answers_written, line->written, &line->header->client_sleeps, line->bell);
+    if (!link->changed) return;
+    link->changed = false;
+    blockdex_show(&link->header->answers_written, link->written, &link->header->client_sleeps, link->bell);
 }
 
-void line_wait_for_room(struct line *line) {
-    atomic_store_explicit(&line->header->engine_waits_for_room, 1, memory_order_relaxed);
+void server_link_wait_for_room(struct server_link *link) {
+    atomic_store_explicit(&link->header->engine_waits_for_room, 1, memory_order_relaxed);
     atomic_thread_fence(memory_order_seq_cst);
 }
 
-bool line_is_heard(const struct line *line) { return !line->gone && !line->first_unwritten && !line->crowded; }
-
-bool line_is_for_python(const struct line *line) { return line->waits && line_is_heard(line); }
-
-bool line_has_room_again(const struct line *line) {
-    return line->crowded && !atomic_load_explicit(&line->header->engine_waits_for_room, memory_order_acquire);
+bool server_link_is_heard(const struct server_link *link) {
+    return !link->gone && !link->first_unwritten && !link->crowded;
 }
 
-bool line_lie_down(struct line *line) {
-    bool nothing = blockdex_may_sleep(&line->header->engine_sleeps, &line->header->requests_written, line->read);
-    return nothing || line->waits || !line_is_heard(line);
+bool server_link_is_for_python(const struct server_link *link) { return link->waits && server_link_is_heard(link); }
+
+bool server_link_has_room_again(const struct server_link *link) {
+    return link->crowded && !atomic_load_explicit(&link->header->engine_waits_for_room, memory_order_acquire);
 }
 
-void line_get_up(struct line *line) { blockdex_awake(&line->header->engine_sleeps); }
+bool server_link_lie_down(struct server_link *link) {
+    bool nothing = blockdex_may_sleep(&link->header->engine_sleeps, &link->header->requests_written, link->read);
+    return nothing || link->waits || !server_link_is_heard(link);
+}
+
+void server_link_get_up(struct server_link *link) { blockdex_awake(&link->header->engine_sleeps); }

@@ -17,7 +17,7 @@ struct segment_layout {
     uint64_t request_slots, answer_slots, request_arena_bytes, answer_arena_bytes;
 };
 
-struct line {
+struct server_link {
     struct blockdex_header *header;
     char *requests, *answers, *request_arena, *answer_arena;
     uint64_t request_slots, answer_slots, request_arena_bytes, answer_arena_bytes;
@@ -41,50 +41,50 @@ struct claim {
 
 /* A link in memory of so many bytes; `bell` is sent to, `own_bell` received from. False: the parts are not inside
  * it. */
-bool line_open(struct line *line, void *memory, uint64_t bytes, const struct segment_layout *layout, int bell,
-               int own_bell);
-void line_close(struct line *line);
+bool server_link_open(struct server_link *link, void *memory, uint64_t bytes, const struct segment_layout *layout,
+                      int bell, int own_bell);
+void server_link_close(struct server_link *link);
 
 /* Requests that are there, as far as that can be; -1 where the client says what cannot be. */
-int64_t line_filled(const struct line *line);
+int64_t server_link_filled(const struct server_link *link);
 
 /* Bytes of an answer that there is room for at some time. */
-uint64_t line_longest(const struct line *line);
+uint64_t server_link_longest(const struct server_link *link);
 
-/* The oldest request, of which there is one. It stays as it is until line_release. */
-const struct blockdex_request *line_head(const struct line *line);
-void line_release(struct line *line);
+/* The oldest request, of which there is one. It stays as it is until server_link_release. */
+const struct blockdex_request *server_link_head(const struct server_link *link);
+void server_link_release(struct server_link *link);
 
 /* The region that one of a request's sources names; 0: all is in the arena, as it has to be while links share none. */
-static inline uint32_t line_region_of(const struct blockdex_request *request) {
+static inline uint32_t server_link_region_of(const struct blockdex_request *request) {
     return request->keys_region | request->queries_region | request->block_ids_region | request->scores_region;
 }
 
 /* The next free slot, and room for what the answer carries; false while there is none of either. */
-bool line_claim(struct line *line, uint64_t bytes, struct claim *claim);
+bool server_link_claim(struct server_link *link, uint64_t bytes, struct claim *claim);
 
 /* Answers, as soon as there is room: `numbers` without payload_offset and payload_end. False: no memory is left. */
-bool line_answer(struct line *line, struct blockdex_answer numbers, const void *payload, uint64_t bytes);
+bool server_link_answer(struct server_link *link, struct blockdex_answer numbers, const void *payload, uint64_t bytes);
 
 /* Writes answers that there was no room for; shows the client what was written, and wakes it. */
-void line_publish(struct line *line);
+void server_link_publish(struct server_link *link);
 
 /* Has the engine woken when there is room again; who has said so tries once more. */
-void line_wait_for_room(struct line *line);
+void server_link_wait_for_room(struct server_link *link);
 
 /* Whether it gets answers: who does not read them gets no more, and so is asked nothing until there is room. */
-bool line_is_heard(const struct line *line);
+bool server_link_is_heard(const struct server_link *link);
 
 /* Whether the oldest request is one for Python to take now. */
-bool line_is_for_python(const struct line *line);
+bool server_link_is_for_python(const struct server_link *link);
 
 /* Whether the client says that Python may try again to write its answers. */
-bool line_has_room_again(const struct line *line);
+bool server_link_has_room_again(const struct server_link *link);
 
 /* Says that the engine sleeps from now on, and looks once more: whether nothing has come that it would look at. */
-bool line_lie_down(struct line *line);
+bool server_link_lie_down(struct server_link *link);
 
 /* Says that the engine is awake. */
-void line_get_up(struct line *line);
+void server_link_get_up(struct server_link *link);
 
 #endif

@@ -1,9 +1,9 @@
 #include "ring/server_type.h"
 
-struct line_object {
+struct server_link_object {
     PyObject_HEAD
     Py_buffer memory;
-    struct line line;
+    struct server_link link;
 };
 
 static bool number_of(PyObject *segment, const char *name, uint64_t *number) {
@@ -26,7 +26,7 @@ static bool layout_of(PyObject *segment, struct segment_layout *layout) {
            number_of(segment, "answer_arena_bytes", &layout->answer_arena_bytes);
 }
 
-static bool open_line(struct line_object *self, PyObject *segment, int bell, int own_bell) {
+static bool open_line(struct server_link_object *self, PyObject *segment, int bell, int own_bell) {
     struct segment_layout layout;
     if (!layout_of(segment, &layout)) return false;
     PyObject *memory = PyObject_GetAttrString(segment, "memory");
@@ -34,12 +34,13 @@ static bool open_line(struct line_object *self, PyObject *segment, int bell, int
     int got = PyObject_GetBuffer(memory, &self->memory, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS);
     Py_DECREF(memory);
     if (got < 0) return false;
-    if (line_open(&self->line, self->memory.buf, (uint64_t)self->memory.len, &layout, bell, own_bell)) return true;
+    if (server_link_open(&self->link, self->memory.buf, (uint64_t)self->memory.len, &layout, bell, own_bell))
+        return true;
     PyErr_SetString(PyExc_ValueError, "segment: its parts are not inside its memory");
     return false;
 }
 
-static PyObject *line_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
+static PyObject *server_link_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     static char *names[] = {"segment", "bell", "own_bell", "tenant", NULL};
     PyObject *segment;
     int bell, own_bell;
@@ -52,53 +53,55 @@ static PyObject *line_new(PyTypeObject *type, PyObject *arguments, PyObject *key
         return PyErr_Format(PyExc_ValueError, "tenant: at most %d bytes, got %zd", BLOCKDEX_MAX_TENANT_BYTES,
                             tenant_bytes);
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    struct line_object *self = (void *)allocate(type, 0);
+    struct server_link_object *self = (void *)allocate(type, 0);
     if (!self) return NULL;
     if (!open_line(self, segment, bell, own_bell)) {
         Py_DECREF(self);
         return NULL;
     }
-    memcpy(self->line.tenant, tenant, (size_t)tenant_bytes);
-    self->line.tenant_bytes = (uint16_t)tenant_bytes;
+    memcpy(self->link.tenant, tenant, (size_t)tenant_bytes);
+    self->link.tenant_bytes = (uint16_t)tenant_bytes;
     return (PyObject *)self;
 }
 
-static void line_dealloc(struct line_object *self) {
+static void server_link_dealloc(struct server_link_object *self) {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
-    line_close(&self->line);
+    server_link_close(&self->link);
     if (self->memory.obj) PyBuffer_Release(&self->memory);
     freefunc deallocate = (freefunc)PyType_GetSlot(type, Py_tp_free);
     deallocate(self);
     Py_DECREF(type);
 }
 
-struct line *line_of(PyObject *object) {
-    if (PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc) == (void *)line_dealloc)
-        return &((struct line_object *)object)->line;
+struct server_link *server_link_of(PyObject *object) {
+    if (PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc) == (void *)server_link_dealloc)
+        return &((struct server_link_object *)object)->link;
     PyErr_Format(PyExc_TypeError, "a Line is needed, got %R", object);
     return NULL;
 }
 
-PyObject *line_object(struct line *line) { return (PyObject *)((char *)line - offsetof(struct line_object, line)); }
+PyObject *server_link_object(struct server_link *link) {
+    return (PyObject *)((char *)link - offsetof(struct server_link_object, link));
+}
 
-static PyObject *get_memory(struct line_object *self, void *unused) {
+static PyObject *get_memory(struct server_link_object *self, void *unused) {
     (void)unused;
     return PyMemoryView_FromObject(self->memory.obj);
 }
 
-static PyObject *get_filled(struct line_object *self, void *unused) {
+static PyObject *get_filled(struct server_link_object *self, void *unused) {
     (void)unused;
-    return PyLong_FromLongLong(line_filled(&self->line));
+    return PyLong_FromLongLong(server_link_filled(&self->link));
 }
 
-static PyObject *get_waits(struct line_object *self, void *unused) {
+static PyObject *get_waits(struct server_link_object *self, void *unused) {
     (void)unused;
-    return PyBool_FromLong(line_is_for_python(&self->line));
+    return PyBool_FromLong(server_link_is_for_python(&self->link));
 }
 
-static PyObject *get_gone(struct line_object *self, void *unused) {
+static PyObject *get_gone(struct server_link_object *self, void *unused) {
     (void)unused;
-    return PyBool_FromLong(self->line.gone);
+    return PyBool_FromLong(self->link.gone);
 }
 
 static int set_flag(bool *flag, PyObject *value) {
@@ -111,65 +114,65 @@ static int set_flag(bool *flag, PyObject *value) {
     return 0;
 }
 
-static int set_gone(struct line_object *self, PyObject *value, void *unused) {
+static int set_gone(struct server_link_object *self, PyObject *value, void *unused) {
     (void)unused;
-    return set_flag(&self->line.gone, value);
+    return set_flag(&self->link.gone, value);
 }
 
-static PyObject *get_crowded(struct line_object *self, void *unused) {
+static PyObject *get_crowded(struct server_link_object *self, void *unused) {
     (void)unused;
-    return PyBool_FromLong(self->line.crowded);
+    return PyBool_FromLong(self->link.crowded);
 }
 
-static int set_crowded(struct line_object *self, PyObject *value, void *unused) {
+static int set_crowded(struct server_link_object *self, PyObject *value, void *unused) {
     (void)unused;
-    return set_flag(&self->line.crowded, value);
+    return set_flag(&self->link.crowded, value);
 }
 
-static PyObject *get_longest(struct line_object *self, void *unused) {
+static PyObject *get_longest(struct server_link_object *self, void *unused) {
     (void)unused;
-    return PyLong_FromUnsignedLongLong(line_longest(&self->line));
+    return PyLong_FromUnsignedLongLong(server_link_longest(&self->link));
 }
 
-static PyObject *get_has_unwritten(struct line_object *self, void *unused) {
+static PyObject *get_has_unwritten(struct server_link_object *self, void *unused) {
     (void)unused;
-    return PyBool_FromLong(self->line.first_unwritten != NULL);
+    return PyBool_FromLong(self->link.first_unwritten != NULL);
 }
 
-static PyObject *method_head(struct line_object *self, PyObject *unused) {
+static PyObject *method_head(struct server_link_object *self, PyObject *unused) {
     (void)unused;
-    const char *head = (const void *)line_head(&self->line);
+    const char *head = (const void *)server_link_head(&self->link);
     return PyLong_FromSsize_t(head - (const char *)self->memory.buf);
 }
 
-static PyObject *method_release(struct line_object *self, PyObject *unused) {
+static PyObject *method_release(struct server_link_object *self, PyObject *unused) {
     (void)unused;
-    struct line *line = &self->line;
-    if (line_filled(line) < 1) return PyErr_Format(PyExc_ValueError, "release: no request is there");
-    line->waits = false;
-    line_release(line);
+    struct server_link *link = &self->link;
+    if (server_link_filled(link) < 1) return PyErr_Format(PyExc_ValueError, "release: no request is there");
+    link->waits = false;
+    server_link_release(link);
     Py_RETURN_NONE;
 }
 
-static PyObject *method_claim(struct line_object *self, PyObject *bytes) {
+static PyObject *method_claim(struct server_link_object *self, PyObject *bytes) {
     struct claim claim;
     unsigned long long size = PyLong_AsUnsignedLongLong(bytes);
     if (PyErr_Occurred()) return NULL;
-    if (!line_claim(&self->line, size, &claim)) Py_RETURN_NONE;
+    if (!server_link_claim(&self->link, size, &claim)) Py_RETURN_NONE;
     const char *slot = (const void *)claim.slot;
     Py_ssize_t offset = slot - (const char *)self->memory.buf;
     return Py_BuildValue("nKK", offset, (unsigned long long)claim.offset, (unsigned long long)claim.end);
 }
 
-static PyObject *method_wait_for_room(struct line_object *self, PyObject *unused) {
+static PyObject *method_wait_for_room(struct server_link_object *self, PyObject *unused) {
     (void)unused;
-    line_wait_for_room(&self->line);
+    server_link_wait_for_room(&self->link);
     Py_RETURN_NONE;
 }
 
-static PyObject *method_publish(struct line_object *self, PyObject *unused) {
+static PyObject *method_publish(struct server_link_object *self, PyObject *unused) {
     (void)unused;
-    line_publish(&self->line);
+    server_link_publish(&self->link);
     Py_RETURN_NONE;
 }
 
@@ -193,17 +196,17 @@ static PyMethodDef methods[] = {
     {0},
 };
 
-static PyType_Slot line_slots[] = {
-    {Py_tp_new, line_new},
-    {Py_tp_dealloc, line_dealloc},
+static PyType_Slot server_link_slots[] = {
+    {Py_tp_new, server_link_new},
+    {Py_tp_dealloc, server_link_dealloc},
     {Py_tp_getset, properties},
     {Py_tp_methods, methods},
     {0, NULL},
 };
 
 PyType_Spec blockdex_line_spec = {
-    .name = "blockdex._native.Line",
-    .basicsize = sizeof(struct line_object),
+    .name = "blockdex._native.ServerLink",
+    .basicsize = sizeof(struct server_link_object),
     .flags = Py_TPFLAGS_DEFAULT,
-    .slots = line_slots,
+    .slots = server_link_slots,
 };

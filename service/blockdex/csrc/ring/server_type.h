@@ -1,4 +1,4 @@
-/* blockdex._native.Line: a link as Python's engine holds it. */
+/* blockdex._native.ServerLink: a link as Python's engine holds it. */
 #ifndef BLOCKDEX_SERVER_TYPE_H
 #define BLOCKDEX_SERVER_TYPE_H
 
@@ -9,9 +9,9 @@
 extern PyType_Spec blockdex_line_spec;
 
 /* The link of a Line; NULL with an error set where the object is none. It lives as long as the object. */
-struct line *line_of(PyObject *object);
+struct server_link *server_link_of(PyObject *object);
 
-/* The Line of a link that line_of has returned. */
-PyObject *line_object(struct line *line);
+/* The Line of a link that server_link_of has returned. */
+PyObject *server_link_object(struct server_link *link);
 
 #endif
