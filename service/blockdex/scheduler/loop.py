@@ -20,7 +20,7 @@ from blockdex.ring.server import RingInbox
 from blockdex.scheduler import THREAD
 from blockdex.scheduler.bulk import Bulk
 from blockdex.scheduler.core import Shared, add_counts, make_core
-from blockdex.scheduler.dispatch import Launcher
+from blockdex.scheduler.launcher import Launcher
 from blockdex.scheduler.sequences import SequenceKeeper
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.dispatch import device_name
