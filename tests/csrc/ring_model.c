@@ -9,7 +9,7 @@ enum { MOST_SLOTS = 2, ARENA = 128, SEGMENT = 4096 + 2 * MOST_SLOTS * 256 + 2 * 
 enum { ENGINE_BELL = 1, CLIENT_BELL, LINK };
 
 static _Alignas(4096) char segment[SEGMENT];
-static struct server_link link;
+static struct server_link side;
 static struct blockdex_ring ring;
 static uint32_t slots;
 
@@ -25,7 +25,7 @@ static void reset(void) {
     header->answer_arena_offset = arena + ARENA;
     ring =
         (struct blockdex_ring){.header = header, .link = LINK, .engine_bell = ENGINE_BELL, .client_bell = CLIENT_BELL};
-    if (!server_link_open(&link, segment, SEGMENT, &layout, CLIENT_BELL, ENGINE_BELL)) model_fail("no link");
+    if (!server_link_open(&side, segment, SEGMENT, &layout, CLIENT_BELL, ENGINE_BELL)) model_fail("no link");
 }
 
 /* --- What the sides do, a step each --- */
@@ -53,26 +53,26 @@ static void hear(uint64_t number) {
 static void answer(uint64_t number, uint64_t bytes) {
     char payload[ARENA];
     for (uint64_t at = 0; at < bytes; at++) payload[at] = (char)('a' + number);
-    if (!server_link_answer(&link, (struct blockdex_answer){.ticket = number}, payload, bytes)) model_fail("no memory");
+    if (!server_link_answer(&side, (struct blockdex_answer){.ticket = number}, payload, bytes)) model_fail("no memory");
 }
 
 /* Takes the requests that are there; how many. */
 static uint64_t take(uint64_t first) {
-    int64_t filled = server_link_filled(&link);
+    int64_t filled = server_link_filled(&side);
     if (filled < 0) model_fail("more requests than slots");
     for (int64_t at = 0; at < filled; at++) {
-        const struct blockdex_request *request = server_link_head(&link);
+        const struct blockdex_request *request = server_link_head(&side);
         model_access(request, sizeof *request, false);
         if (request->ticket != first + (uint64_t)at) model_fail("another request");
-        server_link_release(&link);
+        server_link_release(&side);
     }
     return (uint64_t)filled;
 }
 
 static void engine_sleep(void) {
     struct pollfd bell = {ENGINE_BELL, POLLIN, 0};
-    if (server_link_lie_down(&link) && poll(&bell, 1, -1) > 0) blockdex_silence(ENGINE_BELL);
-    server_link_get_up(&link);
+    if (server_link_lie_down(&side) && poll(&bell, 1, -1) > 0) blockdex_silence(ENGINE_BELL);
+    server_link_get_up(&side);
 }
 
 /* --- Scenarios --- */
@@ -97,7 +97,7 @@ static void hear_two(void) {
 static void answer_two(void) {
     for (uint64_t number = 0; number < 2; number++) {
         answer(number, 8);
-        server_link_publish(&link);
+        server_link_publish(&side);
     }
 }
 
@@ -109,7 +109,7 @@ static void ask_and_hear(void) {
 static void take_and_answer(void) {
     while (!take(0)) engine_sleep();
     answer(0, 8);
-    server_link_publish(&link);
+    server_link_publish(&side);
 }
 
 /* The second takes the slot of the first, if that is seen to be free. */
@@ -125,10 +125,10 @@ static void take_and_look_again(void) {
 
 static void answer_twice(uint64_t bytes) {
     for (uint64_t number = 0; number < 2; number++) answer(number, bytes);
-    server_link_publish(&link);
-    while (link.first_unwritten) {
+    server_link_publish(&side);
+    while (side.first_unwritten) {
         engine_sleep();
-        server_link_publish(&link);
+        server_link_publish(&side);
     }
 }
 

@@ -8,7 +8,7 @@
 
 enum { SLOTS = 16, ARENA = 4096, LARGEST = 448, PATIENCE = 10000 };
 
-static struct server_link link;
+static struct server_link side;
 static struct blockdex_ring ring;
 static uint64_t count;
 
@@ -45,23 +45,23 @@ static void *be_the_client(void *unused) {
 }
 
 static void sleep_until_rung(void) {
-    struct pollfd bell = {link.own_bell, POLLIN, 0};
-    if (server_link_lie_down(&link) && poll(&bell, 1, PATIENCE) <= 0) fail("the engine was not woken");
-    blockdex_silence(link.own_bell);
-    server_link_get_up(&link);
+    struct pollfd bell = {side.own_bell, POLLIN, 0};
+    if (server_link_lie_down(&side) && poll(&bell, 1, PATIENCE) <= 0) fail("the engine was not woken");
+    blockdex_silence(side.own_bell);
+    server_link_get_up(&side);
 }
 
 static void *be_the_engine(void *unused) {
-    for (uint64_t answered = 0; answered < count || link.first_unwritten;) {
-        for (int64_t filled = server_link_filled(&link); filled > 0; filled--, answered++) {
-            struct blockdex_request request = *server_link_head(&link);
-            server_link_release(&link);
+    for (uint64_t answered = 0; answered < count || side.first_unwritten;) {
+        for (int64_t filled = server_link_filled(&side); filled > 0; filled--, answered++) {
+            struct blockdex_request request = *server_link_head(&side);
+            server_link_release(&side);
             struct blockdex_answer answer = {.ticket = request.ticket, .phase = BLOCKDEX_SEQUENCE};
-            const char *payload = link.request_arena + request.payload_offset;
-            if (!server_link_answer(&link, answer, payload, request.payload_bytes)) fail("no memory");
+            const char *payload = side.request_arena + request.payload_offset;
+            if (!server_link_answer(&side, answer, payload, request.payload_bytes)) fail("no memory");
         }
-        server_link_publish(&link);
-        if (!server_link_filled(&link) && (answered < count || link.first_unwritten)) sleep_until_rung();
+        server_link_publish(&side);
+        if (!server_link_filled(&side) && (answered < count || side.first_unwritten)) sleep_until_rung();
     }
     return unused;
 }
@@ -87,7 +87,7 @@ static void make_link(void) {
         .header = header, .link = links[0], .engine_bell = engine_bells[0], .client_bell = client_bells[1]};
     const struct segment_layout layout = {requests, answers, request_arena, answer_arena,
                                           SLOTS,    SLOTS,   SLOTS * 512,   ARENA};
-    if (!server_link_open(&link, memory, 1 << 17, &layout, client_bells[0], engine_bells[1])) fail("no link");
+    if (!server_link_open(&side, memory, 1 << 17, &layout, client_bells[0], engine_bells[1])) fail("no link");
 }
 
 int main(int argc, char **argv) {

@@ -51,7 +51,7 @@ def test_a_door_that_goes_with_requests_and_answers_on_their_way(device_core: Ba
     assert not bare.lines[0].has_unwritten
     assert bare.lines[0].gone
     assert sum(bare.counted["stages"][4][0]) == 3, "those that were answered"
-    with pytest.raises(ValueError, match="is not one of its lines"):
+    with pytest.raises(ValueError, match="is not one of its links"):
         bare.core.drop(bare.lines[0])
 
 

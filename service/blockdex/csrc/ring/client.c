@@ -192,7 +192,7 @@ static PyType_Spec type_spec = {
 int add_link(PyObject *module) {
     PyObject *type = PyType_FromModuleAndSpec(module, &type_spec, NULL);
     if (!type) return -1;
-    int added = PyModule_AddObjectRef(module, "Link", type);
+    int added = PyModule_AddObjectRef(module, "ClientLink", type);
     Py_DECREF(type);
     return added;
 }
