@@ -309,7 +309,7 @@ def grouping(width: int, k: int, few: bool) -> tuple[int, int, int]:
     shapes = []
     for groups in (32, 64, 128, 256, 512, 1024):
         group = next(size for size in (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 2**20) if groups * size >= width)
-        candidates = triton.next_power_of_2(k * group)
+        candidates = max(triton.next_power_of_2(k * group), 32)
         shapes.append((5 * groups * group + 27 * groups + 35 * candidates, groups, group, candidates))
     _, groups, group, candidates = min(shapes)
     return groups, group, 2 * candidates if few else candidates

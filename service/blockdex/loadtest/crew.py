@@ -40,8 +40,7 @@ class Crew:
 
     def rpc_of(self, step: Step) -> str:
         """The RPC of a call, as the server counts it."""
-        streamed = self.job.transport == "stream" and isinstance(step, TokenStep)
-        return f"Stream/{step.rpc}" if streamed else step.rpc
+        return f"Stream/{step.rpc}" if self.job.transport == "stream" else step.rpc
 
     def record(self, call: CallRecord, error: str) -> None:
         """Counts a call that has ended, and tells of it with the next heartbeat."""

@@ -86,7 +86,7 @@ class SequenceStep:
     @property
     def rpc(self) -> str:
         """Name of the RPC."""
-        return f"{self.operation.capitalize()}Sequence"
+        return f"{self.operation.capitalize()}Sequence{'s' if self.operation in {'open', 'close'} else ''}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,7 +172,9 @@ def test_the_pages_add_up_to_what_get_info_says(server: Serving, calls: pb_grpc.
 def test_what_runs(server: Serving, calls: pb_grpc.IndexerServiceStub) -> None:
     info = calls.GetInfo(pb.GetInfoRequest())
     (labels,) = [dict(labels) for name, labels in scrape(server) if name == "blockdex_build_info"]
-    kernels = {f"{choice.phase}_kernel": choice.kernel for choice in info.kernels}
+    kernels = {
+        f"{pb.Phase.Name(choice.phase).removeprefix('PHASE_').lower()}_kernel": choice.kernel for choice in info.kernels
+    }
     assert labels == {"version": info.version, "device": "cpu", "key_dtype": "bf16", **kernels}
     assert scrape(server)["blockdex_ready", ()] == 1
 
