@@ -189,7 +189,7 @@ def test_its_numbers_are_those_of_the_metrics(browser: Browser, shown: Serving, 
         assert codes == {"OK": 123, "NOT_FOUND": 1}
         for code, value in codes.items():
             assert [number(cell) for cell in seen.row("codes", code)] == [value, value]
-        assert seen.row("calls", "GetSequence")[-1] == "1"
+        assert seen.row("calls", "Stream/GetSequence")[-1] == "1"
         assert seen.text("#sequences-open") == "2"
         assert seen.text("#sequences-tokens") == "1,100"
         pages = {labels["state"]: value for labels, value in metrics["blockdex_pages"]}
@@ -200,7 +200,7 @@ def test_its_numbers_are_those_of_the_metrics(browser: Browser, shown: Serving, 
             ("stages", "blockdex_stage_seconds", {"phase": "append", "stage": "device"}, "append device"),
             ("stages", "blockdex_stage_seconds", {"phase": "sequence", "stage": "plan"}, "sequence plan"),
             ("calls", "blockdex_request_seconds", {"rpc": "Stream/AppendKeys"}, "Stream/AppendKeys"),
-            ("calls", "blockdex_request_seconds", {"rpc": "GetSequence"}, "GetSequence"),
+            ("calls", "blockdex_request_seconds", {"rpc": "Stream/GetSequence"}, "Stream/GetSequence"),
         ):
             before = window_shown(seen)
             rate, p50, p99 = seen.row(table, name)[:3]
