@@ -175,7 +175,7 @@ class Core:
             after), `BROKEN` (see `take_broken`); or 0.
 
         Raises:
-            RuntimeError: the device takes no step.
+            RuntimeError: `cuGraphLaunch` failed, with the number of its CUDA error.
             MemoryError: there is none for an answer.
             Exception: whatever the `run_step` raises.
         """
