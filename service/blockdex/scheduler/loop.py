@@ -115,8 +115,8 @@ class Engine:
         return self._executor.warm_up()
 
     def start(self) -> None:
-        """Starts the loop."""
-        self._shared.update()  # The warm-up may have captured steps.
+        """Starts the loop; after the warm-up, which on a GPU captures the programs that run its steps."""
+        self._shared.update()
         self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
         self._thread.start()
 

@@ -40,7 +40,6 @@ async def run(talk: ControlChannel, settings: ServeSettings, words: Words, heard
     except (StartError, SpecError) as error:
         talk.tell({"refused": str(error)})
         return
-    engine.start()
     talk.tell({"gpu": gpu_uuid(engine.info().device)})
     opening = asyncio.create_task(_open(talk, engine, inbox, words["listening"]))
     # By itself it ends by a fault alone; then nobody is let in any more, and another core is started.
@@ -72,6 +71,7 @@ async def _open(talk: ControlChannel, engine: Engine, inbox: RingInbox, listenin
     except StartError as error:
         talk.tell({"refused": str(error)})
         return
+    engine.start()
     talk.tell({"open": True})
     with socket.socket(fileno=listening) as accepting:
         accepting.setblocking(False)

@@ -96,6 +96,7 @@ async def _run_single(
         try:
             if not await warm_up(engine, readiness.compiling, told_to_stop):
                 return 0
+            engine.start()
             tracing = start_tracing(settings)
             try:
                 rpc = await start_rpc_server(

@@ -29,7 +29,7 @@ async def connected(
     selector: RingSelector,
     told_to_stop: asyncio.Event,
 ) -> AsyncIterator[RingChannel]:
-    """Starts an engine and a channel to it, and ends both; what is not answered then stays so.
+    """A channel to an engine, which the caller starts; both end here, and what is not answered then stays so.
 
     Args:
         engine: takes its requests from the inbox.
@@ -40,7 +40,6 @@ async def connected(
         told_to_stop: set where the link cannot go on.
     """
     there, seconds = asyncio.Event(), spin_seconds(settings)
-    engine.start()
     with listen() as listening:
         requests.channel = channel = RingChannel(
             str(listening.getsockname(), "latin-1"),
