@@ -8,23 +8,28 @@ python -m benchmarks.engine_step [cpu|cuda]     calls of every kind beside the p
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.environment import RESULTS, environment, slug
 from benchmarks.ring_messages import Keys, Queries, Request, Spans, TensorData, TokenRequest, read_answer, write_request
+from blockdex.cache import TABLE_ROW
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Limits, OpenSequences
+from blockdex.executor.dispatch import make_executor
 from blockdex.ring.codec import stage_seconds_of
 from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, REQUEST, SLOT_BYTES
@@ -402,11 +407,42 @@ def _from_host_us(calls: Sequence[Call], backend: Backend, seconds: float) -> li
     return samples[int(_WARM_UP * len(samples)) :]
 
 
+def measure_growth(device: str) -> dict[str, float]:
+    """Microseconds for which the engine's thread stands still while the tables grow, by their cells afterwards."""
+    backend = choose_backend(device, IndexSpec(num_layers=1), 64)
+    executor = make_executor(backend, TABLE_ROW)
+    executor.use_device()
+    held: dict[str, float] = {}
+    for power in range(16, 26):
+        cells = np.zeros(1 << power, np.int32)
+        changes = np.arange(len(cells) - TABLE_ROW, len(cells))
+        backend.synchronize()
+        began = time.perf_counter()
+        executor.write_tables(cells, changes)
+        held[str(len(cells))] = 1e6 * (time.perf_counter() - began)
+    return held
+
+
 def main() -> None:
-    """Prints the medians and what they are of the plain call's."""
-    medians = measure_kinds(sys.argv[1] if len(sys.argv) > 1 else "cpu", seconds=2.0)
+    """Prints and writes the medians, and what they are of the plain call's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", nargs="?", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=2.0, help="for which each kind of call is measured")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
+    arguments = parser.parse_args()
+    medians = measure_kinds(arguments.device, arguments.seconds)
     for kind, microseconds in medians.items():
         print(f"{kind:24} {microseconds:8.1f} us  {microseconds / medians['plain']:.2f}x")
+    growth = measure_growth(arguments.device)
+    print(f"{'tables grow, longest':24} {max(growth.values()):8.1f} us")
+    facts = environment("blockdex", "numpy", "torch", device=torch.device(arguments.device))
+    device = facts["machine"]["gpu"]["name"] if "gpu" in facts["machine"] else "cpu"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"engine-step-{slug(device)}.json"
+    path.write_text(
+        json.dumps(facts | {"microseconds": medians, "growth_microseconds": growth}, indent=2) + "\n", "utf-8"
+    )
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":
