@@ -29,7 +29,7 @@ from benchmarks.ring_messages import Keys, Queries, Request, Spans, TensorData, 
 from blockdex.cache import TABLE_ROW
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Limits, OpenSequences
-from blockdex.executor.dispatch import make_executor
+from blockdex.executor.factory import make_executor
 from blockdex.ring.codec import stage_seconds_of
 from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, REQUEST, SLOT_BYTES

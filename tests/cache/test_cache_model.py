@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from blockdex.cache import Cache, PageCopy, Sequence
+from blockdex.cache import IndexCache, PageCopy, Sequence
 from blockdex.contract.errors import BlockdexError, Reason
 from blockdex_kernels import IndexSpec
 from support.admission import append as ask_append
@@ -99,7 +99,7 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.cache = Cache(SPEC, NUM_PAGES, default_lease_seconds=DEFAULT_LEASE, clock=self.clock)
+        self.cache = IndexCache(SPEC, NUM_PAGES, default_lease_seconds=DEFAULT_LEASE, clock=self.clock)
         self.store = PageStore(NUM_PAGES, SPEC.num_layers, SPEC.block_size)
         self.model: dict[Name, ModelSequence] = {}
         self.evictions = 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from blockdex.cache import Cache
+from blockdex.cache import IndexCache
 from blockdex.contract.errors import BlockdexError, Code, Reason
 from blockdex_kernels import IndexSpec
 from support.admission import append, select
@@ -17,9 +17,9 @@ UNKNOWN = "(never opened, closed, or evicted)"
 
 
 @pytest.fixture
-def cache() -> Cache:
+def cache() -> IndexCache:
     """Eight pages, three of them free: sequences 7 (layer 3: 5 tokens, revision 5) and 8 (layer 3: 9 tokens)."""
-    cache = Cache(SPEC, 8, clock=Clock())
+    cache = IndexCache(SPEC, 8, clock=Clock())
     cache.open_sequences("red", {7: 0})
     cache.open_sequences("red", {8: 0})
     cache.open_sequences("blue", {9: 0})
@@ -27,7 +27,7 @@ def cache() -> Cache:
     return cache
 
 
-REFUSALS: dict[str, tuple[Callable[[Cache], object], Code, Reason, str]] = {
+REFUSALS: dict[str, tuple[Callable[[IndexCache], object], Code, Reason, str]] = {
     "open twice": (
         lambda cache: cache.open_sequences("red", {7: 0}),
         Code.ALREADY_EXISTS,
@@ -231,7 +231,9 @@ REFUSALS: dict[str, tuple[Callable[[Cache], object], Code, Reason, str]] = {
 
 
 @pytest.mark.parametrize(("call", "code", "reason", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_refusal(cache: Cache, call: Callable[[Cache], object], code: Code, reason: Reason, message: str) -> None:
+def test_refusal(
+    cache: IndexCache, call: Callable[[IndexCache], object], code: Code, reason: Reason, message: str
+) -> None:
     before = snapshot(cache)
     with pytest.raises(BlockdexError) as refusal:
         call(cache)
@@ -239,7 +241,7 @@ def test_refusal(cache: Cache, call: Callable[[Cache], object], code: Code, reas
     assert snapshot(cache) == before
 
 
-def test_fork_out_of_pages(cache: Cache) -> None:
+def test_fork_out_of_pages(cache: IndexCache) -> None:
     append(cache, "red", 3, (8, 9, 15))
     before = snapshot(cache)
     with pytest.raises(BlockdexError) as refusal:
@@ -251,14 +253,14 @@ def test_fork_out_of_pages(cache: Cache) -> None:
     assert snapshot(cache) == before
 
 
-def test_every_cache_has_another_epoch(cache: Cache) -> None:
+def test_every_cache_has_another_epoch(cache: IndexCache) -> None:
     assert 0 < cache.epoch < 2**64
-    assert Cache(SPEC, 8).epoch != cache.epoch
+    assert IndexCache(SPEC, 8).epoch != cache.epoch
 
 
 def test_refused_calls_do_not_refresh_the_lease() -> None:
     clock = Clock()
-    cache = Cache(SPEC, 2, default_lease_seconds=10, clock=clock)
+    cache = IndexCache(SPEC, 2, default_lease_seconds=10, clock=clock)
     cache.open_sequences("red", {1: 0})
     cache.open_sequences("red", {2: 0})
     append(cache, "red", 0, (1, 0, 5))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from blockdex.cache import TABLE_ROW, Cache
+from blockdex.cache import TABLE_ROW, IndexCache
 from blockdex.contract.errors import ResourceExhaustedError
 from blockdex.contract.messages import CacheOverview
 from blockdex_kernels import IndexSpec
@@ -21,7 +21,7 @@ SPEC = IndexSpec(num_layers=2, head_dim=1, block_size=4, topk=2, max_sequence_to
 LEASE = 10.0
 
 
-def recount(cache: Cache, idle_names: set[tuple[str, int]]) -> dict[str, set[int]]:
+def recount(cache: IndexCache, idle_names: set[tuple[str, int]]) -> dict[str, set[int]]:
     """Pages by state, one by one."""
     held = held_pages(cache)
     holders = Counter(page for pages in held.values() for page in pages)
@@ -41,7 +41,7 @@ def states(overview: CacheOverview) -> dict[str, list[int]]:
 def test_every_page_is_in_the_state_that_a_recount_finds(max_cells: int) -> None:
     random = np.random.default_rng(max_cells)
     clock = Clock()
-    cache = Cache(SPEC, 40, default_lease_seconds=LEASE, clock=clock)
+    cache = IndexCache(SPEC, 40, default_lease_seconds=LEASE, clock=clock)
     last_calls: dict[tuple[str, int], float] = {}
     seen = Counter[str]()
     for number in range(1, 120):
@@ -78,7 +78,7 @@ def test_every_page_is_in_the_state_that_a_recount_finds(max_cells: int) -> None
 
 
 def test_lengths_are_those_of_the_longest_layer() -> None:
-    cache = Cache(SPEC, 40)
+    cache = IndexCache(SPEC, 40)
     for sequence, (first, second) in enumerate([(0, 0), (1, 4), (5, 0), (8, 8), (0, 9), (64, 1)]):
         cache.open_sequences("tenant", {sequence: 0})
         for layer, tokens in enumerate((first, second)):
@@ -91,14 +91,14 @@ def test_lengths_are_those_of_the_longest_layer() -> None:
 
 
 def test_an_empty_cache() -> None:
-    overview = Cache(SPEC, 3).overview(4096)
+    overview = IndexCache(SPEC, 3).overview(4096)
     assert (overview.pages_total, overview.pages_per_cell, overview.tokens, overview.idle_sequences) == (3, 1, 0, 0)
     assert states(overview) == {"private": [0] * 3, "shared": [0] * 3, "idle": [0] * 3}
     assert overview.lengths.sum() == 0
 
 
 def test_from_another_thread_while_the_cache_changes() -> None:
-    cache = Cache(SPEC, 3000, default_lease_seconds=1e-9)  # all are idle: the longest way round
+    cache = IndexCache(SPEC, 3000, default_lease_seconds=1e-9)  # all are idle: the longest way round
     overviews: list[CacheOverview] = []
     failures: list[Exception] = []
     stop = threading.Event()
@@ -133,7 +133,7 @@ def test_from_another_thread_while_the_cache_changes() -> None:
 def test_a_slot_that_changes_hands_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long table was there, and a short one near the end of all tables is: its end is not the long one's."""
     spec = IndexSpec(num_layers=1, head_dim=1, block_size=4)
-    cache = Cache(spec, 3000, default_lease_seconds=1e-9)
+    cache = IndexCache(spec, 3000, default_lease_seconds=1e-9)
     cache.open_sequences("tenant", {0: 0})
     append(cache, "tenant", 0, (0, 0, 4 * 1000))
     tables = cache._sequences.tables

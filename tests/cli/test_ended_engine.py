@@ -17,7 +17,7 @@ from blockdex.cli.main import main
 from blockdex.scheduler import loop as engine
 from blockdex_kernels.cpu import CpuBackend
 def fail(*arguments, **options):
-    engine.Cache = fail
+    engine.IndexCache = fail
     raise MemoryError("made for this test")
 CpuBackend.append = fail
 sys.exit(main())

@@ -11,9 +11,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from blockdex.executor.dispatch import make_executor
+from blockdex.executor.cuda_graphs import Shape
+from blockdex.executor.factory import make_executor
 from blockdex.executor.gpu import GpuExecutor, _address_of_launch
-from blockdex.executor.graphs import Shape
 from blockdex.executor.interface import COLUMNS, Packed, Pending, Replay, Step, StepBuffer, keys_offset
 from blockdex.executor.prefill_slices import SliceShape
 from blockdex_kernels import IndexSpec

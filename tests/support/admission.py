@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.ring_messages import TokenRequest
 from blockdex import _native as native
-from blockdex.cache import Cache, PageCopy
+from blockdex.cache import IndexCache, PageCopy
 from blockdex.contract.errors import BlockdexError
 from blockdex.ring.handshake import new_link
 from blockdex.ring.segment import Sizes
@@ -28,7 +28,7 @@ Row = tuple[int, ...]
 class Admission:
     """A core that shares a cache, and a client that asks one request at a time."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: IndexCache) -> None:
         spec = cache.spec
         self.nudge = os.eventfd(0, os.EFD_NONBLOCK)
         self.core = native.Core(
@@ -64,7 +64,7 @@ class Admission:
         self.core.add(native.ServerLink(engine.segment, engine.client_bell, engine.engine_bell))
         self._cache, self._sides = weakref.ref(cache), (engine, client)
 
-    def serves(self, cache: Cache) -> bool:
+    def serves(self, cache: IndexCache) -> bool:
         """Whether it is that cache's."""
         return self._cache() is cache
 
@@ -74,7 +74,7 @@ class Admission:
             side.close()
         os.close(self.nudge)
 
-    def ask(self, cache: Cache, request: TokenRequest) -> list[PageCopy]:
+    def ask(self, cache: IndexCache, request: TokenRequest) -> list[PageCopy]:
         """Asks as an engine's thread does, and answers the copies that are to be made before any key is written.
 
         Raises:
@@ -103,7 +103,7 @@ class Admission:
         return copies
 
 
-def ask(cache: Cache, request: TokenRequest) -> list[PageCopy]:
+def ask(cache: IndexCache, request: TokenRequest) -> list[PageCopy]:
     """As `Admission.ask`. The last cache's core is kept: what it knows is in the cache, so another one can go on."""
     if not _LAST or not _LAST[0].serves(cache):
         while _LAST:
@@ -113,7 +113,7 @@ def ask(cache: Cache, request: TokenRequest) -> list[PageCopy]:
 
 
 def append(
-    cache: Cache, tenant: str, layer: int, *rows: Row, rollback: bool = True, select: bool = False
+    cache: IndexCache, tenant: str, layer: int, *rows: Row, rollback: bool = True, select: bool = False
 ) -> list[PageCopy]:
     """Appends to rows, and selects for them if so told; the copies to make first."""
     count, spec = sum(row[2] for row in rows), cache.spec
@@ -122,7 +122,7 @@ def append(
     return ask(cache, tokens(layer, rows, keys=keys, queries=queries, rollback=rollback, tenant=tenant))
 
 
-def select(cache: Cache, tenant: str, layer: int, *rows: Row) -> None:
+def select(cache: IndexCache, tenant: str, layer: int, *rows: Row) -> None:
     """Selects for rows."""
     count, spec = sum(row[2] for row in rows), cache.spec
     queries = np.zeros((count, spec.num_index_heads, spec.head_dim), np.float32)

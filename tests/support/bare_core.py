@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.ring_messages import TokenAnswer, TokenRequest
 from blockdex import _native as native
-from blockdex.cache import Cache
+from blockdex.cache import IndexCache
 from blockdex.contract.errors import Code
 from blockdex.executor.interface import keys_offset
 from blockdex.ring.handshake import Handles, new_link
@@ -174,7 +174,7 @@ class BareCore:
             seconds_bounds=SECONDS_BOUNDS,
             size_bounds=SIZE_BOUNDS,
         )
-        self.cache = Cache(spec, HELD * sequences if num_pages is None else num_pages)
+        self.cache = IndexCache(spec, HELD * sequences if num_pages is None else num_pages)
         held = self.cache._sequences
         for sequence in range(1, sequences + 1):
             self.cache.open_sequences(TENANT, {sequence: 0})

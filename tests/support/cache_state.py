@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.ring_messages import Spans
-from blockdex.cache import TABLE_ROW, Cache, PageCopy
+from blockdex.cache import TABLE_ROW, IndexCache, PageCopy
 from blockdex.cache.page_table import PageTables
 
 Name = tuple[str, int]
@@ -39,24 +39,24 @@ def spans(*rows: tuple[int, ...]) -> Spans:
     )
 
 
-def pages(cache: Cache, tenant: str, sequence_id: int) -> list[int]:
+def pages(cache: IndexCache, tenant: str, sequence_id: int) -> list[int]:
     """All pages of a sequence."""
     return held_pages(cache)[tenant, sequence_id]
 
 
-def held_pages(cache: Cache) -> dict[Name, list[int]]:
+def held_pages(cache: IndexCache) -> dict[Name, list[int]]:
     """Pages of every open sequence, without a call that the cache would notice."""
     sequences = cache._sequences
     return {name_of(cache, column): sequences.pages(column).tolist() for column in sequences.open_columns().tolist()}
 
 
-def name_of(cache: Cache, column: int) -> Name:
+def name_of(cache: IndexCache, column: int) -> Name:
     """Whose a column is."""
     sequences = cache._sequences
     return sequences.index.tenant(int(sequences.tenants[column])), int(sequences.ids[column])
 
 
-def page_table(cache: Cache, tenant: str, spans: Spans) -> NDArray[np.int32]:
+def page_table(cache: IndexCache, tenant: str, spans: Spans) -> NDArray[np.int32]:
     """Page of each block of each row's sequence, as far as the longest span reaches, 0 where there is none."""
     width = -(-int((spans.starts + spans.lengths).max()) // cache.spec.block_size)
     rows = cache.first_rows[[cache._column(tenant, sequence) for sequence in spans.sequence_ids.tolist()]]
@@ -68,7 +68,7 @@ def page_table(cache: Cache, tenant: str, spans: Spans) -> NDArray[np.int32]:
     return table
 
 
-def snapshot(cache: Cache) -> dict[str, Any]:
+def snapshot(cache: IndexCache) -> dict[str, Any]:
     """All that a cache holds, to be compared before and after a call that must change nothing."""
     state: dict[str, Any] = {"evictions": cache._evictions, "epoch": cache.epoch}
     for part in (cache._pool, cache._sequences, cache._sequences.tables):
@@ -80,7 +80,7 @@ def snapshot(cache: Cache) -> dict[str, Any]:
     return state
 
 
-def check_integrity(cache: Cache) -> None:
+def check_integrity(cache: IndexCache) -> None:
     """Recounts everything that the cache counts, and checks that no page and no slot is in two places."""
     pool, sequences, held = cache._pool, cache._sequences, held_pages(cache)
     free = list(pool._free)

@@ -49,7 +49,7 @@ MANY_SEQUENCES = 4096
 _LOOKED_AT = 4
 
 
-class Cache:
+class IndexCache:
     """Sequences, and the pages that they hold.
 
     Attributes:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blockdex.executor.cuda_graphs import Graphs, Launched, shapes
 from blockdex.executor.device_tables import DeviceTables
-from blockdex.executor.graphs import Graphs, Launched, shapes
 from blockdex.executor.interface import (
     STEP_BUFFERS,
     Answer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blockdex._native import STEPS, Core
-from blockdex.cache import Cache, Columns
+from blockdex.cache import Columns
 from blockdex.contract.messages import KERNEL_PHASES, PHASES, STAGES, Limits
 from blockdex.contract.stats import SECONDS_BUCKETS, SIZE_BUCKETS, Histogram, Stats
 from blockdex.executor.interface import Executor, Replays
@@ -55,7 +55,7 @@ def make_core(inbox: RingInbox, executor: Executor, limits: Limits, decode_queri
 class Shared:
     """What a core shares with a cache and a device: arrays and programs, which are replaced as they grow."""
 
-    def __init__(self, core: Core, executor: Executor, cache: Cache) -> None:
+    def __init__(self, core: Core, executor: Executor, cache: IndexCache) -> None:
         self._core = core
         self._executor = executor
         self._cache = cache

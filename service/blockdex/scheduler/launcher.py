@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex._native import Core
-from blockdex.cache import Cache
+from blockdex.cache import IndexCache
 from blockdex.contract.errors import Reason, ResourceExhaustedError
 from blockdex.contract.messages import PHASES, Phase
 from blockdex.contract.stats import Stats
@@ -69,7 +69,7 @@ class Launcher:
     def __init__(
         self,
         core: Core,
-        cache: Cache,
+        cache: IndexCache,
         executor: Executor,
         stats: Stats,
         *,

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from blockdex import _native as native
-from blockdex.cache import TABLE_ROW, Cache, PageCopy
+from blockdex.cache import TABLE_ROW, IndexCache, PageCopy
 from blockdex.contract.errors import InternalError, Reason
 from blockdex.contract.messages import CacheOverview, Info, Limits
 from blockdex.contract.stats import Stats
-from blockdex.executor.dispatch import make_executor
+from blockdex.executor.factory import make_executor
 from blockdex.executor.interface import DeviceHungError
 from blockdex.ring.events import NewEpoch, evictions
 from blockdex.ring.server import RingInbox
@@ -88,8 +88,8 @@ class Engine:
         self._cache = self._new_cache()
         self._serve_cache()
 
-    def _new_cache(self) -> Cache:
-        return Cache(self.spec, len(self._backend.pages), default_lease_seconds=self._lease_seconds)
+    def _new_cache(self) -> IndexCache:
+        return IndexCache(self.spec, len(self._backend.pages), default_lease_seconds=self._lease_seconds)
 
     def _serve_cache(self) -> None:
         """Makes what works on a new cache."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from blockdex._native import Core
-from blockdex.cache import Cache, PageCopy, Sequence
+from blockdex.cache import PageCopy, Sequence
 from blockdex.contract.errors import BlockdexError
 from blockdex.ring import layout
 from blockdex.scheduler.bulk import Rows
@@ -22,7 +22,7 @@ class SequenceKeeper:
         cache: where the sequences are.
     """
 
-    def __init__(self, core: Core, cache: Cache) -> None:
+    def __init__(self, core: Core, cache: IndexCache) -> None:
         self._core = core
         self._cache = cache
 
