@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blockdex._native import STEPS, Core
-from blockdex.cache import Columns
+from blockdex.cache import Columns, IndexCache
 from blockdex.contract.messages import KERNEL_PHASES, PHASES, STAGES, Limits
 from blockdex.contract.stats import SECONDS_BUCKETS, SIZE_BUCKETS, Histogram, Stats
 from blockdex.executor.interface import Executor, Replays

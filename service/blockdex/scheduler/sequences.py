@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from blockdex._native import Core
-from blockdex.cache import PageCopy, Sequence
+from blockdex.cache import IndexCache, PageCopy, Sequence
 from blockdex.contract.errors import BlockdexError
 from blockdex.ring import layout
 from blockdex.scheduler.bulk import Rows
