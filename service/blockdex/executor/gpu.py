@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from blockdex.executor.interface import (
     on_host,
 )
 from blockdex.executor.prefill_slices import MAX_ROWS, Marks, Slices, pinned, to_host
+from blockdex_kernels import cuda_driver
 from blockdex_kernels.interface import Selection, Spans
 from blockdex_kernels.triton.backend import TritonBackend
 
@@ -81,7 +81,7 @@ class GpuExecutor(Executor):
             self.use_device()
             capture()
             yield total + done, total + len(captures)
-        self._replays = Replays(_address_of_launch(), self._main.cuda_stream, self._graphs.replays())
+        self._replays = Replays(cuda_driver.address_of("cuGraphLaunch"), self._main.cuda_stream, self._graphs.replays())
         torch.cuda.empty_cache()
 
     def step_buffers(self) -> list[StepBuffer]:
@@ -166,8 +166,3 @@ class _Prefill(Pending):
     def answer(self) -> Answer | None:
         """See `Pending.answer`; in its slot."""
         return on_host(self._launched.result())
-
-
-def _address_of_launch() -> int:
-    """That of the driver's cuGraphLaunch, which torch has loaded."""
-    return ctypes.cast(ctypes.CDLL("libcuda.so.1").cuGraphLaunch, ctypes.c_void_p).value or 0
