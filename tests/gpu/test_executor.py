@@ -77,7 +77,7 @@ class Both:
 
 
 def _tensor(packed: Packed) -> torch.Tensor:
-    data = torch.frombuffer(bytearray(b"".join(packed.parts)), dtype=torch.uint8)
+    data = torch.cat([torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in packed.parts])
     return data.view(packed.dtype).view(-1, packed.heads, 128).to(DEVICE)
 
 
@@ -302,9 +302,10 @@ def _make(step: Step, buffer: StepBuffer, replay: Replay) -> tuple[NDArray[np.in
     at = keys_offset(replay.runs)
     buffer.host[: columns.nbytes] = columns.reshape(-1).view(np.uint8)
     for packed in (step.keys, step.queries):
-        data = np.frombuffer(b"".join(packed.parts), np.uint8)
+        data = _tensor(packed).cpu().view(torch.uint8).view(-1).numpy()
         buffer.host[at : at + len(data)] = data
         at += 2 * replay.runs * replay.length * packed.heads * 128
+    buffer.host[at : at + 8 * 9 * replay.runs * replay.length] = 0  # no addresses: all is here
     size = replay.runs * replay.length * 4 * 16
     ids, scores = buffer.block_ids[:size].reshape(-1, 4, 16), buffer.scores[:size].reshape(-1, 4, 16)
     ids[:], scores[:] = -2, np.nan

@@ -15,6 +15,7 @@ from blockdex.executor.interface import (
     Answer,
     Pending,
     Replay,
+    Step,
     StepBuffer,
     check_patience,
     keys_offset,
@@ -144,8 +145,9 @@ class Graphs:
 class Launched(Pending):
     """A step that is done once its stream has come so far; with its selection on the host then."""
 
-    def __init__(self, selection: Selection | None, stream: torch.cuda.Stream) -> None:
+    def __init__(self, selection: Selection | None, stream: torch.cuda.Stream, step: Step) -> None:
         self._selection = selection
+        self._step = step  # it holds regions that the device reads
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record(stream)
         self._began = time.monotonic()

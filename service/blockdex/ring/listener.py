@@ -13,6 +13,7 @@ from blockdex.ring.control_channel import ControlChannel
 from blockdex.ring.engine_reports import Engine, reply_to
 from blockdex.ring.events import EventQueue, words_of
 from blockdex.ring.handshake import Handles, offer
+from blockdex.ring.regions import LinkRegions
 from blockdex.ring.segment import RingError, Sizes
 from blockdex.ring.server import RingInbox, ServerLink
 from blockdex_kernels import IndexSpec
@@ -78,12 +79,14 @@ class RingHost:
 
         events = EventQueue(loop)
         line = ServerLink(handles, hang_up, events.put)
+        regions = LinkRegions(self._engine.open_region, self._inbox, line)
         self._inbox.add(line)
         try:
             async with asyncio.TaskGroup() as tasks:
                 telling = tasks.create_task(_tell_of(events, talk))
                 async for words in talk.heard():
-                    talk.tell(await reply_to(self._engine, words))
+                    reply = await regions.reply_to(words, talk.files)
+                    talk.tell(reply or await reply_to(self._engine, words))
                     await talk.drain()
                 telling.cancel()
         except* TimeoutError as errors:

@@ -31,11 +31,14 @@ struct columns {
     size_t count;
 };
 
+/* What of a request lies in the arena, or in a region of its link. */
+enum { KEYS, QUERIES, BLOCK_IDS, SCORES, NUM_SOURCES };
+
 /* Where a request is: in one of the core's lists, or in a step, or with Python. */
 enum request_state { IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, BULK };
 
 /* A request that was read off its ring; while it is on its way, its link is not given up. Its tensors stay in its
- * client's arena, which can be written to at any time; all else was copied once. */
+ * client's memory, which can be written to at any time; all else was copied once. */
 struct request {
     struct request *previous, *next; /* in `backlog` or `waiting` */
     struct server_link *link;
@@ -45,7 +48,8 @@ struct request {
     bool cancelled, has_pages, done_already, holds_back;
     uint8_t phase;
     int64_t end, received, taken, launched, finished;
-    const char *keys, *queries;
+    char *tensors[NUM_SOURCES];          /* where each begins; NULL: in the answers' arena */
+    struct region *regions[NUM_SOURCES]; /* where it lies; NULL: in an arena */
     uint64_t *ids, *revisions;
     int64_t *starts, *lengths;
     uint32_t *columns;
@@ -187,6 +191,24 @@ void core_forget(struct core *core, struct request *request);
 void list_append(struct list *list, struct request *request);
 void list_prepend(struct list *list, struct request *request);
 void list_remove(struct list *list, struct request *request);
+
+/* sources.c: where the tensors of a token request lie. */
+
+/* Finds the regions that a slot names, and checks that its tensors are inside; false: it was refused. */
+bool core_find_sources(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
+                       struct request *request, uint64_t ids_bytes);
+
+/* Keeps the regions of a request while it is on its way. */
+void core_use_regions(struct request *request);
+void core_leave_regions(struct core *core, struct request *request);
+
+/* Whether scores are asked for. */
+static inline bool core_is_scored(const struct blockdex_request *slot) {
+    return slot->flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES);
+}
+
+/* Whether a tensor has an address of the device. */
+bool core_is_on_device(const struct request *request, int number);
 
 /* admit.c: which requests may take effect now. */
 

@@ -3,6 +3,7 @@
 #define BLOCKDEX_LINE_H
 
 #include "blockdex_ring.h"
+#include "ring/regions.h"
 
 /* An answer for which there was no room. */
 struct unwritten {
@@ -26,6 +27,7 @@ struct server_link {
     int bell, own_bell;
     uint16_t tenant_bytes; /* 0: every request names its own */
     char tenant[BLOCKDEX_MAX_TENANT_BYTES];
+    struct regions regions;
     bool gone;    /* nobody is there to be answered */
     bool waits;   /* the oldest request is one for Python */
     bool changed; /* answers were written and not yet shown */
@@ -54,11 +56,6 @@ uint64_t server_link_longest(const struct server_link *link);
 /* The oldest request, of which there is one. It stays as it is until server_link_release. */
 const struct blockdex_request *server_link_head(const struct server_link *link);
 void server_link_release(struct server_link *link);
-
-/* The region that one of a request's sources names; 0: all is in the arena, as it has to be while links share none. */
-static inline uint32_t server_link_region_of(const struct blockdex_request *request) {
-    return request->keys_region | request->queries_region | request->block_ids_region | request->scores_region;
-}
 
 /* The next free slot, and room for what the answer carries; false while there is none of either. */
 bool server_link_claim(struct server_link *link, uint64_t bytes, struct claim *claim);
