@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from blockdex.ring.channel_layout import REFUSAL_BYTES, REQUEST_SLOTS, places_of
-from blockdex.ring.layout import AT
+from blockdex.contract.errors import BlockdexError
+from blockdex.ring.channel_layout import CONTROL_AT, REFUSAL_BYTES, REQUEST_SLOTS, places_of
+from blockdex.ring.codec import read_error
+from blockdex.ring.layout import ANSWER_STRUCT, AT, SLOT_BYTES, AnswerSlot
 from blockdex.ring.segment import Segment, Sizes
 from blockdex_kernels import IndexSpec, cuda_driver
 
@@ -35,6 +37,7 @@ class ChannelMemory:
         places: where its parts begin.
         kind: as regions have it, `cuda_fd` or `memfd`.
         fd: the device's memory, to be handed over.
+        uuid: of the device; hexadecimal digits.
         size: its bytes.
         address: where it is, on the device.
         bytes: uint8 `[size]`, the same.
@@ -62,6 +65,7 @@ class ChannelMemory:
         torch.zeros(1, device=self.device)  # makes the context, where there is none yet
         cuda_driver.use_primary_context(index)
         whole = cuda_driver.granularity(index)
+        self.uuid = cuda_driver.device_uuid(index).hex()
         self.kind, self.size = "cuda_fd", -(-needed // whole) * whole
         handle = cuda_driver.create(index, self.size, shared=True)
         self.fd = cuda_driver.export_file(handle)
@@ -72,6 +76,7 @@ class ChannelMemory:
         self.segment_address = cuda_driver.register(_address(self.segment.memory), _whole_pages(self.segment.memory))
 
     def _take_host_memory(self, needed: int) -> None:
+        self.uuid = ""
         self.kind, self.size = "memfd", -(-needed // _PAGE) * _PAGE
         self.fd = os.memfd_create("blockdex-channel", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, self.size)
@@ -94,6 +99,44 @@ class ChannelMemory:
     def error(self) -> int:
         """Why the channel is dead, as its kernels and this process have said; 0 while it is not."""
         return int(self.segment.flags[AT["channel_error"] // 4])
+
+    def refusal(self) -> BlockdexError:
+        """The first answer that was not taken: what the engine has against a request."""
+        segment = self.segment
+        taken = segment.counters[AT["answers_read"] // 8]
+        at = segment.answer_slots_offset + taken % segment.answer_slots * SLOT_BYTES
+        numbers = AnswerSlot(*ANSWER_STRUCT.unpack_from(segment.memory, at))
+        begin = segment.answer_arena_offset + numbers.payload_offset
+        return read_error(numbers, np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin))
+
+    def begin_anew(self, skipped: int) -> int:
+        """Takes up what earlier kernels left, none of which runs any more; the number of the last request.
+
+        Args:
+            skipped: numbers that are left out, so that no late answer has one of those to come.
+        """
+        counters = self.segment.counters
+        written = counters[AT["requests_written"] // 8] + skipped
+        for name in ("requests_written", "requests_read"):
+            counters[AT[name] // 8] = written
+        counters[AT["answers_read"] // 8] = counters[AT["answers_written"] // 8]
+        counters[AT["answer_bytes_freed"] // 8] = 0
+        return written
+
+    def open(self, written: int, region: int) -> None:
+        """Lets kernels ask again.
+
+        Args:
+            written: number of the last request.
+            region: the memory's, as requests name it.
+        """
+        for name, number in (("answered", written), ("written", written)):
+            self.bytes[CONTROL_AT[name] :][:8].view(torch.int64).fill_(number)
+        for name, number in (("error", 0), ("arrived", 0), ("region", region)):
+            self.bytes[CONTROL_AT[name] :][:4].view(torch.int32).fill_(number)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.segment.flags[AT["channel_error"] // 4] = 0
 
     def kill(self, error: int) -> None:
         """Ends every wait, within the 20 us that kernels look here, unless it has ended."""

@@ -61,7 +61,7 @@ class GpuExecutor(Executor):
         self._host_cells: NDArray[np.int32] = np.zeros(0, np.int32)
         self._tables = DeviceTables(backend.device, table_row, max(_FIRST_CELLS, 2 * len(backend.pages)))
         self._graphs = Graphs(backend, self._main, self._tables.rows, STEP_BUFFERS)
-        self._replays = Replays(0, 0, [])
+        self._replays = Replays(0, 0, 0, [])
         self._slices = Slices(backend, self.max_slices)
         self._launching = ThreadPoolExecutor(1, "blockdex-prefill", self._slices.use_stream)
 
@@ -83,7 +83,8 @@ class GpuExecutor(Executor):
             self.use_device()
             capture()
             yield total + done, total + len(captures)
-        self._replays = Replays(cuda_driver.address_of("cuGraphLaunch"), self._main.cuda_stream, self._graphs.replays())
+        launch, signal = map(cuda_driver.address_of, ("cuGraphLaunch", "cuStreamWriteValue64_v2"))
+        self._replays = Replays(launch, signal, self._main.cuda_stream, self._graphs.replays())
         torch.cuda.empty_cache()
 
     def step_buffers(self) -> list[StepBuffer]:

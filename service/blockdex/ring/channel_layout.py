@@ -8,6 +8,8 @@ from blockdex.ring.layout import ALIGNMENT, Field, aligned
 
 MAX_SEGMENT_BYTES = 1 << 20
 """Of a segment that a client made."""
+MAX_CHANNELS = 16
+"""Of a link."""
 REQUEST_SLOTS = 2
 REFUSAL_BYTES = 32 << 10
 """Of the answers' arena: a channel's answers are refusals."""
