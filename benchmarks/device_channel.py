@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -98,8 +99,7 @@ def in_process(spec: IndexSpec, replays: int) -> float:
 
 def cpu_seconds(core: CoreProcess) -> float:
     """Processor time of the core so far."""
-    with open(f"/proc/{core.process.pid}/stat", encoding="ascii") as file:
-        fields = file.read().rpartition(")")[2].split()
+    fields = Path(f"/proc/{core.process.pid}/stat").read_text("ascii").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

@@ -1,20 +1,36 @@
-"""The kernels of a device channel, in Triton and in CUDA, behind one call; the former on a CPU in the interpreter."""
+"""The kernels of a device channel behind one call: in Triton, in CUDA, and, for a CPU, in numpy.
+
+Triton's interpreter runs one kernel at a time in a process, so where channels are used by several threads of one, numpy
+takes its place.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import triton.language as tl
+from numpy.typing import NDArray
 
 from blockdex.device_channel import calls, kernels
 from blockdex.device_channel.calls import Call, Heads
 from blockdex.device_channel.memory import ChannelMemory
-from blockdex.ring.channel_layout import REQUEST_SLOTS
+from blockdex.ring.channel_layout import (
+    CONTROL_AT,
+    INVALID_LENGTHS,
+    REFUSED,
+    REQUEST_SLOTS,
+    TIMED_OUT,
+    UNANSWERED,
+)
+from blockdex.ring.layout import AT, HEADER_BYTES, SLOT_BYTES, aligned
 from blockdex_kernels import IndexSpec, cuda_driver
 from support.programs import REPOSITORY
 
@@ -132,9 +148,6 @@ def _compiled() -> bytes:
 
 def interpreted(patch: Callable[[object, str, object], None]) -> None:
     """Gives Triton's interpreter what stands in PTX, which it does not know."""
-    import time
-
-    import triton.language as tl
 
     def now() -> Any:
         time.sleep(0)
@@ -150,6 +163,94 @@ def interpreted(patch: Callable[[object, str, object], None]) -> None:
         patch(kernels, function.__name__, function)
 
 
+def launch_numpy(
+    memory: ChannelMemory, spec: IndexSpec, heads: Heads, call: Call, block_ids: torch.Tensor | None, bound: float
+) -> None:
+    """As `calls.launch`, on a CPU, by any thread: what the kernels do, one thing after the other."""
+    places = np.full(call.rows * call.row_tokens, -1)
+    numbers, control = memory.segment.counters, memory.bytes.numpy()
+    counted = {name: control[CONTROL_AT[name] :][:8].view(np.uint64) for name in ("answered", "written")}
+    error = control[CONTROL_AT["error"] :][:4].view(np.int32)
+    if not error[0]:
+        _ring(memory, spec, heads, call, places, counted, error)
+    began = time.monotonic()
+    looked = began
+    while not error[0] and counted["answered"][0] != counted["written"][0]:
+        time.sleep(0)
+        if time.monotonic() - looked < 20e-6:
+            continue
+        looked = time.monotonic()
+        if memory.error:
+            error[0] = memory.error
+        elif numbers[AT["answers_written"] // 8] != numbers[AT["answers_read"] // 8]:
+            error[0] = REFUSED
+        elif looked - began > bound:
+            error[0] = TIMED_OUT
+    memory.segment.flags[AT["channel_error"] // 4] = error[0]
+    if block_ids is None:
+        return
+    width = heads.count * spec.topk
+    there = control[memory.places.block_ids : memory.places.own].view(np.int32)[: len(places) * width]
+    found = there.reshape(-1, width)[places]
+    found[(places < 0) | (error[0] != 0)] = -1
+    block_ids.copy_(torch.from_numpy(found).view(block_ids.shape))
+
+
+def _ring(
+    memory: ChannelMemory,
+    spec: IndexSpec,
+    heads: Heads,
+    call: Call,
+    places: NDArray[np.int64],
+    counted: dict[str, NDArray[np.uint64]],
+    error: NDArray[np.int32],
+) -> None:
+    words, segment = calls.words_of(memory, spec, heads, call), memory.segment
+    lengths = call.lengths.numpy().astype(np.int64)
+    if counted["answered"][0] != counted["written"][0]:
+        error[0] = UNANSWERED
+        return
+    if ((lengths < 0) | (lengths > call.row_tokens)).any():
+        error[0] = INVALID_LENGTHS
+        return
+    live, token = lengths > 0, np.arange(call.row_tokens)
+    inside = (token < lengths[:, None]).reshape(-1)
+    places[inside] = np.arange(inside.sum())
+    if not inside.any():
+        return
+    packed = bool((places[: inside.sum()] >= 0).all())
+    offsets = []
+    for tensor, own, staged in (
+        (call.keys, words.own_keys, memory.places.keys),
+        (call.queries, words.own_queries, memory.places.queries),
+    ):
+        in_place = packed and own >= 0
+        offsets.append(0 if tensor is None else own if in_place else staged)
+        if tensor is not None and not in_place:
+            rows = tensor.view(torch.uint8).reshape(len(inside), -1)[torch.from_numpy(inside)].reshape(-1)
+            memory.bytes[staged : staged + len(rows)] = rows
+    revisions = np.zeros(call.rows, np.int64) if call.revisions is None else call.revisions.numpy().astype(np.int64)
+    revisions = revisions + (0 if call.replays is None else int(call.replays))
+    columns = np.stack([call.ids.numpy(), call.starts.numpy(), lengths, revisions])[:, live].astype(np.int64)
+    data = columns.tobytes()
+    segment.memory[segment.request_arena_offset : segment.request_arena_offset + len(data)] = data
+    number, tokens = int(counted["written"][0]) + 1, int(lengths.sum())
+    region = int(memory.bytes[CONTROL_AT["region"] :][:4].view(torch.int32)[0])
+    has_keys, has_queries = call.keys is not None, call.queries is not None
+    slot = (
+        *(number, words.kind, 0, 0, 0, call.layer | columns.shape[1] << 32, words.heads, 0, 0, 0, 0),
+        *(aligned(len(data)), words.key_bytes * tokens, words.query_bytes * tokens),
+        *(region * has_keys | region * has_queries << 32, region * has_queries, *offsets),
+        *(memory.places.block_ids * has_queries, 0),
+    )
+    at = HEADER_BYTES + (number - 1) % REQUEST_SLOTS * SLOT_BYTES
+    segment.memory[at : at + 8 * len(slot)] = np.array(slot, np.uint64).tobytes()
+    counted["written"][0] = number
+    segment.counters[AT["requests_written"] // 8] = number
+
+
 TWINS: dict[str, Launch] = {"triton": calls.launch}
 if torch.cuda.is_available():
     TWINS["cuda"] = launch_cuda
+else:
+    TWINS["numpy"] = launch_numpy

@@ -71,6 +71,8 @@ class DeviceChannel:
         bound_seconds: float = 2.0,
         own_bytes: int = 0,
     ) -> None:
+        if not 0 <= first_head < spec.num_index_heads:
+            raise ValueError(f"first_head must be 0 to {spec.num_index_heads - 1}, got {first_head}")
         num_heads = num_heads or spec.num_index_heads - first_head
         max_rows = max_rows or min(max_tokens, MAX_ROWS)
         for name, number, most in (

@@ -416,8 +416,8 @@ struct request *core_read(struct core *core, struct server_link *link, int64_t n
         /* Whose kernels wait no more, they have said so. */
         if (atomic_load_explicit(&link->header->channel_error, memory_order_acquire)) return NULL;
         slot.epoch = link->channel.epoch;
-        slot.received = now;
-        slot.deadline = link->channel.looked + link->channel.bound;
+        slot.received = link->channel.looked; /* at the earliest */
+        slot.deadline = slot.received + link->channel.bound;
     }
     if (slot.kind != BLOCKDEX_CANCEL) return read_slot(core, link, &slot, now);
     cancel(core, link, slot.ticket);
