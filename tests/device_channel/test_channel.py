@@ -180,7 +180,7 @@ async def test_a_refused_call_changes_nothing_and_ends_the_channel(
 ) -> None:
     columns, error, message = REFUSALS[case]
     count = len(columns["lengths"])
-    tensors = {"keys": random(count, 1, SPEC.head_dim), "queries": random(count, 1, 4, SPEC.head_dim)}
+    tensors: dict[str, Any] = {"keys": random(count, 1, SPEC.head_dim), "queries": random(count, 1, 4, SPEC.head_dim)}
     good = {**rows((1, 0, 1)), "keys": tensors["keys"][:1], "queries": tensors["queries"][:1]}
     ids = await asyncio.to_thread(channel.append_and_select, LAYER, **columns, **tensors)
     assert (ids == -1).all()
@@ -197,7 +197,11 @@ async def test_a_refused_call_changes_nothing_and_ends_the_channel(
 
 async def test_a_wait_that_ends_at_its_bound(run: Hosted) -> None:
     channel = await asyncio.to_thread(opened, run, bound_seconds=0.3)
-    ask = {**rows((1, 0, 1)), "keys": random(1, 1, SPEC.head_dim), "queries": random(1, 1, 4, SPEC.head_dim)}
+    ask: dict[str, Any] = {
+        **rows((1, 0, 1)),
+        "keys": random(1, 1, SPEC.head_dim),
+        "queries": random(1, 1, 4, SPEC.head_dim),
+    }
     with run.backend.held("decode"):
         began = time.monotonic()
         ids = await asyncio.to_thread(channel.append_and_select, LAYER, **ask)
@@ -215,8 +219,8 @@ async def test_a_wait_that_ends_at_its_bound(run: Hosted) -> None:
 async def test_a_core_that_was_held_up_drops_what_nobody_waits_for(run: Hosted) -> None:
     """It cannot know when a request was written, but that it was not there when it looked last."""
     first, second = [await asyncio.to_thread(opened, run, bound_seconds=0.3) for _ in range(2)]
-    ask = {"keys": random(1, 1, SPEC.head_dim)}
-    select = {**rows((1, 0, 1)), "keys": ask["keys"], "queries": random(1, 1, 4, SPEC.head_dim)}
+    ask: dict[str, Any] = {"keys": random(1, 1, SPEC.head_dim)}
+    select: dict[str, Any] = {**rows((1, 0, 1)), "keys": ask["keys"], "queries": random(1, 1, 4, SPEC.head_dim)}
     with run.backend.held("decode") as entered:
         holding = asyncio.create_task(asyncio.to_thread(first.append_and_select, LAYER, **select))
         await asyncio.to_thread(entered.wait, 10)
@@ -235,7 +239,11 @@ async def test_a_core_that_was_held_up_drops_what_nobody_waits_for(run: Hosted) 
 async def test_requests_of_a_dead_channel_are_dropped(run: Hosted) -> None:
     channel = await asyncio.to_thread(opened, run, bound_seconds=0.2)
     holder = await asyncio.to_thread(opened, run)
-    select = {**rows((1, 0, 1)), "keys": random(1, 1, SPEC.head_dim), "queries": random(1, 1, 4, SPEC.head_dim)}
+    select: dict[str, Any] = {
+        **rows((1, 0, 1)),
+        "keys": random(1, 1, SPEC.head_dim),
+        "queries": random(1, 1, 4, SPEC.head_dim),
+    }
     with run.backend.held("decode") as entered:
         holding = asyncio.create_task(asyncio.to_thread(holder.append_and_select, LAYER, **select))
         await asyncio.to_thread(entered.wait, 10)
@@ -257,7 +265,11 @@ async def test_a_channel_outlives_its_engine(run: Hosted, channel: DeviceChannel
     """The addresses that kernels were captured with stay as they are."""
     memory = channel._memory
     addresses = (memory.address, memory.segment_address)
-    ask = {**rows((1, 0, 1)), "keys": random(1, 1, SPEC.head_dim), "queries": random(1, 1, 4, SPEC.head_dim)}
+    ask: dict[str, Any] = {
+        **rows((1, 0, 1)),
+        "keys": random(1, 1, SPEC.head_dim),
+        "queries": random(1, 1, 4, SPEC.head_dim),
+    }
     run.hosting.cancel()
     await eventually(lambda: memory.error == channel_layout.ENGINE_GONE)
     with pytest.raises(UnavailableError, match="engine: it is gone, and so is the channel"):
@@ -277,7 +289,7 @@ async def test_a_channel_outlives_its_engine(run: Hosted, channel: DeviceChannel
 
 async def test_a_cache_that_is_born_anew_is_another_epoch(run: Hosted, channel: DeviceChannel) -> None:
     run.backend.fault = "append"
-    ask = {**rows((1, 0, 1)), "keys": random(1, 1, SPEC.head_dim)}
+    ask: dict[str, Any] = {**rows((1, 0, 1)), "keys": random(1, 1, SPEC.head_dim)}
     await asyncio.to_thread(channel.append_keys, LAYER, **ask)
     with pytest.raises(BlockdexError, match="a batch failed"):
         channel.check()
@@ -304,7 +316,11 @@ async def test_a_closed_channel(run: Hosted, channel: DeviceChannel) -> None:
     assert mapped() == before + 20, "the client's stay"
     with pytest.raises(FailedPreconditionError, match="channel: it is closed"):
         others[0].check()
-    ask = {**rows((1, 0, 1)), "keys": random(1, 1, SPEC.head_dim), "queries": random(1, 1, 4, SPEC.head_dim)}
+    ask: dict[str, Any] = {
+        **rows((1, 0, 1)),
+        "keys": random(1, 1, SPEC.head_dim),
+        "queries": random(1, 1, 4, SPEC.head_dim),
+    }
     assert (await asyncio.to_thread(others[0].append_and_select, LAYER, **ask) == -1).all()
     await asyncio.to_thread(others[0].close)
     await eventually(lambda: open_files() <= files + 4 * len(others), 5)
@@ -316,7 +332,11 @@ async def test_a_client_that_goes_without_a_word(run: Hosted) -> None:
     channel = await asyncio.to_thread(opened, run)
     assert channel._connection is not None
     with run.backend.held("decode") as entered:
-        ask = {**rows((1, 0, 1)), "keys": random(1, 1, SPEC.head_dim), "queries": random(1, 1, 4, SPEC.head_dim)}
+        ask: dict[str, Any] = {
+            **rows((1, 0, 1)),
+            "keys": random(1, 1, SPEC.head_dim),
+            "queries": random(1, 1, 4, SPEC.head_dim),
+        }
         asking = asyncio.create_task(asyncio.to_thread(channel.append_and_select, LAYER, **ask))
         await asyncio.to_thread(entered.wait, 10)
         channel._connection.close()
