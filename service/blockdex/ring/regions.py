@@ -28,6 +28,7 @@ from blockdex.ring.server import RingInbox, ServerLink
 MAX_LINK_BYTES = 16 << 30
 """Of all regions of a link: what a client shares of the host's memory may be pinned, and cannot be swapped out then."""
 
+_KINDS = {"memfd", "cuda_fd", "cuda_ipc"}
 _RELEASE_SECONDS = 4.0
 """How long a client that gives a region back is kept waiting for the requests that use it."""
 _ENTER_SECONDS = 4.0
@@ -252,7 +253,7 @@ async def open_offer(
 
 
 def _offer_of(kind: object, words: Words, files: Sequence[int], most_bytes: int) -> Offer:
-    if kind not in {"memfd", "cuda_fd", "cuda_ipc"}:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise refused(f"share: must be memfd, cuda_fd or cuda_ipc, got {kind!r}")
     takes = 0 if kind == "cuda_ipc" else 1
     if len(files) != takes:
@@ -266,7 +267,7 @@ def _offer_of(kind: object, words: Words, files: Sequence[int], most_bytes: int)
         raise refused(f"{kind}: handle and device must be hexadecimal digits") from None
     if kind == "cuda_ipc" and len(handle_bytes) != _HANDLE_BYTES:
         raise refused(f"cuda_ipc: handle must have {_HANDLE_BYTES} bytes, got {len(handle_bytes)}")
-    return Offer(str(kind), files[0] if files else -1, num_bytes, handle_bytes, uuid, most_bytes)
+    return Offer(kind, files[0] if files else -1, num_bytes, handle_bytes, uuid, most_bytes)
 
 
 # --- The client's side ---

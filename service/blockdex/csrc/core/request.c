@@ -43,7 +43,7 @@ void core_forget(struct core *core, struct request *request) {
     if (request->state == IS_WAITING) list_remove(&core->waiting, request);
     core->changed |= request->holds_back;
     core_leave_regions(core, request);
-    /* Who was dropped is released when `run` begins again. */
+    /* So that its memory goes with its last request. */
     if (request->link->gone) atomic_store_explicit(&core->noticed, 1, memory_order_release);
     pair_index_remove(&core->tickets, (uintptr_t)request->link, request->slot.ticket);
     assert(core->requests[request->number] == request);
