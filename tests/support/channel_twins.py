@@ -167,12 +167,8 @@ def launch_numpy(
     memory: ChannelMemory, spec: IndexSpec, heads: Heads, call: Call, block_ids: torch.Tensor | None, bound: float
 ) -> None:
     """As `calls.launch`, on a CPU, by any thread: what the kernels do, one thing after the other."""
-    places = np.full(call.rows * call.row_tokens, -1)
-    numbers, control = memory.segment.counters, memory.bytes.numpy()
-    counted = {name: control[CONTROL_AT[name] :][:8].view(np.uint64) for name in ("answered", "written")}
-    error = control[CONTROL_AT["error"] :][:4].view(np.int32)
-    if not error[0]:
-        _ring(memory, spec, heads, call, places, counted, error)
+    places = ring_numpy(memory, spec, heads, call)
+    numbers, (counted, error) = memory.segment.counters, _control(memory)
     began = time.monotonic()
     looked = began
     while not error[0] and counted["answered"][0] != counted["written"][0]:
@@ -190,34 +186,38 @@ def launch_numpy(
     if block_ids is None:
         return
     width = heads.count * spec.topk
-    there = control[memory.places.block_ids : memory.places.own].view(np.int32)[: len(places) * width]
+    there = memory.bytes.numpy()[memory.places.block_ids : memory.places.own].view(np.int32)[: len(places) * width]
     found = there.reshape(-1, width)[places]
     found[(places < 0) | (error[0] != 0)] = -1
     block_ids.copy_(torch.from_numpy(found).view(block_ids.shape))
 
 
-def _ring(
-    memory: ChannelMemory,
-    spec: IndexSpec,
-    heads: Heads,
-    call: Call,
-    places: NDArray[np.int64],
-    counted: dict[str, NDArray[np.uint64]],
-    error: NDArray[np.int32],
-) -> None:
+def _control(memory: ChannelMemory) -> tuple[dict[str, NDArray[np.uint64]], NDArray[np.int32]]:
+    """What a channel counts, by name, and its error."""
+    control = memory.bytes.numpy()
+    counted = {name: control[CONTROL_AT[name] :][:8].view(np.uint64) for name in ("answered", "written")}
+    return counted, control[CONTROL_AT["error"] :][:4].view(np.int32)
+
+
+def ring_numpy(memory: ChannelMemory, spec: IndexSpec, heads: Heads, call: Call) -> NDArray[np.int64]:
+    """Rings, and waits for nothing; where each token of the call is in the channel's memory, or -1."""
     words, segment = calls.words_of(memory, spec, heads, call), memory.segment
     lengths = call.lengths.numpy().astype(np.int64)
+    places = np.full(call.rows * call.row_tokens, -1)
+    counted, error = _control(memory)
+    if error[0]:
+        return places
     if counted["answered"][0] != counted["written"][0]:
         error[0] = UNANSWERED
-        return
+        return places
     if ((lengths < 0) | (lengths > call.row_tokens)).any():
         error[0] = INVALID_LENGTHS
-        return
+        return places
     live, token = lengths > 0, np.arange(call.row_tokens)
     inside = (token < lengths[:, None]).reshape(-1)
     places[inside] = np.arange(inside.sum())
     if not inside.any():
-        return
+        return places
     packed = bool((places[: inside.sum()] >= 0).all())
     offsets = []
     for tensor, own, staged in (
@@ -247,6 +247,7 @@ def _ring(
     segment.memory[at : at + 8 * len(slot)] = np.array(slot, np.uint64).tobytes()
     counted["written"][0] = number
     segment.counters[AT["requests_written"] // 8] = number
+    return places
 
 
 TWINS: dict[str, Launch] = {"triton": calls.launch}
