@@ -129,7 +129,7 @@ def test_a_dead_channel_costs_little(launch: Launch, memory: ChannelMemory, core
 def test_memory_of_another_process_outlives_it() -> None:
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-u", memory_exporter.__file__, str(theirs.fileno())]
-    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as exporter:
+    with ours, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as exporter:
         theirs.close()
         ours.settimeout(60)
         _, (fd,), _, _ = socket.recv_fds(ours, 4, 1)
