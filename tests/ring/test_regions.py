@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,11 @@ def named(request: Any) -> set[str]:
     return {name for name, there in every.items() if there}
 
 
+def let_go(before: int) -> bool:
+    """Whether no more is mapped than before."""
+    return mappings() == before
+
+
 async def release_soon(door: ForeignFrontend, region: int) -> None:
     assert door.connected is not None
     await asyncio.to_thread(release, door.connected, region)
@@ -93,7 +99,7 @@ async def test_whatever_lies_in_a_region_is_answered_as_all_is(name: str) -> Non
             )
             for ticket, subset in enumerate(subsets):
                 memory.bytes[:] = 0xA5
-                door.write(door.lay(request, ticket, **{part: (region, ALL[part]) for part in subset}))
+                door.write(door.lay(request, ticket, {part: (region, ALL[part]) for part in subset}))
                 expected = naive.answer(request)
                 assert expected is not None
                 answer = await told(door, ticket)
@@ -119,7 +125,7 @@ async def test_ranks_of_a_prefill_share_its_read_and_are_answered_in_their_regio
                 for head, (door, region) in enumerate(zip(doors, shared, strict=True)):
                     own = tokens(0, [(1, 0, 20)], queries=queries(20)[:, head : head + 1], first_head=head)
                     at = head << 14
-                    door.write(door.lay(own, 0, queries=(region, at), block_ids=(region, at + (1 << 13))))
+                    door.write(door.lay(own, 0, {"queries": (region, at), "block_ids": (region, at + (1 << 13))}))
             before = run.backend.tokens("prefill")
             for head, door in enumerate(doors):
                 answer = await told(door, 0)
@@ -133,7 +139,7 @@ async def test_ranks_of_a_prefill_share_its_read_and_are_answered_in_their_regio
 def lay(door: ForeignFrontend, region: int, ticket: int, **changes: int) -> Any:
     """A request all of whose tensors lie in a region, of which something is changed."""
     places = {name: (region, at) for name, at in ALL.items()}
-    return door.lay(both(ROW, scores=True), ticket, **places)._replace(**changes)
+    return door.lay(both(ROW, scores=True), ticket, places)._replace(**changes)
 
 
 WRONG: dict[str, tuple[dict[str, int], str]] = {
@@ -188,10 +194,10 @@ async def test_tensors_end_where_their_region_does() -> None:
             for name, size in (("keys", 64), ("queries", 256), ("block_ids", 128)):
                 last = (BYTES - 32 - size) // 64 * 64
                 number = next(ticket)
-                door.write(door.lay(request, number, **{name: (region, last)}))
+                door.write(door.lay(request, number, {name: (region, last)}))
                 assert isinstance(await told(door, number), TokenAnswer), name
                 number = next(ticket)
-                door.write(door.lay(request, number, **{name: (region, 0)})._replace(**{f"{name}_offset": last + 64}))
+                door.write(door.lay(request, number, {name: (region, 0)})._replace(**{f"{name}_offset": last + 64}))
                 assert f"{name}: {size} bytes at {last + 64} are not" in (await told(door, number)).message
 
 
@@ -365,7 +371,7 @@ async def test_a_region_is_let_go_of_when_no_request_uses_it(monkeypatch: pytest
             region = await run.share(door, memory)
             waits = tokens(0, [(1, LENGTH, 1)], queries=queries(1), wait=True)
             places = {name: (region, ALL[name]) for name in ("queries", "block_ids")}
-            door.write(door.lay(waits, 1, **places))
+            door.write(door.lay(waits, 1, places))
             await eventually(lambda: run.engine.stats().waiting)
             monkeypatch.setattr(regions, "_RELEASE_SECONDS", 0.05)
             with pytest.raises(ResourceExhaustedError, match=f"requests have used region {region} for 0.05 s more"):
@@ -380,7 +386,7 @@ async def test_a_region_is_let_go_of_when_no_request_uses_it(monkeypatch: pytest
             await asyncio.wait_for(releasing, TIMEOUT)
             assert mappings() == before
             other = await run.share(door, memory)
-            door.write(door.lay(tokens(0, [(1, 3, 1)], queries=queries(1)), 4, block_ids=(other, 0)))
+            door.write(door.lay(tokens(0, [(1, 3, 1)], queries=queries(1)), 4, {"block_ids": (other, 0)}))
             np.testing.assert_array_equal((await told(door, 4)).block_ids, expected)
 
 
@@ -399,12 +405,12 @@ async def test_a_link_that_goes_takes_its_regions_along_when_nothing_reads_them(
                 region = await run.share(door, memory)
                 with run.backend.held(phase) as entered:  # type: ignore[arg-type]
                     places = {name: (region, ALL[name]) for name in ("queries", "block_ids")}
-                    door.write(door.lay(request(), 1, **places))
+                    door.write(door.lay(request(), 1, places))
                     await run.reached(entered)
                     run.leave(door)
                     await asyncio.sleep(0.05)
                     assert mappings() == before + 1
-                await eventually(lambda before=before: mappings() == before)
+                await eventually(partial(let_go, before))
         await run.ask(both((1, LENGTH + 1, 1)))
 
 
@@ -418,7 +424,9 @@ async def test_links_that_wait_go_with_their_regions() -> None:
                 region = await run.share(door, memory)
                 waits = tokens(1, [(1, LENGTH, 1)], queries=queries(1), wait=True)
                 at = 1 << 10
-                door.write(door.lay(waits, 0, queries=(region, ticket * at), block_ids=(region, ticket * at + 512)))
+                door.write(
+                    door.lay(waits, 0, {"queries": (region, ticket * at), "block_ids": (region, ticket * at + 512)})
+                )
             await eventually(lambda: run.engine.stats().waiting == 40)
             for door in doors[::2]:
                 run.leave(door)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import select
 import socket
 import time
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ring_messages import Answer, Request, read_answer, request_bytes, write_request
+from benchmarks.ring_messages import Answer, Places, Request, read_answer, request_bytes, write_request
 from blockdex.contract.errors import BlockdexError
 from blockdex.ring.handshake import Handles
 from blockdex.ring.layout import ANSWER_STRUCT, AT, REQUEST_STRUCT, SLOT_BYTES, AnswerSlot, RequestSlot, aligned
@@ -59,14 +60,16 @@ class ForeignFrontend:
         segment = self._segment
         return np.frombuffer(segment.memory, np.uint8, segment.request_arena_bytes, segment.request_arena_offset)
 
-    def lay(self, request: Request, ticket: int, *, deadline: float = 100.0, **places: tuple[int, int]) -> RequestSlot:
+    def lay(
+        self, request: Request, ticket: int, places: Places = MappingProxyType({}), *, deadline: float = 100.0
+    ) -> RequestSlot:
         """Writes what a request carries behind that of the one before, round and round, and answers its slot's numbers.
 
         Args:
             request: right or wrong.
             ticket: of the request.
+            places: what of it lies in regions; keys and queries are written there.
             deadline: seconds from now.
-            places: see `Places`; keys and queries are written there.
         """
         segment, size = self._segment, aligned(request_bytes(request))
         if self._offset + size > segment.request_arena_bytes:
