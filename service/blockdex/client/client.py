@@ -12,7 +12,7 @@ from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import Integers, Queries, Scores
+from blockdex.client.requests import NO_QUERIES, Integers, Scores
 from blockdex.client.tensors import Array
 from blockdex.client.transports import StreamTransport, Transport, UnaryTransport
 from blockdex.contract.errors import BlockdexError
@@ -61,7 +61,7 @@ class Client:
         *,
         tenant: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
-        transport: Literal["stream", "unary"] = "stream",
+        transport: Literal["ring", "stream", "unary"] = "stream",
     ) -> None:
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
@@ -172,8 +172,8 @@ class Client:
             epoch: None = the one that the client knows, 0 = any.
             timeout: seconds; None = the client's.
         """
-        named = (layer, sequences, lengths, starts, revisions, epoch)
-        self._run(timeout, self._core.append_keys, named, keys, rollback)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback)
+        self._run(timeout, self._core.append_keys, arguments)
 
     @overload
     def select_blocks(
@@ -229,9 +229,9 @@ class Client:
             Block ids, int32 `[T, num_heads, topk]`, -1 in unused places at the end of a row; with `return_scores` also
             float32 scores of that shape. Of the kind of `queries`, and on their device.
         """
-        named = (layer, sequences, lengths, starts, revisions, epoch)
-        selection = Queries(queries, first_head, num_heads, order, return_scores, wait_for_keys)
-        return self._run(timeout, self._core.select_blocks, named, selection)
+        selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False)
+        return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
 
     @overload
     def append_and_select(
@@ -275,9 +275,9 @@ class Client:
 
         Arguments and answer are theirs; the queries are those of the tokens appended.
         """
-        named = (layer, sequences, lengths, starts, revisions, epoch)
-        selection = Queries(queries, first_head, num_heads, order, return_scores)
-        return self._run(timeout, self._core.append_and_select, named, keys, rollback, selection)
+        selection = (queries, first_head, num_heads, order, return_scores, False)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback)
+        return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
 
     def _run(
         self,
