@@ -50,7 +50,7 @@ BUILDS = {
 }
 SOURCES = {
     "ring_stress": ("ring/server.c",),
-    "tables_test": ("ring/arena.c", "ring/inflight.c"),
+    "tables_test": ("ring/inflight.c",),
     "wire_test": ("wire/messages.c", "wire/request_codec.c"),
     "connect_test": (),
 }
@@ -89,35 +89,38 @@ def test_arena_and_in_flight_table_do_what_the_plainest_ones_do(built: Built) ->
     assert run(*built("tables_test"), "100000") == "done\n"
 
 
+NO_SERVER = "link: what greets is no server of blockdex"
+NO_SEGMENT = "segment: it is none of version 3"
+
+
 @pytest.mark.parametrize(
-    ("engine", "outcome"),
+    ("server", "outcome"),
     [
         ("right", "connected"),
-        ("no greeting", "refused"),
-        ("hung up", "refused"),
-        ("no files", "refused"),
-        ("two files", "refused"),
-        ("half a greeting", "refused"),
-        ("greeting of another version", "refused"),
-        ("segment of another kind", "refused"),
-        ("segment of another version", "refused"),
-        ("segment of another size", "refused"),
-        ("slots of another size", "refused"),
-        ("short segment", "refused"),
+        ("no greeting", "link: no greeting in time"),
+        ("hung up", "link: the server hung up; it lets in its own user alone"),
+        ("no files", NO_SERVER),
+        ("two files", NO_SERVER),
+        ("half a greeting", NO_SERVER),
+        ("greeting of another version", "link: the server speaks version 4 of the ring, this client 3"),
+        ("segment of another kind", NO_SEGMENT),
+        ("segment of another version", NO_SEGMENT),
+        ("segment of another size", NO_SEGMENT),
+        ("slots of another size", NO_SEGMENT),
+        ("slots whose number is no power of two", NO_SEGMENT),
+        ("slots in the header", NO_SEGMENT),
+        ("an arena that ends outside", NO_SEGMENT),
+        ("short segment", NO_SEGMENT),
     ],
 )
-def test_a_connection_that_fails_leaves_nothing_and_is_not_waited_for(built: Built, engine: str, outcome: str) -> None:
-    assert run(*built("connect_test"), engine) == f"{outcome}, in time, 0 files left, not mapped\n"
+def test_a_connection_that_fails_leaves_nothing_and_is_not_waited_for(built: Built, server: str, outcome: str) -> None:
+    assert run(*built("connect_test"), server) == f"{outcome}, in time, 0 files left, not mapped\n"
 
 
 def test_a_file_too_many_is_refused(tmp_path: Path) -> None:
     """Not under qemu, which loses one itself."""
     command = compiled(BUILDS["here"], "connect_test", tmp_path)
-    assert run(*command, "four files") == "refused, in time, 0 files left, not mapped\n"
-
-
-def test_a_wait_that_is_woken_for_nothing_ends_in_time(built: Built) -> None:
-    assert run(*built("connect_test"), "wake-ups for nothing") == "no answer, in time\n"
+    assert run(*command, "four files") == f"{NO_SERVER}, in time, 0 files left, not mapped\n"
 
 
 def messages() -> list[pb.StreamRequest]:

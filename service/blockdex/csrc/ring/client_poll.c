@@ -40,7 +40,7 @@ PyObject *client_link_await_alone(PyObject *object, PyObject *arguments) {
     if (!PyArg_ParseTuple(arguments, "id:await_alone", &epoll, &seconds)) return NULL;
     if (self->inflight.waiting == 1 && self->spin && !self->closed) {
         /* Nobody is to ring for what is looked for. */
-        atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
+        atomic_store_explicit(&self->segment.header->client_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;
         for (int64_t until = client_link_now() + (int64_t)(1e9 * seconds);
              client_link_now() < until && !look(self, epoll);)
@@ -59,7 +59,7 @@ PyObject *client_link_may_sleep(PyObject *object, PyObject *arguments) {
     if (seconds < 1 && at + (int64_t)(1e9 * seconds) < until) until = at + (int64_t)(1e9 * seconds);
     if (at < until) {
         bool comes;
-        atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
+        atomic_store_explicit(&self->segment.header->client_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;
         comes = look_until(self, epoll, until);
         Py_END_ALLOW_THREADS;
