@@ -185,8 +185,8 @@ static inline bool blockdex_hear(struct blockdex_client *client) {
 /* --- Answers: taken off the ring in their order, kept until they are released in any --- */
 
 static inline struct blockdex_pending *blockdex_with(const struct blockdex_client *client, uint64_t ticket) {
-    struct blockdex_pending *pending = &client->pending[ticket & (client->capacity - 1)];
-    return ticket && pending->ticket == ticket ? pending : NULL;
+    struct blockdex_pending *pending = client->pending ? &client->pending[ticket & (client->capacity - 1)] : NULL;
+    return pending && ticket && pending->ticket == ticket ? pending : NULL;
 }
 
 static inline uint32_t blockdex_index_of(const struct blockdex_client *client, const struct blockdex_pending *pending) {
@@ -415,12 +415,31 @@ static inline enum blockdex_outcome blockdex_wait(struct blockdex_client *client
     return BLOCKDEX_FAILED;
 }
 
-/* The ticket of the oldest answer that was not released, for whoever waits for several; 0 where none comes in time, or
- * the link is over. */
+/* The ticket of the oldest answer that was taken and not released; 0 where there is none. */
+static inline uint64_t blockdex_oldest(const struct blockdex_client *client) {
+    return client->first == BLOCKDEX_NONE ? 0 : client->pending[client->first].ticket;
+}
+
+/* The same, for whoever waits for several: 0 where none comes in time, or the link is over. */
 static inline uint64_t blockdex_wait_for_any(struct blockdex_client *client, double timeout) {
     const int64_t until = blockdex_until(blockdex_now(), timeout);
-    while (client->first == BLOCKDEX_NONE && blockdex_await(client, until)) continue;
-    return client->first == BLOCKDEX_NONE ? 0 : client->pending[client->first].ticket;
+    while (!blockdex_oldest(client) && blockdex_await(client, until)) continue;
+    return blockdex_oldest(client);
+}
+
+/* For a loop of one's own, which waits until `client_bell` can be read (answers are there) or `link` (the server says
+ * something, or is gone): called before each such wait. False where there are answers already, or the link is over. */
+static inline bool blockdex_may_wait(struct blockdex_client *client) {
+    struct blockdex_header *header = client->segment.header;
+    if (!client->over.code) {
+        blockdex_silence(client->client_bell);
+        if (blockdex_may_sleep(&header->client_sleeps, &header->answers_written, client->read) &&
+            client->first == BLOCKDEX_NONE)
+            return blockdex_hear(client);
+        blockdex_awake(&header->client_sleeps);
+        blockdex_take(client);
+    }
+    return false;
 }
 
 /* --- Requests --- */
@@ -534,7 +553,7 @@ static inline bool blockdex_are_known(const struct blockdex_tokens *tokens, stru
  * drops it once `timeout` is over. */
 static inline uint64_t blockdex_submit_tokens(struct blockdex_client *client, const struct blockdex_tokens *tokens,
                                               double timeout, struct blockdex_error *error) {
-    const uint64_t column = UINT64_C(8) * tokens->num_spans, keys_at = blockdex_aligned(4 * column);
+    const uint64_t column = UINT64_C(8) * tokens->num_spans;
     const uint64_t keys_bytes = tokens->keys_dtype ? tokens->keys_bytes : 0;
     const uint64_t queries_bytes = tokens->queries_dtype ? tokens->queries_bytes : 0;
     const uint64_t most = client->segment.request_arena_bytes;
@@ -554,8 +573,8 @@ static inline uint64_t blockdex_submit_tokens(struct blockdex_client *client, co
     request.num_heads = tokens->num_heads;
     request.keys_bytes = keys_bytes;
     request.queries_bytes = queries_bytes;
-    const uint64_t queries_at = keys_at + blockdex_aligned(keys_bytes);
-    request.payload_bytes = fits ? queries_at + queries_bytes : UINT64_MAX;
+    const struct blockdex_parts parts = blockdex_parts_of(&request);
+    request.payload_bytes = fits ? parts.bytes : UINT64_MAX;
     char *payload = blockdex_reserve(client, &request, timeout, error);
     if (!payload) return 0;
     if (column) {
@@ -567,8 +586,8 @@ static inline uint64_t blockdex_submit_tokens(struct blockdex_client *client, co
         memcpy(payload + 3 * column, tokens->revisions, column);
     else
         memset(payload + 3 * column, 0, column);
-    if (keys_bytes) memcpy(payload + keys_at, tokens->keys, keys_bytes);
-    if (queries_bytes) memcpy(payload + queries_at, tokens->queries, queries_bytes);
+    if (keys_bytes) memcpy(payload + parts.keys, tokens->keys, keys_bytes);
+    if (queries_bytes) memcpy(payload + parts.queries, tokens->queries, queries_bytes);
     blockdex_publish(client, &request);
     return request.ticket;
 }
@@ -583,27 +602,32 @@ struct blockdex_sequences {
     uint64_t sequence_id, child_id, length;
 };
 
+/* Fills a request's numbers; its payload is the columns of the sequences. */
+static inline void blockdex_describe_sequences(const struct blockdex_sequences *sequences,
+                                               struct blockdex_request *request) {
+    const bool opens = sequences->kind == BLOCKDEX_OPEN, closes = sequences->kind == BLOCKDEX_CLOSE;
+    memset(request, 0, sizeof *request);
+    request->kind = sequences->kind;
+    request->num_spans = opens || closes ? sequences->num_sequences : 0;
+    request->sequence_id = sequences->sequence_id;
+    request->child_id = sequences->child_id;
+    request->number = sequences->length;
+    request->payload_bytes = UINT64_C(8) * request->num_spans * (opens ? 2 : 1);
+}
+
 /* Sends a request about sequences, as blockdex_submit_tokens does. */
 static inline uint64_t blockdex_submit_sequences(struct blockdex_client *client,
                                                  const struct blockdex_sequences *sequences, double timeout,
                                                  struct blockdex_error *error) {
-    const bool opens = sequences->kind == BLOCKDEX_OPEN, closes = sequences->kind == BLOCKDEX_CLOSE;
-    const uint64_t column = opens || closes ? UINT64_C(8) * sequences->num_sequences : 0;
     struct blockdex_request request;
-    memset(&request, 0, sizeof request);
-    request.kind = sequences->kind;
-    request.num_spans = opens || closes ? sequences->num_sequences : 0;
-    request.sequence_id = sequences->sequence_id;
-    request.child_id = sequences->child_id;
-    request.number = sequences->length;
-    request.payload_bytes = opens ? 2 * column : column;
+    blockdex_describe_sequences(sequences, &request);
     char *payload = blockdex_reserve(client, &request, timeout, error);
     if (!payload) return 0;
+    const uint64_t column = UINT64_C(8) * request.num_spans;
+    memset(payload, 0, request.payload_bytes);
     if (column) memcpy(payload, sequences->sequence_ids, column);
-    if (opens && sequences->lease_seconds)
+    if (request.payload_bytes > column && sequences->lease_seconds)
         memcpy(payload + column, sequences->lease_seconds, column);
-    else if (opens)
-        memset(payload + column, 0, column);
     blockdex_publish(client, &request);
     return request.ticket;
 }
@@ -770,6 +794,15 @@ static inline bool blockdex_get_info(struct blockdex_client *client, char *json,
 
 /* --- Connecting --- */
 
+/* A client that is not connected. */
+static inline void blockdex_init(struct blockdex_client *client) {
+    memset(client, 0, sizeof *client);
+    client->link = client->engine_bell = client->client_bell = -1;
+    client->first = client->last = client->free = BLOCKDEX_NONE;
+    client->capacity = 1;
+    blockdex_end(client, BLOCKDEX_UNAVAILABLE, "UNREACHABLE", "client: it is not connected");
+}
+
 /* Gives everything back; the server gives up what was in flight. Once is enough, and again is fine. */
 static inline void blockdex_disconnect(struct blockdex_client *client) {
     const int files[3] = {client->link, client->engine_bell, client->client_bell};
@@ -777,11 +810,7 @@ static inline void blockdex_disconnect(struct blockdex_client *client) {
     for (int at = 0; at < 3; at++)
         if (files[at] >= 0) close(files[at]);
     free(client->pending);
-    memset(client, 0, sizeof *client);
-    client->link = client->engine_bell = client->client_bell = -1;
-    client->first = client->last = client->free = BLOCKDEX_NONE;
-    client->capacity = 1;
-    blockdex_end(client, BLOCKDEX_UNAVAILABLE, "UNREACHABLE", "client: it is disconnected");
+    blockdex_init(client);
 }
 
 /* Sends the hello, within the socket's own timeout. */
@@ -899,9 +928,7 @@ static inline bool blockdex_open_link(struct blockdex_client *client, const char
  * bytes. False with an error, and nothing is held then. */
 static inline bool blockdex_connect(struct blockdex_client *client, const char *path, const char *tenant,
                                     double timeout, struct blockdex_error *error) {
-    memset(client, 0, sizeof *client);
-    client->link = client->engine_bell = client->client_bell = -1;
-    client->first = client->last = client->free = BLOCKDEX_NONE;
+    blockdex_init(client);
     if (!*tenant || strlen(tenant) > BLOCKDEX_MAX_TENANT_BYTES)
         return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_TENANT",
                              "tenant: must have 1 to %u bytes, got %zu", BLOCKDEX_MAX_TENANT_BYTES, strlen(tenant));
@@ -909,6 +936,7 @@ static inline bool blockdex_connect(struct blockdex_client *client, const char *
         blockdex_disconnect(client);
         return false;
     }
+    client->over.code = 0;
     client->epoch = client->segment.header->epoch;
     client->spin_seconds = 50e-6;
     client->room_seconds = 2;

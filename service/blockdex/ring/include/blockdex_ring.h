@@ -130,6 +130,20 @@ struct blockdex_segment {
 /* The next multiple of 64: tensors and payloads begin at one. */
 static inline uint64_t blockdex_aligned(uint64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+/* Where the parts of a token request begin in its payload, and how long that is; sizes are below 2^63. */
+struct blockdex_parts {
+    uint64_t columns, keys, queries, bytes;
+};
+
+static inline struct blockdex_parts blockdex_parts_of(const struct blockdex_request *request) {
+    struct blockdex_parts parts;
+    parts.columns = (request->tenant_bytes + UINT64_C(7)) / 8 * 8;
+    parts.keys = blockdex_aligned(parts.columns + UINT64_C(32) * request->num_spans);
+    parts.queries = parts.keys + blockdex_aligned(request->keys_bytes);
+    parts.bytes = parts.queries + request->queries_bytes;
+    return parts;
+}
+
 /* Whether so many bytes at that offset lie in a segment, behind its header. */
 static inline bool blockdex_is_inside(uint64_t segment_bytes, uint64_t offset, uint64_t bytes) {
     return offset % 64 == 0 && offset >= BLOCKDEX_HEADER_BYTES && offset <= segment_bytes &&
