@@ -22,12 +22,16 @@ from blockdex import _native
 from blockdex.contract.errors import BlockdexError, error_of
 from blockdex.contract.messages import SequenceState
 from blockdex.ring import codec
+from blockdex.ring.handshake import Handles, listen, offer
+from blockdex.ring.layout import ANSWER, ANSWER_STRUCT, AT, AnswerSlot
+from blockdex.ring.segment import Sizes
 from support.asking import wire_of
-from support.naive_engine import NaiveEngine, check_same
+from support.client_requests import TENANT, client_requests, naive_answers
+from support.naive_engine import check_same
+from support.ring import Bell, Producer
 from support.ring_engine import Hosted, hosted
-from support.running_engine import LIMITS, SPEC, close, fork, get, open_sequence, tokens, truncate, values
+from support.running_engine import LIMITS, SPEC, get, open_sequence, tokens
 
-TENANT = "connection"
 SECONDS = 10.0
 UNAVAILABLE, OVERLOADED = 14, 8
 
@@ -84,69 +88,39 @@ def ask(connection: _native.RingConnection, request: Request) -> TokenAnswer | S
     return read(connection.wait(submit(connection, request), SECONDS), request)
 
 
-def requests(random: np.random.Generator) -> list[Request]:
-    """Of every kind, and with every field that a slot has; some are refused."""
-    keys, queries = values(random, 9, SPEC.head_dim), values(random, 9, 4, SPEC.head_dim)
-    rows = [(1, 0, 4), (2, 0, 5)]
-    return [
-        open_sequence(1, tenant=TENANT),
-        open_sequence(2, tenant=TENANT, lease=7),
-        tokens(1, rows, keys=keys, tenant=TENANT),
-        tokens(1, rows, queries=queries, scores=True, tenant=TENANT),
-        tokens(1, rows, queries=queries, order="score", scores=True, raw=True, dtype="fp32", tenant=TENANT),
-        tokens(1, rows, queries=queries[:, 2:3], first_head=2, tenant=TENANT),
-        tokens(1, [(1, 4, 1, 3)], keys=keys[:1], queries=queries[:1], dtype="fp16", tenant=TENANT),
-        tokens(1, [(1, 4, 1, 3)], queries=queries[:1], wait=True, tenant=TENANT),
-        tokens(1, [(1, 2, 1)], keys=keys[:1], rollback=False, tenant=TENANT),
-        tokens(1, [(1, 2, 1)], keys=keys[:1], tenant=TENANT),
-        tokens(1, [(1, 99, 1)], keys=keys[:1], tenant=TENANT),
-        fork(1, 3, 2, tenant=TENANT),
-        get(3, tenant=TENANT),
-        truncate(1, 1, tenant=TENANT),
-        get(1, tenant=TENANT),
-        close(2, tenant=TENANT),
-        get(2, tenant=TENANT),
-        get(1, tenant=TENANT, epoch=5),
-    ]
-
-
 @pytest.mark.parametrize("spin_seconds", [0.0, 0.001])
 async def test_it_is_answered_as_one_after_another_would_be(spin_seconds: float) -> None:
     async with hosted() as run, connected(run, spin_seconds=spin_seconds) as connection:
-        naive = NaiveEngine(SPEC, run.engine.info().epoch)
-        assert connection.epoch == naive.epoch
-        for request in requests(np.random.default_rng(1)):
-            expected = naive.answer(request)
-            assert expected is not None
+        asked = client_requests(np.random.default_rng(1))
+        for request, expected in zip(asked, naive_answers(asked, connection.epoch), strict=True):
             check_same(await asyncio.to_thread(ask, connection, request), expected, str(request))
 
 
 async def test_many_in_flight_are_answered_whatever_is_waited_for_first() -> None:
     async with hosted() as run, connected(run) as connection:
-        naive = NaiveEngine(SPEC, run.engine.info().epoch)
-        asked = requests(np.random.default_rng(2))
+        asked = client_requests(np.random.default_rng(2))
         tickets = [submit(connection, request) for request in asked]
-        expected = [naive.answer(request) for request in asked]
+        expected = naive_answers(asked, connection.epoch)
         for at in np.random.default_rng(3).permutation(len(asked)):
             answer = await asyncio.to_thread(connection.wait, tickets[at], SECONDS)
-            check_same(read(answer, asked[at]), expected[at] or AssertionError(), str(asked[at]))
+            check_same(read(answer, asked[at]), expected[at], str(asked[at]))
 
 
 async def test_its_file_tells_a_loop_of_answers() -> None:
     async with hosted() as run, connected(run) as connection:
-        asked = requests(np.random.default_rng(4))
-        naive = NaiveEngine(SPEC, run.engine.info().epoch)
+        asked = client_requests(np.random.default_rng(4))
         readable = asyncio.Event()
         asyncio.get_running_loop().add_reader(connection.fileno(), readable.set)
         assert connection.poll() == []
-        for request in asked:
-            ticket, answers = submit(connection, request), []
+        for request, expected in zip(asked, naive_answers(asked, connection.epoch), strict=True):
+            ticket = submit(connection, request)
+            answers: list[tuple[int, Any]] = []
             while not answers:
                 await asyncio.wait_for(readable.wait(), SECONDS)
                 readable.clear()
                 answers = connection.poll()
             assert [each for each, _ in answers] == [ticket]
-            check_same(read(answers[0][1], request), naive.answer(request) or AssertionError(), str(request))
+            check_same(read(answers[0][1], request), expected, str(request))
         asyncio.get_running_loop().remove_reader(connection.fileno())
 
 
@@ -251,7 +225,7 @@ async def test_evictions_are_told() -> None:
             await asyncio.sleep(0.01)
             connection.poll()
             told += connection.take_events()
-        assert told == [b'{"evicted":[1],"tenant":"connection"}']
+        assert told == [b'{"evicted":[1],"tenant":"' + TENANT.encode() + b'"}']
 
 
 async def test_a_request_without_room_is_refused_in_time() -> None:
@@ -309,3 +283,110 @@ async def test_nothing_is_left_of_it() -> None:
         while (files(), mapped(), sys.getrefcount(message)) != before and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         assert (files(), mapped(), sys.getrefcount(message)) == before
+
+
+class StrangeServer:
+    """A server that takes requests without reading them, and writes whatever answers it is told to."""
+
+    def __init__(self, handles: Handles) -> None:
+        self._segment = handles.segment
+        self._producer = Producer(self._segment, "answer", Bell(self._segment, "client_sleeps", handles.client_bell))
+
+    def answer(self, slot: AnswerSlot) -> None:
+        """Takes all requests, and writes one more answer."""
+        counters = self._segment.counters
+        counters[AT["requests_read"] // 8] = counters[AT["requests_written"] // 8]
+        at = self._producer.claim()
+        self._segment.memory[at : at + ANSWER_STRUCT.size] = ANSWER_STRUCT.pack(*slot)
+        self._producer.publish()
+
+    def count(self, answers: int) -> None:
+        """Says that so many have been written."""
+        self._segment.counters[AT["answers_written"] // 8] = answers
+
+
+@contextlib.asynccontextmanager
+async def strange() -> AsyncIterator[tuple[_native.RingConnection, StrangeServer]]:
+    """A connection to such a server."""
+    with listen() as listening:
+        connecting = asyncio.create_task(asyncio.to_thread(connect, str(listening.getsockname(), "latin-1")))
+        accepted, _ = await asyncio.get_running_loop().sock_accept(listening)
+        with accepted, contextlib.closing(await offer(accepted, Sizes(8, 4096, 4096), 1)) as handles:
+            connection = await connecting
+            with contextlib.closing(connection):
+                yield connection, StrangeServer(handles)
+
+
+LARGE = 2**64 - 64
+STATE, IDS, SCORES = 12, 1, 3
+NOT_IN_FLIGHT = "answer: its ticket is not in flight"
+NOT_IN_ARENA = "answer: its payload is not in the arena"
+NOT_IN_PAYLOAD = "answer: what it has is not in its payload"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ticket": 0}, NOT_IN_FLIGHT),
+        ({"ticket": 2**64 - 1}, NOT_IN_FLIGHT),
+        ({"payload_bytes": 4097}, NOT_IN_ARENA),
+        ({"payload_offset": 4096, "payload_bytes": 64}, NOT_IN_ARENA),
+        ({"payload_offset": LARGE, "payload_bytes": 64}, NOT_IN_ARENA),
+        ({"payload_offset": 4, "payload_bytes": 64}, NOT_IN_ARENA),
+        ({"flags": IDS, "num_tokens": 17, "num_heads": 1, "topk": 1, "payload_bytes": 64}, NOT_IN_PAYLOAD),
+        ({"flags": IDS, "num_tokens": 2**31, "num_heads": 2**31, "topk": 1, "payload_bytes": 64}, NOT_IN_PAYLOAD),
+        ({"flags": SCORES, "num_tokens": 16, "num_heads": 1, "topk": 1, "payload_bytes": 64}, NOT_IN_PAYLOAD),
+        ({"flags": SCORES, "num_tokens": 15, "num_heads": 1, "topk": 1, "payload_bytes": 123}, NOT_IN_PAYLOAD),
+        ({"flags": STATE, "num_layers": 2**32 - 1, "payload_bytes": 4096}, NOT_IN_PAYLOAD),
+        ({"flags": STATE, "num_layers": 4, "payload_bytes": 95}, NOT_IN_PAYLOAD),
+    ],
+)
+async def test_what_cannot_be_is_not_followed(changes: dict[str, int], words: str) -> None:
+    async with strange() as (connection, server):
+        ticket = submit(connection, get(1))
+        server.answer(AnswerSlot(ticket=ticket)._replace(**changes))
+        assert connection.wait(ticket, SECONDS) == (13, "INTERNAL", words)
+
+
+async def test_an_answer_to_a_request_that_was_answered_ends_the_link() -> None:
+    async with strange() as (connection, server):
+        tickets = [submit(connection, get(1)) for _ in range(2)]
+        for _ in range(2):
+            server.answer(AnswerSlot(ticket=tickets[0]))
+        assert connection.wait(tickets[1], SECONDS) == (13, "INTERNAL", NOT_IN_FLIGHT)
+
+
+@pytest.mark.parametrize("count", [9, 2**63, 2**64 - 1])
+async def test_more_answers_than_slots_end_the_link(count: int) -> None:
+    async with strange() as (connection, server):
+        ticket = submit(connection, get(1))
+        server.count(count)
+        assert connection.wait(ticket, SECONDS) == (13, "INTERNAL", "ring: more answers than slots")
+
+
+async def test_a_reason_longer_than_its_payload_is_cut() -> None:
+    async with strange() as (connection, server):
+        ticket = submit(connection, get(1))
+        server.answer(AnswerSlot(ticket=ticket, code=5, reason_bytes=65535, payload_bytes=3))
+        assert connection.wait(ticket, SECONDS) == (5, "", "")
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_is_answered_every_wait_ends(seed: int) -> None:
+    """Slots that are right but for one field, which is anything."""
+    random = np.random.default_rng(seed)
+    for _ in range(20):
+        async with strange() as (connection, server):
+            for _ in range(50):
+                ticket = submit(connection, get(1))
+                slot = AnswerSlot(
+                    ticket=ticket, flags=int(random.integers(16)), payload_bytes=64 * int(random.integers(9))
+                )
+                field = ANSWER[random.integers(len(ANSWER) - 4)]
+                edges = [0, 1, 63, 64, 4096, 2**16 - 1, 2**32 - 1, 2**63, 2**64 - 1]
+                value = int(random.choice(np.array(edges, np.uint64))) % 2 ** (8 * field.size)
+                server.answer(slot._replace(**{field.name: value}))
+                answer = connection.wait(ticket, SECONDS)
+                assert answer is not None
+                if connection.over:
+                    break

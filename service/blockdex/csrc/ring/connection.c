@@ -177,6 +177,8 @@ PyObject *connection_submit(PyObject *connection, const struct wire_request *req
     struct connection *self = (struct connection *)connection;
     struct blockdex_request slot;
     struct blockdex_error error;
+    if (PyType_GetSlot(Py_TYPE(connection), Py_tp_dealloc) != (void *)connection_dealloc)
+        return PyErr_Format(PyExc_TypeError, "a RingConnection is needed, got %R", connection);
     if (!may_use(self)) return NULL;
     tokens_describe(request, 0, &slot);
     self->client.epoch = request->epoch;
