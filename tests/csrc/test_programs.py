@@ -4,80 +4,14 @@ from __future__ import annotations
 
 import runpy
 import struct
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-import blockdex
 from blockdex.v1 import indexer_pb2 as pb
+from support.c_programs import BUILDS, CSRC, Built, compiled
 from support.programs import program, run
-
-HERE = Path(__file__).parent
-PACKAGE = Path(blockdex.__file__).parent
-CSRC = PACKAGE / "csrc"
-FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-g", f"-I{CSRC}", f"-I{PACKAGE / 'ring' / 'include'}")
-
-
-class Build(NamedTuple):
-    """How a program is compiled and run.
-
-    Attributes:
-        compiler: its name, and the Debian package that has it.
-        flags: beside the usual ones.
-        runner: what runs the program.
-    """
-
-    compiler: tuple[str, str]
-    flags: tuple[str, ...]
-    runner: tuple[str, ...] = ()
-
-
-GCC = ("gcc", "build-essential")
-BUILDS = {
-    "here": Build(GCC, ("-O2",)),
-    "address and undefined": Build(GCC, ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")),
-    # It knows no fences; these order what is atomic anyway. Its memory lies where random addresses may be in the way.
-    "thread": Build(GCC, ("-O1", "-fsanitize=thread", "-Wno-tsan"), ("setarch", "-R")),
-    "aarch64": Build(
-        ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
-        ("-O2",),
-        ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"),
-    ),
-}
-SOURCES = {
-    "ring_stress": ("ring/server.c",),
-    "tables_test": ("ring/inflight.c",),
-    "wire_test": ("wire/messages.c", "wire/request_codec.c"),
-    "connect_test": (),
-}
-"""Programs, and what they have of the package."""
-
-Built = Callable[[str], tuple[str, ...]]
-
-
-def compiled(build: Build, name: str, folder: Path) -> tuple[str, ...]:
-    """The command that runs a program, which is compiled when it is first asked for."""
-    made = folder / name
-    if not made.exists():
-        sources = [HERE / f"{name}.c", *(CSRC / source for source in SOURCES[name])]
-        run(program(*build.compiler), *FLAGS, *build.flags, *sources, "-pthread", "-o", made, seconds=120)
-    return (*build.runner, str(made))
-
-
-@pytest.fixture(
-    scope="module",
-    params=["here", *(pytest.param(name, marks=pytest.mark.slow) for name in BUILDS if name != "here")],
-)
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Gives commands that run programs of one build."""
-    build, folder = BUILDS[request.param], tmp_path_factory.mktemp("programs")
-    if build.runner:
-        program(build.runner[0], "qemu-user")
-    return partial(compiled, build, folder=folder)
 
 
 def test_nobody_sleeps_on_and_nothing_is_lost(built: Built) -> None:
