@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from blockdex import _native
 from blockdex.contract.errors import BlockdexError, error_of
 from blockdex.contract.messages import SequenceState
 from blockdex.ring import codec
-from blockdex.ring.handshake import Handles, listen, offer
+from blockdex.ring.handshake import Handles
 from blockdex.ring.layout import ANSWER, ANSWER_STRUCT, AT, AnswerSlot
 from blockdex.ring.segment import Sizes
 from support.asking import wire_of
@@ -31,6 +31,7 @@ from support.naive_engine import check_same
 from support.ring import Bell, Producer
 from support.ring_engine import Hosted, hosted
 from support.running_engine import LIMITS, SPEC, get, open_sequence, tokens
+from support.strange_server import strange_server
 
 SECONDS = 10.0
 UNAVAILABLE, OVERLOADED = 14, 8
@@ -305,16 +306,11 @@ class StrangeServer:
         self._segment.counters[AT["answers_written"] // 8] = answers
 
 
-@contextlib.asynccontextmanager
-async def strange() -> AsyncIterator[tuple[_native.RingConnection, StrangeServer]]:
+@contextlib.contextmanager
+def strange() -> Iterator[tuple[_native.RingConnection, StrangeServer]]:
     """A connection to such a server."""
-    with listen() as listening:
-        connecting = asyncio.create_task(asyncio.to_thread(connect, str(listening.getsockname(), "latin-1")))
-        accepted, _ = await asyncio.get_running_loop().sock_accept(listening)
-        with accepted, contextlib.closing(await offer(accepted, Sizes(8, 4096, 4096), 1)) as handles:
-            connection = await connecting
-            with contextlib.closing(connection):
-                yield connection, StrangeServer(handles)
+    with strange_server(Sizes(8, 4096, 4096)) as (address, handles), contextlib.closing(connect(address)) as connection:
+        yield connection, StrangeServer(handles)
 
 
 LARGE = 2**64 - 64
@@ -341,15 +337,15 @@ NOT_IN_PAYLOAD = "answer: what it has is not in its payload"
         ({"flags": STATE, "num_layers": 4, "payload_bytes": 95}, NOT_IN_PAYLOAD),
     ],
 )
-async def test_what_cannot_be_is_not_followed(changes: dict[str, int], words: str) -> None:
-    async with strange() as (connection, server):
+def test_what_cannot_be_is_not_followed(changes: dict[str, int], words: str) -> None:
+    with strange() as (connection, server):
         ticket = submit(connection, get(1))
         server.answer(AnswerSlot(ticket=ticket)._replace(**changes))
         assert connection.wait(ticket, SECONDS) == (13, "INTERNAL", words)
 
 
-async def test_an_answer_to_a_request_that_was_answered_ends_the_link() -> None:
-    async with strange() as (connection, server):
+def test_an_answer_to_a_request_that_was_answered_ends_the_link() -> None:
+    with strange() as (connection, server):
         tickets = [submit(connection, get(1)) for _ in range(2)]
         for _ in range(2):
             server.answer(AnswerSlot(ticket=tickets[0]))
@@ -357,26 +353,26 @@ async def test_an_answer_to_a_request_that_was_answered_ends_the_link() -> None:
 
 
 @pytest.mark.parametrize("count", [9, 2**63, 2**64 - 1])
-async def test_more_answers_than_slots_end_the_link(count: int) -> None:
-    async with strange() as (connection, server):
+def test_more_answers_than_slots_end_the_link(count: int) -> None:
+    with strange() as (connection, server):
         ticket = submit(connection, get(1))
         server.count(count)
         assert connection.wait(ticket, SECONDS) == (13, "INTERNAL", "ring: more answers than slots")
 
 
-async def test_a_reason_longer_than_its_payload_is_cut() -> None:
-    async with strange() as (connection, server):
+def test_a_reason_longer_than_its_payload_is_cut() -> None:
+    with strange() as (connection, server):
         ticket = submit(connection, get(1))
         server.answer(AnswerSlot(ticket=ticket, code=5, reason_bytes=65535, payload_bytes=3))
         assert connection.wait(ticket, SECONDS) == (5, "", "")
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_whatever_is_answered_every_wait_ends(seed: int) -> None:
+def test_whatever_is_answered_every_wait_ends(seed: int) -> None:
     """Slots that are right but for one field, which is anything."""
     random = np.random.default_rng(seed)
     for _ in range(20):
-        async with strange() as (connection, server):
+        with strange() as (connection, server):
             for _ in range(50):
                 ticket = submit(connection, get(1))
                 slot = AnswerSlot(
