@@ -4,8 +4,6 @@
 
 #include "native.h"
 
-#include <time.h>
-
 #include "blockdex_arena.h"
 #include "blockdex_ring.h"
 #include "latency_histogram.h"
@@ -61,13 +59,6 @@ struct client_link {
     double tell_seconds;
     struct times times;
 };
-
-/* Nanoseconds of CLOCK_MONOTONIC. */
-static inline int64_t client_link_now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
-}
 
 /* Answers that are there. */
 static inline uint64_t client_link_filled(const struct client_link *self) {

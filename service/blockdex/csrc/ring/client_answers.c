@@ -93,7 +93,7 @@ static bool take_one(struct client_link *self, PyObject *list, int64_t at) {
 /* Adds the answers that are there to the list; false with an error set where none could be added. */
 static bool take_all(struct client_link *self, PyObject *list) {
     uint64_t count = client_link_filled(self);
-    int64_t at = client_link_now();
+    int64_t at = blockdex_now();
     if (count) self->active = at;
     if (count > self->segment.num_answer_slots) {
         PyErr_Format(PyExc_ValueError, "ring: %llu slots are said to be filled, there are %u", count,

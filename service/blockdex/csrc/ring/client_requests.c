@@ -9,7 +9,7 @@ bool client_link_publish(struct client_link *self, const struct blockdex_request
     memcpy(self->segment.request_slots + self->written % self->segment.num_request_slots * BLOCKDEX_SLOT_BYTES, slot,
            sizeof *slot);
     self->written++;
-    self->active = client_link_now();
+    self->active = blockdex_now();
     blockdex_show(&self->segment.header->requests_written, self->written, &self->segment.header->engine_sleeps,
                   self->engine_bell);
     return true;
@@ -59,9 +59,8 @@ static PyObject *begin(struct client_link *self, const struct sender *sender, st
                        const struct wire_request *request) {
     struct refusal refusal;
     if (!may_begin(self, sender, &refusal)) return refused(sender, &refusal);
-    double timeout = sender->timeout > 0 ? sender->timeout : 0;
     struct pending *pending = inflight_begin(&self->inflight, Py_NewRef(sender->owner), sender->number, sender->rpc);
-    pending->received = client_link_now();
+    pending->received = blockdex_now();
     pending->layer = outgoing->slot.layer;
     pending->num_spans = request ? outgoing->slot.num_spans : 0;
     pending->num_tokens = request ? tokens_count(request) : 0;
@@ -69,8 +68,7 @@ static PyObject *begin(struct client_link *self, const struct sender *sender, st
     outgoing->tenant = sender->tenant;
     outgoing->slot.ticket = pending->ticket;
     outgoing->slot.received = pending->received;
-    /* A deadline has 63 bits of nanoseconds; gRPC's may lie 11,000 years ahead. */
-    outgoing->slot.deadline = pending->received + (int64_t)(1e9 * (timeout < 1e9 ? timeout : 1e9));
+    outgoing->slot.deadline = blockdex_until(pending->received, sender->timeout);
     int became = outbox_begin(self, outgoing, request);
     if (became >= 0) return PyLong_FromLong(became);
     if (outgoing->placed) blockdex_arena_give_back(&self->arena, pending->extent);
@@ -196,5 +194,5 @@ PyObject *client_link_give_up_all(PyObject *object, PyObject *owner) {
 PyObject *client_link_overdue(PyObject *object, PyObject *seconds) {
     double patience = PyFloat_AsDouble(seconds);
     if (PyErr_Occurred()) return NULL;
-    return give_up_some((struct client_link *)object, Py_None, client_link_now() - (int64_t)(1e9 * patience));
+    return give_up_some((struct client_link *)object, Py_None, blockdex_now() - blockdex_until(0, patience));
 }

@@ -23,7 +23,6 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "blockdex_arena.h"
@@ -116,18 +115,6 @@ struct blockdex_client {
     char *reply; /* where the answer to a question goes, while one is asked */
     size_t reply_bytes, reply_room;
 };
-
-/* Nanoseconds of CLOCK_MONOTONIC. */
-static inline int64_t blockdex_now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
-
-/* So many seconds from a time on; 31 years are as long as any longer wait, and NaN is none. */
-static inline int64_t blockdex_until(int64_t from, double seconds) {
-    return from + (seconds >= 1e9 ? (int64_t)1e18 : seconds > 0 ? (int64_t)(1e9 * seconds) : 0);
-}
 
 /* As poll, until then, whatever signals come; a last look where that is past. */
 static inline int blockdex_poll_until(struct pollfd *files, nfds_t count, int64_t until) {

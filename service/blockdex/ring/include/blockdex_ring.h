@@ -13,6 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 
 #ifdef __cplusplus
 #include <atomic>
@@ -142,6 +143,18 @@ static inline struct blockdex_parts blockdex_parts_of(const struct blockdex_requ
     parts.queries = parts.keys + blockdex_aligned(request->keys_bytes);
     parts.bytes = parts.queries + request->queries_bytes;
     return parts;
+}
+
+/* Nanoseconds of CLOCK_MONOTONIC, as slots have them. */
+static inline int64_t blockdex_now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* So many seconds from a time on: as long as 31 years at most, which has 63 bits; NaN is none. */
+static inline int64_t blockdex_until(int64_t from, double seconds) {
+    return from + (seconds >= 1e9 ? (int64_t)1e18 : seconds > 0 ? (int64_t)(1e9 * seconds) : 0);
 }
 
 /* Whether so many bytes at that offset lie in a segment, behind its header. */
