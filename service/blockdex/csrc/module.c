@@ -3,6 +3,7 @@
 #include "client/token_request.h"
 #include "core/core.h"
 #include "ring/client.h"
+#include "ring/connection.h"
 
 static bool add_type(PyObject *module, PyType_Spec *spec) {
     PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
@@ -14,8 +15,8 @@ static bool add_type(PyObject *module, PyType_Spec *spec) {
 
 static int fill(PyObject *module) {
     if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_core_spec) ||
-        !add_type(module, &blockdex_sequence_index_spec) || !add_type(module, &token_request_spec) ||
-        !add_type(module, &request_maker_spec) || add_link(module) < 0)
+        !add_type(module, &blockdex_sequence_index_spec) || !add_type(module, &blockdex_connection_spec) ||
+        !add_type(module, &token_request_spec) || !add_type(module, &request_maker_spec) || add_link(module) < 0)
         return -1;
     return PyModule_AddIntConstant(module, "SENT", SENT) | PyModule_AddIntConstant(module, "QUEUED", QUEUED) |
            PyModule_AddIntConstant(module, "UNUSUAL", UNUSUAL) |

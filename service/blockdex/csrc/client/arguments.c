@@ -2,7 +2,6 @@
 #include <stdlib.h>
 
 #include "client/token_request.h"
-#include "wire/request_codec.h"
 
 static PyObject *must_be_integers(const char *name, PyObject *value) {
     if (PyErr_ExceptionMatches(PyExc_TypeError)) {

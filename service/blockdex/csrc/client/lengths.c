@@ -2,7 +2,6 @@
 #include <stdlib.h>
 
 #include "client/token_request.h"
-#include "wire/request_codec.h"
 
 /* Of one layer, as `Layers` lays them out: side by side, since a call touches all of them. */
 struct layer_numbers {

@@ -2,7 +2,7 @@
 
 #include <stdlib.h>
 
-#include "wire/request_codec.h"
+#include "ring/connection.h"
 
 /* What the requests to one server have in common. `arrays` is numpy's type, `dtypes` its dtypes by the wire's number;
  * `host_array(name, tensor)` makes one of them of any other tensor. */
@@ -173,6 +173,19 @@ static PyObject *request_frame(PyObject *object, PyObject *const *arguments, Py_
     return written(&wire, true);
 }
 
+/* A slot has what a message may leave out, so that it is filled in, of a copy. */
+static PyObject *request_submit(PyObject *object, PyObject *const *arguments, Py_ssize_t count) {
+    const struct token_request *self = (struct token_request *)object;
+    struct refusal refusal;
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "submit: 2 arguments, got %zd", count);
+    double timeout = PyFloat_AsDouble(arguments[1]);
+    if (PyErr_Occurred()) return NULL;
+    struct wire_request wire = self->wire;
+    if (!tokens_fit(&wire, &self->bounds, &refusal))
+        return Py_BuildValue("(iss)", (int)refusal.code, refusal.reason, refusal.message);
+    return connection_submit(arguments[0], &wire, timeout);
+}
+
 static PyObject *request_shape(PyObject *object, void *unused) {
     struct token_request *self = (struct token_request *)object;
     (void)unused;
@@ -195,6 +208,7 @@ static PyMethodDef request_methods[] = {
     {"fail", token_request_fail, METH_O, NULL},
     {"message", request_message, METH_NOARGS, NULL},
     {"frame", (PyCFunction)(void (*)(void))request_frame, METH_FASTCALL, NULL},
+    {"submit", (PyCFunction)(void (*)(void))request_submit, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -250,6 +264,7 @@ static PyObject *maker_make(PyObject *object, PyObject *const *arguments, Py_ssi
     request->wire.kind = (uint32_t)kind;
     request->wire.epoch = self->epoch;
     request->refuse = Py_NewRef(self->refuse);
+    request->bounds = self->bounds;
     if (fill(self, request, &named)) return (PyObject *)request;
     Py_DECREF(request);
     return NULL;

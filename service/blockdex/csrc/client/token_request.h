@@ -4,7 +4,7 @@
 #define BLOCKDEX_TOKEN_REQUEST_H
 
 #include "native.h"
-#include "wire/messages.h"
+#include "wire/request_codec.h"
 
 /* A write of one span in its layer: the layer's numbers, its length before, and which write it is. */
 struct write {
@@ -18,6 +18,7 @@ struct token_request {
     PyObject_HEAD
     struct wire_request wire;
     struct wire_spans spans;
+    struct bounds bounds;
     Py_buffer keys, queries;
     struct write *writes;
     uint32_t num_writes;
