@@ -39,6 +39,8 @@ FLAVOURS = {
     "Client-unary": Flavour(blockdex.Client, "unary"),
     "AsyncClient-stream": Flavour(blockdex.AsyncClient, "stream"),
     "AsyncClient-unary": Flavour(blockdex.AsyncClient, "unary"),
+    "Client-ring": Flavour(blockdex.Client, "ring"),
+    "AsyncClient-ring": Flavour(blockdex.AsyncClient, "ring"),
     "Client-stream-python": Flavour(blockdex.Client, "stream", plain_codec),
     "Client-unary-python": Flavour(blockdex.Client, "unary", plain_codec),
 }

@@ -9,6 +9,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Unpack, overload
 
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
+from blockdex.client.async_ring_transport import AsyncRingTransport
 from blockdex.client.async_transports import AsyncStreamTransport, AsyncTransport, AsyncUnaryTransport
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
@@ -21,6 +22,7 @@ from blockdex.contract.messages import Order, Totals
 Arguments = ParamSpec("Arguments")
 
 _TRANSPORTS: dict[str, Callable[[Core], AsyncTransport]] = {
+    "ring": AsyncRingTransport,
     "stream": AsyncStreamTransport,
     "unary": AsyncUnaryTransport,
 }
@@ -47,6 +49,8 @@ class AsyncClient:
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
         self._core = Core(address, tenant, timeout)
+        self.transport = transport
+        self.why = ""
         self._transport = _TRANSPORTS[transport](self._core)
 
     async def __aenter__(self) -> AsyncClient:

@@ -175,7 +175,7 @@ class _Exchange:
             async for frame in self._responses:
                 number = number_of(frame)
                 if not number:
-                    self._core.take_up(event_of(frame))
+                    self._core.take_up(*event_of(frame))
                     continue
                 self._unanswered.discard(number)
                 if self._unsent:

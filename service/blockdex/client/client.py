@@ -13,6 +13,7 @@ from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import NO_QUERIES, Integers, Scores
+from blockdex.client.ring_transport import RingTransport
 from blockdex.client.tensors import Array
 from blockdex.client.transports import StreamTransport, Transport, UnaryTransport
 from blockdex.contract.errors import BlockdexError
@@ -20,7 +21,11 @@ from blockdex.contract.messages import Order, Totals
 
 Arguments = ParamSpec("Arguments")
 
-_TRANSPORTS: dict[str, Callable[[Core], Transport]] = {"stream": StreamTransport, "unary": UnaryTransport}
+_TRANSPORTS: dict[str, Callable[[Core], Transport]] = {
+    "ring": RingTransport,
+    "stream": StreamTransport,
+    "unary": UnaryTransport,
+}
 
 
 class Client:
@@ -48,7 +53,13 @@ class Client:
         tenant: whose sequences these are, where the transport proves no identity; None leaves it to the server.
         timeout: seconds that a call may take when it names no timeout.
         transport: `stream` (calls go over streams that stay open, as many as there are calls in flight; the default,
-            since its calls were measured to be the faster ones) or `unary` (each is an RPC of its own).
+            since its calls were measured to be faster than `unary` ones), `unary` (each is an RPC of its own), or
+            `ring` (they go through memory that a server on the same host shares which was started with `--socket`;
+            gRPC only tells what the server is). `blockdex.connect` takes the fastest that there is.
+
+    Attributes:
+        transport: which it is.
+        why: where `blockdex.connect` chose it, why it is no faster one.
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
@@ -66,6 +77,8 @@ class Client:
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
         self._core = Core(address, tenant, timeout)
+        self.transport = transport
+        self.why = ""
         self._transport = _TRANSPORTS[transport](self._core)
 
     def __enter__(self) -> Client:

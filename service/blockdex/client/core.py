@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from blockdex.client.answers import Info, SequenceState
@@ -73,6 +73,7 @@ class Core:
         if tenant is not None:
             checks.check_tenant(tenant)
         self.address = address
+        self.tenant = checks.DEFAULT_TENANT if tenant is None else tenant
         self.metadata = () if tenant is None else ((checks.TENANT_KEY, tenant),)
         self.codec = codec()
         self._timeout = _checked(timeout)
@@ -94,14 +95,14 @@ class Core:
         """
         return time.monotonic() + (self._timeout if timeout is None else _checked(timeout))
 
-    def take_up(self, event: pb.Event) -> None:
-        """Takes up what the server tells of."""
+    def take_up(self, evicted: Iterable[int], new_epoch: int | None = None) -> None:
+        """Takes up what the server tells of: sequences that it has evicted, and that its cache was born anew."""
         ledger = self._ledger
         if ledger is None:
             return
-        if event.HasField("new_epoch"):
-            ledger.over |= event.new_epoch.epoch != ledger.info.epoch
-        ledger.evict(event.sequences_evicted.sequence_ids)
+        if new_epoch is not None:
+            ledger.over |= new_epoch != ledger.info.epoch
+        ledger.evict(evicted)
 
     def get_info(self, deadline: float) -> Call[Ledger]:
         """GetInfo. The answer is what the client knows from then on; a new epoch drops every length."""
@@ -115,11 +116,11 @@ class Core:
                     ledger.info = info
                 return ledger
 
-        return Call(GET_INFO, Message(GET_INFO, b""), deadline, finish, repeatable=True)
+        return Call(GET_INFO, Message(GET_INFO, pb.GetInfoRequest()), deadline, finish, repeatable=True)
 
     def get_stats(self, deadline: float) -> Call[Totals]:
         """GetStats."""
-        return Call(GET_STATS, Message(GET_STATS, b""), deadline, _itself, repeatable=True)
+        return Call(GET_STATS, Message(GET_STATS, pb.GetStatsRequest()), deadline, _itself, repeatable=True)
 
     def open_sequences(
         self, ledger: Ledger, deadline: float, sequences: Integers, lease_seconds: Integers, epoch: int | None
@@ -261,7 +262,7 @@ def _call(
     """A call about sequences; without an epoch it names the one that the client knows."""
     named = ledger.info.epoch if epoch is None else integer("epoch", epoch)
     request.header.epoch = named
-    message = Message(kind, request.SerializeToString())
+    message = Message(kind, request)
     return Call(kind, message, deadline, finish, repeatable, ledger, fail, named)
 
 

@@ -23,21 +23,25 @@ _NUMBER_END = 9
 
 
 class Message:
-    """A request as protobuf that is not a data call's."""
+    """A request that is not a data call's.
 
-    __slots__ = ("_body", "_kind")
+    Attributes:
+        body: as protobuf has it.
+    """
 
-    def __init__(self, kind: Kind, body: bytes) -> None:
+    __slots__ = ("_kind", "body")
+
+    def __init__(self, kind: Kind, body: Any) -> None:
         self._kind = kind
-        self._body = body
+        self.body = body
 
     def message(self) -> bytes:
-        """By itself."""
-        return self._body
+        """As protobuf, by itself."""
+        return bytes(self.body.SerializeToString())
 
     def frame(self, number: int, timeout_ms: int) -> bytes:
-        """As a `StreamRequest`."""
-        return framed(self._kind, self._body, number, timeout_ms)
+        """The same as a `StreamRequest`."""
+        return framed(self._kind, self.message(), number, timeout_ms)
 
 
 def framed(kind: Kind, body: bytes, number: int, timeout_ms: int) -> bytes:
@@ -68,9 +72,11 @@ def number_of(frame: bytes) -> int:
     return message_of(pb.StreamResponse, frame).request_id
 
 
-def event_of(frame: bytes) -> pb.Event:
-    """The event that a frame of number 0 tells of; one that is not known here has nothing set."""
-    return message_of(pb.StreamResponse, frame).event
+def event_of(frame: bytes) -> tuple[list[int], int | None]:
+    """What a frame of number 0 tells of: sequences that were evicted, and a new epoch."""
+    event = message_of(pb.StreamResponse, frame).event
+    new_epoch = event.new_epoch.epoch if event.HasField("new_epoch") else None
+    return list(event.sequences_evicted.sequence_ids), new_epoch
 
 
 def answer_of(kind: Kind, frame: bytes, codec: ModuleType) -> Any:

@@ -66,7 +66,7 @@ class Stream:
             self._outbox.put(frame)
             answer: bytes = next(self._answers)
             while not number_of(answer):
-                self._core.take_up(event_of(answer))
+                self._core.take_up(*event_of(answer))
                 answer = next(self._answers)
         except BaseException as failure:
             self.end()
