@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant("any bound", _HAND_OVER, " or not 0 < bound <= MOST_BOUND_SECONDS", "", _IN_CHANNEL),
     Mutant("any number of channels", _HAND_OVER, ">= MAX_CHANNELS:", ">= 1000:", _IN_CHANNEL),
     Mutant("a refused segment stays open", _HAND_OVER, "        os.close(own)\n", "", _IN_CHANNEL),
-    Mutant("memory without room", _SERVER, "memory->bytes < HEADER_BYTES || ", "", _IN_CORE),
+    Mutant("memory without room", _SERVER, "memory->bytes < BLOCKDEX_HEADER_BYTES || ", "", _IN_CORE),
     Mutant(
         "requests are counted from 0",
         _SERVER,
