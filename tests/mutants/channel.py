@@ -23,9 +23,7 @@ MUTANTS = (
         "is_packed = row_tokens > 0",
         _IN_KERNELS,
     ),
-    Mutant(
-        "padding has a place", _KERNELS, "tl.where(live, to_row, -1)", "tl.where(live, to_row, to_row)", _IN_KERNELS
-    ),
+    Mutant("padding has a place", _KERNELS, "tl.where(live, place, -1)", "tl.where(live, place, place)", _IN_KERNELS),
     Mutant("padding has a row", _KERNELS, "    live = length > 0\n", "    live = length >= 0\n", _IN_KERNELS),
     Mutant(
         "the number of the replay is left out",
@@ -48,8 +46,8 @@ MUTANTS = (
     Mutant(
         "ids of an earlier call stay",
         _KERNELS,
-        "            place = tl.where(error == 0, place, -1)\n",
-        "",
+        "_copy_ids(words, block_ids, token, tl.where(error == 0, place, -1), token",
+        "_copy_ids(words, block_ids, token, place, token",
         _IN_KERNELS,
     ),
     Mutant("no bound", _KERNELS, "(time - begin > bound)", "(time - begin > bound * 1000)", _IN_KERNELS),
@@ -61,18 +59,11 @@ MUTANTS = (
         "error = load_acquire(segment + _CHANNEL_ERROR).to(tl.int32) & 0",
         _IN_KERNELS,
     ),
-    Mutant("the host is not told", _KERNELS, "    if error != before:\n", "    if error < before:\n", _IN_KERNELS),
+    Mutant("the host is not told", _KERNELS, "    if error != dead:\n", "    if error < dead:\n", _IN_KERNELS),
     Mutant("a dead channel asks", _KERNELS, "    if dead == 0:", "    if dead >= 0:", _IN_KERNELS),
     # --- The client ---
     Mutant("numbers begin anew", _CHANNEL, "_GENERATION = 1 << 32", "_GENERATION = 0", _IN_CHANNEL),
     Mutant("the watcher sees nothing", _CONNECTION, "            self._lost()\n", "", _IN_CHANNEL),
-    Mutant(
-        "a watcher of before ends the channel of now",
-        _CONNECTION,
-        "        self._listening.join(_SECONDS)\n",
-        "",
-        _IN_CHANNEL,
-    ),
     Mutant("any dtype", _CALLS, "        if tensor.dtype != torch.bfloat16:", "        if False:", _IN_CHANNEL),
     Mutant("any strides", _CALLS, "    if not tensor.is_contiguous():", "    if False:", _IN_CHANNEL),
     Mutant("any number of tokens", _CALLS, "<= max_tokens:", "<= 1 << 20:", _IN_CHANNEL),
@@ -149,7 +140,7 @@ MUTANTS = (
     Mutant(
         "the core sleeps beside a channel",
         _LOOP,
-        "    if (core->num_channels && now + CHANNEL_NAP < until) until = now + CHANNEL_NAP;\n",
+        "    if (core->num_channels && now + nap < until) until = now + nap;\n",
         "",
         _IN_CORE,
     ),
