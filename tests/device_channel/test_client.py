@@ -37,7 +37,7 @@ def test_a_channel_of_a_client(processes: str) -> None:
         sent = torch.cat((queries[0], queries[1, :3]))
         expected = client.select_blocks(LAYER, sequences=[1, 2], lengths=[4, 3], starts=[0, 0], queries=sent)
         assert torch.equal(torch.cat((ids[0], ids[1, :3])), torch.as_tensor(np.asarray(expected)))
-        assert client.get_sequence(2).lengths == (0, 3, 0)
+        assert client.get_sequence(2).lengths[:3] == (0, 3, 0)
         channel.append_keys(
             LAYER, sequences=numbers(1, 2), starts=numbers(9, 9), lengths=numbers(1, 1), keys=keys[:, :1].contiguous()
         )
