@@ -66,6 +66,13 @@ class ServerLink:
             ValueError: there are `MAX_REGIONS` already.
         """
 
+    def make_channel(self, memory: object, bound_seconds: float, epoch: int, /) -> int:
+        """Makes it a channel, before a core serves it: a GPU writes its requests. The number of its memory, a region.
+
+        Raises:
+            ValueError: the memory has no room for what a channel counts, or the bound is not above 0.
+        """
+
     def give_back(self, region: int, /) -> bool:
         """Has no request name a region any more; whether none uses it, and it was let go of. Else ask again.
 
@@ -243,8 +250,11 @@ class Core:
     ) -> None:
         """Memory that one of the steps is made in and answered in: see `StepBuffer`."""
 
-    def set_replays(self, replays: list[tuple[int, ...]], launch: int, stream: int, /) -> None:
-        """The device's programs (runs, length, width, address by step), smallest first, and what launches them."""
+    def set_replays(self, replays: list[tuple[int, ...]], launch: int, stream: int, signal: int = 0, /) -> None:
+        """The device's programs (runs, length, width, address by step), smallest first, and what launches them.
+
+        `signal` is what tells channels in the device's memory: see `Replays`.
+        """
 
     def set_run_step(self, run_step: Callable[[int, int, int], None], /) -> None:
         """What runs a step of (number, runs, tokens) to its end, where no program does."""

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from blockdex.executor.cuda_graphs import Shape
 from blockdex.executor.factory import make_executor
-from blockdex.executor.gpu import GpuExecutor, _address_of_launch
+from blockdex.executor.gpu import GpuExecutor
 from blockdex.executor.interface import COLUMNS, Packed, Pending, Replay, Step, StepBuffer, keys_offset
 from blockdex.executor.prefill_slices import SliceShape
-from blockdex_kernels import IndexSpec
+from blockdex_kernels import IndexSpec, cuda_driver
 from blockdex_kernels.interface import RUN_APPENDS, RUN_SELECTS, RUN_WANTS_SCORES, Order, Selection, Spans
 from blockdex_kernels.triton import decode, prefill, rank
 from blockdex_kernels.triton.gpu import GpuBackend
@@ -244,7 +244,7 @@ def test_steps_that_are_made_in_step_buffers(key_dtype: Any, generator: torch.Ge
     for shape in (Shape(8, 1, 1024), Shape(2, 4, 1024)):
         executor._graphs.capture(shape)
     steps = executor._graphs.replays()
-    launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(_address_of_launch())
+    launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(cuda_driver.address_of("cuGraphLaunch"))
     for number in range(48):
         if number == 24:
             _move_tables(both)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from blockdex.executor.interface import (
     on_host,
 )
 from blockdex.executor.prefill_slices import MAX_ROWS, Marks, Slices, to_host, upload
+from blockdex_kernels import cuda_driver
 from blockdex_kernels.interface import Selection, Spans
 from blockdex_kernels.triton.backend import TritonBackend
 
@@ -61,7 +61,7 @@ class GpuExecutor(Executor):
         self._host_cells: NDArray[np.int32] = np.zeros(0, np.int32)
         self._tables = DeviceTables(backend.device, table_row, max(_FIRST_CELLS, 2 * len(backend.pages)))
         self._graphs = Graphs(backend, self._main, self._tables.rows, STEP_BUFFERS)
-        self._replays = Replays(0, 0, [])
+        self._replays = Replays(0, 0, 0, [])
         self._slices = Slices(backend, self.max_slices)
         self._launching = ThreadPoolExecutor(1, "blockdex-prefill", self._slices.use_stream)
 
@@ -83,7 +83,8 @@ class GpuExecutor(Executor):
             self.use_device()
             capture()
             yield total + done, total + len(captures)
-        self._replays = Replays(_address_of_launch(), self._main.cuda_stream, self._graphs.replays())
+        launch, signal = map(cuda_driver.address_of, ("cuGraphLaunch", "cuStreamWriteValue64_v2"))
+        self._replays = Replays(launch, signal, self._main.cuda_stream, self._graphs.replays())
         torch.cuda.empty_cache()
 
     def step_buffers(self) -> list[StepBuffer]:
@@ -181,8 +182,3 @@ class _Prefill(Pending):
         """See `Pending.answer`; in its slot."""
         selection = self._launched.result()
         return None if selection is None else on_host(selection)
-
-
-def _address_of_launch() -> int:
-    """That of the driver's cuGraphLaunch, which torch has loaded."""
-    return ctypes.cast(ctypes.CDLL("libcuda.so.1").cuGraphLaunch, ctypes.c_void_p).value or 0

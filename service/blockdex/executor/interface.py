@@ -161,11 +161,14 @@ class Replays:
     Attributes:
         launch: address of a C function that takes a program and `stream`, begins it, and returns 0. It writes every
             block id of R times T, -1 where there is none.
+        signal: address of a C function that takes `stream`, an address, a number and 0, writes the number there when
+            the stream comes so far, and returns 0.
         stream: of CUDA, as a number.
         steps: what is captured.
     """
 
     launch: int
+    signal: int
     stream: int
     steps: list[Replay]
 

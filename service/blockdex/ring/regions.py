@@ -203,8 +203,7 @@ class LinkRegions:
                 f"regions: a link may share {MAX_REGIONS} at once, it shares {len(self._lent)}", Reason.OVERLOADED
             )
         most = MAX_LINK_BYTES - sum(lent.bytes for lent in self._lent.values())
-        offer = _offer_of(kind, words, files, most)
-        region = await asyncio.get_running_loop().run_in_executor(_opener, self._open, offer)
+        region = await open_offer(self._open, kind, words, files, most)
         number = await self._on_engine(lambda: self._line.native.share(region))
         self._lent[number] = _Lent(region.bytes, region.closed)
         return {"region": number, "bytes": region.bytes}
@@ -243,6 +242,14 @@ class LinkRegions:
         except TimeoutError:
             message = f"engine: has not turned to a region for {_ENTER_SECONDS:g} s"
             raise ResourceExhaustedError(message, Reason.OVERLOADED) from None
+
+
+async def open_offer(
+    open_region: Callable[[Offer], Region], kind: object, words: Words, files: Sequence[int], most_bytes: int
+) -> Region:
+    """Opens what words and the files with them offer, beside all other threads; raises what `LinkRegions` says."""
+    offer = _offer_of(kind, words, files, most_bytes)
+    return await asyncio.get_running_loop().run_in_executor(_opener, open_region, offer)
 
 
 def _offer_of(kind: object, words: Words, files: Sequence[int], most_bytes: int) -> Offer:

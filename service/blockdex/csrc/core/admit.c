@@ -483,8 +483,21 @@ static void refuse_waiting(struct core *core) {
     }
 }
 
+/* When a channel's request was written, nobody says: not before the last look that found none. */
+static void look_at_channels(struct core *core, int64_t now) {
+    for (size_t number = 0; number < core->num_links; number++) {
+        struct server_link *link = core->links[number];
+        if (!link->channel.bound) continue;
+        if (server_link_filled(link))
+            core->rung = now;
+        else
+            link->channel.looked = now;
+    }
+}
+
 bool core_gather(struct core *core, int64_t now) {
     struct gathered *to = &core->gathered;
+    if (core->num_channels) look_at_channels(core, now);
     to->runs = to->tokens = to->longest = to->num_asked = to->num_groups = 0;
     to->end = 0;
     to->full = false;

@@ -38,6 +38,16 @@ static void observe_stages(struct core *core, const struct blockdex_answer *answ
                          seconds[stage], 1e9);
 }
 
+void core_signal(struct core *core, struct request *request) {
+    const struct channel *channel = &request->link->channel;
+    uint64_t *answered = channel->answered, number = request->slot.ticket;
+    if (!channel->on_device)
+        __atomic_store_n(answered, number, __ATOMIC_RELEASE);
+    else if (core->signal)
+        core->launch_error = core->signal(core->stream, (uintptr_t)answered, number, 0);
+    request->signalled = true;
+}
+
 void core_answer(struct core *core, struct request *request, struct blockdex_answer answer, const void *payload,
                  uint64_t bytes) {
     if (!request->link->gone) {
@@ -47,7 +57,9 @@ void core_answer(struct core *core, struct request *request, struct blockdex_ans
         set_stages(request, core_now(), &answer);
         /* One that nothing took up has no stages to count. */
         if (request->taken) observe_stages(core, &answer);
-        if (!server_link_answer(request->link, answer, payload, bytes)) {
+        const bool succeeded = request->link->channel.bound && !answer.code;
+        if (succeeded && !request->signalled) core_signal(core, request);
+        if (!succeeded && !server_link_answer(request->link, answer, payload, bytes)) {
             core->no_memory = true;
             return;
         }

@@ -46,6 +46,7 @@ struct request {
     enum request_state state;
     uint32_t number, tenant, num_rows, tokens, longest; /* rows: spans, or sequences to open or to close */
     bool cancelled, has_pages, done_already, holds_back;
+    bool signalled; /* its channel is told of its success when the device comes so far */
     uint8_t phase;
     int64_t end, received, taken, launched, finished;
     char *tensors[NUM_SOURCES];          /* where each begins; NULL: in the answers' arena */
@@ -144,6 +145,7 @@ struct core {
     /* Where it runs. */
     PyObject *run_step;
     int (*launch)(void *program, void *stream);
+    int (*signal)(void *stream, uint64_t address, uint64_t value, unsigned flags);
     void *stream;
     struct replay *replays;
     size_t num_replays;
@@ -152,6 +154,8 @@ struct core {
     int launch_error;
     PyThreadState *without_gil;
     /* How it waits. */
+    uint32_t num_channels;
+    int64_t rung; /* when a channel's request was there last */
     int nudge;
     _Atomic uint32_t noticed;
     int64_t spin, active, looked, passed;
@@ -230,7 +234,7 @@ void core_drop_gone(struct core *core, int64_t now);
 /* The smallest programs that hold so much; NULL where there are none. */
 const struct replay *core_replay(const struct core *core, uint32_t runs, uint32_t longest, int64_t end);
 
-/* Launches what was gathered, without the GIL. False: cuGraphLaunch failed (`launch_error`), or, with the GIL, Python's
+/* Launches what was gathered, without the GIL. False: the device takes no step (`launch_error`), or, with the GIL, Python's
  * own step raised. */
 bool core_begin(struct core *core, int64_t now);
 
@@ -250,6 +254,10 @@ void core_refuse(struct core *core, struct request *request, uint16_t code, cons
 void core_refuse_slot(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                       uint16_t code, const char *reason, const char *format, ...) __attribute__((format(printf, 7, 8)));
 void core_publish(struct core *core);
+
+/* Tells the channel of a request that it has succeeded: at once, or, where its memory is the device's, when that comes so
+ * far. */
+void core_signal(struct core *core, struct request *request);
 
 /* integrity.c: checks some of the cache's columns against each other; false once all were, since they last changed. */
 bool core_check_integrity(struct core *core);

@@ -181,6 +181,8 @@ bool core_begin(struct core *core, int64_t now) {
         if (!run_in_python(core, number)) return false;
     } else {
         core->launch_error = core->launch(replay->programs[number], core->stream);
+        for (uint32_t asked = 0; asked < from->num_asked; asked++)
+            if (from->asked[asked].request->link->channel.on_device) core_signal(core, from->asked[asked].request);
         if (core->launch_error) return false;
         step->launched = core_now();
     }

@@ -412,8 +412,15 @@ static struct request *read_slot(struct core *core, struct server_link *link, co
 }
 
 struct request *core_read(struct core *core, struct server_link *link, int64_t now) {
-    const struct blockdex_request slot = *(const volatile struct blockdex_request *)server_link_head(link);
+    struct blockdex_request slot = *(const volatile struct blockdex_request *)server_link_head(link);
     server_link_release(link);
+    if (link->channel.bound) {
+        /* Whose kernels wait no more, they have said so. */
+        if (atomic_load_explicit(&link->header->channel_error, memory_order_acquire)) return NULL;
+        slot.epoch = link->channel.epoch;
+        slot.received = link->channel.looked; /* at the earliest */
+        slot.deadline = slot.received + link->channel.bound;
+    }
     if (slot.kind != BLOCKDEX_CANCEL) return read_slot(core, link, &slot, now);
     cancel(core, link, slot.ticket);
     return NULL;

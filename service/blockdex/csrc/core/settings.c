@@ -113,8 +113,8 @@ static bool read_replay(PyObject *from, struct replay *to) {
 
 PyObject *core_method_set_replays(struct core *core, PyObject *arguments) {
     PyObject *from;
-    unsigned long long launch, stream;
-    if (!PyArg_ParseTuple(arguments, "OKK", &from, &launch, &stream)) return NULL;
+    unsigned long long launch, stream, signal = 0;
+    if (!PyArg_ParseTuple(arguments, "OKK|K", &from, &launch, &stream, &signal)) return NULL;
     Py_ssize_t count = PyList_Size(from);
     if (count < 0) return NULL;
     struct replay *replays = PyMem_Calloc((size_t)count + 1, sizeof *replays);
@@ -130,6 +130,7 @@ PyObject *core_method_set_replays(struct core *core, PyObject *arguments) {
     core->replays = replays;
     core->num_replays = (size_t)count;
     core->launch = (int (*)(void *, void *))(uintptr_t)launch;
+    core->signal = (int (*)(void *, uint64_t, uint64_t, unsigned))(uintptr_t)signal;
     core->stream = (void *)(uintptr_t)stream;
     Py_CLEAR(core->run_step);
     Py_RETURN_NONE;

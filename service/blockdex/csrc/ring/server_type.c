@@ -190,6 +190,19 @@ static PyObject *method_share(struct server_link_object *self, PyObject *region)
     return PyLong_FromUnsignedLong(added->id);
 }
 
+static PyObject *method_make_channel(struct server_link_object *self, PyObject *arguments) {
+    PyObject *region;
+    double bound_seconds;
+    unsigned long long epoch;
+    if (!PyArg_ParseTuple(arguments, "OdK", &region, &bound_seconds, &epoch)) return NULL;
+    PyObject *number = method_share(self, region);
+    if (!number) return NULL;
+    const struct region *memory = regions_find(&self->link.regions, (uint32_t)PyLong_AsUnsignedLong(number));
+    if (server_link_make_channel(&self->link, memory, (int64_t)(1e9 * bound_seconds), epoch)) return number;
+    Py_DECREF(number);
+    return PyErr_Format(PyExc_ValueError, "channel: its memory has %llu bytes", (unsigned long long)memory->bytes);
+}
+
 static struct region *region_of(struct server_link_object *self, PyObject *id) {
     unsigned long number = PyLong_AsUnsignedLong(id);
     if (PyErr_Occurred()) return NULL;
@@ -227,6 +240,8 @@ static PyMethodDef methods[] = {
     {"claim", (PyCFunction)method_claim, METH_O, "Offset of a slot for an answer; offset and end of its room."},
     {"wait_for_room", (PyCFunction)method_wait_for_room, METH_NOARGS, "Has the bell rung when there is room again."},
     {"share", (PyCFunction)method_share, METH_O, "Enters a region that requests may name; its number."},
+    {"make_channel", (PyCFunction)method_make_channel, METH_VARARGS,
+     "Makes it a channel with a region as its memory; the region's number."},
     {"give_back", (PyCFunction)method_give_back, METH_O, "Has no request name a region; whether none uses it."},
     {"publish", (PyCFunction)method_publish, METH_NOARGS, "Shows the frontend what was written."},
     {0},

@@ -71,6 +71,7 @@ struct blockdex_header {
     _Alignas(128) _Atomic uint32_t engine_sleeps;
     _Alignas(128) _Atomic uint32_t client_sleeps;
     _Alignas(128) _Atomic uint32_t engine_waits_for_room;
+    _Alignas(128) _Atomic uint32_t channel_error;
 };
 
 /* Of each source: region 0 is the arena, where the payload says. */
