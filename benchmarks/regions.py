@@ -18,6 +18,7 @@ import torch
 from benchmarks.core_process import RingPeer, core_process
 from benchmarks.ring_messages import Keys, Places, Queries, Spans, TensorData, TokenRequest
 from blockdex.contract.messages import OpenSequences
+from blockdex.executor.prefill_slices import event
 from blockdex.ring.regions import DeviceMemory, new_memfd, share_memfd
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.dispatch import choose_backend
@@ -125,7 +126,7 @@ def kernels_alone(device: str, shape: Shape, spec: IndexSpec) -> float:
     spans = KernelSpans(layers, starts, lengths, table, columns)
 
     def call() -> float:
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun, ended = event(timed=True), event(timed=True)
         begun.record()
         backend.prefill(queries, spans, order="ascending", return_scores=False)
         ended.record()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import mmap
 import os
@@ -96,11 +95,7 @@ REQUESTS: dict[str, Callable[[], TokenRequest]] = {
     "a decode": lambda: request(NEXT),
     **{f"a decode in {dtype}": lambda dtype=dtype: request(NEXT, dtype=dtype) for dtype in DTYPES},  # type: ignore[misc]
     "drafts": lambda: request([(each, HISTORY, 5) for each in SEQUENCES]),
-    "some of the heads": lambda: (
-        request(NEXT, append=False, first_head=1, heads=2)
-        if False
-        else request([(1, 5000, 3)], append=False, first_head=1, heads=2)
-    ),
+    "some of the heads": lambda: request([(1, 5000, 3)], append=False, first_head=1, heads=2),
     "by score": lambda: request(NEXT, order="score"),
     "with scores": lambda: request(NEXT, return_scores=True),
     "raw scores by score": lambda: request(NEXT, order="score", return_scores=True, raw_scores=True),
@@ -221,8 +216,8 @@ def test_ranks_of_one_head_each(core: CoreProcess, peer: RingPeer, kind: str) ->
         asked = TokenRequest(TENANT, 0, 0, whole.spans, None, half)
         with shared_memory(own, kind) as memory:
             own.ask(asked, put(memory, asked, {"queries", "block_ids"}))
-            assert expected.block_ids is not None  # type: ignore[union-attr]
-            found[head] = read(memory, "block_ids", expected.block_ids[:, head : head + 1])  # type: ignore[union-attr]
+            assert expected.block_ids is not None
+            found[head] = read(memory, "block_ids", expected.block_ids[:, head : head + 1])
         own.close()
 
     threads = [threading.Thread(target=rank, args=[head]) for head in range(HEADS)]
@@ -303,15 +298,12 @@ def test_links_that_go_while_their_regions_are_read(core: CoreProcess, peer: Rin
         leaving = RingPeer(core.address)
         with shared_memory(leaving, kind) as memory:
             leaving.ask(asked, put(memory, asked, {"queries", "block_ids"}))
-            thread = threading.Thread(target=leaving._show, args=[20.0])
-            thread.start()
+            leaving.show()
             time.sleep(wait)
-            leaving.connected.close()
+            leaving.close()
         answer = peer.ask(other)
         assert isinstance(answer, TokenAnswer)
         np.testing.assert_array_equal(answer.block_ids, expected.block_ids)
-        leaving._handles.segment.counters[512 // 8] = 0
-        thread.join(30)
     until = time.monotonic() + 10
     while held(core)[:2] != before[:2] and time.monotonic() < until:
         time.sleep(0.05)
@@ -324,12 +316,11 @@ def test_a_release_waits_for_the_device(peer: RingPeer, core: CoreProcess) -> No
     other = RingPeer(core.address)
     with shared_memory(other, "cuda_fd") as memory:
         places = put(memory, asked, {"queries", "block_ids"})
-        expected = other.ask(asked, places)
+        other.ask(asked, places)
         first = read(memory, "block_ids", np.zeros((5900, HEADS, TOPK), np.int32)).copy()
         memory.bytes[PLACES["block_ids"] :].fill_(0xA5)
         torch.cuda.synchronize()
-        thread = threading.Thread(target=other.again)
-        thread.start()
+        other.show()
         time.sleep(0.0005)
         release(other.connected, memory.region)
         # Nothing writes there any more: either all of it was written, or the request came too late.
@@ -337,6 +328,4 @@ def test_a_release_waits_for_the_device(peer: RingPeer, core: CoreProcess) -> No
         assert (after == first).all() or (after.view(np.uint8) == 0xA5).all()
         time.sleep(0.05)
         np.testing.assert_array_equal(read(memory, "block_ids", first), after)
-        assert isinstance(expected, TokenAnswer)
-    thread.join(30)
-    assert fcntl.F_SEAL_SHRINK
+    other.close()
