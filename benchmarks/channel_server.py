@@ -30,8 +30,7 @@ LIMITS = Limits(
 
 def shapes(spec: IndexSpec) -> list[Shape]:
     """Steps that are captured."""
-    widths = [width for width in (256, 1024) if width <= spec.max_blocks]
-    return [Shape(runs, length, width) for width in widths for runs in (1, 8, 32) for length in (1, 4, 16)]
+    return [Shape(8, length, min(256, spec.max_blocks)) for length in (1, 16)]
 
 
 def slice_shapes(spec: IndexSpec) -> list[SliceShape]:

@@ -22,6 +22,8 @@ from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
 from support.bare_core import BareCore, bare_core
 from support.links import link_of
+from support.running_engine import LIMITS, SPEC
+from support.strange_server import strange_server
 
 ROUNDS, CALLS = 10, 25
 SIZES = Sizes(4, 4096, 4096)
@@ -114,7 +116,8 @@ def use(objects: list[Any], pool: dict[str, list[Any]], known: dict[str, list[Pa
     """Calls everything of the module and of some of its objects, and sets what can be set."""
     everything = [value for values in pool.values() for value in values]
     for of in (native, *objects):
-        for name, function in callables(of):
+        # In any order, since some end what the others use.
+        for name, function in random.sample(found := list(callables(of)), len(found)):
             for _ in range(CALLS):
                 call(function, known.get(name, []), pool, name in WAITS)
         for name in () if of is native else set(dir(of)) - set(dir(object)):
@@ -128,6 +131,7 @@ class Made(NamedTuple):
     line: native.ServerLink
     core: native.Core
     link: native.ClientLink
+    connection: native.RingConnection
     bare: BareCore
     engine: Handles
 
@@ -148,11 +152,18 @@ class Made(NamedTuple):
 def made() -> Iterator[Made]:
     """One of each."""
     engine, client = new_link(SIZES, epoch=1)
-    with contextlib.closing(engine), contextlib.closing(client), bare_core() as bare:
+    bounds = (SPEC.num_index_heads, LIMITS.max_spans, LIMITS.max_message_bytes)
+    with (
+        contextlib.closing(engine),
+        contextlib.closing(client),
+        bare_core() as bare,
+        strange_server(SIZES) as (address, _),
+    ):
         bare.open_client()
         line = native.ServerLink(engine.segment, engine.client_bell, engine.engine_bell)
         link = link_of(client.segment, client.engine_bell)
-        yield Made(line, bare.core, link, bare, engine)
+        connection = native.RingConnection(address, "tenant", 10.0, *bounds, room_seconds=0.0)
+        yield Made(line, bare.core, link, connection, bare, engine)
 
 
 def main(seed: int) -> None:
@@ -161,7 +172,7 @@ def main(seed: int) -> None:
     known = signatures()
     for _ in range(ROUNDS):
         with made() as them:
-            use([them.line, them.core, them.link], them.pool, known)
+            use([them.line, them.core, them.link, them.connection], them.pool, known)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def open_file(device: int, fd: int, num_bytes: int, uuid: str) -> Opened:
 
     def close() -> None:
         cuda_driver.use_primary_context(device)
+        cuda_driver.call("cuCtxSynchronize")  # what was queued behind the last request may write there
         cuda_driver.unmap(address, num_bytes)
 
     return Opened(address, num_bytes, close)
