@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and figures of shared memory on a GPU, each part for so many seconds at most.
+# Figures and tests of shared memory on a GPU, each part for so many seconds at most.
 set -u
 python=${PYTHON:-python}
 out=${OUT:-.}
@@ -13,8 +13,8 @@ part() { # seconds, name, command
     echo "== $name: ended with ${PIPESTATUS[0]} after $((SECONDS - began)) s" | tee -a "$log"
 }
 
-part 60 "kernels: stage, rank" "$python" -m pytest -q --timeout=60 -p no:cacheprovider tests/kernels/test_triton_stage.py tests/kernels/test_triton_rank.py
-part 90 "graphs of steps" "$python" -m pytest -q --timeout=80 -p no:cacheprovider tests/gpu/test_executor.py
-part 200 "regions" "$python" -m pytest -q --timeout=60 -p no:cacheprovider tests/gpu/test_regions.py
-part 150 "figures" "$python" -m benchmarks.regions
+part 60 "figures" "$python" -m benchmarks.regions
+part 90 "regions" "$python" -m pytest -q --tb=short --timeout=60 -p no:cacheprovider tests/gpu/test_regions.py
+part 60 "steps" "$python" -m pytest -q --tb=short --timeout=60 -p no:cacheprovider tests/gpu/test_executor.py
+part 40 "kernels" "$python" -m pytest -q --tb=short --timeout=60 -p no:cacheprovider tests/kernels/test_triton_stage.py
 exit 0
