@@ -29,7 +29,7 @@ def _to_bf16(value, odd):
 @triton.jit
 def _load_row(address, dim, wanted, dtype: tl.constexpr):
     """Elements of rows at addresses, which are multiples of 16."""
-    begin = tl.multiple_of(address, 16).to(tl.pointer_type(dtype))
+    begin = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
     return tl.load(begin[:, None] + dim[None, :], mask=wanted[:, None], other=0)
 
 
