@@ -341,7 +341,7 @@ static struct request *new_request(struct server_link *link, const struct blockd
     request->starts = (int64_t *)request->words + spans;
     request->lengths = request->starts + spans;
     request->revisions = request->words + 3 * (size_t)spans;
-    request->columns = (uint32_t *)(request->words + 4 * (size_t)spans);
+    request->entries = (uint32_t *)(request->words + 4 * (size_t)spans);
     request->applies = (uint8_t *)(request->words + WORDS * (size_t)spans);
     return request;
 }
