@@ -30,7 +30,7 @@ from blockdex.ring.segment import Segment, Sizes
 from blockdex.v1 import indexer_pb2 as pb
 from support.asking import Asked, MessageChannel, eventually, waiting_selection, wire_of
 from support.naive_engine import NaiveEngine
-from support.ring import Bell, Producer
+from support.ring import Bell, Producer, flags_of
 from support.ring_engine import Hosted, hosted
 from support.running_engine import (
     LIMITS,
@@ -425,7 +425,7 @@ async def test_a_request_that_comes_while_the_engine_lies_down_is_seen() -> None
         read, sleeps = AT["requests_read"] // 8, AT["engine_sleeps"] // 4
         for number in range(1000):
             deadline = time.monotonic() + TIMEOUT
-            while segment.counters[read] < number or (number % 2 and not segment.flags[sleeps]):
+            while segment.counters[read] < number or (number % 2 and not flags_of(segment)[sleeps]):
                 assert time.monotonic() < deadline, f"request {number} was not seen"
             REQUEST_STRUCT.pack_into(segment.memory, producer.claim(), *RequestSlot(ticket=1, kind=CANCEL))
             producer.publish()

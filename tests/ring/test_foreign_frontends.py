@@ -26,7 +26,7 @@ from support.asking import eventually
 from support.cache_state import check_integrity
 from support.foreign_frontend import ForeignFrontend
 from support.naive_engine import NaiveEngine, check_same
-from support.ring import wake
+from support.ring import flags_of, wake
 from support.ring_engine import RunningOverRings, hosted
 from support.running_engine import LIMITS, SPEC, TIMEOUT, block_ids, fork, get, open_sequence, tokens, truncate, values
 
@@ -453,7 +453,7 @@ async def test_who_does_not_read_waits_and_harms_nobody(request_: Request, lies:
 
         def all_taken() -> bool:
             if lies:
-                door.handles.segment.flags[AT["engine_waits_for_room"] // 4] = 0
+                flags_of(door.handles.segment)[AT["engine_waits_for_room"] // 4] = 0
                 wake(door.handles.engine_bell)
             return counters[AT["requests_read"] // 8] == sent
 

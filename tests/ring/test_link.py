@@ -32,6 +32,7 @@ from blockdex_kernels import IndexSpec
 from support import slots
 from support.asking import RESPONSES
 from support.links import BOUNDS, link_of
+from support.ring import flags_of
 
 SPEC = IndexSpec(num_layers=3, num_index_heads=4, head_dim=4, topk=4, max_sequence_tokens=300)
 LIMITS = Limits(max_message_bytes=2000, max_spans=6, max_queued_requests=8, max_stream_requests=4, max_wait_ms=7000)
@@ -69,7 +70,7 @@ class Core:
 
     @property
     def written(self) -> int:
-        return int(self.segment.words[AT["requests_written"] // 8])
+        return self.segment.counters[AT["requests_written"] // 8]
 
     def slot(self, number: int) -> int:
         return int(self.segment.request_slots_offset + number % self.segment.request_slots * layout.SLOT_BYTES)
@@ -673,7 +674,7 @@ def test_responses_are_those_of_protobuf(kind: int, stream: bool, number: int, e
         assert len(response) == expected.ByteSize()
         if ids is not None:
             assert core.segment.counters[AT["answer_bytes_freed"] // 8] > 0
-        assert core.link.take() == [] and core.segment.flags[AT["client_sleeps"] // 4] == 1
+        assert core.link.take() == [] and flags_of(core.segment)[AT["client_sleeps"] // 4] == 1
 
 
 def waits(core: Core, seconds: float = 5.0) -> bool:
@@ -687,13 +688,13 @@ def test_the_only_request_in_flight_is_waited_for_while_there_is_nothing_else_to
     def looked() -> tuple[float, float]:
         """Seconds that it waited for an answer that does not come, and those of its core."""
         with opened(spin_seconds=1.0) as core:
-            core.segment.flags[AT["client_sleeps"] // 4] = 1
+            flags_of(core.segment)[AT["client_sleeps"] // 4] = 1
             assert core.send(STREAM, in_stream(0, append(), 1).SerializeToString()) == SENT
             if event:
                 os.eventfd_write(core.bell, 1)
             began, took = time.monotonic(), time.thread_time()
             assert not waits(core, seconds)
-            assert core.segment.flags[AT["client_sleeps"] // 4] == 0, "nobody rings for what is looked for"
+            assert flags_of(core.segment)[AT["client_sleeps"] // 4] == 0, "nobody rings for what is looked for"
             return time.monotonic() - began, time.thread_time() - took
 
     waited, took = zip(*(looked() for _ in range(10)), strict=True)
@@ -713,11 +714,11 @@ def test_its_answer_ends_the_wait() -> None:
 @pytest.mark.parametrize(("spin_seconds", "requests"), [(0.0, 1), (1.0, 2), (1.0, 0)])
 def test_nothing_is_waited_for_beside_others_or_without_spinning(spin_seconds: float, requests: int) -> None:
     with opened(spin_seconds=spin_seconds) as core:
-        core.segment.flags[AT["client_sleeps"] // 4] = 1
+        flags_of(core.segment)[AT["client_sleeps"] // 4] = 1
         for number in range(requests):
             assert core.send(STREAM, in_stream(0, append(), number).SerializeToString()) == SENT
         assert not waits(core)
-        assert core.segment.flags[AT["client_sleeps"] // 4] == 1
+        assert flags_of(core.segment)[AT["client_sleeps"] // 4] == 1
         for _ in range(requests):
             core.answer(core.take().ticket, TokenAnswer(9))
         assert waits(core) == (requests > 0)
@@ -770,7 +771,7 @@ def test_who_gives_up_is_told_of_no_answer_and_the_engine_hears_of_it() -> None:
         for ticket in tickets:
             core.answer(ticket, TokenAnswer(9))
         assert core.link.take() == []
-        assert core.segment.flags[AT["client_sleeps"] // 4] == 1, "it looked again before it lay down"
+        assert flags_of(core.segment)[AT["client_sleeps"] // 4] == 1, "it looked again before it lay down"
         assert core.link.waiting == 0
 
 

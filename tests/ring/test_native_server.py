@@ -17,6 +17,7 @@ from blockdex.ring.handshake import new_link
 from blockdex.ring.layout import AT, SLOT_BYTES, aligned
 from blockdex.ring.segment import Sizes
 from support.foreign_frontend import ForeignFrontend
+from support.ring import flags_of
 
 ARENA, SLOTS = 1024, 64
 
@@ -120,7 +121,7 @@ def test_a_slot_for_each_answer_and_no_more() -> None:
 
 def test_the_bell_is_rung_for_who_sleeps_when_there_is_something_new() -> None:
     with link() as (line, frontend):
-        flags, bell = frontend.handles.segment.flags, frontend.handles.client_bell
+        flags, bell = flags_of(frontend.handles.segment), frontend.handles.client_bell
         flags[AT["client_sleeps"] // 4] = 1
         line.publish()
         assert flags[AT["client_sleeps"] // 4] == 1, "nothing was written"

@@ -21,6 +21,7 @@ from blockdex.ring.layout import AT, GET
 from blockdex.ring.segment import Segment, Sizes
 from blockdex.ring.selector import RingSelector
 from support.links import link_of
+from support.ring import flags_of
 from support.ring_engine import hosted
 from support.running_engine import TIMEOUT, get, open_sequence
 
@@ -51,7 +52,7 @@ class Door:
 
     @property
     def sleeps(self) -> bool:
-        return bool(self.segment.flags[AT["client_sleeps"] // 4])
+        return bool(flags_of(self.segment)[AT["client_sleeps"] // 4])
 
     def ask(self) -> None:
         """Sends a request, which the engine takes."""

@@ -22,6 +22,7 @@ from support.bare_core import (
     check_answer,
     usual,
 )
+from support.ring import flags_of
 from support.running_engine import TIMEOUT, get
 
 MANY_LINES = 10_000
@@ -65,7 +66,7 @@ def test_a_line_that_is_gone_is_not_served_until_it_is_dropped(bare: BareCore) -
     assert (door.read(), other.read()) == (0, 1)
     assert (bare.lines[0].filled, bare.core.steps) == (1, 1)
     bare.core.run(0.02)
-    assert not door.handles.segment.flags[AT["engine_sleeps"] // 4], "it is not told that it should ring"
+    assert not flags_of(door.handles.segment)[AT["engine_sleeps"] // 4], "it is not told that it should ring"
     bare.core.notice()
     assert bare.core.run(TIMEOUT) == native.NOTICED
 
@@ -120,7 +121,7 @@ def test_who_does_not_read_is_served_no_more_and_harms_nobody(bare: BareCore, si
     (line, _) = bare.lines
     assert line.has_unwritten and line.filled > 0, "what there is no room for stays where it is"
     steps, flag = bare.core.steps, AT["engine_waits_for_room"] // 4
-    assert door.handles.segment.flags[flag] == 1
+    assert flags_of(door.handles.segment)[flag] == 1
     request = bare.both(0, (9, LENGTH, 1))
     other.send(request)
     bare.look()
@@ -130,7 +131,7 @@ def test_who_does_not_read_is_served_no_more_and_harms_nobody(bare: BareCore, si
     assert bare.core.steps == steps + 1
     # One answer is read: there is room for another one, and the engine is told so.
     assert door.read(1) == 1
-    assert door.handles.segment.flags[flag] == 0
+    assert flags_of(door.handles.segment)[flag] == 0
     while len(door.told) < len(requests):
         bare.look()
         door.read(1)
@@ -154,7 +155,7 @@ def test_a_bell_that_is_full_holds_nobody_up(bare: BareCore) -> None:
             os.write(engine.client_bell, b"0")
     for bell in (engine.client_bell, engine.engine_bell):
         os.set_blocking(bell, True)
-    door.handles.segment.flags[AT["client_sleeps"] // 4] = 1
+    flags_of(door.handles.segment)[AT["client_sleeps"] // 4] = 1
     request = usual(bare)
     door.send(request)
     # Once to begin the step, and once to answer.
@@ -175,7 +176,7 @@ def test_it_sleeps_until_the_time_is_up(bare: BareCore) -> None:
     assert bare.core.run(0.3) == 0
     assert 0.3 <= time.monotonic() - began < 1
     assert time.thread_time() - busy < 0.05
-    assert bare.doors[0].handles.segment.flags[AT["engine_sleeps"] // 4] == 0, "it is awake again"
+    assert flags_of(bare.doors[0].handles.segment)[AT["engine_sleeps"] // 4] == 0, "it is awake again"
 
 
 def test_it_spins_for_as_long_as_it_is_told_to() -> None:
@@ -200,7 +201,7 @@ def test_it_spins_after_an_answer() -> None:
 @pytest.mark.parametrize("what", ["request", "notice"])
 def test_a_sleeper_is_woken(bare: BareCore, what: str) -> None:
     door, quiet = bare.open_client(), bare.open_client()
-    flags = door.handles.segment.flags
+    flags = flags_of(door.handles.segment)
     sleeping = AT["engine_sleeps"] // 4
 
     def wake() -> None:
@@ -248,7 +249,7 @@ def test_a_request_that_is_written_while_it_lies_down_is_seen() -> None:
             bare.core.add(bare.lines[0])
         bare.core.add(bare.lines[1])
         sleeping = AT["engine_sleeps"] // 4
-        flags = [door.handles.segment.flags for door in (first, last)]
+        flags = [flags_of(door.handles.segment) for door in (first, last)]
         counters = last.handles.segment.counters
         turns: queue.SimpleQueue[bool] = queue.SimpleQueue()
         barrier = threading.Lock()

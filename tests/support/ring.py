@@ -14,6 +14,11 @@ from blockdex.ring.segment import RingError, Segment
 from support.atomics import Atomics
 
 
+def flags_of(segment: Segment) -> memoryview:
+    """All of a segment as uint32: its header's flags among them."""
+    return segment.memory.cast("I")
+
+
 def wake(bell: int) -> None:
     """Wakes who sleeps on the other end of a pair, if it is still there; one that is full has done so already."""
     with contextlib.suppress(OSError):
