@@ -16,7 +16,14 @@ from blockdex.ring import layout
 from blockdex.ring.layout import ANSWER, HEADER, REQUEST, Field
 from support.programs import REPOSITORY, program
 from support.ring_engine import hosted
-from support.running_engine import SPEC, block_ids, open_sequence, tokens, values
+from support.running_engine import (
+    SPEC,
+    block_ids,
+    keys_of,
+    open_sequence,
+    queries_of,
+    tokens,
+)
 
 INCLUDE = REPOSITORY / "service" / "blockdex" / "ring" / "include"
 DOCUMENT = REPOSITORY / "docs" / "ring.md"
@@ -75,7 +82,7 @@ def test_the_numbers_of_the_c_header(tmp_path: Path) -> None:
 async def test_an_engine_in_c_is_answered_what_one_in_python_is(tmp_path: Path) -> None:
     """It opens a sequence, appends, selects, is refused, and goes; its sequence stays."""
     random = np.random.default_rng(3)
-    keys, queries = values(random, 64, SPEC.head_dim), values(random, 1, 4, SPEC.head_dim)
+    keys, queries = keys_of(random, 64), queries_of(random, 1)
     engine = compiled(Path(__file__).parent / "engine.c", tmp_path)
     async with hosted() as run:
         process = await asyncio.create_subprocess_exec(

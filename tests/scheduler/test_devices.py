@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.ring_messages import TokenAnswer
 from blockdex.contract.errors import Code, Reason, ResourceExhaustedError
@@ -20,24 +19,18 @@ from blockdex_kernels import IndexSpec
 from blockdex_kernels.triton.gpu import GpuBackend
 from support.cache_state import check_integrity
 from support.ring_caller import RingCaller
-from support.running_engine import LIMITS, SPEC, open_sequence, running, tokens, values
+from support.running_engine import (
+    LIMITS,
+    keys_of,
+    open_sequence,
+    queries_of,
+    running,
+    tokens,
+    values,
+)
 from support.triton_device import DEVICE
 
 A, B = 1, 2
-
-
-@pytest.fixture
-def random() -> np.random.Generator:
-    """Numbers that are the same in every run."""
-    return np.random.default_rng(15)
-
-
-def keys_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
-    return values(random, length, SPEC.head_dim)
-
-
-def queries_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
-    return values(random, length, SPEC.num_index_heads, SPEC.head_dim)
 
 
 async def test_a_full_device_refuses_the_selection_alone(random: np.random.Generator) -> None:

@@ -31,12 +31,13 @@ from support.running_engine import (
     close,
     fork,
     get,
+    keys_of,
     open_sequence,
+    queries_of,
     refusal,
     running,
     tokens,
     truncate,
-    values,
 )
 
 A, B = 1, 2
@@ -111,22 +112,6 @@ def run_late(run: Running) -> LateRunner:
     run.engine._executor = run.engine._shared._executor = run.engine._launcher._executor = executor
     run.channel.start()
     return executor
-
-
-@pytest.fixture
-def random() -> np.random.Generator:
-    """Numbers that are the same in every run."""
-    return np.random.default_rng(13)
-
-
-def keys_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
-    """Random keys."""
-    return values(random, length, SPEC.head_dim)
-
-
-def queries_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
-    """Random queries."""
-    return values(random, length, SPEC.num_index_heads, SPEC.head_dim)
 
 
 async def fill(run: Running, naive: NaiveEngine, random: np.random.Generator, *sequences: int) -> None:

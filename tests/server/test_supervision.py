@@ -35,11 +35,6 @@ def left_over(pids: list[int]) -> list[str]:
     return [f"{pid}: {command}" for pid in pids if "blockdex" in (command := command_of(pid))]
 
 
-@pytest.fixture
-def random() -> np.random.Generator:
-    return np.random.default_rng(4)
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Split]:
     """One server, whose children die in these tests, and whose supervisor is told to stop after them."""

@@ -401,15 +401,19 @@ static struct request *read_slot(struct core *core, struct server_link *link, co
         free(request);
         return refuse(core, link, slot, now, "engine: no memory left for %u requests, %u wait");
     }
-    request->received = slot->received < now ? slot->received : now;
+    request->received = slot->received;
     request->keys = parts.keys;
     request->queries = parts.queries;
     return request;
 }
 
 struct request *core_read(struct core *core, struct server_link *link, int64_t now) {
-    const struct blockdex_request slot = *(const volatile struct blockdex_request *)server_link_head(link);
+    struct blockdex_request slot = *(const volatile struct blockdex_request *)server_link_head(link);
     server_link_release(link);
+    /* Its times are any numbers: no clock was below 0, and it has not come later than now. */
+    if (slot.received < 0) slot.received = 0;
+    if (slot.received > now) slot.received = now;
+    if (slot.deadline < 0) slot.deadline = 0;
     if (slot.kind != BLOCKDEX_CANCEL) return read_slot(core, link, &slot, now);
     cancel(core, link, slot.ticket);
     return NULL;
