@@ -9,6 +9,7 @@
 
 #include "core/pair_index.h"
 #include "core/sequence_index.h"
+#include "ring/clock.h"
 #include "ring/server_type.h"
 
 enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_COLUMNS = 5, CORE_ASKED = 1024 };

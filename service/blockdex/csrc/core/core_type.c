@@ -27,16 +27,10 @@ static void release_gone(struct core *core) {
     }
 }
 
-/* The time that many seconds from now; now where they are negative or NaN. */
-static int64_t time_after(double seconds) {
-    if (seconds >= 1e9) return INT64_MAX;
-    return core_now() + (seconds > 0 ? (int64_t)(1e9 * seconds) : 0);
-}
-
 static PyObject *method_run(struct core *core, PyObject *argument) {
     double seconds = PyFloat_AsDouble(argument);
     if (PyErr_Occurred()) return NULL;
-    int64_t until = time_after(seconds);
+    int64_t until = core_now() + clock_nanoseconds(seconds);
     if (!core->index) return PyErr_Format(PyExc_RuntimeError, "core: set_sequence_columns was not called");
     if (!core->run_step && !core->launch)
         return PyErr_Format(PyExc_RuntimeError, "core: neither set_replays nor set_run_step was called");
@@ -210,7 +204,7 @@ static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *key
     core->odd_keys = odd_keys;
     core->odd_queries = odd_queries;
     core->nudge = nudge;
-    core->spin = (int64_t)(1e9 * spin_seconds);
+    core->spin = clock_nanoseconds(spin_seconds);
     core->next_deadline = INT64_MAX;
     if (!check_sizes(core) || !make_room(core) ||
         !read_bounds(seconds_bounds, core->seconds_bounds, &core->num_seconds_bounds) ||

@@ -63,7 +63,7 @@ static bool read_bounds(struct client_link *self, PyObject *arguments, PyObject 
                      MOST, SEQUENCE_RPCS);
         return false;
     }
-    self->spin = (int64_t)(1e9 * spin_seconds);
+    self->spin = clock_nanoseconds(spin_seconds);
     self->bounds = (struct bounds){num_heads, max_message_bytes};
     if (columns_open(&self->columns, (uint32_t)max_spans) && times_open(&self->times, num_rpcs, time_bounds))
         return true;

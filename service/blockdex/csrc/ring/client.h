@@ -9,6 +9,7 @@
 #include "blockdex_ring.h"
 #include "latency_histogram.h"
 #include "ring/arena.h"
+#include "ring/clock.h"
 #include "ring/inflight.h"
 #include "wire/messages.h"
 #include "wire/request_codec.h"

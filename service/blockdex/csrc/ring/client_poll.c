@@ -42,7 +42,7 @@ PyObject *client_link_await_alone(PyObject *object, PyObject *arguments) {
         /* Nobody is to ring for what is looked for. */
         atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;
-        for (int64_t until = client_link_now() + (int64_t)(1e9 * seconds);
+        for (int64_t until = client_link_now() + clock_nanoseconds(seconds);
              client_link_now() < until && !look(self, epoll);)
             continue;
         Py_END_ALLOW_THREADS;
@@ -56,7 +56,7 @@ PyObject *client_link_may_sleep(PyObject *object, PyObject *arguments) {
     double seconds;
     if (!PyArg_ParseTuple(arguments, "id:may_sleep", &epoll, &seconds)) return NULL;
     int64_t at = client_link_now(), until = self->active + self->spin;
-    if (seconds < 1 && at + (int64_t)(1e9 * seconds) < until) until = at + (int64_t)(1e9 * seconds);
+    if (at + clock_nanoseconds(seconds) < until) until = at + clock_nanoseconds(seconds);
     if (at < until) {
         bool comes;
         atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);

@@ -57,7 +57,6 @@ static PyObject *begin(struct client_link *self, const struct sender *sender, st
                        const struct wire_request *request) {
     struct refusal refusal;
     if (!may_begin(self, sender, &refusal)) return refused(sender, &refusal);
-    double timeout = sender->timeout > 0 ? sender->timeout : 0;
     struct pending *pending = inflight_begin(&self->inflight, Py_NewRef(sender->owner), sender->number, sender->rpc);
     pending->received = client_link_now();
     pending->layer = outgoing->slot.layer;
@@ -68,7 +67,7 @@ static PyObject *begin(struct client_link *self, const struct sender *sender, st
     outgoing->slot.ticket = pending->ticket;
     outgoing->slot.received = pending->received;
     /* A deadline has 63 bits of nanoseconds; gRPC's may lie 11,000 years ahead. */
-    outgoing->slot.deadline = pending->received + (int64_t)(1e9 * (timeout < 1e9 ? timeout : 1e9));
+    outgoing->slot.deadline = pending->received + clock_nanoseconds(sender->timeout);
     int became = outbox_begin(self, outgoing, request);
     if (became >= 0) return PyLong_FromLong(became);
     if (outgoing->placed) arena_give_back(&self->arena, pending->extent);
@@ -194,5 +193,5 @@ PyObject *client_link_give_up_all(PyObject *object, PyObject *owner) {
 PyObject *client_link_overdue(PyObject *object, PyObject *seconds) {
     double patience = PyFloat_AsDouble(seconds);
     if (PyErr_Occurred()) return NULL;
-    return give_up_some((struct client_link *)object, Py_None, client_link_now() - (int64_t)(1e9 * patience));
+    return give_up_some((struct client_link *)object, Py_None, client_link_now() - clock_nanoseconds(patience));
 }
