@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from support import triton_device
+
 FOLDER = Path(__file__).parent
 
 
@@ -23,3 +25,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def generator() -> torch.Generator:
     """The same numbers in every run."""
     return torch.Generator().manual_seed(20261124)
+
+
+@pytest.fixture(params=["portable", "hopper"])
+def prefill_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernel scores the prefills of `backend_for`."""
+    monkeypatch.setattr(triton_device, "PREFILL_KERNEL", request.param)
+    return str(request.param)

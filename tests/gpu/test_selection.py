@@ -17,7 +17,10 @@ from support.triton_device import DEVICE, backend_for
 from support.vectorised_reference import select
 
 # Determinism is asked for only so that memory is filled.
-pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning"),
+    pytest.mark.usefixtures("prefill_kernel"),
+]
 
 CACHES: tuple[tuple[Any, Fp8Scoring], ...] = (("bf16", "native"), ("fp8_e4m3", "native"), ("fp8_e4m3", "upcast"))
 MODEL: dict[str, Any] = {"num_layers": 2}

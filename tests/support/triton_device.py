@@ -18,6 +18,9 @@ from support.kernel_cases import Run, pages_of
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
+PREFILL_KERNEL = "hopper"
+"""Of `backend_for`, where there is such a chip; tests on a GPU set the other one too."""
+
 _TORCH_DTYPES = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
 
 
@@ -57,5 +60,5 @@ def backend_for(
 ) -> TritonBackend:
     """With more pages than the runs fill: the others stay poisoned."""
     num_pages = pages_of(runs, spec) + spare_pages
-    options.setdefault("prefill_kernel", "hopper")  # where there is such a chip
+    options.setdefault("prefill_kernel", PREFILL_KERNEL)
     return TritonBackend(spec, num_pages, DEVICE, reason="tested", fp8_scoring=fp8_scoring, **options)

@@ -92,7 +92,8 @@ def piece_of(run, unit, left, starts, lengths, heads, BLOCK: gl.constexpr, PLACE
     start = gl.load(starts + run, mask=left > 0, other=0)
     rows = gl.load(lengths + run, mask=left > 0, other=0) * heads
     units, tiles, free, fewest, most = work_of(start, rows, heads, BLOCK, PLACES, FORCED)
-    stop = gl.minimum(unit + left, units)
+    # Nothing of a run is loaded for a share of nothing, which has no units then: the share ends where it begins.
+    stop = gl.where(left > 0, gl.minimum(unit + left, units), unit)
     tile, block = place_of(unit, start, rows, heads, units, tiles, free, fewest, most, BLOCK, PLACES, FORCED)
     last, end = place_of(stop, start, rows, heads, units, tiles, free, fewest, most, BLOCK, PLACES, FORCED)
     return start, rows, tile, block, last, end, left - (stop - unit)
@@ -138,6 +139,7 @@ def share_of_program(
         return 0, 0, unit, share, all_rows
     else:
         before = gl.associative_scan(units, 0, _add) <= unit
-        run = gl.sum(before.to(gl.int32), 0)
+        # A share of nothing lies behind all runs.
+        run = gl.minimum(gl.sum(before.to(gl.int32), 0), num_runs - 1)
         first_row = gl.sum(gl.where(before, rows, 0), 0)
         return run, first_row, unit - gl.sum(gl.where(before, units, 0), 0), share, all_rows
