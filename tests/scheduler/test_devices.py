@@ -136,16 +136,14 @@ async def test_the_triton_kernels_answer_as_the_cpu_s(
     inbox = RingInbox(0.0)
     engine = Engine(backend, limits=LIMITS, inbox=inbox, decode_queries=3, prefill_slice_seconds=1e-6)
     channel = RingCaller(engine, inbox)
-    requests = []
-    for layer in (0, 1):
-        keys = [values(random, length, 16) for length in (150, 70, 2, 2)]
-        queries = [values(random, length, 2, 16) for length in (150, 70, 4)]
-        both = [(A, 150, 2), (B, 70, 2)]
-        requests += [
-            tokens(layer, [(A, 0, 150)], keys=keys[0], queries=queries[0]),
-            tokens(layer, [(B, 0, 70)], keys=keys[1], queries=queries[1], scores=True, dtype="fp32"),
-            tokens(layer, both, keys=np.concatenate(keys[2:]), queries=queries[2], order="score", scores=True),
-        ]
+    keys = [values(random, length, 16) for length in (100, 40, 4)]
+    queries = [values(random, length, 2, 16) for length in (100, 40, 4)]
+    both = [(A, 100, 2), (B, 40, 2)]
+    requests = [
+        tokens(1, [(A, 0, 100)], keys=keys[0], queries=queries[0]),
+        tokens(1, [(B, 0, 40)], keys=keys[1], queries=queries[1], scores=True, dtype="fp32"),
+        tokens(1, both, keys=keys[2], queries=queries[2], order="score", scores=True),
+    ]
     async with running(TRITON_SPEC, num_pages=64) as run:
         channel.start()
         try:
