@@ -26,35 +26,15 @@ from support import slots
 from support.links import link_of
 
 SPEC = IndexSpec(num_layers=3, num_index_heads=4, head_dim=4, topk=4, max_sequence_tokens=300)
-
-
 LIMITS = Limits(max_message_bytes=2000, max_spans=6, max_queued_requests=8, max_stream_requests=4, max_wait_ms=7000)
-
-
 SLOTS, ROOM = 8, 1 << 14
-
-
 ME = object()
-
-
 TENANT = "tenant"
-
-
 GET_RPC = RPCS.index("GetSequence")
-
-
 KINDS = (pb.AppendKeysRequest, pb.SelectBlocksRequest, pb.AppendAndSelectRequest)
-
-
 NAMES = ("append_keys", "select_blocks", "append_and_select")
-
-
 DTYPE_NAMES = dict(enumerate(layout.DTYPES, start=1))
-
-
 LARGE = 1 << 22
-
-
 ROOMY: dict[str, Any] = {"requests": 3 * LARGE, "max_waiting": 100, "max_message_bytes": LARGE}
 
 
