@@ -259,6 +259,18 @@ def test_answers_that_cannot_be(numbers: dict[str, int], words: str) -> None:
         assert core.link.waiting == 1, "it can still be refused"
 
 
+def test_an_answer_to_what_was_not_sent_cannot_be() -> None:
+    """Tickets are given at equal distances: that of a request which still waits for room can be guessed."""
+    wire = append().SerializeToString()
+    with opened(requests=2 * 128) as core:
+        assert [core.send(0, wire, object()) for _ in range(3)] == [SENT, SENT, QUEUED]
+        first, second = core.take().ticket, core.take().ticket
+        unsent = 2 * second - first
+        core.answer(unsent, TokenAnswer(9))
+        with pytest.raises(ValueError, match=f"ticket {unsent} is not in flight"):
+            core.link.take()
+
+
 def test_more_answers_than_slots_cannot_be() -> None:
     with opened() as core:
         core.segment.counters[AT["answers_written"] // 8] = SLOTS + 1
