@@ -6,7 +6,7 @@
 #include "ring/arena.h"
 #include "ring/inflight.h"
 
-enum { BLOCKS = 64, MOST = 32, OWNERS = 16, NUMBERS = 8 };
+enum { BLOCKS = 64, MOST = 32, OWNERS = 64, NUMBERS = 8 };
 
 static uint64_t state = 1;
 
