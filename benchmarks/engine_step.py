@@ -150,8 +150,9 @@ class Asker:
 
     def _ring(self) -> None:
         """Wakes the engine where it sleeps: before the first requests, that is."""
-        if self._segment.flags[AT["engine_sleeps"] // 4]:
-            self._segment.flags[AT["engine_sleeps"] // 4] = 0
+        flags, at = self._segment.memory.cast("I"), AT["engine_sleeps"] // 4
+        if flags[at]:
+            flags[at] = 0
             os.write(self._handles.engine_bell, b"0")
 
     def _take(self, number: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -22,6 +23,12 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # An example takes as long as a busy machine makes it take, and so does making it up; a test has its own bound.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    """Numbers that are the same in every run."""
+    return np.random.default_rng(13)
 
 
 @pytest.fixture(scope="session")

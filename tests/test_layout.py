@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,8 +83,13 @@ def _modules() -> Iterator[Module]:
 MODULES = {module.name: module for module in _modules()}
 
 
-def _imports(module: Module, *, types_too: bool) -> Iterator[str]:
+@cache
+def _imports(module: Module, *, types_too: bool) -> tuple[str, ...]:
     """Full names of what a module imports, anywhere in it, functions included."""
+    return tuple(_walk_imports(module, types_too))
+
+
+def _walk_imports(module: Module, types_too: bool) -> Iterator[str]:
     skipped: set[ast.AST] = set()
     for node in ast.walk(module.tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -170,13 +176,19 @@ def _load(names: list[str], *, refused: AbstractSet[str]) -> subprocess.Complete
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
 
+PROCESSES = {"engine_process": FRONT, "frontend_process": TENSORS, "supervisor": TENSORS, "main": TENSORS}
+"""Modules of the server that are processes, and what none of these may ever load."""
+
+
 @pytest.mark.parametrize(
     "rooms",
     [("kernels",), ("contract", "cache", "ring"), ("executor", "scheduler"), ("v1", "client", "frontend")],
 )
-def test_rooms_load_without_the_libraries_of_others(rooms: tuple[str, ...]) -> None:
+def test_rooms_and_processes_load_without_the_libraries_of_others(rooms: tuple[str, ...]) -> None:
     (refused,) = {frozenset(MAY_NOT_LOAD[room]) for room in rooms}
-    loaded = _load([module.name for module in MODULES.values() if module.room in rooms], refused=refused)
+    names = [module.name for module in MODULES.values() if module.room in rooms]
+    names += [f"blockdex.server.{process}" for process, libraries in PROCESSES.items() if libraries == refused]
+    loaded = _load(names, refused=refused)
     assert loaded.returncode == 0, loaded.stderr
 
 
@@ -190,25 +202,6 @@ def test_benchmarks_and_examples_need_nothing_of_the_tests() -> None:
     for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/**/*.py")]:
         for name in _imports(Module(path.stem, path), types_too=True):
             assert name.split(".")[0] not in {"tests", "support"}, f"{path.name} imports {name}"
-
-
-PROCESSES = {
-    "blockdex.server.engine_process": FRONT,
-    "blockdex.server.frontend_process": TENSORS,
-    "blockdex.server.supervisor": TENSORS,
-    "blockdex.server.main": TENSORS,
-}
-"""Modules that are processes, and what none of these may ever load."""
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-def test_processes_load_what_is_theirs_alone(name: str) -> None:
-    names = [name]
-    if PROCESSES[name] >= FRONT:
-        # What it loads when it runs.
-        names += ["blockdex.scheduler.loop", "blockdex_kernels.interface"]
-    loaded = _load(names, refused=PROCESSES[name])
-    assert loaded.returncode == 0, loaded.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("blockdex.v1.indexer_pb2")])

@@ -87,7 +87,7 @@ class ServerLink:
         """Shows the frontend what was written, and wakes it if it sleeps."""
 
 class SequenceIndex:
-    """Which column each open sequence has: the one index of sequences.
+    """Which entry each open sequence has: the one index of sequences.
 
     Its hash is keyed at random in each process, so ids cannot be chosen to collide; it takes memory by what it holds.
     Its length is the number of sequences, which other threads may ask for too.
@@ -95,7 +95,7 @@ class SequenceIndex:
 
     def __init__(self) -> None: ...
     def __len__(self) -> int: ...
-    def open(self, tenant: str, sequence_id: int, column: int, /) -> int:
+    def open(self, tenant: str, sequence_id: int, entry: int, /) -> int:
         """Enters a sequence; the tenant's number, which is its own while it has open sequences or requests.
 
         Raises:
@@ -110,7 +110,7 @@ class SequenceIndex:
         """
 
     def find(self, tenant: str, sequence_id: int, /) -> int | None:
-        """The column of a sequence; None where it is not open."""
+        """The entry of a sequence; None where it is not open."""
 
     def tenant(self, number: int, /) -> str:
         """The tenant of a number.
@@ -220,7 +220,7 @@ class Core:
     def take_broken(self) -> tuple[ServerLink, str] | None:
         """A line whose client wrote what cannot be, and what that was; it is read no more."""
 
-    def set_columns(
+    def set_sequence_columns(
         self,
         index: SequenceIndex,
         lengths: NDArray[np.int64],
@@ -236,7 +236,7 @@ class Core:
         free_pages: NDArray[np.int64],
         /,
     ) -> None:
-        """Shares a cache's columns, which the core reads and writes: see `blockdex.cache.Columns`.
+        """Shares a cache's columns, which the core reads and writes: see `blockdex.cache.SequenceColumns`.
 
         Raises:
             ValueError: sizes that do not go together, or requests are there that name another cache's sequences.
@@ -260,17 +260,17 @@ class Core:
         """What runs a step of (number, runs, tokens) to its end, where no program does."""
 
     def take_cut(self) -> bytes:
-        """uint32 columns of sequences that were cut, and may have pages to give back."""
+        """uint32 entries of sequences that were cut, and may have pages to give back."""
 
     def take(self) -> tuple[Any, ...] | None:
         """The next request for Python, by what is to be done for it; None when there is no other one.
 
         `(number, "pages", layer, rows)` is to be granted its pages, or refused, or asks again when tried again;
-        `(number, "bulk", layer, rows, tenant number, link, keys dtype, keys, queries dtype, queries, block ids, scores,
-        first head, heads, order, flags)` is entered, to be run and answered; `(number, kind, tenant, sequence, child,
-        number)`, of a kind `open`, `get`, `fork`, `truncate` or `close`, is to be done and answered. Rows are uint64
-        ids, uint32 columns, int64 starts, int64 lengths, and bool for those to be written. Tensors are (region, offset,
-        bytes), the region None for the link's memory; where an answer goes is None for the answers' arena.
+        `(number, "large", layer, rows, tenant number, link, keys dtype, keys, queries dtype, queries, block ids,
+        scores, first head, heads, order, flags)` is entered, to be run and answered; `(number, kind, tenant, sequence,
+        child, number)`, of a kind `open`, `get`, `fork`, `truncate` or `close`, is to be done and answered. Rows are
+        uint64 ids, uint32 entries, int64 starts, int64 lengths, and bool for those to be written. Tensors are (region,
+        offset, bytes), the region None for the link's memory; where an answer goes is None for the answers' arena.
         """
 
     def grant(self, number: int, /) -> None:

@@ -18,7 +18,7 @@ def test_against_plain_lists() -> None:
     copy = tables.cells.copy()
     for step in range(1, 1500):
         if step % 300 == 0:
-            tables.double_columns()
+            tables.double_entries()
             model += [[] for _ in model]
         slot = draw.randrange(len(model))
         kept = min(draw.choice((0, 1, 63, 64, 65, 127, 128, 400)), len(model[slot]))

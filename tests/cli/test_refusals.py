@@ -107,9 +107,8 @@ def test_cache_of_the_free_memory_of_a_gpu_that_is_not_there() -> None:
     assert "cache_bytes: auto is for a GPU, got device cpu (no GPU: torch is built without CUDA); name a size" in line
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:99"])
-def test_device_that_is_not_there(device: str) -> None:
-    assert f"device {device}: torch is built without CUDA" in refused("--device", device, before=WITHOUT_CUDA)
+def test_device_that_is_not_there() -> None:
+    assert "device cuda:99: torch is built without CUDA" in refused("--device", "cuda:99", before=WITHOUT_CUDA)
 
 
 def test_line_for_machines() -> None:

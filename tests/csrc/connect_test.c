@@ -65,9 +65,14 @@ static void *answer(void *unused) {
                                      .request_arena_bytes = 1024,
                                      .answer_arena_offset = 7168,
                                      .answer_arena_bytes = 1024 + 64 * is("an arena that ends outside"),
-                                     .segment_bytes = 8192 - 64 * is("segment of another size")};
+                                     .segment_bytes = 8192};
+    /* As long as it says, and shorter than a header. */
+    size_t kept = is("short segment") ? 128 : sizeof header;
+    if (is("short segment")) header.segment_bytes = kept;
     int connected = accept(listening, NULL, NULL), segment = memfd_create("blockdex", 0);
-    if (ftruncate(segment, is("short segment") ? 64 : 8192) || pwrite(segment, &header, sizeof header, 0) < 0) exit(2);
+    if (ftruncate(segment, (off_t)header.segment_bytes + 64 * is("segment of another size")) ||
+        pwrite(segment, &header, kept, 0) < 0)
+        exit(2);
     if (recv(connected, &hello, sizeof hello, MSG_WAITALL) != sizeof hello) exit(2);
     if (hello.magic != BLOCKDEX_MAGIC || hello.version != BLOCKDEX_VERSION || hello.tenant_bytes != 1) exit(2);
     if (is("no greeting")) usleep(4000 * PATIENCE);

@@ -5,7 +5,7 @@
 
 #include "ring/inflight.h"
 
-enum { BLOCKS = 64, MOST = 32, OWNERS = 4, NUMBERS = 8 };
+enum { BLOCKS = 64, MOST = 32, OWNERS = 64, NUMBERS = 8 };
 
 static uint64_t state = 1;
 
@@ -92,6 +92,12 @@ static void check_known(const struct inflight *table, const struct known *known,
     check(inflight_full(table) == (count == MOST), "full where there is room, or the other way round");
 }
 
+static bool is_owned(const struct known *known, size_t count, uint64_t owner, uint64_t number) {
+    for (size_t at = 0; at < count; at++)
+        if (known[at].owned && known[at].owner == owner && known[at].number == number) return true;
+    return false;
+}
+
 static void use_table(uint64_t steps) {
     struct inflight table;
     struct known known[MOST];
@@ -100,7 +106,8 @@ static void use_table(uint64_t steps) {
     check(inflight_open(&table, MOST), "no memory");
     for (uint64_t step = 0; step < steps; step++) {
         uint64_t owner = draw(OWNERS), number = draw(NUMBERS);
-        if (draw(2) && !inflight_full(&table) && !inflight_of(&table, &owners[owner], number)) {
+        if (draw(2) && count < MOST && !is_owned(known, count, owner, number)) {
+            check(!inflight_of(&table, &owners[owner], number), "another's request was found");
             const struct pending *pending = inflight_begin(&table, &owners[owner], number, 0);
             check(pending->ticket && pending->ticket != ended, "a ticket is used again");
             known[count++] = (struct known){pending->ticket, owner, number, true};

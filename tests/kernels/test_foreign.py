@@ -67,10 +67,16 @@ def planned(spec: IndexSpec, table: torch.Tensor, score_bytes: int) -> Batch:
 
 
 @pytest.mark.parametrize(
-    ("gap", "offset"), [(0, 0), (7 * 32, 3 * 32), (5, 1)], ids=["dense", "whole rows apart", "any distance"]
+    ("gap", "offset", "key_dtype", "forced"),
+    [
+        (0, 0, "bf16", (0, 1)),
+        (0, 0, "fp8_e4m3", (1, 0)),
+        (7 * 32, 3 * 32, "bf16", (1, 0)),
+        (7 * 32, 3 * 32, "fp8_e4m3", (0, 1)),
+        (5, 1, "bf16", (0, 1)),
+        (5, 1, "fp8_e4m3", (1, 0)),
+    ],
 )
-@pytest.mark.parametrize("key_dtype", ["bf16", "fp8_e4m3"])
-@pytest.mark.parametrize("forced", [(0, 1), (1, 0)])
 def test_selections_are_the_references(
     key_dtype: KeyDtype, gap: int, offset: int, forced: tuple[int, int], generator: torch.Generator
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +29,7 @@ from support.triton_device import backend_for as triton_backend
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CACHES: tuple[tuple[Any, Fp8Scoring], ...] = (("bf16", "native"), ("fp8_e4m3", "native"), ("fp8_e4m3", "upcast"))
+ORDERS: tuple[Order, ...] = ("ascending", "score")
 SHAPES = [(1, 1), (40, 4), (95, 2), (160, 1), (33, 18), (140, 3)]
 
 
@@ -47,11 +47,22 @@ def check_raw(ids: torch.Tensor, scores: torch.Tensor, reference: Reference) -> 
 
 @pytest.mark.parametrize("make", [cpu_backend, triton_backend], ids=["cpu", "triton"])
 @pytest.mark.parametrize(
-    ("forced", "cache"), [((0, 1), CACHES[0]), ((0, 0), CACHES[1]), ((1, 2), CACHES[2]), ((3, 3), CACHES[0])]
+    ("forced", "cache", "orders"),
+    [
+        ((0, 1), CACHES[0], ORDERS),
+        ((0, 0), CACHES[1], ORDERS[::-1]),
+        ((1, 2), CACHES[2], ORDERS),
+        ((3, 3), CACHES[0], ORDERS[::-1]),
+    ],
 )
 def test_raw_scores_are_as_they_rank(
-    make: Callable[..., Backend], forced: tuple[int, int], cache: tuple[Any, Fp8Scoring], generator: torch.Generator
+    make: Callable[..., Backend],
+    forced: tuple[int, int],
+    cache: tuple[Any, Fp8Scoring],
+    orders: tuple[Order, ...],
+    generator: torch.Generator,
 ) -> None:
+    """`orders`: of the decode, and of the prefill."""
     sizes = {"num_layers": 3, "num_index_heads": 1, "head_dim": 16, "block_size": 16, "topk": 6, "key_dtype": cache[0]}
     spec = IndexSpec(init_blocks=forced[0], local_blocks=forced[1], **sizes)
     runs = [random_run(generator, spec, *shape, layer=row % 3) for row, shape in enumerate(SHAPES)]
@@ -59,8 +70,7 @@ def test_raw_scores_are_as_they_rank(
     spans = load(backend, runs, generator)
     queries = torch.cat([run.queries for run in runs]).to(backend.device)
     counts = [len(run.queries) for run in runs]
-    orders: tuple[Order, ...] = ("ascending", "score")
-    for phase, order in itertools.product((backend.decode, backend.prefill), orders):
+    for phase, order in zip((backend.decode, backend.prefill), orders, strict=True):
         plain = phase(queries, spans, order=order, return_scores=False)
         selection = phase(queries, spans, order=order, return_scores=True, raw_scores=True)
         assert selection.scores is not None

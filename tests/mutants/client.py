@@ -8,8 +8,8 @@ _ANSWERS, _REQUESTS = "csrc/ring/client_answers.c", "csrc/ring/client_requests.c
 _OUTBOX = "csrc/ring/client_outbox.c"
 _ARGUMENTS, _LENGTHS, _MADE = (f"csrc/client/{name}.c" for name in ("arguments", "lengths", "token_request"))
 _CALLS = ("client/test_token_requests.py",)
-_LINK = ("ring/test_link.py",)
-_REFERENCES = ("ring/test_link.py::test_no_reference_is_lost_or_kept",)
+_LINK = tuple(f"ring/test_link_{what}.py" for what in ("answers", "room", "requests"))
+_REFERENCES = ("ring/test_link_answers.py::test_no_reference_is_lost_or_kept",)
 
 MUTANTS = (
     # --- References ---

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutants.mutant import Mutant
 
 _MESSAGES, _CODEC, _PROTOBUF = "csrc/wire/messages.c", "csrc/wire/request_codec.c", "csrc/wire/protobuf.h"
-_LINK = ("ring/test_link.py",)
+_LINK = ("ring/test_link_requests.py",)
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(

@@ -41,20 +41,16 @@ from support.running_engine import (
     close,
     fork,
     get,
+    keys_of,
     open_sequence,
+    queries_of,
     refusal,
     tokens,
     truncate,
-    values,
 )
 
 LONG = 1600
 """Tokens: 1600 x 4 x 16 x 2 bytes of queries are a good part of a small arena."""
-
-
-@pytest.fixture
-def random() -> np.random.Generator:
-    return np.random.default_rng(21)
 
 
 @pytest.mark.parametrize("spin_seconds", [0.0, 0.001])
@@ -62,7 +58,7 @@ async def test_every_kind_of_request(random: np.random.Generator, spin_seconds: 
     async with hosted(spin_seconds=spin_seconds) as run:
         epoch = (await run.channel.info()).epoch
         naive = NaiveEngine(SPEC, epoch)
-        keys, queries = values(random, 40, SPEC.head_dim), values(random, 8, 4, SPEC.head_dim)
+        keys, queries = keys_of(random, 40), queries_of(random, 8)
         for request in (
             open_sequence(7),
             tokens(0, [(7, 0, 40, 3)], keys=keys),
@@ -93,7 +89,7 @@ async def test_every_kind_of_request(random: np.random.Generator, spin_seconds: 
 async def test_the_engine_s_time_is_told(random: np.random.Generator) -> None:
     async with hosted() as run:
         await run.ask(open_sequence(1))
-        keys = values(random, 9, SPEC.head_dim)
+        keys = keys_of(random, 9)
         pending = run.channel.submit(tokens(0, [(1, 0, 9)], keys=keys), TIMEOUT)
         await pending
         assert pending.phase == "append"
@@ -104,7 +100,7 @@ async def test_the_engine_s_time_is_told(random: np.random.Generator) -> None:
 async def test_what_is_asked_about_the_engine(random: np.random.Generator) -> None:
     async with hosted() as run:
         await run.ask(open_sequence(1))
-        await run.ask(tokens(0, [(1, 0, 9)], keys=values(random, 9, SPEC.head_dim)))
+        await run.ask(tokens(0, [(1, 0, 9)], keys=keys_of(random, 9)))
         await eventually(lambda: run.engine.stats().device_seconds["append"] > 0)  # counted after it has answered
         assert await run.channel.info() == run.engine.info()
         asked_for, stats = await run.channel.stats(), run.engine.stats()
@@ -116,7 +112,7 @@ async def test_what_is_asked_about_the_engine(random: np.random.Generator) -> No
 async def test_a_deadline_and_a_cancellation_give_everything_back(random: np.random.Generator) -> None:
     async with hosted() as run:
         await run.ask(open_sequence(1))
-        waits = tokens(0, [(1, 0, 1)], queries=values(random, 1, 4, SPEC.head_dim), wait=True)
+        waits = tokens(0, [(1, 0, 1)], queries=queries_of(random, 1), wait=True)
         late = run.channel.submit(waits, 0.05)
         given_up = run.channel.submit(waits, TIMEOUT)
         assert (await refusal(late)).reason == Reason.DEADLINE_EXCEEDED
@@ -141,7 +137,7 @@ async def test_answers_that_are_kept_stay_as_they_are(random: np.random.Generato
     """What comes later is written where they were."""
     async with hosted() as run:
         await run.ask(open_sequence(1))
-        keys, queries = values(random, 64, SPEC.head_dim), values(random, 64, 4, SPEC.head_dim)
+        keys, queries = keys_of(random, 64), queries_of(random, 64)
         await run.ask(tokens(0, [(1, 0, 64)], keys=keys))
         kept = [
             (row, block_ids(await run.ask(tokens(0, [(1, row, 1)], queries=queries[row : row + 1]))))
@@ -167,7 +163,7 @@ async def cramped(
 async def test_requests_wait_for_room_in_their_order(
     random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = values(random, LONG, SPEC.head_dim)
+    keys = keys_of(random, LONG)
     async with cramped(monkeypatch, requests=100_000, answers=1 << 20, slots=2) as run:
         appends = [
             run.channel.submit(tokens(0, [(1, 100 * step, 100)], keys=keys[100 * step : 100 * step + 100]), TIMEOUT)
@@ -184,12 +180,12 @@ async def test_requests_wait_for_room_in_their_order(
 async def test_no_room_for_long_is_overload(random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "ROOM_SECONDS", 0.2)
     async with cramped(monkeypatch, requests=250_000, answers=1 << 20) as run:
-        queries = values(random, LONG, 4, SPEC.head_dim)
+        queries = queries_of(random, LONG)
         waits = run.channel.submit(tokens(0, [(1, 0, LONG)], queries=queries, wait=True), TIMEOUT)
         error = await refusal(run.channel.submit(tokens(0, [(1, 0, LONG)], queries=queries), TIMEOUT))
         assert (type(error), error.reason) == (ResourceExhaustedError, Reason.OVERLOADED)
         waits.cancel()
-        await run.ask(tokens(0, [(1, 0, LONG)], keys=values(random, LONG, SPEC.head_dim)))
+        await run.ask(tokens(0, [(1, 0, LONG)], keys=keys_of(random, LONG)))
         await run.ask(tokens(0, [(1, 0, LONG)], queries=queries))
 
 
@@ -205,8 +201,8 @@ async def test_answers_wait_for_room_and_the_engine_does_not(
 ) -> None:
     """A frontend that does not look at its answers holds up its own, and nobody else's."""
     async with cramped(monkeypatch, requests=1 << 20, answers=256_000) as run:
-        await run.ask(tokens(0, [(1, 0, LONG)], keys=values(random, LONG, SPEC.head_dim)))
-        queries = values(random, LONG, 4, SPEC.head_dim)
+        await run.ask(tokens(0, [(1, 0, LONG)], keys=keys_of(random, LONG)))
+        queries = queries_of(random, LONG)
         request = tokens(0, [(1, 0, LONG)], queries=queries)  # answered with 102,400 bytes
         link = run.channel._link
         assert link is not None
@@ -228,8 +224,8 @@ async def test_an_answer_beyond_all_room_is_a_fault_and_not_a_hang(
     random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with cramped(monkeypatch, requests=1 << 20, answers=50_000) as run:
-        await run.ask(tokens(0, [(1, 0, LONG)], keys=values(random, LONG, SPEC.head_dim)))
-        queries = values(random, LONG, 4, SPEC.head_dim)
+        await run.ask(tokens(0, [(1, 0, LONG)], keys=keys_of(random, LONG)))
+        queries = queries_of(random, LONG)
         error = await refusal(run.channel.submit(tokens(0, [(1, 0, LONG)], queries=queries), TIMEOUT))
         assert error.reason == Reason.INTERNAL
         assert "102400 bytes" in error.message
@@ -279,14 +275,14 @@ async def another(run: Hosted) -> AsyncIterator[MessageChannel]:
 async def test_a_frontend_that_goes_takes_only_its_own_with_it(random: np.random.Generator) -> None:
     async with hosted() as run:
         await run.ask(open_sequence(1))
-        waits = tokens(0, [(1, 0, 1)], queries=values(random, 1, 4, SPEC.head_dim), wait=True)
+        waits = tokens(0, [(1, 0, 1)], queries=queries_of(random, 1), wait=True)
         own = run.channel.submit(waits, TIMEOUT)
         async with another(run) as other:
             lost = other.submit(waits, TIMEOUT)
             await eventually(lambda: run.engine.stats().waiting == 2)
         assert isinstance(lost.exception(), UnavailableError)
         await eventually(lambda: run.engine.stats().dropped["cancelled"] == 1)
-        await run.ask(tokens(0, [(1, 0, 1)], keys=values(random, 1, SPEC.head_dim)))
+        await run.ask(tokens(0, [(1, 0, 1)], keys=keys_of(random, 1)))
         assert isinstance(await own, TokenAnswer)
 
 
@@ -322,7 +318,7 @@ async def test_requests_of_a_stream(random: np.random.Generator) -> None:
         assert given_up is not None and (given_up.number, given_up.rpc) == (4, "Stream/SelectBlocks")
         await eventually(lambda: run.engine.stats().dropped["cancelled"] == 1)
         assert run.channel.give_up(asker, 4) is None
-        await run.ask(tokens(0, [(1, 0, 1)], keys=values(random, 1, SPEC.head_dim)))
+        await run.ask(tokens(0, [(1, 0, 1)], keys=keys_of(random, 1)))
         await eventually(lambda: 1 in asker.told)
         response = asker.told[1]
         assert isinstance(response, bytes)
@@ -345,7 +341,7 @@ async def test_nothing_overtakes_what_waits_for_room(
     random: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with cramped(monkeypatch, requests=250_000, answers=1 << 20) as run:
-        queries = values(random, LONG, 4, SPEC.head_dim)
+        queries = queries_of(random, LONG)
         long_one = tokens(0, [(1, 0, LONG)], queries=queries, wait=True)
         first, second, short = Asked(), Asked(), Asked()
         for asker in (first, second):

@@ -11,7 +11,13 @@ import pytest
 from blockdex.contract.errors import InternalError
 from blockdex.ring.events import Event, EventQueue, NewEpoch, SequencesEvicted, event_of, evictions, words_of
 from support.ring_engine import hosted
-from support.running_engine import SPEC, TIMEOUT, open_sequence, tokens, values
+from support.running_engine import (
+    SPEC,
+    TIMEOUT,
+    keys_of,
+    open_sequence,
+    tokens,
+)
 
 LAST = 2**64 - 1
 
@@ -90,11 +96,11 @@ async def test_a_channel_tells_of_evictions_and_of_each_epoch_once() -> None:
         run.channel.tell_events(heard.put_nowait)
         for sequence in (1, 2):
             await run.ask(open_sequence(sequence, tenant=f"t{sequence}", lease=1))
-            block = values(random, SPEC.block_size, SPEC.head_dim)
+            block = keys_of(random, SPEC.block_size)
             await run.ask(tokens(0, [(sequence, 0, len(block))], keys=block, tenant=f"t{sequence}"))
         await asyncio.sleep(1.1)
         await run.ask(open_sequence(3, tenant="t3"))
-        one = values(random, 1, SPEC.head_dim)
+        one = keys_of(random, 1)
         await run.ask(tokens(0, [(3, 0, 1)], keys=one, tenant="t3"))
         assert await asyncio.wait_for(heard.get(), TIMEOUT) == SequencesEvicted("t1", [1])
         run.backend.fault = "append"

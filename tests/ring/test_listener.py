@@ -207,5 +207,6 @@ async def test_who_does_not_read_events_is_hung_up(
                 line.tell(event)
         await eventually(lambda: len(run.inbox._lines) == 1)
         assert "link broken" in caplog.text
+        await eventually(lambda: len(heard) == len(events))
         assert heard == events
         await run.ask(open_sequence(1))

@@ -237,7 +237,7 @@ def test_what_is_right_is_entered_and_answered(bare: BareCore, name: str) -> Non
 LEFT: dict[str, tuple[Callable[[BareCore], Request], str]] = {
     "a page that is not there": (lambda bare: bare.both(0, (1, HELD * SIZE - 1, 2)), "pages"),
     "a page that is shared": (lambda bare: bare.both(0, (3, LENGTH - 1, 2)), "pages"),
-    "more tokens than a decode has": (lambda bare: bare.both(0, (1, LENGTH, LONGEST + 1)), "bulk"),
+    "more tokens than a decode has": (lambda bare: bare.both(0, (1, LENGTH, LONGEST + 1)), "large"),
     "to open": (lambda bare: open_sequence(99), "open"),
     "to get": (lambda bare: get(1), "get"),
     "to fork": (lambda bare: fork(1, 99, 3), "fork"),
@@ -252,7 +252,7 @@ def test_what_takes_a_decision_is_left_to_python_and_holds_back_its_sequences_al
     bare.lengths[:, 0] = HELD * SIZE - 1 if "not there" in name else LENGTH
     bare.cache.fork_sequence(TENANT, 3, 50, LENGTH - LENGTH % SIZE)
     bare.lengths[:, 2] = LENGTH - LENGTH % SIZE if "shared" in name else LENGTH
-    bare.core.set_columns(*bare.cache.columns)
+    bare.core.set_sequence_columns(*bare.cache.sequence_columns)
     door, other = bare.open_client(), bare.open_client()
     request = make(bare)
     if "shared" in name:
@@ -263,7 +263,7 @@ def test_what_takes_a_decision_is_left_to_python_and_holds_back_its_sequences_al
     assert bare.look() == native.FOR_PYTHON
     (item, *rest) = bare.take()
     assert item[1] == kind
-    assert [kind for _, kind, *_ in rest] == (["get"] if kind in {"open", "bulk"} else [])
+    assert [kind for _, kind, *_ in rest] == (["get"] if kind in {"open", "large"} else [])
     bare.look()
     assert other.read() == 1, "others are not held up"
     check_answer(other, 0, free)
@@ -452,9 +452,9 @@ def test_an_index_against_a_dict() -> None:
 
 def test_an_idle_core_checks_the_columns(bare: BareCore) -> None:
     door = bare.open_client()
-    for column in range(16):
-        bare.cache.trim(column)
-    bare.core.set_columns(*bare.cache.columns)
+    for entry in range(16):
+        bare.cache.trim(entry)
+    bare.core.set_sequence_columns(*bare.cache.sequence_columns)
     bare.core.run(0.05)
     counted = bare.counted
     assert (counted["integrity_checks"], counted["integrity_faults"]) == (1, 0)

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from blockdex.contract.errors import Code
 from support.bare_core import (
     LENGTH,
     SECONDS_BOUNDS,
@@ -99,3 +100,18 @@ def test_a_request_from_the_future_has_waited_for_no_time(bare: BareCore) -> Non
     door.read()
     assert door.told[0].numbers.queue_seconds == 0
     assert bare.counted["stages"][4][1] == 0
+
+
+def test_times_that_no_clock_has_shown(bare: BareCore) -> None:
+    """One that is late is dropped, one that is wrong refused; neither has waited for longer than the clock runs."""
+    door = bare.open_client()
+    late = door.lay(bare.both(0, (1, LENGTH, 1)), 0)._replace(received=-(2**63), deadline=-(2**63))
+    wrong = door.lay(bare.both(77, (1, LENGTH, 1)), 1)._replace(received=-(2**63))
+    door.write(late, wrong)
+    bare.look()
+    door.read()
+    now = time.monotonic()
+    answers = [door.told[ticket] for ticket in (0, 1)]
+    assert [answer.numbers.code for answer in answers] == [Code.DEADLINE_EXCEEDED, Code.INVALID_ARGUMENT]
+    assert all(0 <= answer.numbers.queue_seconds <= now for answer in answers)
+    assert str(answers[0].answer).startswith("timeout: 0.000 s were allowed")

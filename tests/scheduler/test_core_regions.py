@@ -143,7 +143,7 @@ def test_what_no_program_writes_is_left_to_python(device_core: BareCore, order: 
         assert not taken and bare.device.begun
         return
     ((number, kind, *_, block_ids, scores, _, _, _, _),) = taken
-    assert kind == "bulk"
+    assert kind == "large"
     assert block_ids == (memory, PLACES["block_ids"], 4 * HEADS * TOPK)
     assert scores == ((memory, PLACES["scores"], 4 * HEADS * TOPK) if scored else None)
     ids = np.zeros((1, HEADS, TOPK), np.int32)

@@ -99,7 +99,7 @@ def test_what_no_program_holds_is_left(rows: list[tuple[int, ...]]) -> None:
         bare.lengths[:] = 24
         bare.open_client().send(bare.both(0, *rows))
         assert bare.look() == native.FOR_PYTHON
-        assert [kind for _, kind, *_ in bare.take()] == ["bulk"]
+        assert [kind for _, kind, *_ in bare.take()] == ["large"]
         assert not bare.device.begun
 
 
@@ -194,7 +194,7 @@ def test_a_request_of_more_tokens_than_a_step_is_left() -> None:
         door = bare.open_client()
         door.send(bare.both(0, *rows), bare.both(1, *rows, (250, LENGTH, 1)))
         assert bare.look() == native.FOR_PYTHON
-        assert [kind for _, kind, *_ in bare.take()] == ["bulk"]
+        assert [kind for _, kind, *_ in bare.take()] == ["large"]
         assert (bare.core.steps, bare.counted["decode_tokens"]) == (1, native.MAX_TOKENS)
 
 
@@ -295,8 +295,8 @@ def test_what_cannot_be_set_is_refused(device_core: BareCore) -> None:
     with pytest.raises(ValueError, match="no room for 129 runs of 4 tokens"):
         bare.core.set_replays([(129, 4, 1, 1, 2)], 1, 1)
     with pytest.raises(ValueError, match=r"lengths has \d+ bytes, \d+ are needed"):
-        bare.core.set_columns(*bare.cache.columns._replace(lengths=bare.lengths[:, :-1].copy()))
-    bare.core.set_columns(*bare.cache.columns)
+        bare.core.set_sequence_columns(*bare.cache.sequence_columns._replace(lengths=bare.lengths[:, :-1].copy()))
+    bare.core.set_sequence_columns(*bare.cache.sequence_columns)
     bare.open_client().send(bare.both(0, (1, LENGTH, 1)))
     bare.look()
     for number in (0, 2):

@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.ring_messages import TokenAnswer
 from blockdex.contract.errors import Code, Reason, ResourceExhaustedError
@@ -20,24 +19,18 @@ from blockdex_kernels import IndexSpec
 from blockdex_kernels.triton.gpu import GpuBackend
 from support.cache_state import check_integrity
 from support.ring_caller import RingCaller
-from support.running_engine import LIMITS, SPEC, open_sequence, running, tokens, values
+from support.running_engine import (
+    LIMITS,
+    keys_of,
+    open_sequence,
+    queries_of,
+    running,
+    tokens,
+    values,
+)
 from support.triton_device import DEVICE
 
 A, B = 1, 2
-
-
-@pytest.fixture
-def random() -> np.random.Generator:
-    """Numbers that are the same in every run."""
-    return np.random.default_rng(15)
-
-
-def keys_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
-    return values(random, length, SPEC.head_dim)
-
-
-def queries_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
-    return values(random, length, SPEC.num_index_heads, SPEC.head_dim)
 
 
 async def test_a_full_device_refuses_the_selection_alone(random: np.random.Generator) -> None:
@@ -143,16 +136,14 @@ async def test_the_triton_kernels_answer_as_the_cpu_s(
     inbox = RingInbox(0.0)
     engine = Engine(backend, limits=LIMITS, inbox=inbox, decode_queries=3, prefill_slice_seconds=1e-6)
     channel = RingCaller(engine, inbox)
-    requests = []
-    for layer in (0, 1):
-        keys = [values(random, length, 16) for length in (150, 70, 2, 2)]
-        queries = [values(random, length, 2, 16) for length in (150, 70, 4)]
-        both = [(A, 150, 2), (B, 70, 2)]
-        requests += [
-            tokens(layer, [(A, 0, 150)], keys=keys[0], queries=queries[0]),
-            tokens(layer, [(B, 0, 70)], keys=keys[1], queries=queries[1], scores=True, dtype="fp32"),
-            tokens(layer, both, keys=np.concatenate(keys[2:]), queries=queries[2], order="score", scores=True),
-        ]
+    keys = [values(random, length, 16) for length in (100, 40, 4)]
+    queries = [values(random, length, 2, 16) for length in (100, 40, 4)]
+    both = [(A, 100, 2), (B, 40, 2)]
+    requests = [
+        tokens(1, [(A, 0, 100)], keys=keys[0], queries=queries[0]),
+        tokens(1, [(B, 0, 40)], keys=keys[1], queries=queries[1], scores=True, dtype="fp32"),
+        tokens(1, both, keys=keys[2], queries=queries[2], order="score", scores=True),
+    ]
     async with running(TRITON_SPEC, num_pages=64) as run:
         channel.start()
         try:

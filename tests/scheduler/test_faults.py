@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.ring_messages import Request
 from blockdex.contract.errors import BlockdexError, Code, Reason
@@ -17,38 +16,22 @@ from blockdex.ring.events import NewEpoch
 from support.cache_state import check_integrity, snapshot
 from support.running_engine import (
     LIMITS,
-    SPEC,
     Phase,
     Running,
     block_ids,
     close,
     fork,
     get,
+    keys_of,
     open_sequence,
+    queries_of,
     refusal,
     running,
     tokens,
     truncate,
-    values,
 )
 
 A, B = 1, 2
-
-
-@pytest.fixture
-def random() -> np.random.Generator:
-    """Numbers that are the same in every run."""
-    return np.random.default_rng(14)
-
-
-def keys_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
-    """Random keys."""
-    return values(random, length, SPEC.head_dim)
-
-
-def queries_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
-    """Random queries."""
-    return values(random, length, SPEC.num_index_heads, SPEC.head_dim)
 
 
 async def test_a_full_queue_refuses_and_goes_on(random: np.random.Generator) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
-from numpy.typing import NDArray
 
 from benchmarks.ring_messages import Request
 from blockdex.contract.messages import FloatDtype, Order
@@ -14,30 +12,15 @@ from support.running_engine import (
     close,
     fork,
     get,
+    keys_of,
     open_sequence,
+    queries_of,
     running,
     tokens,
     truncate,
-    values,
 )
 
 A, B, C = 1, 2, 3
-
-
-@pytest.fixture
-def random() -> np.random.Generator:
-    """Numbers that are the same in every run."""
-    return np.random.default_rng(11)
-
-
-def keys_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
-    """Random keys."""
-    return values(random, length, SPEC.head_dim)
-
-
-def queries_of(random: np.random.Generator, length: int, heads: int = SPEC.num_index_heads) -> NDArray[np.float32]:
-    """Random queries."""
-    return values(random, length, heads, SPEC.head_dim)
 
 
 async def test_requests_of_many_tenants_layers_and_dtypes_share_launches(random: np.random.Generator) -> None:

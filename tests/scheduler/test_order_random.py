@@ -21,6 +21,7 @@ from support.running_engine import (
     close,
     fork,
     get,
+    keys_of,
     open_sequence,
     running,
     tokens,
@@ -105,7 +106,7 @@ class Caller:
         return tokens(
             layer,
             rows,
-            keys=values(random, total, SPEC.head_dim) if appends else None,
+            keys=keys_of(random, total) if appends else None,
             queries=values(random, total, heads, SPEC.head_dim) if selects else None,
             first_head=first_head,
             order=ORDERS[random.integers(len(ORDERS))],

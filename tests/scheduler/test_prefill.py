@@ -19,7 +19,7 @@ from blockdex.contract.errors import Code, Reason
 from blockdex.executor.cpu import CpuExecutor
 from blockdex.executor.interface import Answer as Selected
 from blockdex.executor.interface import Pending, Step
-from blockdex.scheduler.bulk import Bulk, Reading, Rows, Tensor
+from blockdex.scheduler.large_request import LargeRequest, Reading, Rows, Tensor
 from blockdex.scheduler.prefill import Prefill
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.interface import Backend
@@ -31,12 +31,13 @@ from support.running_engine import (
     close,
     fork,
     get,
+    keys_of,
     open_sequence,
+    queries_of,
     refusal,
     running,
     tokens,
     truncate,
-    values,
 )
 
 A, B = 1, 2
@@ -111,22 +112,6 @@ def run_late(run: Running) -> LateRunner:
     run.engine._executor = run.engine._shared._executor = run.engine._launcher._executor = executor
     run.channel.start()
     return executor
-
-
-@pytest.fixture
-def random() -> np.random.Generator:
-    """Numbers that are the same in every run."""
-    return np.random.default_rng(13)
-
-
-def keys_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
-    """Random keys."""
-    return values(random, length, SPEC.head_dim)
-
-
-def queries_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
-    """Random queries."""
-    return values(random, length, SPEC.num_index_heads, SPEC.head_dim)
 
 
 async def fill(run: Running, naive: NaiveEngine, random: np.random.Generator, *sequences: int) -> None:
@@ -424,10 +409,10 @@ async def test_time_that_the_device_waited_does_not_shorten_slices(random: np.ra
 @given(st.integers(0, 10**6), st.integers(1, 20_000), st.integers(0, 20_000), st.floats(1, 1e12))
 def test_a_slice_takes_what_its_time_allows(start: int, length: int, taken: int, products: float) -> None:
     """Keys grow along a prefill; the next slice is counted from where it begins, to within rounding."""
-    ids, columns = np.zeros(1, np.uint64), np.zeros(1, np.uint32)
-    rows = Rows(ids, columns, np.array([start]), np.array([length]), np.zeros(1, np.bool_))
+    ids, entries = np.zeros(1, np.uint64), np.zeros(1, np.uint32)
+    rows = Rows(ids, entries, np.array([start]), np.array([length]), np.zeros(1, np.bool_))
     queries = Tensor(torch.bfloat16, memoryview(bytes(2 * length)))
-    request = Bulk(0, 0, rows, 1, None, queries, 0, 1, "ascending", return_scores=False, raw_scores=False)
+    request = LargeRequest(0, 0, rows, 1, None, queries, 0, 1, "ascending", return_scores=False, raw_scores=False)
     prefill = Prefill(Reading([request], IndexSpec(num_layers=1, head_dim=1)), 0)
     prefill.take(min(taken, length - 1))
     most = prefill.tokens_within(products)

@@ -13,7 +13,17 @@ import pytest
 
 from blockdex.contract.stats import Histogram, Stats
 from blockdex_kernels.interface import Selection
-from support.running_engine import SPEC, close, fork, get, open_sequence, refusal, running, tokens, values
+from support.running_engine import (
+    close,
+    fork,
+    get,
+    keys_of,
+    open_sequence,
+    queries_of,
+    refusal,
+    running,
+    tokens,
+)
 
 
 def observed(*values: float) -> Histogram:
@@ -72,7 +82,7 @@ async def test_each_request_comes_to_one_phase_and_is_in_each_stage_once() -> No
     random = np.random.default_rng(5)
     began = time.monotonic()
     async with running() as run:
-        keys, queries = values(random, 40, SPEC.head_dim), values(random, 40, 4, SPEC.head_dim)
+        keys, queries = keys_of(random, 40), queries_of(random, 40)
         await run.ask(open_sequence(1))
         await run.ask(open_sequence(2))
         await run.ask(tokens(0, [(1, 0, 40, 5)], keys=keys))
@@ -109,8 +119,8 @@ async def test_a_request_is_in_the_stage_that_takes_its_time() -> None:
     held = 0.2
     async with running() as run:
         await run.ask(open_sequence(1))
-        await run.ask(tokens(0, [(1, 0, 8)], keys=values(random, 8, SPEC.head_dim)))
-        request = tokens(0, [(1, 7, 1)], queries=values(random, 1, 4, SPEC.head_dim))
+        await run.ask(tokens(0, [(1, 0, 8)], keys=keys_of(random, 8)))
+        request = tokens(0, [(1, 7, 1)], queries=queries_of(random, 1))
         with run.backend.held("decode") as entered:
             first = run.submit(request)
             await run.reached(entered)
@@ -143,18 +153,18 @@ async def test_time_with_decodes_beside_a_prefill_counts_once(monkeypatch: pytes
     async with running() as run:
         for sequence in (1, 2):
             await run.ask(open_sequence(sequence))
-            await run.ask(tokens(0, [(sequence, 0, length)], keys=values(random, length, SPEC.head_dim)))
+            await run.ask(tokens(0, [(sequence, 0, length)], keys=keys_of(random, length)))
         decode = tokens(
             0,
             [(2, length - 1, 1)],
-            keys=values(random, 1, SPEC.head_dim),
-            queries=values(random, 1, 4, SPEC.head_dim),
+            keys=keys_of(random, 1),
+            queries=queries_of(random, 1),
             rollback=True,
         )
         await run.ask(decode)
         before, began = run.engine.stats(), time.monotonic()
         with run.backend.held("prefill") as entered:
-            prefill = run.submit(tokens(0, [(1, 0, length)], queries=values(random, length, 4, SPEC.head_dim)))
+            prefill = run.submit(tokens(0, [(1, 0, length)], queries=queries_of(random, length)))
             await run.reached(entered)
             monkeypatch.setattr(run.backend, "decode", slow(run.backend.decode))
             decoded = run.submit(decode)

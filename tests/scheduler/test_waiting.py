@@ -17,7 +17,9 @@ from support.running_engine import (
     block_ids,
     close,
     get,
+    keys_of,
     open_sequence,
+    queries_of,
     refusal,
     running,
     tokens,
@@ -28,17 +30,11 @@ from support.running_engine import (
 A, B = 1, 2
 
 
-@pytest.fixture
-def random() -> np.random.Generator:
-    """Numbers that are the same in every run."""
-    return np.random.default_rng(12)
-
-
 @pytest.mark.parametrize("together", [True, False], ids=["queued together", "one after another"])
 @pytest.mark.parametrize("revision", [0, 5])
 async def test_waits_for_its_keys(random: np.random.Generator, together: bool, revision: int) -> None:
-    append = tokens(1, [(A, 0, 20, revision)], keys=values(random, 20, SPEC.head_dim))
-    queries = values(random, 2, SPEC.num_index_heads, SPEC.head_dim)
+    append = tokens(1, [(A, 0, 20, revision)], keys=keys_of(random, 20))
+    queries = queries_of(random, 2)
     select = tokens(1, [(A, 17, 2, revision)], queries=queries, wait=True)
     async with running(start=not together) as run:
         naive = NaiveEngine(SPEC, run.engine.info().epoch)
@@ -58,16 +54,16 @@ async def test_waits_for_its_keys(random: np.random.Generator, together: bool, r
 
 
 async def test_waits_for_every_sequence_that_it_names(random: np.random.Generator) -> None:
-    queries = values(random, 4, SPEC.num_index_heads, SPEC.head_dim)
+    queries = queries_of(random, 4)
     async with running() as run:
         naive = NaiveEngine(SPEC, run.engine.info().epoch)
         setup: list[Request] = [
             open_sequence(A),
             open_sequence(B),
-            tokens(0, [(A, 0, 9)], keys=values(random, 9, SPEC.head_dim)),
+            tokens(0, [(A, 0, 9)], keys=keys_of(random, 9)),
         ]
         select = tokens(0, [(A, 7, 2), (B, 2, 2)], queries=queries, wait=True)
-        last = tokens(0, [(B, 0, 4)], keys=values(random, 4, SPEC.head_dim))
+        last = tokens(0, [(B, 0, 4)], keys=keys_of(random, 4))
         waiting = run.submit(select)
         assert (await run.refusal(select)).reason == Reason.UNKNOWN_SEQUENCE, "what is not open is not waited for"
         assert waiting.done()
@@ -85,11 +81,11 @@ async def test_waits_for_every_sequence_that_it_names(random: np.random.Generato
 
 
 async def test_sees_the_keys_it_waited_for_and_not_what_came_behind_them(random: np.random.Generator) -> None:
-    queries = values(random, 1, SPEC.num_index_heads, SPEC.head_dim)
+    queries = queries_of(random, 1)
     requests: list[Request] = [
         open_sequence(A),
-        tokens(0, [(A, 0, 30, 1)], keys=values(random, 30, SPEC.head_dim)),
-        tokens(0, [(A, 0, 30, 2)], keys=values(random, 30, SPEC.head_dim)),
+        tokens(0, [(A, 0, 30, 1)], keys=keys_of(random, 30)),
+        tokens(0, [(A, 0, 30, 2)], keys=keys_of(random, 30)),
         truncate(A, 3),
         close(A),
     ]
@@ -109,27 +105,27 @@ async def test_sees_the_keys_it_waited_for_and_not_what_came_behind_them(random:
 
 
 async def test_a_revision_that_has_passed_is_not_waited_for(random: np.random.Generator) -> None:
-    queries = values(random, 1, SPEC.num_index_heads, SPEC.head_dim)
+    queries = queries_of(random, 1)
     async with running() as run:
         await run.ask(open_sequence(A))
         waiting = run.submit(tokens(0, [(A, 0, 1, 4)], queries=queries, wait=True))
-        await run.ask(tokens(0, [(A, 0, 1, 6)], keys=values(random, 1, SPEC.head_dim)))
+        await run.ask(tokens(0, [(A, 0, 1, 6)], keys=keys_of(random, 1)))
         error = await refusal(waiting)
         assert error.reason == Reason.STALE_REVISION
         assert error.message == "sequence 1, layer 0: selection has revision 4, the layer is at 6"
 
 
 async def test_a_revision_that_is_there_without_the_keys_is_not_waited_for(random: np.random.Generator) -> None:
-    queries = values(random, 2, SPEC.num_index_heads, SPEC.head_dim)
+    queries = queries_of(random, 2)
     async with running() as run:
         await run.ask(open_sequence(A))
-        await run.ask(tokens(0, [(A, 0, 3, 6)], keys=values(random, 3, SPEC.head_dim)))
+        await run.ask(tokens(0, [(A, 0, 3, 6)], keys=keys_of(random, 3)))
         error = await run.refusal(tokens(0, [(A, 2, 2, 6)], queries=queries, wait=True), timeout=5)
         assert (error.code, error.reason) == (Code.FAILED_PRECONDITION, Reason.KEYS_NOT_APPENDED)
 
 
 async def test_the_deadline_ends_the_waiting(random: np.random.Generator) -> None:
-    select = tokens(0, [(A, 0, 1)], queries=values(random, 1, SPEC.num_index_heads, SPEC.head_dim), wait=True)
+    select = tokens(0, [(A, 0, 1)], queries=queries_of(random, 1), wait=True)
     async with running() as run:
         await run.ask(open_sequence(A))
         longer = run.submit(select)
@@ -143,17 +139,17 @@ async def test_the_deadline_ends_the_waiting(random: np.random.Generator) -> Non
 
 
 async def test_a_deadline_beyond_all_reason_does_no_harm(random: np.random.Generator) -> None:
-    select = tokens(0, [(A, 0, 1)], queries=values(random, 1, SPEC.num_index_heads, SPEC.head_dim), wait=True)
+    select = tokens(0, [(A, 0, 1)], queries=queries_of(random, 1), wait=True)
     async with running() as run:
         await run.ask(open_sequence(A))
         waiting = run.submit(select, timeout=2**62 / 1e9)
         await run.settled()
-        await run.ask(tokens(0, [(A, 0, 1)], keys=values(random, 1, SPEC.head_dim)))
+        await run.ask(tokens(0, [(A, 0, 1)], keys=keys_of(random, 1)))
         assert block_ids(await asyncio.wait_for(waiting, 20)).shape == (1, SPEC.num_index_heads, SPEC.topk)
 
 
 async def test_a_caller_that_goes_is_forgotten(random: np.random.Generator) -> None:
-    select = tokens(0, [(A, 0, 1)], queries=values(random, 1, SPEC.num_index_heads, SPEC.head_dim), wait=True)
+    select = tokens(0, [(A, 0, 1)], queries=queries_of(random, 1), wait=True)
     async with running() as run:
         await run.ask(open_sequence(A))
         waiting = run.submit(select)
@@ -162,12 +158,12 @@ async def test_a_caller_that_goes_is_forgotten(random: np.random.Generator) -> N
         await run.settled()
         stats = run.engine.stats()
         assert (stats.dropped["cancelled"], stats.waiting) == (1, 0)
-        await run.ask(tokens(0, [(A, 0, 1)], keys=values(random, 1, SPEC.head_dim)))
+        await run.ask(tokens(0, [(A, 0, 1)], keys=keys_of(random, 1)))
         assert run.backend.tokens("decode") == 0
 
 
 async def test_closing_ends_the_waiting(random: np.random.Generator) -> None:
-    select = tokens(0, [(A, 0, 1)], queries=values(random, 1, SPEC.num_index_heads, SPEC.head_dim), wait=True)
+    select = tokens(0, [(A, 0, 1)], queries=queries_of(random, 1), wait=True)
     async with running() as run:
         await run.ask(open_sequence(A))
         waiting = run.submit(select)
@@ -186,8 +182,8 @@ async def test_ranks_wait_for_one_append_and_share_one_read(
     random: np.random.Generator, ranges: Ranges, length: int
 ) -> None:
     """One rank appends with its own heads' queries; those of the others wait for its revision."""
-    old, new = values(random, 50, SPEC.head_dim), values(random, 2 * length, SPEC.head_dim)
-    queries = values(random, 2 * length, SPEC.num_index_heads, SPEC.head_dim)
+    old, new = keys_of(random, 50), keys_of(random, 2 * length)
+    queries = queries_of(random, 2 * length)
     rows = [(A, 50, length, 9), (B, 0, length, 9)]
     async with running() as run:
         naive = NaiveEngine(SPEC, run.engine.info().epoch)
@@ -219,7 +215,7 @@ async def test_a_shared_read_holds_each_head_once(random: np.random.Generator) -
     asked = [slice(0, heads), slice(0, 2), slice(0, heads), slice(2, heads), slice(1, 2)]
     requests: list[Request] = [
         open_sequence(A),
-        tokens(0, [(A, 0, 20)], keys=values(random, 20, SPEC.head_dim)),
+        tokens(0, [(A, 0, 20)], keys=keys_of(random, 20)),
         *(tokens(0, [(A, 0, 20)], queries=queries[:, own], first_head=own.start) for own in asked),
         *(tokens(0, [(A, 9, 1)], queries=queries[:1, own], first_head=own.start) for own in asked),
     ]
@@ -243,8 +239,8 @@ async def test_only_the_same_spans_share_a_read(random: np.random.Generator) -> 
     requests: list[Request] = [
         open_sequence(A),
         open_sequence(A, tenant="other"),
-        *(tokens(layer, [(A, 0, 9)], keys=values(random, 9, SPEC.head_dim)) for layer in (0, 1)),
-        tokens(0, [(A, 0, 9)], keys=values(random, 9, SPEC.head_dim), tenant="other"),
+        *(tokens(layer, [(A, 0, 9)], keys=keys_of(random, 9)) for layer in (0, 1)),
+        tokens(0, [(A, 0, 9)], keys=keys_of(random, 9), tenant="other"),
         tokens(0, [(A, 4, 2)], queries=queries, first_head=0),
         tokens(0, [(A, 5, 2)], queries=queries, first_head=1),
         tokens(1, [(A, 4, 2)], queries=queries, first_head=1),

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from blockdex.contract.errors import UnavailableError
-from blockdex.ring.handshake import listen
 from blockdex.server.bootstrap import StartError
 from blockdex.server.child_process import Child
 from blockdex.server.config import load_settings
@@ -54,19 +52,6 @@ async def test_a_core_that_cannot_let_anybody_in_ends() -> None:
     finally:
         os.close(read)
         os.close(write)
-
-
-async def test_a_core_outlives_a_fault_in_a_report() -> None:
-    with listen() as listening:
-        fd = listening.fileno()
-        core, _ = await Child.start("blockdex.server.engine_process", load_settings(SMALL), [fd], listening=fd)
-        hearing = asyncio.create_task(_hear(core))
-        with pytest.raises(UnavailableError, match="engine: a fault in its report"):
-            await core.talk.ask({"ask": "overview", "max_cells": 0})
-        assert (await core.talk.ask({"ask": "info"}))["device"] == "cpu"
-        core.talk.tell({"stop": True})
-        assert await asyncio.wait_for(core.ended, SECONDS) == 0
-        await hearing
 
 
 async def _hear(child: Child) -> None:

@@ -35,11 +35,6 @@ def left_over(pids: list[int]) -> list[str]:
     return [f"{pid}: {command}" for pid in pids if "blockdex" in (command := command_of(pid))]
 
 
-@pytest.fixture
-def random() -> np.random.Generator:
-    return np.random.default_rng(4)
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Split]:
     """One server, whose children die in these tests, and whose supervisor is told to stop after them."""
@@ -231,28 +226,17 @@ def test_children_do_not_hear_the_signals_that_stop_a_server(server: Split) -> N
     assert whole(server)
 
 
-@pytest.mark.parametrize(
-    "how", ["kill -9 of all", "kill -9, the engine core hangs", "terminate, the engine core hangs"]
-)
-def test_nothing_is_left(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left_though_the_engine_core_hangs(number: signal.Signals, tmp_path: Path) -> None:
     shared = set(Path("/dev/shm").iterdir())
     with split("--frontends", "2", "--shutdown-grace-seconds", "1", TMPDIR=str(tmp_path)) as server:
         pids = [server.core, *server.doors, server.supervisor]
         address = server.serving.http_address
-        match how:
-            case "kill -9, the engine core hangs":
-                os.kill(server.core, signal.SIGSTOP)
-                kill(server.supervisor)
-            case "terminate, the engine core hangs":
-                os.kill(server.core, signal.SIGSTOP)
-                server.serving.process.terminate()
-            case "kill -9 of all":
-                for pid in pids:
-                    kill(pid)
+        os.kill(server.core, signal.SIGSTOP)
+        os.kill(server.supervisor, number)
         server.serving.process.wait(STOP_SECONDS)
         eventually(lambda: not left_over(pids), "all have ended", SECONDS)
-        expected = 0 if how.startswith("terminate") else -signal.SIGKILL
-        assert server.serving.wait() == expected
+        assert server.serving.wait() == (0 if number == signal.SIGTERM else -signal.SIGKILL)
     eventually(lambda: not left_in_memory(shared), "no shared memory is left", SECONDS)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(httpx.ConnectError):

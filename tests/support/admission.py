@@ -83,7 +83,7 @@ class Admission:
             BlockdexError: the request is refused.
         """
         keeper, copies = SequenceKeeper(self.core, cache), list[PageCopy]()
-        self.core.set_columns(*cache.columns)
+        self.core.set_sequence_columns(*cache.sequence_columns)
         called = cache._sequences.last_calls.copy()
         self.client.told.clear()
         self.client.send(request)
@@ -91,11 +91,11 @@ class Admission:
             self.core.run(0.0)
             keeper.trim()
             for item in iter(self.core.take, None):
-                if item[1] == "bulk":
+                if item[1] == "large":
                     self.core.answer(item[0], 0, 0, 0, 0, 0, None, None)
                 else:
                     copies += keeper.handle([item])
-            self.core.set_columns(*cache.columns)
+            self.core.set_sequence_columns(*cache.sequence_columns)
         # The core's clock is another one than the test's.
         calls = cache._sequences.last_calls
         calls[: len(called)][calls[: len(called)] != called] = cache._clock()

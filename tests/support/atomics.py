@@ -7,6 +7,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from blockdex.ring.segment import Segment
 from support.programs import program, run
 
@@ -32,7 +34,7 @@ class Atomics:
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
-        self._begin: int = segment.words.ctypes.data
+        self._begin: int = np.frombuffer(segment.memory, np.uint8).ctypes.data
         self._library = _library()
 
     def load(self, offset: int) -> int:

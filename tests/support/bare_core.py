@@ -155,7 +155,7 @@ class BareCore:
 
     Args:
         spec: of the indexer.
-        sequences: how many there are: 1 to so many of the tenant, in columns from 0 on.
+        sequences: how many there are: 1 to so many of the tenant, in entries from 0 on.
         replays: the device's programs (runs, length, width); None: it runs steps at once, in Python.
         spin_seconds, max_spans, max_message_bytes, max_queued, odd_keys: see `Core`.
     """
@@ -200,12 +200,12 @@ class BareCore:
         held = self.cache._sequences
         for sequence in range(1, sequences + 1):
             self.cache.open_sequences(TENANT, {sequence: 0})
-            column = held.find(TENANT, sequence)
-            assert column == sequence - 1
-            held.set_pages(column, 0, self.cache._pool.allocate(HELD))
-            held.lengths[:, column] = LENGTH
+            entry = held.find(TENANT, sequence)
+            assert entry == sequence - 1
+            held.set_pages(entry, 0, self.cache._pool.allocate(HELD))
+            held.lengths[:, entry] = LENGTH
         self.core.set_epoch(self.cache.epoch)
-        self.core.set_columns(*self.cache.columns)
+        self.core.set_sequence_columns(*self.cache.sequence_columns)
         for number, room in enumerate(self.device.rooms):
             self.core.set_step(number, *room)
         if replays is None:

@@ -47,19 +47,19 @@ def pages(cache: IndexCache, tenant: str, sequence_id: int) -> list[int]:
 def held_pages(cache: IndexCache) -> dict[Name, list[int]]:
     """Pages of every open sequence, without a call that the cache would notice."""
     sequences = cache._sequences
-    return {name_of(cache, column): sequences.pages(column).tolist() for column in sequences.open_columns().tolist()}
+    return {name_of(cache, entry): sequences.pages(entry).tolist() for entry in sequences.open_entries().tolist()}
 
 
-def name_of(cache: IndexCache, column: int) -> Name:
-    """Whose a column is."""
+def name_of(cache: IndexCache, entry: int) -> Name:
+    """Whose an entry is."""
     sequences = cache._sequences
-    return sequences.index.tenant(int(sequences.tenants[column])), int(sequences.ids[column])
+    return sequences.index.tenant(int(sequences.tenants[entry])), int(sequences.ids[entry])
 
 
 def page_table(cache: IndexCache, tenant: str, spans: Spans) -> NDArray[np.int32]:
     """Page of each block of each row's sequence, as far as the longest span reaches, 0 where there is none."""
     width = -(-int((spans.starts + spans.lengths).max()) // cache.spec.block_size)
-    rows = cache.first_rows[[cache._column(tenant, sequence) for sequence in spans.sequence_ids.tolist()]]
+    rows = cache.first_rows[[cache._entry(tenant, sequence) for sequence in spans.sequence_ids.tolist()]]
     held = [len(pages(cache, tenant, sequence)) for sequence in spans.sequence_ids.tolist()]
     table = np.zeros((len(rows), width), np.int32)
     for row, (first, count) in enumerate(zip(rows.tolist(), held, strict=True)):
@@ -99,28 +99,28 @@ def check_integrity(cache: IndexCache) -> None:
     assert usage.sequences == len(held)
 
     tables = check_tables(sequences.tables, sequences.held)
-    for slot in sequences.open_columns().tolist():
-        tenant, sequence_id = name_of(cache, slot)
-        assert sequences.find(tenant, sequence_id) == slot
-        longest = int(sequences.lengths[:, slot].max())
-        assert sequences.held[slot] == -(-longest // cache.spec.block_size), "pages that no layer reaches, or too few"
-        assert not tables[slot, sequences.held[slot] :].any(), "a page behind the last one"
+    for entry in sequences.open_entries().tolist():
+        tenant, sequence_id = name_of(cache, entry)
+        assert sequences.find(tenant, sequence_id) == entry
+        longest = int(sequences.lengths[:, entry].max())
+        assert sequences.held[entry] == -(-longest // cache.spec.block_size), "pages that no layer reaches, or too few"
+        assert not tables[entry, sequences.held[entry] :].any(), "a page behind the last one"
         shared = [block for block, page in enumerate(held[tenant, sequence_id]) if holders[page] > 1]
-        assert all(block < sequences.forked[slot] for block in shared)
-    free_slots = sequences._free
-    assert sorted([*free_slots, *sequences.open_columns().tolist()]) == list(range(len(sequences.held)))
+        assert all(block < sequences.forked[entry] for block in shared)
+    free_entries = sequences._free
+    assert sorted([*free_entries, *sequences.open_entries().tolist()]) == list(range(len(sequences.held)))
     assert len(sequences) == len(held)
     assert not sequences.reading.any() and not sequences.reading_sequence.any(), "a prefill that does not end"
     assert pool.free_pages[0] == len(free)
     for column in (sequences.lengths.T, sequences.revisions.T, sequences.held, sequences.forked, tables):
-        assert not column[free_slots].any(), "a free slot that remembers"
+        assert not column[free_entries].any(), "a free entry that remembers"
 
 
-def first_blocks(tables: PageTables, slots: NDArray[np.intp], width: int) -> NDArray[np.int32]:
-    """The first `width` cells of slots `[N]`, 0 behind what is a slot's own: `[N, width]`."""
+def first_blocks(tables: PageTables, entries: NDArray[np.intp], width: int) -> NDArray[np.int32]:
+    """The first `width` cells of entries `[N]`, 0 behind what is an entry's own: `[N, width]`."""
     blocks = np.arange(width)
-    inside = blocks < tables._num_rows[slots, None] * TABLE_ROW
-    return tables.cells[np.where(inside, tables.first_rows[slots, None] * TABLE_ROW + blocks, 0)]
+    inside = blocks < tables._num_rows[entries, None] * TABLE_ROW
+    return tables.cells[np.where(inside, tables.first_rows[entries, None] * TABLE_ROW + blocks, 0)]
 
 
 def check_tables(tables: PageTables, held: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -148,15 +148,15 @@ class Made(NamedTuple):
     @property
     def pool(self) -> dict[str, list[Any]]:
         """Values by kind."""
-        books = list(self.bare.cache.columns[1:])
+        columns = list(self.bare.cache.sequence_columns[1:])
         return KINDS | {
-            "NDArray": KINDS["NDArray"] + 3 * books,
+            "NDArray": KINDS["NDArray"] + 3 * columns,
             "memoryview": [self.engine.segment.memory, bytearray(64)],
             "object": KINDS["object"] + segments(self.engine) + [7, [7, 8], KEYS, QUERIES, "ascending", "score", "raw"],
             "dict": [*KINDS["dict"], Sequences(2), {7: array("q", [1]), 8: array("q", [5] * 8)}],
             "RingConnection": [self.connection],
             "ServerLink": [*self.bare.lines, self.line],
-            "SequenceIndex": [self.bare.cache.columns.sequences],
+            "SequenceIndex": [self.bare.cache.sequence_columns.sequences],
         }
 
 

@@ -224,6 +224,16 @@ def values(random: np.random.Generator, *shape: int) -> NDArray[np.float32]:
     return random.integers(-4, 5, shape).astype(np.float32)
 
 
+def keys_of(random: np.random.Generator, length: int) -> NDArray[np.float32]:
+    """Random keys `[T, D]`."""
+    return values(random, length, SPEC.head_dim)
+
+
+def queries_of(random: np.random.Generator, length: int, heads: int = SPEC.num_index_heads) -> NDArray[np.float32]:
+    """Random queries `[T, heads, D]`."""
+    return values(random, length, heads, SPEC.head_dim)
+
+
 def tensor(values: NDArray[np.float32], dtype: FloatDtype = "bf16") -> TensorData:
     """Values as they come over the wire."""
     return TensorData(dtype, values.astype(NUMPY_DTYPES[dtype]).tobytes())

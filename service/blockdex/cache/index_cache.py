@@ -26,7 +26,7 @@ from blockdex.contract.messages import CacheOverview, CacheUsage
 from blockdex_kernels import IndexSpec
 
 
-class Columns(NamedTuple):
+class SequenceColumns(NamedTuple):
     """What the core shares of S sequences in L layers: see `Sequences`, `PageTables` and `PagePool`."""
 
     sequences: SequenceIndex
@@ -90,15 +90,15 @@ class IndexCache:
         """
         sequences, now = self._sequences, self._clock()
         for sequence_id in leases:
-            column = sequences.find(tenant, sequence_id)
-            if column is not None and (sequences.lengths[:, column].any() or sequences.revisions[:, column].any()):
+            entry = sequences.find(tenant, sequence_id)
+            if entry is not None and (sequences.lengths[:, entry].any() or sequences.revisions[:, entry].any()):
                 raise _exists(sequence_id)
         for sequence_id, seconds in leases.items():
-            lease, column = seconds or self._default_lease_seconds, sequences.find(tenant, sequence_id)
-            if column is None:
+            lease, entry = seconds or self._default_lease_seconds, sequences.find(tenant, sequence_id)
+            if entry is None:
                 self._add(tenant, sequence_id, lease, now)
             else:
-                sequences.leases[column], sequences.last_calls[column] = lease, now
+                sequences.leases[entry], sequences.last_calls[entry] = lease, now
 
     def get_sequence(self, tenant: str, sequence_id: int) -> Sequence:
         """Lengths and revisions.
@@ -106,9 +106,9 @@ class IndexCache:
         Raises:
             NotFoundError: UNKNOWN_SEQUENCE.
         """
-        column = self._column(tenant, sequence_id)
-        self._sequences.last_calls[column] = self._clock()
-        return self._sequences.state(column)
+        entry = self._entry(tenant, sequence_id)
+        self._sequences.last_calls[entry] = self._clock()
+        return self._sequences.state(entry)
 
     def fork_sequence(self, tenant: str, parent_id: int, child_id: int, length: int) -> tuple[Sequence, list[PageCopy]]:
         """Opens `child_id` with the first `length` tokens of each of its parent's layers, or as many as there are.
@@ -124,7 +124,7 @@ class IndexCache:
             ResourceExhaustedError: OUT_OF_PAGES.
         """
         sequences, pool, block_size = self._sequences, self._pool, self.spec.block_size
-        parent = self._column(tenant, parent_id)
+        parent = self._entry(tenant, parent_id)
         self._check_absent(tenant, child_id)
         lengths = np.minimum(sequences.lengths[:, parent], length)
         pages = sequences.pages(parent)[: self._blocks(lengths).max()]
@@ -150,25 +150,25 @@ class IndexCache:
         Raises:
             NotFoundError: UNKNOWN_SEQUENCE.
         """
-        column = self._column(tenant, sequence_id)
-        lengths = np.minimum(self._sequences.lengths[:, column], length)
-        self._sequences.lengths[:, column] = lengths
-        self._resize(column, int(self._blocks(lengths).max()))
-        self._sequences.last_calls[column] = self._clock()
-        return self._sequences.state(column)
+        entry = self._entry(tenant, sequence_id)
+        lengths = np.minimum(self._sequences.lengths[:, entry], length)
+        self._sequences.lengths[:, entry] = lengths
+        self._resize(entry, int(self._blocks(lengths).max()))
+        self._sequences.last_calls[entry] = self._clock()
+        return self._sequences.state(entry)
 
     def close_sequences(self, tenant: str, sequence_ids: Iterable[int]) -> None:
         """Gives up sequences; one that is not open is fine."""
         for sequence_id in sequence_ids:
-            column = self._sequences.find(tenant, sequence_id)
-            if column is not None:
-                self._remove(column)
+            entry = self._sequences.find(tenant, sequence_id)
+            if entry is not None:
+                self._remove(entry)
 
     def allocate_pages(
         self,
         subject: str,
         named: NDArray[np.intp],
-        columns: NDArray[np.intp],
+        entries: NDArray[np.intp],
         starts: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> list[PageCopy]:
@@ -177,7 +177,7 @@ class IndexCache:
         Args:
             subject: how a message begins.
             named: the sequences that are not to be evicted for that.
-            columns: those that are to be written, `[N]`.
+            entries: those that are to be written, `[N]`.
             starts: first position of each that is to be written, `[N]`.
             ends: position behind the last.
 
@@ -188,46 +188,46 @@ class IndexCache:
             ResourceExhaustedError: OUT_OF_PAGES; nothing has changed.
         """
         sequences, now = self._sequences, self._clock()
-        more = np.maximum(self._blocks(ends) - sequences.held[columns], 0)
-        shared = self._shared_writes(columns, starts, ends)
+        more = np.maximum(self._blocks(ends) - sequences.held[entries], 0)
+        shared = self._shared_writes(entries, starts, ends)
         writes = int(more.sum()) + len(shared)
         if writes > self._pool.free:
             readers = self._pool.holders.copy()
             np.subtract.at(readers, sequences.tables.get(*shared.T), 1)
             self._evict(self._find_room(subject, named, readers, writes))
-        for column, count in zip(columns[more > 0].tolist(), more[more > 0].tolist(), strict=True):
-            sequences.set_pages(column, int(sequences.held[column]), self._pool.allocate(count))
+        for entry, count in zip(entries[more > 0].tolist(), more[more > 0].tolist(), strict=True):
+            sequences.set_pages(entry, int(sequences.held[entry]), self._pool.allocate(count))
         sequences.last_calls[named] = now  # so that nothing takes the pages before they are written
         return self._unshare(shared)
 
-    def moves_readers(self, columns: NDArray[np.intp], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:
+    def moves_readers(self, entries: NDArray[np.intp], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> bool:
         """Whether writing those positions moves one of the sequences off a page while a prefill reads it.
 
         Whoever else holds such a page may write it then, or give it away.
         """
-        read = self._sequences.reading_sequence[columns] > 0
-        return bool(read.any()) and len(self._shared_writes(columns[read], starts[read], ends[read])) > 0
+        read = self._sequences.reading_sequence[entries] > 0
+        return bool(read.any()) and len(self._shared_writes(entries[read], starts[read], ends[read])) > 0
 
-    def trim(self, column: int) -> None:
+    def trim(self, entry: int) -> None:
         """Gives back the pages that no layer of a sequence reaches any more."""
-        self._resize(column, int(self._blocks(self._sequences.lengths[:, column]).max()))
+        self._resize(entry, int(self._blocks(self._sequences.lengths[:, entry]).max()))
 
-    def begin_reading(self, layer: int, column: int) -> None:
+    def begin_reading(self, layer: int, entry: int) -> None:
         """A prefill reads a layer from now on: nothing is appended to it, and its sequence stays."""
-        self._sequences.reading[layer, column] += 1
-        self._sequences.reading_sequence[column] += 1
+        self._sequences.reading[layer, entry] += 1
+        self._sequences.reading_sequence[entry] += 1
 
-    def end_reading(self, layer: int, column: int) -> None:
+    def end_reading(self, layer: int, entry: int) -> None:
         """It is done, as if it had been called just now."""
-        self._sequences.reading[layer, column] -= 1
-        self._sequences.reading_sequence[column] -= 1
-        self._sequences.last_calls[column] = self._clock()
+        self._sequences.reading[layer, entry] -= 1
+        self._sequences.reading_sequence[entry] -= 1
+        self._sequences.last_calls[entry] = self._clock()
 
     @property
-    def columns(self) -> Columns:
+    def sequence_columns(self) -> SequenceColumns:
         """What the core shares, as of now; arrays are replaced by longer ones as they grow."""
         sequences, pool = self._sequences, self._pool
-        return Columns(
+        return SequenceColumns(
             sequences.index,
             sequences.lengths,
             sequences.revisions,
@@ -253,7 +253,7 @@ class IndexCache:
 
     @property
     def first_rows(self) -> NDArray[np.int32]:
-        """int32 `[S]`: row of the cells in which the page table of each column begins, as of now."""
+        """int32 `[S]`: row of the cells in which the page table of each entry begins, as of now."""
         return self._sequences.tables.first_rows
 
     def take_evicted(self) -> dict[str, list[int]]:
@@ -284,24 +284,24 @@ class IndexCache:
     def _blocks(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         return -(-lengths // self.spec.block_size)
 
-    def _column(self, tenant: str, sequence_id: int) -> int:
-        column = self._sequences.find(tenant, sequence_id)
-        if column is None:
+    def _entry(self, tenant: str, sequence_id: int) -> int:
+        entry = self._sequences.find(tenant, sequence_id)
+        if entry is None:
             raise _unknown(sequence_id)
-        return column
+        return entry
 
     def _check_absent(self, tenant: str, sequence_id: int) -> None:
         if self._sequences.find(tenant, sequence_id) is not None:
             raise _exists(sequence_id)
 
     def _shared_writes(
-        self, columns: NDArray[np.intp], starts: NDArray[np.int64], ends: NDArray[np.int64]
+        self, entries: NDArray[np.intp], starts: NDArray[np.int64], ends: NDArray[np.int64]
     ) -> NDArray[np.intp]:
-        """Column and block `[M, 2]` of the pages that writing `starts` to `ends` touches and that others hold too."""
+        """Entry and block `[M, 2]` of the pages that writing `starts` to `ends` touches and that others hold too."""
         first = starts // self.spec.block_size
-        counts = np.maximum(np.minimum(self._blocks(ends), self._sequences.held[columns]) - first, 0)
+        counts = np.maximum(np.minimum(self._blocks(ends), self._sequences.held[entries]) - first, 0)
         blocks = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - first, counts)
-        writers = np.repeat(columns, counts)
+        writers = np.repeat(entries, counts)
         shared = self._pool.holders[self._sequences.tables.get(writers, blocks)] > 1
         return np.stack((writers[shared], blocks[shared]), axis=1)
 
@@ -310,7 +310,7 @@ class IndexCache:
 
         Args:
             subject: how the message begins.
-            named: columns that the request names; they stay.
+            named: entries that the request names; they stay.
             readers: int32 `[num_pages]`, holders of each page that do not write it; counted down.
             writes: pages that are written, once for every writer, new ones included.
         """
@@ -332,60 +332,60 @@ class IndexCache:
         return victims
 
     def _evict(self, victims: list[int]) -> None:
-        for column in victims:
-            self._give_up(column)
+        for entry in victims:
+            self._give_up(entry)
         self._evictions += len(victims)
 
-    def _give_up(self, column: int) -> None:
+    def _give_up(self, entry: int) -> None:
         """Removes a sequence that nobody has closed, whose tenant is to hear of it."""
         sequences = self._sequences
-        tenant = sequences.index.tenant(int(sequences.tenants[column]))
-        self._evicted.setdefault(tenant, []).append(int(sequences.ids[column]))
-        self._remove(column)
+        tenant = sequences.index.tenant(int(sequences.tenants[entry]))
+        self._evicted.setdefault(tenant, []).append(int(sequences.ids[entry]))
+        self._remove(entry)
 
     def _add(self, tenant: str, sequence_id: int, lease: float, now: float) -> int:
-        """Opens an empty sequence, and answers its column."""
+        """Opens an empty sequence, and answers its entry."""
         if len(self._sequences) >= MANY_SEQUENCES:
             self._give_up_empty(now)
         return self._sequences.add(tenant, sequence_id, lease, now)
 
     def _give_up_empty(self, now: float) -> None:
-        """Gives up those of the next few columns that are empty and past their lease.
+        """Gives up those of the next few entries that are empty and past their lease.
 
-        Nothing else would, since eviction is after pages, and they hold none. More than one column is looked at for
+        Nothing else would, since eviction is after pages, and they hold none. More than one entry is looked at for
         each that is opened, so they are ever fewer; and only a few are, so that opening takes the same time however
         many.
         """
         sequences = self._sequences
-        columns = (self._next_looked_at + np.arange(_LOOKED_AT)) % len(sequences.held)
-        self._next_looked_at = int(columns[-1]) + 1
-        empty = are_idle(sequences, columns, self._kept_since, now) & (sequences.held[columns] == 0)
-        for column in columns[empty].tolist():
-            if sequences.is_open(column):
-                self._give_up(column)
+        entries = (self._next_looked_at + np.arange(_LOOKED_AT)) % len(sequences.held)
+        self._next_looked_at = int(entries[-1]) + 1
+        empty = are_idle(sequences, entries, self._kept_since, now) & (sequences.held[entries] == 0)
+        for entry in entries[empty].tolist():
+            if sequences.is_open(entry):
+                self._give_up(entry)
 
-    def _remove(self, column: int) -> None:
-        self._pool.release(self._sequences.pages(column))
-        self._sequences.remove(column)
+    def _remove(self, entry: int) -> None:
+        self._pool.release(self._sequences.pages(entry))
+        self._sequences.remove(entry)
 
-    def _resize(self, column: int, held: int) -> None:
+    def _resize(self, entry: int, held: int) -> None:
         """Gives pages back from block `held` on, or takes fresh ones up to it."""
-        pages = self._sequences.pages(column)
+        pages = self._sequences.pages(entry)
         self._pool.release(pages[held:])
-        self._sequences.set_pages(column, min(held, len(pages)), self._pool.allocate(max(held - len(pages), 0)))
+        self._sequences.set_pages(entry, min(held, len(pages)), self._pool.allocate(max(held - len(pages), 0)))
 
     def _unshare(self, writes: NDArray[np.intp]) -> list[PageCopy]:
-        """Gives each column and block `[M, 2]` a page of its own, where others still hold the one it has."""
+        """Gives each entry and block `[M, 2]` a page of its own, where others still hold the one it has."""
         tables, pool = self._sequences.tables, self._pool
         copies: list[PageCopy] = []
         for write in writes:
-            column, block = write[:1], write[1:]
-            shared = tables.get(column, block)
+            entry, block = write[:1], write[1:]
+            shared = tables.get(entry, block)
             if pool.holders[shared] > 1:
                 fresh = pool.allocate(1)
                 copies.append(PageCopy(int(shared[0]), int(fresh[0])))
                 pool.release(shared)
-                tables.set(column, block, fresh)
+                tables.set(entry, block, fresh)
         return copies
 
 

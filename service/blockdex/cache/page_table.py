@@ -12,37 +12,37 @@ _FIRST_ROWS = 64
 
 
 class PageTables:
-    """A page for each block of each of S columns, all in one array that a device can have a copy of.
+    """A page for each block of each of S entries, all in one array that a device can have a copy of.
 
-    A column's table is one extent of 2**n rows of 64 blocks, so a long sequence takes room for itself, not for as many
-    blocks in every column; one that outgrows its extent moves into one of twice the size. Row 0 belongs to nobody and
+    An entry's table is one extent of 2**n rows of 64 blocks, so a long sequence takes room for itself, not for as many
+    blocks in every entry; one that outgrows its extent moves into one of twice the size. Row 0 belongs to nobody and
     stays empty.
 
     Attributes:
         cells: int32 `[rows * 64]`, pages, 0 where there is none. Replaced by a longer one as needed.
-        first_rows: int32 `[S]`, the row in which a column's table begins, 0 where it has none.
+        first_rows: int32 `[S]`, the row in which an entry's table begins, 0 where it has none.
     """
 
-    def __init__(self, num_columns: int) -> None:
+    def __init__(self, num_entries: int) -> None:
         self.cells: NDArray[np.int32] = np.zeros(_FIRST_ROWS * ROW, np.int32)
-        self.first_rows: NDArray[np.int32] = np.zeros(num_columns, np.int32)
-        self._num_rows: NDArray[np.int32] = np.zeros(num_columns, np.int32)
+        self.first_rows: NDArray[np.int32] = np.zeros(num_entries, np.int32)
+        self._num_rows: NDArray[np.int32] = np.zeros(num_entries, np.int32)
         self._free: dict[int, list[int]] = {}
         self._unused_row = 1
         self._changes: list[NDArray[np.intp]] = []
 
-    def get(self, columns: NDArray[np.intp] | int, blocks: NDArray[np.intp]) -> NDArray[np.int32]:
-        """The pages of blocks `[M]` of columns, one or `[M]`: a copy."""
-        return self.cells[self._places(columns, blocks)]
+    def get(self, entries: NDArray[np.intp] | int, blocks: NDArray[np.intp]) -> NDArray[np.int32]:
+        """The pages of blocks `[M]` of entries, one or `[M]`: a copy."""
+        return self.cells[self._places(entries, blocks)]
 
-    def glimpse(self, columns: NDArray[np.intp], blocks: NDArray[np.intp]) -> NDArray[np.int32]:
-        """As `get`, for who looks on from another thread: of columns that have changed hands it is any pages."""
-        places = self._places(columns, blocks)  # before the cells, which grow first
+    def glimpse(self, entries: NDArray[np.intp], blocks: NDArray[np.intp]) -> NDArray[np.int32]:
+        """As `get`, for who looks on from another thread: of entries that have changed hands it is any pages."""
+        places = self._places(entries, blocks)  # before the cells, which grow first
         return self.cells.take(places, mode="clip")
 
-    def set(self, columns: NDArray[np.intp] | int, blocks: NDArray[np.intp], pages: NDArray[np.int32] | int) -> None:
-        """Enters pages for blocks `[M]` of columns, one or `[M]`, for which there is room."""
-        places = self._places(columns, blocks)
+    def set(self, entries: NDArray[np.intp] | int, blocks: NDArray[np.intp], pages: NDArray[np.int32] | int) -> None:
+        """Enters pages for blocks `[M]` of entries, one or `[M]`, for which there is room."""
+        places = self._places(entries, blocks)
         self.cells[places] = pages
         self._changes.append(places)
 
@@ -51,9 +51,9 @@ class PageTables:
         changes, self._changes = self._changes, []
         return np.concatenate(changes) if changes else _NO_CELLS
 
-    def resize(self, column: int, before: int, after: int) -> None:
-        """Makes room for `after` blocks in a column that has room for `before`; what lay behind is forgotten."""
-        first, num_rows = int(self.first_rows[column]), int(self._num_rows[column])
+    def resize(self, entry: int, before: int, after: int) -> None:
+        """Makes room for `after` blocks in an entry that has room for `before`; what lay behind is forgotten."""
+        first, num_rows = int(self.first_rows[entry]), int(self._num_rows[entry])
         self.cells[first * ROW + after : first * ROW + before] = 0
         needed = 1 << (-(-after // ROW) - 1).bit_length() if after else 0
         if needed <= num_rows and after:
@@ -63,18 +63,18 @@ class PageTables:
         cells = self.cells
         cells[moved * ROW : moved * ROW + kept] = cells[first * ROW : first * ROW + kept]
         cells[first * ROW : first * ROW + before] = 0
-        self.first_rows[column], self._num_rows[column] = moved, needed
+        self.first_rows[entry], self._num_rows[entry] = moved, needed
         self._changes.append(np.arange(moved * ROW, moved * ROW + kept))
         if num_rows:
             self._free.setdefault(num_rows, []).append(first)
 
-    def double_columns(self) -> None:
-        """Makes room for as many columns more."""
+    def double_entries(self) -> None:
+        """Makes room for as many entries more."""
         more = (0, len(self.first_rows))
         self.first_rows, self._num_rows = np.pad(self.first_rows, more), np.pad(self._num_rows, more)
 
-    def _places(self, columns: NDArray[np.intp] | int, blocks: NDArray[np.intp]) -> NDArray[np.intp]:
-        places: NDArray[np.intp] = self.first_rows[columns] * np.intp(ROW) + blocks
+    def _places(self, entries: NDArray[np.intp] | int, blocks: NDArray[np.intp]) -> NDArray[np.intp]:
+        places: NDArray[np.intp] = self.first_rows[entries] * np.intp(ROW) + blocks
         return places
 
     def _take(self, num_rows: int) -> int:

@@ -7,8 +7,6 @@ import mmap
 import os
 from dataclasses import dataclass
 
-import numpy as np
-
 from blockdex.ring.layout import (
     ALIGNMENT,
     HEADER_BYTES,
@@ -47,7 +45,7 @@ class Segment:
     Attributes:
         fd: the file.
         memory: all its bytes.
-        words: the same as little-endian uint64 `[segment_bytes / 8]`.
+        counters: the same as uint64, one by one.
         flags: the same as uint32, one by one.
     """
 
@@ -64,7 +62,6 @@ class Segment:
         self.memory = memoryview(mmap.mmap(fd, size))
         self.counters = self.memory.cast("Q")
         self.flags = self.memory.cast("I")
-        self.words = np.frombuffer(self.memory, dtype="<u8")
         self._read_header(size)
 
     def _read_header(self, size: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blockdex._native import STEPS, Core
-from blockdex.cache import Columns, IndexCache
+from blockdex.cache import IndexCache, SequenceColumns
 from blockdex.contract.messages import KERNEL_PHASES, PHASES, STAGES, Limits
 from blockdex.contract.stats import SECONDS_BUCKETS, SIZE_BUCKETS, Histogram, Stats
 from blockdex.executor.interface import Executor, Replays
@@ -59,17 +59,17 @@ class Shared:
         self._core = core
         self._executor = executor
         self._cache = cache
-        self._columns: Columns | None = None
+        self._columns: SequenceColumns | None = None
         self._replays: Replays | None = None
         core.set_epoch(cache.epoch)
         self.update()
 
     def update(self) -> None:
         """Hands the core what has been replaced."""
-        columns, replays = self._cache.columns, self._executor.replays
+        columns, replays = self._cache.sequence_columns, self._executor.replays
         if self._columns is None or any(new is not old for new, old in zip(columns, self._columns, strict=True)):
             self._columns = columns
-            self._core.set_columns(*columns)
+            self._core.set_sequence_columns(*columns)
         if replays is not None and replays is not self._replays:
             self._replays = replays
             steps = [(*step[:-1], *step.programs) for step in replays.steps]

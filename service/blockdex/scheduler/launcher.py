@@ -1,4 +1,4 @@
-"""What the core does not run itself: bulk requests, short spans at once and long ones in slices, and their answers."""
+"""What the core does not run itself: large requests, short spans at once and long ones in slices, and their answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blockdex.contract.stats import Stats
 from blockdex.executor.interface import Bytes, Executor, Packed, Pending, Step
 from blockdex.logs import log_event
 from blockdex.ring import layout
-from blockdex.scheduler.bulk import ALL_TOKENS, Bulk, Chosen, Reading, Rows, readings
+from blockdex.scheduler.large_request import ALL_TOKENS, Chosen, LargeRequest, Reading, Rows, readings
 from blockdex.scheduler.prefill import Prefill, Prefills
 from blockdex.scheduler.sequences import refuse
 
@@ -51,11 +51,11 @@ class InFlight:
     prefill: Prefill | None = None
     products: float = 0.0
     steps_before: int = 0
-    appended: Sequence[Bulk] = ()
+    appended: Sequence[LargeRequest] = ()
 
 
 class Launcher:
-    """Runs bulk requests and slices of prefills, without waiting for them, and answers them.
+    """Runs large requests and slices of prefills, without waiting for them, and answers them.
 
     Args:
         core: has their requests, and is told their answers.
@@ -111,8 +111,8 @@ class Launcher:
         """Whether any prefill is not done."""
         return bool(self._reading)
 
-    def begin(self, requests: Sequence[Bulk]) -> None:
-        """Begins what bulk requests ask of the device: all appends, then all selections."""
+    def begin(self, requests: Sequence[LargeRequest]) -> None:
+        """Begins what large requests ask of the device: all appends, then all selections."""
         self._append([request for request in requests if request.keys is not None and request.rows.applies.any()])
         self._select(readings((request for request in requests if request.queries is not None), self._spec))
         for request in requests:
@@ -133,7 +133,7 @@ class Launcher:
         if prefill.remaining:
             # Behind the others: a short prefill does not wait for a long one to end.
             self.prefills.add(prefill)
-        row = (prefill.layer, part.start, part.length, self._cache.first_rows[prefill.column], 0)
+        row = (prefill.layer, part.start, part.length, self._cache.first_rows[prefill.entry], 0)
         columns = np.array([row], np.int32).T.copy()
         queries = reading.packed([reading.queries(part.tokens)])
         targets = reading.targets(part.tokens)
@@ -164,9 +164,9 @@ class Launcher:
             if not reading.callers:
                 self._stop_reading([reading])
 
-    def _append(self, requests: Sequence[Bulk]) -> None:
+    def _append(self, requests: Sequence[LargeRequest]) -> None:
         """Writes the keys of every request, one step for all that came in the same dtype."""
-        by_dtype: dict[torch.dtype, list[tuple[Bytes, Bulk, Rows]]] = {}
+        by_dtype: dict[torch.dtype, list[tuple[Bytes, LargeRequest, Rows]]] = {}
         self._note(requests, "append")
         for request in requests:
             rows, keys = request.rows, request.keys
@@ -201,7 +201,7 @@ class Launcher:
             self._decode(group)
 
     def _add_prefill(self, prefill: Prefill) -> None:
-        self._cache.begin_reading(prefill.layer, prefill.column)
+        self._cache.begin_reading(prefill.layer, prefill.entry)
         self._reading.append(prefill)
         self.prefills.add(prefill)
 
@@ -224,7 +224,7 @@ class Launcher:
         """int32 `[5, R]`: see `Step.columns`."""
         first_rows = self._cache.first_rows
         made = [
-            np.stack([np.full(len(rows.ids), layer), rows.starts, rows.lengths, first_rows[rows.columns]])
+            np.stack([np.full(len(rows.ids), layer), rows.starts, rows.lengths, first_rows[rows.entries]])
             for layer, rows in parts
         ]
         columns = np.zeros((5, sum(part.shape[1] for part in made)), np.int32)
@@ -232,7 +232,7 @@ class Launcher:
         return columns
 
     def _begin(
-        self, step: Step, phase: Phase, parts: list[tuple[Reading, int, Chosen]], appended: Sequence[Bulk] = ()
+        self, step: Step, phase: Phase, parts: list[tuple[Reading, int, Chosen]], appended: Sequence[LargeRequest] = ()
     ) -> None:
         while len(self._in_flight) >= self._executor.max_pending:
             if self._in_flight[0].pending.done():
@@ -250,7 +250,7 @@ class Launcher:
         if not self.in_flight:
             self._busy_since = self._core.time_beside
 
-    def _note(self, requests: Sequence[Bulk], phase: Phase) -> None:
+    def _note(self, requests: Sequence[LargeRequest], phase: Phase) -> None:
         # The last one names it: what a request appends comes first, then its short spans, then its long ones.
         for request in requests:
             self._core.begin(request.number, PHASES.index(phase) + 1)
@@ -273,7 +273,7 @@ class Launcher:
         if not self.in_flight:
             self._stats.device_busy_seconds += self._core.time_beside - self._busy_since
 
-    def _answer_append(self, request: Bulk) -> None:
+    def _answer_append(self, request: LargeRequest) -> None:
         self._core.answer(request.number, 0, 0, 0, 0, 0, None, None)
 
     def _answer(self, reading: Reading) -> None:
@@ -291,7 +291,7 @@ class Launcher:
         """What prefills have read to the end may be written again."""
         for prefill in self._reading:
             if prefill.is_done:
-                self._cache.end_reading(prefill.layer, prefill.column)
+                self._cache.end_reading(prefill.layer, prefill.entry)
                 self._core.try_again()
         self._reading = [prefill for prefill in self._reading if not prefill.is_done]
 
@@ -335,7 +335,7 @@ class Launcher:
         self._stop_reading(given_up)
 
 
-def _is_read_late(request: Bulk) -> bool:
+def _is_read_late(request: LargeRequest) -> bool:
     """Whether the device reads its keys from a region, after they were asked for."""
     return request.keys is not None and isinstance(request.keys.data, torch.Tensor) and bool(request.rows.applies.any())
 

@@ -19,8 +19,8 @@ from blockdex.ring.events import NewEpoch, evictions
 from blockdex.ring.regions import Offer, Region
 from blockdex.ring.server import RingInbox
 from blockdex.scheduler import THREAD
-from blockdex.scheduler.bulk import Bulk
 from blockdex.scheduler.core import Shared, add_counts, make_core
+from blockdex.scheduler.large_request import LargeRequest
 from blockdex.scheduler.launcher import Launcher
 from blockdex.scheduler.regions import open_region
 from blockdex.scheduler.sequences import SequenceKeeper
@@ -213,20 +213,20 @@ class Engine:
     def _decide(self) -> None:
         """Runs what fits no step, then does what the core left: it has begun its own step before."""
         self._cache.begin_batch(self._core.looked)
-        bulk: list[Bulk] = []
+        large: list[LargeRequest] = []
         others: list[tuple[Any, ...]] = []
         while (item := self._core.take()) is not None:
-            if item[1] == "bulk":
-                bulk.append(Bulk.of(item))
+            if item[1] == "large":
+                large.append(LargeRequest.of(item))
             else:
                 others.append(item)
         # Those that get pages are counted with their step.
-        begun = len(bulk) + sum(kind != "pages" for _, kind, *_ in others)
+        begun = len(large) + sum(kind != "pages" for _, kind, *_ in others)
         if begun:
             self._stats.batches += 1
             self._stats.batch_requests.observe(begun)
-        if bulk:
-            self._launcher.begin(bulk)
+        if large:
+            self._launcher.begin(large)
         self._sequences.trim()
         copies = self._sequences.handle(others)
         self._take_over(copies)

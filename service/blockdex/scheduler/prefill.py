@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from blockdex.scheduler.bulk import Reading
+from blockdex.scheduler.large_request import Reading
 
 
 class Slice(NamedTuple):
@@ -24,7 +24,7 @@ class Prefill:
     Attributes:
         reading: where it is from.
         layer: what it reads.
-        column: whose.
+        entry: whose.
         slices: that are on their way.
         given_up: whether nobody waits for the rest of it.
     """
@@ -32,7 +32,7 @@ class Prefill:
     def __init__(self, reading: Reading, row: int) -> None:
         rows = reading.first.rows
         self.reading = reading
-        self.layer, self.column = reading.first.layer, int(rows.columns[row])
+        self.layer, self.entry = reading.first.layer, int(rows.entries[row])
         self.slices = 0
         self.given_up = False
         self._start, self._length = int(rows.starts[row]), int(rows.lengths[row])

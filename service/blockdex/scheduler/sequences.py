@@ -11,7 +11,7 @@ from blockdex._native import Core
 from blockdex.cache import IndexCache, PageCopy, Sequence
 from blockdex.contract.errors import BlockdexError
 from blockdex.ring import layout
-from blockdex.scheduler.bulk import Rows
+from blockdex.scheduler.large_request import Rows
 
 
 class SequenceKeeper:
@@ -39,18 +39,18 @@ class SequenceKeeper:
 
     def trim(self) -> None:
         """Gives back the pages of what was cut."""
-        for column in np.frombuffer(self._core.take_cut(), np.uint32).tolist():
-            self._cache.trim(column)
+        for entry in np.frombuffer(self._core.take_cut(), np.uint32).tolist():
+            self._cache.trim(entry)
 
     def _grant(self, number: int, layer: int, parts: tuple[bytes, ...]) -> list[PageCopy]:
         all_rows = Rows.of(parts)
         rows = all_rows.subset(all_rows.applies)
-        columns, ends = rows.columns.astype(np.intp), rows.starts + rows.lengths
-        if self._cache.moves_readers(columns, rows.starts, ends):
+        entries, ends = rows.entries.astype(np.intp), rows.starts + rows.lengths
+        if self._cache.moves_readers(entries, rows.starts, ends):
             return []  # The core asks again when the prefill is done.
         subject = f"sequence {all_rows.ids[0]}" if len(all_rows.ids) == 1 else f"{len(all_rows.ids)} sequences"
-        named = all_rows.columns.astype(np.intp)
-        copies = self._cache.allocate_pages(f"{subject}, layer {layer}: append", named, columns, rows.starts, ends)
+        named = all_rows.entries.astype(np.intp)
+        copies = self._cache.allocate_pages(f"{subject}, layer {layer}: append", named, entries, rows.starts, ends)
         self._core.grant(number)
         return copies
 

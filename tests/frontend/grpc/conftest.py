@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 from support.serving import SMALL, Serving, serve
@@ -16,12 +15,6 @@ TIGHT = (
     *("--max-queued-requests", "6", "--max-stream-requests", "4"),
 )
 """Flags of a server that soon has enough: 4 pages, 64 KiB a message, 8 spans, 6 requests queued, 4 a stream."""
-
-
-@pytest.fixture
-def random() -> np.random.Generator:
-    """Numbers that are the same in every run."""
-    return np.random.default_rng(15)
 
 
 @pytest.fixture(scope="session", params=["single", "split"])

@@ -18,13 +18,13 @@ enum { ABORTED = 10, OUT_OF_RANGE = 11, UNAVAILABLE = 14 };
  * decision. */
 enum verdict { TAKEN, ENDED, HELD_BACK, WAITS, NEEDS_PYTHON };
 
-static int64_t *lengths_of(const struct core *core) { return core->columns.lengths.buf; }
-static uint64_t *revisions_of(const struct core *core) { return core->columns.revisions.buf; }
-static int32_t *reading_of(const struct core *core) { return core->columns.reading.buf; }
+static int64_t *lengths_of(const struct core *core) { return core->sequences.lengths.buf; }
+static uint64_t *revisions_of(const struct core *core) { return core->sequences.revisions.buf; }
+static int32_t *reading_of(const struct core *core) { return core->sequences.reading.buf; }
 
 static size_t cell_of(const struct core *core, const struct request *request, uint32_t row) {
-    assert(request->columns[row] < core->columns.count);
-    return (size_t)request->slot.layer * core->columns.count + request->columns[row];
+    assert(request->entries[row] < core->sequences.count);
+    return (size_t)request->slot.layer * core->sequences.count + request->entries[row];
 }
 
 static bool appends(const struct request *request) { return request->slot.keys_dtype != 0; }
@@ -74,15 +74,15 @@ static bool check_epoch(struct core *core, struct request *request) {
                   (unsigned long long)request->slot.epoch, (unsigned long long)core->epoch);
 }
 
-static bool find_columns(struct core *core, struct request *request) {
+static bool find_entries(struct core *core, struct request *request) {
     for (uint32_t row = 0; row < request->num_rows; row++) {
-        int64_t column = sequence_index_find(core->index, request->tenant, request->ids[row]);
-        if (column < 0)
+        int64_t entry = sequence_index_find(core->index, request->tenant, request->ids[row]);
+        if (entry < 0)
             return REFUSE(NOT_FOUND, "UNKNOWN_SEQUENCE",
                           "sequence %1$llu: unknown (never opened, closed, or evicted)" META "sequence_id=%1$llu",
                           ID(row));
-        assert((size_t)column < core->columns.count);
-        request->columns[row] = (uint32_t)column;
+        assert((size_t)entry < core->sequences.count);
+        request->entries[row] = (uint32_t)entry;
     }
     return true;
 }
@@ -166,14 +166,14 @@ static enum verdict check_selection(struct core *core, struct request *request) 
 
 /* Whether all pages that a row writes are there, and its sequence's alone. */
 static bool has_pages(const struct core *core, const struct request *request, uint32_t row) {
-    const uint32_t column = request->columns[row];
-    const int64_t size = core->block_size, held = ((const int64_t *)core->columns.held.buf)[column];
-    const int64_t forked = ((const int64_t *)core->columns.forked.buf)[column];
+    const uint32_t entry = request->entries[row];
+    const int64_t size = core->block_size, held = ((const int64_t *)core->sequences.held.buf)[entry];
+    const int64_t forked = ((const int64_t *)core->sequences.forked.buf)[entry];
     const int64_t first = request->starts[row] / size;
     const int64_t stop = (request->starts[row] + request->lengths[row] + size - 1) / size;
     if (stop > held) return false;
-    const int32_t *cells = core->columns.cells.buf, *holders = core->columns.holders.buf;
-    const size_t table = (size_t)((const int32_t *)core->columns.first_rows.buf)[column] * TABLE_ROW;
+    const int32_t *cells = core->sequences.cells.buf, *holders = core->sequences.holders.buf;
+    const size_t table = (size_t)((const int32_t *)core->sequences.first_rows.buf)[entry] * TABLE_ROW;
     for (int64_t block = first; block < stop && block < forked; block++)
         if (holders[cells[table + (size_t)block]] > 1) return false;
     return true;
@@ -185,7 +185,7 @@ static bool append_conflicts(struct core *core, const struct request *request) {
         const size_t cell = cell_of(core, request, row);
         if (reading_of(core)[cell]) return true;
         if (core->appended_in[cell] != core->serial && core->read_in[cell] != core->serial &&
-            core->bulk_appended_in[cell] != core->serial)
+            core->large_appended_in[cell] != core->serial)
             continue;
         core->changed = true; /* in the next step there is nothing against it */
         return true;
@@ -207,7 +207,7 @@ static bool answers_device(const struct request *request) {
 }
 
 /* Whether no step can hold a request, however empty: then Python runs it. */
-static bool is_bulk(const struct core *core, const struct request *request) {
+static bool is_large(const struct core *core, const struct request *request) {
     if (answers_device(request)) return true;
     return request->longest > core->longest || request->num_rows > CORE_RUNS || request->tokens > CORE_TOKENS ||
            (!core->run_step && !core_replay(core, request->num_rows, request->longest, request->end));
@@ -232,7 +232,7 @@ static struct group *find_group(struct core *core, const struct request *request
             continue;
         bool same = true;
         for (uint32_t row = 0, run = group->first_run; row < spans && same; row++, run++)
-            same = to->sequences[run] == request->columns[row] && to->columns[1][run] == request->starts[row] &&
+            same = to->entries[run] == request->entries[row] && to->columns[1][run] == request->starts[row] &&
                    to->columns[2][run] == request->lengths[row];
         if (same) return group;
     }
@@ -254,13 +254,13 @@ static void add_runs(struct core *core, const struct request *request) {
     *group = (struct group){
         to->runs, request->num_rows, to->tokens, request->tokens, request->slot.layer, request->tenant, 0};
     for (uint32_t row = 0; row < request->num_rows; row++) {
-        const uint32_t run = to->runs++, column = request->columns[row];
+        const uint32_t run = to->runs++, entry = request->entries[row];
         to->columns[0][run] = (int32_t)request->slot.layer;
         to->columns[1][run] = (int32_t)request->starts[row];
         to->columns[2][run] = (int32_t)request->lengths[row];
-        to->columns[3][run] = ((const int32_t *)core->columns.first_rows.buf)[column];
+        to->columns[3][run] = ((const int32_t *)core->sequences.first_rows.buf)[entry];
         to->columns[4][run] = appends(request) && request->applies[row] ? RUN_APPENDS : 0;
-        to->sequences[run] = column;
+        to->entries[run] = entry;
     }
     to->tokens += request->tokens;
     to->longest = request->longest > to->longest ? request->longest : to->longest;
@@ -284,34 +284,34 @@ static void add_to_step(struct core *core, struct request *request, struct group
 }
 
 /* A layer that reaches fewer pages than before may have been the one that held them. */
-static void note_cut(struct core *core, uint32_t column, int64_t before, int64_t after) {
+static void note_cut(struct core *core, uint32_t entry, int64_t before, int64_t after) {
     if (!before || (after - 1) / core->block_size >= (before - 1) / core->block_size) return;
-    if (core->trimmed_in[column] == core->serial) return;
-    core->trimmed_in[column] = core->serial;
-    assert(core->num_to_trim < core->columns.count);
-    core->to_trim[core->num_to_trim++] = column;
+    if (core->trimmed_in[entry] == core->serial) return;
+    core->trimmed_in[entry] = core->serial;
+    assert(core->num_to_trim < core->sequences.count);
+    core->to_trim[core->num_to_trim++] = entry;
 }
 
 /* Enters in the cache's columns what a request appends, and who was called. */
 static void enter(struct core *core, const struct request *request, int64_t now) {
     for (uint32_t row = 0; row < request->num_rows; row++) {
         const size_t cell = cell_of(core, request, row);
-        ((double *)core->columns.last_calls.buf)[request->columns[row]] = 1e-9 * (double)now;
+        ((double *)core->sequences.last_calls.buf)[request->entries[row]] = 1e-9 * (double)now;
         if (!appends(request) || !request->applies[row]) continue;
         const int64_t end = request->starts[row] + request->lengths[row];
-        note_cut(core, request->columns[row], lengths_of(core)[cell], end);
+        note_cut(core, request->entries[row], lengths_of(core)[cell], end);
         lengths_of(core)[cell] = end;
         if (request->revisions[row]) revisions_of(core)[cell] = request->revisions[row];
         core->appended = true;
     }
 }
 
-static void stamp(struct core *core, const struct request *request, bool bulk) {
+static void stamp(struct core *core, const struct request *request, bool large) {
     for (uint32_t row = 0; row < request->num_rows; row++) {
         const size_t cell = cell_of(core, request, row);
-        if (appends(request)) (bulk ? core->bulk_appended_in : core->appended_in)[cell] = core->serial;
+        if (appends(request)) (large ? core->large_appended_in : core->appended_in)[cell] = core->serial;
         if (selects(request)) core->read_in[cell] = core->serial;
-        if (bulk || appends(request)) core->used_in[request->columns[row]] = core->serial;
+        if (large || appends(request)) core->used_in[request->entries[row]] = core->serial;
     }
 }
 
@@ -323,12 +323,12 @@ static void ask_python(struct core *core, const struct request *request) {
 /* Whether a step would run before what is to be written behind it, and so read what is not there. */
 static bool reads_too_early(struct core *core, const struct request *request) {
     for (uint32_t row = 0; row < request->num_rows; row++)
-        if (core->bulk_appended_in[cell_of(core, request, row)] == core->serial) return true;
+        if (core->large_appended_in[cell_of(core, request, row)] == core->serial) return true;
     return false;
 }
 
 static enum verdict take_tokens(struct core *core, struct request *request, int64_t now) {
-    if (!find_columns(core, request)) return ENDED;
+    if (!find_entries(core, request)) return ENDED;
     if (appends(request) && !check_append(core, request)) return ENDED;
     if (!appends(request)) {
         enum verdict verdict = check_selection(core, request);
@@ -343,16 +343,16 @@ static enum verdict take_tokens(struct core *core, struct request *request, int6
         core_answer(core, request, (struct blockdex_answer){0}, NULL, 0);
         return ENDED;
     }
-    const bool bulk = is_bulk(core, request);
-    struct group *group = bulk ? NULL : find_group(core, request);
-    if (!bulk && (reads_too_early(core, request) || !(group || fits_in_step(core, request)))) {
+    const bool large = is_large(core, request);
+    struct group *group = large ? NULL : find_group(core, request);
+    if (!large && (reads_too_early(core, request) || !(group || fits_in_step(core, request)))) {
         core->gathered.full = core->changed = true;
         return HELD_BACK;
     }
     enter(core, request, now);
-    stamp(core, request, bulk);
+    stamp(core, request, large);
     request->taken = now;
-    if (bulk)
+    if (large)
         ask_python(core, request);
     else
         add_to_step(core, request, group);
@@ -363,10 +363,10 @@ static enum verdict take_tokens(struct core *core, struct request *request, int6
 static enum verdict take_sequence(struct core *core, struct request *request) {
     if (request->slot.kind == BLOCKDEX_OPEN || request->slot.kind == BLOCKDEX_GET) return NEEDS_PYTHON;
     for (uint32_t row = 0; row < num_named(request); row++) {
-        int64_t column = sequence_index_find(core->index, request->tenant, named(request, row));
-        if (column < 0) continue;
-        if (((const int32_t *)core->columns.reading_sequence.buf)[column]) return HELD_BACK;
-        if (core->used_in[column] != core->serial) continue;
+        int64_t entry = sequence_index_find(core->index, request->tenant, named(request, row));
+        if (entry < 0) continue;
+        if (((const int32_t *)core->sequences.reading_sequence.buf)[entry]) return HELD_BACK;
+        if (core->used_in[entry] != core->serial) continue;
         core->changed = true;
         return HELD_BACK;
     }
@@ -411,7 +411,7 @@ static bool consider(struct core *core, struct request *request, int64_t now) {
     if (core_drop_if_gone(core, request, now)) return true;
     switch (judge(core, request, now)) {
         case ENDED: return true;
-        case TAKEN: move(core, request, is_bulk(core, request) ? BULK : IN_STEP); return true;
+        case TAKEN: move(core, request, is_large(core, request) ? LARGE : IN_STEP); return true;
         case WAITS: move(core, request, IS_WAITING); return true;
         case NEEDS_PYTHON:
             ask_python(core, request);

@@ -102,7 +102,7 @@ void core_refuse_slot(struct core *core, struct server_link *link, const struct 
     va_end(numbers);
     answer.ticket = slot->ticket;
     answer.phase = BLOCKDEX_SEQUENCE;
-    answer.queue_seconds = 1e-9 * (double)(now > slot->received ? now - slot->received : 0);
+    answer.queue_seconds = 1e-9 * (double)(now - slot->received);
     answer.plan_seconds = answer.device_seconds = answer.reply_seconds = -1;
     core->no_memory |= !server_link_answer(link, answer, text, bytes);
 }

@@ -20,8 +20,8 @@ enum { RUN_APPENDS = 1, RUN_SELECTS = 2, RUN_WANTS_SCORES = 4 };
 /* Cells of a row of the page tables. */
 enum { TABLE_ROW = 64 };
 
-/* What the cache knows of its sequences, by column of S, where the cache itself has it. */
-struct columns {
+/* What the cache knows of its sequences, an entry each of S, where the cache itself has it. */
+struct sequence_columns {
     Py_buffer lengths, revisions;           /* int64, uint64 [L, S] */
     Py_buffer reading;                      /* int32 [L, S]: prefills that are not done */
     Py_buffer held, forked, last_calls;     /* int64, int64, float64 [S] */
@@ -35,7 +35,7 @@ struct columns {
 enum { KEYS, QUERIES, BLOCK_IDS, SCORES, NUM_SOURCES };
 
 /* Where a request is: in one of the core's lists, or in a step, or with Python. */
-enum request_state { IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, BULK };
+enum request_state { IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, LARGE };
 
 /* A request that was read off its ring; while it is on its way, its link is not given up. Its tensors stay in its
  * client's memory, which can be written to at any time; all else was copied once. */
@@ -53,7 +53,7 @@ struct request {
     struct region *regions[NUM_SOURCES]; /* where it lies; NULL: in an arena */
     uint64_t *ids, *revisions;
     int64_t *starts, *lengths;
-    uint32_t *columns;
+    uint32_t *entries;
     uint8_t *applies; /* 0 for a row that was appended before */
     uint64_t words[];
 };
@@ -87,7 +87,7 @@ struct gathered {
     int64_t end;
     bool full; /* something did not fit */
     int32_t columns[CORE_COLUMNS][CORE_RUNS];
-    uint32_t sequences[CORE_RUNS];
+    uint32_t entries[CORE_RUNS];
     struct asked asked[CORE_ASKED];
     struct group groups[CORE_RUNS];
 };
@@ -120,7 +120,7 @@ struct core {
     bool odd_keys, odd_queries;
     int64_t max_tokens;
     uint64_t max_message_bytes, epoch;
-    struct columns columns;
+    struct sequence_columns sequences;
     struct sequence_index *index;
     /* What is asked. */
     struct server_link **links;
@@ -132,16 +132,16 @@ struct core {
     struct pair_index tickets;
     struct list backlog, waiting;
     uint32_t *for_python, num_for_python, next_for_python; /* numbers of requests, in order of arrival */
-    uint32_t *to_trim, num_to_trim;                        /* columns that may have pages to give back */
+    uint32_t *to_trim, num_to_trim;                        /* entries that may have pages to give back */
     struct pair_index held_back;                           /* what requests name that later ones must not overtake */
     bool changed;                                          /* what was held back may get on now */
     bool appended;                                         /* what waits may get on now */
     bool no_more;
     bool no_memory; /* for an answer: nobody knows any more what was told */
     int64_t next_deadline;
-    /* What the step that is gathered, and what Python is to run behind it, do to cells [L, S] and columns [S]:
+    /* What the step that is gathered, and what Python is to run behind it, do to cells [L, S] and entries [S]:
      * stamps. */
-    uint64_t serial, *trimmed_in, *appended_in, *read_in, *bulk_appended_in, *used_in;
+    uint64_t serial, *trimmed_in, *appended_in, *read_in, *large_appended_in, *used_in;
     /* Where it runs. */
     PyObject *run_step;
     int (*launch)(void *program, void *stream);
@@ -164,7 +164,7 @@ struct core {
     char broken_by[160];
     /* The cache's columns are looked through when nothing is to be done. */
     bool unchecked; /* something was done since */
-    size_t checked_columns, checked_pages;
+    size_t checked_entries, checked_pages;
     int32_t *recounted; /* [pages] */
     counter integrity_checks, integrity_faults;
     /* What is told of it. */

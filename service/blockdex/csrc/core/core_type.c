@@ -27,17 +27,11 @@ static void release_gone(struct core *core) {
     }
 }
 
-/* The time that many seconds from now; now where they are negative or NaN. */
-static int64_t time_after(double seconds) {
-    if (seconds >= 1e9) return INT64_MAX;
-    return core_now() + (seconds > 0 ? (int64_t)(1e9 * seconds) : 0);
-}
-
 static PyObject *method_run(struct core *core, PyObject *argument) {
     double seconds = PyFloat_AsDouble(argument);
     if (PyErr_Occurred()) return NULL;
-    int64_t until = time_after(seconds);
-    if (!core->index) return PyErr_Format(PyExc_RuntimeError, "core: set_columns was not called");
+    int64_t until = blockdex_until(core_now(), seconds);
+    if (!core->index) return PyErr_Format(PyExc_RuntimeError, "core: set_sequence_columns was not called");
     if (!core->run_step && !core->launch)
         return PyErr_Format(PyExc_RuntimeError, "core: neither set_replays nor set_run_step was called");
     for (int step = 0; step < CORE_STEPS; step++)
@@ -230,7 +224,7 @@ static void release(Py_buffer *buffer) {
 
 static void core_dealloc(struct core *core) {
     PyTypeObject *type = Py_TYPE((PyObject *)core);
-    struct columns *columns = &core->columns;
+    struct sequence_columns *columns = &core->sequences;
     Py_buffer *buffers[] = {&columns->lengths, &columns->revisions,  &columns->reading,         &columns->held,
                             &columns->forked,  &columns->last_calls, &columns->first_rows,      &columns->cells,
                             &columns->holders, &columns->free_pages, &columns->reading_sequence};
@@ -244,9 +238,9 @@ static void core_dealloc(struct core *core) {
     }
     for (size_t number = 0; number < core->num_links; number++) Py_DECREF(server_link_object(core->links[number]));
     for (size_t number = 0; number < core->num_gone; number++) Py_DECREF(server_link_object(core->gone_links[number]));
-    void *const allocated[] = {core->requests, core->free_numbers,     core->for_python, core->appended_in,
-                               core->read_in,  core->bulk_appended_in, core->used_in,    core->trimmed_in,
-                               core->to_trim,  core->recounted,        core->scratch};
+    void *const allocated[] = {core->requests, core->free_numbers,      core->for_python, core->appended_in,
+                               core->read_in,  core->large_appended_in, core->used_in,    core->trimmed_in,
+                               core->to_trim,  core->recounted,         core->scratch};
     for (size_t number = 0; number < sizeof allocated / sizeof *allocated; number++) free(allocated[number]);
     pair_index_free(&core->tickets);
     pair_index_free(&core->held_back);
@@ -281,7 +275,8 @@ static PyMethodDef methods[] = {
     {"drop", (PyCFunction)method_drop, METH_O, "Serves a link no more: nothing is written for it."},
     {"take_broken", (PyCFunction)method_take_broken, METH_NOARGS,
      "A link with invalid numbers in its ring, and which; None if there is none."},
-    {"set_columns", (PyCFunction)core_method_set_columns, METH_VARARGS, "Shares the cache's columns."},
+    {"set_sequence_columns", (PyCFunction)core_method_set_sequence_columns, METH_VARARGS,
+     "Shares the cache's columns."},
     {"set_epoch", (PyCFunction)core_method_set_epoch, METH_O, "The cache's epoch."},
     {"set_step", (PyCFunction)core_method_set_step, METH_VARARGS, "Memory that one of the steps is made in."},
     {"set_replays", (PyCFunction)core_method_set_replays, METH_VARARGS,
@@ -289,7 +284,7 @@ static PyMethodDef methods[] = {
     {"set_run_step", (PyCFunction)core_method_set_run_step, METH_O, "What runs a step, where no program does."},
     {"take", (PyCFunction)core_method_take, METH_NOARGS, "The next request for Python."},
     {"take_cut", (PyCFunction)core_method_take_cut, METH_NOARGS,
-     "Columns that were cut, and may have pages to give back."},
+     "Entries of sequences that were cut, and may have pages to give back."},
     {"grant", (PyCFunction)core_method_grant, METH_O, "A request has the pages that it needs."},
     {"begin", (PyCFunction)core_method_begin, METH_VARARGS,
      "The last kernel of a request was launched, and its phase."},

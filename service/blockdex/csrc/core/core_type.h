@@ -7,7 +7,7 @@
 
 /* settings.c */
 
-PyObject *core_method_set_columns(struct core *core, PyObject *arguments);
+PyObject *core_method_set_sequence_columns(struct core *core, PyObject *arguments);
 PyObject *core_method_set_epoch(struct core *core, PyObject *epoch);
 PyObject *core_method_set_step(struct core *core, PyObject *arguments);
 PyObject *core_method_set_replays(struct core *core, PyObject *arguments);

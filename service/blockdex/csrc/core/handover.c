@@ -1,4 +1,4 @@
-/* Requests that Python takes from the core, by number, and answers: bulk work, the life of sequences, new pages. */
+/* Requests that Python takes from the core, by number, and answers: large requests, the life of sequences, new pages. */
 #include "core/core_type.h"
 
 #include <stdlib.h>
@@ -6,9 +6,9 @@
 
 static PyObject *bytes_of(const void *from, size_t bytes) { return PyBytes_FromStringAndSize(from, (Py_ssize_t)bytes); }
 
-static PyObject *columns_of_request(const struct request *request) {
+static PyObject *rows_of(const struct request *request) {
     const size_t spans = request->num_rows;
-    return Py_BuildValue("NNNNN", bytes_of(request->ids, 8 * spans), bytes_of(request->columns, 4 * spans),
+    return Py_BuildValue("NNNNN", bytes_of(request->ids, 8 * spans), bytes_of(request->entries, 4 * spans),
                          bytes_of(request->starts, 8 * spans), bytes_of(request->lengths, 8 * spans),
                          bytes_of(request->applies, spans));
 }
@@ -26,10 +26,10 @@ static uint64_t ids_bytes(const struct core *core, const struct request *request
     return sizeof(int32_t) * (uint64_t)request->tokens * request->slot.num_heads * core->topk;
 }
 
-static PyObject *bulk_of(const struct core *core, const struct request *request) {
+static PyObject *large_of(const struct core *core, const struct request *request) {
     const struct blockdex_request *slot = &request->slot;
     return Py_BuildValue(
-        "IsINIOBNBNNNIIBB", request->number, "bulk", slot->layer, columns_of_request(request), request->tenant,
+        "IsINIOBNBNNNIIBB", request->number, "large", slot->layer, rows_of(request), request->tenant,
         server_link_object(request->link), slot->keys_dtype, tensor_of(request, KEYS, slot->keys_bytes),
         slot->queries_dtype, tensor_of(request, QUERIES, slot->queries_bytes),
         tensor_of(request, BLOCK_IDS, ids_bytes(core, request)), tensor_of(request, SCORES, ids_bytes(core, request)),
@@ -55,10 +55,10 @@ static PyObject *sequence_of(const struct core *core, const struct request *requ
 
 PyObject *core_method_take_cut(struct core *core, PyObject *unused) {
     (void)unused;
-    PyObject *columns = bytes_of(core->to_trim, sizeof *core->to_trim * core->num_to_trim);
-    if (columns) core->num_to_trim = 0;
+    PyObject *entries = bytes_of(core->to_trim, sizeof *core->to_trim * core->num_to_trim);
+    if (entries) core->num_to_trim = 0;
     core->unchecked = true;
-    return columns;
+    return entries;
 }
 
 PyObject *core_method_take(struct core *core, PyObject *unused) {
@@ -67,9 +67,9 @@ PyObject *core_method_take(struct core *core, PyObject *unused) {
     while (core->next_for_python < core->num_for_python) {
         struct request *request = core->requests[core->for_python[core->next_for_python++]];
         if (!request) continue;
-        if (request->state == BULK) return bulk_of(core, request);
+        if (request->state == LARGE) return large_of(core, request);
         if (request->state == WITH_PYTHON) return sequence_of(core, request);
-        return Py_BuildValue("IsIN", request->number, "pages", request->slot.layer, columns_of_request(request));
+        return Py_BuildValue("IsIN", request->number, "pages", request->slot.layer, rows_of(request));
     }
     core->next_for_python = core->num_for_python = 0;
     Py_RETURN_NONE;
@@ -79,7 +79,7 @@ PyObject *core_method_take(struct core *core, PyObject *unused) {
 static struct request *request_of(const struct core *core, unsigned int number, bool queued) {
     struct request *request = number < core->max_queued ? core->requests[number] : NULL;
     const bool right =
-        request && (queued ? request->state == IS_QUEUED : request->state == WITH_PYTHON || request->state == BULK);
+        request && (queued ? request->state == IS_QUEUED : request->state == WITH_PYTHON || request->state == LARGE);
     if (!right) PyErr_Format(PyExc_ValueError, "core: request %u is not one for Python", number);
     return right ? request : NULL;
 }

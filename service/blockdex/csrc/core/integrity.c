@@ -10,14 +10,14 @@ enum { CELLS_AT_ONCE = 8192 };
 static void fault(struct core *core) { core_add(&core->integrity_faults, 1); }
 
 /* Counts the pages of one sequence, and checks how many there are; how many cells it looked at. */
-static size_t check_column(struct core *core, size_t column) {
-    const struct columns *columns = &core->columns;
-    const int64_t *lengths = columns->lengths.buf, held = ((const int64_t *)columns->held.buf)[column];
+static size_t check_entry(struct core *core, size_t entry) {
+    const struct sequence_columns *columns = &core->sequences;
+    const int64_t *lengths = columns->lengths.buf, held = ((const int64_t *)columns->held.buf)[entry];
     const size_t num_pages = (size_t)columns->holders.len / 4, num_cells = (size_t)columns->cells.len / 4;
-    const size_t first = (size_t)((const int32_t *)columns->first_rows.buf)[column] * TABLE_ROW;
+    const size_t first = (size_t)((const int32_t *)columns->first_rows.buf)[entry] * TABLE_ROW;
     int64_t longest = 0;
     for (size_t layer = 0; layer < core->layers; layer++) {
-        int64_t length = lengths[layer * columns->count + column];
+        int64_t length = lengths[layer * columns->count + entry];
         longest = length > longest ? length : longest;
     }
     if (held != (longest + core->block_size - 1) / core->block_size || held < 0 || first + (size_t)held > num_cells) {
@@ -35,7 +35,7 @@ static size_t check_column(struct core *core, size_t column) {
 }
 
 static size_t check_pages(struct core *core, size_t num_pages, size_t count) {
-    const int32_t *holders = core->columns.holders.buf;
+    const int32_t *holders = core->sequences.holders.buf;
     size_t checked = 0;
     for (; checked < count && core->checked_pages < num_pages; checked++, core->checked_pages++)
         if (core->recounted[core->checked_pages] != holders[core->checked_pages]) fault(core);
@@ -45,24 +45,24 @@ static size_t check_pages(struct core *core, size_t num_pages, size_t count) {
 static void check_free(struct core *core, size_t num_pages) {
     int64_t unheld = 0;
     for (size_t page = 0; page < num_pages; page++) unheld += core->recounted[page] == 0;
-    if (unheld != *(const int64_t *)core->columns.free_pages.buf) fault(core);
+    if (unheld != *(const int64_t *)core->sequences.free_pages.buf) fault(core);
 }
 
 static void begin_anew(struct core *core, size_t num_pages) {
     core->unchecked = false;
-    core->checked_columns = core->checked_pages = 0;
+    core->checked_entries = core->checked_pages = 0;
     memset(core->recounted, 0, num_pages * sizeof *core->recounted);
 }
 
 bool core_check_integrity(struct core *core) {
-    const size_t num_pages = (size_t)core->columns.holders.len / 4, count = core->columns.count;
+    const size_t num_pages = (size_t)core->sequences.holders.len / 4, count = core->sequences.count;
     if (!core->recounted) return false;
     if (core->unchecked) begin_anew(core, num_pages);
-    if (core->checked_columns == count && core->checked_pages == num_pages) return false;
+    if (core->checked_entries == count && core->checked_pages == num_pages) return false;
     size_t cells = 0;
-    while (cells < CELLS_AT_ONCE && core->checked_columns < count) cells += check_column(core, core->checked_columns++);
+    while (cells < CELLS_AT_ONCE && core->checked_entries < count) cells += check_entry(core, core->checked_entries++);
     if (cells < CELLS_AT_ONCE) check_pages(core, num_pages, CELLS_AT_ONCE - cells);
-    if (core->checked_columns < count || core->checked_pages < num_pages) return true;
+    if (core->checked_entries < count || core->checked_pages < num_pages) return true;
     check_free(core, num_pages);
     core_add(&core->integrity_checks, 1);
     return false;

@@ -342,7 +342,7 @@ static struct request *new_request(struct server_link *link, const struct blockd
     request->starts = (int64_t *)request->words + spans;
     request->lengths = request->starts + spans;
     request->revisions = request->words + 3 * (size_t)spans;
-    request->columns = (uint32_t *)(request->words + 4 * (size_t)spans);
+    request->entries = (uint32_t *)(request->words + 4 * (size_t)spans);
     request->applies = (uint8_t *)(request->words + WORDS * (size_t)spans);
     return request;
 }
@@ -407,13 +407,17 @@ static struct request *read_slot(struct core *core, struct server_link *link, co
         free(request);
         return refuse(core, link, slot, now, "engine: no memory left for %u requests, %u wait");
     }
-    request->received = slot->received < now ? slot->received : now;
+    request->received = slot->received;
     return request;
 }
 
 struct request *core_read(struct core *core, struct server_link *link, int64_t now) {
     struct blockdex_request slot = *(const volatile struct blockdex_request *)server_link_head(link);
     server_link_release(link);
+    /* Its times are any numbers: no clock was below 0, and it has not come later than now. */
+    if (slot.received < 0) slot.received = 0;
+    if (slot.received > now) slot.received = now;
+    if (slot.deadline < 0) slot.deadline = 0;
     if (link->channel.bound) {
         /* Whose kernels wait no more, they have said so. */
         if (atomic_load_explicit(&link->header->channel_error, memory_order_acquire)) return NULL;

@@ -74,20 +74,20 @@ void sequence_index_release_tenant(struct sequence_index *index, uint32_t number
 }
 
 int64_t sequence_index_find(const struct sequence_index *index, uint32_t tenant, uint64_t sequence_id) {
-    const uint32_t *column = pair_index_find(&index->columns, tenant, sequence_id);
-    return column ? (int64_t)*column : -1;
+    const uint32_t *entry = pair_index_find(&index->entries, tenant, sequence_id);
+    return entry ? (int64_t)*entry : -1;
 }
 
 static PyObject *method_open(struct sequence_index *index, PyObject *arguments) {
     const char *name;
     Py_ssize_t bytes;
     unsigned long long sequence_id;
-    unsigned int column;
-    if (!PyArg_ParseTuple(arguments, "s#KI", &name, &bytes, &sequence_id, &column)) return NULL;
+    unsigned int entry;
+    if (!PyArg_ParseTuple(arguments, "s#KI", &name, &bytes, &sequence_id, &entry)) return NULL;
     uint32_t tenant = sequence_index_use_tenant(index, name, (size_t)bytes);
     if (!tenant) return PyErr_NoMemory();
     const bool there = sequence_index_find(index, tenant, sequence_id) >= 0;
-    if (there || !pair_index_set(&index->columns, tenant, sequence_id, column)) {
+    if (there || !pair_index_set(&index->entries, tenant, sequence_id, entry)) {
         sequence_index_release_tenant(index, tenant);
         return there ? PyErr_Format(PyExc_ValueError, "sequence %llu: open already", sequence_id) : PyErr_NoMemory();
     }
@@ -100,7 +100,7 @@ static PyObject *method_close(struct sequence_index *index, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "IK", &tenant, &sequence_id)) return NULL;
     if (sequence_index_find(index, tenant, sequence_id) < 0)
         return PyErr_Format(PyExc_KeyError, "tenant %u, sequence %llu: not open", tenant, sequence_id);
-    pair_index_remove(&index->columns, tenant, sequence_id);
+    pair_index_remove(&index->entries, tenant, sequence_id);
     sequence_index_release_tenant(index, tenant);
     Py_RETURN_NONE;
 }
@@ -112,10 +112,10 @@ static PyObject *method_find(struct sequence_index *index, PyObject *arguments) 
     if (!PyArg_ParseTuple(arguments, "s#K", &name, &bytes, &sequence_id)) return NULL;
     uint32_t tenant = sequence_index_use_tenant(index, name, (size_t)bytes);
     if (!tenant) return PyErr_NoMemory();
-    int64_t column = sequence_index_find(index, tenant, sequence_id);
+    int64_t entry = sequence_index_find(index, tenant, sequence_id);
     sequence_index_release_tenant(index, tenant);
-    if (column < 0) Py_RETURN_NONE;
-    return PyLong_FromLongLong(column);
+    if (entry < 0) Py_RETURN_NONE;
+    return PyLong_FromLongLong(entry);
 }
 
 static PyObject *method_tenant(struct sequence_index *index, PyObject *argument) {
@@ -126,14 +126,14 @@ static PyObject *method_tenant(struct sequence_index *index, PyObject *argument)
     return PyUnicode_DecodeASCII(index->tenants[number].name, (Py_ssize_t)index->tenants[number].bytes, "replace");
 }
 
-static Py_ssize_t count(struct sequence_index *index) { return (Py_ssize_t)index->columns.used; }
+static Py_ssize_t count(struct sequence_index *index) { return (Py_ssize_t)index->entries.used; }
 
 static void index_dealloc(struct sequence_index *index) {
     PyTypeObject *type = Py_TYPE((PyObject *)index);
     for (uint32_t number = 0; number < index->num_tenants; number++) free(index->tenants[number].name);
     free(index->tenants);
     pair_index_free(&index->by_name);
-    pair_index_free(&index->columns);
+    pair_index_free(&index->entries);
     freefunc deallocate = (freefunc)PyType_GetSlot(type, Py_tp_free);
     deallocate(index);
     Py_DECREF(type);
@@ -144,9 +144,9 @@ bool sequence_index_is_one(PyObject *object) {
 }
 
 static PyMethodDef methods[] = {
-    {"open", (PyCFunction)method_open, METH_VARARGS, "Enters a tenant's sequence and its column; the tenant's number."},
+    {"open", (PyCFunction)method_open, METH_VARARGS, "Enters a tenant's sequence and its entry; the tenant's number."},
     {"close", (PyCFunction)method_close, METH_VARARGS, "Takes out a sequence, of a tenant's number."},
-    {"find", (PyCFunction)method_find, METH_VARARGS, "The column of a tenant's sequence; None where it is not open."},
+    {"find", (PyCFunction)method_find, METH_VARARGS, "The entry of a tenant's sequence; None where it is not open."},
     {"tenant", (PyCFunction)method_tenant, METH_O, "The name of a tenant's number."},
     {0},
 };

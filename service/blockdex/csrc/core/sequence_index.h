@@ -1,4 +1,4 @@
-/* Which column a sequence has: the one index of sequences, which the cache writes and the core reads. */
+/* Which entry a sequence has: the one index of sequences, which the cache writes and the core reads. */
 #ifndef BLOCKDEX_SEQUENCE_INDEX_H
 #define BLOCKDEX_SEQUENCE_INDEX_H
 
@@ -17,14 +17,14 @@ struct sequence_index {
     PyObject_HEAD
     struct tenant *tenants; /* 0 is nobody's */
     uint32_t num_tenants, first_free;
-    struct pair_index by_name, columns;
+    struct pair_index by_name, entries;
 };
 
 /* The number of a tenant, which is used once more from now on; 0 without memory. */
 uint32_t sequence_index_use_tenant(struct sequence_index *index, const char *name, size_t bytes);
 void sequence_index_release_tenant(struct sequence_index *index, uint32_t tenant);
 
-/* The column of a sequence; -1 where it is not open. */
+/* The entry of a sequence; -1 where it is not open. */
 int64_t sequence_index_find(const struct sequence_index *index, uint32_t tenant, uint64_t sequence_id);
 
 bool sequence_index_is_one(PyObject *object);

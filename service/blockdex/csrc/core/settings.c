@@ -17,7 +17,7 @@ static bool take_buffer(PyObject *from, Py_buffer *to, const char *name, size_t 
     return true;
 }
 
-/* Stamps of cells or columns, all of no step; false without memory. */
+/* Stamps of cells or entries, all of no step; false without memory. */
 static bool renew(uint64_t **stamps, size_t count) {
     uint64_t *fresh = calloc(count + 1, sizeof *fresh);
     if (!fresh) return false;
@@ -26,27 +26,27 @@ static bool renew(uint64_t **stamps, size_t count) {
     return true;
 }
 
-static bool renew_stamps(struct core *core, size_t columns) {
-    const size_t cells = columns * core->layers;
-    int32_t *recounted = calloc((size_t)core->columns.holders.len / 4 + 1, sizeof *recounted);
+static bool renew_stamps(struct core *core, size_t entries) {
+    const size_t cells = entries * core->layers;
+    int32_t *recounted = calloc((size_t)core->sequences.holders.len / 4 + 1, sizeof *recounted);
     if (!recounted) return false;
-    uint32_t *to_trim = realloc(core->to_trim, (columns + 1) * sizeof *to_trim);
+    uint32_t *to_trim = realloc(core->to_trim, (entries + 1) * sizeof *to_trim);
     free(core->recounted);
     core->recounted = recounted;
     if (!to_trim) return false;
     core->to_trim = to_trim;
     core->unchecked = true;
-    return renew(&core->appended_in, cells) && renew(&core->read_in, cells) && renew(&core->bulk_appended_in, cells) &&
-           renew(&core->used_in, columns) && renew(&core->trimmed_in, columns);
+    return renew(&core->appended_in, cells) && renew(&core->read_in, cells) && renew(&core->large_appended_in, cells) &&
+           renew(&core->used_in, entries) && renew(&core->trimmed_in, entries);
 }
 
-PyObject *core_method_set_columns(struct core *core, PyObject *arguments) {
+PyObject *core_method_set_sequence_columns(struct core *core, PyObject *arguments) {
     PyObject *index, *lengths, *revisions, *reading, *held, *forked, *last_calls, *first_rows, *reading_sequence,
         *cells, *holders, *free_pages;
     if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOO", &index, &lengths, &revisions, &reading, &held, &forked,
                           &last_calls, &first_rows, &reading_sequence, &cells, &holders, &free_pages))
         return NULL;
-    struct columns *columns = &core->columns;
+    struct sequence_columns *columns = &core->sequences;
     if (!sequence_index_is_one(index))
         return PyErr_Format(PyExc_TypeError, "core: a SequenceIndex is needed, got %R", index);
     if ((PyObject *)core->index != index && core->num_free != core->max_queued)

@@ -34,14 +34,14 @@ class Rows(NamedTuple):
 
     Attributes:
         ids: uint64, the sequences.
-        columns: uint32, where the cache has them.
+        entries: uint32, where the cache has them.
         starts: int64, position of each span's first token.
         lengths: int64, its tokens.
         applies: bool, whether its keys are to be written; not where they were before.
     """
 
     ids: NDArray[np.uint64]
-    columns: NDArray[np.uint32]
+    entries: NDArray[np.uint32]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     applies: NDArray[np.bool_]
@@ -49,10 +49,10 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, parts: Sequence[bytes]) -> Rows:
         """Rows as the core hands them over."""
-        ids, columns, starts, lengths, applies = parts
+        ids, entries, starts, lengths, applies = parts
         return cls(
             np.frombuffer(ids, np.uint64),
-            np.frombuffer(columns, np.uint32),
+            np.frombuffer(entries, np.uint32),
             np.frombuffer(starts, np.int64),
             np.frombuffer(lengths, np.int64),
             np.frombuffer(applies, np.bool_),
@@ -65,7 +65,7 @@ class Rows(NamedTuple):
     def subset(self, chosen: NDArray[np.bool_]) -> Rows:
         """The chosen rows."""
         return Rows(
-            self.ids[chosen], self.columns[chosen], self.starts[chosen], self.lengths[chosen], self.applies[chosen]
+            self.ids[chosen], self.entries[chosen], self.starts[chosen], self.lengths[chosen], self.applies[chosen]
         )
 
 
@@ -90,7 +90,7 @@ class Tensor(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Bulk:
+class LargeRequest:
     """A request that fits no step: its number in the core, what it names, and what it brings.
 
     Attributes:
@@ -119,7 +119,7 @@ class Bulk:
     scores: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, item: tuple[Any, ...]) -> Bulk:
+    def of(cls, item: tuple[Any, ...]) -> LargeRequest:
         """The request of an item as `Core.take` hands it over."""
         number, _, layer, parts, tenant, line, keys_dtype, keys, queries_dtype, queries, *rest = item
         block_ids, scores, first_head, num_heads, order, flags = rest
@@ -172,9 +172,9 @@ class Reading:
         is_direct: whether kernels write the answer where its callers want it.
     """
 
-    def __init__(self, callers: Sequence[Bulk], spec: IndexSpec) -> None:
+    def __init__(self, callers: Sequence[LargeRequest], spec: IndexSpec) -> None:
         self.first = first = callers[0]
-        self.callers: list[tuple[Bulk, slice]] = []
+        self.callers: list[tuple[LargeRequest, slice]] = []
         self.heads = 0
         tensors: list[Tensor] = []
         for caller in callers:
@@ -234,7 +234,7 @@ class Reading:
         if self._answer.scores is not None:
             self._answer.scores[tokens] = answer.scores
 
-    def shares(self) -> Iterable[tuple[Bulk, Answer | None]]:
+    def shares(self) -> Iterable[tuple[LargeRequest, Answer | None]]:
         """Every caller's share of the answer, None where it has it; to be called once nothing is unread."""
         if self._answer is None:
             yield from ((caller, None) for caller, _ in self.callers)
@@ -249,11 +249,11 @@ class Reading:
 class _Group:
     """Callers that share a read, and their heads as the bits of a number."""
 
-    callers: list[Bulk] = field(default_factory=list)
+    callers: list[LargeRequest] = field(default_factory=list)
     heads: int = 0
 
 
-def readings(selections: Iterable[Bulk], spec: IndexSpec) -> list[Reading]:
+def readings(selections: Iterable[LargeRequest], spec: IndexSpec) -> list[Reading]:
     """Groups selections whose tokens, order and dtype are the same, so that they share one read of the keys.
 
     A group holds each head once at most: whoever asks for the same again is another engine, and no kernel is made ready
