@@ -30,6 +30,7 @@ from support.client_requests import TENANT, client_requests, naive_answers
 from support.naive_engine import check_same
 from support.ring import Bell, Producer
 from support.ring_engine import Hosted, hosted
+from support.ring_process import ring_process
 from support.running_engine import LIMITS, SPEC, get, open_sequence, tokens
 from support.strange_server import strange_server
 
@@ -155,6 +156,29 @@ async def test_who_is_gone_is_noticed_at_once() -> None:
         assert connection.over == gone
         assert connection.submit_sequences(2, 0, 1, 0, 0, b"", 1.0) == gone
         assert connection.poll() == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_ends_or_stands_still_keeps_nobody_waiting(how: signal.Signals) -> None:
+    """In the midst of a call; one that stands still takes its time, and no more than its caller gave it."""
+    with ring_process() as (process, address), contextlib.closing(connect(address, room_seconds=0.2)) as connection:
+        assert isinstance(ask(connection, open_sequence(1, tenant=TENANT)), SequenceState)
+        queries = np.zeros((1, 4, SPEC.head_dim), np.float32)
+        ticket = submit(connection, tokens(0, [(1, 0, 1)], queries=queries, wait=True, tenant=TENANT))
+        threading.Timer(0.2, process.send_signal, (how,)).start()
+        began = time.monotonic()
+        answer = connection.wait(ticket, 0.6 if how == signal.SIGSTOP else 60.0)
+        assert 0.2 <= time.monotonic() - began < 5.0
+        if how == signal.SIGKILL:
+            assert answer == connection.over == (UNAVAILABLE, "UNREACHABLE", "server: it is gone")
+            return
+        assert answer is None
+        while isinstance(sent := connection.submit_sequences(2, 0, 1, 0, 0, b"", 60.0), int):
+            last = sent
+        assert sent[:2] == (OVERLOADED, "OVERLOADED")
+        process.send_signal(signal.SIGCONT)
+        assert connection.wait(last, SECONDS) is not None
+        assert isinstance(ask(connection, get(1, tenant=TENANT)), SequenceState)
 
 
 async def test_another_thread_ends_a_wait_and_may_do_nothing_else() -> None:
