@@ -79,6 +79,7 @@ struct blockdex_header {
     alignas(128) BLOCKDEX_ATOMIC(uint32_t) engine_sleeps;
     alignas(128) BLOCKDEX_ATOMIC(uint32_t) client_sleeps;
     alignas(128) BLOCKDEX_ATOMIC(uint32_t) engine_waits_for_room;
+    alignas(128) BLOCKDEX_ATOMIC(uint32_t) channel_error;
 };
 
 /* Of each source: region 0 is the arena, where the payload says. */
