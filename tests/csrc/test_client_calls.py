@@ -78,10 +78,11 @@ def words_of(answer: Answer | BlockdexError, request: Request) -> str:
     return " ".join(map(str, ["state", *lengths, *revisions]))
 
 
-async def test_calls_are_answered_as_one_after_another_would_be(built: Built) -> None:
+@pytest.mark.parametrize("where", [(), ("regions",)], ids=["arena", "regions"])
+async def test_calls_are_answered_as_one_after_another_would_be(built: Built, where: tuple[str, ...]) -> None:
     asked = [request for request in client_requests(np.random.default_rng(5)) if request.epoch == 0]
     async with hosted() as serving:
-        command = (*built("client_calls"), serving.address.replace("\0", "@"), TENANT)
+        command = (*built("client_calls"), serving.address.replace("\0", "@"), TENANT, *where)
         process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
         said, errors = await asyncio.wait_for(process.communicate(b"".join(map(line_of, asked))), 60)
         assert process.returncode == 0, (said, errors)
