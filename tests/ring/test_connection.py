@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -410,3 +411,66 @@ def test_whatever_is_answered_every_wait_ends(seed: int) -> None:
                 assert answer is not None
                 if connection.over:
                     break
+
+
+def test_a_wait_that_is_woken_for_nothing_ends_in_time() -> None:
+    ended = threading.Event()
+    with strange_server(Sizes(8, 4096, 4096)) as (address, handles), contextlib.closing(connect(address)) as connection:
+        bell = socket.socket(fileno=os.dup(handles.client_bell))
+
+        def ring() -> None:
+            while not ended.wait(0.01):
+                with contextlib.suppress(BlockingIOError):
+                    bell.send(b"\0")
+
+        ringing = threading.Thread(target=ring)
+        ringing.start()
+        began = time.monotonic()
+        assert connection.wait(submit(connection, get(1)), 0.3) is None
+        took = time.monotonic() - began
+        ended.set()
+        ringing.join()
+        bell.close()
+    assert 0.3 <= took < 2.0
+
+
+async def test_questions_are_answered_beside_requests() -> None:
+    async with hosted() as run, connected(run) as connection:
+        answer = await asyncio.to_thread(connection.ask, '{"ask":"info"}', (), SECONDS)
+        assert isinstance(answer, bytes) and f'"epoch":{connection.epoch}' in answer.decode()
+        refused = await asyncio.to_thread(connection.ask, '{"share":"memfd"}', (), SECONDS)
+        assert refused == (3, "INVALID_REGION", "memfd: 1 files must come with it, got 0")
+        with pytest.raises(ValueError, match="files: at most 4, got 5"):
+            connection.ask("{}", (0, 0, 0, 0, 0), SECONDS)
+
+
+def test_a_reply_that_comes_late_is_not_taken_for_another() -> None:
+    """Nor what is told in between, or comes in pieces."""
+    asked_again = threading.Event()
+
+    def reply(accepted: socket.socket) -> None:
+        assert asked_again.wait(SECONDS)
+        said = [b'{"answer":1}', b'{"new_epoch":5}', b'{"answer":"two"}']
+        for byte in b"".join(len(each).to_bytes(4, "little") + each for each in said):
+            accepted.send(bytes([byte]))
+
+    with (
+        strange_server(Sizes(8, 4096, 4096), reply) as (address, _),
+        contextlib.closing(connect(address)) as connection,
+    ):
+        assert connection.ask("{}", (), 0.1) == (4, "DEADLINE_EXCEEDED", "timeout: no answer within 0.1 s")
+        asked_again.set()
+        assert connection.ask("{}", (), SECONDS) == b'{"answer":"two"}'
+        assert connection.take_events() == [b'{"new_epoch":5}']
+
+
+def test_what_is_said_at_too_great_a_length_ends_the_link() -> None:
+    def reply(accepted: socket.socket) -> None:
+        accepted.send((1 << 20).to_bytes(4, "little"))
+
+    with (
+        strange_server(Sizes(8, 4096, 4096), reply) as (address, _),
+        contextlib.closing(connect(address)) as connection,
+    ):
+        assert connection.ask("{}", (), SECONDS) == (13, "INTERNAL", "server: what it says is too long")
+        assert connection.over

@@ -195,16 +195,16 @@ static inline bool blockdex_take_greeting(int link, int64_t until, int fds[3], s
 /* Maps the segment. */
 static inline bool blockdex_map(struct blockdex_client *client, int segment, struct blockdex_error *error) {
     struct stat file;
-    if (!fstat(segment, &file) && (uint64_t)file.st_size >= BLOCKDEX_HEADER_BYTES) {
-        void *memory = mmap(NULL, (size_t)file.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, segment, 0);
-        if (memory == MAP_FAILED)
-            return blockdex_fail(error, BLOCKDEX_RESOURCE_EXHAUSTED, "INTERNAL", "segment: cannot be mapped (%s)",
-                                 strerror(errno));
-        client->segment.header = (struct blockdex_header *)memory;
-        client->segment_bytes = (uint64_t)file.st_size;
-        if (blockdex_read_segment(memory, client->segment_bytes, &client->segment)) return true;
-    }
-    return blockdex_fail(error, BLOCKDEX_INTERNAL, "INTERNAL", "segment: it is none of version %u", BLOCKDEX_VERSION);
+    void *memory = MAP_FAILED;
+    if (!fstat(segment, &file))
+        memory = mmap(NULL, (size_t)file.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, segment, 0);
+    if (memory == MAP_FAILED)
+        return blockdex_fail(error, BLOCKDEX_RESOURCE_EXHAUSTED, "INTERNAL", "segment: cannot be mapped (%s)",
+                             strerror(errno));
+    client->segment.header = (struct blockdex_header *)memory;
+    client->segment_bytes = (uint64_t)file.st_size;
+    return blockdex_read_segment(memory, client->segment_bytes, &client->segment) ||
+           blockdex_fail(error, BLOCKDEX_INTERNAL, "INTERNAL", "segment: it is none of version %u", BLOCKDEX_VERSION);
 }
 
 /* One allocation: the table of requests in flight, the arena's holes, and what is heard beside the ring. */
