@@ -140,7 +140,7 @@ def with_a_hole(operation: Operation = "decode") -> Recorder:
     recorder = Recorder()
     for number in range(30):
         begin = 10 + number / 10
-        end = begin + 0.01 if not 10.7 < begin < 12.2 else 12.2
+        end = begin + 0.01 if not 10.75 < begin < 12.25 else 12.25
         recorder.observe(CallRecord("measured", operation, "AppendAndSelect", begin, begin, end, 8, 8, OK), WINDOW)
     return recorder
 
@@ -210,7 +210,7 @@ def test_a_sweep_that_cannot_be_is_refused(text: str) -> None:
         ({"slos": [], "window": {"interrupted": True}}, 130),
         ({"all": {"calls": 5, "errors": 5}}, 1),
         ({"all": {"calls": 0, "errors": 0}}, 1),
-        ({"checks": {"wrong": [{}]}, "window": {"interrupted": True}}, 1),
+        ({"checks": {"wrong": [{}], "checked": 1}, "window": {"interrupted": True}}, 1),
         ({"outages": {"longest": 2.1, "bound": 2.0}}, 1),
         ({"outages": {"longest": 2.0, "bound": 2.0}, "slos": []}, 0),
         ({"checks": {"wrong": [], "checked": 0}}, 3),
