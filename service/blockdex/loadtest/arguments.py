@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from blockdex.flags import FlagParser
 from blockdex.loadtest.comparison import read_result
 from blockdex.loadtest.settings import SCENARIOS, Settings, Target
 from blockdex.loadtest.slo import Objective
@@ -88,7 +89,7 @@ def _check(settings: Settings) -> None:
         raise RefusedError("--clients must be at least 2 for mixed, got 1")
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(FlagParser):
     def error(self, message: str) -> NoReturn:
         raise RefusedError(message)
 
@@ -100,7 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Load on a server through the Python client: its answers checked, its latency told.",
         epilog=f"scenarios:\n{scenarios}\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_target(parser.add_argument_group("where"))
     _add_load(parser.add_argument_group("load"))
