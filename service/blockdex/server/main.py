@@ -207,9 +207,7 @@ def _reload_on_hangup(settings: ServeSettings, read: Read, set_log_level: Callab
         set_log_level(new.log_level)
         changed = [name for name, value in new if value != getattr(settings, name) and name != "log_level"]
         restart = ", ".join(changed)
-        # Seen whatever the level is by now.
-        level = max(logging.INFO, logger.getEffectiveLevel())
-        log_event(logger, level, "settings read anew", log_level=new.log_level, need_a_restart=restart)
+        log_event(logger, logging.INFO, "settings read anew", log_level=new.log_level, need_a_restart=restart)
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_signal)
 
