@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import pytest
 
-from blockdex.client import Client
+from blockdex.client import AsyncClient, Client
 from support.serving import SMALL, Serving, serve
 
 _CLIENTS = 32
@@ -40,12 +41,24 @@ def connections(serving: Serving) -> Counter[int]:
     return +counted
 
 
-def test_two_frontends_share_the_clients_of_a_process(split: Serving) -> None:
+def with_clients(split: Serving) -> Counter[int]:
     with ExitStack() as stack:
-        for number in range(_CLIENTS):
-            client = stack.enter_context(Client(split.grpc_address, tenant=f"client{number}"))
-            client.info()
-        shares = connections(split)
+        for _ in range(_CLIENTS):
+            stack.enter_context(Client(split.grpc_address)).info()
+        return connections(split)
+
+
+async def with_async_clients(split: Serving) -> Counter[int]:
+    async with AsyncExitStack() as stack:
+        for _ in range(_CLIENTS):
+            client = await stack.enter_async_context(AsyncClient(split.grpc_address))
+            await client.info()
+        return connections(split)
+
+
+@pytest.mark.parametrize("kind", ["clients", "async clients"])
+def test_two_frontends_share_the_clients_of_a_process(split: Serving, kind: str) -> None:
+    shares = with_clients(split) if kind == "clients" else asyncio.run(with_async_clients(split))
     assert shares.total() == _CLIENTS
     # The kernel draws the frontend of each; that one gets fewer than 4 of 32 happens once in 390,000 times.
     assert len(shares) == 2

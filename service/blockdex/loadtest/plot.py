@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 560, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 28, 16, 40
 _TICKS = 5
 _MOST_DOTS = 80
 _BAR_NAME, _BAR_VALUE = 130, 70

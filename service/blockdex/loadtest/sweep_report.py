@@ -18,11 +18,11 @@ def sweep_report(setting: str, results: Sequence[dict[str, Any]]) -> str:
     """The page of results that differ in one setting."""
     title = f"blockdex load test: {results[0]['settings']['scenario']} by {setting}"
     heading = f"<header><h1>{escape(title)}</h1><p>The last run: {escape(conditions(results[-1]))}</p></header>"
-    chart = f'<section class="charts">{_chart(setting, results)}</section>'
+    chart = f'<section class="charts">{_latency(setting, results)}{_throughput(setting, results)}</section>'
     return page(title, [heading, chart, section("Runs", _runs(setting, results))])
 
 
-def _chart(setting: str, results: Sequence[dict[str, Any]]) -> str:
+def _latency(setting: str, results: Sequence[dict[str, Any]]) -> str:
     rates = [result["throughput"]["calls_per_second"] for result in results]
     labels = [f"{result['settings'][setting]:g}" for result in results]
     lines = [
@@ -33,6 +33,14 @@ def _chart(setting: str, results: Sequence[dict[str, Any]]) -> str:
     ]
     x = linear_axis("calls answered a second", max(rates), "{:,g}".format)
     return line_chart(f"Latency by throughput, at each number of {setting}", x, latency_axis(lines), lines)
+
+
+def _throughput(setting: str, results: Sequence[dict[str, Any]]) -> str:
+    points = [(result["settings"][setting], result["throughput"]["calls_per_second"]) for result in results]
+    points.sort()
+    x = linear_axis(setting, points[-1][0], "{:,g}".format)
+    y = linear_axis("", max(rate for _, rate in points), "{:,g}".format)
+    return line_chart(f"Calls answered a second by {setting}", x, y, [Series("", points)])
 
 
 def _runs(setting: str, results: Sequence[dict[str, Any]]) -> str:
