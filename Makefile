@@ -4,6 +4,7 @@ DEVICE ?= cpu
 KEY_DTYPE ?= bf16
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
@@ -28,15 +29,20 @@ help: ## Show this list
 
 install: $(STAMP) ## Make .venv with the server, the examples and the tools
 
-$(STAMP): pyproject.toml constraints.txt
+# What runs: the server and the examples, a third of what the tools take.
+$(RUNS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[server,examples]'
+	touch $@
+
+$(STAMP): $(RUNS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[server,examples,dev]'
 	# What engines pin today, for the test that the generated code loads with it.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/protobuf-5.29 'protobuf==5.29.6' 'googleapis-common-protos==1.66.0'
 	touch $@
 
 # Installing compiles it; from then on it follows its sources.
-$(NATIVE): $(STAMP) $(wildcard service/blockdex/csrc/* service/blockdex/csrc/*/*) service/blockdex/ring/include/blockdex_ring.h
+$(NATIVE): $(RUNS) $(wildcard service/blockdex/csrc/* service/blockdex/csrc/*/*) service/blockdex/ring/include/blockdex_ring.h
 	$(BIN)/python service/blockdex/csrc/compile.py
 	touch $@
 
@@ -46,10 +52,10 @@ tools: ## Install what the tests run beside Python, where it is missing (as root
 demo: $(NATIVE) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda, KEY_DTYPE=bf16|fp8_e4m3)
 	$(BIN)/python -m examples.transformers_engine --device $(DEVICE) --key-dtype $(KEY_DTYPE)
 
-test: $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
+test: $(STAMP) $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
+test-all: $(STAMP) $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
 	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS)
 	$(BIN)/python -m pytest
 	$(MAKE) test-vllm
@@ -65,7 +71,7 @@ test-vllm: $(VLLM_STAMP) ## The plugin in vLLM's real package, installed as a us
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check ./integrations/vllm
 	PYTHONPATH=integrations/vllm/tests/environment $(VLLM_VENV)/bin/python -m pytest -c integrations/vllm/pyproject.toml integrations/vllm/tests
 
-mutants: $(NATIVE) ## Small faults put into the C, one at a time: each is seen by some test of make test
+mutants: $(STAMP) $(NATIVE) ## Small faults put into the C, one at a time: each is seen by some test of make test
 	cd tests && ../$(BIN)/python -m mutants
 
 lint: $(STAMP) ## Formatting, lints, types, the protobuf style rules
@@ -86,16 +92,16 @@ proto: $(STAMP) ## Generate service/blockdex/v1 from proto/
 lock: $(STAMP) ## Pin what the images hold: deploy/requirements
 	$(BIN)/python deploy/requirements/lock.py
 
-bench: $(NATIVE) ## Client latency beside a bare gRPC echo, several processes beside one; writes JSON and PNG to benchmarks/results
+bench: $(STAMP) $(NATIVE) ## Client latency beside a bare gRPC echo, several processes beside one; writes JSON and PNG to benchmarks/results
 	$(BIN)/python -m benchmarks.client
 	$(BIN)/python -m benchmarks.ring
 	$(BIN)/python -m benchmarks.tables
 
-bench-gpu: $(NATIVE) ## GPU kernels beside the chip's best, and a peer (PEER=vllm=DIR, an unpacked wheel); JSON and PNG likewise
+bench-gpu: $(STAMP) $(NATIVE) ## GPU kernels beside the chip's best, and a peer (PEER=vllm=DIR, an unpacked wheel); JSON and PNG likewise
 	$(BIN)/python -m benchmarks.kernels $(if $(PEER),--peer $(PEER))
 	$(BIN)/python -m benchmarks.tables
 
-bench-service: $(NATIVE) ## A server of several processes beside bare gRPC echoes: latency, throughput, memory (DEVICE=cpu|cuda); JSON and PNG likewise
+bench-service: $(STAMP) $(NATIVE) ## A server of several processes beside bare gRPC echoes: latency, throughput, memory (DEVICE=cpu|cuda); JSON and PNG likewise
 	$(BIN)/python -m benchmarks.service --device $(DEVICE)
 	$(BIN)/python -m benchmarks.tables
 
