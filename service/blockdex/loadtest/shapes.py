@@ -48,7 +48,7 @@ class Bounds:
         fill: most tokens of a call that only makes a sequence as long as it has to be.
         max_spans: most sequences of a call.
         block_size: tokens of a block.
-        floor: tokens that decoding sequences are not scaled below.
+        floor: tokens that decoding sequences and prompts are not scaled below.
     """
 
     layers: int
@@ -233,7 +233,7 @@ def _prefill_shapes(clients: int, scale: float, bounds: Bounds) -> list[Shape]:
     cases = []
     for case in PREFILL_CASES:
         queries = max(round(case.queries * scale), _LEAST_PREFILL)
-        tokens = max(round(case.tokens * scale), queries + bounds.block_size)
+        tokens = max(round(case.tokens * scale), queries + bounds.block_size, min(case.tokens, bounds.floor))
         cases.append(PrefillCase(queries, tokens, case.weight))
     return [PrefillShape(tuple(cases), bounds.block_size)] * clients
 
@@ -271,7 +271,8 @@ def make_plan(
 ) -> Plan:
     """The largest plan that fits what the server has free, and is no larger than `scale` says.
 
-    Decoding sequences are long enough for a selection to leave half of their blocks out, wherever there is room for it.
+    Decoding sequences and prompts are long enough for a selection to leave half of their blocks out, wherever there is
+    room for it.
 
     Args:
         info: the server's own account of itself.
