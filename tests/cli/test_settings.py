@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from blockdex_kernels import IndexSpec, SpecError
 
 @pytest.fixture(autouse=True)
 def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ServeSettings.model_fields:
-        monkeypatch.delenv(f"BLOCKDEX_{name.upper()}", raising=False)
+    for name in [name for name in os.environ if name.startswith("BLOCKDEX_")]:
+        monkeypatch.delenv(name)
 
 
 def toml(folder: Path, text: str) -> Path:
