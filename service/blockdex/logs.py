@@ -62,6 +62,11 @@ def configure_logging(log_format: LogFormat, level: str) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
+def set_level(level: str) -> None:
+    """Logs from a level on, as `configure_logging` takes it."""
+    logging.getLogger().setLevel(level.upper())
+
+
 class HumanFormatter(logging.Formatter):
     """`2026-11-23T12:00:00.000Z INFO serving grpc=127.0.0.1:50051`; a traceback follows on its own lines."""
 

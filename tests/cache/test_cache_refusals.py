@@ -19,7 +19,7 @@ UNKNOWN = "(never opened, closed, or evicted)"
 @pytest.fixture
 def cache() -> IndexCache:
     """Eight pages, three of them free: sequences 7 (layer 3: 5 tokens, revision 5) and 8 (layer 3: 9 tokens)."""
-    cache = IndexCache(SPEC, 8, clock=Clock())
+    cache = IndexCache(SPEC, 8, max_lease_seconds=100, default_lease_seconds=100, clock=Clock())
     cache.open_sequences("red", {7: 0})
     cache.open_sequences("red", {8: 0})
     cache.open_sequences("blue", {9: 0})
@@ -28,6 +28,12 @@ def cache() -> IndexCache:
 
 
 REFUSALS: dict[str, tuple[Callable[[IndexCache], object], Code, Reason, str]] = {
+    "open with too long a lease": (
+        lambda cache: cache.open_sequences("red", {1: 100, 2: 101}),
+        Code.INVALID_ARGUMENT,
+        Reason.INVALID_SPANS,
+        "sequence 2: lease_seconds must be at most 100, got 101",
+    ),
     "open twice": (
         lambda cache: cache.open_sequences("red", {7: 0}),
         Code.ALREADY_EXISTS,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -31,7 +34,12 @@ def test_help_of_serve(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "blockdex: the following arguments are required: COMMAND\n"),
         (["fly"], "blockdex: argument COMMAND: invalid choice: 'fly'"),
-        (["health", "--adress", "x"], "blockdex: unrecognized arguments: --adress x\n"),
+        (["health", "--adress", "x"], "blockdex health: unrecognized arguments: --adress x, did you mean --address?\n"),
+        (["info", "--addr", "x"], "blockdex info: unrecognized arguments: --addr x, did you mean --address?\n"),
+        (
+            ["plan", "--tokens", "1", "--gpus", "1"],
+            "blockdex plan: unrecognized arguments: --gpus 1, did you mean --gpu?",
+        ),
         (["info", "--timeout", "x"], "blockdex info: argument --timeout: invalid float value: 'x'\n"),
     ],
 )
@@ -86,3 +94,12 @@ def test_info_as_text(server: Serving, capsys: pytest.CaptureFixture[str]) -> No
 def test_info_as_json(server: Serving, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--address", server.grpc_address, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["epoch"] == str(server.event("serving")["epoch"])
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(server: Serving) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "blockdex", "info", "--address", server.grpc_address]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from blockdex_kernels import IndexSpec, SpecError
 
 @pytest.fixture(autouse=True)
 def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ServeSettings.model_fields:
-        monkeypatch.delenv(f"BLOCKDEX_{name.upper()}", raising=False)
+    for name in [name for name in os.environ if name.startswith("BLOCKDEX_")]:
+        monkeypatch.delenv(name)
 
 
 def toml(folder: Path, text: str) -> Path:
@@ -67,6 +68,19 @@ def test_opentelemetry_s_own_variable_is_the_default_of_the_endpoint(
         load_settings([])
 
 
+# What Kubernetes sets for services named blockdex and blockdex-metrics.
+OF_KUBERNETES = {
+    "BLOCKDEX_SERVICE_HOST": "10.0.0.1",
+    "BLOCKDEX_SERVICE_PORT": "50051",
+    "BLOCKDEX_SERVICE_PORT_GRPC": "50051",
+    "BLOCKDEX_PORT": "tcp://10.0.0.1:50051",
+    "BLOCKDEX_PORT_50051_TCP": "tcp://10.0.0.1:50051",
+    "BLOCKDEX_PORT_50051_TCP_PROTO": "tcp",
+    "BLOCKDEX_PORT_50051_TCP_PORT": "50051",
+    "BLOCKDEX_PORT_50051_TCP_ADDR": "10.0.0.1",
+    "BLOCKDEX_METRICS_PORT": "tcp://10.0.0.2:9051",
+}
+
 SAMPLES = {
     "device": "cuda:1",
     "grpc_address": "[::1]:0",
@@ -88,8 +102,10 @@ SAMPLES = {
     "max_stream_requests": "9",
     "max_wait_seconds": "0.5",
     "lease_seconds": "9",
+    "max_lease_seconds": "900",
     "num_speculative_tokens": "0",
     "prefill_slice_seconds": "0.5",
+    "drain_seconds": "5",
     "shutdown_grace_seconds": "0",
     "slow_request_seconds": "0.25",
     "otlp_endpoint": "https://collector:4317",
@@ -135,13 +151,30 @@ def test_help_lists_every_setting_with_its_variable_and_default() -> None:
     assert max(map(len, table.splitlines())) <= 120
 
 
-def test_an_empty_variable_and_a_strange_one_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_and_those_of_others_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLOCKDEX_NUM_LAYERS", "")
-    monkeypatch.setenv("BLOCKDEX_SERVICE_HOST", "10.0.0.1")  # what Kubernetes sets for a service named blockdex
+    monkeypatch.setenv("BLOCKDEX_NUM_LAYER", "")
+    for name, value in OF_KUBERNETES.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("MODEL_CONFIG", "/nowhere")
     settings = load_settings([])
     assert settings.num_layers is None
     assert settings.model_file is None
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("BLOCKDEX_CASH_BYTES", ", did you mean BLOCKDEX_CACHE_BYTES?"),
+        ("BLOCKDEX_MAX_SPAN", ", did you mean BLOCKDEX_MAX_SPANS?"),
+        ("BLOCKDEX_X", ""),
+    ],
+)
+def test_a_misspelt_variable_is_refused(name: str, known: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "9051")
+    with pytest.raises(ConfigError) as refused:
+        load_settings([])
+    assert str(refused.value) == f"{name}: unknown setting in the environment{known}"
 
 
 @pytest.mark.parametrize(
@@ -155,9 +188,10 @@ def test_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--cash-bytes", "3"], "unrecognized arguments: --cash-bytes 3"),
-        (["--max-span", "3"], "unrecognized arguments: --max-span 3"),
+        (["--cash-bytes", "3"], "unrecognized arguments: --cash-bytes 3, did you mean --cache-bytes?"),
+        (["--max-span", "3"], "unrecognized arguments: --max-span 3, did you mean --max-spans?"),
         (["stray"], "unrecognized arguments: stray"),
+        (["--max-lease-seconds", "599"], "--max-lease-seconds: must be at least lease_seconds, 600, got 599"),
         (["--max-spans"], "argument --max-spans: expected one argument"),
         (["--cache-bytes", "3XB"], "--cache-bytes: must be bytes, or a number with kB, MB"),
         (["--cache-bytes", "-1"], "--cache-bytes: must be bytes, or a number with kB, MB"),
@@ -183,7 +217,7 @@ def test_a_bad_flag_is_named(flags: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cash_bytes = 3\n", "unknown setting 'cash_bytes', did you mean 'cache_bytes'?"),
+        ("cash_bytes = 3\n", "unknown setting 'cash_bytes', did you mean cache_bytes?"),
         ("[serve]\nmax_spans = 3\n", "unknown setting 'serve'"),
         ("max_spans = true\n", "max_spans: must not be a boolean, got true"),
         ("device = 5\n", "device: input should be a valid string, got 5"),

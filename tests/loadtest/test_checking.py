@@ -46,9 +46,24 @@ def sample_of(tokens: int = 200, rows: int = 6, spec: IndexSpec = SPEC) -> Sampl
 def test_right_answers_are_right() -> None:
     samples = [sample_of(), sample_of(tokens=9), sample_of(tokens=200, rows=1)]
     checks = check(samples, 50, SPEC, POOL)
-    assert (checks.answers, checks.sampled, checks.checked, checks.flips) == (50, 3, 3, 0)
-    assert checks.rows == 2 * sum(len(sample.queries) for sample in samples) >= 2 * (2 + 2 + 1)
+    assert (checks.answers, checks.sampled, checks.flips) == (50, 3, 0)
+    # The one of nine tokens, two blocks, takes both: it is right whatever the scores are.
+    assert (checks.checked, checks.whole) == (2, 1)
+    assert checks.rows == 2 * sum(len(sample.queries) for sample in samples[::2]) >= 2 * (2 + 1)
     assert not checks.wrong
+
+
+@pytest.mark.parametrize(("tokens", "checked"), [(32, 0), (33, 1)])
+def test_an_answer_counts_from_the_first_block_that_it_must_leave_out(tokens: int, checked: int) -> None:
+    checks = check([sample_of(tokens=tokens, rows=1)], 1, SPEC, POOL)
+    assert (checks.checked, checks.whole, checks.rows) == (checked, 1 - checked, 2 * checked)
+
+
+def test_a_wrong_answer_is_wrong_where_nothing_was_left_out_too() -> None:
+    sample = sample_of(tokens=9, rows=1)
+    sample.block_ids[0, 0, :2] = [1, 1]
+    checks = check([sample], 1, SPEC, POOL)
+    assert (checks.checked, len(checks.wrong)) == (0, 1)
 
 
 @pytest.mark.parametrize("fp8_scoring", ["native", "upcast"])

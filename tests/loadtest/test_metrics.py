@@ -53,6 +53,25 @@ def test_a_series_that_was_not_there_before_began_at_nothing() -> None:
     assert between["histograms"]['blockdex_stage_seconds{phase="decode",stage="plan"}']["count"] == 30.0
 
 
+def test_counts_of_a_server_that_began_anew_begin_at_nothing() -> None:
+    """What was counted before is more than what is counted now: nothing took less than no time."""
+    between = difference(parse(AFTER), parse(BEFORE))
+    assert between["counters"]['blockdex_requests_total{code="OK",rpc="AppendKeys"}'] == 5.0
+    plan = between["histograms"]['blockdex_stage_seconds{phase="decode",stage="plan"}']
+    assert plan["count"] == 10
+    assert plan["mean"] == pytest.approx(0.0005)
+    assert 0 < plan["p50"] < plan["p99"] <= 0.001
+    assert "blockdex_batch_requests" not in between["histograms"]
+
+
+def test_a_server_that_began_anew_may_have_counted_more_by_now() -> None:
+    start = "# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds "
+    between = difference(parse(BEFORE + start + "10.0\n"), parse(AFTER + start + "11.0\n"))
+    assert between["counters"]['blockdex_requests_total{code="OK",rpc="AppendKeys"}'] == 25.0
+    plan = between["histograms"]['blockdex_stage_seconds{phase="decode",stage="plan"}']
+    assert (plan["count"], plan["mean"]) == (30, pytest.approx(0.0015))
+
+
 def test_nothing_that_listens_is_told_in_one_line() -> None:
     with pytest.raises(MetricsError, match=r"http://127\.0\.0\.1:1/metrics: "):
         scrape("127.0.0.1:1")

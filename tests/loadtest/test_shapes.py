@@ -9,6 +9,7 @@ import pytest
 from blockdex.loadtest.settings import SCENARIOS
 from blockdex.loadtest.shapes import DecodeShape, Plan, PrefillShape, ShapeError
 from blockdex.loadtest.workloads import DECODE_CASES, PREFILL_CASES
+from blockdex_kernels import IndexSpec
 from support.load_plans import SPEC, info, plan
 
 
@@ -42,6 +43,18 @@ def test_where_there_is_less_room_they_fill_it_and_no_more(scenario: str, free: 
     assert pages(made) <= 0.9 * free
     assert made.free_tokens == free * 128
     assert made.scale == 1.0 or pages(made) > 0.6 * 0.9 * free
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_server_with_its_defaults_has_to_select(scenario: str) -> None:
+    """Two GiB, 57 layers and eight clients; batches get smaller before sequences get so short that all is taken."""
+    spec = IndexSpec()
+    made = plan(scenario, info(2**31 // spec.bytes_per_page, spec=spec), clients=8, layers=None)
+    assert made.bounds.layers == 4
+    for shape in made.shapes:
+        # Some of the published cases are as short as 1,000 tokens.
+        as_published = shape.case.tokens if isinstance(shape, DecodeShape) else 4096
+        assert shape.longest > min(as_published, 1.5 * spec.topk * spec.block_size)
 
 
 def test_scale_is_a_bound() -> None:
@@ -90,6 +103,7 @@ def test_too_little_room_is_refused_with_both_numbers(scenario: str) -> None:
         plan(scenario, info(40, used=37))
 
 
-def test_more_layers_than_the_server_has_are_refused() -> None:
+def test_no_more_layers_than_the_server_has() -> None:
+    assert plan("churn", info(1000), layers=None).bounds.layers == 2
     with pytest.raises(ShapeError, match="--layers must be at most the server's 2, got 3"):
         plan("churn", info(1000), layers=3)

@@ -114,7 +114,7 @@ async def test_told_to_stop_while_it_compiles() -> None:
         told = asyncio.Event()
         told.set()
         assert not await made.open(told)
-        await asyncio.wait_for(made.stop(1.0), SECONDS)
+        await asyncio.wait_for(made.stop(0.0, 1.0), SECONDS)
 
 
 async def test_told_to_stop_while_a_frontend_waits_for_its_link(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ async def test_told_to_stop_while_a_frontend_waits_for_its_link(monkeypatch: pyt
         told.set()
         assert not await asyncio.wait_for(opening, SECONDS)
         assert not children("frontend")
-        await asyncio.wait_for(made.stop(1.0), SECONDS)
+        await asyncio.wait_for(made.stop(0.0, 1.0), SECONDS)
 
 
 async def test_a_kernel_that_does_not_compile_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ another.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,13 @@ from blockdex.cache.eviction import are_idle, choose_victims
 from blockdex.cache.overview import overview
 from blockdex.cache.page_pool import PageCopy, PagePool
 from blockdex.cache.sequence import Sequence, Sequences
-from blockdex.contract.errors import AlreadyExistsError, NotFoundError, Reason, ResourceExhaustedError
+from blockdex.contract.errors import (
+    AlreadyExistsError,
+    InvalidArgumentError,
+    NotFoundError,
+    Reason,
+    ResourceExhaustedError,
+)
 from blockdex.contract.messages import CacheOverview, CacheUsage
 from blockdex_kernels import IndexSpec
 
@@ -63,11 +70,13 @@ class IndexCache:
         num_pages: int,
         *,
         default_lease_seconds: float = 600.0,
+        max_lease_seconds: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
         self.epoch = secrets.randbelow(2**64 - 1) + 1
         self._default_lease_seconds = default_lease_seconds
+        self._max_lease_seconds = max_lease_seconds
         self._clock = clock
         self._pool = PagePool(num_pages)
         self._sequences = Sequences(spec.num_layers)
@@ -86,10 +95,13 @@ class IndexCache:
         One that is open and still as it was opened is only given its lease.
 
         Raises:
+            InvalidArgumentError: INVALID_SPANS, of the first whose lease is longer than any may be.
             AlreadyExistsError: SEQUENCE_EXISTS, of the first that has tokens or a revision.
         """
         sequences, now = self._sequences, self._clock()
-        for sequence_id in leases:
+        for sequence_id, seconds in leases.items():
+            if seconds > self._max_lease_seconds:
+                raise _too_long_a_lease(sequence_id, seconds, self._max_lease_seconds)
             entry = sequences.find(tenant, sequence_id)
             if entry is not None and (sequences.lengths[:, entry].any() or sequences.revisions[:, entry].any()):
                 raise _exists(sequence_id)
@@ -392,6 +404,16 @@ class IndexCache:
 def _unknown(sequence_id: int) -> NotFoundError:
     words = f"sequence {sequence_id}: unknown (never opened, closed, or evicted)"
     return NotFoundError(words, Reason.UNKNOWN_SEQUENCE, sequence_id=sequence_id)
+
+
+def _too_long_a_lease(sequence_id: int, seconds: float, most: float) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"sequence {sequence_id}: lease_seconds must be at most {most:g}, got {seconds:g}",
+        Reason.INVALID_SPANS,
+        sequence_id=sequence_id,
+        lease_seconds=seconds,
+        max_lease_seconds=most,
+    )
 
 
 def _exists(sequence_id: int) -> AlreadyExistsError:

@@ -6,16 +6,17 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf.json_format import MessageToDict, MessageToJson
 
 from blockdex.contract.version import VERSION
+from blockdex.flags import REFUSED, FlagParser
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 
-OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, INTERRUPTED = 0, 1, 130
 
 _DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -25,23 +26,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 1: a server does not answer, or does not serve. 2: refused, with one line on stderr that says why.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words[:1] == ["serve"]:
-            return _serve(words[1:])
-        if words[:1] == ["loadtest"]:
-            return _loadtest(words[1:])
-        if words[:1] == ["plan"]:
-            return _plan(words[1:])
-        options = _parser().parse_args(words)
-        run: Callable[[argparse.Namespace], int] = options.run
-        return run(options)
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read, `head` for instance, has seen enough. Python itself would write what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    return status
+
+
+def _run(words: Sequence[str]) -> int:
+    if words[:1] == ["serve"]:
+        return _serve(words[1:])
+    if words[:1] == ["loadtest"]:
+        return _loadtest(words[1:])
+    if words[:1] == ["plan"]:
+        return _plan(words[1:])
+    options = _parser().parse_args(words)
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="blockdex", description="Block selection for block-sparse attention, served from a sidecar.")
+    parser = FlagParser(
+        prog="blockdex", description="Block selection for block-sparse attention, served from a sidecar."
+    )
     parser.add_argument("--version", action="version", version=f"blockdex {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="run a server; `blockdex serve --help` lists its settings")
@@ -65,11 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(REFUSED, f"{self.prog}: {message}\n")
-
-
 def _serve(words: Sequence[str]) -> int:
     try:
         # Only here, so that the other commands run with the client's packages alone and without loading torch.
@@ -80,7 +87,7 @@ def _serve(words: Sequence[str]) -> int:
             settings = load_settings(words)
         except ConfigError as error:
             return _refuse("serve", str(error))
-        return serve(settings)
+        return serve(settings, lambda: load_settings(words))
     except ModuleNotFoundError as error:
         return _refuse_without("serve", error)
 

@@ -10,13 +10,13 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from blockdex.flags import FlagParser
 from blockdex.server.config import automatic_cache_bytes, parse_size
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.spec import KEY_DTYPE_BYTES, KeyDtype
 
-OK, REFUSED = 0, 2
+OK = 0
 
 RANKS = (4, 8)
 """Tensor-parallel ranks of the engines that the plan is compared with."""
@@ -230,13 +230,8 @@ def _kept_flags(options: argparse.Namespace) -> Iterator[str]:
         yield from ("--num-layers", str(options.num_layers))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(REFUSED, f"{self.prog}: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="blockdex plan", description="How much memory the keys of so many tokens take.")
+    parser = FlagParser(prog="blockdex plan", description="How much memory the keys of so many tokens take.")
     parser.add_argument(
         "--tokens",
         required=True,

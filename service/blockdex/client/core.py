@@ -44,6 +44,8 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     # The client repeats what may be repeated, and gRPC nothing.
     ("grpc.enable_retries", 0),
+    # Else all clients of a process share a connection, and so one frontend of several.
+    ("grpc.use_local_subchannel_pool", 1),
     # gRPC would wait a second at first, then minutes, before it looks for a server again.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),

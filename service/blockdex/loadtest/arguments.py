@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from blockdex.flags import FlagParser
 from blockdex.loadtest.comparison import read_result
 from blockdex.loadtest.settings import SCENARIOS, Settings, Target
 from blockdex.loadtest.slo import Objective
+from blockdex.loadtest.sweep import Sweep
 
 _MOST_CLIENTS = 4096
 _TINY = 1e-6
 _EPILOG = """
-exit status: 0 done; 1 a wrong answer, no call that succeeded, or a server that does not answer; 2 refused;
-3 a missed objective; 130 interrupted: Ctrl-C ends the run early, with a report of what was measured."""
+exit status: 0 done; 1 a wrong answer, no call that succeeded, or a server that does not answer, be it for --outage
+seconds; 2 refused; 3 a missed objective; 4 no checked answer left a block out, so none was tested; 130 interrupted:
+Ctrl-C ends the run early, with a report of what was measured. Of several, the first of 1, 130, 3, 4."""
 
 
 class RefusedError(Exception):
@@ -33,14 +36,18 @@ class Arguments:
         settings: what shapes the load.
         target: where it goes.
         objectives: what the result is held against.
+        outage: most seconds without an answer.
         old: the result of an earlier run, to be compared with.
+        sweep: the run is made once for each of its values; None where it is made once.
         output: the result is written to this path with `.json` and `.html` behind it.
     """
 
     settings: Settings
     target: Target
     objectives: tuple[Objective, ...]
+    outage: float
     old: dict[str, Any] | None
+    sweep: Sweep | None
     output: Path
 
 
@@ -51,24 +58,38 @@ def parse(words: Sequence[str]) -> Arguments:
         RefusedError: one of them is unknown or out of bounds.
         ObjectiveError: an objective cannot be read.
         ComparisonError: the earlier result cannot be read.
+        SweepError: the values to sweep over cannot be read.
     """
     options = _parser().parse_args(words)
-    if options.processes > options.clients:
-        raise RefusedError(f"--processes must be at most --clients, got {options.processes} and {options.clients}")
-    if options.scenario == "mixed" and options.clients < 2:
-        raise RefusedError("--clients must be at least 2 for mixed, got 1")
+    settings = Settings(**{name: getattr(options, name) for name in Settings.__dataclass_fields__})
+    sweep = None if options.sweep is None else Sweep.parse(options.sweep)
+    if sweep is not None and options.compare is not None:
+        raise RefusedError("--compare: a sweep cannot be compared, only one run")
+    for point in (settings,) if sweep is None else sweep.over(settings):
+        _check(point)
     if not os.access(options.output.parent, os.W_OK):
         raise RefusedError(f"--output: {options.output.parent} is not a folder that can be written to")
     return Arguments(
-        settings=Settings(**{name: getattr(options, name) for name in Settings.__dataclass_fields__}),
+        settings=settings,
         target=Target(options.address, options.http_address, options.tenant),
         objectives=tuple(map(Objective.parse, options.slo)),
+        outage=options.outage,
         old=None if options.compare is None else read_result(options.compare),
+        sweep=sweep,
         output=options.output,
     )
 
 
-class _Parser(argparse.ArgumentParser):
+def _check(settings: Settings) -> None:
+    if not 1 <= settings.clients <= _MOST_CLIENTS:
+        raise RefusedError(f"--clients must be 1 to {_MOST_CLIENTS}, got {settings.clients}")
+    if settings.processes > settings.clients:
+        raise RefusedError(f"--processes must be at most --clients, got {settings.processes} and {settings.clients}")
+    if settings.scenario == "mixed" and settings.clients < 2:
+        raise RefusedError("--clients must be at least 2 for mixed, got 1")
+
+
+class _Parser(FlagParser):
     def error(self, message: str) -> NoReturn:
         raise RefusedError(message)
 
@@ -80,7 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Load on a server through the Python client: its answers checked, its latency told.",
         epilog=f"scenarios:\n{scenarios}\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_target(parser.add_argument_group("where"))
     _add_load(parser.add_argument_group("load"))
@@ -102,8 +122,7 @@ def _add_target(group: Any) -> None:
 
 def _add_load(group: Any) -> None:
     group.add_argument("--scenario", required=True, choices=SCENARIOS, help="what the clients do, see below")
-    clients = _number(int, 1, _MOST_CLIENTS)
-    _add(group, "--clients", 8, clients, "N", "each has a connection, its own sequences and one call in flight")
+    _add(group, "--clients", 8, _number(int), "N", "each has a connection, its own sequences and one call in flight")
     _add(group, "--processes", 1, _number(int, 1), "N", "that share the clients")
     open_loop = "calls a second, however slow the server; without it a client calls again once it is answered"
     _add(group, "--rate", None, _number(float, _TINY), "R", open_loop)
@@ -117,7 +136,7 @@ def _add_load(group: Any) -> None:
 
 
 def _add_shapes(group: Any) -> None:
-    _add(group, "--layers", 0, _number(int, 0), "N", "that a step goes to; 0 for all of the server's")
+    _add(group, "--layers", None, _number(int, 0), "N", "that a step goes to; 0 for all of the server's; default: 4")
     scaling = "most that published token counts are multiplied by; less where the server has less room"
     _add(group, "--scale", 1.0, _number(float, _TINY), "F", scaling)
     _add(group, "--draft-tokens", 0, _number(int, 0), "N", "that a decode appends beside the one that is certain")
@@ -135,6 +154,10 @@ def _add_outcome(group: Any) -> None:
         metavar="TEXT",
         help="'p99<20ms', 'decode.p50<5ms', 'errors<0.1%%', 'rate>100/s'; may be given several times",
     )
+    outage = "most for which nothing may be answered, though clients wait"
+    _add(group, "--outage", 2.0, _number(float, 0), "SECONDS", outage)
+    sweep = "one run for each of clients=1,2,4,8 or rate=100,200: PATH.csv and a page that sets them beside each other"
+    _add(group, "--sweep", None, str, "TEXT", sweep)
     _add(group, "--compare", None, Path, "FILE", "the JSON of an earlier run")
     _add(group, "--output", Path("loadtest"), Path, "PATH", "writes PATH.json and PATH.html")
 
@@ -144,7 +167,7 @@ def _add(group: Any, flag: str, default: object, kind: Callable[[str], object], 
     group.add_argument(flag, default=default, type=kind, metavar=metavar, help=words)
 
 
-def _number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Callable[[str], float]:
+def _number(kind: type[int] | type[float], least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
     def read(text: str) -> float:
         try:
             value = kind(text)

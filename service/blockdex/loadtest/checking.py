@@ -36,8 +36,10 @@ class Checks:
     Attributes:
         answers: selections answered in the run.
         sampled: answers of which some rows were kept.
-        checked: answers of which some rows were checked; fewer than were kept where a minute was not enough.
-        rows: rows of block ids checked, one for each query and head.
+        checked: answers with a row that had to leave a block out, held against the reference; where a minute was not
+            enough, of the first ones alone.
+        whole: answers whose rows took every block that there was: held against it too, but they test no selection.
+        rows: rows of block ids that had to leave a block out, one for each query and head.
         flips: blocks exchanged for others whose scores are as high but for rounding.
         wrong: what was neither equal nor a flip.
     """
@@ -45,6 +47,7 @@ class Checks:
     answers: int = 0
     sampled: int = 0
     checked: int = 0
+    whole: int = 0
     rows: int = 0
     flips: int = 0
     wrong: list[WrongAnswer] = field(default_factory=list)
@@ -72,15 +75,22 @@ def check(samples: Sequence[Sample], answers: int, spec: IndexSpec, pool: Tensor
     for sample in samples:
         if time.monotonic() > deadline:
             break
-        checks.checked += 1
         for row, query in enumerate(sample.queries):
             _check_row(checks, sample, row, query, spec, pool)
+        choosing = sum(leaves_out(query.start, spec) for query in sample.queries)
+        checks.rows += choosing * spec.num_index_heads
+        checks.checked += choosing > 0
+        checks.whole += choosing == 0
     return checks
+
+
+def leaves_out(position: int, spec: IndexSpec) -> bool:
+    """Whether a query at the position sees more blocks than it selects; else there is nothing to be wrong about."""
+    return position // spec.block_size + 1 > spec.topk
 
 
 def _check_row(checks: Checks, sample: Sample, row: int, query: Run, spec: IndexSpec, pool: TensorPool) -> None:
     block_ids = sample.block_ids[row]
-    checks.rows += len(block_ids)
     visible = [
         Run(run.start, min(run.length, query.start + 1 - run.start), run.stream)
         for run in sample.keys

@@ -70,6 +70,8 @@ def _figures(old: dict[str, Any], new: dict[str, Any]) -> Iterator[dict[str, Any
         yield _figure(words, "per_second", old["throughput"][name], new["throughput"][name])
     yield _figure("errors", "count", old["all"]["errors"], new["all"]["errors"])
     yield _figure("unsent", "count", old["unsent"], new["unsent"])
+    yield _figure("set-up errors", "count", old["set_up_errors"], new["set_up_errors"])
+    yield _figure("without an answer", "seconds", old["outages"]["seconds"], new["outages"]["seconds"])
     for operation in sorted(old["operations"].keys() & new["operations"].keys()):
         before, after = (result["operations"][operation]["latency_seconds"] for result in (old, new))
         for percentile in (*PERCENTILES, "max"):

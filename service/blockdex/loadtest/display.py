@@ -18,7 +18,8 @@ from blockdex.loadtest.histogram import Histogram
 from blockdex.loadtest.jobs import Progress as Report
 from blockdex.loadtest.result import PERCENTILES
 from blockdex.loadtest.schedule import Window
-from blockdex.loadtest.wording import NONE, duration, figure, share, significant
+from blockdex.loadtest.verdicts import LONGER, has_outage, is_untested
+from blockdex.loadtest.wording import NONE, counted, duration, figure, share, significant
 
 _RECENT_SECONDS = 2.0
 _PLAIN_SECONDS = 5.0
@@ -128,7 +129,9 @@ def show(result: dict[str, Any], console: Console) -> None:
 def _operations(result: dict[str, Any]) -> Table:
     settings = result["settings"]
     loop = "closed loop" if settings["rate"] is None else f"{settings['rate']:g} arrivals/s, {settings['spacing']}"
-    table = Table(title=f"{settings['scenario']}: {settings['clients']} clients, {loop}, {settings['transport']}")
+    table = Table(
+        title=f"{settings['scenario']}: {counted(settings['clients'], 'client')}, {loop}, {settings['transport']}"
+    )
     table.add_column("operation")
     for heading in ("calls", "errors", *PERCENTILES, "max"):
         table.add_column(heading, justify="right")
@@ -150,9 +153,21 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     shapes = result["shapes"]
     scale = significant(shapes["scale"])
     yield f"shapes: published token counts times {scale}; {shapes['free_tokens']:,} tokens were free"
+    outages = result["outages"]
+    if outages["gaps"]:
+        window, bound = duration(result["window"]["seconds"]), duration(outages["bound"])
+        colour = "red" if has_outage(result) else "yellow"
+        yield (
+            f"[{colour}]without an answer: {duration(outages['seconds'])} of {window}, "
+            f"{duration(outages['longest'])} at a stretch ({bound} are allowed)[/{colour}]"
+        )
+    if result["server"]["same_epoch"] is False:
+        yield "[yellow]the server started anew: its own account begins where it did[/yellow]"
     for outcome, count in result["all"]["outcomes"].items():
         if outcome != "OK":
             yield f"[red]errors: {count:,} x {outcome}[/red]"
+    if result["set_up_errors"]:
+        yield f"[red]errors while clients started over: {result['set_up_errors']:,}[/red]"
     if result["unsent"]:
         yield f"[red]unsent: {result['unsent']:,} arrivals found no free client before the end[/red]"
     if result["left_open"]:
@@ -160,7 +175,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     if result["window"]["interrupted"]:
         yield f"[yellow]interrupted after {duration(result['window']['seconds'])}[/yellow]"
     yield from _ceiling_lines(result)
-    yield _check_line(result["checks"])
+    yield _check_line(result)
     for wrong in result["checks"]["wrong"][:5]:
         place = (
             f"{wrong['operation']}, sequence {wrong['sequence']}, layer {wrong['layer']}, position {wrong['position']}"
@@ -185,7 +200,10 @@ def _ceiling_lines(result: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _check_line(checks: dict[str, Any]) -> str:
+def _check_line(result: dict[str, Any]) -> str:
+    checks = result["checks"]
+    if is_untested(result):
+        return f"[red]answers: no selection was tested, {checks['whole']:,} took every block. {LONGER}[/red]"
     if not checks["checked"]:
         return "answers: none checked"
     colour = "red" if checks["wrong"] else "green"

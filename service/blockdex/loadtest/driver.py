@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
@@ -72,17 +73,19 @@ class Driver:
         return len(self._open)
 
     async def _start_over(self) -> bool:
-        pause = _FIRST_PAUSE
-        while not self._crew.window.over():
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-            await self._close_sequences("set_up")
-            self._script = script_of(self.shape, self._numbers, self._crew.job.plan.bounds)
-            try:
-                await self.set_up()
-            except CallFailedError:
-                continue
-            return True
+        """Whether the client has new sequences before the run ends; it waits for the server all the time."""
+        crew, began, pause = self._crew, time.monotonic(), _FIRST_PAUSE
+        try:
+            while not crew.window.over():
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                await self._close_sequences("set_up")
+                self._script = script_of(self.shape, self._numbers, crew.job.plan.bounds)
+                with contextlib.suppress(CallFailedError):
+                    await self.set_up()
+                    return True
+        finally:
+            crew.recorder.wait(began, time.monotonic(), crew.window)
         return False
 
     async def _close_sequences(self, phase: Phase) -> None:

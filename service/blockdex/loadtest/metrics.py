@@ -13,6 +13,7 @@ _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)", re.MULTILINE)
 _TYPE = re.compile(r"^# TYPE (\S+) (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _PREFIX = "blockdex_"
+_PROCESS_START = "process_start_time_seconds"
 
 
 class MetricsError(Exception):
@@ -29,8 +30,9 @@ class HistogramState:
 
 @dataclass(slots=True)
 class Snapshot:
-    """The server's own metrics at one moment, by the series' name with its labels."""
+    """The server's own metrics at one moment, by the series' name with its labels; and when its process began."""
 
+    process_start: float = 0.0
     counters: dict[str, float] = field(default_factory=dict)
     gauges: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, HistogramState] = field(default_factory=dict)
@@ -56,6 +58,8 @@ def parse(text: str) -> Snapshot:
     kinds = dict(_TYPE.findall(text))
     snapshot = Snapshot()
     for name, labels, value in _SAMPLE.findall(text):
+        if name == _PROCESS_START:
+            snapshot.process_start = float(value)
         if not name.startswith(_PREFIX):
             continue
         pairs = dict(_LABEL.findall(labels))
@@ -77,11 +81,16 @@ def parse(text: str) -> Snapshot:
 def difference(before: Snapshot, after: Snapshot) -> dict[str, Any]:
     """What happened between two moments.
 
+    What began anew in between (the server, or the part of it that counts) has counted from nothing since: of it, all
+    that it has counted at the end happened in between, and what it had counted before is lost.
+
     Returns:
         `counters`: by how much they rose; `histograms`: of what was observed; both without series that did not move.
         `gauges`: as they stand at the end.
     """
-    counters = {name: value - before.counters.get(name, 0.0) for name, value in after.counters.items()}
+    if after.process_start != before.process_start:
+        before = Snapshot()
+    counters = {name: _rise(before.counters.get(name, 0.0), value) for name, value in after.counters.items()}
     histograms = {
         name: _observed(before.histograms.get(name, HistogramState()), state, whole="_seconds" not in name)
         for name, state in after.histograms.items()
@@ -93,7 +102,14 @@ def difference(before: Snapshot, after: Snapshot) -> dict[str, Any]:
     }
 
 
+def _rise(before: float, after: float) -> float:
+    return after if after < before else after - before
+
+
 def _observed(before: HistogramState, after: HistogramState, *, whole: bool) -> dict[str, float]:
+    fell = any(after.buckets.get(bound, 0.0) < count for bound, count in before.buckets.items())
+    if fell or after.total < before.total:
+        before = HistogramState()
     counts = {bound: count - before.buckets.get(bound, 0.0) for bound, count in sorted(after.buckets.items())}
     count = max(counts.values(), default=0.0)
     if not count:

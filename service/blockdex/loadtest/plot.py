@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 560, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 28, 16, 40
 _TICKS = 5
 _MOST_DOTS = 80
-_BAR_LABEL = 70
+_BAR_NAME, _BAR_VALUE = 130, 70
 
 Format = Callable[[float], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: a name for the legend, which may be empty, and points (x, y) by rising x."""
+    """One line.
+
+    Attributes:
+        name: for the legend; may be empty.
+        points: (x, y); the line is broken where a y is None.
+        labels: words beside the points, one for each, or none at all.
+    """
 
     name: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[tuple[float, float | None]]
+    labels: Sequence[str] = ()
+
+    def unbroken(self) -> Iterator[list[tuple[float, float]]]:
+        """The points between the breaks."""
+        for has_value, part in itertools.groupby(self.points, key=lambda point: point[1] is not None):
+            if has_value:
+                yield [(across, up) for across, up in part if up is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +92,24 @@ def percentile_axis(title: str, high: float) -> Axis:
     return Axis(title, ticks, 0.0, ticks[-1], nines, lambda percent: f"{percent:.6g}")
 
 
-def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Series]) -> str:
-    """A figure with a legend; hovering over a point names its values."""
+def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Series], bands: Sequence[tuple[float, float]] = ()) -> str:
+    """A figure with a legend; hovering over a point names its values.
+
+    Args:
+        title: of the figure.
+        x: horizontal axis.
+        y: vertical axis.
+        lines: what is drawn.
+        bands: stretches of x that are marked.
+    """
     legend = "".join(
         f'<span><i class="swatch s{number}"></i>{escape(line.name)}</span>'
         for number, line in enumerate(lines)
         if line.name
     )
-    body = "".join(_grid(x, y)) + "".join(_line(number, line, x, y) for number, line in enumerate(lines))
-    if not any(line.points for line in lines):
+    body = "".join(_band(x, *band) for band in bands) + "".join(_grid(x, y))
+    body += "".join(_line(number, line, x, y) for number, line in enumerate(lines))
+    if not any(list(line.unbroken()) for line in lines):
         body += f'<text class="empty" x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT / 2}">none</text>'
     return _figure(title, legend, body)
 
@@ -98,12 +121,12 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]], form: Format) -> st
     parts = []
     for number, (name, value) in enumerate(bars):
         top = _TOP + number * height
-        width = value / most * (WIDTH - _LEFT - _BAR_LABEL)
+        width = value / most * (WIDTH - _BAR_NAME - _BAR_VALUE)
         middle = top + height / 2 + 4
-        parts.append(f'<text class="y" x="{_LEFT - 6}" y="{middle:.1f}">{escape(name)}</text>')
+        parts.append(f'<text class="y" x="{_BAR_NAME - 6}" y="{middle:.1f}">{escape(name)}</text>')
         size = f'y="{top + height * 0.2:.1f}" width="{width:.1f}" height="{height * 0.6:.1f}"'
-        parts.append(f'<rect class="s0" x="{_LEFT}" {size}/>')
-        parts.append(f'<text x="{_LEFT + width + 6:.1f}" y="{middle:.1f}">{escape(form(value))}</text>')
+        parts.append(f'<rect class="s0" x="{_BAR_NAME}" {size}/>')
+        parts.append(f'<text x="{_BAR_NAME + width + 6:.1f}" y="{middle:.1f}">{escape(form(value))}</text>')
     return _figure(title, "", "".join(parts))
 
 
@@ -129,17 +152,32 @@ def _grid(x: Axis, y: Axis) -> list[str]:
     return parts
 
 
-def _line(number: int, line: Series, x: Axis, y: Axis) -> str:
-    places = [(_across(x, across), _down(y, up)) for across, up in line.points]
-    path = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
-    radius = 2.5 if len(places) <= _MOST_DOTS else 0.0
-    dots = "".join(
-        f'<circle class="s{number}" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="{radius}">'
-        f"<title>{escape(f'{line.name} {y.form(point[1])} at {x.form(point[0])}'.strip())}</title></circle>"
-        for place, point in zip(places, line.points, strict=True)
-        if radius
+def _band(x: Axis, begin: float, end: float) -> str:
+    left, right = _across(x, begin), _across(x, end)
+    return (
+        f'<rect class="band" x="{left:.1f}" width="{right - left:.1f}" y="{_TOP}" height="{HEIGHT - _BOTTOM - _TOP}"/>'
     )
-    return f'<polyline class="s{number}" points="{path}"/>{dots}'
+
+
+def _line(number: int, line: Series, x: Axis, y: Axis) -> str:
+    parts = []
+    for points in line.unbroken():
+        places = [f"{_across(x, across):.1f},{_down(y, up):.1f}" for across, up in points]
+        # One point alone is a line of no length, whose round ends make a dot.
+        parts.append(f'<polyline class="s{number}" points="{" ".join(places if places[1:] else places * 2)}"/>')
+    if len(line.points) <= _MOST_DOTS:
+        parts += [_dot(number, line.name, x, y, point) for part in line.unbroken() for point in part]
+    for label, (across, up) in zip(line.labels, line.points, strict=False):
+        if up is not None:
+            place = f'x="{_across(x, across) + 6:.1f}" y="{_down(y, up) - 6:.1f}"'
+            parts.append(f"<text {place}>{escape(label)}</text>")
+    return "".join(parts)
+
+
+def _dot(number: int, name: str, x: Axis, y: Axis, point: tuple[float, float]) -> str:
+    words = escape(f"{name} {y.form(point[1])} at {x.form(point[0])}".strip())
+    place = f'cx="{_across(x, point[0]):.1f}" cy="{_down(y, point[1]):.1f}"'
+    return f'<circle class="s{number}" {place} r="2.5"><title>{words}</title></circle>'
 
 
 def _across(axis: Axis, value: float) -> float:

@@ -11,6 +11,9 @@ from blockdex.loadtest.steps import Operation
 
 OK = ("OK", "")
 
+TICK_SECONDS = 0.1
+"""How finely it is kept when calls waited and when they were answered."""
+
 
 @dataclass(frozen=True, slots=True)
 class CallRecord:
@@ -77,6 +80,8 @@ class Recorder:
         lateness: by how much calls inside the window were sent after the moment at which they were meant to be.
         sent: calls of all phases, by phase, RPC and code.
         unsent: arrivals that found no free client before the end.
+        waiting: ticks since measuring began in which some call was waited for.
+        answered: ticks in which some call of the load was answered with success.
     """
 
     latencies: dict[Operation, Histogram] = field(default_factory=dict)
@@ -85,11 +90,14 @@ class Recorder:
     lateness: Histogram = field(default_factory=Histogram)
     sent: Counter[tuple[Phase, str, str]] = field(default_factory=Counter)
     unsent: int = 0
+    waiting: set[int] = field(default_factory=set)
+    answered: set[int] = field(default_factory=set)
 
     def observe(self, call: CallRecord, window: Window) -> None:
         """Counts a call that has ended."""
         succeeded = call.outcome == OK
         self.sent[call.phase, call.rpc, call.outcome[0]] += 1
+        self.wait(call.intended, call.ended, window)
         if call.phase == "measured":
             self.outcomes[(call.operation, *call.outcome)] += 1
             self.lateness.observe(call.sent - call.intended)
@@ -100,11 +108,18 @@ class Recorder:
         if call.phase in {"warm_up", "measured"} and window.measures(call.ended):
             second = self._second(call.ended, window)
             if succeeded:
+                self.answered.add(_tick(call.ended, window))
                 second.calls += 1
                 second.tokens += call.tokens
                 second.queries += call.queries
             else:
                 second.errors[call.outcome[0]] += 1
+
+    def wait(self, begin: float, end: float, window: Window) -> None:
+        """Takes note that from one moment to another a client waited for the server, however its calls ended."""
+        first, last = max(begin, window.measured_from), min(end, window.end)
+        if first <= last:
+            self.waiting.update(range(_tick(first, window), _tick(last, window) + 1))
 
     def merge(self, other: Recorder) -> None:
         """Counts everything that another one has counted."""
@@ -116,6 +131,12 @@ class Recorder:
         self.lateness.merge(other.lateness)
         self.sent.update(other.sent)
         self.unsent += other.unsent
+        self.waiting |= other.waiting
+        self.answered |= other.answered
 
     def _second(self, moment: float, window: Window) -> Second:
         return self.seconds.setdefault(int(moment - window.measured_from), Second())
+
+
+def _tick(moment: float, window: Window) -> int:
+    return int((moment - window.measured_from) / TICK_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,15 +11,16 @@ from typing import Any
 from blockdex.client import Info
 from blockdex.loadtest.histogram import RELATIVE_ERROR, Histogram
 from blockdex.loadtest.jobs import Done
-from blockdex.loadtest.recorder import OK, Recorder, Second
+from blockdex.loadtest.recorder import OK, TICK_SECONDS, Recorder, Second
 from blockdex.loadtest.shapes import Plan
 
-FORMAT = 1
+FORMAT = 2
 """Changes when a reader of the file would have to."""
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
 _CURVE = (0.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.5, 99.8, 99.9, 99.95, 99.98, 99.99, 99.999, 100.0)
 _NEAR_CEILING = 0.8
+_SHORTEST_GAP = round(1.0 / TICK_SECONDS)
 
 
 def merged(recorders: Sequence[Recorder]) -> Recorder:
@@ -51,8 +53,28 @@ def measurements(recorder: Recorder, seconds: float) -> dict[str, Any]:
         "lateness_seconds": summary(recorder.lateness),
         "latency_relative_error": RELATIVE_ERROR,
         "throughput": _throughput(list(recorder.seconds.values()), seconds),
+        "outages": outages(recorder, seconds),
+        "set_up_errors": _set_up_errors(recorder),
         "seconds": [_second(recorder, number, seconds) for number in range(math.ceil(seconds))],
     }
+
+
+def outages(recorder: Recorder, seconds: float) -> dict[str, Any]:
+    """Stretches of a second or more in which clients waited and no call of the load was answered, to a tenth."""
+    silent = recorder.waiting - recorder.answered
+    gaps: list[dict[str, float]] = []
+    for is_silent, stretch in itertools.groupby(range(int(seconds / TICK_SECONDS + 1e-6)), silent.__contains__):
+        ticks = list(stretch)
+        if is_silent and len(ticks) >= _SHORTEST_GAP:
+            start, length = (round(count * TICK_SECONDS, 1) for count in (ticks[0], len(ticks)))
+            gaps.append({"start": start, "seconds": length})
+    lengths = [gap["seconds"] for gap in gaps]
+    return {"gaps": gaps, "seconds": round(sum(lengths), 1), "longest": max(lengths, default=0.0)}
+
+
+def _set_up_errors(recorder: Recorder) -> int:
+    """Calls that failed while clients whose calls had failed made new sequences: of no operation, and yet errors."""
+    return sum(count for (phase, _, code), count in recorder.sent.items() if phase == "set_up" and code != OK[0])
 
 
 def sent(recorder: Recorder) -> dict[str, dict[str, dict[str, int]]]:

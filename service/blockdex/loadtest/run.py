@@ -84,7 +84,8 @@ class LoadTest:
         self._target = target
         self._screen = screen
         self._run_number = random.SystemRandom().randrange(_RUN_NUMBERS)
-        self._info = _ask(target, settings.timeout)
+        screen.phase(f"asking {target.address} what it is")
+        self._info = _ask(target, min(settings.timeout, _ANSWER_SECONDS))
         self.plan = make_plan(
             self._info,
             settings.scenario,

@@ -171,7 +171,7 @@ class ForkScript(Script):
         chance = self.numbers.random
         while True:
             parent = chance.choice(self._live)
-            child = parent.fork(next(self.numbers.ids), chance.randint(3 * parent.length // 4, parent.length))
+            child = parent.fork(next(self.numbers.ids), chance.randint(self._shape.common, parent.length))
             yield self.fork(parent, child)
             self._live.append(child)
             rows = chance.randint(1, FORK_APPEND)
@@ -181,7 +181,7 @@ class ForkScript(Script):
                     part.truncate(self._shape.tokens)
                     yield SequenceStep("truncate", part.id, length=self._shape.tokens)
             if len(self._live) > LIVE_FORKS:
-                # The first one stays: forks of forks get shorter and shorter.
+                # The first one stays: it holds what all have in common.
                 yield self.close(self._live.pop(chance.randrange(1, len(self._live))))
 
 

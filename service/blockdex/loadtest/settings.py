@@ -30,7 +30,7 @@ class Settings:
         duration: seconds that are measured.
         seed: of everything that is drawn.
         transport: of the clients.
-        layers: how many the calls of a step go to; 0 for all.
+        layers: how many the calls of a step go to; 0 for all, None for a few.
         scale: most that published token counts are multiplied by.
         draft_tokens: that a decode appends beside the one that is certain.
         chunk: most tokens of a prefill's call.
@@ -48,7 +48,7 @@ class Settings:
     duration: float
     seed: int
     transport: Literal["unary", "stream"]
-    layers: int
+    layers: int | None
     scale: float
     draft_tokens: int
     chunk: int

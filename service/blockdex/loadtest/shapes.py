@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from bisect import bisect
 from collections.abc import Callable
@@ -13,16 +14,19 @@ from blockdex.client import Info
 from blockdex.loadtest.workloads import DECODE_CASES, PREFILL_CASES, DecodeCase, PrefillCase, lengths_around
 
 _FREE_SHARE = 0.9
-_FLOOR_BLOCKS = 4
+_FEWEST_BLOCKS = 4
 _HALVINGS = 40
-_FORK_TOKENS = 1_200
-_CHURN_TOKENS = 500
+_FORK_TOKENS = 8_000
+_CHURN_TOKENS = 4_000
+_LAYERS = 4
 _LEAST_PREFILL = 32
 _FILL_TOKENS = 8_192
 _PREFILL_SHARE = 4
 
 LIVE_FORKS = 6
-"""Sequences that a client of the scenario `forks` keeps at a time."""
+"""Sequences that a client of the scenario `forks` keeps at a time; while it makes a further one, one more."""
+FORKED_SHARE = 0.875
+"""Share of the first one's tokens that they all have in common with it."""
 FORK_APPEND = 8
 """Most tokens that one of its calls appends to a sequence."""
 CHURN_DECODES = 8
@@ -44,6 +48,7 @@ class Bounds:
         fill: most tokens of a call that only makes a sequence as long as it has to be.
         max_spans: most sequences of a call.
         block_size: tokens of a block.
+        floor: tokens that decoding sequences and prompts are not scaled below.
     """
 
     layers: int
@@ -52,6 +57,7 @@ class Bounds:
     fill: int
     max_spans: int
     block_size: int
+    floor: int
 
 
 class Shape(Protocol):
@@ -133,20 +139,27 @@ class PrefillShape:
 
 @dataclass(frozen=True, slots=True)
 class ForkShape:
-    """Sequences forked from one another, the first of which is truncated whenever it has grown enough.
+    """Sequences forked from one another, each of which is truncated whenever it has grown enough.
 
     Attributes:
         tokens: that the first one begins with.
         growth: most tokens that a sequence grows by.
+        block_size: tokens of a block.
     """
 
     tokens: int
     growth: int
+    block_size: int
+
+    @property
+    def common(self) -> int:
+        """Tokens from its beginning on that every sequence shares with the first one."""
+        return int(FORKED_SHARE * self.tokens)
 
     @property
     def held(self) -> tuple[int, ...]:
-        """As if nothing were shared."""
-        return (self.longest,) * (LIVE_FORKS + 1)
+        """The first one, and of each other what it does not share, with the block that is copied."""
+        return self.longest, *(self.longest - self.common + self.block_size,) * LIVE_FORKS
 
     @property
     def longest(self) -> int:
@@ -154,7 +167,7 @@ class ForkShape:
         return self.tokens + self.growth
 
     def __str__(self) -> str:
-        return f"forks: {LIVE_FORKS} sequences of up to {self.longest:,} tokens"
+        return f"forks: {LIVE_FORKS} sequences of up to {self.longest:,} tokens, {self.common:,} in common"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,14 +213,16 @@ class Plan:
 
 
 def _decode_shapes(clients: int, scale: float, seed: int, bounds: Bounds) -> list[Shape]:
-    """One case a client, spread evenly over the cases by weight, so that few clients stand for all of them."""
+    """One case a client, spread evenly over the cases by weight, so that few clients stand for all of them.
+
+    Where there is little room, batches get smaller before sequences get shorter than `bounds.floor`.
+    """
     cases = sorted(DECODE_CASES, key=lambda case: case.batch * case.tokens)
     edges = list(accumulate(case.weight for case in cases))
-    floor = _FLOOR_BLOCKS * bounds.block_size
     shapes: list[Shape] = []
     for client in range(clients):
         case = cases[bisect(edges, edges[-1] * (client + 0.5) / clients)]
-        tokens = max(round(case.tokens * scale), min(case.tokens, floor))
+        tokens = max(round(case.tokens * scale), min(case.tokens, bounds.floor))
         batch = min(max(1, round(case.batch * min(1.0, case.tokens * scale / tokens))), bounds.max_spans)
         lengths = lengths_around(batch, tokens, random.Random(f"lengths {seed} {client}"))
         shapes.append(DecodeShape(case, lengths, bounds.block_size + 1 + bounds.draft_tokens))
@@ -218,7 +233,7 @@ def _prefill_shapes(clients: int, scale: float, bounds: Bounds) -> list[Shape]:
     cases = []
     for case in PREFILL_CASES:
         queries = max(round(case.queries * scale), _LEAST_PREFILL)
-        tokens = max(round(case.tokens * scale), queries + bounds.block_size)
+        tokens = max(round(case.tokens * scale), queries + bounds.block_size, min(case.tokens, bounds.floor))
         cases.append(PrefillCase(queries, tokens, case.weight))
     return [PrefillShape(tuple(cases), bounds.block_size)] * clients
 
@@ -237,16 +252,27 @@ def _shapes(scenario: str, clients: int, scale: float, seed: int, bounds: Bounds
             ]
         case "forks":
             tokens = max(round(_FORK_TOKENS * min(scale, 1.0)), bounds.block_size)
-            return [ForkShape(tokens, bounds.block_size // 2 + FORK_APPEND)] * clients
+            return [ForkShape(tokens, bounds.block_size // 2 + FORK_APPEND, bounds.block_size)] * clients
         case "churn":
             return [ChurnShape(max(round(_CHURN_TOKENS * min(scale, 1.0)), bounds.block_size))] * clients
     raise ValueError(f"scenario: unknown {scenario!r}")
 
 
 def make_plan(
-    info: Info, scenario: str, *, clients: int, scale: float, seed: int, layers: int, draft_tokens: int, chunk: int
+    info: Info,
+    scenario: str,
+    *,
+    clients: int,
+    scale: float,
+    seed: int,
+    layers: int | None,
+    draft_tokens: int,
+    chunk: int,
 ) -> Plan:
     """The largest plan that fits what the server has free, and is no larger than `scale` says.
+
+    Decoding sequences and prompts are long enough for a selection to leave half of their blocks out, wherever there is
+    room for it.
 
     Args:
         info: the server's own account of itself.
@@ -254,7 +280,7 @@ def make_plan(
         clients: how many; `mixed` needs 2.
         scale: most that published token counts are multiplied by.
         seed: of what is drawn.
-        layers: how many to use; 0 for all.
+        layers: how many to use; 0 for all, None for a few.
         draft_tokens: of a decode.
         chunk: most tokens of a prefill's call.
 
@@ -262,6 +288,8 @@ def make_plan(
         ShapeError: the server has too little room, too few layers or too small messages.
     """
     spec, limits, cache = info.spec, info.limits, info.cache
+    if layers is None:
+        layers = min(_LAYERS, spec.num_layers)
     if layers > spec.num_layers:
         raise ShapeError(f"--layers must be at most the server's {spec.num_layers}, got {layers}")
     row_bytes = 2 * spec.head_dim * (1 + spec.num_index_heads)
@@ -276,6 +304,7 @@ def make_plan(
         fill=min(_FILL_TOKENS, most_rows),
         max_spans=min(limits.max_spans, most_rows // decode_rows),
         block_size=spec.block_size,
+        floor=2 * spec.topk * spec.block_size,
     )
     free = cache.pages_total - cache.pages_used
     room = int(free * _FREE_SHARE)
@@ -285,6 +314,9 @@ def make_plan(
         return _pages(shapes, spec.block_size) <= room and longest <= spec.max_sequence_tokens
 
     found = _largest(lambda share: _shapes(scenario, clients, share, seed, bounds), fits, scale)
+    if found is None:
+        bounds = dataclasses.replace(bounds, floor=min(bounds.floor, _FEWEST_BLOCKS * spec.block_size))
+        found = _largest(lambda share: _shapes(scenario, clients, share, seed, bounds), fits, scale)
     if found is None:
         need = _pages(_shapes(scenario, clients, 0.0, seed, bounds), spec.block_size)
         raise ShapeError(

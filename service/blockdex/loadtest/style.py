@@ -42,11 +42,13 @@ figcaption { font-weight: 600; display: flex; flex-wrap: wrap; justify-content: 
 svg { width: 100%; height: auto; display: block; }
 svg text { font-size: 11px; fill: var(--soft); }
 svg .y { text-anchor: end; } svg .x { text-anchor: middle; } svg .empty { text-anchor: middle; font-size: 14px; }
+svg .band { fill: var(--bad); opacity: 0.13; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
-polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 .table { overflow-x: auto; } .table + .table { margin-top: 16px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); }
+th, td:not(:last-child) { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { color: var(--soft); font-weight: 500; }
 tbody tr:last-child td { border-bottom: 0; }

@@ -27,6 +27,12 @@ def significant(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 client`, `1,200 clients`, `2 processes`."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
 def share(value: float | None) -> str:
     """As per cent."""
     return NONE if value is None else f"{significant(100 * value)} %"

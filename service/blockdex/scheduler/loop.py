@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ class Engine:
         limits: bounds on requests.
         inbox: where links come.
         lease_seconds: lease of a sequence that names none.
+        max_lease_seconds: longest lease that one may name.
         decode_queries: a span of at most so many queries is decode, a longer one prefill.
         prefill_slice_seconds: time that one slice of a prefill may take, about; None: what suits the device.
         on_lost_device: called, on the engine's thread, when the device has failed for good.
@@ -69,6 +71,7 @@ class Engine:
         inbox: RingInbox,
         socket: str = "",
         lease_seconds: float = 600.0,
+        max_lease_seconds: float = math.inf,
         decode_queries: int = 16,
         prefill_slice_seconds: float | None = None,
         on_lost_device: Callable[[], None] | None = None,
@@ -79,7 +82,7 @@ class Engine:
         self._on_lost_device = on_lost_device
         self._backend = backend
         self._executor = make_executor(backend, TABLE_ROW)
-        self._lease_seconds = lease_seconds
+        self._lease_seconds, self._max_lease_seconds = lease_seconds, max_lease_seconds
         self._decode_queries = decode_queries
         self._prefill_slice_seconds = prefill_slice_seconds or SLICE_SECONDS[backend.device.type]
         self._inbox = inbox
@@ -93,7 +96,12 @@ class Engine:
         self._serve_cache()
 
     def _new_cache(self) -> IndexCache:
-        return IndexCache(self.spec, len(self._backend.pages), default_lease_seconds=self._lease_seconds)
+        return IndexCache(
+            self.spec,
+            len(self._backend.pages),
+            default_lease_seconds=self._lease_seconds,
+            max_lease_seconds=self._max_lease_seconds,
+        )
 
     def _serve_cache(self) -> None:
         """Makes what works on a new cache."""

@@ -6,10 +6,12 @@ import asyncio
 import importlib.util
 import logging
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockdex.logs import log_event, log_fault
@@ -35,6 +37,7 @@ _WARM_UP_LINE_SECONDS = 5.0
 _SPIN_SECONDS = 0.001
 """Longer than what an engine does between two layers, so that both are awake when the next one asks."""
 _NO_RING = "a server needs Linux on x86-64, which orders plain stores, and the compiled module blockdex._native"
+_AVAILABLE = re.compile(r"MemAvailable: +(\d+) kB")
 _CORES = 4
 """From so many on a server is several processes, which do not wait for each other's turn at the interpreter.
 
@@ -140,10 +143,13 @@ def build_engine(
 
     try:
         choice = choose_device(settings.device, spec)
-        cache_bytes = settings.cache_bytes
-        if cache_bytes == "auto":
-            cache_bytes = _automatic_cache_bytes(choice)
-            _check_room(cache_bytes, spec)
+    except (ValueError, RuntimeError) as error:
+        raise StartError(str(error)) from error
+    cache_bytes = settings.cache_bytes
+    if cache_bytes == "auto":
+        cache_bytes = _automatic_cache_bytes(choice)
+        _check_room(cache_bytes, spec)
+    try:
         backend = choose_backend(
             choice,
             spec,
@@ -154,12 +160,13 @@ def build_engine(
     except ValueError as error:
         raise StartError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
-        wanted = f"{settings.cache_bytes} bytes cannot be had on device {settings.device}"
-        raise StartError(f"cache_bytes: {wanted}") from error
+        most = f"at most about {_bytes_to_be_had(choice)} can be had on device {choice.device}"
+        raise StartError(f"cache_bytes: {most}, got {settings.cache_bytes}") from error
     return Engine(
         backend,
         limits=settings.limits,
         lease_seconds=settings.lease_seconds,
+        max_lease_seconds=settings.max_lease_seconds,
         decode_queries=1 + settings.num_speculative_tokens,
         prefill_slice_seconds=settings.prefill_slice_seconds,
         on_lost_device=on_lost_device,
@@ -176,6 +183,12 @@ def _check_room(cache_bytes: int, spec: IndexSpec) -> None:
 def _automatic_cache_bytes(choice: Choice) -> int:
     if choice.device.type == "cpu":
         raise StartError(f"cache_bytes: auto is for a GPU, got device cpu ({choice.reason}); name a size instead")
+    return _bytes_to_be_had(choice)
+
+
+def _bytes_to_be_had(choice: Choice) -> int:
+    if choice.device.type == "cpu":
+        return int(_AVAILABLE.findall(Path("/proc/meminfo").read_text("ascii"))[0]) * 1024
     import torch  # noqa: PLC0415 - as above
 
     free, _ = torch.cuda.mem_get_info(choice.device)

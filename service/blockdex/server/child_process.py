@@ -13,7 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
-from blockdex.logs import configure_logging
+from blockdex.logs import configure_logging, set_level
 from blockdex.ring.control_channel import ControlChannel, Words
 from blockdex.server.bootstrap import StartError
 from blockdex.server.config import ServeSettings
@@ -116,15 +116,15 @@ class Child:
 def run_child(run: Run, selector: selectors.BaseSelector | None = None) -> None:
     """What the process of a child does, from its beginning to its end.
 
-    Signals that stop a server are the supervisor's to act on, who may still need the child then. When the supervisor
-    has ended, the kernel ends the child.
+    Signals to a server are the supervisor's to act on, who may still need the child when it is to stop. When the
+    supervisor has ended, the kernel ends the child.
 
     Args:
         run: what is a child's own.
         selector: what its asyncio loop waits with; left out, asyncio's own.
     """
     connected, supervisor = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == supervisor:  # else it ended before the kernel was asked
@@ -138,4 +138,14 @@ async def _converse(connected: socket.socket, run: Run) -> None:
     words = await anext(heard)
     settings = ServeSettings.restore(words["settings"])
     configure_logging(settings.log_format, settings.log_level)
-    await run(talk, settings, words, heard)
+    await run(talk, settings, words, _after_log_levels(heard))
+
+
+async def _after_log_levels(heard: AsyncIterator[Words]) -> AsyncIterator[Words]:
+    """What is heard besides another log level, which is alike for all children."""
+    async for told in heard:
+        match told:
+            case {"log_level": str(level)}:
+                set_level(level)
+            case _:
+                yield told

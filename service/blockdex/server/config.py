@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import re
 import tomllib
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -23,6 +22,7 @@ from pydantic_settings import (
 )
 
 from blockdex.contract.messages import Limits
+from blockdex.flags import FlagParser, did_you_mean
 from blockdex.server.addresses import Address
 from blockdex_kernels import IndexSpec
 
@@ -34,6 +34,11 @@ FREE_SHARE = 0.9
 """Part of a GPU's free memory that a cache of `auto` bytes takes."""
 WORKING_BYTES = 768 << 20
 """What it leaves at least: the scores of one launch (512 MiB), and 256 MiB for kernels, queries and answers."""
+
+_OF_KUBERNETES = re.compile(
+    r"_SERVICE_(HOST|PORT)(_\w+)?=|_PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://|_PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)="
+)
+"""The variables that it sets for a service, which may be named blockdex or blockdex-metrics."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([a-z]*)", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1} | {
@@ -173,6 +178,9 @@ class ServeSettings(BaseSettings):
         gt=0,
         lt=2**32,
     )
+    max_lease_seconds: float = _setting(
+        86400.0, "SECONDS", "Longest lease that a sequence may be opened with.", gt=0, lt=2**32
+    )
     num_speculative_tokens: int = _setting(
         15, "N", "Draft tokens of a decode step: a span of at most 1 + N queries is decode, else prefill.", ge=0
     )
@@ -183,8 +191,11 @@ class ServeSettings(BaseSettings):
         gt=0,
         le=60,
     )
+    drain_seconds: float = _setting(
+        0.0, "SECONDS", "How long after SIGTERM requests are still taken while /readyz says 503.", ge=0, le=3600
+    )
     shutdown_grace_seconds: float = _setting(
-        30.0, "SECONDS", "How long SIGTERM waits for requests in flight.", ge=0, le=3600
+        30.0, "SECONDS", "How long SIGTERM then waits for requests in flight.", ge=0, le=3600
     )
     slow_request_seconds: float = _setting(
         1.0, "SECONDS", "A request that takes longer is logged, with its time in each stage.", gt=0, le=86400
@@ -199,8 +210,15 @@ class ServeSettings(BaseSettings):
     )
     log_format: Literal["human", "json"] = _setting("human", "FORMAT", "Lines on stderr: human or json.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        "info", "LEVEL", "Least level that is logged: debug, info, warning or error."
+        "info", "LEVEL", "Least level that is logged: debug, info, warning or error; SIGHUP reads it anew."
     )
+
+    @field_validator("max_lease_seconds")
+    @classmethod
+    def _no_shorter_than_the_default_lease(cls, value: float, info: ValidationInfo) -> float:
+        if value < info.data.get("lease_seconds", value):
+            raise ValueError(f"must be at least lease_seconds, {info.data['lease_seconds']:g}, got {value:g}")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -266,6 +284,7 @@ def load_settings(arguments: Sequence[str]) -> ServeSettings:
     environment = EnvSettingsSource(ServeSettings)()
     path = (environment | flags).get("config")
     _check_file(path)
+    _check_variables()
     try:
         return ServeSettings(**flags)
     except ValidationError as error:
@@ -273,14 +292,14 @@ def load_settings(arguments: Sequence[str]) -> ServeSettings:
 
 
 def _parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
-    parser = _Parser(prog="blockdex serve", allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(prog="blockdex serve", add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="help")
     for name, *_ in _described():
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name)
     return vars(parser.parse_args(arguments))
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(FlagParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
@@ -331,11 +350,17 @@ def _check_file(path: str | None) -> None:
         raise ConfigError(f"{path}: config: a file cannot name another one")
 
 
+def _check_variables() -> None:
+    known = [_variable(name) for name, *_ in _described()]
+    for name, value in os.environ.items():
+        if name.startswith(ENV_PREFIX) and value and name not in known and not _OF_KUBERNETES.search(f"{name}={value}"):
+            raise ConfigError(f"{name}: unknown setting in the environment{did_you_mean(name, known, ENV_PREFIX)}")
+
+
 def _explain(error: ErrorDetails, flags: Mapping[str, str], environment: Mapping[str, str], path: str | None) -> str:
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, [known for known, *_ in _described()], n=1)
-        return f"{path}: unknown setting {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
+        return f"{path}: unknown setting {name!r}{did_you_mean(name, [known for known, *_ in _described()])}"
     place = name if path is None else f"{path}: {name}"
     if name in flags:
         place = f"--{name.replace('_', '-')}"

@@ -71,9 +71,10 @@ class Frontend:
                 case {"ask": "requests"}:
                     self._channel.tell_times()
                     self._talk.tell({"answer": words_of(self._requests)})
-                case {"ask": "refuse_new"}:
+                case {"drain": True}:
                     telling.cancel()
                     await rpc.stop_being_ready()
+                case {"ask": "refuse_new"}:
                     self._channel.refuse_new()
                     self._talk.tell({"answer": {}})
                 case {"finish": float(grace)}:

@@ -10,12 +10,13 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockdex.contract.messages import Info
 from blockdex.contract.version import VERSION
 from blockdex.frontend.http.readiness import Readiness
-from blockdex.logs import configure_logging, log_event
+from blockdex.logs import configure_logging, log_event, set_level
 from blockdex.server.addresses import Address
 from blockdex.server.bootstrap import (
     FLUSH_SECONDS,
@@ -30,7 +31,7 @@ from blockdex.server.bootstrap import (
     start_tracing,
     warm_up,
 )
-from blockdex.server.config import ServeSettings
+from blockdex.server.config import ConfigError, ServeSettings
 from blockdex.server.http_process import HttpSide
 from blockdex.server.public_socket import public_socket
 from blockdex.server.request_counts import OwnCounts
@@ -42,18 +43,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Read = Callable[[], ServeSettings]
+"""Reads the settings anew; raises `ConfigError` where they cannot be."""
+
 _PACKAGES_OF_CHILDREN = ("torch", "grpc_health", "grpc_reflection")
 _WRITE_SECONDS = 1.0
 """How long answers that are there may take to be written."""
 
 
-def serve(settings: ServeSettings) -> int:
+def serve(settings: ServeSettings, read: Read) -> int:
     """Runs a server until SIGTERM or SIGINT; then finishes what is in flight. A second signal ends it at once.
+
+    Args:
+        settings: of the server.
+        read: for SIGHUP.
 
     Returns:
         The exit status: 0 after a signal, 1 if its device or its engine failed, 2 if the server could not start.
     """
     configure_logging(settings.log_format, settings.log_level)
+    # A terminal that is closed sends it too, also before there is a loop to handle it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         spec = settings.index_spec()
         check_tracing(settings)
@@ -62,23 +72,23 @@ def serve(settings: ServeSettings) -> int:
         claim(settings.grpc_address).close()
         with claim(settings.http_address) as http_socket:
             if split:
-                return asyncio.run(_run_split(settings, spec, http_socket))
-            return _run_on_ring(settings, spec, http_socket)
+                return asyncio.run(_run_split(settings, read, http_socket))
+            return _run_on_ring(settings, spec, read, http_socket)
     except (StartError, SpecError) as error:
         log_event(logger, logging.ERROR, "refused to start", reason=str(error))
         return 2
 
 
-def _run_on_ring(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> int:
+def _run_on_ring(settings: ServeSettings, spec: IndexSpec, read: Read, http_socket: socket.socket) -> int:
     from blockdex.ring.selector import RingSelector  # noqa: PLC0415 - it is compiled, and a refusal to start is not
 
     selector = RingSelector()
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
-        return runner.run(_run_single(settings, spec, http_socket, selector))
+        return runner.run(_run_single(settings, spec, read, http_socket, selector))
 
 
 async def _run_single(
-    settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket, selector: RingSelector
+    settings: ServeSettings, spec: IndexSpec, read: Read, http_socket: socket.socket, selector: RingSelector
 ) -> int:
     # What brings torch and gRPC is loaded here: a supervisor needs neither.
     from blockdex.frontend.grpc.server import start_rpc_server  # noqa: PLC0415
@@ -90,6 +100,7 @@ async def _run_single(
         inbox = RingInbox(spin_seconds(settings))
         engine = build_engine(settings, spec, lambda: os.kill(os.getpid(), signal.SIGTERM), inbox)
         told_to_stop = _listen_to_signals()
+        _reload_on_hangup(settings, read, set_level)
         requests, readiness = OwnCounts(), Readiness()
         async with connected(engine, inbox, settings, public, requests, selector, told_to_stop) as channel:
             info = await channel.info()
@@ -116,6 +127,7 @@ async def _run_single(
                 _log_stopping(settings)
                 readiness.obstacle = "shutting down"
                 await rpc.stop_being_ready()
+                await asyncio.sleep(0.0 if engine.device_is_lost else settings.drain_seconds)
                 channel.refuse_new()
                 engine.expect_no_more()
                 await channel.drain(settings.shutdown_grace_seconds)
@@ -131,14 +143,14 @@ async def _run_single(
     return 0
 
 
-async def _run_split(settings: ServeSettings, spec: IndexSpec, http_socket: socket.socket) -> int:
-    del spec  # the engine core makes its own of the settings
+async def _run_split(settings: ServeSettings, read: Read, http_socket: socket.socket) -> int:
     for package in _PACKAGES_OF_CHILDREN:
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     told_to_stop = _listen_to_signals()
     readiness = Readiness()
     supervisor = Supervisor(settings, readiness)
+    _reload_on_hangup(settings, read, supervisor.set_log_level)
     try:
         if await supervisor.start(told_to_stop):
             await _serve_with(supervisor, settings, readiness, told_to_stop, http_socket)
@@ -165,7 +177,7 @@ async def _serve_with(
             _log_start(info, supervisor.grpc_address, http_address, **supervisor.pids())
             await told_to_stop.wait()
             _log_stopping(settings)
-        await supervisor.stop(settings.shutdown_grace_seconds)
+        await supervisor.stop(settings.drain_seconds, settings.shutdown_grace_seconds)
     finally:
         await http.stop()
 
@@ -185,12 +197,30 @@ def _listen_to_signals() -> asyncio.Event:
     return told
 
 
+def _reload_on_hangup(settings: ServeSettings, read: Read, set_log_level: Callable[[str], None]) -> None:
+    """Has SIGHUP read the settings anew, and do what can be done about them while the server runs."""
+
+    def on_signal() -> None:
+        try:
+            new = read()
+        except ConfigError as error:
+            log_event(logger, logging.ERROR, "settings not read anew", reason=str(error))
+            return
+        set_log_level(new.log_level)
+        changed = [name for name, value in new if value != getattr(settings, name) and name != "log_level"]
+        restart = ", ".join(changed)
+        log_event(logger, logging.INFO, "settings read anew", log_level=new.log_level, need_a_restart=restart)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_signal)
+
+
 def _http_address(settings: ServeSettings, http_socket: socket.socket) -> str:
     return str(Address.parse(settings.http_address).at_port_of(http_socket))
 
 
 def _log_stopping(settings: ServeSettings) -> None:
-    log_event(logger, logging.INFO, "stopping", grace_seconds=settings.shutdown_grace_seconds)
+    drain, grace = settings.drain_seconds, settings.shutdown_grace_seconds
+    log_event(logger, logging.INFO, "stopping", drain_seconds=drain, grace_seconds=grace)
 
 
 def _log_start(info: Info, grpc_address: str, http_address: str, **pids: str) -> None:

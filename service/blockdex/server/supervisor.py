@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from blockdex.frontend.http.readiness import Readiness
+from blockdex.logs import set_level
 from blockdex.ring.engine_reports import RemoteReports
 from blockdex.ring.handshake import listen
 from blockdex.server.addresses import Address
@@ -103,10 +104,23 @@ class Supervisor:
         core = "" if self._core.child is None else str(self._core.child.pid)
         return {"core_pid": core, "frontend_pids": " ".join(str(door.pid) for door in self._running_doors())}
 
-    async def stop(self, grace: float) -> None:
-        """Takes no new requests, has those in flight answered for at most `grace` seconds, and ends all processes."""
+    def set_log_level(self, level: str) -> None:
+        """Has all processes log from that level on, also those that are started later."""
+        set_level(level)
+        self._settings = self._settings.model_copy(update={"log_level": level})
+        for child in (*self._running_doors(), self._core.child):
+            if child is not None:
+                child.talk.tell({"log_level": level})
+
+    async def stop(self, drain: float, grace: float) -> None:
+        """Ends all processes: for `drain` seconds probes hear of it and requests are still taken; then, for at most
+        `grace` seconds, those in flight are answered.
+        """
         self._stopping = True
         self._tell_readiness()
+        for door in self._running_doors():
+            door.talk.tell({"drain": True})
+        await asyncio.sleep(drain if self._serving else 0.0)
         for keeper in self._keepers:
             keeper.cancel()
         doors, core = list(self._running_doors()), self._core.child
