@@ -29,7 +29,7 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-_STAGE = re.compile(r'blockdex_stage_seconds\{phase="(\w+)",stage="(\w+)"\}')
+_STAGE = re.compile(r'blockdex_stage_duration_seconds\{phase="(\w+)",stage="(\w+)"\}')
 
 
 def report(result: dict[str, Any]) -> str:
