@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
 from support.built_site import DOCS, ROOT, Page, broken, build, copy_sources
 
@@ -44,6 +46,14 @@ def test_every_page_has_its_title(site: Path) -> None:
         (title,) = re.findall(r"^# (.+)$", re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL), re.M)
         page = (site / path.relative_to(DOCS)).with_suffix(".html").read_text(encoding="utf-8")
         assert f"<title>{title}" in page, path
+
+
+def test_every_alert_leads_to_its_runbook(site: Path) -> None:
+    (group,) = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text(encoding="utf-8"))["groups"]
+    for rule in group["rules"]:
+        address = urlsplit(rule["annotations"]["runbook_url"])
+        assert address.fragment == rule["alert"].lower()
+        assert address.fragment in Page(site / address.path.removeprefix("/")).anchors
 
 
 def test_the_strict_build_refuses_broken_links(tmp_path: Path) -> None:

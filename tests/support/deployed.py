@@ -20,6 +20,24 @@ def read_yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+def services(*names: str) -> dict[str, dict[str, Any]]:
+    """The services of `deploy/compose.yaml`, with other files of that folder on top, as Docker Compose merges them."""
+    merged: Any = {}
+    for name in ("compose.yaml", *names):
+        merged = _merged(merged, read_yaml(DEPLOY / name))
+    of_services: dict[str, dict[str, Any]] = merged["services"]
+    return of_services
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings key by key, sequences one behind the other, anything else from above."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        return below | {key: _merged(below[key], value) if key in below else value for key, value in above.items()}
+    if isinstance(below, list) and isinstance(above, list):
+        return below + above
+    return above
+
+
 def image_settings() -> dict[str, str]:
     """The BLOCKDEX_* variables that every image sets."""
     dockerfile = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
