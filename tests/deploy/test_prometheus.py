@@ -199,7 +199,7 @@ def test_dashboard_and_alerts_name_metrics_that_are_there(scraped: Prometheus) -
 
 
 def test_the_dashboard_finds_its_servers(scraped: Prometheus, blockdex_port: int) -> None:
-    (variable,) = DASHBOARD["templating"]["list"]
+    (variable,) = [each for each in DASHBOARD["templating"]["list"] if each["name"] == "instance"]
     (selector,) = re.findall(r"label_values\((.*), instance\)", variable["query"]["query"])
     assert [series["instance"] for series in scraped.ask("series", **{"match[]": selector})] == [
         f"127.0.0.1:{blockdex_port}"
