@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ import pytest
 import yaml
 
 from blockdex.server.config import ServeSettings, load_settings
-from support.programs import REPOSITORY
+from support.programs import REPOSITORY, program, run
 
 DEPLOY = REPOSITORY / "deploy"
+
+Resource = dict[str, Any]
+"""One of Kubernetes."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -36,6 +41,23 @@ def _merged(below: Any, above: Any) -> Any:
     if isinstance(below, list) and isinstance(above, list):
         return below + above
     return above
+
+
+@cache
+def kubectl() -> str:
+    """Where kubectl is, new enough for the manifests."""
+    path = program("kubectl", "kubernetes-client")
+    version = json.loads(run(path, "version", "--client", "--output", "json"))["clientVersion"]
+    assert int(version["minor"].rstrip("+")) >= 21, (
+        f"{path} is {version['gitVersion']}, whose kustomize is too old: 1.21"
+    )
+    return path
+
+
+@cache
+def built(folder: str) -> list[Resource]:
+    """The resources of a folder of `deploy/kubernetes`, overlays applied."""
+    return list(yaml.safe_load_all(run(kubectl(), "kustomize", DEPLOY / "kubernetes" / folder)))
 
 
 def image_settings() -> dict[str, str]:
