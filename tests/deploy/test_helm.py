@@ -1,4 +1,4 @@
-"""The Helm chart, in the hands of Helm's own library: the manifests of `deploy/kubernetes`, and what its values change."""
+"""The Helm chart, read by Helm's own library: the manifests of `deploy/kubernetes`, and what its values change."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from blockdex.server.addresses import Address
 from support.deployed import DEPLOY, Resource, built, image_settings, read_yaml, settings_of
+from support.programs import REPOSITORY
 
 SERVERS = ("base", "gpu")
 SIDECARS = ("engine", "vllm")
@@ -127,6 +128,16 @@ def test_ports_and_probes_are_where_the_server_listens(folder: str) -> None:
         assert grpc.host == "0.0.0.0"
         assert container["readinessProbe"]["grpc"] == {"port": grpc.port}
         assert ports["grpc"] == grpc.port
+
+
+def test_every_probe_has_the_patience_that_is_told() -> None:
+    minutes = 10
+    for _, template in pods():
+        probe = server(template)["startupProbe"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] == minutes * 60
+    assert f"--start-period={minutes * 60}s" in (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+    told = (REPOSITORY / "docs" / "deployment.md").read_text(encoding="utf-8")
+    assert f"the probes have patience ({minutes} minutes)" in told
 
 
 def test_every_container_of_ours_is_confined() -> None:
