@@ -16,12 +16,13 @@ from support.deployed import DEPLOY, image_settings, read_yaml, services, settin
 from support.programs import BIN, REPOSITORY, run
 
 COMPOSE = DEPLOY / "compose.yaml"
-GPU = DEPLOY / "compose.gpu.yaml"
+GPU, MPS = DEPLOY / "compose.gpu.yaml", DEPLOY / "compose.mps.yaml"
 SERVICES = services()
 SERVERS = {"cpu": SERVICES["blockdex"], "cuda": services(GPU.name)["blockdex"]}
-VOLUMES = read_yaml(COMPOSE)["volumes"] | read_yaml(GPU)["volumes"]
+SHARED = services(GPU.name, MPS.name)
+VOLUMES = {name for path in (COMPOSE, GPU, MPS) for name in read_yaml(path)["volumes"]}
 OURS = {name for name, service in SERVICES.items() if "build" in service}
-EVERY = SERVICES | {"blockdex on a GPU": SERVERS["cuda"]}
+EVERY = SERVICES | {"blockdex on a GPU": SERVERS["cuda"], "blockdex with MPS": SHARED["blockdex"], "mps": SHARED["mps"]}
 
 
 def with_defaults(value: str) -> str:
@@ -30,10 +31,10 @@ def with_defaults(value: str) -> str:
 
 
 def test_it_keeps_the_compose_specification() -> None:
-    run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE, GPU)
+    run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE, GPU, MPS)
 
 
-@pytest.mark.parametrize("overrides", [(), (GPU.name,)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("overrides", [(), (GPU.name,), (GPU.name, MPS.name)], ids=["cpu", "gpu", "mps"])
 def test_the_linter_finds_no_privilege(overrides: tuple[str, ...], tmp_path: Path) -> None:
     merged = tmp_path / "compose.yaml"
     merged.write_text(yaml.safe_dump(read_yaml(COMPOSE) | {"services": services(*overrides)}), encoding="utf-8")
@@ -42,7 +43,8 @@ def test_the_linter_finds_no_privilege(overrides: tuple[str, ...], tmp_path: Pat
     )
     findings = {(each["rule_id"], each["service"]) for each in json.loads(done.stdout)["findings"]}
     # Our images have no digest before they are built, and take the cores that there are.
-    assert findings == {(rule, name) for rule in ("CL-0019", "CL-0026") for name in OURS}
+    unpinned = {("CL-0019", name) for name, service in services(*overrides).items() if "sha256" not in service["image"]}
+    assert findings == unpinned | {("CL-0026", name) for name in OURS}
 
 
 def test_what_runs_without_a_profile_is_a_server_and_its_dashboards() -> None:
@@ -75,8 +77,8 @@ def test_what_a_service_names_is_there(name: str) -> None:
     for volume in service.get("volumes", []):
         source = volume.split(":")[0]
         assert (COMPOSE.parent / source).is_dir() if source.startswith(".") else source in VOLUMES
-    assert set(service["networks"]) <= read_yaml(COMPOSE)["networks"].keys()
-    assert set(service.get("depends_on", [])) <= SERVICES.keys()
+    assert set(service.get("networks", [])) <= read_yaml(COMPOSE)["networks"].keys()
+    assert set(service.get("depends_on", [])) <= SHARED.keys()
 
 
 @pytest.mark.parametrize("name", SERVERS)
@@ -95,6 +97,16 @@ def test_a_gpu_and_a_place_for_its_kernels_are_asked_for_by_the_second_file_alon
     assert "reservations" not in SERVERS["cpu"]["deploy"]["resources"]
     kept = "triton:/var/cache/triton"
     assert (kept in SERVERS["cuda"]["volumes"], kept in SERVERS["cpu"]["volumes"]) == (True, False)
+
+
+def test_a_server_under_mps_meets_its_daemon() -> None:
+    daemon, server = SHARED["mps"], SHARED["blockdex"]
+    assert (daemon["ipc"], server["ipc"]) == ("shareable", "service:mps")
+    # MPS serves one user, through one folder, on one GPU.
+    assert server["user"] == daemon["user"]
+    assert server["environment"].items() >= daemon["environment"].items()
+    assert f"mps:{daemon['environment']['CUDA_MPS_PIPE_DIRECTORY']}" in set(server["volumes"]) & set(daemon["volumes"])
+    assert server["deploy"]["resources"]["reservations"] == daemon["deploy"]["resources"]["reservations"]
 
 
 def test_the_load_test_understands_its_arguments(tmp_path: Path) -> None:
