@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "scheduler": {"contract", "cache", "executor", "ring", "kernels"},
     "ring": {"contract", "kernels"},
     "frontend": {"contract", "ring", "v1", "kernels"},
-    "client": {"contract", "v1", "kernels"},
+    "client": {"contract", "ring", "v1", "kernels"},
     "loadtest": {"contract", "client", "v1", "kernels"},
 }
 """Rooms that a room may import, besides itself. What is not listed here puts the rooms together, and may import all."""

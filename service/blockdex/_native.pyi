@@ -429,3 +429,145 @@ class ClientLink:
 
         The last bucket has no bound.
         """
+
+class TokenRequest:
+    """A data call of the Python client, made by a `RequestMaker`: see `blockdex.client.requests`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def repeatable(self) -> bool: ...
+    def place(self, sequences: dict[int, Any], /) -> None: ...
+    def begin(self, sequences: dict[int, Any], /) -> None: ...
+    def end(self) -> None: ...
+    def fail(self, changed_nothing: bool, /) -> None: ...
+    def message(self) -> bytes: ...
+    def frame(self, number: int, timeout_ms: int, /) -> bytes: ...
+    def submit(self, connection: RingConnection, timeout: float, /) -> int | RequestRefusal:
+        """Sends it over a ring; its ticket, or why it was not sent."""
+
+class RequestMaker:
+    """Makes them for one server.
+
+    Args:
+        num_heads, head_dim, topk, max_message_bytes, epoch: the server's.
+        array: numpy's type of arrays.
+        dtypes: the wire's numbers by dtype of such arrays.
+        host_array: makes an array of a dtype in `dtypes`, contiguous in C's order, of a tensor by name that is none.
+        refuse: raises what stands for a code, a reason, a message and its numbers.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        head_dim: int,
+        topk: int,
+        max_message_bytes: int,
+        epoch: int,
+        array: type,
+        dtypes: dict[Any, int],
+        host_array: Callable[[str, Any], NDArray[Any]],
+        refuse: Callable[[int, str, str, dict[str, int] | None], object],
+    ) -> None: ...
+    def make(
+        self,
+        kind: int,
+        layer: int,
+        sequences: object,
+        lengths: object,
+        starts: object,
+        revisions: object,
+        epoch: object,
+        keys: object,
+        queries: object,
+        first_head: int,
+        num_heads: int,
+        order: object,
+        return_scores: object,
+        wait_for_keys: bool,
+        rollback: bool,
+        /,
+    ) -> TokenRequest: ...
+
+def read_selection(kind: int, streamed: bool, answer: bytes, /) -> tuple[bytearray | None, bytearray | None] | None:
+    """Block ids and scores of a response of that kind, of a stream or alone; None where protobuf has to read it."""
+
+RequestRefusal = tuple[int, str, str]
+"""What a request came to that failed: canonical code, reason, and message; its numbers behind that, a line each."""
+
+RequestAnswer = tuple[int, int, tuple[int, ...], bytearray | None, bytearray | None]
+"""Code 0, epoch, shape, and two arrays of the shape, copies: int32 block ids `[T, num_heads, topk]` and float32 scores,
+or int64 lengths and uint64 revisions `[num_layers]`; None for what the answer does not have."""
+
+class RingConnection:
+    """A client's link to a server on the same host (`blockdex_client.h`), for one thread at a time of one process.
+
+    Token requests of kind 0 append keys, of 1 select blocks, of 2 do both. Timeouts are in seconds, and no wait is
+    longer. A request is dropped by the server once its timeout is over; it does not end its wait.
+
+    Args:
+        path: of the server's socket; one that begins with @ is abstract.
+        tenant: of all requests.
+        timeout: of connecting.
+        num_heads, max_spans, max_message_bytes: as `IndexSpec` and `Limits` say.
+        spin_seconds: how long a wait looks for an answer before it sleeps.
+        room_seconds: how long a request waits for room before it is refused as OVERLOADED; 0: it does not.
+
+    Attributes:
+        epoch: the cache's when the link began; 0 once it is closed.
+        over: why the link is over: the server is gone, or broke the rules; None while it is not.
+
+    Raises:
+        ConnectionError: the server cannot be reached, or speaks another version of the ring.
+        RuntimeError: from any method: another process has made it, or another thread is using it.
+    """
+
+    def __new__(
+        cls,
+        path: str,
+        tenant: str,
+        timeout: float,
+        num_heads: int,
+        max_spans: int,
+        max_message_bytes: int,
+        spin_seconds: float = 50e-6,
+        room_seconds: float = 2.0,
+    ) -> RingConnection: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def over(self) -> RequestRefusal | None: ...
+    def submit(self, kind: int, message: bytes, timeout: float, /) -> int | RequestRefusal:
+        """Sends a token request, which is encoded as protobuf; its ticket, or why it was not sent."""
+
+    def submit_sequences(
+        self, kind: int, epoch: int, sequence_id: int, child_id: int, length: int, columns: bytes, timeout: float, /
+    ) -> int | RequestRefusal:
+        """Sends a request about sequences, whose kind and fields are those of its slot (docs/ring.md)."""
+
+    def wait(self, ticket: int, timeout: float, /) -> RequestAnswer | RequestRefusal | None:
+        """Waits for the answer to a ticket, without the interpreter's lock; None where it is not there in time.
+
+        With an answer or a refusal the ticket is done with; otherwise wait again, or give it up.
+        """
+
+    def poll(self) -> list[tuple[int, RequestAnswer | RequestRefusal]]:
+        """The answers that are there, by ticket, without waiting; from then on `fileno` tells of the next."""
+
+    def give_up(self, ticket: int, /) -> None:
+        """Nobody waits for a ticket any more; the server is told."""
+
+    def take_events(self) -> list[bytes]:
+        """What the server has told since the last call, as JSON; heard while it is used, 1024 at most."""
+
+    def fileno(self) -> int:
+        """A file that can be read when there is something to take with `poll`, or the link is over; -1 once closed."""
+
+    def hang_up(self) -> None:
+        """Ends the link, and with it a wait in another thread; the one method that any thread may call."""
+
+    def close(self) -> None:
+        """Gives everything back; what was in flight is unknown."""

@@ -1,4 +1,4 @@
-/* blockdex_connect, against a thread that answers as no engine does: nothing is left open or mapped, and nothing waits longer
+/* blockdex_connect against a thread that answers as no engine does: nothing is left open or mapped, and nothing waits longer
  * than it was told. argv: the case. Prints how the connection went. */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include "blockdex_ring.h"
+#include "blockdex_client.h"
 
 enum { PATIENCE = 200 };
 
@@ -57,6 +57,14 @@ static void *answer(void *unused) {
     struct blockdex_header header = {.magic = BLOCKDEX_MAGIC + is("segment of another kind"),
                                      .version = BLOCKDEX_VERSION + is("segment of another version"),
                                      .slot_bytes = BLOCKDEX_SLOT_BYTES - 128 * is("slots of another size"),
+                                     .request_slots = 4 - is("slots whose number is no power of two"),
+                                     .answer_slots = 4,
+                                     .request_slots_offset = is("slots in the header") ? 0 : 4096,
+                                     .answer_slots_offset = 5120,
+                                     .request_arena_offset = 6144,
+                                     .request_arena_bytes = 1024,
+                                     .answer_arena_offset = 7168,
+                                     .answer_arena_bytes = 1024 + 64 * is("an arena that ends outside"),
                                      .segment_bytes = 8192 - 64 * is("segment of another size")};
     int connected = accept(listening, NULL, NULL), segment = memfd_create("blockdex", 0);
     if (ftruncate(segment, is("short segment") ? 64 : 8192) || pwrite(segment, &header, sizeof header, 0) < 0) exit(2);
@@ -76,53 +84,28 @@ static void *answer(void *unused) {
     return unused;
 }
 
-/* Wakes the client again and again, without an answer. */
-static void *ring_on(void *bell) {
-    for (int count = 0; count < 50; count++) {
-        (void)!write(*(int *)bell, "", 1);
-        usleep(1000 * PATIENCE / 10);
-    }
-    return NULL;
-}
-
-/* A wait that is woken for nothing ends in time all the same. */
-static int wait_for_nothing(void) {
-    static struct blockdex_header header;
-    int links[2], bells[2];
-    pthread_t ringing;
-    if (socketpair(AF_UNIX, SOCK_STREAM, 0, links) || socketpair(AF_UNIX, SOCK_DGRAM, 0, bells)) return 2;
-    struct blockdex_ring ring = {.header = &header, .link = links[0], .engine_bell = bells[0], .client_bell = bells[1]};
-    pthread_create(&ringing, NULL, ring_on, &bells[0]);
-    int64_t began = blockdex_milliseconds();
-    const struct blockdex_answer *answered = blockdex_wait(&ring, PATIENCE);
-    int64_t took = blockdex_milliseconds() - began;
-    pthread_join(ringing, NULL);
-    printf("%s, %s\n", answered ? "answered" : "no answer",
-           took < 3 * PATIENCE && took >= PATIENCE ? "in time" : "late");
-    return 0;
-}
-
 int main(int argc, char **argv) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     socklen_t size = sizeof address;
-    struct blockdex_ring ring;
+    struct blockdex_client client;
+    struct blockdex_error error = {0};
+    char path[108] = "@";
     pthread_t engine;
     if (argc != 2) return 2;
     what = argv[1];
-    if (is("wake-ups for nothing")) return wait_for_nothing();
     listening = socket(AF_UNIX, SOCK_STREAM, 0);
     if (bind(listening, (struct sockaddr *)&address, sizeof(sa_family_t)) || listen(listening, 1) ||
         getsockname(listening, (struct sockaddr *)&address, &size))
         return 2;
     unsigned before = files();
     if (pthread_create(&engine, NULL, answer, NULL)) return 2;
-    int64_t began = blockdex_milliseconds();
-    int link = blockdex_connect(address.sun_path, size - offsetof(struct sockaddr_un, sun_path), "t", PATIENCE, &ring);
-    int64_t took = blockdex_milliseconds() - began;
+    memcpy(path + 1, address.sun_path + 1, size - sizeof(sa_family_t) - 1);
+    int64_t began = blockdex_now();
+    bool connected = blockdex_connect(&client, path, "t", PATIENCE / 1e3, &error);
+    int64_t took = (blockdex_now() - began) / 1000000;
     pthread_join(engine, NULL);
-    bool connected = link >= 0;
-    if (connected) blockdex_disconnect(&ring);
-    printf("%s, %s, %d files left, %s\n", connected ? "connected" : "refused", took < 3 * PATIENCE ? "in time" : "late",
-           (int)(files() - before), is_mapped() ? "mapped" : "not mapped");
+    if (connected) blockdex_disconnect(&client);
+    printf("%s, %s, %d files left, %s\n", connected ? "connected" : error.message,
+           took < 3 * PATIENCE ? "in time" : "late", (int)(files() - before), is_mapped() ? "mapped" : "not mapped");
     return 0;
 }

@@ -2,58 +2,77 @@
  * no slot or payload is written while it is read. Prints the executions of each scenario. */
 #include <stdio.h>
 
+#include "blockdex_client.h"
 #include "ring/server.h"
 
-enum { MOST_SLOTS = 2, ARENA = 128, SEGMENT = 4096 + 2 * MOST_SLOTS * 256 + 2 * ARENA };
+enum { MOST_SLOTS = 2, REQUESTS = 2, ARENA = 128, SEGMENT = 4096 + 2 * MOST_SLOTS * 256 + 2 * ARENA };
 /* Numbers that the model knows the ends of a pair by. */
 enum { ENGINE_BELL = 1, CLIENT_BELL, LINK };
 
 static _Alignas(4096) char segment[SEGMENT];
 static struct server_link side;
-static struct blockdex_ring ring;
+static struct blockdex_client client;
+static struct blockdex_pending pending[REQUESTS];
+static struct blockdex_extent holes[REQUESTS + 1];
 static uint32_t slots;
 
 static void reset(void) {
-    struct blockdex_header *header = (void *)segment;
     const uint64_t requests = 4096, answers = requests + slots * 256, arena = answers + slots * 256;
     const struct segment_layout layout = {requests, answers, arena, arena + ARENA, slots, slots, ARENA, ARENA};
     for (size_t at = 0; at < SEGMENT; at++) segment[at] = 0;
-    header->request_slots = header->answer_slots = slots;
-    header->request_slots_offset = requests;
-    header->answer_slots_offset = answers;
-    header->request_arena_offset = arena;
-    header->answer_arena_offset = arena + ARENA;
-    ring =
-        (struct blockdex_ring){.header = header, .link = LINK, .engine_bell = ENGINE_BELL, .client_bell = CLIENT_BELL};
+    client = (struct blockdex_client){
+        .segment = {(void *)segment, segment + requests, segment + answers, segment + arena, segment + arena + ARENA,
+                    ARENA, ARENA, slots, slots},
+        .link = LINK,
+        .engine_bell = ENGINE_BELL,
+        .client_bell = CLIENT_BELL,
+        .pending = pending,
+        .capacity = REQUESTS,
+        .free = BLOCKDEX_NONE,
+        .first = BLOCKDEX_NONE,
+        .last = BLOCKDEX_NONE,
+    };
+    blockdex_arena_open(&client.arena, holes, ARENA);
     if (!server_link_open(&side, segment, SEGMENT, &layout, CLIENT_BELL, ENGINE_BELL)) model_fail("no link");
 }
 
 /* --- What the sides do, a step each --- */
 
+/* What the client gives its requests, one after the other. */
+static uint64_t ticket_of(uint64_t number) { return (number + 1) * REQUESTS + number; }
+
 static bool ask(uint64_t number) {
-    struct blockdex_request *request = blockdex_claim(&ring);
-    if (!request) return false;
-    request->ticket = number;
-    blockdex_publish(&ring);
-    return true;
+    const struct blockdex_sequences get = {.kind = BLOCKDEX_GET};
+    const uint64_t ticket = blockdex_submit_sequences(&client, &get, 0, NULL);
+    if (ticket && ticket != ticket_of(number)) model_fail("another ticket");
+    return ticket;
 }
 
 static void hear(uint64_t number) {
-    const struct blockdex_answer *answer = blockdex_wait(&ring, 1000);
-    if (!answer) model_fail("the client gave up");
-    model_access(answer, sizeof *answer, false);
-    if (answer->ticket != number) model_fail("another answer");
-    const char *payload = blockdex_answer_payload(&ring, answer->payload_offset);
-    model_access(payload, answer->payload_bytes, false);
-    for (uint64_t at = 0; at < answer->payload_bytes; at++)
-        if (payload[at] != (char)('a' + number)) model_fail("another payload");
-    blockdex_release(&ring, answer);
+    struct blockdex_result result;
+    if (blockdex_wait(&client, ticket_of(number), 1000, &result, NULL) != BLOCKDEX_ANSWERED)
+        model_fail("the client gave up");
+    model_access(result.block_ids, 4 * result.num_tokens, false);
+    for (uint64_t at = 0; at < result.num_tokens; at++)
+        if (result.block_ids[at] != (int32_t)number) model_fail("another payload");
+    blockdex_release(&client, ticket_of(number));
+}
+
+/* Those that the engine answers without having read them. */
+static void have_asked(void) {
+    for (uint64_t number = 0; number < REQUESTS; number++)
+        if (blockdex_begin(&client, 0)->ticket != ticket_of(number)) model_fail("another ticket");
 }
 
 static void answer(uint64_t number, uint64_t bytes) {
-    char payload[ARENA];
-    for (uint64_t at = 0; at < bytes; at++) payload[at] = (char)('a' + number);
-    if (!server_link_answer(&side, (struct blockdex_answer){.ticket = number}, payload, bytes)) model_fail("no memory");
+    int32_t payload[ARENA / 4];
+    for (uint64_t at = 0; at < ARENA / 4; at++) payload[at] = (int32_t)number;
+    const struct blockdex_answer numbers = {.ticket = ticket_of(number),
+                                            .flags = bytes ? BLOCKDEX_HAS_BLOCK_IDS : 0,
+                                            .num_tokens = (uint32_t)bytes / 4,
+                                            .num_heads = 1,
+                                            .topk = 1};
+    if (!server_link_answer(&side, numbers, payload, bytes)) model_fail("no memory");
 }
 
 /* Takes the requests that are there; how many. */
@@ -63,7 +82,7 @@ static uint64_t take(uint64_t first) {
     for (int64_t at = 0; at < filled; at++) {
         const struct blockdex_request *request = server_link_head(&side);
         model_access(request, sizeof *request, false);
-        if (request->ticket != first + (uint64_t)at) model_fail("another request");
+        if (request->ticket != ticket_of(first + (uint64_t)at)) model_fail("another request");
         server_link_release(&side);
     }
     return (uint64_t)filled;
@@ -91,7 +110,13 @@ static void take_two(void) {
 }
 
 static void hear_two(void) {
+    have_asked();
     for (uint64_t number = 0; number < 2; number++) hear(number);
+}
+
+static void hear_one(void) {
+    have_asked();
+    hear(0);
 }
 
 static void answer_two(void) {
@@ -147,7 +172,7 @@ int main(void) {
     explore("requests", 2, two_requests, take_two);
     explore("answers", 2, hear_two, answer_two);
     explore("round trip", 2, ask_and_hear, take_and_answer);
-    explore("room in the arena", 2, hear_two, answer_with_all_the_room);
+    explore("room in the arena", 2, hear_one, answer_with_all_the_room);
     explore("request slots", 1, ask_again_at_once, take_and_look_again);
     explore("answer slots", 1, hear_two, answer_with_nothing);
     return 0;

@@ -3,7 +3,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "ring/arena.h"
 #include "ring/inflight.h"
 
 enum { BLOCKS = 64, MOST = 32, OWNERS = 4, NUMBERS = 8 };
@@ -32,7 +31,7 @@ static int lowest(const bool taken[BLOCKS], uint64_t blocks) {
     return -1;
 }
 
-static void mark(bool taken[BLOCKS], struct extent extent, bool as) {
+static void mark(bool taken[BLOCKS], struct blockdex_extent extent, bool as) {
     check(extent.offset % 64 == 0 && extent.bytes % 64 == 0 && extent.bytes, "an extent is not aligned");
     check(extent.offset + extent.bytes <= 64 * BLOCKS, "an extent is not in the arena");
     for (uint64_t at = extent.offset / 64; at < (extent.offset + extent.bytes) / 64; at++) {
@@ -42,18 +41,19 @@ static void mark(bool taken[BLOCKS], struct extent extent, bool as) {
 }
 
 static void use_arena(uint64_t steps) {
-    struct arena arena;
-    struct extent held[MOST], extent;
+    struct blockdex_extent holes[MOST + 1];
+    struct blockdex_arena arena;
+    struct blockdex_extent held[MOST], extent;
     bool taken[BLOCKS] = {false};
     size_t count = 0;
-    check(arena_open(&arena, 64 * BLOCKS, MOST), "no memory");
-    check(!arena_take(&arena, UINT64_MAX, &extent) && !arena_take(&arena, 64 * BLOCKS + 1, &extent),
+    blockdex_arena_open(&arena, holes, 64 * BLOCKS);
+    check(!blockdex_arena_take(&arena, UINT64_MAX, &extent) && !blockdex_arena_take(&arena, 64 * BLOCKS + 1, &extent),
           "too much was had");
     for (uint64_t step = 0; step < steps; step++) {
         uint64_t bytes = draw(64 * BLOCKS / 6);
         if (count < MOST && draw(2)) {
             int expected = lowest(taken, bytes ? (bytes + 63) / 64 : 1);
-            bool got = arena_take(&arena, bytes, &extent);
+            bool got = blockdex_arena_take(&arena, bytes, &extent);
             check(got == (expected >= 0), "room that is there was not found, or the other way round");
             if (!got) continue;
             check(extent.offset == 64 * (uint64_t)expected, "not the lowest hole");
@@ -62,13 +62,12 @@ static void use_arena(uint64_t steps) {
         } else if (count) {
             size_t which = draw(count);
             mark(taken, held[which], false);
-            arena_give_back(&arena, held[which]);
+            blockdex_arena_give_back(&arena, held[which]);
             held[which] = held[--count];
         }
     }
-    while (count) arena_give_back(&arena, held[--count]);
+    while (count) blockdex_arena_give_back(&arena, held[--count]);
     check(arena.num_holes == 1 && arena.holes[0].bytes == 64 * BLOCKS, "not all came back");
-    arena_close(&arena);
 }
 
 /* A request as the test remembers it. */

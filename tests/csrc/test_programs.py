@@ -4,80 +4,14 @@ from __future__ import annotations
 
 import runpy
 import struct
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-import blockdex
 from blockdex.v1 import indexer_pb2 as pb
+from support.c_programs import BUILDS, CSRC, Built, compiled
 from support.programs import program, run
-
-HERE = Path(__file__).parent
-PACKAGE = Path(blockdex.__file__).parent
-CSRC = PACKAGE / "csrc"
-FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-g", f"-I{CSRC}", f"-I{PACKAGE / 'ring' / 'include'}")
-
-
-class Build(NamedTuple):
-    """How a program is compiled and run.
-
-    Attributes:
-        compiler: its name, and the Debian package that has it.
-        flags: beside the usual ones.
-        runner: what runs the program.
-    """
-
-    compiler: tuple[str, str]
-    flags: tuple[str, ...]
-    runner: tuple[str, ...] = ()
-
-
-GCC = ("gcc", "build-essential")
-BUILDS = {
-    "here": Build(GCC, ("-O2",)),
-    "address and undefined": Build(GCC, ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")),
-    # It knows no fences; these order what is atomic anyway. Its memory lies where random addresses may be in the way.
-    "thread": Build(GCC, ("-O1", "-fsanitize=thread", "-Wno-tsan"), ("setarch", "-R")),
-    "aarch64": Build(
-        ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
-        ("-O2",),
-        ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"),
-    ),
-}
-SOURCES = {
-    "ring_stress": ("ring/server.c",),
-    "tables_test": ("ring/arena.c", "ring/inflight.c"),
-    "wire_test": ("wire/messages.c", "wire/request_codec.c"),
-    "connect_test": (),
-}
-"""Programs, and what they have of the package."""
-
-Built = Callable[[str], tuple[str, ...]]
-
-
-def compiled(build: Build, name: str, folder: Path) -> tuple[str, ...]:
-    """The command that runs a program, which is compiled when it is first asked for."""
-    made = folder / name
-    if not made.exists():
-        sources = [HERE / f"{name}.c", *(CSRC / source for source in SOURCES[name])]
-        run(program(*build.compiler), *FLAGS, *build.flags, *sources, "-pthread", "-o", made, seconds=120)
-    return (*build.runner, str(made))
-
-
-@pytest.fixture(
-    scope="module",
-    params=["here", *(pytest.param(name, marks=pytest.mark.slow) for name in BUILDS if name != "here")],
-)
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Gives commands that run programs of one build."""
-    build, folder = BUILDS[request.param], tmp_path_factory.mktemp("programs")
-    if build.runner:
-        program(build.runner[0], "qemu-user")
-    return partial(compiled, build, folder=folder)
 
 
 def test_nobody_sleeps_on_and_nothing_is_lost(built: Built) -> None:
@@ -89,35 +23,38 @@ def test_arena_and_in_flight_table_do_what_the_plainest_ones_do(built: Built) ->
     assert run(*built("tables_test"), "100000") == "done\n"
 
 
+NO_SERVER = "link: what greets is no server of blockdex"
+NO_SEGMENT = "segment: it is none of version 3"
+
+
 @pytest.mark.parametrize(
-    ("engine", "outcome"),
+    ("server", "outcome"),
     [
         ("right", "connected"),
-        ("no greeting", "refused"),
-        ("hung up", "refused"),
-        ("no files", "refused"),
-        ("two files", "refused"),
-        ("half a greeting", "refused"),
-        ("greeting of another version", "refused"),
-        ("segment of another kind", "refused"),
-        ("segment of another version", "refused"),
-        ("segment of another size", "refused"),
-        ("slots of another size", "refused"),
-        ("short segment", "refused"),
+        ("no greeting", "link: no greeting in time"),
+        ("hung up", "link: the server hung up; it lets in its own user alone"),
+        ("no files", NO_SERVER),
+        ("two files", NO_SERVER),
+        ("half a greeting", NO_SERVER),
+        ("greeting of another version", "link: the server speaks version 4 of the ring, this client 3"),
+        ("segment of another kind", NO_SEGMENT),
+        ("segment of another version", NO_SEGMENT),
+        ("segment of another size", NO_SEGMENT),
+        ("slots of another size", NO_SEGMENT),
+        ("slots whose number is no power of two", NO_SEGMENT),
+        ("slots in the header", NO_SEGMENT),
+        ("an arena that ends outside", NO_SEGMENT),
+        ("short segment", NO_SEGMENT),
     ],
 )
-def test_a_connection_that_fails_leaves_nothing_and_is_not_waited_for(built: Built, engine: str, outcome: str) -> None:
-    assert run(*built("connect_test"), engine) == f"{outcome}, in time, 0 files left, not mapped\n"
+def test_a_connection_that_fails_leaves_nothing_and_is_not_waited_for(built: Built, server: str, outcome: str) -> None:
+    assert run(*built("connect_test"), server) == f"{outcome}, in time, 0 files left, not mapped\n"
 
 
 def test_a_file_too_many_is_refused(tmp_path: Path) -> None:
     """Not under qemu, which loses one itself."""
     command = compiled(BUILDS["here"], "connect_test", tmp_path)
-    assert run(*command, "four files") == "refused, in time, 0 files left, not mapped\n"
-
-
-def test_a_wait_that_is_woken_for_nothing_ends_in_time(built: Built) -> None:
-    assert run(*built("connect_test"), "wake-ups for nothing") == "no answer, in time\n"
+    assert run(*command, "four files") == f"{NO_SERVER}, in time, 0 files left, not mapped\n"
 
 
 def messages() -> list[pb.StreamRequest]:

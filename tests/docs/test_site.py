@@ -50,8 +50,11 @@ def test_every_page_has_its_title(site: Path) -> None:
         assert f"<title>{title}" in page, path
 
 
-def test_the_reference_has_every_public_method_of_the_clients(site: Path) -> None:
+def test_the_reference_has_every_public_name_and_method(site: Path) -> None:
     anchors = Page(site / "python.html").anchors
+    # Reasons and the errors of their codes have a page of their own.
+    elsewhere = {"Code", "Reason", "__version__"} | {name for name in blockdex.__all__ if name.endswith("Error")}
+    assert {f"blockdex.{name}" for name in {*blockdex.__all__} - elsewhere} <= anchors
     for kind in (blockdex.Client, blockdex.AsyncClient):
         methods = [name for name, _ in inspect.getmembers(kind, callable) if not name.startswith("_")]
         assert len(methods) > 10

@@ -6,7 +6,7 @@ from mutants.mutant import Mutant
 
 _HEADER = "ring/include/blockdex_ring.h"
 _SERVER, _TYPE = "csrc/ring/server.c", "csrc/ring/server_type.c"
-_ARENA, _INFLIGHT = "csrc/ring/arena.c", "csrc/ring/inflight.c"
+_ARENA, _INFLIGHT = "ring/include/blockdex_arena.h", "csrc/ring/inflight.c"
 _MODEL = ("csrc/test_interleavings.py::test_nothing_is_lost_or_raced_for_and_nobody_sleeps_on",)
 _NATIVE_SERVER = ("ring/test_native_server.py",)
 _CONNECT = ("csrc/test_programs.py",)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from benchmarks.ring_messages import TokenAnswer
 from blockdex.ring import layout
 from blockdex.ring.layout import ANSWER, HEADER, REQUEST, Field
 from support.programs import REPOSITORY, program
-from support.ring_engine import hosted
-from support.running_engine import SPEC, block_ids, open_sequence, tokens, values
 
 INCLUDE = REPOSITORY / "service" / "blockdex" / "ring" / "include"
 DOCUMENT = REPOSITORY / "docs" / "ring.md"
@@ -70,30 +65,3 @@ def test_the_numbers_of_the_c_header(tmp_path: Path) -> None:
         for field in fields
     ]
     assert said.splitlines() == expected + [f"{name} {getattr(layout, name)}" for name in names]
-
-
-async def test_an_engine_in_c_is_answered_what_one_in_python_is(tmp_path: Path) -> None:
-    """It opens a sequence, appends, selects, is refused, and goes; its sequence stays."""
-    random = np.random.default_rng(3)
-    keys, queries = values(random, 64, SPEC.head_dim), values(random, 1, 4, SPEC.head_dim)
-    engine = compiled(Path(__file__).parent / "engine.c", tmp_path)
-    async with hosted() as run:
-        process = await asyncio.create_subprocess_exec(
-            engine,
-            run.address[1:],
-            str(SPEC.head_dim),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        said, _ = await asyncio.wait_for(process.communicate(keys.tobytes() + queries.tobytes()), 20)
-        assert process.returncode == 0
-        *rows, refused = said.decode().splitlines()
-        await run.ask(open_sequence(7))
-        await run.ask(tokens(0, [(7, 0, 64)], keys=keys, dtype="fp32"))
-        answer = await run.ask(
-            tokens(0, [(7, 63, 1)], queries=queries, order="score", scores=True, dtype="fp32", tenant="c")
-        )
-        assert isinstance(answer, TokenAnswer) and answer.scores is not None
-        expected = zip(block_ids(answer).ravel().tolist(), answer.scores.ravel().tolist(), strict=True)
-    assert rows == [f"{block} {score:.9g}" for block, score in expected]
-    assert refused == "11 APPEND_BEYOND_LENGTH"

@@ -65,12 +65,14 @@ class Engine:
         *,
         limits: Limits,
         inbox: RingInbox,
+        socket: str = "",
         lease_seconds: float = 600.0,
         decode_queries: int = 16,
         prefill_slice_seconds: float | None = None,
         on_lost_device: Callable[[], None] | None = None,
     ) -> None:
         self.limits = limits
+        self._socket = socket
         self.device_is_lost = False
         self._on_lost_device = on_lost_device
         self._backend = backend
@@ -143,6 +145,7 @@ class Engine:
             device=str(self._backend.device),
             device_name=device_name(self._backend.device),
             kernels=self._backend.kernels,
+            socket=self._socket,
         )
 
     def overview(self, max_cells: int) -> CacheOverview:

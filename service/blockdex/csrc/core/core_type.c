@@ -210,7 +210,7 @@ static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *key
     core->odd_keys = odd_keys;
     core->odd_queries = odd_queries;
     core->nudge = nudge;
-    core->spin = (int64_t)(1e9 * spin_seconds);
+    core->spin = blockdex_until(0, spin_seconds);
     core->next_deadline = INT64_MAX;
     if (!check_sizes(core) || !make_room(core) ||
         !read_bounds(seconds_bounds, core->seconds_bounds, &core->num_seconds_bounds) ||

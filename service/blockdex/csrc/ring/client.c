@@ -1,47 +1,17 @@
 #include "ring/client.h"
 
-enum { HEADER_BYTES = 4096, MOST = 1 << 24 };
+#include <stdlib.h>
 
-static bool is_inside(const struct client_link *self, uint64_t offset, uint64_t bytes) {
-    uint64_t size = (uint64_t)self->memory.len;
-    return offset % 64 == 0 && offset >= HEADER_BYTES && offset <= size && bytes <= size - offset;
-}
-
-static bool is_slots(const struct client_link *self, uint64_t offset, uint32_t slots) {
-    return slots && !(slots & (slots - 1)) && slots <= MOST &&
-           is_inside(self, offset, (uint64_t)slots * BLOCKDEX_SLOT_BYTES);
-}
-
-static bool read_header(struct client_link *self) {
-    char *memory = self->memory.buf;
-    struct blockdex_header *header = self->memory.buf;
-    if (self->memory.len < HEADER_BYTES || (uintptr_t)memory % 64) return false;
-    if (header->magic != BLOCKDEX_MAGIC || header->version != BLOCKDEX_VERSION ||
-        header->slot_bytes != BLOCKDEX_SLOT_BYTES)
-        return false;
-    uint64_t requests_at = header->request_slots_offset, answers_at = header->answer_slots_offset;
-    uint64_t requests_arena_at = header->request_arena_offset, answers_arena_at = header->answer_arena_offset;
-    self->header = header;
-    self->num_request_slots = header->request_slots;
-    self->num_answer_slots = header->answer_slots;
-    self->answer_arena_bytes = header->answer_arena_bytes;
-    self->request_slots = memory + requests_at;
-    self->answer_slots = memory + answers_at;
-    self->request_arena = memory + requests_arena_at;
-    self->answer_arena = memory + answers_arena_at;
-    self->request_arena_bytes = header->request_arena_bytes;
-    if (!is_slots(self, requests_at, self->num_request_slots) || !is_slots(self, answers_at, self->num_answer_slots) ||
-        !is_inside(self, requests_arena_at, self->request_arena_bytes) ||
-        !is_inside(self, answers_arena_at, self->answer_arena_bytes))
-        return false;
-    return true;
-}
+enum { MOST = 1 << 24 };
 
 /* Room for as many requests as may wait, and for as many again that were given up and are to be answered still. */
 static bool open_tables(struct client_link *self) {
-    uint32_t most = 2 * self->num_request_slots;
+    uint32_t most = 2 * self->segment.num_request_slots;
     while (most < 2 * (uint64_t)self->max_waiting) most *= 2;
-    return arena_open(&self->arena, self->request_arena_bytes, most) && inflight_open(&self->inflight, most);
+    struct blockdex_extent *holes = calloc(most + (size_t)1, sizeof *holes);
+    if (!holes) return false;
+    blockdex_arena_open(&self->arena, holes, self->segment.request_arena_bytes);
+    return inflight_open(&self->inflight, most);
 }
 
 /* What the engine has said it holds requests to, and what of answers is counted and told. */
@@ -63,7 +33,7 @@ static bool read_bounds(struct client_link *self, PyObject *arguments, PyObject 
                      MOST, SEQUENCE_RPCS);
         return false;
     }
-    self->spin = (int64_t)(1e9 * spin_seconds);
+    self->spin = blockdex_until(0, spin_seconds);
     self->bounds = (struct bounds){num_heads, max_message_bytes};
     if (columns_open(&self->columns, (uint32_t)max_spans) && times_open(&self->times, num_rpcs, time_bounds))
         return true;
@@ -83,7 +53,7 @@ static PyObject *client_link_new(PyTypeObject *type, PyObject *arguments, PyObje
         Py_DECREF(self);
         return NULL;
     }
-    if (!read_header(self)) {
+    if (!blockdex_read_segment(self->memory.buf, (uint64_t)self->memory.len, &self->segment)) {
         Py_DECREF(self);
         PyErr_SetString(PyExc_ValueError, "segment: its header is none of a ring");
         return NULL;
@@ -118,7 +88,7 @@ static void client_link_dealloc(PyObject *object) {
     columns_close(&self->columns);
     times_close(&self->times);
     inflight_close(&self->inflight);
-    arena_close(&self->arena);
+    free(self->arena.holes);
     if (self->memory.obj) PyBuffer_Release(&self->memory);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
     Py_DECREF(type);

@@ -4,11 +4,9 @@
 
 #include "native.h"
 
-#include <time.h>
-
+#include "blockdex_arena.h"
 #include "blockdex_ring.h"
 #include "latency_histogram.h"
-#include "ring/arena.h"
 #include "ring/inflight.h"
 #include "wire/messages.h"
 #include "wire/request_codec.h"
@@ -44,19 +42,15 @@ struct outbox {
     bool no_slot;
 };
 
-/* What the header says is copied when the link begins: nobody changes it under our feet. */
 struct client_link {
     PyObject_HEAD
     Py_buffer memory;
-    struct blockdex_header *header;
-    char *request_slots, *request_arena;
-    const char *answer_slots, *answer_arena;
-    uint64_t request_arena_bytes, answer_arena_bytes, written, read;
+    struct blockdex_segment segment;
+    uint64_t written, read;
     int64_t spin, active;
-    uint32_t num_request_slots, num_answer_slots;
     int engine_bell;
     bool closed, taking;
-    struct arena arena;
+    struct blockdex_arena arena;
     struct inflight inflight;
     struct outbox outbox;
     struct bounds bounds;
@@ -66,21 +60,14 @@ struct client_link {
     struct times times;
 };
 
-/* Nanoseconds of CLOCK_MONOTONIC. */
-static inline int64_t client_link_now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
-}
-
 /* Answers that are there. */
 static inline uint64_t client_link_filled(const struct client_link *self) {
-    return atomic_load_explicit(&self->header->answers_written, memory_order_acquire) - self->read;
+    return atomic_load_explicit(&self->segment.header->answers_written, memory_order_acquire) - self->read;
 }
 
 /* Says that this side sleeps, and looks once more: whether there are no answers. */
 static inline bool client_link_lie_down(struct client_link *self) {
-    return blockdex_may_sleep(&self->header->client_sleeps, &self->header->answers_written, self->read);
+    return blockdex_may_sleep(&self->segment.header->client_sleeps, &self->segment.header->answers_written, self->read);
 }
 
 /* Shows the engine one more slot; false while none is free, or the link is closed. */

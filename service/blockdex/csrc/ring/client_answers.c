@@ -27,7 +27,7 @@ static PyObject *rest_of(const struct pending *pending, const struct blockdex_an
  * long. */
 static PyObject *item_of(const struct client_link *self, PyObject *owner, const struct pending *pending,
                          const struct blockdex_answer *slot, double seconds) {
-    const char *payload = self->answer_arena + slot->payload_offset;
+    const char *payload = self->segment.answer_arena + slot->payload_offset;
     PyObject *response = response_of(pending, slot, payload);
     if (!response) return NULL;
     bool responds = response != Py_None;
@@ -45,7 +45,7 @@ static struct pending *pending_of(const struct client_link *self, const struct b
     struct pending *pending = inflight_with(&self->inflight, slot->ticket);
     if (!pending || pending->unsent)
         return (void *)PyErr_Format(PyExc_ValueError, "answer: ticket %llu is not in flight", slot->ticket);
-    uint64_t room = self->answer_arena_bytes;
+    uint64_t room = self->segment.answer_arena_bytes;
     if (slot->payload_bytes > room || slot->payload_offset > room - slot->payload_bytes)
         return (void *)PyErr_Format(PyExc_ValueError, "answer: %llu bytes at %llu are not in an arena of %llu",
                                     slot->payload_bytes, slot->payload_offset, room);
@@ -78,13 +78,14 @@ static bool tell(struct client_link *self, PyObject *list, struct pending *pendi
 /* Takes the oldest answer and gives its room back. */
 static bool take_one(struct client_link *self, PyObject *list, int64_t at) {
     struct blockdex_answer slot;
-    memcpy(&slot, self->answer_slots + self->read % self->num_answer_slots * BLOCKDEX_SLOT_BYTES, sizeof slot);
+    memcpy(&slot, self->segment.answer_slots + self->read % self->segment.num_answer_slots * BLOCKDEX_SLOT_BYTES,
+           sizeof slot);
     struct pending *pending = pending_of(self, &slot);
     if (!pending || !tell(self, list, pending, &slot, at)) return false;
-    arena_give_back(&self->arena, pending->extent);
+    blockdex_arena_give_back(&self->arena, pending->extent);
     inflight_end(&self->inflight, pending);
     if (slot.payload_bytes)
-        atomic_store_explicit(&self->header->answer_bytes_freed, slot.payload_end, memory_order_release);
+        atomic_store_explicit(&self->segment.header->answer_bytes_freed, slot.payload_end, memory_order_release);
     self->read++;
     return true;
 }
@@ -92,15 +93,16 @@ static bool take_one(struct client_link *self, PyObject *list, int64_t at) {
 /* Adds the answers that are there to the list; false with an error set where none could be added. */
 static bool take_all(struct client_link *self, PyObject *list) {
     uint64_t count = client_link_filled(self);
-    int64_t at = client_link_now();
+    int64_t at = blockdex_now();
     if (count) self->active = at;
-    if (count > self->num_answer_slots) {
+    if (count > self->segment.num_answer_slots) {
         PyErr_Format(PyExc_ValueError, "ring: %llu slots are said to be filled, there are %u", count,
-                     self->num_answer_slots);
+                     self->segment.num_answer_slots);
         return false;
     }
     while (count && take_one(self, list, at)) count--;
-    blockdex_show(&self->header->answers_read, self->read, &self->header->engine_waits_for_room, self->engine_bell);
+    blockdex_show(&self->segment.header->answers_read, self->read, &self->segment.header->engine_waits_for_room,
+                  self->engine_bell);
     if (!count) return true;
     /* What went wrong behind others goes wrong again when the next are taken; these are not lost. */
     if (PyList_Size(list)) PyErr_Clear();
@@ -117,7 +119,7 @@ PyObject *client_link_take(PyObject *object, PyObject *unused) {
     /* Nobody may wait for those that were there; then it looks again. */
     while (list && !PyList_Size(list)) {
         if (!client_link_filled(self) && (self->spin || client_link_lie_down(self))) break;
-        atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
+        atomic_store_explicit(&self->segment.header->client_sleeps, 0, memory_order_relaxed);
         if (!take_all(self, list)) Py_CLEAR(list);
     }
     self->taking = false;

@@ -26,9 +26,9 @@ static bool place(struct client_link *self, struct outgoing *outgoing, const str
     Py_ssize_t tenant_bytes;
     const char *tenant = PyUnicode_AsUTF8AndSize(outgoing->tenant, &tenant_bytes);
     assert(tenant && (size_t)tenant_bytes == slot->tenant_bytes);
-    if (!arena_take(&self->arena, slot->payload_bytes, &pending->extent)) return false;
+    if (!blockdex_arena_take(&self->arena, slot->payload_bytes, &pending->extent)) return false;
     slot->payload_offset = pending->extent.offset;
-    char *to = self->request_arena + slot->payload_offset;
+    char *to = self->segment.request_arena + slot->payload_offset;
     if (request) {
         tokens_write_columns(request, tenant, slot, to);
     } else {
@@ -57,7 +57,7 @@ static bool place_again(struct client_link *self, struct outgoing *outgoing) {
 }
 
 static void write_some(struct client_link *self, struct outgoing *outgoing, uint64_t *most) {
-    char *to = self->request_arena + outgoing->slot.payload_offset;
+    char *to = self->segment.request_arena + outgoing->slot.payload_offset;
     uint64_t bytes =
         tokens_write_tensors(&outgoing->keys, &outgoing->queries, &outgoing->slot, to, outgoing->written, *most);
     outgoing->written += bytes;
@@ -149,7 +149,7 @@ struct outgoing *outbox_remove(struct client_link *self, struct outgoing *outgoi
     while (*at != outgoing) at = &(*at)->next;
     unlink_at(&self->outbox, at);
     if (outgoing->placed)
-        arena_give_back(&self->arena, outgoing->pending->extent);
+        blockdex_arena_give_back(&self->arena, outgoing->pending->extent);
     else
         self->outbox.unplaced--;
     return outgoing;

@@ -24,10 +24,10 @@ static bool look(const struct client_link *self, int epoll) {
 
 /* Whether any come until then; not if another thread wants this core meanwhile. */
 static bool look_until(const struct client_link *self, int epoll, int64_t until) {
-    for (int64_t at = client_link_now(), before = at; at < until && at - before < LONGEST_YIELD_NANOSECONDS;
-         at = client_link_now()) {
+    for (int64_t at = blockdex_now(), before = at; at < until && at - before < LONGEST_YIELD_NANOSECONDS;
+         at = blockdex_now()) {
         if (look(self, epoll)) return true;
-        before = client_link_now();
+        before = blockdex_now();
         sched_yield();
     }
     return false;
@@ -40,10 +40,9 @@ PyObject *client_link_await_alone(PyObject *object, PyObject *arguments) {
     if (!PyArg_ParseTuple(arguments, "id:await_alone", &epoll, &seconds)) return NULL;
     if (self->inflight.waiting == 1 && self->spin && !self->closed) {
         /* Nobody is to ring for what is looked for. */
-        atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
+        atomic_store_explicit(&self->segment.header->client_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;
-        for (int64_t until = client_link_now() + (int64_t)(1e9 * seconds);
-             client_link_now() < until && !look(self, epoll);)
+        for (int64_t until = blockdex_until(blockdex_now(), seconds); blockdex_now() < until && !look(self, epoll);)
             continue;
         Py_END_ALLOW_THREADS;
     }
@@ -55,11 +54,11 @@ PyObject *client_link_may_sleep(PyObject *object, PyObject *arguments) {
     int epoll;
     double seconds;
     if (!PyArg_ParseTuple(arguments, "id:may_sleep", &epoll, &seconds)) return NULL;
-    int64_t at = client_link_now(), until = self->active + self->spin;
-    if (seconds < 1 && at + (int64_t)(1e9 * seconds) < until) until = at + (int64_t)(1e9 * seconds);
+    int64_t at = blockdex_now(), until = self->active + self->spin, wanted = blockdex_until(at, seconds);
+    if (wanted < until) until = wanted;
     if (at < until) {
         bool comes;
-        atomic_store_explicit(&self->header->client_sleeps, 0, memory_order_relaxed);
+        atomic_store_explicit(&self->segment.header->client_sleeps, 0, memory_order_relaxed);
         Py_BEGIN_ALLOW_THREADS;
         comes = look_until(self, epoll, until);
         Py_END_ALLOW_THREADS;

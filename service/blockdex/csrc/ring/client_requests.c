@@ -4,12 +4,14 @@
 enum { MAX_TENANT_BYTES = 256 };
 
 bool client_link_publish(struct client_link *self, const struct blockdex_request *slot) {
-    uint64_t taken = self->written - atomic_load_explicit(&self->header->requests_read, memory_order_acquire);
-    if (self->closed || taken >= self->num_request_slots) return false;
-    memcpy(self->request_slots + self->written % self->num_request_slots * BLOCKDEX_SLOT_BYTES, slot, sizeof *slot);
+    uint64_t taken = self->written - atomic_load_explicit(&self->segment.header->requests_read, memory_order_acquire);
+    if (self->closed || taken >= self->segment.num_request_slots) return false;
+    memcpy(self->segment.request_slots + self->written % self->segment.num_request_slots * BLOCKDEX_SLOT_BYTES, slot,
+           sizeof *slot);
     self->written++;
-    self->active = client_link_now();
-    blockdex_show(&self->header->requests_written, self->written, &self->header->engine_sleeps, self->engine_bell);
+    self->active = blockdex_now();
+    blockdex_show(&self->segment.header->requests_written, self->written, &self->segment.header->engine_sleeps,
+                  self->engine_bell);
     return true;
 }
 
@@ -57,9 +59,8 @@ static PyObject *begin(struct client_link *self, const struct sender *sender, st
                        const struct wire_request *request) {
     struct refusal refusal;
     if (!may_begin(self, sender, &refusal)) return refused(sender, &refusal);
-    double timeout = sender->timeout > 0 ? sender->timeout : 0;
     struct pending *pending = inflight_begin(&self->inflight, Py_NewRef(sender->owner), sender->number, sender->rpc);
-    pending->received = client_link_now();
+    pending->received = blockdex_now();
     pending->layer = outgoing->slot.layer;
     pending->num_spans = request ? outgoing->slot.num_spans : 0;
     pending->num_tokens = request ? tokens_count(request) : 0;
@@ -67,11 +68,10 @@ static PyObject *begin(struct client_link *self, const struct sender *sender, st
     outgoing->tenant = sender->tenant;
     outgoing->slot.ticket = pending->ticket;
     outgoing->slot.received = pending->received;
-    /* A deadline has 63 bits of nanoseconds; gRPC's may lie 11,000 years ahead. */
-    outgoing->slot.deadline = pending->received + (int64_t)(1e9 * (timeout < 1e9 ? timeout : 1e9));
+    outgoing->slot.deadline = blockdex_until(pending->received, sender->timeout);
     int became = outbox_begin(self, outgoing, request);
     if (became >= 0) return PyLong_FromLong(became);
-    if (outgoing->placed) arena_give_back(&self->arena, pending->extent);
+    if (outgoing->placed) blockdex_arena_give_back(&self->arena, pending->extent);
     PyObject *owner = inflight_disown(&self->inflight, pending);
     inflight_end(&self->inflight, pending);
     Py_DECREF(owner);
@@ -168,9 +168,9 @@ PyObject *client_link_give_up(PyObject *object, PyObject *arguments) {
 
 /* Whether it has waited since then for room, and not for its turn or its copy. */
 static bool waits_for_room(const struct client_link *self, const struct pending *pending, int64_t since) {
-    uint64_t taken = self->written - atomic_load_explicit(&self->header->requests_read, memory_order_acquire);
+    uint64_t taken = self->written - atomic_load_explicit(&self->segment.header->requests_read, memory_order_acquire);
     return pending->unsent && pending->received < since &&
-           (!pending->unsent->placed || taken >= self->num_request_slots);
+           (!pending->unsent->placed || taken >= self->segment.num_request_slots);
 }
 
 /* Gives up those of an owner, or of everybody, or of those only the ones that have waited for room since then. */
@@ -194,5 +194,5 @@ PyObject *client_link_give_up_all(PyObject *object, PyObject *owner) {
 PyObject *client_link_overdue(PyObject *object, PyObject *seconds) {
     double patience = PyFloat_AsDouble(seconds);
     if (PyErr_Occurred()) return NULL;
-    return give_up_some((struct client_link *)object, Py_None, client_link_now() - (int64_t)(1e9 * patience));
+    return give_up_some((struct client_link *)object, Py_None, blockdex_now() - blockdex_until(0, patience));
 }

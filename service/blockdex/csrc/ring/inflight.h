@@ -6,7 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "ring/arena.h"
+#include "blockdex_arena.h"
 
 struct outgoing;
 
@@ -18,7 +18,7 @@ struct pending {
     void *owner;
     uint64_t number, num_tokens;
     int64_t received;
-    struct extent extent;
+    struct blockdex_extent extent;
     struct outgoing *unsent;
     uint32_t next, layer, num_spans;
     uint8_t rpc;

@@ -3,27 +3,15 @@
 #include <assert.h>
 #include <stdlib.h>
 
-/* Its own cache lines: the header has a page. */
-enum { HEADER_BYTES = 4096 };
-
-static bool is_inside(uint64_t size, uint64_t offset, uint64_t bytes) {
-    return offset % 64 == 0 && offset >= HEADER_BYTES && offset <= size && bytes <= size - offset;
-}
-
-static bool are_slots(uint64_t size, uint64_t offset, uint64_t slots) {
-    /* Counters run on through 2^64, so their number has to divide it. */
-    return slots && !(slots & (slots - 1)) && slots <= 1u << 24 && is_inside(size, offset, slots * BLOCKDEX_SLOT_BYTES);
-}
-
 bool server_link_open(struct server_link *link, void *memory, uint64_t bytes, const struct segment_layout *layout,
                       int bell, int own_bell) {
     char *begin = memory;
-    if (bytes < HEADER_BYTES || (uintptr_t)memory % 128 ||
-        !are_slots(bytes, layout->requests_at, layout->request_slots) ||
-        !are_slots(bytes, layout->answers_at, layout->answer_slots) ||
-        !is_inside(bytes, layout->request_arena_at, layout->request_arena_bytes) ||
-        !is_inside(bytes, layout->answer_arena_at, layout->answer_arena_bytes) || !layout->answer_arena_bytes ||
-        layout->answer_arena_bytes % 64)
+    if (bytes < BLOCKDEX_HEADER_BYTES || (uintptr_t)memory % 128 ||
+        !blockdex_are_slots(bytes, layout->requests_at, layout->request_slots) ||
+        !blockdex_are_slots(bytes, layout->answers_at, layout->answer_slots) ||
+        !blockdex_is_inside(bytes, layout->request_arena_at, layout->request_arena_bytes) ||
+        !blockdex_is_inside(bytes, layout->answer_arena_at, layout->answer_arena_bytes) ||
+        !layout->answer_arena_bytes || layout->answer_arena_bytes % 64)
         return false;
     *link = (struct server_link){
         .header = memory,

@@ -78,18 +78,6 @@ uint64_t tokens_count(const struct wire_request *request) {
     return tokens;
 }
 
-/* Where columns, keys and queries begin behind the tenant, as docs/ring.md says. */
-struct parts {
-    uint64_t columns, keys, queries;
-};
-
-static struct parts parts_of(const struct blockdex_request *slot) {
-    struct parts parts = {.columns = (slot->tenant_bytes + UINT64_C(7)) / 8 * 8};
-    parts.keys = blockdex_aligned(parts.columns + UINT64_C(8) * NUM_COLUMNS * slot->num_spans);
-    parts.queries = parts.keys + blockdex_aligned(slot->keys_bytes);
-    return parts;
-}
-
 void tokens_describe(const struct wire_request *request, size_t tenant_bytes, struct blockdex_request *slot) {
     *slot = (struct blockdex_request){
         .kind = BLOCKDEX_TOKENS,
@@ -109,12 +97,12 @@ void tokens_describe(const struct wire_request *request, size_t tenant_bytes, st
         .keys_bytes = request->keys.bytes,
         .queries_bytes = request->queries.bytes,
     };
-    slot->payload_bytes = parts_of(slot).queries + slot->queries_bytes;
+    slot->payload_bytes = blockdex_parts_of(slot).bytes;
 }
 
 void tokens_write_columns(const struct wire_request *request, const char *tenant, const struct blockdex_request *slot,
                           char *to) {
-    struct parts parts = parts_of(slot);
+    const struct blockdex_parts parts = blockdex_parts_of(slot);
     size_t column_bytes = slot->num_spans * sizeof(uint64_t);
     memcpy(to, tenant, slot->tenant_bytes);
     for (unsigned column = 0; column < NUM_COLUMNS; column++)
@@ -123,7 +111,7 @@ void tokens_write_columns(const struct wire_request *request, const char *tenant
 
 uint64_t tokens_write_tensors(const struct wire_tensor *keys, const struct wire_tensor *queries,
                               const struct blockdex_request *slot, char *to, uint64_t written, uint64_t most) {
-    struct parts parts = parts_of(slot);
+    const struct blockdex_parts parts = blockdex_parts_of(slot);
     uint64_t bytes = 0;
     if (written < keys->bytes) {
         bytes = keys->bytes - written < most ? keys->bytes - written : most;

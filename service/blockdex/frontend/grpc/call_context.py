@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import grpc
 
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.limits import TENANT_KEY, check_tenant
+from blockdex.contract.limits import DEFAULT_TENANT, TENANT_KEY, check_tenant
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.caller import CameTo
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-DEFAULT_TENANT = "default"
 REQUEST_ID_KEY = "x-request-id"
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")

@@ -1,34 +1,42 @@
-/* The ring of blockdex for C11: what docs/ring.md says, as structures and the few functions that touch shared memory.
- *
- *   int link = blockdex_connect(name, name_bytes, tenant, milliseconds, &ring);    a link to an engine
- *   struct blockdex_request *request = blockdex_claim(&ring);    a slot to fill; NULL while none is free
- *   blockdex_publish(&ring);                                     shows it to the engine, and wakes it
- *   const struct blockdex_answer *answer = blockdex_wait(&ring, milliseconds);
- *   blockdex_release(&ring, answer);                             after its payload was read
- *   blockdex_disconnect(&ring);
- *
- * One thread at a time; any little-endian machine whose 64-bit atomics are lock-free.
+/* The ring of blockdex for C11 and C++17: what docs/ring.md says, as structures, and the few functions by which both
+ * sides show each other what they wrote, sleep and wake. Any little-endian machine whose 64-bit atomics are lock-free.
+ * `blockdex_client.h` is a client made of it.
  */
 #ifndef BLOCKDEX_RING_H
 #define BLOCKDEX_RING_H
 
+#include <assert.h>
 #include <errno.h>
 #include <poll.h>
-#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 #include <time.h>
-#include <unistd.h>
+
+#ifdef __cplusplus
+#include <atomic>
+#define BLOCKDEX_ATOMIC(type) std::atomic<type>
+using std::atomic_exchange_explicit;
+using std::atomic_load_explicit;
+using std::atomic_store_explicit;
+using std::atomic_thread_fence;
+using std::memory_order_acquire;
+using std::memory_order_relaxed;
+using std::memory_order_release;
+using std::memory_order_seq_cst;
+#else
+#include <stdalign.h>
+#include <stdatomic.h>
+#define BLOCKDEX_ATOMIC(type) _Atomic type
+#endif
 
 #define BLOCKDEX_MAGIC UINT64_C(0x474e5258444b4c42) /* "BLKDXRNG" */
 #define BLOCKDEX_VERSION 3u
+#define BLOCKDEX_HEADER_BYTES 4096u
 #define BLOCKDEX_SLOT_BYTES 256u
+#define BLOCKDEX_MAX_SLOTS (1u << 24)
 #define BLOCKDEX_MAX_TENANT_BYTES 256u
 
 enum {
@@ -63,14 +71,14 @@ struct blockdex_header {
     uint32_t version, slot_bytes, request_slots, answer_slots;
     uint64_t epoch, request_slots_offset, answer_slots_offset, request_arena_offset, request_arena_bytes;
     uint64_t answer_arena_offset, answer_arena_bytes, segment_bytes;
-    _Alignas(128) _Atomic uint64_t requests_written;
-    _Alignas(128) _Atomic uint64_t requests_read;
-    _Alignas(128) _Atomic uint64_t answers_written;
-    _Alignas(128) _Atomic uint64_t answers_read;
-    _Alignas(128) _Atomic uint64_t answer_bytes_freed;
-    _Alignas(128) _Atomic uint32_t engine_sleeps;
-    _Alignas(128) _Atomic uint32_t client_sleeps;
-    _Alignas(128) _Atomic uint32_t engine_waits_for_room;
+    alignas(128) BLOCKDEX_ATOMIC(uint64_t) requests_written;
+    alignas(128) BLOCKDEX_ATOMIC(uint64_t) requests_read;
+    alignas(128) BLOCKDEX_ATOMIC(uint64_t) answers_written;
+    alignas(128) BLOCKDEX_ATOMIC(uint64_t) answers_read;
+    alignas(128) BLOCKDEX_ATOMIC(uint64_t) answer_bytes_freed;
+    alignas(128) BLOCKDEX_ATOMIC(uint32_t) engine_sleeps;
+    alignas(128) BLOCKDEX_ATOMIC(uint32_t) client_sleeps;
+    alignas(128) BLOCKDEX_ATOMIC(uint32_t) engine_waits_for_room;
 };
 
 /* Of each source: region 0 is the arena, where the payload says. */
@@ -98,42 +106,98 @@ struct blockdex_answer {
     double queue_seconds, plan_seconds, device_seconds, reply_seconds;
 };
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the ring is little-endian");
-_Static_assert(ATOMIC_INT_LOCK_FREE == 2 && ATOMIC_LLONG_LOCK_FREE == 2, "a lock would be known to one process alone");
-_Static_assert(sizeof(_Atomic uint64_t) == 8 && sizeof(_Atomic uint32_t) == 4, "atomics are what they hold");
-_Static_assert(offsetof(struct blockdex_header, segment_bytes) == 80, "docs/ring.md");
-_Static_assert(offsetof(struct blockdex_header, requests_written) == 128, "docs/ring.md");
-_Static_assert(offsetof(struct blockdex_header, answer_bytes_freed) == 640, "docs/ring.md");
-_Static_assert(offsetof(struct blockdex_header, engine_waits_for_room) == 1024, "docs/ring.md");
-_Static_assert(offsetof(struct blockdex_request, payload_offset) == 80, "docs/ring.md");
-_Static_assert(offsetof(struct blockdex_request, keys_region) == 112, "docs/ring.md");
-_Static_assert(offsetof(struct blockdex_answer, phase) == 64, "docs/ring.md");
-_Static_assert(sizeof(struct blockdex_request) == 160 && sizeof(struct blockdex_answer) == 104, "no padding");
-_Static_assert(sizeof(struct blockdex_request) <= BLOCKDEX_SLOT_BYTES, "a slot holds a request");
-_Static_assert(sizeof(struct blockdex_hello) == 16 && sizeof(struct blockdex_greeting) == 16, "no padding");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the ring is little-endian");
+static_assert(ATOMIC_INT_LOCK_FREE == 2 && ATOMIC_LLONG_LOCK_FREE == 2, "a lock would be known to one process alone");
+static_assert(sizeof(BLOCKDEX_ATOMIC(uint64_t)) == 8 && sizeof(BLOCKDEX_ATOMIC(uint32_t)) == 4, "what they hold");
+static_assert(offsetof(struct blockdex_header, segment_bytes) == 80, "docs/ring.md");
+static_assert(offsetof(struct blockdex_header, requests_written) == 128, "docs/ring.md");
+static_assert(offsetof(struct blockdex_header, answer_bytes_freed) == 640, "docs/ring.md");
+static_assert(offsetof(struct blockdex_header, engine_waits_for_room) == 1024, "docs/ring.md");
+static_assert(offsetof(struct blockdex_request, payload_offset) == 80, "docs/ring.md");
+static_assert(offsetof(struct blockdex_request, keys_region) == 112, "docs/ring.md");
+static_assert(offsetof(struct blockdex_answer, phase) == 64, "docs/ring.md");
+static_assert(sizeof(struct blockdex_request) == 160 && sizeof(struct blockdex_answer) == 104, "no padding");
+static_assert(sizeof(struct blockdex_request) <= BLOCKDEX_SLOT_BYTES, "a slot holds a request");
+static_assert(sizeof(struct blockdex_hello) == 16 && sizeof(struct blockdex_greeting) == 16, "no padding");
 
-/* `engine_bell` is sent to, `client_bell` received from; `segment_bytes` are mapped. */
-struct blockdex_ring {
+/* A segment, as its header says it is divided. What the header says is copied once: nobody changes it afterwards. */
+struct blockdex_segment {
     struct blockdex_header *header;
-    uint64_t written, read, segment_bytes;
-    int link, engine_bell, client_bell;
+    char *request_slots, *answer_slots, *request_arena, *answer_arena;
+    uint64_t request_arena_bytes, answer_arena_bytes;
+    uint32_t num_request_slots, num_answer_slots;
 };
 
 /* The next multiple of 64: tensors and payloads begin at one. */
 static inline uint64_t blockdex_aligned(uint64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-/* A place in the requests' arena, which the client divides as it likes, and in the answers', which the engine does. */
-static inline char *blockdex_request_payload(const struct blockdex_ring *ring, uint64_t offset) {
-    return (char *)ring->header + ring->header->request_arena_offset + offset;
+/* Where the parts of a token request begin in its payload, and how long that is; sizes are below 2^63. */
+struct blockdex_parts {
+    uint64_t columns, keys, queries, bytes;
+};
+
+static inline struct blockdex_parts blockdex_parts_of(const struct blockdex_request *request) {
+    struct blockdex_parts parts;
+    parts.columns = (request->tenant_bytes + UINT64_C(7)) / 8 * 8;
+    parts.keys = blockdex_aligned(parts.columns + UINT64_C(32) * request->num_spans);
+    parts.queries = parts.keys + blockdex_aligned(request->keys_bytes);
+    parts.bytes = parts.queries + request->queries_bytes;
+    return parts;
 }
-static inline const char *blockdex_answer_payload(const struct blockdex_ring *ring, uint64_t offset) {
-    return (const char *)ring->header + ring->header->answer_arena_offset + offset;
+
+/* Nanoseconds of CLOCK_MONOTONIC, as slots have them. */
+static inline int64_t blockdex_now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* So many seconds from a time on: as long as 31 years at most, which has 63 bits; NaN is none. */
+static inline int64_t blockdex_until(int64_t from, double seconds) {
+    return from + (seconds >= 1e9 ? (int64_t)1e18 : seconds > 0 ? (int64_t)(1e9 * seconds) : 0);
+}
+
+/* Whether so many bytes at that offset lie in a segment, behind its header. */
+static inline bool blockdex_is_inside(uint64_t segment_bytes, uint64_t offset, uint64_t bytes) {
+    return offset % 64 == 0 && offset >= BLOCKDEX_HEADER_BYTES && offset <= segment_bytes &&
+           bytes <= segment_bytes - offset;
+}
+
+/* The same of slots: counters run on through 2^64, so that their number has to divide it. */
+static inline bool blockdex_are_slots(uint64_t segment_bytes, uint64_t offset, uint64_t slots) {
+    return slots && !(slots & (slots - 1)) && slots <= BLOCKDEX_MAX_SLOTS &&
+           blockdex_is_inside(segment_bytes, offset, slots * BLOCKDEX_SLOT_BYTES);
+}
+
+/* Reads the header of a segment of so many bytes; false where it is none of this version, or names what is outside. */
+static inline bool blockdex_read_segment(void *memory, uint64_t bytes, struct blockdex_segment *segment) {
+    struct blockdex_header *header = (struct blockdex_header *)memory;
+    char *begin = (char *)memory;
+    if (bytes < BLOCKDEX_HEADER_BYTES || (uintptr_t)memory % 64 || header->magic != BLOCKDEX_MAGIC ||
+        header->version != BLOCKDEX_VERSION || header->slot_bytes != BLOCKDEX_SLOT_BYTES ||
+        header->segment_bytes != bytes)
+        return false;
+    const uint64_t requests_at = header->request_slots_offset, answers_at = header->answer_slots_offset;
+    const uint64_t request_arena_at = header->request_arena_offset, answer_arena_at = header->answer_arena_offset;
+    segment->header = header;
+    segment->num_request_slots = header->request_slots;
+    segment->num_answer_slots = header->answer_slots;
+    segment->request_arena_bytes = header->request_arena_bytes;
+    segment->answer_arena_bytes = header->answer_arena_bytes;
+    segment->request_slots = begin + requests_at;
+    segment->answer_slots = begin + answers_at;
+    segment->request_arena = begin + request_arena_at;
+    segment->answer_arena = begin + answer_arena_at;
+    return blockdex_are_slots(bytes, requests_at, segment->num_request_slots) &&
+           blockdex_are_slots(bytes, answers_at, segment->num_answer_slots) &&
+           blockdex_is_inside(bytes, request_arena_at, segment->request_arena_bytes) &&
+           blockdex_is_inside(bytes, answer_arena_at, segment->answer_arena_bytes);
 }
 
 /* --- Sleeping and waking: all of the protocol, for both sides --- */
 
 /* Wakes who sleeps; after what it is to see was stored. A socket that is full has woken it already. */
-static inline void blockdex_ring_bell(_Atomic uint32_t *sleeps, int bell) {
+static inline void blockdex_ring_bell(BLOCKDEX_ATOMIC(uint32_t) * sleeps, int bell) {
     /* Orders the store before and the load behind it: without it both sides could miss what the other has stored. */
     atomic_thread_fence(memory_order_seq_cst);
     if (atomic_load_explicit(sleeps, memory_order_relaxed) && atomic_exchange_explicit(sleeps, 0, memory_order_relaxed))
@@ -141,157 +205,28 @@ static inline void blockdex_ring_bell(_Atomic uint32_t *sleeps, int bell) {
 }
 
 /* Shows the other side the slots before that number, and what they carry, and wakes it if it sleeps. */
-static inline void blockdex_show(_Atomic uint64_t *counter, uint64_t number, _Atomic uint32_t *sleeps, int bell) {
+static inline void blockdex_show(BLOCKDEX_ATOMIC(uint64_t) * counter, uint64_t number,
+                                 BLOCKDEX_ATOMIC(uint32_t) * sleeps, int bell) {
     atomic_store_explicit(counter, number, memory_order_release);
     blockdex_ring_bell(sleeps, bell);
 }
 
 /* Says that this side sleeps, and looks once more: whether nothing has come, so that it may. */
-static inline bool blockdex_may_sleep(_Atomic uint32_t *sleeps, const _Atomic uint64_t *counter, uint64_t seen) {
+static inline bool blockdex_may_sleep(BLOCKDEX_ATOMIC(uint32_t) * sleeps, const BLOCKDEX_ATOMIC(uint64_t) * counter,
+                                      uint64_t seen) {
     atomic_store_explicit(sleeps, 1, memory_order_relaxed);
     atomic_thread_fence(memory_order_seq_cst);
     return atomic_load_explicit(counter, memory_order_acquire) == seen;
 }
 
-static inline void blockdex_awake(_Atomic uint32_t *sleeps) { atomic_store_explicit(sleeps, 0, memory_order_relaxed); }
+static inline void blockdex_awake(BLOCKDEX_ATOMIC(uint32_t) * sleeps) {
+    atomic_store_explicit(sleeps, 0, memory_order_relaxed);
+}
 
 /* Takes wake-ups off a socket: no more than one may hold, though others come meanwhile. */
 static inline void blockdex_silence(int bell) {
     char rung;
     for (int count = 0; count < 16 && recv(bell, &rung, 1, MSG_DONTWAIT) >= 0; count++) continue;
-}
-
-/* --- A link --- */
-
-static inline int64_t blockdex_milliseconds(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000 + time.tv_nsec / 1000000;
-}
-
-/* As poll, until then, whatever signals come. */
-static inline int blockdex_poll(struct pollfd *files, nfds_t count, int64_t until) {
-    int ready;
-    do {
-        int64_t left = until - blockdex_milliseconds();
-        ready = poll(files, count, left < 0 ? 0 : left > INT32_MAX ? INT32_MAX : (int)left);
-    } while (ready < 0 && errno == EINTR);
-    return ready;
-}
-
-/* Sends the hello, waits for the greeting, and takes the files that come with it; false: they are not there. */
-static inline bool blockdex_greet(int link, const char *tenant, int64_t until, int fds[3]) {
-    struct blockdex_hello hello = {BLOCKDEX_MAGIC, BLOCKDEX_VERSION, (uint32_t)strlen(tenant)};
-    struct blockdex_greeting greeting = {0};
-    union {
-        struct cmsghdr header;
-        char bytes[CMSG_SPACE(3 * sizeof(int))];
-    } control;
-    struct iovec said[2] = {{&hello, sizeof hello}, {(void *)(uintptr_t)tenant, hello.tenant_bytes}};
-    struct iovec heard = {&greeting, sizeof greeting};
-    struct msghdr out = {.msg_iov = said, .msg_iovlen = 2};
-    struct msghdr in = {
-        .msg_iov = &heard,
-        .msg_iovlen = 1,
-        .msg_control = control.bytes,
-        .msg_controllen = CMSG_LEN(3 * sizeof(int))}; /* not the padding behind, where a fourth would fit */
-    struct pollfd readable = {link, POLLIN, 0};
-    ssize_t size = (ssize_t)(sizeof hello + hello.tenant_bytes);
-    if (hello.tenant_bytes > BLOCKDEX_MAX_TENANT_BYTES || sendmsg(link, &out, MSG_DONTWAIT | MSG_NOSIGNAL) != size)
-        return false;
-    if (blockdex_poll(&readable, 1, until) <= 0) return false;
-    ssize_t got = recvmsg(link, &in, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-    struct cmsghdr *files = got < 0 ? NULL : CMSG_FIRSTHDR(&in);
-    if (!files || files->cmsg_level != SOL_SOCKET || files->cmsg_type != SCM_RIGHTS) return false;
-    size_t count = (files->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-    memcpy(fds, CMSG_DATA(files), count * sizeof(int));
-    return count == 3 && !(in.msg_flags & MSG_CTRUNC) && got == sizeof greeting && greeting.magic == BLOCKDEX_MAGIC &&
-           greeting.version == BLOCKDEX_VERSION;
-}
-
-/* Maps the segment; false: it is none of this version. */
-static inline bool blockdex_map(int segment, struct blockdex_ring *ring) {
-    struct stat file;
-    if (fstat(segment, &file) || (size_t)file.st_size < sizeof(struct blockdex_header)) return false;
-    void *memory = mmap(NULL, (size_t)file.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, segment, 0);
-    if (memory == MAP_FAILED) return false;
-    ring->header = memory;
-    ring->segment_bytes = (uint64_t)file.st_size;
-    return ring->header->magic == BLOCKDEX_MAGIC && ring->header->version == BLOCKDEX_VERSION &&
-           ring->header->slot_bytes == BLOCKDEX_SLOT_BYTES && ring->header->segment_bytes == ring->segment_bytes;
-}
-
-/* Ends a link: the engine gives up what was in flight. Also one that blockdex_connect has not finished. */
-static inline void blockdex_disconnect(struct blockdex_ring *ring) {
-    if (ring->header) munmap(ring->header, (size_t)ring->segment_bytes);
-    int files[3] = {ring->link, ring->engine_bell, ring->client_bell};
-    for (int at = 0; at < 3; at++)
-        if (files[at] >= 0) close(files[at]);
-    *ring = (struct blockdex_ring){.link = -1, .engine_bell = -1, .client_bell = -1};
-}
-
-/* Connects to the socket of that name; an abstract one begins with a zero byte. `tenant` is that of all requests; where
- * it is "", each names its own. The link's socket, or -1, and nothing is held then. */
-static inline int blockdex_connect(const char *name, size_t name_bytes, const char *tenant, int milliseconds,
-                                   struct blockdex_ring *ring) {
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    int64_t until = blockdex_milliseconds() + milliseconds;
-    int fds[3] = {-1, -1, -1};
-    *ring = (struct blockdex_ring){.link = -1, .engine_bell = -1, .client_bell = -1};
-    if (name_bytes > sizeof address.sun_path) return -1;
-    memcpy(address.sun_path, name, name_bytes);
-    socklen_t size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + name_bytes);
-    ring->link = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    /* Of an engine that lets nobody in. */
-    struct timeval patience = {milliseconds / 1000, milliseconds % 1000 * 1000};
-    setsockopt(ring->link, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
-    bool greeted = ring->link >= 0 && !connect(ring->link, (struct sockaddr *)&address, size) &&
-                   blockdex_greet(ring->link, tenant, until, fds);
-    ring->engine_bell = fds[1];
-    ring->client_bell = fds[2];
-    bool mapped = greeted && blockdex_map(fds[0], ring);
-    if (fds[0] >= 0) close(fds[0]);
-    if (!mapped) blockdex_disconnect(ring);
-    return ring->link;
-}
-
-/* The next free slot, all zero; NULL while the engine has not emptied one. */
-static inline struct blockdex_request *blockdex_claim(struct blockdex_ring *ring) {
-    struct blockdex_header *header = ring->header;
-    uint64_t taken = ring->written - atomic_load_explicit(&header->requests_read, memory_order_acquire);
-    if (taken >= header->request_slots) return NULL;
-    char *slots = (char *)header + header->request_slots_offset;
-    void *slot = slots + ring->written++ % header->request_slots * BLOCKDEX_SLOT_BYTES;
-    return memset(slot, 0, BLOCKDEX_SLOT_BYTES);
-}
-
-/* Shows the engine every slot that was claimed. */
-static inline void blockdex_publish(struct blockdex_ring *ring) {
-    struct blockdex_header *header = ring->header;
-    blockdex_show(&header->requests_written, ring->written, &header->engine_sleeps, ring->engine_bell);
-}
-
-/* The oldest answer that was not released; NULL if none comes within so many milliseconds, or once the engine is
- * gone. */
-static inline const struct blockdex_answer *blockdex_wait(struct blockdex_ring *ring, int milliseconds) {
-    struct blockdex_header *header = ring->header;
-    struct pollfd bells[2] = {{ring->client_bell, POLLIN, 0}, {ring->link, POLLIN, 0}};
-    const int64_t until = blockdex_milliseconds() + milliseconds;
-    while (blockdex_may_sleep(&header->client_sleeps, &header->answers_written, ring->read)) {
-        if (blockdex_poll(bells, 2, until) <= 0 || bells[1].revents) return NULL;
-        blockdex_silence(ring->client_bell);
-    }
-    blockdex_awake(&header->client_sleeps);
-    char *slots = (char *)header + header->answer_slots_offset;
-    return (const void *)(slots + ring->read % header->answer_slots * BLOCKDEX_SLOT_BYTES);
-}
-
-/* Gives back the answer that blockdex_wait returned, and its payload. */
-static inline void blockdex_release(struct blockdex_ring *ring, const struct blockdex_answer *answer) {
-    struct blockdex_header *header = ring->header;
-    if (answer->payload_bytes)
-        atomic_store_explicit(&header->answer_bytes_freed, answer->payload_end, memory_order_release);
-    blockdex_show(&header->answers_read, ++ring->read, &header->engine_waits_for_room, ring->engine_bell);
 }
 
 #endif

@@ -1,0 +1,96 @@
+"""The C client's calls, made by a program on a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from asyncio.subprocess import PIPE
+
+import numpy as np
+
+from benchmarks.ring_messages import Answer, Request, TokenAnswer, TokenRequest
+from blockdex.contract.errors import BlockdexError
+from blockdex.contract.messages import (
+    CloseSequences,
+    ForkSequence,
+    GetSequence,
+    OpenSequences,
+    SequenceState,
+    TruncateSequence,
+)
+from blockdex.ring.layout import DTYPES, ORDERS, RAW_SCORES, RETURN_SCORES, ROLLBACK, WAIT_FOR_KEYS
+from support.c_programs import Built
+from support.client_requests import TENANT, client_requests, naive_answers
+from support.ring_engine import hosted
+
+
+def line_of(request: Request) -> bytes:
+    """A request as the program reads it."""
+    match request:
+        case OpenSequences(sequence_ids=(sequence_id,), lease_seconds=(lease,)):
+            return f"open {sequence_id} {lease}\n".encode()
+        case CloseSequences(sequence_ids=(sequence_id,)):
+            return f"close {sequence_id}\n".encode()
+        case GetSequence(sequence_id=sequence_id):
+            return f"get {sequence_id}\n".encode()
+        case ForkSequence(parent_id=parent, child_id=child, length=length):
+            return f"fork {parent} {child} {length}\n".encode()
+        case TruncateSequence(sequence_id=sequence_id, length=length):
+            return f"truncate {sequence_id} {length}\n".encode()
+        case TokenRequest():
+            return _line_of_tokens(request)
+    raise AssertionError(request)
+
+
+def _line_of_tokens(request: TokenRequest) -> bytes:
+    spans, keys, queries = request.spans, request.keys, request.queries
+    flags, order, first_head, heads = 0, 0, 0, 0
+    if keys is not None and keys.rollback:
+        flags |= ROLLBACK
+    if queries is not None:
+        order, first_head, heads = ORDERS.index(queries.order) + 1, queries.first_head, queries.num_heads
+        flags |= RETURN_SCORES * queries.return_scores | RAW_SCORES * queries.raw_scores
+        flags |= WAIT_FOR_KEYS * queries.wait_for_keys
+    numbers = [request.layer, flags, order, first_head, heads]
+    carried = [b"" if half is None else bytes(half.tensor.data) for half in (keys, queries)]
+    for half, data in zip((keys, queries), carried, strict=True):
+        numbers += [0 if half is None else DTYPES.index(half.tensor.dtype) + 1, len(data)]
+    columns = (spans.sequence_ids, spans.starts, spans.lengths, spans.revisions)
+    numbers += [len(spans.lengths), *np.stack(columns, axis=1, dtype=np.uint64, casting="unsafe").ravel().tolist()]
+    return f"tokens {' '.join(map(str, numbers))}\n".encode() + b"".join(carried)
+
+
+def words_of(answer: Answer | BlockdexError, request: Request) -> str:
+    """An answer as the program prints it."""
+    if isinstance(answer, BlockdexError):
+        return f"error {answer.code.value} {answer.reason} {answer.message}"
+    if isinstance(answer, TokenAnswer):
+        printed = [] if answer.block_ids is None else [str(number) for number in answer.block_ids.ravel()]
+        printed += [] if answer.scores is None else [f"{number:.9g}" for number in answer.scores.ravel().tolist()]
+        return " ".join(["tokens", *printed])
+    assert isinstance(answer, SequenceState)
+    lengths = [] if answer.lengths is None else answer.lengths.tolist()
+    revisions = answer.revisions.tolist() if isinstance(request, GetSequence) and answer.revisions is not None else []
+    return " ".join(map(str, ["state", *lengths, *revisions]))
+
+
+async def test_calls_are_answered_as_one_after_another_would_be(built: Built) -> None:
+    asked = [request for request in client_requests(np.random.default_rng(5)) if request.epoch == 0]
+    async with hosted() as run:
+        command = (*built("client_calls"), run.address.replace("\0", "@"), TENANT)
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+        said, errors = await asyncio.wait_for(process.communicate(b"".join(map(line_of, asked))), 60)
+        assert process.returncode == 0, (said, errors)
+        expected = naive_answers(asked, run.engine.info().epoch)
+    lines = [re.sub(r"\|.*", "", line) for line in said.decode().splitlines()]
+    assert lines == [words_of(*each) for each in zip(expected, asked, strict=True)]
+
+
+async def test_a_refusal_has_its_numbers(built: Built) -> None:
+    async with hosted() as run:
+        command = (*built("client_calls"), run.address.replace("\0", "@"), TENANT)
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+        said, _ = await asyncio.wait_for(process.communicate(b"fork 7 8 5000\n"), 60)
+    message = "sequence 7: length must be 0 to 4096, got 5000"
+    numbers = "sequence_id=7|length=5000|max_sequence_tokens=4096"
+    assert said.decode() == f"error 3 INVALID_LENGTH {message}|{numbers}\n"
