@@ -1,10 +1,11 @@
 # Images of blockdex. Three targets:
 #
 #   server  (default) for NVIDIA GPUs; torch's CUDA build brings the CUDA libraries, the host only its driver
-#   cpu     without CUDA; TORCH_INDEX says where torch's CPU build comes from
+#   cpu     for machines without a GPU; with TORCH_INDEX, which says where torch's CPU build comes from, without CUDA's libraries
 #   engine  `cpu` and the transformers example, which calls a server
 #
 #   docker build --tag blockdex:server .
+#   docker build --tag blockdex:cpu --target cpu .
 #   docker build --tag blockdex:cpu --target cpu --build-arg TORCH_INDEX=URL --build-arg TORCH_SHA256=HEX .
 #
 # Packages come with hashes from deploy/requirements (`make lock`). BASE may carry a digest, and be any image with
@@ -43,24 +44,28 @@ ENV PATH=/opt/blockdex/bin:$PATH \
     BLOCKDEX_HTTP_ADDRESS=0.0.0.0:9051
 EXPOSE 50051 9051
 # A GPU server compiles kernels and fills its cache before it serves.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 CMD ["blockdex", "health", "--timeout", "4"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 CMD ["blockdex", "health", "--timeout", "4"]
 ENTRYPOINT ["blockdex"]
 CMD ["serve"]
 
 FROM runtime AS cpu
 ARG TORCH_VERSION=2.13.0+cpu
-# Address of the index with torch's CPU build; without one, where pip.conf says.
+# Address of the index with torch's CPU build, which is not where the other packages are.
 ARG TORCH_INDEX=
 # The hash of its wheel there. Builds of another source have another one, so it is not in the lock; without it,
-# torch is pinned by version alone.
+# torch is pinned by version alone. A hash without an address: pip.conf leads there.
 ARG TORCH_SHA256=
+COPY deploy/requirements/cpu.txt deploy/requirements/server.txt /opt/blockdex/
+# Without either, torch comes with CUDA's libraries as in the target `server`: it serves on a CPU too.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    echo "torch==${TORCH_VERSION}${TORCH_SHA256:+ --hash=sha256:${TORCH_SHA256}}" > /opt/blockdex/torch.txt \
-    && python -m pip install --no-cache-dir --no-deps --only-binary :all: \
-       ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} -r /opt/blockdex/torch.txt
-COPY deploy/requirements/cpu.txt /opt/blockdex/
-RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    python -m pip install --no-cache-dir --require-hashes --no-deps --only-binary :all: -r /opt/blockdex/cpu.txt
+    packages=/opt/blockdex/server.txt \
+    && if [ -n "${TORCH_INDEX}${TORCH_SHA256}" ]; then \
+         packages=/opt/blockdex/cpu.txt \
+         && echo "torch==${TORCH_VERSION}${TORCH_SHA256:+ --hash=sha256:${TORCH_SHA256}}" > /opt/blockdex/torch.txt \
+         && python -m pip install --no-cache-dir --no-deps --only-binary :all: \
+            ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} -r /opt/blockdex/torch.txt; \
+       fi \
+    && python -m pip install --no-cache-dir --require-hashes --no-deps --only-binary :all: -r "${packages}"
 COPY --from=wheel /wheels /opt/blockdex/wheels
 RUN python -m pip install --no-cache-dir --no-index --no-deps /opt/blockdex/wheels/*.whl
 ENV BLOCKDEX_DEVICE=cpu

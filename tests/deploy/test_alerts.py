@@ -1,4 +1,4 @@
-"""Prometheus's configuration and alerts, in the hands of promtool."""
+"""Prometheus's and Alertmanager's configuration and the alerts, in the hands of promtool and amtool."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from support.deployed import DEPLOY, read_yaml
 from support.programs import REPOSITORY, program, run
 
 PROMETHEUS = DEPLOY / "prometheus"
+ALERTMANAGER = DEPLOY / "alertmanager" / "alertmanager.yml"
 CASES = REPOSITORY / "tests" / "deploy" / "alerts_test.yml"
 
 
@@ -16,6 +17,14 @@ def promtool(*arguments: object) -> None:
 def test_configuration_and_rules_are_valid() -> None:
     promtool("check", "config", PROMETHEUS / "prometheus.yml")
     promtool("check", "rules", PROMETHEUS / "alerts.yml")
+
+
+def test_alertmanager_takes_its_configuration_and_tells_whom_it_should() -> None:
+    amtool = program("amtool", "prometheus-alertmanager")
+    run(amtool, "check-config", ALERTMANAGER)
+    for severity, receiver in (("critical", "wake"), ("warning", "tell")):
+        routed = run(amtool, "config", "routes", "test", f"--config.file={ALERTMANAGER}", f"severity={severity}")
+        assert routed.strip() == receiver
 
 
 def test_alerts_fire_when_they_should_and_not_when_they_should_not() -> None:

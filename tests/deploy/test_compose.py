@@ -6,19 +6,23 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
+import yaml
 
 from blockdex.loadtest.arguments import parse
 from blockdex.server.addresses import Address
-from support.deployed import DEPLOY, image_settings, read_yaml, settings_of
+from support.deployed import DEPLOY, image_settings, read_yaml, services, settings_of
 from support.programs import BIN, REPOSITORY, run
 
 COMPOSE = DEPLOY / "compose.yaml"
-FILE = read_yaml(COMPOSE)
-SERVICES: dict[str, dict[str, Any]] = FILE["services"]
-SERVERS = ("server", "server-cpu")
+GPU, MPS = DEPLOY / "compose.gpu.yaml", DEPLOY / "compose.mps.yaml"
+SERVICES = services()
+SERVERS = {"cpu": SERVICES["blockdex"], "cuda": services(GPU.name)["blockdex"]}
+SHARED = services(GPU.name, MPS.name)
+VOLUMES = {name for path in (COMPOSE, GPU, MPS) for name in read_yaml(path)["volumes"]}
+OURS = {name for name, service in SERVICES.items() if "build" in service}
+EVERY = SERVICES | {"blockdex on a GPU": SERVERS["cuda"], "blockdex with MPS": SHARED["blockdex"], "mps": SHARED["mps"]}
 
 
 def with_defaults(value: str) -> str:
@@ -27,33 +31,44 @@ def with_defaults(value: str) -> str:
 
 
 def test_it_keeps_the_compose_specification() -> None:
-    run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE)
+    run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE, GPU, MPS)
 
 
-def test_the_linter_finds_no_privilege_but_the_one_that_triton_needs() -> None:
+@pytest.mark.parametrize("overrides", [(), (GPU.name,), (GPU.name, MPS.name)], ids=["cpu", "gpu", "mps"])
+def test_the_linter_finds_no_privilege(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    merged = tmp_path / "compose.yaml"
+    merged.write_text(yaml.safe_dump(read_yaml(COMPOSE) | {"services": services(*overrides)}), encoding="utf-8")
     done = subprocess.run(
-        [BIN / "compose-lint", "check", "--format", "json", COMPOSE], capture_output=True, text=True, check=False
+        [BIN / "compose-lint", "check", "--format", "json", merged], capture_output=True, text=True, check=False
     )
     findings = {(each["rule_id"], each["service"]) for each in json.loads(done.stdout)["findings"]}
-    # Our images have no digest before they are built, and whoever deploys pins the others' to what their registry has.
-    unpinned = {("CL-0019", name) for name in SERVICES}
-    assert findings == unpinned | {("CL-0022", "server")}
+    # Our images have no digest before they are built, and take the cores that there are.
+    unpinned = {("CL-0019", name) for name, service in services(*overrides).items() if "sha256" not in service["image"]}
+    assert findings == unpinned | {("CL-0026", name) for name in OURS}
 
 
-@pytest.mark.parametrize("name", SERVICES)
+def test_what_runs_without_a_profile_is_a_server_and_its_dashboards() -> None:
+    plain = {name for name, service in SERVICES.items() if "profiles" not in service}
+    assert plain == {"blockdex", "prometheus", "alertmanager", "grafana"}
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_a_service_is_confined(name: str) -> None:
-    service = SERVICES[name]
+    service = EVERY[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert not service["user"].startswith(("0:", "root"))
-    assert service["deploy"]["resources"]["limits"].keys() == {"cpus", "memory", "pids"}
+    limits = service["deploy"]["resources"]["limits"]
+    assert limits.keys() >= {"memory", "pids"}
+    # Docker refuses a container more than the host has.
+    assert float(limits.get("cpus", 0)) <= 1
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", EVERY)
 def test_what_a_service_names_is_there(name: str) -> None:
-    service = SERVICES[name]
+    service = EVERY[name]
     targets = re.findall(r"^FROM \S+ AS (\S+)$", (REPOSITORY / "Dockerfile").read_text("utf-8"), re.MULTILINE)
     if "build" in service:
         assert (COMPOSE.parent / service["build"]["context"]).resolve() == REPOSITORY
@@ -61,28 +76,37 @@ def test_what_a_service_names_is_there(name: str) -> None:
         assert service["build"]["target"] in targets
     for volume in service.get("volumes", []):
         source = volume.split(":")[0]
-        assert (COMPOSE.parent / source).is_dir() if source.startswith(".") else source in FILE["volumes"]
-    assert set(service["networks"]) <= FILE["networks"].keys()
-    assert set(service.get("depends_on", [])) <= SERVICES.keys()
+        assert (COMPOSE.parent / source).is_dir() if source.startswith(".") else source in VOLUMES
+    assert set(service.get("networks", [])) <= read_yaml(COMPOSE)["networks"].keys()
+    assert set(service.get("depends_on", [])) <= SHARED.keys()
 
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_a_server_gets_settings_that_it_knows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {key: with_defaults(value) for key, value in SERVICES[name]["environment"].items()}
+    environment = {key: with_defaults(value) for key, value in SERVERS[name]["environment"].items()}
     settings = settings_of(environment, monkeypatch)
-    assert settings.device == ("cpu" if name == "server-cpu" else "cuda")
+    assert settings.device == name
     assert settings.log_format == "json"
     ports = {Address.parse(value).port for value in image_settings().values()}
-    assert {int(port.rsplit(":", 1)[1]) for port in SERVICES[name]["ports"]} == ports
+    assert {int(port.rsplit(":", 1)[1]) for port in SERVERS[name]["ports"]} == ports
 
 
-def test_one_profile_starts_one_server_under_one_name() -> None:
-    assert [SERVICES[name]["profiles"] for name in SERVERS] == [["gpu"], ["cpu"]]
-    for name in SERVERS:
-        assert SERVICES[name]["networks"]["blockdex"]["aliases"] == ["blockdex"]
-    (gpu,) = SERVICES["server"]["deploy"]["resources"]["reservations"]["devices"]
+def test_a_gpu_and_a_place_for_its_kernels_are_asked_for_by_the_second_file_alone() -> None:
+    (gpu,) = SERVERS["cuda"]["deploy"]["resources"]["reservations"]["devices"]
     assert gpu == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
-    assert "reservations" not in SERVICES["server-cpu"]["deploy"]["resources"]
+    assert "reservations" not in SERVERS["cpu"]["deploy"]["resources"]
+    kept = "triton:/var/cache/triton"
+    assert (kept in SERVERS["cuda"]["volumes"], kept in SERVERS["cpu"]["volumes"]) == (True, False)
+
+
+def test_a_server_under_mps_meets_its_daemon() -> None:
+    daemon, server = SHARED["mps"], SHARED["blockdex"]
+    assert (daemon["ipc"], server["ipc"]) == ("shareable", "service:mps")
+    # MPS serves one user, through one folder, on one GPU.
+    assert server["user"] == daemon["user"]
+    assert server["environment"].items() >= daemon["environment"].items()
+    assert f"mps:{daemon['environment']['CUDA_MPS_PIPE_DIRECTORY']}" in set(server["volumes"]) & set(daemon["volumes"])
+    assert server["deploy"]["resources"]["reservations"] == daemon["deploy"]["resources"]["reservations"]
 
 
 def test_the_load_test_understands_its_arguments(tmp_path: Path) -> None:
@@ -94,10 +118,14 @@ def test_the_load_test_understands_its_arguments(tmp_path: Path) -> None:
     assert f"reports:{Path(words[-1].removeprefix('--output=')).parent}" in SERVICES["loadtest"]["volumes"]
 
 
-def test_prometheus_and_grafana_find_one_another_and_the_server() -> None:
-    scraped = read_yaml(DEPLOY / "prometheus" / "prometheus.yml")["scrape_configs"]
-    (target,) = next(job["static_configs"][0]["targets"] for job in scraped if job["job_name"] == "blockdex")
+def test_prometheus_alertmanager_and_grafana_find_one_another_and_the_server() -> None:
+    configuration = read_yaml(DEPLOY / "prometheus" / "prometheus.yml")
+    jobs = configuration["scrape_configs"]
+    (target,) = next(job["static_configs"][0]["targets"] for job in jobs if job["job_name"] == "blockdex")
     assert target == f"blockdex:{Address.parse(image_settings()['BLOCKDEX_HTTP_ADDRESS']).port}"
+    (told,) = configuration["alerting"]["alertmanagers"]
+    assert told["static_configs"] == [{"targets": ["alertmanager:9093"]}]
+    assert SERVICES["alertmanager"]["ports"] == ["127.0.0.1:9093:9093"]
     (source,) = read_yaml(DEPLOY / "grafana/provisioning/datasources/prometheus.yaml")["datasources"]
     assert source["url"] == "http://prometheus:9090"
     (provider,) = read_yaml(DEPLOY / "grafana/provisioning/dashboards/blockdex.yaml")["providers"]

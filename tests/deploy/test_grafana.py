@@ -47,11 +47,24 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
     assert all(place["x"] + place["w"] <= COLUMNS for _, place in places)
 
 
-def test_every_panel_asks_the_provisioned_source_and_has_queries_told_apart() -> None:
+def test_every_panel_asks_the_chosen_source_and_has_queries_told_apart() -> None:
     (source,) = read_yaml(DEPLOY / "grafana/provisioning/datasources/prometheus.yaml")["datasources"]
-    expected = {"type": source["type"], "uid": source["uid"]}
+    chosen = DASHBOARD["templating"]["list"][0]
+    assert (chosen["type"], chosen["query"], chosen["current"]["value"]) == (
+        "datasource",
+        source["type"],
+        source["uid"],
+    )
+    expected = {"type": source["type"], "uid": f"${{{chosen['name']}}}"}
     for panel in PANELS:
         if panel["type"] != "row":
             assert panel["datasource"] == expected
             assert all(target["datasource"] == expected for target in panel["targets"])
             assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+
+
+def test_every_alert_has_a_panel_that_leads_to_its_runbook() -> None:
+    (group,) = read_yaml(DEPLOY / "prometheus" / "alerts.yml")["groups"]
+    runbooks = {f"Runbook: {rule['alert']}": rule["annotations"]["runbook_url"] for rule in group["rules"]}
+    links = {(link["title"], link["url"]) for panel in PANELS for link in panel.get("links", [])}
+    assert links == set(runbooks.items())

@@ -9,17 +9,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support.containers import USER, Container, Images, running
-from support.deployed import DEPLOY, read_yaml
+from support.deployed import DEPLOY, services
 from support.programs import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-SERVICES: dict[str, dict[str, Any]] = read_yaml(DEPLOY / "compose.yaml")["services"]
+SERVICES = services()
 
 SELECTION = """
 import blockdex
@@ -95,7 +94,7 @@ def cpu(images: Images, torch_arguments: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def server(images: Images, cpu: str, folder: Path) -> Iterator[Container]:
-    service = SERVICES["server-cpu"] | {"environment": {"BLOCKDEX_NUM_LAYERS": "3", "BLOCKDEX_CACHE_BYTES": "256MiB"}}
+    service = SERVICES["blockdex"] | {"environment": {"BLOCKDEX_NUM_LAYERS": "3", "BLOCKDEX_CACHE_BYTES": "256MiB"}}
     probe = images.configuration(cpu)["Healthcheck"]["Test"]
     assert probe[0] == "CMD"
     with running(images, cpu, service, folder / "server") as container:
@@ -180,7 +179,7 @@ def test_the_engine_image_runs_the_example_against_the_server(
 def test_triton_can_compile_and_load_where_a_gpu_image_lets_it(images: Images, folder: Path) -> None:
     """The stage below torch's CUDA build, which takes gigabytes and a GPU to try."""
     image = images.build("triton")
-    service = SERVICES["server"] | {"command": ["-c", "import time; time.sleep(600)"]}
+    service = services("compose.gpu.yaml")["blockdex"] | {"command": ["-c", "import time; time.sleep(600)"]}
     configuration = images.configuration(image)
     assert "TRITON_CACHE_DIR=/var/cache/triton" in configuration["Env"]
     with running(images, image, service | {"entrypoint": ["python3"]}, folder / "triton") as container:

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from functools import cache
-from typing import Any
 
 import kubernetes_validate
 import pytest
-import yaml
-from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
+from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
+from pydantic import BaseModel
 
 from blockdex.server.addresses import Address
-from support.deployed import DEPLOY, image_settings, settings_of
-from support.programs import program, run
+from support.deployed import DEPLOY, Resource, built, image_settings, read_yaml, settings_of
+from support.programs import REPOSITORY
 
-FOLDERS = ("base", "gpu", "sidecar")
+SERVERS = ("base", "gpu")
+SIDECARS = ("engine", "vllm")
+FOLDERS = (*SERVERS, *SIDECARS)
 OLDEST = "1.34"
 """The first Kubernetes with all that these files ask for: resource.k8s.io/v1."""
-
-Resource = dict[str, Any]
-
-
-@cache
-def kubectl() -> str:
-    path = program("kubectl", "kubernetes-client")
-    version = json.loads(run(path, "version", "--client", "--output", "json"))["clientVersion"]
-    assert int(version["minor"].rstrip("+")) >= 21, (
-        f"{path} is {version['gitVersion']}, whose kustomize is too old: 1.21"
-    )
-    return path
-
-
-@cache
-def built(folder: str) -> list[Resource]:
-    """The resources of a folder, overlays applied."""
-    return list(yaml.safe_load_all(run(kubectl(), "kustomize", DEPLOY / "kubernetes" / folder)))
 
 
 def one(folder: str, kind: str) -> Resource:
@@ -48,7 +29,7 @@ def pods() -> Iterator[tuple[str, Resource]]:
     """The pod template of every folder."""
     for folder in FOLDERS:
         for resource in built(folder):
-            if resource["kind"] in {"StatefulSet", "Job"}:
+            if resource["kind"] in {"StatefulSet", "Job", "Deployment"}:
                 yield folder, resource["spec"]["template"]
 
 
@@ -69,27 +50,36 @@ def variables(container: Resource) -> dict[str, str]:
 @pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])
 def test_every_resource_keeps_its_schema(folder: str, version: str) -> None:
     for resource in built(folder):
-        if resource["kind"] != "ServiceMonitor":
+        if resource["apiVersion"] != "monitoring.coreos.com/v1":
             kubernetes_validate.validate(resource, version, strict=True)
 
 
-@pytest.mark.parametrize("folder", ["base", "gpu"])
-def test_the_service_monitor_keeps_the_schema_of_its_definition(folder: str) -> None:
-    monitor = one(folder, "ServiceMonitor")
+@pytest.mark.parametrize("folder", SERVERS)
+@pytest.mark.parametrize("definition", [ServiceMonitor, PrometheusRule])
+def test_what_the_operator_reads_keeps_the_schema_of_its_definition(folder: str, definition: type[BaseModel]) -> None:
+    resource = one(folder, definition.__name__)
     # The models pass over a field that they do not know: what does not come back was not known.
-    known = ServiceMonitor.model_validate(monitor).model_dump(mode="json", by_alias=True, exclude_unset=True)
-    assert known == monitor
+    known = definition.model_validate(resource).model_dump(mode="json", by_alias=True, exclude_unset=True)
+    assert known == resource
+
+
+def test_the_operator_and_grafana_get_the_alerts_and_the_dashboard_of_compose() -> None:
+    assert one("base", "PrometheusRule")["spec"] == read_yaml(DEPLOY / "prometheus" / "alerts.yml")
+    dashboards = DEPLOY / "grafana" / "dashboards"
+    told = {path.name: path.read_text(encoding="utf-8") for path in dashboards.iterdir()}
+    assert one("base", "ConfigMap")["data"] == told
 
 
 def test_the_base_and_the_overlay_have_what_a_server_needs() -> None:
     kinds = {"StatefulSet", "Service", "PodDisruptionBudget", "NetworkPolicy", "ServiceMonitor"}
+    kinds |= {"PrometheusRule", "ConfigMap"}
     assert {resource["kind"] for resource in built("base")} == kinds
     assert {resource["kind"] for resource in built("gpu")} == kinds
     assert one("base", "Service")["spec"]["clusterIP"] == "None"
     assert one("base", "StatefulSet")["spec"]["serviceName"] == one("base", "Service")["metadata"]["name"]
 
 
-@pytest.mark.parametrize("folder", ["base", "gpu"])
+@pytest.mark.parametrize("folder", SERVERS)
 def test_every_selector_finds_the_server(folder: str) -> None:
     stateful_set, service = one(folder, "StatefulSet"), one(folder, "Service")
     labels = stateful_set["spec"]["template"]["metadata"]["labels"]
@@ -123,34 +113,45 @@ def test_ports_and_probes_are_where_the_server_listens(folder: str) -> None:
     addresses = image_settings() | variables(container)
     grpc, http = (Address.parse(addresses[f"BLOCKDEX_{kind}_ADDRESS"]) for kind in ("GRPC", "HTTP"))
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports["http"] == http.port
     assert http.host == "0.0.0.0"
-    assert container["startupProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
-    assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
-    if folder == "sidecar":
+    probed = container["startupProbe"]["httpGet"]["port"]
+    assert ports[probed] == http.port
+    assert container["startupProbe"]["httpGet"] == {"path": "/readyz", "port": probed}
+    assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": probed}
+    if folder in SIDECARS:
         assert grpc.host == "127.0.0.1"
         (engine,) = template["spec"]["containers"]
-        assert engine["args"] == ["--address", str(grpc)]
+        assert folder == "vllm" or engine["args"] == ["--address", str(grpc)]
+        names = [port["name"] for each in containers(template) for port in each.get("ports", [])]
+        assert len(set(names)) == len(names)
     else:
         assert grpc.host == "0.0.0.0"
         assert container["readinessProbe"]["grpc"] == {"port": grpc.port}
         assert ports["grpc"] == grpc.port
 
 
-def test_every_container_is_confined() -> None:
+def test_every_probe_has_the_patience_that_is_told() -> None:
+    minutes = 10
+    for _, template in pods():
+        probe = server(template)["startupProbe"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] == minutes * 60
+    assert f"--start-period={minutes * 60}s" in (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+    told = (REPOSITORY / "docs" / "deployment.md").read_text(encoding="utf-8")
+    assert f"the probes have patience ({minutes} minutes)" in told
+
+
+def test_every_container_of_ours_is_confined() -> None:
     for _, template in pods():
         assert template["spec"]["automountServiceAccountToken"] is False
-        context = template["spec"]["securityContext"]
-        assert context["runAsNonRoot"] is True
-        assert context["runAsUser"] == 10001
-        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in containers(template):
-            assert container["securityContext"] == {
-                "allowPrivilegeEscalation": False,
-                "readOnlyRootFilesystem": True,
-                "capabilities": {"drop": ["ALL"]},
-            }
             assert "memory" in container["resources"]["limits"]
+            context = template["spec"]["securityContext"] | container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+            if container["name"] != "vllm":
+                assert context["readOnlyRootFilesystem"] is True
+                assert (context["runAsNonRoot"], context["runAsUser"]) == (True, 10001)
 
 
 def test_every_server_gets_settings_that_it_knows_and_time_to_stop() -> None:
@@ -161,27 +162,49 @@ def test_every_server_gets_settings_that_it_knows_and_time_to_stop() -> None:
         assert template["spec"]["terminationGracePeriodSeconds"] > settings.shutdown_grace_seconds
 
 
-def test_only_a_gpu_server_has_a_folder_for_compiled_kernels_and_a_gpu() -> None:
+def test_a_gpu_server_keeps_its_compiled_kernels_between_starts() -> None:
     for folder, template in pods():
         container = server(template)
         mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
-        assert set(mounts.values()) <= volumes.keys()
+        kept = (
+            {
+                claim["metadata"]["name"]: claim
+                for claim in one(folder, "StatefulSet")["spec"].get("volumeClaimTemplates", [])
+            }
+            if folder in SERVERS
+            else {}
+        )
+        assert set(mounts.values()) <= volumes.keys() | kept.keys()
         assert ("/var/cache/triton" in mounts) == (folder != "base")
+        if folder in SIDECARS:
+            claim = volumes[mounts["/var/cache/triton"]]["persistentVolumeClaim"]["claimName"]
+            assert claim == one(folder, "PersistentVolumeClaim")["metadata"]["name"]
+        elif folder == "gpu":
+            assert kept.keys() == {mounts["/var/cache/triton"]}
         assert container["image"] == ("blockdex:cpu" if folder == "base" else "blockdex:server")
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (folder == "gpu")
 
 
-def test_the_sidecar_and_its_engine_name_one_claim() -> None:
-    template = one("sidecar", "Job")["spec"]["template"]
+@pytest.mark.parametrize(("folder", "gpus"), [("engine", 1), ("vllm", 8)])
+def test_a_sidecar_and_its_engine_name_one_claim(folder: str, gpus: int) -> None:
+    ((_, template),) = [pod for pod in pods() if pod[0] == folder]
     claims = [container["resources"]["claims"] for container in containers(template)]
     assert claims == [[{"name": "gpu"}], [{"name": "gpu"}]]
     (claim,) = template["spec"]["resourceClaims"]
-    assert claim["resourceClaimTemplateName"] == one("sidecar", "ResourceClaimTemplate")["metadata"]["name"]
+    shared = one(folder, "ResourceClaimTemplate")
+    assert claim["resourceClaimTemplateName"] == shared["metadata"]["name"]
+    (request,) = shared["spec"]["spec"]["devices"]["requests"]
+    assert request["exactly"].get("count", 1) == gpus
     assert server(template)["restartPolicy"] == "Always"
     assert server(template) in template["spec"]["initContainers"]
     sockets = [
-        [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "sockets"]
+        [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "blockdex-sockets"]
         for container in containers(template)
     ]
     assert sockets == [["/run/blockdex"], ["/run/blockdex"]]
+
+
+def test_the_service_of_vllm_finds_it() -> None:
+    pod = one("vllm", "Deployment")["spec"]["template"]
+    assert one("vllm", "Service")["spec"]["selector"] == pod["metadata"]["labels"]

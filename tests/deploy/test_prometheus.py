@@ -1,7 +1,8 @@
-"""A real Prometheus with our configuration scrapes a real server and answers every panel and alert."""
+"""A real Prometheus with our configuration scrapes a real server, answers every panel and tells a real Alertmanager."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -84,8 +85,40 @@ def blockdex_port() -> int:
     return free_port()
 
 
+@contextlib.contextmanager
+def running(folder: Path, address: str, *command: str) -> Iterator[None]:
+    """Runs a program of Prometheus's until it is no longer needed; it is ready when this begins."""
+    log = folder / f"{Path(command[0]).name}.log"
+
+    def ready() -> bool:
+        assert process.poll() is None, log.read_text(encoding="utf-8")
+        try:
+            return httpx.get(f"http://{address}/-/ready").status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    with log.open("wb") as written:
+        process = subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=written, stderr=written)
+    try:
+        eventually(ready, f"{command[0]} is ready")
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 @pytest.fixture(scope="module")
-def prometheus(blockdex_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def alertmanager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an Alertmanager that runs on the committed configuration."""
+    folder, address = tmp_path_factory.mktemp("alertmanager"), f"127.0.0.1:{free_port()}"
+    flags = [f"--config.file={DEPLOY / 'alertmanager' / 'alertmanager.yml'}", f"--storage.path={folder / 'data'}"]
+    executable = program("prometheus-alertmanager", "prometheus-alertmanager")
+    with running(folder, address, executable, *flags, "--cluster.listen-address="):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def prometheus(blockdex_port: int, alertmanager: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Runs on the committed configuration, but for addresses and a shorter scrape interval."""
     folder = tmp_path_factory.mktemp("prometheus")
     address = f"127.0.0.1:{free_port()}"
@@ -95,38 +128,14 @@ def prometheus(blockdex_port: int, tmp_path_factory: pytest.TempPathFactory) -> 
     ]
     # A scrape may take as long as the interval is: a second, so that a busy machine does not look like a lost server.
     often = {"scrape_interval": "1s", "evaluation_interval": "200ms"}
-    settings = CONFIGURATION | {"global": CONFIGURATION["global"] | often, "scrape_configs": jobs}
+    told = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]}
+    settings = CONFIGURATION | {"global": CONFIGURATION["global"] | often, "scrape_configs": jobs, "alerting": told}
     (folder / "prometheus.yml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     for name in CONFIGURATION["rule_files"]:
         (folder / name).write_bytes((DEPLOY / "prometheus" / name).read_bytes())
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                program("prometheus", "prometheus"),
-                f"--config.file={folder / 'prometheus.yml'}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address={address}",
-            ],
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        yield started(process, address, folder / "log")
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def started(process: subprocess.Popen[bytes], address: str, log: Path) -> Prometheus:
-    def ready() -> bool:
-        assert process.poll() is None, log.read_text(encoding="utf-8")
-        try:
-            return httpx.get(f"http://{address}/-/ready").status_code == httpx.codes.OK
-        except httpx.TransportError:
-            return False
-
-    eventually(ready, "Prometheus is ready")
-    return Prometheus(address)
+    flags = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+    with running(folder, address, program("prometheus", "prometheus"), *flags):
+        yield Prometheus(address)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +199,7 @@ def test_dashboard_and_alerts_name_metrics_that_are_there(scraped: Prometheus) -
 
 
 def test_the_dashboard_finds_its_servers(scraped: Prometheus, blockdex_port: int) -> None:
-    (variable,) = DASHBOARD["templating"]["list"]
+    (variable,) = [each for each in DASHBOARD["templating"]["list"] if each["name"] == "instance"]
     (selector,) = re.findall(r"label_values\((.*), instance\)", variable["query"]["query"])
     assert [series["instance"] for series in scraped.ask("series", **{"match[]": selector})] == [
         f"127.0.0.1:{blockdex_port}"
@@ -212,10 +221,19 @@ def test_the_epoch_is_that_of_the_cache(scraped: Prometheus, serving: Serving) -
 
 
 def test_a_server_that_is_lost_and_comes_back_empty_raises_alerts(
-    scraped: Prometheus, serving: Serving, blockdex_port: int
+    scraped: Prometheus, serving: Serving, blockdex_port: int, alertmanager: str
 ) -> None:
     """The last of this file: it takes the server away."""
+
+    def told() -> dict[str, str]:
+        alerts = httpx.get(f"http://{alertmanager}/api/v2/alerts").json()
+        return {each["labels"]["alertname"]: each["annotations"]["runbook_url"] for each in alerts}
+
     serving.stop()
     eventually(lambda: scraped.alerts() == {"BlockdexDown": "pending"}, "the loss is noticed")
     with serve(*SMALL, "--http-address", f"127.0.0.1:{blockdex_port}"):
         eventually(lambda: scraped.alerts() == {"BlockdexEngineRestarted": "firing"}, "the restart is noticed")
+        (runbook,) = [
+            rule["annotations"]["runbook_url"] for rule in GROUP["rules"] if rule["alert"] == "BlockdexEngineRestarted"
+        ]
+        eventually(lambda: told() == {"BlockdexEngineRestarted": runbook}, "Alertmanager hears of it")

@@ -13,7 +13,7 @@ from benchmarks import client, tables
 from benchmarks.environment import environment
 from blockdex.cli.main import main
 from blockdex.contract.errors import Code, Reason
-from blockdex.server import config
+from blockdex.server import bootstrap, config
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.spec import KeyDtype
@@ -75,6 +75,12 @@ def test_every_setting_is_told() -> None:
     assert [list(row) for row in told] == expected
 
 
+def test_the_pages_agree_on_when_a_server_splits() -> None:
+    assert f"On {bootstrap._CORES} cores or more, with more than one frontend" in _page("operations.md")
+    (row,) = [row for row in _rows("settings.md") if row[0] == "`--processes HOW`"]
+    assert f"auto: split on {bootstrap._CORES} cores or more" in row[2]
+
+
 def test_the_file_of_settings_is_one(tmp_path: Path) -> None:
     (example,) = re.findall(r"```toml\n(.*?)```", _page("settings.md"), re.DOTALL)
     path = tmp_path / "blockdex.toml"
@@ -113,6 +119,30 @@ def test_the_sizes(num_layers: int, key_dtype: KeyDtype) -> None:
     tokens = 2**30 // spec.bytes_per_page * spec.block_size
     (row,) = [row for row in _rows("sizing.md") if row[0].startswith(f"{num_layers} (") and row[1:2] == [key_dtype]]
     assert row[2:] == [f"{spec.bytes_per_token:,}", f"{spec.bytes_per_page:,}", f"{tokens:,}"]
+
+
+def test_what_it_saves() -> None:
+    spec, ranks = IndexSpec(), 8
+    of_token = spec.bytes_per_token
+    read = 8 * 8192 * of_token
+    told = _page("index.md").partition("## What it saves")[2].partition("## What it costs")[0]
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", told, re.MULTILINE)
+    assert [row[1:] for row in rows] == [
+        (f"{ranks * of_token:,} bytes", f"{of_token:,} bytes"),
+        (f"{ranks * of_token / 1e3:.1f} GB", f"{of_token / 1e3:.1f} GB"),
+        (f"{ranks * read / 1e9:.2f} GB", f"{read / 1e9:.2f} GB"),
+    ]
+
+
+def test_what_it_costs() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "service-h200.json").read_text(encoding="utf-8"))
+    measured = {row["name"]: row["measured"] * {"us": 1, "ms": 1000}.get(row["unit"], 0) for row in result["rows"]}
+    names = ("step in the core, 8 sequences at 8,192", "AppendAndSelect over a stream", "AppendAndSelect unary")
+    told = _page("index.md").partition("## What it costs")[2]
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", told, re.MULTILINE)[:3]
+    for (_, call, layers), name in zip(rows, names, strict=True):
+        microseconds = measured[f"{name}, p50"]
+        assert (call, layers) == (f"{microseconds:.0f} us", f"{microseconds * IndexSpec().num_layers / 1000:.1f} ms")
 
 
 def test_the_plan_is_what_the_calculator_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,12 +12,12 @@ blockdex_requests_total{code="OK",rpc="AppendKeys"} 5.0
 blockdex_requests_total{code="OK",rpc="GetInfo"} 1.0
 # TYPE blockdex_pages gauge
 blockdex_pages{state="free"} 90.0
-# TYPE blockdex_stage_seconds histogram
-blockdex_stage_seconds_bucket{le="0.001",phase="decode",stage="plan"} 10.0
-blockdex_stage_seconds_bucket{le="0.01",phase="decode",stage="plan"} 10.0
-blockdex_stage_seconds_bucket{le="+Inf",phase="decode",stage="plan"} 10.0
-blockdex_stage_seconds_count{phase="decode",stage="plan"} 10.0
-blockdex_stage_seconds_sum{phase="decode",stage="plan"} 0.005
+# TYPE blockdex_stage_duration_seconds histogram
+blockdex_stage_duration_seconds_bucket{le="0.001",phase="decode",stage="plan"} 10.0
+blockdex_stage_duration_seconds_bucket{le="0.01",phase="decode",stage="plan"} 10.0
+blockdex_stage_duration_seconds_bucket{le="+Inf",phase="decode",stage="plan"} 10.0
+blockdex_stage_duration_seconds_count{phase="decode",stage="plan"} 10.0
+blockdex_stage_duration_seconds_sum{phase="decode",stage="plan"} 0.005
 # TYPE blockdex_batch_requests histogram
 blockdex_batch_requests_bucket{le="1.0"} 0.0
 blockdex_batch_requests_bucket{le="2.0"} 0.0
@@ -42,7 +42,7 @@ def test_what_lies_between_two_moments() -> None:
     between = difference(parse(BEFORE), parse(AFTER))
     assert between["counters"] == {'blockdex_requests_total{code="OK",rpc="AppendKeys"}': 20.0}
     assert between["gauges"] == {'blockdex_pages{state="free"}': 70.0}
-    plan = between["histograms"]['blockdex_stage_seconds{phase="decode",stage="plan"}']
+    plan = between["histograms"]['blockdex_stage_duration_seconds{phase="decode",stage="plan"}']
     assert plan == pytest.approx({"count": 20, "mean": 0.002, "p50": 0.0055, "p99": 0.00991})
     assert between["histograms"]["blockdex_batch_requests"] == {"count": 4, "mean": 1.75, "p50": 2.0, "p99": 2.0}
 
@@ -50,7 +50,7 @@ def test_what_lies_between_two_moments() -> None:
 def test_a_series_that_was_not_there_before_began_at_nothing() -> None:
     between = difference(parse(""), parse(AFTER))
     assert between["counters"]['blockdex_requests_total{code="OK",rpc="AppendKeys"}'] == 25.0
-    assert between["histograms"]['blockdex_stage_seconds{phase="decode",stage="plan"}']["count"] == 30.0
+    assert between["histograms"]['blockdex_stage_duration_seconds{phase="decode",stage="plan"}']["count"] == 30.0
 
 
 def test_counts_of_a_server_that_began_anew_begin_at_nothing() -> None:

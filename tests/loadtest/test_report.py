@@ -81,7 +81,7 @@ def result() -> dict[str, Any]:
             "metrics": {
                 "counters": {"blockdex_evictions_total": 1.0},
                 "histograms": {
-                    'blockdex_stage_seconds{phase="decode",stage="plan"}': {
+                    'blockdex_stage_duration_seconds{phase="decode",stage="plan"}': {
                         "count": 4,
                         "mean": 1e-3,
                         "p50": 1e-3,

@@ -104,7 +104,7 @@ def test_all_frontends_count_as_one(server: Split, stubs: list[pb_grpc.IndexerSe
     epochs = {stub.GetInfo(pb.GetInfoRequest(), timeout=10).epoch for stub in stubs}
     assert len(epochs) == 1, "one engine behind them all"
     assert server.metric("blockdex_requests_total", rpc="GetInfo", code="OK") == before + CLIENTS
-    assert server.metric("blockdex_request_seconds_count", rpc="GetInfo") == before + CLIENTS
+    assert server.metric("blockdex_request_duration_seconds_count", rpc="GetInfo") == before + CLIENTS
 
 
 @pytest.mark.parametrize("doors", ["1", "2"])

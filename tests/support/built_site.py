@@ -18,6 +18,7 @@ BUILD_SECONDS = 60.0
 def copy_sources(folder: Path) -> Path:
     """Copies what the site is built from; the answer is the copy of `docs/`."""
     shutil.copy(ROOT / "zensical.toml", folder)
+    (folder / "service").symlink_to(ROOT / "service")
     return Path(shutil.copytree(DOCS, folder / "docs"))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,52 @@ import pytest
 import yaml
 
 from blockdex.server.config import ServeSettings, load_settings
-from support.programs import REPOSITORY
+from support.programs import REPOSITORY, program, run
 
 DEPLOY = REPOSITORY / "deploy"
+
+Resource = dict[str, Any]
+"""One of Kubernetes."""
 
 
 def read_yaml(path: Path) -> Any:
     """The one document of a YAML file."""
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def services(*names: str) -> dict[str, dict[str, Any]]:
+    """The services of `deploy/compose.yaml`, with other files of that folder on top, as Docker Compose merges them."""
+    merged: Any = {}
+    for name in ("compose.yaml", *names):
+        merged = _merged(merged, read_yaml(DEPLOY / name))
+    of_services: dict[str, dict[str, Any]] = merged["services"]
+    return of_services
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings key by key, sequences one behind the other, anything else from above."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        return below | {key: _merged(below[key], value) if key in below else value for key, value in above.items()}
+    if isinstance(below, list) and isinstance(above, list):
+        return below + above
+    return above
+
+
+@cache
+def kubectl() -> str:
+    """Where kubectl is, new enough for the manifests."""
+    path = program("kubectl", "kubernetes-client")
+    version = json.loads(run(path, "version", "--client", "--output", "json"))["clientVersion"]
+    assert int(version["minor"].rstrip("+")) >= 21, (
+        f"{path} is {version['gitVersion']}, whose kustomize is too old: 1.21"
+    )
+    return path
+
+
+@cache
+def built(folder: str) -> list[Resource]:
+    """The resources of a folder of `deploy/kubernetes`, overlays applied."""
+    return list(yaml.safe_load_all(run(kubectl(), "kustomize", DEPLOY / "kubernetes" / folder)))
 
 
 def image_settings() -> dict[str, str]:

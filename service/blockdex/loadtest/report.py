@@ -13,7 +13,7 @@ from blockdex.loadtest.result import PERCENTILES
 from blockdex.loadtest.verdicts import LONGER, is_untested, verdicts
 from blockdex.loadtest.wording import NONE, counted, duration, figure, share, significant
 
-_STAGE = re.compile(r'blockdex_stage_seconds\{phase="(\w+)",stage="(\w+)"\}')
+_STAGE = re.compile(r'blockdex_stage_duration_seconds\{phase="(\w+)",stage="(\w+)"\}')
 
 
 def report(result: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ class Frontend:
             rpc = await start_rpc_server(
                 self._channel,
                 grpc_address,
-                observe=self._requests.observe,
+                observer=self._requests,
                 slow_request_seconds=self._settings.slow_request_seconds,
                 tracing=self._tracing,
                 share_port=share_port,

@@ -11,6 +11,7 @@ from blockdex.frontend.http.gpu_metrics import open_gpu
 from blockdex.frontend.http.history import History
 from blockdex.frontend.http.live_page import LiveView
 from blockdex.frontend.http.metrics import Metrics, RequestCounts, ServerCollector
+from blockdex.frontend.http.process_metrics import Processes
 from blockdex.frontend.http.readiness import Readiness
 from blockdex.frontend.http.server import HttpServer
 from blockdex.ring.engine_reports import Reports
@@ -30,6 +31,7 @@ class HttpSide:
         requests: RequestCounts,
         readiness: Readiness,
         restarts: Mapping[str, int],
+        processes: Processes,
         gpu: str | None,
         listening: socket.socket,
     ) -> HttpSide:
@@ -40,13 +42,14 @@ class HttpSide:
             requests: what was answered.
             readiness: whether the server takes requests.
             restarts: how often each kind of process was started again.
+            processes: those of the server.
             gpu: the driver's name of the engine's GPU, if it has one.
             listening: where.
         """
         history = History(reports, requests)
         await history.take()
         collector = ServerCollector(reports, requests, readiness, restarts)
-        metrics = Metrics(collector, None if gpu is None else open_gpu(gpu))
+        metrics = Metrics(collector, processes, None if gpu is None else open_gpu(gpu))
         app = create_app(reports, metrics, LiveView(reports, history, readiness), readiness)
         return cls(HttpServer(app, listening), asyncio.create_task(history.run()))
 

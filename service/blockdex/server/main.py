@@ -105,7 +105,10 @@ async def _run_single(
         async with connected(engine, inbox, settings, public, requests, selector, told_to_stop) as channel:
             info = await channel.info()
             restarts = dict.fromkeys(("core", "frontend"), 0)
-            http = await HttpSide.start(channel, requests, readiness, restarts, gpu_uuid(info.device), http_socket)
+            processes = {"server": os.getpid()}
+            http = await HttpSide.start(
+                channel, requests, readiness, restarts, lambda: processes, gpu_uuid(info.device), http_socket
+            )
             try:
                 if not await warm_up(engine, readiness.compiling, told_to_stop):
                     return 0
@@ -115,7 +118,7 @@ async def _run_single(
                     rpc = await start_rpc_server(
                         channel,
                         settings.grpc_address,
-                        observe=requests.observe,
+                        observer=requests,
                         slow_request_seconds=settings.slow_request_seconds,
                         tracing=tracing,
                     )
@@ -169,7 +172,13 @@ async def _serve_with(
 ) -> None:
     """Serves until it is told to stop, once the engine core can be asked what it is."""
     http = await HttpSide.start(
-        supervisor.reports, supervisor.counts, readiness, supervisor.restarts, supervisor.gpu, http_socket
+        supervisor.reports,
+        supervisor.counts,
+        readiness,
+        supervisor.restarts,
+        supervisor.processes,
+        supervisor.gpu,
+        http_socket,
     )
     try:
         if await supervisor.open(told_to_stop):

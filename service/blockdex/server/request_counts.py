@@ -22,18 +22,22 @@ _ANSWER_SECONDS = 1.0
 def words_of(requests: RequestMetrics) -> Words:
     """Counts as an object of JSON; RPCs that nobody has called are left out."""
     return {
-        "counts": [[rpc, code, count] for (rpc, code), count in requests.counts.items() if count],
+        "counts": [[*key, count] for key, count in requests.counts.items() if count],
         "seconds": {rpc: [made.counts, made.total] for rpc, made in requests.seconds.items() if any(made.counts)},
+        "streams": [requests.streams, requests.streams_opened],
+        "bytes": [requests.bytes_received, requests.bytes_sent],
     }
 
 
 def requests_of(words: Words) -> RequestMetrics:
     """The counts that such an object stands for."""
     requests = RequestMetrics()
-    requests.counts = {(rpc, code): count for rpc, code, count in words["counts"]}
+    requests.counts = {(rpc, code, reason): count for rpc, code, reason, count in words["counts"]}
     requests.seconds = {
         rpc: Histogram(SECONDS_BUCKETS, counts, total) for rpc, (counts, total) in words["seconds"].items()
     }
+    requests.streams, requests.streams_opened = words["streams"]
+    requests.bytes_received, requests.bytes_sent = words["bytes"]
     return requests
 
 
@@ -57,13 +61,16 @@ class FleetCounts:
 
     Args:
         doors: the frontends that run.
+
+    Attributes:
+        total: of those that run and those that have ended.
     """
 
     def __init__(self, doors: Callable[[], Iterable[Child]]) -> None:
         self._doors = doors
         self._last: dict[Child, RequestMetrics] = {}
         self._ended = RequestMetrics()
-        self.counts, self.seconds = self._ended.counts, self._ended.seconds
+        self.total = RequestMetrics()
 
     async def refresh(self) -> None:
         """Asks every frontend; of one that does not answer soon, what it said last counts."""
@@ -71,11 +78,12 @@ class FleetCounts:
         total = RequestMetrics()
         for requests in (self._ended, *self._last.values()):
             total.add(requests)
-        self.counts, self.seconds = total.counts, total.seconds
+        self.total = total
 
     def has_ended(self, door: Child) -> None:
         """Keeps what a frontend said last: counters do not go back."""
         if last := self._last.pop(door, None):
+            last.streams = 0
             self._ended.add(last)
 
     async def _ask(self, door: Child) -> None:

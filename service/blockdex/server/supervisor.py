@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import ExitStack
@@ -103,6 +104,12 @@ class Supervisor:
         """Process ids, by what they are of."""
         core = "" if self._core.child is None else str(self._core.child.pid)
         return {"core_pid": core, "frontend_pids": " ".join(str(door.pid) for door in self._running_doors())}
+
+    def processes(self) -> dict[str, int]:
+        """Ids of the processes that run, this one's included: `supervisor`, `core`, `frontend-0` and so on."""
+        kept = {"core": self._core} | {f"frontend-{number}": door for number, door in enumerate(self._doors)}
+        running = {name: each.child.pid for name, each in kept.items() if each.child is not None}
+        return {"supervisor": os.getpid()} | running
 
     def set_log_level(self, level: str) -> None:
         """Has all processes log from that level on, also those that are started later."""

@@ -47,7 +47,7 @@ class Served:
     def counts(self) -> dict[str, int]:
         """Requests answered well, by RPC."""
         self.run.channel.tell_times()
-        return {rpc: self.metrics.counts[rpc, "OK"] for rpc in RPCS if self.metrics.counts[rpc, "OK"]}
+        return {rpc: self.metrics.counts[rpc, "OK", ""] for rpc in RPCS if self.metrics.counts[rpc, "OK", ""]}
 
     @property
     def waiting(self) -> int:
@@ -63,7 +63,7 @@ async def served() -> AsyncIterator[tuple[Served, grpc.aio.Channel]]:
     async with hosted() as run:
         run.channel._timed = metrics.observe_many
         await run.ask(open_sequence(1))
-        server = await start_rpc_server(run.channel, "127.0.0.1:0", observe=metrics.observe)
+        server = await start_rpc_server(run.channel, "127.0.0.1:0", observer=metrics)
         try:
             async with grpc.aio.insecure_channel(server.address) as channel:
                 yield Served(run, metrics), channel
@@ -138,8 +138,8 @@ async def test_errors_are_those_of_the_engine(served: tuple[Served, grpc.aio.Cha
     await stream.send(3, append(start=5))
     assert (await stream.refusal(3)).message == refused.value.details()
     stream.call.cancel()
-    assert serving.metrics.counts["AppendKeys", "OUT_OF_RANGE"] == 1
-    assert serving.metrics.counts["Stream/AppendKeys", "OUT_OF_RANGE"] == 1
+    assert serving.metrics.counts["AppendKeys", "OUT_OF_RANGE", "APPEND_BEYOND_LENGTH"] == 1
+    assert serving.metrics.counts["Stream/AppendKeys", "OUT_OF_RANGE", "APPEND_BEYOND_LENGTH"] == 1
     assert serving.counts() == {"OpenSequences": 1}
 
 
@@ -165,4 +165,4 @@ async def test_a_stream_that_closes_gives_up_what_it_asked(served: tuple[Served,
     stream.call.cancel()
     await stub.AppendKeys(append(layer=2), metadata=METADATA, timeout=TIMEOUT)
     assert serving.waiting == 0
-    assert serving.metrics.counts["Stream/SelectBlocks", "CANCELLED"] == 3
+    assert serving.metrics.counts["Stream/SelectBlocks", "CANCELLED", "CANCELLED"] == 3

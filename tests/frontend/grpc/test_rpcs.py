@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from blockdex import __version__
 from blockdex.contract.messages import Order
 from blockdex.frontend.grpc.server import start_rpc_server
+from blockdex.frontend.http.metrics import RequestMetrics
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import reference
 from support.ring_engine import hosted
@@ -237,4 +238,4 @@ def test_reflection(server: Serving) -> None:
 async def test_a_port_in_use_is_refused(server: Serving) -> None:
     async with hosted() as run:
         with pytest.raises(OSError, match=f"cannot listen on {server.grpc_address}"):
-            await start_rpc_server(run.channel, server.grpc_address, observe=lambda rpc, code, seconds: None)
+            await start_rpc_server(run.channel, server.grpc_address, observer=RequestMetrics())

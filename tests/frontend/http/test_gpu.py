@@ -58,6 +58,14 @@ class StandIn:
         assert sensor == pynvml.NVML_TEMPERATURE_GPU
         return 61
 
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:  # noqa: N802
+        assert handle == UUID
+        return [SimpleNamespace(pid=1), SimpleNamespace(pid=2)]
+
+    def nvmlDeviceGetMPSComputeRunningProcesses(self, handle: str) -> list[Any]:  # noqa: N802
+        assert handle == UUID
+        return [SimpleNamespace(pid=3)]
+
 
 async def exported(collector: GpuCollector) -> dict[str, float]:
     await collector.refresh()
@@ -74,6 +82,8 @@ async def test_readings_in_the_units_that_their_names_say() -> None:
         "blockdex_gpu_memory_total_bytes": 1.5e11,
         "blockdex_gpu_power_watts": 412.5,
         "blockdex_gpu_temperature_celsius": 61.0,
+        "blockdex_gpu_processes": 2.0,
+        "blockdex_gpu_mps_processes": 1.0,
     }
 
 

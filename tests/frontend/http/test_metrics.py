@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from blockdex.frontend.http.readiness import Readiness
 from blockdex.ring.engine_reports import gone
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
-from support.serving import Serving
+from support.serving import SMALL, Serving, serve
 from support.wire import close_request, open_request
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -94,9 +95,10 @@ def test_requests_by_rpc_and_code(calls: pb_grpc.IndexerServiceStub, moved: Call
     eventually(lambda: moved("blockdex_requests_total", rpc="GetInfo", code="OK") == 1, "counted")
     assert moved("blockdex_requests_total", rpc="GetSequence", code="NOT_FOUND") == 2
     assert moved("blockdex_requests_total", rpc="GetSequence", code="OK") == 0
-    assert moved("blockdex_request_seconds_count", rpc="GetSequence") == 2
-    assert 0 < moved("blockdex_request_seconds_sum", rpc="GetSequence") < 10
-    assert moved("blockdex_request_seconds_bucket", rpc="GetSequence", le="60.0") == 2
+    assert moved("blockdex_errors_total", rpc="GetSequence", code="NOT_FOUND", reason="UNKNOWN_SEQUENCE") == 2
+    assert moved("blockdex_request_duration_seconds_count", rpc="GetSequence") == 2
+    assert 0 < moved("blockdex_request_duration_seconds_sum", rpc="GetSequence") < 10
+    assert moved("blockdex_request_duration_seconds_bucket", rpc="GetSequence", le="60.0") == 2
 
 
 def test_requests_on_a_stream(calls: pb_grpc.IndexerServiceStub, moved: Callable[..., float]) -> None:
@@ -106,7 +108,13 @@ def test_requests_on_a_stream(calls: pb_grpc.IndexerServiceStub, moved: Callable
         pb.StreamRequest(request_id=2, select_blocks=select(404, 0, 1)),
         pb.StreamRequest(request_id=3),
     ]
-    assert len(list(calls.Stream(iter(requests), metadata=TENANT))) == 3
+    answers = list(calls.Stream(iter(requests), metadata=TENANT))
+    assert len(answers) == 3
+    assert moved("blockdex_streams_opened_total") == 1
+    eventually(lambda: moved("blockdex_streams") == 0, "the stream is closed")
+    assert moved("blockdex_received_bytes_total") >= sum(map(pb.StreamRequest.ByteSize, requests))
+    assert moved("blockdex_sent_bytes_total") >= sum(map(pb.StreamResponse.ByteSize, answers))
+    assert moved("blockdex_errors_total", rpc="Stream", code="INVALID_ARGUMENT", reason="EMPTY_REQUEST") == 1
     assert moved("blockdex_requests_total", rpc="Stream/SelectBlocks", code="OK") == 1
     assert moved("blockdex_requests_total", rpc="Stream/SelectBlocks", code="NOT_FOUND") == 1
     assert moved("blockdex_requests_total", rpc="Stream", code="INVALID_ARGUMENT") == 1
@@ -132,10 +140,10 @@ def test_tokens_pages_and_sequences(calls: pb_grpc.IndexerServiceStub, moved: Ca
     requests = {"append": 1, "decode": 1, "prefill": 1, "sequence": 2}
     for phase, stage in itertools.product(requests, ("queue", "plan", "reply")):
         # Counted once the answer is handed over, which may be after it is read.
-        counted = functools.partial(moved, "blockdex_stage_seconds_count", phase=phase, stage=stage)
+        counted = functools.partial(moved, "blockdex_stage_duration_seconds_count", phase=phase, stage=stage)
         eventually(lambda of=phase, now=counted: now() == requests[of], f"{phase} {stage}")  # type: ignore[misc]
-    assert moved("blockdex_stage_seconds_count", phase="decode", stage="device") == 1
-    assert moved("blockdex_stage_seconds_count", phase="sequence", stage="device") == 0
+    assert moved("blockdex_stage_duration_seconds_count", phase="decode", stage="device") == 1
+    assert moved("blockdex_stage_duration_seconds_count", phase="sequence", stage="device") == 0
     # On a CPU launches never overlap, and each is counted with its way there and back.
     device = sum(moved("blockdex_device_seconds_total", phase=phase) for phase in ("append", "decode", "prefill"))
     busy = moved("blockdex_device_busy_seconds_total")
@@ -200,11 +208,12 @@ def test_buckets_are_cumulative_and_end_with_the_count(server: Serving) -> None:
 def test_no_caller_can_make_series() -> None:
     requests = RequestMetrics()
     for number in range(100):
-        requests.observe(f"Rpc{number}", f"CODE{number}", 0.1)
-    requests.observe("GetInfo", "teapot", 0.1)
+        requests.observe(f"Rpc{number}", f"CODE{number}", f"REASON{number}", 0.1)
+    requests.observe("GetInfo", "teapot", "OVERLOADED", 0.1)
+    made = {("other", "UNKNOWN", ""), ("GetInfo", "UNKNOWN", "OVERLOADED")}
     assert set(requests.seconds) == {*RPCS, "other"}
-    assert set(requests.counts) == {(rpc, "OK") for rpc in RPCS} | {("other", "UNKNOWN"), ("GetInfo", "UNKNOWN")}
-    assert requests.counts["other", "UNKNOWN"] == 100
+    assert set(requests.counts) == {(rpc, "OK", "") for rpc in RPCS} | made
+    assert requests.counts["other", "UNKNOWN", ""] == 100
 
 
 def documented(section: str) -> list[tuple[str, ...]]:
@@ -232,9 +241,30 @@ def test_the_document_has_every_metric_and_no_other(server: Serving) -> None:
     assert sorted(documented(of_gpu)) == sorted((gauge.name, "gauge", gauge.documentation) for gauge in GAUGES)
 
 
-def test_metrics_of_the_process_are_there(server: Serving) -> None:
-    names = {name for name, _ in scrape(server)}
-    assert {"process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"} <= names
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [(["single"], {"server"}), (["split", "--frontends", "2"], {"supervisor", "core", "frontend-0", "frontend-1"})],
+)
+def test_every_process_tells_of_itself(flags: list[str], names: set[str]) -> None:
+    with serve(*SMALL, "--processes", *flags) as server:
+        samples = scrape(server)
+        for metric in ("resident_memory_bytes", "cpu_seconds_total", "open_fds", "start_time_seconds"):
+            told = {
+                dict(labels)["process"]: value
+                for (name, labels), value in samples.items()
+                if name == f"process_{metric}"
+            }
+            assert told.keys() == names
+            assert min(told.values()) > 0
+            # Not one process four times.
+            assert metric != "resident_memory_bytes" or len(set(told.values())) == len(names)
+
+
+def test_the_limits_are_those_of_get_info(server: Serving, calls: pb_grpc.IndexerServiceStub) -> None:
+    samples, limits = scrape(server), calls.GetInfo(pb.GetInfoRequest()).limits
+    for name in ("message_bytes", "spans", "queued_requests", "stream_requests"):
+        assert samples[f"blockdex_max_{name}", ()] == getattr(limits, f"max_{name}")
+    assert samples["blockdex_max_wait_seconds", ()] == limits.max_wait_ms / 1000
 
 
 def test_the_totals_of_get_stats_are_those_of_the_metrics(server: Serving) -> None:
@@ -260,8 +290,8 @@ def test_the_totals_of_get_stats_are_those_of_the_metrics(server: Serving) -> No
                     same["blockdex_tokens_total", labels] = came_to.tokens
                     same["blockdex_device_seconds_total", labels] = came_to.device_seconds
                 for stage, seconds in came_to.stage_seconds.items():
-                    same["blockdex_stage_seconds_sum", (*labels, ("stage", stage))] = seconds
-                same["blockdex_stage_seconds_count", (*labels, ("stage", "queue"))] = came_to.requests
+                    same["blockdex_stage_duration_seconds_sum", (*labels, ("stage", stage))] = seconds
+                same["blockdex_stage_duration_seconds_count", (*labels, ("stage", "queue"))] = came_to.requests
             return same
 
         # The last answer may be read before it is counted.
@@ -285,7 +315,8 @@ class NoEngine:
 
 async def test_without_an_engine_there_is_what_the_server_knows_itself() -> None:
     readiness = Readiness("the engine core starts anew")
-    metrics = Metrics(ServerCollector(NoEngine(), RequestMetrics(), readiness, {"core": 3}), None)
+    collector = ServerCollector(NoEngine(), RequestMetrics(), readiness, {"core": 3})
+    metrics = Metrics(collector, lambda: {"supervisor": os.getpid()}, None)
     text = (await metrics.exposition(""))[0].decode()
     named = {
         sample.name: sample.value
@@ -298,5 +329,7 @@ async def test_without_an_engine_there_is_what_the_server_knows_itself() -> None
         "blockdex_ready",
         "blockdex_restarts_total",
         "blockdex_requests_total",
-        *(f"blockdex_request_seconds_{part}" for part in ("bucket", "count", "sum")),
+        *(f"blockdex_request_duration_seconds_{part}" for part in ("bucket", "count", "sum")),
+        "blockdex_streams",
+        *(f"blockdex_{name}_total" for name in ("streams_opened", "received_bytes", "sent_bytes")),
     }

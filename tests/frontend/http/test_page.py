@@ -196,11 +196,11 @@ def test_its_numbers_are_those_of_the_metrics(browser: Browser, shown: Serving, 
         assert pages_shown(seen) == pages | {"idle": 0}
         assert (pages["shared"], pages["private"]) == (3, 3)
         for table, metric, of, name in (
-            ("stages", "blockdex_stage_seconds", {"phase": "decode", "stage": "queue"}, "decode queue"),
-            ("stages", "blockdex_stage_seconds", {"phase": "append", "stage": "device"}, "append device"),
-            ("stages", "blockdex_stage_seconds", {"phase": "sequence", "stage": "plan"}, "sequence plan"),
-            ("calls", "blockdex_request_seconds", {"rpc": "Stream/AppendKeys"}, "Stream/AppendKeys"),
-            ("calls", "blockdex_request_seconds", {"rpc": "Stream/GetSequence"}, "Stream/GetSequence"),
+            ("stages", "blockdex_stage_duration_seconds", {"phase": "decode", "stage": "queue"}, "decode queue"),
+            ("stages", "blockdex_stage_duration_seconds", {"phase": "append", "stage": "device"}, "append device"),
+            ("stages", "blockdex_stage_duration_seconds", {"phase": "sequence", "stage": "plan"}, "sequence plan"),
+            ("calls", "blockdex_request_duration_seconds", {"rpc": "Stream/AppendKeys"}, "Stream/AppendKeys"),
+            ("calls", "blockdex_request_duration_seconds", {"rpc": "Stream/GetSequence"}, "Stream/GetSequence"),
         ):
             before = window_shown(seen)
             rate, p50, p99 = seen.row(table, name)[:3]

@@ -7,11 +7,11 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import grpc
 
+from blockdex.contract.errors import BlockdexError
 from blockdex.contract.limits import DEFAULT_TENANT, TENANT_KEY, check_tenant
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.caller import CameTo
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context as TraceContext
 
     from blockdex.frontend.grpc.tracing import Tracing
-
-Observe = Callable[[str, str, float], None]
-"""Called once per answered request with the RPC's name, the code's name and the seconds it took."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -35,6 +32,26 @@ _drawn = itertools.count(random.getrandbits(64))
 _SLOW_LINES_PER_SECOND = 10
 
 logger = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """Counts what a frontend does; used on one asyncio loop.
+
+    Attributes:
+        streams: streams that are open.
+        streams_opened: streams opened so far.
+        bytes_received: of requests, as protobuf.
+        bytes_sent: of answers and events, as protobuf.
+    """
+
+    streams: int
+    streams_opened: int
+    bytes_received: int
+    bytes_sent: int
+
+    def observe(self, rpc: str, code: str, reason: str, seconds: float) -> None:
+        """Counts one answered request: the RPC's name, the code's, the error's reason if any, the seconds it took."""
+        ...
 
 
 class CallContext(NamedTuple):
@@ -86,13 +103,13 @@ class RequestLog:
     """Tells of requests and streams; used on one asyncio loop.
 
     Args:
-        observe: told of every answered request.
+        observer: told of every answered request, stream and message.
         slow_seconds: a request that takes longer is logged.
         tracing: makes a span of every request; None where that is off.
     """
 
-    def __init__(self, observe: Observe, slow_seconds: float, tracing: Tracing | None) -> None:
-        self._observe = observe
+    def __init__(self, observer: Observer, slow_seconds: float, tracing: Tracing | None) -> None:
+        self._observer = observer
         self._slow_seconds = slow_seconds
         self._tracing = tracing
         self._limit = RateLimit(_SLOW_LINES_PER_SECOND)
@@ -107,15 +124,26 @@ class RequestLog:
     def answered(
         self,
         rpc: str,
-        code: str,
+        error: BlockdexError | None,
         began: float,
         call: CallContext,
         came_to: CameTo | None = None,
         number: int | None = None,
     ) -> None:
-        """Tells of one answered request that is not counted yet; otherwise as `took`."""
-        self._observe(rpc, code, time.monotonic() - began)
+        """Tells of one answered request that is not counted yet; otherwise as `took`, with its error if it has one."""
+        code, reason = ("OK", "") if error is None else (error.code.name, str(error.reason))
+        self._observer.observe(rpc, code, reason, time.monotonic() - began)
         self.took(rpc, code, began, call, came_to, number)
+
+    def received(self, message: bytes) -> bytes:
+        """Counts the bytes of a message that came."""
+        self._observer.bytes_received += len(message)
+        return message
+
+    def sent(self, message: bytes) -> bytes:
+        """Counts the bytes of a message that goes."""
+        self._observer.bytes_sent += len(message)
+        return message
 
     def took(
         self,
@@ -156,10 +184,13 @@ class RequestLog:
 
     def stream_opened(self, call: CallContext) -> None:
         """Tells of a new stream."""
+        self._observer.streams += 1
+        self._observer.streams_opened += 1
         log_event(logger, logging.INFO, "stream opened", **call.names)
 
     def stream_closed(self, call: CallContext, seconds: float, requests: int, errors: int) -> None:
         """Tells of a stream's end: how long it was, its requests, and how many of them were not answered OK."""
+        self._observer.streams -= 1
         log_event(
             logger,
             logging.INFO,

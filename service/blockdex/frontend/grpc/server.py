@@ -8,7 +8,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from blockdex.frontend.grpc.call_context import Observe, RequestLog
+from blockdex.frontend.grpc.call_context import Observer, RequestLog
 from blockdex.frontend.grpc.service import SERVICE, IndexerService
 from blockdex.ring.client import RingChannel
 from blockdex.v1 import indexer_pb2 as pb
@@ -73,7 +73,7 @@ async def start_rpc_server(
     channel: RingChannel,
     address: str,
     *,
-    observe: Observe,
+    observer: Observer,
     slow_request_seconds: float = 1.0,
     tracing: Tracing | None = None,
     share_port: bool = False,
@@ -83,7 +83,7 @@ async def start_rpc_server(
     Args:
         channel: the engine.
         address: `host:port`; port 0 takes a free one.
-        observe: told of every answered request.
+        observer: told of every answered request, stream and message.
         slow_request_seconds: a request that takes longer is logged.
         tracing: makes a span of every request; None where that is off.
         share_port: whether other processes may listen on the port too, and take a part of its connections each.
@@ -91,6 +91,6 @@ async def start_rpc_server(
     Raises:
         OSError: the address cannot be bound, for instance since the port is in use.
     """
-    server = RpcServer(channel, address, RequestLog(observe, slow_request_seconds, tracing), share_port)
+    server = RpcServer(channel, address, RequestLog(observer, slow_request_seconds, tracing), share_port)
     await server.start()
     return server

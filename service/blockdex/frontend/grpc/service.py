@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
-from blockdex.contract.errors import BlockdexError, InternalError, Reason
+from blockdex.contract.errors import BlockdexError, CancelledError, InternalError, Reason
 from blockdex.contract.limits import check_epoch
 from blockdex.contract.messages import Info, SequenceState
 from blockdex.contract.version import VERSION
@@ -61,7 +63,7 @@ class UnaryCall(asyncio.Future[Any]):
         """As `Caller.failed`."""
         del number
         if not self.done():
-            self._log.answered(rpc, error.code.name, began, self._call, came_to)
+            self._log.answered(rpc, error, began, self._call, came_to)
             self.set_exception(error)
 
 
@@ -80,17 +82,18 @@ class IndexerService:
         channel.tell_events(self._pass_on)
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """The methods by their names. Token calls come and go as bytes, the others as messages."""
+        """The methods by their names. Token calls and streams come and go as bytes, the others as messages."""
+        received, sent = self._log.received, self._log.sent
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            name: grpc.unary_unary_rpc_method_handler(getattr(self, name)) for name in TOKEN_RPCS
+            name: grpc.unary_unary_rpc_method_handler(getattr(self, name), received, sent) for name in TOKEN_RPCS
         }
-        handlers["Stream"] = grpc.stream_stream_rpc_method_handler(self.Stream)
+        handlers["Stream"] = grpc.stream_stream_rpc_method_handler(self.Stream, received, sent)
         for method in SERVICE.methods:
             if method.name not in handlers:
                 handlers[method.name] = grpc.unary_unary_rpc_method_handler(
                     getattr(self, method.name),
-                    request_deserializer=getattr(pb, method.input_type.name).FromString,
-                    response_serializer=getattr(pb, method.output_type.name).SerializeToString,
+                    request_deserializer=partial(_parsed, getattr(pb, method.input_type.name).FromString, received),
+                    response_serializer=lambda response: sent(response.SerializeToString()),
                 )
         return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
@@ -175,7 +178,7 @@ class IndexerService:
         try:
             await session.run()
             if refusal := session.refusal:
-                self._log.answered("Stream", refusal.code.name, began, call)
+                self._log.answered("Stream", refusal, began, call)
                 await _abort(context, refusal, call.request_id)
         finally:
             self._sessions.discard(session)
@@ -193,10 +196,10 @@ class IndexerService:
             check_epoch(header.epoch, info.epoch)
             response = await answer(info)
         except BlockdexError as error:
-            self._log.answered(rpc, error.code.name, began, call)
+            self._log.answered(rpc, error, began, call)
             await _abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-        self._log.answered(rpc, "OK", began, call)
+        self._log.answered(rpc, None, began, call)
         return response
 
     async def _token_call(self, rpc: int, message: bytes, context: Context) -> bytes:
@@ -238,7 +241,8 @@ class IndexerService:
             answer = await caller
         except asyncio.CancelledError:
             if given_up := self._channel.give_up(caller, 0):
-                self._log.answered(rpc, "CANCELLED", began, call, given_up.came_to)
+                error = CancelledError(f"{rpc}: cancelled by its caller", Reason.CANCELLED)
+                self._log.answered(rpc, error, began, call, given_up.came_to)
             raise
         except BlockdexError as error:
             await _abort(context, error, call.request_id)
@@ -248,6 +252,10 @@ class IndexerService:
     def _timeout(self, context: Context) -> float:
         remaining = context.time_remaining()
         return self._channel.limits.max_wait_ms / 1000 if remaining is None else float(remaining)
+
+
+def _parsed(parse: Callable[[bytes], Message], received: Callable[[bytes], bytes], message: bytes) -> Message:
+    return parse(received(message))
 
 
 async def _abort(context: Context, error: BlockdexError, request_id: str) -> NoReturn:

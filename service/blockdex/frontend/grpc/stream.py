@@ -134,7 +134,7 @@ class StreamSession:
             # Else it was refused before it was sent, perhaps for having another one's number.
             self._about_sequences.pop(number, None)
         self.errors += 1
-        self._log.answered(rpc, error.code.name, began, self._call, came_to, number)
+        self._log.answered(rpc, error, began, self._call, came_to, number)
         self.answered(number, pb.StreamResponse(request_id=number, error=status_of(error)).SerializeToString())
 
     def _wake_writer(self) -> None:

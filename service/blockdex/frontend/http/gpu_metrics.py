@@ -51,6 +51,16 @@ GAUGES = (
         "Temperature of the chip.",
         lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
     ),
+    Gauge(
+        "blockdex_gpu_processes",
+        "Processes that compute on the GPU, this server's among them, as NVML lists them.",
+        lambda nvml, gpu: len(nvml.nvmlDeviceGetComputeRunningProcesses(gpu)),
+    ),
+    Gauge(
+        "blockdex_gpu_mps_processes",
+        "Processes that compute on the GPU as clients of MPS.",
+        lambda nvml, gpu: len(nvml.nvmlDeviceGetMPSComputeRunningProcesses(gpu)),
+    ),
 )
 
 

@@ -28,7 +28,7 @@ class Sample:
     Attributes:
         at: `time.monotonic` seconds.
         stats: the engine's.
-        requests: requests answered, by RPC and code.
+        requests: requests answered, by RPC, code and reason.
         request_seconds: their time, by RPC.
         info: what the engine is and holds.
         stage_p99: 99th percentile in seconds of each phase's stages (`stages_of`) since the sample before; None where
@@ -37,7 +37,7 @@ class Sample:
 
     at: float
     stats: Stats
-    requests: dict[tuple[str, str], int]
+    requests: dict[tuple[str, str, str], int]
     request_seconds: dict[str, Histogram]
     info: Info
     stage_p99: dict[str, float | None]
@@ -74,6 +74,7 @@ class History:
         """
         info, stats = await asyncio.gather(self._reports.info(), self._reports.stats())
         await self._requests.refresh()
+        made = self._requests.total
         if self.samples and self.samples[-1].stats.started != stats.started:
             # Another process counts, from 0.
             self.samples.clear()
@@ -81,8 +82,8 @@ class History:
         sample = Sample(
             at=time.monotonic(),
             stats=stats,
-            requests=dict(self._requests.counts),
-            request_seconds={rpc: seconds.copy() for rpc, seconds in self._requests.seconds.items()},
+            requests=dict(made.counts),
+            request_seconds={rpc: seconds.copy() for rpc, seconds in made.seconds.items()},
             info=info,
             stage_p99={name: seconds.since(before[name]).quantile(0.99) for name, seconds in stages_of(stats).items()},
         )

@@ -114,7 +114,7 @@ def _rates(before: Sample, now: Sample) -> dict[str, float]:
 
 
 def _errors(sample: Sample) -> int:
-    return sum(count for (_, code), count in sample.requests.items() if code != "OK")
+    return sum(count for (_, code, _), count in sample.requests.items() if code != "OK")
 
 
 def _times(before: dict[str, Histogram], now: dict[str, Histogram], seconds: float) -> list[Object]:
@@ -130,17 +130,17 @@ def _times(before: dict[str, Histogram], now: dict[str, Histogram], seconds: flo
 def _rpcs(first: Sample, last: Sample) -> list[Object]:
     rows = _times(first.request_seconds, last.request_seconds, last.at - first.at)
     errors = dict.fromkeys(last.request_seconds, 0)
-    for (rpc, code), count in last.requests.items():
+    for (rpc, code, reason), count in last.requests.items():
         if code != "OK":
-            errors[rpc] += count - first.requests.get((rpc, code), 0)
+            errors[rpc] += count - first.requests.get((rpc, code, reason), 0)
     return [row | {"errors": errors[row["name"]]} for row in rows]
 
 
 def _codes(first: Sample, last: Sample) -> list[Object]:
     """Of each code: requests answered with it in the window, and since the start."""
     window, total = dict.fromkeys(CODES, 0), dict.fromkeys(CODES, 0)
-    for (rpc, code), count in last.requests.items():
-        window[code] += count - first.requests.get((rpc, code), 0)
+    for (rpc, code, reason), count in last.requests.items():
+        window[code] += count - first.requests.get((rpc, code, reason), 0)
         total[code] += count
     return [{"code": code, "window": window[code], "total": total[code]} for code in CODES]
 

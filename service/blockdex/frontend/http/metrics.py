@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
-from blockdex.contract.errors import Code, UnavailableError
-from blockdex.contract.messages import CacheOverview, Info
+from blockdex.contract.errors import Code, Reason, UnavailableError
+from blockdex.contract.messages import CacheOverview, Info, Limits
 from blockdex.contract.stats import SECONDS_BUCKETS, Histogram, Stats
 from blockdex.contract.version import VERSION
 from blockdex.frontend.http.gpu_metrics import GpuCollector
+from blockdex.frontend.http.process_metrics import Processes, ProcessesCollector
 from blockdex.frontend.http.readiness import Readiness
 from blockdex.ring.engine_reports import Reports
 
@@ -26,54 +28,72 @@ STREAM_RPCS = ("OpenSequences", "GetSequence", "ForkSequence", "TruncateSequence
 RPCS = ("GetInfo", "GetStats", *STREAM_RPCS, "Stream", *(f"Stream/{name}" for name in STREAM_RPCS))
 OTHER_RPC = "other"
 CODES = ("OK", *(code.name for code in Code))
+REASONS = frozenset(reason.value for reason in Reason)
 
 
 class RequestCounts(Protocol):
-    """Requests answered, by one frontend or by several.
+    """What one frontend or several have counted."""
 
-    Attributes:
-        counts: how many, by RPC and code.
-        seconds: their time, by RPC.
-    """
-
-    counts: dict[tuple[str, str], int]
-    seconds: dict[str, Histogram]
+    @property
+    def total(self) -> RequestMetrics:
+        """As of the last `refresh`."""
+        ...
 
     async def refresh(self) -> None:
-        """Brings both up to date, as far as that can be."""
+        """Brings the counts up to date, as far as that can be."""
         ...
 
 
 class RequestMetrics:
-    """Counts and times the requests that one frontend answered: `RequestCounts`, used on its loop alone."""
+    """Counts and times what one frontend does: `Observer` and `RequestCounts`, used on its loop alone.
+
+    Attributes:
+        counts: requests answered, by RPC, code and reason; the reason is empty where there is none, as with OK.
+        seconds: their time, by RPC.
+        streams: streams that are open.
+        streams_opened: streams opened so far.
+        bytes_received: of requests, as protobuf.
+        bytes_sent: of answers and events, as protobuf.
+    """
 
     def __init__(self) -> None:
-        self.counts = dict.fromkeys(((rpc, "OK") for rpc in RPCS), 0)
+        self.counts = dict.fromkeys(((rpc, "OK", "") for rpc in RPCS), 0)
         self.seconds = {rpc: Histogram(SECONDS_BUCKETS) for rpc in RPCS}
+        self.streams = self.streams_opened = self.bytes_received = self.bytes_sent = 0
+
+    @property
+    def total(self) -> RequestMetrics:
+        """These counts themselves."""
+        return self
 
     async def refresh(self) -> None:
         """Nothing: what was observed is counted."""
 
     def add(self, other: RequestMetrics) -> None:
-        """Counts the requests of another frontend, too."""
+        """Counts what another frontend did, too."""
         for key, count in other.counts.items():
             self.counts[key] = self.counts.get(key, 0) + count
         for rpc, seconds in other.seconds.items():
             self.seconds.setdefault(rpc, Histogram(SECONDS_BUCKETS)).add(seconds)
+        self.streams += other.streams
+        self.streams_opened += other.streams_opened
+        self.bytes_received += other.bytes_received
+        self.bytes_sent += other.bytes_sent
 
-    def observe(self, rpc: str, code: str, seconds: float) -> None:
+    def observe(self, rpc: str, code: str, reason: str, seconds: float) -> None:
         """Counts one answered request.
 
         Args:
             rpc: the method's name; one on a stream as `Stream/AppendKeys`. A name that is not in `RPCS` counts as
                 `other`, so that no caller can make series.
             code: name of the canonical code it was answered with; one that is not in `CODES` counts as `UNKNOWN`.
+            reason: that of the error; one that is not in `REASONS` counts as none.
             seconds: from its arrival to its answer.
         """
         if rpc not in self.seconds:
             rpc = OTHER_RPC
             self.seconds.setdefault(rpc, Histogram(SECONDS_BUCKETS))
-        key = (rpc, code if code in CODES else Code.UNKNOWN.name)
+        key = (rpc, code if code in CODES else Code.UNKNOWN.name, reason if reason in REASONS else "")
         self.counts[key] = self.counts.get(key, 0) + 1
         self.seconds[rpc].observe(seconds)
 
@@ -85,7 +105,7 @@ class RequestMetrics:
             counts: how many of them took as long as each bucket of `SECONDS_BUCKETS` says; the last one has no bound.
             seconds: of all together.
         """
-        self.counts[rpc, "OK"] += sum(counts)
+        self.counts[rpc, "OK", ""] += sum(counts)
         self.seconds[rpc].add(Histogram(SECONDS_BUCKETS, counts, seconds))
 
 
@@ -121,29 +141,44 @@ class ServerCollector:
         if self._engine is not None:
             info, stats, overview = self._engine
             yield from _of_build(info, stats)
+            yield from _of_limits(info.limits)
             yield from _of_engine(stats)
             yield from _of_cache(info, overview)
 
     def _of_requests(self) -> Iterator[Metric]:
-        total = CounterMetricFamily("blockdex_requests", "Requests answered.", labels=["rpc", "code"])
-        for (rpc, code), count in self._requests.counts.items():
-            total.add_metric([rpc, code], count)
-        yield total
-        yield _histograms(
-            "blockdex_request_seconds", "From a request's arrival to its answer.", "rpc", self._requests.seconds
+        made = self._requests.total
+        by_code: Counter[tuple[str, str]] = Counter()
+        errors = CounterMetricFamily(
+            "blockdex_errors", "Requests answered with an error.", labels=["rpc", "code", "reason"]
         )
+        for (rpc, code, reason), count in made.counts.items():
+            by_code[rpc, code] += count
+            if code != "OK":
+                errors.add_metric([rpc, code, reason], count)
+        answered = CounterMetricFamily("blockdex_requests", "Requests answered.", labels=["rpc", "code"])
+        for (rpc, code), count in by_code.items():
+            answered.add_metric([rpc, code], count)
+        yield answered
+        yield errors
+        yield _histograms(
+            "blockdex_request_duration_seconds", "From a request's arrival to its answer.", "rpc", made.seconds
+        )
+        yield GaugeMetricFamily("blockdex_streams", "Streams that are open.", made.streams)
+        yield CounterMetricFamily("blockdex_streams_opened", "Streams opened.", made.streams_opened)
+        yield CounterMetricFamily("blockdex_received_bytes", "Requests, as protobuf.", made.bytes_received)
+        yield CounterMetricFamily("blockdex_sent_bytes", "Answers and events, as protobuf.", made.bytes_sent)
 
 
 class Metrics:
-    """What `/metrics` answers: the server, what the operating system knows of the process, and its GPU."""
+    """What `/metrics` answers: the server, what the operating system knows of its processes, and its GPU."""
 
-    def __init__(self, server: ServerCollector, gpu: GpuCollector | None) -> None:
+    def __init__(self, server: ServerCollector, processes: Processes, gpu: GpuCollector | None) -> None:
         # Not the global registry, which other libraries write to.
         self._registry = CollectorRegistry()
         self._fresh: list[ServerCollector | GpuCollector] = [server] if gpu is None else [server, gpu]
         for collector in self._fresh:
             self._registry.register(collector)
-        ProcessCollector(registry=self._registry)
+        self._registry.register(ProcessesCollector(processes))
 
     async def exposition(self, accept: str) -> tuple[bytes, str]:
         """The metrics now and their content type: Prometheus text, or OpenMetrics where `accept` names it."""
@@ -167,6 +202,17 @@ def _of_build(info: Info, stats: Stats) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "blockdex_epoch_started_timestamp_seconds", "Unix time at which the cache was born.", stats.epoch_started
     )
+
+
+def _of_limits(limits: Limits) -> Iterator[Metric]:
+    for name, documentation, value in (
+        ("message_bytes", "Largest request: bytes of its tensors.", limits.max_message_bytes),
+        ("spans", "Most sequences of one request.", limits.max_spans),
+        ("queued_requests", "Most requests that wait in the engine, all clients together.", limits.max_queued_requests),
+        ("stream_requests", "Most requests of one stream in flight.", limits.max_stream_requests),
+        ("wait_seconds", "Longest wait of a request without a deadline.", limits.max_wait_ms / 1000),
+    ):
+        yield GaugeMetricFamily(f"blockdex_max_{name}", documentation, value)
 
 
 def _of_engine(stats: Stats) -> Iterator[Metric]:
@@ -204,7 +250,7 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
 
 def _of_stages(stats: Stats) -> Metric:
     family = HistogramMetricFamily(
-        "blockdex_stage_seconds", "Time of a request in each stage of the engine.", labels=["phase", "stage"]
+        "blockdex_stage_duration_seconds", "Time of a request in each stage of the engine.", labels=["phase", "stage"]
     )
     for phase, stages in stats.stage_seconds.items():
         for stage, histogram in stages.items():
