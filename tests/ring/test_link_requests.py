@@ -299,21 +299,30 @@ def test_what_encoders_may_write_is_read() -> None:
         check_sent(core, read, 7.0)
 
 
-UNREAD = {
-    "empty": pb.StreamRequest(request_id=1).SerializeToString(),
-    "cancel": pb.StreamRequest(cancel=pb.CancelRequest(request_id=1)).SerializeToString(),
-    "two requests": 2 * in_stream(0, append()).SerializeToString(),
-    "garbage": b"\x0a\xff",
-    "model": in_stream(0, pb.AppendKeysRequest(header=pb.RequestHeader(model="m"))).SerializeToString(),
-    "open": pb.StreamRequest(open_sequences=pb.OpenSequencesRequest()).SerializeToString(),
+HEADER = pb.RequestHeader(epoch=7)
+
+UNREAD: dict[str, tuple[int, bytes]] = {
+    "empty": (STREAM, pb.StreamRequest(request_id=1).SerializeToString()),
+    "cancel": (STREAM, pb.StreamRequest(cancel=pb.CancelRequest(request_id=1)).SerializeToString()),
+    "two requests": (STREAM, 2 * in_stream(0, append()).SerializeToString()),
+    "garbage": (STREAM, b"\x0a\xff"),
+    "its end is missing": (STREAM, in_stream(0, append()).SerializeToString()[:-1]),
+    "model": (STREAM, in_stream(0, pb.AppendKeysRequest(header=pb.RequestHeader(model="m"))).SerializeToString()),
+    "open": (STREAM, pb.StreamRequest(open_sequences=pb.OpenSequencesRequest()).SerializeToString()),
+    "a second tensor": (
+        0,
+        (append().SerializeToString() + pb.AppendKeysRequest(keys=append().keys).SerializeToString()),
+    ),
+    "a second header": (0, 2 * pb.AppendKeysRequest(header=HEADER).SerializeToString() + append().SerializeToString()),
 }
 
 
 @pytest.mark.parametrize("name", UNREAD)
 def test_what_is_no_token_request_as_encoders_write_it_is_for_protobuf(name: str) -> None:
+    rpc, message = UNREAD[name]
     with opened() as core:
         before = bytes(core.segment.memory)
-        assert core.send(STREAM, UNREAD[name]) == UNUSUAL
+        assert core.send(rpc, message) == UNUSUAL
         check_untouched(core, before)
 
 
