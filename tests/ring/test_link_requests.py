@@ -338,6 +338,13 @@ def test_tenants(tenant: str, taken: bool) -> None:
                 core.link.send(ME, 0, tenant, 7.0, append().SerializeToString())
 
 
+def test_revisions_that_are_left_out_are_not_those_of_the_request_before() -> None:
+    with opened() as core:
+        for owner, body in enumerate((appending(revisions=[5, 6]), appending())):
+            assert core.send(0, body.SerializeToString(), owner) == SENT
+            check_sent(core, body, 7.0)
+
+
 @pytest.mark.parametrize(("timeout", "kept"), [(-1.0, 0), (float("nan"), 0), (float("inf"), 1e9), (1e10, 1e9)])
 def test_timeouts_that_no_slot_can_say(timeout: float, kept: float) -> None:
     with opened() as core:
