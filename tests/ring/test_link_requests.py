@@ -299,21 +299,30 @@ def test_what_encoders_may_write_is_read() -> None:
         check_sent(core, read, 7.0)
 
 
-UNREAD = {
-    "empty": pb.StreamRequest(request_id=1).SerializeToString(),
-    "cancel": pb.StreamRequest(cancel=pb.CancelRequest(request_id=1)).SerializeToString(),
-    "two requests": 2 * in_stream(0, append()).SerializeToString(),
-    "garbage": b"\x0a\xff",
-    "model": in_stream(0, pb.AppendKeysRequest(header=pb.RequestHeader(model="m"))).SerializeToString(),
-    "open": pb.StreamRequest(open_sequences=pb.OpenSequencesRequest()).SerializeToString(),
+HEADER = pb.RequestHeader(epoch=7)
+
+UNREAD: dict[str, tuple[int, bytes]] = {
+    "empty": (STREAM, pb.StreamRequest(request_id=1).SerializeToString()),
+    "cancel": (STREAM, pb.StreamRequest(cancel=pb.CancelRequest(request_id=1)).SerializeToString()),
+    "two requests": (STREAM, 2 * in_stream(0, append()).SerializeToString()),
+    "garbage": (STREAM, b"\x0a\xff"),
+    "its end is missing": (STREAM, in_stream(0, append()).SerializeToString()[:-1]),
+    "model": (STREAM, in_stream(0, pb.AppendKeysRequest(header=pb.RequestHeader(model="m"))).SerializeToString()),
+    "open": (STREAM, pb.StreamRequest(open_sequences=pb.OpenSequencesRequest()).SerializeToString()),
+    "a second tensor": (
+        0,
+        (append().SerializeToString() + pb.AppendKeysRequest(keys=append().keys).SerializeToString()),
+    ),
+    "a second header": (0, 2 * pb.AppendKeysRequest(header=HEADER).SerializeToString() + append().SerializeToString()),
 }
 
 
 @pytest.mark.parametrize("name", UNREAD)
 def test_what_is_no_token_request_as_encoders_write_it_is_for_protobuf(name: str) -> None:
+    rpc, message = UNREAD[name]
     with opened() as core:
         before = bytes(core.segment.memory)
-        assert core.send(STREAM, UNREAD[name]) == UNUSUAL
+        assert core.send(rpc, message) == UNUSUAL
         check_untouched(core, before)
 
 
@@ -327,6 +336,13 @@ def test_tenants(tenant: str, taken: bool) -> None:
         else:
             with pytest.raises(ValueError, match="tenant: must be 1 to 256 printable"):
                 core.link.send(ME, 0, tenant, 7.0, append().SerializeToString())
+
+
+def test_revisions_that_are_left_out_are_not_those_of_the_request_before() -> None:
+    with opened() as core:
+        for owner, body in enumerate((appending(revisions=[5, 6]), appending())):
+            assert core.send(0, body.SerializeToString(), owner) == SENT
+            check_sent(core, body, 7.0)
 
 
 @pytest.mark.parametrize(("timeout", "kept"), [(-1.0, 0), (float("nan"), 0), (float("inf"), 1e9), (1e10, 1e9)])
