@@ -60,16 +60,18 @@ __all__ = [
     "UnimplementedError",
     "UnknownError",
     "__version__",
+    "connect",
+    "connect_async",
 ]
 
 __version__ = VERSION
 
 if TYPE_CHECKING:
-    from blockdex.client import AsyncClient, Client, Info, SequenceState
+    from blockdex.client import AsyncClient, Client, Info, SequenceState, connect, connect_async
 else:
 
     def __getattr__(name: str) -> Any:
         # The engine imports this package too, and must not get gRPC with it.
-        if name in {"AsyncClient", "Client", "Info", "SequenceState"}:
+        if name in {"AsyncClient", "Client", "Info", "SequenceState", "connect", "connect_async"}:
             return getattr(import_module("blockdex.client"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -458,6 +458,71 @@ class ClientLink:
         The last bucket has no bound.
         """
 
+class TokenRequest:
+    """A data call of the Python client: see `blockdex.client.requests`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def repeatable(self) -> bool: ...
+    def place(self, sequences: dict[int, Any], /) -> None: ...
+    def begin(self, sequences: dict[int, Any], /) -> None: ...
+    def end(self) -> None: ...
+    def fail(self, changed_nothing: bool, /) -> None: ...
+    def message(self) -> bytes: ...
+    def frame(self, number: int, timeout_ms: int, /) -> bytes: ...
+    def submit(self, connection: RingConnection, timeout: float, /) -> int | RequestRefusal:
+        """Sends it over a ring; its ticket, or why it was not sent."""
+
+class RequestMaker:
+    """Makes them for one server.
+
+    Args:
+        num_heads, head_dim, topk, max_message_bytes, epoch: the server's.
+        array: numpy's type of arrays.
+        dtypes: the wire's numbers by dtype of such arrays.
+        host_array: makes an array of a dtype in `dtypes`, contiguous in C's order, of a tensor by name that is none.
+        refuse: raises what stands for a code, a reason, a message and its numbers.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        head_dim: int,
+        topk: int,
+        max_message_bytes: int,
+        epoch: int,
+        array: type,
+        dtypes: dict[Any, int],
+        host_array: Callable[[str, Any], NDArray[Any]],
+        refuse: Callable[[int, str, str, dict[str, int] | None], object],
+    ) -> None: ...
+    def make(
+        self,
+        kind: int,
+        layer: int,
+        sequences: object,
+        lengths: object,
+        starts: object,
+        revisions: object,
+        epoch: object,
+        keys: object,
+        queries: object,
+        first_head: int,
+        num_heads: int,
+        order: object,
+        return_scores: object,
+        wait_for_keys: bool,
+        rollback: bool,
+        /,
+    ) -> TokenRequest: ...
+
+def read_selection(kind: int, streamed: bool, answer: bytes, /) -> tuple[bytearray | None, bytearray | None] | None:
+    """Block ids and scores of a response of that kind, of a stream or alone; None where protobuf has to read it."""
+
 RequestRefusal = tuple[int, str, str]
 """What a request came to that failed: canonical code, reason, and message; its numbers behind that, a line each."""
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import blockdex
-from support.clients import FLAVOUR_NAMES, FLAVOURS, connect, new_sequence
+from support.clients import FLAVOURS, Flavour, connect, new_sequence
 from support.serving import SMALL, Serving, serve
 from support.tcp_proxy import TcpProxy, proxy_to
 
@@ -22,14 +21,14 @@ def small_server() -> Iterator[Serving]:
         yield serving
 
 
-@pytest.fixture(params=FLAVOURS, ids=FLAVOUR_NAMES)
-def flavour(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(params=FLAVOURS)
+def flavour(request: pytest.FixtureRequest) -> Flavour:
     """Each client with each transport."""
-    return request.param
+    return FLAVOURS[request.param]
 
 
 @pytest.fixture
-def client(flavour: Any, server: Serving) -> Iterator[blockdex.Client]:
+def client(flavour: Flavour, server: Serving) -> Iterator[blockdex.Client]:
     """A client of the server, in each flavour."""
     with connect(flavour, server.grpc_address) as client:
         yield client

@@ -245,7 +245,7 @@ def test_a_transport_that_is_none(kind: Any) -> None:
 
 
 def test_a_client_that_is_never_used_closes_quietly() -> None:
-    for kind, transport in FLAVOURS:
+    for kind, transport, _ in FLAVOURS.values():
         client = kind("127.0.0.1:1", transport=transport)
         closing = client.close()
         if closing is not None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import blockdex
-from support.clients import connect
+from support.clients import Flavour, connect
 from support.processes import eventually
 from support.serving import serve
 
@@ -21,7 +21,7 @@ def test_what_was_evicted_is_said_so(kind: type[Any]) -> None:
     flags = ("--num-layers", "3", "--cache-bytes", str(PAGES * PAGE_BYTES), "--device", "cpu")
     with (
         serve(*flags, "--lease-seconds", "0.2") as serving,
-        connect((kind, "stream"), serving.grpc_address, tenant="red") as client,
+        connect(Flavour(kind, "stream"), serving.grpc_address, tenant="red") as client,
     ):
         client.open_sequences([1, 2, 3])
         for sequence in (1, 2):

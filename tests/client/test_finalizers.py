@@ -11,9 +11,12 @@ from functools import partial
 import pytest
 
 from blockdex.client.core import Core
-from blockdex.client.ledger import Append, Ledger
+from blockdex.client.frames import plain
+from blockdex.client.kinds import GET_INFO
+from blockdex.client.ledger import Ledger
+from blockdex.client.requests import TokenRequest
 from blockdex.v1 import indexer_pb2 as pb
-from support.clients import some_info
+from support.clients import CODECS, append_of, selection_of, some_info, starts_of
 
 LATEST = 80
 """More objects than a call makes that the collector knows."""
@@ -49,9 +52,9 @@ def moments() -> Iterator[Iterator[int]]:
     gc.unfreeze()
 
 
-@pytest.fixture
-def ledger() -> Ledger:
-    ledger = Ledger(some_info(num_layers=3))
+@pytest.fixture(params=CODECS)
+def ledger(request: pytest.FixtureRequest) -> Ledger:
+    ledger = Ledger(some_info(num_layers=3), request.param)
     for sequence in (1, 2, 3, 4, 7):
         ledger.open(sequence, [10] * 3)
     return ledger
@@ -65,16 +68,24 @@ def in_time(calls: Callable[[], object]) -> None:
     assert not caller.is_alive(), "the caller waits for itself"
 
 
-def append(ledger: Ledger, sequence: int) -> Append:
+def append(ledger: Ledger, sequence: int, start: int | None = 5) -> TokenRequest:
     """Counts an append of one token."""
-    return ledger.begin_append(0, [sequence], [1], [5])
+    append = append_of(ledger, 0, [1, sequence, 2], [1] * 3, None if start is None else [start] * 3)
+    ledger.begin_append(append)
+    return append
+
+
+def last_positions(ledger: Ledger, sequences: list[int]) -> list[int]:
+    selection = selection_of(ledger, 0, sequences, [0] * len(sequences))
+    ledger.place_selection(selection)
+    return starts_of(selection)
 
 
 CALLS: dict[str, Callable[[Ledger], object]] = {
     "open": lambda ledger: ledger.open(8, [0] * 3),
     "append": lambda ledger: ledger.end_append(append(ledger, 7)),
     "refused append": lambda ledger: ledger.fail_append(append(ledger, 7), changed_nothing=True),
-    "selection": lambda ledger: ledger.last_positions(0, [1, 2], [1, 1]),
+    "selection": lambda ledger: last_positions(ledger, [1, 2]),
     "question": lambda ledger: ledger.end_question(ledger.begin_question(7), [5] * 3),
     "cut": lambda ledger: ledger.end_truncation(ledger.begin_truncation(7), [5] * 3),
     "failed cut": lambda ledger: ledger.fail_truncation(ledger.begin_truncation(7), changed_nothing=False),
@@ -100,7 +111,7 @@ def test_a_sequence_that_is_closed_in_the_middle_of_a_call(ledger: Ledger, momen
 
     in_time(calls)
     assert closed == [3, 7] * (LATEST - 1)
-    assert ledger.last_positions(0, [1, 3, 7], [0] * 3) == [10] * 3
+    assert last_positions(ledger, [4, 3, 7]) == [10] * 3
 
 
 def test_a_question_what_the_server_is_in_the_middle_of_another_one(moments: Iterator[int]) -> None:
@@ -111,7 +122,7 @@ def test_a_question_what_the_server_is_in_the_middle_of_another_one(moments: Ite
     epochs: list[int] = []
 
     def ask(core: Core) -> None:
-        epochs.append(core.get_info(core.deadline(None)).finish(answer).info.epoch)
+        epochs.append(core.get_info(core.deadline(None)).finish(plain(GET_INFO, answer)).info.epoch)
 
     def calls() -> None:
         for _ in moments:

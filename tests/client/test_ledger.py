@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,30 +12,40 @@ from hypothesis import strategies as st
 
 from blockdex import FailedPreconditionError, NotFoundError
 from blockdex.client.ledger import Ledger
-from support.clients import some_info
+from blockdex.client.requests import TokenRequest
+from support.clients import CODECS, append_of, selection_of, some_info, starts_of
 
 
-@pytest.fixture
-def ledger() -> Ledger:
-    ledger = Ledger(some_info(num_layers=2))
+@pytest.fixture(params=CODECS)
+def ledger(request: pytest.FixtureRequest) -> Ledger:
+    ledger = Ledger(some_info(num_layers=2), request.param)
     ledger.open(7, [10, 10])
     return ledger
 
 
 def length(ledger: Ledger, layer: int = 0) -> int | None:
+    selection = selection_of(ledger, layer, 7, rows=0)
     try:
-        return ledger.last_positions(layer, [7], [0])[0]
+        ledger.place_selection(selection)
     except FailedPreconditionError:
         return None
+    return starts_of(selection)[0]
+
+
+def begin(ledger: Ledger, rows: int, start: int | None = None) -> TokenRequest:
+    """An append to layer 0 of sequence 7 is in flight."""
+    append = append_of(ledger, 0, 7, rows, start)
+    ledger.begin_append(append)
+    return append
 
 
 def test_of_an_evicted_sequence_nothing_is_known_until_it_is_opened_again(ledger: Ledger) -> None:
     ledger.evict([7, 8])
     for layer in (0, 1):
         with pytest.raises(NotFoundError, match=f"^sequence 7, layer {layer}: the server has evicted it"):
-            ledger.begin_append(layer, [7], [1], None)
+            ledger.begin_append(append_of(ledger, layer, 7, 1))
     with pytest.raises(FailedPreconditionError, match="sequence 8, layer 0: its length is not known"):
-        ledger.last_positions(0, [8], [1])
+        ledger.place_selection(selection_of(ledger, 0, 8, rows=1))
     ledger.end_question(ledger.begin_question(7), [3, 3])
     assert length(ledger) == 3, "the server says what is so"
     ledger.evict([7])
@@ -46,25 +57,25 @@ def test_of_an_evicted_sequence_nothing_is_known_until_it_is_opened_again(ledger
 
 
 def test_an_append_follows_one_that_is_still_in_flight(ledger: Ledger) -> None:
-    first = ledger.begin_append(0, [7], [5], None)
-    second = ledger.begin_append(0, [7], [3], None)
-    assert (first.starts, second.starts) == ([10], [15])
+    first = begin(ledger, 5)
+    second = begin(ledger, 3)
+    assert (starts_of(first), starts_of(second)) == ([10], [15])
     ledger.end_append(second)
     ledger.end_append(first)
     assert length(ledger) == 18
 
 
 def test_the_later_of_two_is_refused(ledger: Ledger) -> None:
-    first = ledger.begin_append(0, [7], [5], None)
-    second = ledger.begin_append(0, [7], [3], None)
+    first = begin(ledger, 5)
+    second = begin(ledger, 3)
     ledger.fail_append(second, changed_nothing=True)
     ledger.end_append(first)
     assert length(ledger) == 15
 
 
 def test_the_earlier_of_two_is_refused(ledger: Ledger) -> None:
-    first = ledger.begin_append(0, [7], [5], None)
-    second = ledger.begin_append(0, [7], [3], None)
+    first = begin(ledger, 5)
+    second = begin(ledger, 3)
     ledger.fail_append(first, changed_nothing=True)
     ledger.fail_append(second, changed_nothing=True)
     assert length(ledger) is None
@@ -72,8 +83,8 @@ def test_the_earlier_of_two_is_refused(ledger: Ledger) -> None:
 
 
 def test_an_unknown_outcome_stays_unknown_whatever_follows(ledger: Ledger) -> None:
-    first = ledger.begin_append(0, [7], [5], None)
-    second = ledger.begin_append(0, [7], [3], None)
+    first = begin(ledger, 5)
+    second = begin(ledger, 3)
     ledger.fail_append(first, changed_nothing=False)
     ledger.end_append(second)
     assert length(ledger) is None
@@ -83,18 +94,18 @@ def test_an_unknown_outcome_stays_unknown_whatever_follows(ledger: Ledger) -> No
 def test_appends_that_overlap_and_name_the_same_start_leave_the_length_unknown(
     ledger: Ledger, first_ends_first: bool
 ) -> None:
-    appends = [ledger.begin_append(0, [7], [rows], [10]) for rows in (20, 5)]
+    appends = [begin(ledger, rows, 10) for rows in (20, 5)]
     for append in appends if first_ends_first else reversed(appends):
         ledger.end_append(append)
     assert (length(ledger), length(ledger, layer=1)) == (None, 10)
-    ledger.end_append(ledger.begin_append(0, [7], [1], [12]))
+    ledger.end_append(begin(ledger, 1, 12))
     assert length(ledger) == 13
 
 
 @pytest.mark.parametrize("refused_ends_first", [True, False])
 def test_a_refusal_does_not_undo_what_another_append_did_meanwhile(ledger: Ledger, refused_ends_first: bool) -> None:
-    refused = ledger.begin_append(0, [7], [5], [10])
-    good = ledger.begin_append(0, [7], [5], [10])
+    refused = begin(ledger, 5, 10)
+    good = begin(ledger, 5, 10)
     if refused_ends_first:
         ledger.fail_append(refused, changed_nothing=True)
     ledger.end_append(good)
@@ -104,16 +115,16 @@ def test_a_refusal_does_not_undo_what_another_append_did_meanwhile(ledger: Ledge
 
 
 def test_the_later_of_two_with_the_same_start_is_refused(ledger: Ledger) -> None:
-    good = ledger.begin_append(0, [7], [5], [10])
-    ledger.fail_append(ledger.begin_append(0, [7], [5], [10]), changed_nothing=True)
+    good = begin(ledger, 5, 10)
+    ledger.fail_append(begin(ledger, 5, 10), changed_nothing=True)
     ledger.end_append(good)
     assert length(ledger) == 15
 
 
 def test_an_append_without_start_during_one_that_rolls_back_leaves_the_length_unknown(ledger: Ledger) -> None:
-    first = ledger.begin_append(0, [7], [2], [4])
-    second = ledger.begin_append(0, [7], [3], None)
-    assert second.starts == [6]
+    first = begin(ledger, 2, 4)
+    second = begin(ledger, 3)
+    assert starts_of(second) == [6]
     ledger.end_append(first)
     ledger.end_append(second)
     assert length(ledger) is None
@@ -121,14 +132,14 @@ def test_an_append_without_start_during_one_that_rolls_back_leaves_the_length_un
 
 def test_an_answer_that_an_append_overtook_does_not_count_for_its_layer(ledger: Ledger) -> None:
     question = ledger.begin_question(7)
-    append = ledger.begin_append(0, [7], [5], None)
+    append = begin(ledger, 5)
     ledger.end_append(append)
     ledger.end_question(question, [10, 11])
     assert (length(ledger), length(ledger, layer=1)) == (15, 11)
 
 
 def test_an_answer_to_a_question_asked_during_an_append_does_not_count_for_its_layer(ledger: Ledger) -> None:
-    append = ledger.begin_append(0, [7], [5], None)
+    append = begin(ledger, 5)
     question = ledger.begin_question(7)
     ledger.end_append(append)
     ledger.end_question(question, [10, 11])
@@ -136,7 +147,7 @@ def test_an_answer_to_a_question_asked_during_an_append_does_not_count_for_its_l
 
 
 def test_a_question_after_the_failure_settles(ledger: Ledger) -> None:
-    append = ledger.begin_append(0, [7], [5], None)
+    append = begin(ledger, 5)
     ledger.fail_append(append, changed_nothing=False)
     assert length(ledger) is None
     ledger.end_question(ledger.begin_question(7), [15, 10])
@@ -149,11 +160,11 @@ def test_a_truncation_that_overlaps_an_append_leaves_its_layer_unknown(
     ledger: Ledger, append_begins_first: bool, append_ends_first: bool
 ) -> None:
     if append_begins_first:
-        append = ledger.begin_append(0, [7], [5], None)
+        append = begin(ledger, 5)
         cut = ledger.begin_truncation(7)
     else:
         cut = ledger.begin_truncation(7)
-        append = ledger.begin_append(0, [7], [5], None)
+        append = begin(ledger, 5)
     if append_ends_first:
         ledger.end_append(append)
         ledger.end_truncation(cut, [4, 4])
@@ -188,14 +199,14 @@ def test_what_ends_after_its_sequence_was_opened_anew_does_not_count(ledger: Led
     cut = ledger.begin_truncation(7)
     ledger.close(7)
     ledger.open(7, [0, 0])
-    append = ledger.begin_append(0, [7], [5], None)
+    append = begin(ledger, 5)
     ledger.end_truncation(cut, [4, 4])
     ledger.end_append(append)
     assert (length(ledger), length(ledger, layer=1)) == (5, 0)
 
 
 def test_a_failure_counts_once(ledger: Ledger) -> None:
-    append = ledger.begin_append(0, [7], [5], None)
+    append = begin(ledger, 5)
     ledger.end_append(append)
     ledger.fail_append(append, changed_nothing=False)
     ledger.end_question(ledger.begin_question(7), [12, 12])
@@ -219,8 +230,8 @@ class Sent:
 class Beside:
     """A ledger, and a server that takes what is in flight in any order, for layer 0 of sequence 7."""
 
-    def __init__(self) -> None:
-        self.ledger = Ledger(some_info(num_layers=2))
+    def __init__(self, codec: ModuleType) -> None:
+        self.ledger = Ledger(some_info(num_layers=2), codec)
         self.ledger.open(7, [10, 10])
         self.truth = 10
         self.sent: list[Sent] = []
@@ -228,8 +239,8 @@ class Beside:
     def append(self, rows: int, start: int | None) -> None:
         if start is None and length(self.ledger) is None:
             return
-        append = self.ledger.begin_append(0, [7], [rows], None if start is None else [start])
-        self.sent.append(Sent(append, append.starts[0], rows))
+        append = begin(self.ledger, rows, start)
+        self.sent.append(Sent(append, starts_of(append)[0], rows))
 
     def cut(self, to: int) -> None:
         self.sent.append(Sent(self.ledger.begin_truncation(7), to, 0))
@@ -278,10 +289,11 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.parametrize("codec", CODECS)
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(STEPS)
-def test_a_length_that_is_known_is_the_servers(steps: Any) -> None:
-    beside = Beside()
+@given(steps=STEPS)
+def test_a_length_that_is_known_is_the_servers(codec: ModuleType, steps: Any) -> None:
+    beside = Beside(codec)
     for step in steps:
         beside.go(*step)
         assert beside.sent or length(beside.ledger) in (None, beside.truth)

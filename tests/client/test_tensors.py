@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -12,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 import blockdex
-from blockdex.client.tensors import tensor_like
+from blockdex.client.frames import response_of
+from blockdex.client.kinds import SELECT_BLOCKS
+from blockdex.client.tensors import array_like
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import reference
-from support.clients import new_sequence
+from support.clients import CODECS, new_sequence
 from support.serving import Serving
 
 TOKENS, QUERIES = 3000, 9
@@ -129,10 +132,13 @@ def test_torch_dtypes_that_the_wire_does_not_have(client: blockdex.Client, seque
     assert refused.value.message == f"keys: dtype must be one of bf16, fp16, fp32, fp8_e4m3, got {dtype}"
 
 
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(
     "answer",
     [pb.Tensor(), pb.Tensor(dtype=pb.DTYPE_INT32, data=bytes(8)), pb.Tensor(dtype=pb.DTYPE_BF16, data=bytes(64))],
 )
-def test_an_answer_of_another_shape_is_not_believed(answer: pb.Tensor) -> None:
+def test_an_answer_of_another_shape_is_not_believed(codec: ModuleType, answer: pb.Tensor) -> None:
+    response = pb.SelectBlocksResponse(block_ids=answer).SerializeToString()
+    block_ids, _ = response_of(SELECT_BLOCKS, response, codec)
     with pytest.raises(blockdex.DataLossError, match=r"block_ids: \[1, 4, 4\] takes 64 bytes, the answer has "):
-        tensor_like(ASKED, "block_ids", answer, (1, 4, 4))
+        array_like(ASKED, "block_ids", block_ids, "int32", (1, 4, 4))

@@ -7,21 +7,46 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import pytest
 
 import blockdex
+from blockdex import _native
+from blockdex.client import plain_codec
+from blockdex.client.kinds import APPEND_KEYS, SELECT_BLOCKS
+from blockdex.client.ledger import Ledger
+from blockdex.client.requests import TokenRequest
 from blockdex.contract.messages import CacheUsage, Limits
+from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
 
-Transport = Literal["stream", "unary"]
+Transport = Literal["ring", "stream", "unary"]
 
-FLAVOURS: list[tuple[type[Any], Transport]] = [
-    (blockdex.Client, "stream"),
-    (blockdex.Client, "unary"),
-    (blockdex.AsyncClient, "stream"),
-    (blockdex.AsyncClient, "unary"),
-]
-FLAVOUR_NAMES = [f"{flavour.__name__}-{transport}" for flavour, transport in FLAVOURS]
+
+class Flavour(NamedTuple):
+    """A client, how it reaches the server, and what writes its data calls."""
+
+    kind: type[Any]
+    transport: Transport
+    codec: ModuleType = _native
+
+
+FLAVOURS = {
+    "Client-stream": Flavour(blockdex.Client, "stream"),
+    "Client-unary": Flavour(blockdex.Client, "unary"),
+    "AsyncClient-stream": Flavour(blockdex.AsyncClient, "stream"),
+    "AsyncClient-unary": Flavour(blockdex.AsyncClient, "unary"),
+    "Client-ring": Flavour(blockdex.Client, "ring"),
+    "AsyncClient-ring": Flavour(blockdex.AsyncClient, "ring"),
+    "Client-stream-python": Flavour(blockdex.Client, "stream", plain_codec),
+    "Client-unary-python": Flavour(blockdex.Client, "unary", plain_codec),
+}
+
+CODECS = [pytest.param(_native, id="compiled"), pytest.param(plain_codec, id="python")]
+"""What writes data calls and reads their answers, in an install with the compiled module and in one without it."""
 
 _sequence_ids = itertools.count(1_000_000)
 
@@ -57,6 +82,29 @@ def some_info(num_layers: int = 57) -> blockdex.Info:
     )
 
 
+def append_of(
+    ledger: Ledger, layer: int, sequences: Any, rows: Any, start: Any = None, keys: Any = None, **others: Any
+) -> TokenRequest:
+    """An AppendKeys that is not sent."""
+    keys = np.zeros((np.sum(rows), 128), np.float32) if keys is None else keys
+    revisions, rollback = others.pop("revisions", None), others.pop("rollback", False)
+    selection = (None, 0, 0, "ascending", False, False)
+    return ledger.make(APPEND_KEYS.number, layer, sequences, rows, start, revisions, None, keys, *selection, rollback)
+
+
+def selection_of(ledger: Ledger, layer: int, sequences: Any, rows: Any) -> TokenRequest:
+    """A SelectBlocks without starts, not sent."""
+    queries = np.zeros((np.sum(rows), 4, 128), np.float32)
+    selection = (queries, 0, 0, "ascending", False, False)
+    return ledger.make(SELECT_BLOCKS.number, layer, sequences, rows, None, None, None, None, *selection, False)
+
+
+def starts_of(request: TokenRequest) -> list[int]:
+    """Where the spans of a data call start."""
+    # The three kinds number their fields alike.
+    return list(pb.AppendAndSelectRequest.FromString(request.message()).spans.starts)
+
+
 class _Awaited:
     """An asyncio client whose calls are run to their end on a loop of its own."""
 
@@ -73,15 +121,16 @@ class _Awaited:
 
 
 @contextlib.contextmanager
-def connect(flavour: tuple[type[Any], Transport], address: str, **settings: Any) -> Iterator[blockdex.Client]:
+def connect(flavour: Flavour, address: str, **settings: Any) -> Iterator[blockdex.Client]:
     """A client of a flavour, with the methods of the blocking one."""
-    kind, transport = flavour
-    if kind is blockdex.Client:
-        with blockdex.Client(address, transport=transport, **settings) as client:
+    client = flavour.kind(address, transport=flavour.transport, **settings)
+    client._core.codec = flavour.codec
+    if isinstance(client, blockdex.Client):
+        with client:
             yield client
         return
     with asyncio.Runner() as executor:
-        awaited = _Awaited(blockdex.AsyncClient(address, transport=transport, **settings), executor)
+        awaited = _Awaited(client, executor)
         try:
             yield cast(blockdex.Client, awaited)
         finally:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class Serving:
         grpc_address: `host:port` of its gRPC.
         http_address: `host:port` of its HTTP.
         process: the server.
+        socket: of its ring.
         output: its lines on stderr so far, one JSON object each.
     """
 
@@ -35,6 +37,7 @@ class Serving:
     output: list[str] = field(default_factory=list)
     grpc_address: str = ""
     http_address: str = ""
+    socket: Path = Path()
 
     def event(self, name: str) -> dict[str, Any]:
         """The one line of output with that event."""
@@ -101,18 +104,19 @@ def serve(*flags: str, program: Sequence[str] = ("-m", "blockdex"), **variables:
         program: what Python runs.
         variables: `BLOCKDEX_*` settings by their names.
     """
-    ports = ("--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--log-format", "json")
-    process = subprocess.Popen(
-        [sys.executable, *program, "serve", *ports, *(flags or SMALL)],
-        env=environment(**variables),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    serving = Serving(process)
-    serving.start()
-    try:
-        yield serving
-    finally:
-        running = process.poll() is None
-        status = serving.stop()
+    with tempfile.TemporaryDirectory(prefix="blockdex-") as folder:
+        ports = ("--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0", "--log-format", "json")
+        process = subprocess.Popen(
+            [sys.executable, *program, "serve", *ports, "--socket", f"{folder}/ring", *(flags or SMALL)],
+            env=environment(**variables),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        serving = Serving(process, socket=Path(folder, "ring"))
+        serving.start()
+        try:
+            yield serving
+        finally:
+            running = process.poll() is None
+            status = serving.stop()
     assert status == 0 or not running, "the server ended with {}:\n{}".format(status, "\n".join(serving.output))

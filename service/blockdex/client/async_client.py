@@ -9,11 +9,12 @@ from typing import Any, Concatenate, Literal, ParamSpec, Unpack, overload
 
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
+from blockdex.client.async_ring_transport import AsyncRingTransport
 from blockdex.client.async_transports import AsyncStreamTransport, AsyncTransport, AsyncUnaryTransport
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import Integers, Queries, Scores
+from blockdex.client.requests import NO_QUERIES, Integers, Scores
 from blockdex.client.tensors import Array
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Order, Totals
@@ -21,6 +22,7 @@ from blockdex.contract.messages import Order, Totals
 Arguments = ParamSpec("Arguments")
 
 _TRANSPORTS: dict[str, Callable[[Core], AsyncTransport]] = {
+    "ring": AsyncRingTransport,
     "stream": AsyncStreamTransport,
     "unary": AsyncUnaryTransport,
 }
@@ -42,11 +44,13 @@ class AsyncClient:
         *,
         tenant: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
-        transport: Literal["stream", "unary"] = "stream",
+        transport: Literal["ring", "stream", "unary"] = "stream",
     ) -> None:
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
         self._core = Core(address, tenant, timeout)
+        self.transport = transport
+        self.why = ""
         self._transport = _TRANSPORTS[transport](self._core)
 
     async def __aenter__(self) -> AsyncClient:
@@ -128,8 +132,8 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> None:
         """Writes index keys of one layer for one or many sequences: all of them, or, on any error, none."""
-        named = (layer, sequences, lengths, starts, revisions, epoch)
-        await self._run(timeout, self._core.append_keys, named, keys, rollback)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback)
+        await self._run(timeout, self._core.append_keys, arguments)
 
     @overload
     async def select_blocks(
@@ -164,9 +168,9 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> Any:
         """Selects the key blocks that each query reads."""
-        named = (layer, sequences, lengths, starts, revisions, epoch)
-        selection = Queries(queries, first_head, num_heads, order, return_scores, wait_for_keys)
-        return await self._run(timeout, self._core.select_blocks, named, selection)
+        selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False)
+        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
 
     @overload
     async def append_and_select(
@@ -210,9 +214,9 @@ class AsyncClient:
 
         Arguments and answer are theirs; the queries are those of the tokens appended.
         """
-        named = (layer, sequences, lengths, starts, revisions, epoch)
-        selection = Queries(queries, first_head, num_heads, order, return_scores)
-        return await self._run(timeout, self._core.append_and_select, named, keys, rollback, selection)
+        selection = (queries, first_head, num_heads, order, return_scores, False)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback)
+        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
 
     async def _run(
         self,

@@ -12,8 +12,8 @@ import grpc
 
 from blockdex.client.call import Call
 from blockdex.client.core import CHANNEL_OPTIONS, Core
-from blockdex.client.failures import another, error_of_call, error_of_stream, message_of
-from blockdex.client.frames import answer_of, cancel_of, closed, event_of, frame_of, number_of
+from blockdex.client.failures import another, error_of_call, error_of_stream
+from blockdex.client.frames import answer_of, cancel_of, closed, event_of, milliseconds_of, number_of, response_of
 from blockdex.client.paths import STREAM_PATH, UNARY_PATHS
 from blockdex.contract.errors import BlockdexError, DeadlineExceededError, Reason, UnavailableError
 
@@ -22,7 +22,7 @@ class AsyncTransport(Protocol):
     """Sends calls; belongs to the loop of its first one."""
 
     async def send(self, call: Call[Any]) -> Any:
-        """The response to one attempt.
+        """What the response to one attempt holds.
 
         Raises:
             BlockdexError: the attempt failed.
@@ -52,14 +52,14 @@ class AsyncUnaryTransport:
         return self._channel
 
     async def send(self, call: Call[Any]) -> Any:
-        """The response to one attempt."""
+        """What the response to one attempt holds."""
         if self._closed:
             raise closed()
         _ = self.channel
         rpc = call.kind.rpc
         method = self._methods[rpc]
         try:
-            answer: bytes = await method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
+            answer: bytes = await method(call.request.message(), timeout=call.remaining(), metadata=self._core.metadata)
         except grpc.RpcError as failure:
             raise error_of_call(failure, f"{rpc} at {self._core.address}") from failure
         except asyncio.CancelledError:
@@ -68,7 +68,7 @@ class AsyncUnaryTransport:
             if self._closed and task is not None and not task.cancelling():
                 raise closed() from None
             raise
-        return message_of(call.kind.response, answer)
+        return response_of(call.kind, answer, self._core.codec)
 
     async def close(self) -> None:
         """Ends what is in flight and closes the channel."""
@@ -87,7 +87,7 @@ class AsyncStreamTransport:
         self._exchange: _Exchange | None = None
 
     async def send(self, call: Call[Any]) -> Any:
-        """The response to one attempt."""
+        """What the response to one attempt holds."""
         if not call.kind.field:
             return await self._unary.send(call)
         if self._closed:
@@ -134,11 +134,11 @@ class _Exchange:
         self._allowed = call.ledger.info.limits.max_stream_requests
         request_id = next(self._request_ids)
         future = self._waiting[request_id] = self._loop.create_future()
-        self._unsent[request_id] = frame_of(call, request_id, timeout)
+        self._unsent[request_id] = call.request.frame(request_id, milliseconds_of(timeout))
         self._something_to_send.set()
         alarm = self._loop.call_later(timeout, _expire, future, call)
         try:
-            return answer_of(call.kind, await future)
+            return answer_of(call.kind, await future, self._core.codec)
         except (asyncio.CancelledError, DeadlineExceededError):
             self._give_up(request_id)
             raise
@@ -175,7 +175,7 @@ class _Exchange:
             async for frame in self._responses:
                 number = number_of(frame)
                 if not number:
-                    self._core.take_up(event_of(frame))
+                    self._core.take_up(*event_of(frame))
                     continue
                 self._unanswered.discard(number)
                 if self._unsent:

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from blockdex.client.failures import changed_nothing
 from blockdex.client.kinds import Kind
@@ -19,6 +19,18 @@ _FIRST_BACKOFF = 0.02
 _LONGEST_BACKOFF = 1.0
 
 
+class Request(Protocol):
+    """What a call sends."""
+
+    def message(self) -> bytes:
+        """As protobuf, by itself."""
+        ...
+
+    def frame(self, number: int, timeout_ms: int, /) -> bytes:
+        """The same as a `StreamRequest`."""
+        ...
+
+
 def nothing_to_settle(changed_nothing: bool) -> None:
     """What a failure means to a call that writes nothing."""
 
@@ -29,9 +41,9 @@ class Call(Generic[Result]):
 
     Attributes:
         kind: which call it is.
-        request: its request, as bytes.
+        request: its request.
         deadline: `time.monotonic()` at which the caller stops waiting.
-        finish: makes the caller's answer of the response.
+        finish: makes the caller's answer of what the response holds.
         repeatable: whether sending it twice has the effect of sending it once.
         ledger: what the request was built from; None for the question what the server is.
         fail: told, when the call fails for good, whether it is certain that it changed nothing.
@@ -39,7 +51,7 @@ class Call(Generic[Result]):
     """
 
     kind: Kind
-    request: bytes
+    request: Request
     deadline: float
     finish: Callable[[Any], Result]
     repeatable: bool

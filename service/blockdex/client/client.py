@@ -12,7 +12,8 @@ from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import Integers, Queries, Scores
+from blockdex.client.requests import NO_QUERIES, Integers, Scores
+from blockdex.client.ring_transport import RingTransport
 from blockdex.client.tensors import Array
 from blockdex.client.transports import StreamTransport, Transport, UnaryTransport
 from blockdex.contract.errors import BlockdexError
@@ -20,7 +21,11 @@ from blockdex.contract.messages import Order, Totals
 
 Arguments = ParamSpec("Arguments")
 
-_TRANSPORTS: dict[str, Callable[[Core], Transport]] = {"stream": StreamTransport, "unary": UnaryTransport}
+_TRANSPORTS: dict[str, Callable[[Core], Transport]] = {
+    "ring": RingTransport,
+    "stream": StreamTransport,
+    "unary": UnaryTransport,
+}
 
 
 class Client:
@@ -48,7 +53,13 @@ class Client:
         tenant: whose sequences these are, where the transport proves no identity; None leaves it to the server.
         timeout: seconds that a call may take when it names no timeout.
         transport: `stream` (calls go over streams that stay open, as many as there are calls in flight; the default,
-            since its calls were measured to be the faster ones) or `unary` (each is an RPC of its own).
+            since its calls were measured to be faster than `unary` ones), `unary` (each is an RPC of its own), or
+            `ring` (they go through memory that a server on the same host shares which was started with `--socket`;
+            gRPC only tells what the server is). `blockdex.connect` takes the fastest that there is.
+
+    Attributes:
+        transport: which it is.
+        why: where `blockdex.connect` chose it, why it is no faster one.
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
@@ -61,11 +72,13 @@ class Client:
         *,
         tenant: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
-        transport: Literal["stream", "unary"] = "stream",
+        transport: Literal["ring", "stream", "unary"] = "stream",
     ) -> None:
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
         self._core = Core(address, tenant, timeout)
+        self.transport = transport
+        self.why = ""
         self._transport = _TRANSPORTS[transport](self._core)
 
     def __enter__(self) -> Client:
@@ -172,8 +185,8 @@ class Client:
             epoch: None = the one that the client knows, 0 = any.
             timeout: seconds; None = the client's.
         """
-        named = (layer, sequences, lengths, starts, revisions, epoch)
-        self._run(timeout, self._core.append_keys, named, keys, rollback)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback)
+        self._run(timeout, self._core.append_keys, arguments)
 
     @overload
     def select_blocks(
@@ -229,9 +242,9 @@ class Client:
             Block ids, int32 `[T, num_heads, topk]`, -1 in unused places at the end of a row; with `return_scores` also
             float32 scores of that shape. Of the kind of `queries`, and on their device.
         """
-        named = (layer, sequences, lengths, starts, revisions, epoch)
-        selection = Queries(queries, first_head, num_heads, order, return_scores, wait_for_keys)
-        return self._run(timeout, self._core.select_blocks, named, selection)
+        selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False)
+        return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
 
     @overload
     def append_and_select(
@@ -275,9 +288,9 @@ class Client:
 
         Arguments and answer are theirs; the queries are those of the tokens appended.
         """
-        named = (layer, sequences, lengths, starts, revisions, epoch)
-        selection = Queries(queries, first_head, num_heads, order, return_scores)
-        return self._run(timeout, self._core.append_and_select, named, keys, rollback, selection)
+        selection = (queries, first_head, num_heads, order, return_scores, False)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback)
+        return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
 
     def _run(
         self,

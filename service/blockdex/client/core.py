@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from blockdex.client.answers import SequenceState, info_of, totals_of
+from blockdex.client.answers import Info, SequenceState
 from blockdex.client.call import Call, Result, nothing_to_settle
+from blockdex.client.frames import Message
 from blockdex.client.kinds import (
     APPEND_AND_SELECT,
     APPEND_KEYS,
@@ -24,8 +25,8 @@ from blockdex.client.kinds import (
     Kind,
 )
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import Integers, Keys, Named, Queries, fill, integer, integers, spans_of
-from blockdex.client.selection import selection_of
+from blockdex.client.requests import Arguments, Integers, Scores, Selected, Shape, codec, integer, integers
+from blockdex.client.tensors import array_like
 from blockdex.contract import limits as checks
 from blockdex.contract.errors import InvalidArgumentError, Reason
 from blockdex.contract.messages import Totals
@@ -60,6 +61,9 @@ class Core:
         tenant: sent as the metadata `blockdex-tenant`; None sends none.
         timeout: seconds that a call may take that names none.
 
+    Attributes:
+        codec: what writes data calls, and reads their answers.
+
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
         ValueError: the timeout is not a positive, finite number.
@@ -69,7 +73,9 @@ class Core:
         if tenant is not None:
             checks.check_tenant(tenant)
         self.address = address
+        self.tenant = checks.DEFAULT_TENANT if tenant is None else tenant
         self.metadata = () if tenant is None else ((checks.TENANT_KEY, tenant),)
+        self.codec = codec()
         self._timeout = _checked(timeout)
         # A finalizer that closes a sequence may ask anew in the middle of taking up an answer; its own is as good.
         self._lock = threading.RLock()
@@ -89,33 +95,32 @@ class Core:
         """
         return time.monotonic() + (self._timeout if timeout is None else _checked(timeout))
 
-    def take_up(self, event: pb.Event) -> None:
-        """Takes up what the server tells of."""
+    def take_up(self, evicted: Iterable[int], new_epoch: int | None = None) -> None:
+        """Takes up what the server tells of: sequences that it has evicted, and that its cache was born anew."""
         ledger = self._ledger
         if ledger is None:
             return
-        if event.HasField("new_epoch"):
-            ledger.over |= event.new_epoch.epoch != ledger.info.epoch
-        ledger.evict(event.sequences_evicted.sequence_ids)
+        if new_epoch is not None:
+            ledger.over |= new_epoch != ledger.info.epoch
+        ledger.evict(evicted)
 
     def get_info(self, deadline: float) -> Call[Ledger]:
         """GetInfo. The answer is what the client knows from then on; a new epoch drops every length."""
 
-        def finish(answer: pb.GetInfoResponse) -> Ledger:
-            info = info_of(answer)
+        def finish(info: Info) -> Ledger:
             with self._lock:
                 ledger = self.ledger
                 if ledger is None or ledger.info.epoch != info.epoch:
-                    ledger = self._ledger = Ledger(info)
+                    ledger = self._ledger = Ledger(info, self.codec)
                 else:
                     ledger.info = info
                 return ledger
 
-        return Call(GET_INFO, b"", deadline, finish, repeatable=True)
+        return Call(GET_INFO, Message(GET_INFO, pb.GetInfoRequest()), deadline, finish, repeatable=True)
 
     def get_stats(self, deadline: float) -> Call[Totals]:
         """GetStats."""
-        return Call(GET_STATS, b"", deadline, totals_of, repeatable=True)
+        return Call(GET_STATS, Message(GET_STATS, pb.GetStatsRequest()), deadline, _itself, repeatable=True)
 
     def open_sequences(
         self, ledger: Ledger, deadline: float, sequences: Integers, lease_seconds: Integers, epoch: int | None
@@ -130,7 +135,6 @@ class Core:
                 f"lease_seconds: must be 1 or as many as the {len(ids)} sequences, got {len(leases)}",
                 Reason.INVALID_SPANS,
             )
-        checks.check_sequences(ledger.info.limits.max_spans, ids)
         request = pb.OpenSequencesRequest(
             sequences=[
                 pb.NewSequence(sequence_id=sequence, lease_seconds=lease)
@@ -138,7 +142,7 @@ class Core:
             ]
         )
 
-        def finish(_: pb.OpenSequencesResponse) -> None:
+        def finish(_: SequenceState) -> None:
             for sequence in ids:
                 ledger.open(sequence, [0] * ledger.info.spec.num_layers)
 
@@ -150,8 +154,7 @@ class Core:
         request = pb.GetSequenceRequest(sequence_id=sequence_id)
         watch = ledger.begin_question(sequence_id)
 
-        def finish(answer: pb.GetSequenceResponse) -> SequenceState:
-            state = SequenceState(tuple(answer.lengths), tuple(answer.revisions), answer.epoch)
+        def finish(state: SequenceState) -> SequenceState:
             ledger.end_question(watch, state.lengths)
             return state
 
@@ -162,13 +165,12 @@ class Core:
     ) -> Call[tuple[int, ...]]:
         """ForkSequence; the answer is the child's lengths."""
         parent_id, child_id = integer("parent_id", parent_id), integer("child_id", child_id)
-        checks.check_length(ledger.info.spec, parent_id, length)
+        length = integer("length", length, bits=32, reason=Reason.INVALID_LENGTH)
         request = pb.ForkSequenceRequest(parent_id=parent_id, child_id=child_id, length=length)
 
-        def finish(answer: pb.ForkSequenceResponse) -> tuple[int, ...]:
-            lengths = tuple(answer.lengths)
-            ledger.open(child_id, lengths)
-            return lengths
+        def finish(child: SequenceState) -> tuple[int, ...]:
+            ledger.open(child_id, child.lengths)
+            return child.lengths
 
         return _call(FORK_SEQUENCE, ledger, deadline, request, epoch, finish, repeatable=False)
 
@@ -177,14 +179,13 @@ class Core:
     ) -> Call[tuple[int, ...]]:
         """TruncateSequence; the answer is the sequence's lengths."""
         sequence_id = integer("sequence_id", sequence_id)
-        checks.check_length(ledger.info.spec, sequence_id, length)
+        length = integer("length", length, bits=32, reason=Reason.INVALID_LENGTH)
         request = pb.TruncateSequenceRequest(sequence_id=sequence_id, length=length)
         watch = ledger.begin_truncation(sequence_id)
 
-        def finish(answer: pb.TruncateSequenceResponse) -> tuple[int, ...]:
-            lengths = tuple(answer.lengths)
-            ledger.end_truncation(watch, lengths)
-            return lengths
+        def finish(cut: SequenceState) -> tuple[int, ...]:
+            ledger.end_truncation(watch, cut.lengths)
+            return cut.lengths
 
         def fail(changed_nothing: bool) -> None:
             ledger.fail_truncation(watch, changed_nothing)
@@ -194,63 +195,57 @@ class Core:
     def close_sequences(self, ledger: Ledger, deadline: float, sequences: Integers, epoch: int | None) -> Call[None]:
         """CloseSequences; closing what is closed already is fine, so it may be repeated."""
         ids = integers("sequences", sequences, bits=64)
-        checks.check_sequences(ledger.info.limits.max_spans, ids)
         request = pb.CloseSequencesRequest(sequence_ids=ids)
 
-        def finish(_: pb.CloseSequencesResponse) -> None:
+        def finish(_: SequenceState) -> None:
             for sequence in ids:
                 ledger.close(sequence)
 
         return _call(CLOSE_SEQUENCES, ledger, deadline, request, epoch, finish, repeatable=True)
 
-    def append_keys(self, ledger: Ledger, deadline: float, named: Named, keys: Any, rollback: bool) -> Call[None]:
+    def append_keys(self, ledger: Ledger, deadline: float, arguments: Arguments) -> Call[None]:
         """AppendKeys."""
-        return self._append(APPEND_KEYS, ledger, deadline, named, Keys(keys, rollback), None)
+        return self._append(APPEND_KEYS, ledger, deadline, arguments, _nothing)
 
     def append_and_select(
-        self, ledger: Ledger, deadline: float, named: Named, keys: Any, rollback: bool, queries: Queries
+        self, ledger: Ledger, deadline: float, arguments: Arguments, queries: Any, return_scores: Scores
     ) -> Call[Any]:
         """AppendAndSelect."""
-        return self._append(APPEND_AND_SELECT, ledger, deadline, named, Keys(keys, rollback), queries)
+        return self._append(APPEND_AND_SELECT, ledger, deadline, arguments, _selection_like(queries, return_scores))
 
-    def select_blocks(self, ledger: Ledger, deadline: float, named: Named, queries: Queries) -> Call[Any]:
+    def select_blocks(
+        self, ledger: Ledger, deadline: float, arguments: Arguments, queries: Any, return_scores: Scores
+    ) -> Call[Any]:
         """SelectBlocks; without starts it asks for the last positions."""
-        spans = spans_of(*named, name="queries", tensor=queries.tensor)
-        checks.check_layer(ledger.info.spec, spans.layer)
-        starts = spans.starts
-        if starts is None:
-            starts = ledger.last_positions(spans.layer, spans.sequences, spans.lengths)
-        request = pb.SelectBlocksRequest()
-        shape = fill(request, ledger.info, spans, starts, None, queries)
+        request = ledger.make(SELECT_BLOCKS.number, *arguments)
+        ledger.place_selection(request)
+        read = _selection_like(queries, return_scores)
 
-        def finish(answer: pb.SelectBlocksResponse) -> Any:
-            return selection_of(answer, queries, shape)
+        def finish(selected: Selected) -> Any:
+            return read(selected, request.shape)
 
-        return _call(SELECT_BLOCKS, ledger, deadline, request, spans.epoch, finish, repeatable=True)
+        return Call(SELECT_BLOCKS, request, deadline, finish, True, ledger, epoch=request.epoch)
 
     def _append(
-        self, kind: Kind, ledger: Ledger, deadline: float, named: Named, keys: Keys, queries: Queries | None
-    ) -> Call[Any]:
-        spans = spans_of(*named, name="keys", tensor=keys.tensor)
-        checks.check_layer(ledger.info.spec, spans.layer)
-        append = ledger.begin_append(spans.layer, spans.sequences, spans.lengths, spans.starts)
-        request = kind.request()
-        try:
-            shape = fill(request, ledger.info, spans, append.starts, keys, queries)
-        except BaseException:
-            ledger.fail_append(append, changed_nothing=True)
-            raise
+        self,
+        kind: Kind,
+        ledger: Ledger,
+        deadline: float,
+        arguments: Arguments,
+        read: Callable[[Selected, Shape], Result],
+    ) -> Call[Result]:
+        request = ledger.make(kind.number, *arguments)
+        ledger.begin_append(request)
 
-        def finish(answer: Any) -> Any:
-            result = None if queries is None else selection_of(answer, queries, shape)
-            ledger.end_append(append)
+        def finish(selected: Selected) -> Result:
+            result = read(selected, request.shape)
+            ledger.end_append(request)
             return result
 
         def fail(changed_nothing: bool) -> None:
-            ledger.fail_append(append, changed_nothing)
+            ledger.fail_append(request, changed_nothing)
 
-        are_checked = bool(spans.revisions) and all(spans.revisions)
-        return _call(kind, ledger, deadline, request, spans.epoch, finish, repeatable=are_checked, fail=fail)
+        return Call(kind, request, deadline, finish, request.repeatable, ledger, fail, request.epoch)
 
 
 def _call(
@@ -264,10 +259,31 @@ def _call(
     repeatable: bool,
     fail: Callable[[bool], None] = nothing_to_settle,
 ) -> Call[Result]:
-    """A call on sequences; without an epoch it names the one that the client knows."""
+    """A call about sequences; without an epoch it names the one that the client knows."""
     named = ledger.info.epoch if epoch is None else integer("epoch", epoch)
     request.header.epoch = named
-    return Call(kind, request.SerializeToString(), deadline, finish, repeatable, ledger, fail, named)
+    message = Message(kind, request)
+    return Call(kind, message, deadline, finish, repeatable, ledger, fail, named)
+
+
+def _itself(answer: Result) -> Result:
+    return answer
+
+
+def _nothing(selected: Selected, shape: Shape) -> None:
+    """What an append is answered with."""
+
+
+def _selection_like(queries: Any, return_scores: Scores) -> Callable[[Selected, Shape], Any]:
+    """Makes block ids, or the pair of them and their scores, of the kind of the queries."""
+
+    def read(selected: Selected, shape: Shape) -> Any:
+        block_ids = array_like(queries, "block_ids", selected[0], "int32", shape)
+        if return_scores is False:
+            return block_ids
+        return block_ids, array_like(queries, "scores", selected[1], "float32", shape)
+
+    return read
 
 
 def _checked(timeout: float) -> float:

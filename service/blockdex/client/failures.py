@@ -46,9 +46,9 @@ def error_of_status(status: Status) -> BlockdexError:
     for detail in status.details:
         info = ErrorInfo()
         if detail.Unpack(info) and info.domain == _DOMAIN:
-            return error_of(status.code, status.message, _reason_of(info.reason), info.metadata)
+            return error_of(status.code, status.message, reason_of(info.reason), info.metadata)
     name = _CODE_NAMES.get(status.code, str(status.code))
-    return error_of(status.code, status.message, _reason_of(name), {})
+    return error_of(status.code, status.message, reason_of(name), {})
 
 
 def error_of_call(failure: Any, target: str) -> BlockdexError:
@@ -90,5 +90,6 @@ def changed_nothing(failure: BaseException) -> bool:
     return failure.code not in _OUTCOME_UNKNOWN or failure.reason == Reason.SHUTTING_DOWN
 
 
-def _reason_of(word: str) -> Reason | str:
+def reason_of(word: str) -> Reason | str:
+    """The word of `Reason`, or a string that this version does not know."""
     return Reason(word) if word in Reason.__members__ else word

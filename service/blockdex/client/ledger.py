@@ -5,83 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from blockdex.client.answers import Info
-from blockdex.contract.errors import FailedPreconditionError, NotFoundError, Reason
+from blockdex.client.lengths import Layers, Sequences
+from blockdex.client.requests import TokenRequest, maker_of
 
-_WRITES, _IN_FLIGHT, _IN_A_ROW, _MEMBERS = range(1, 5)
-_UNKNOWN = -1
 _OVERLAPPED = -1
 _NOWHERE = -2
-
-
-class _Layers:
-    """One sequence, by layer: its length, how many writes were begun so far, how many are in flight, whether in a row.
-
-    Writes that overlap are in a row where each one starts at the end of the one before: the server can take them in no
-    other order. Of others nobody knows which one it takes last, so that the length is unknown from then on.
-    """
-
-    __slots__ = ("_numbers",)
-
-    def __init__(self, lengths: list[int]) -> None:
-        # Side by side, since a call touches all four of a layer, and so many layers are in no cache by then.
-        self._numbers = [number for length in lengths for number in (length, 0, 0, 0)]
-
-    def length(self, layer: int) -> int:
-        return self._numbers[_MEMBERS * layer]
-
-    def put(self, layer: int, length: int) -> None:
-        self._numbers[_MEMBERS * layer] = length
-
-    def begin(self, layer: int, start: int, length: int) -> tuple[_Layers, int, int]:
-        """A write from there has begun that makes the layer so long: itself, its length before, the write's number."""
-        numbers, at = self._numbers, _MEMBERS * layer
-        before, alone = numbers[at], numbers[at + _IN_FLIGHT] == 0
-        in_a_row = start == before and (alone or bool(numbers[at + _IN_A_ROW]))
-        numbers[at] = length if alone or in_a_row else _UNKNOWN
-        numbers[at + _WRITES] += 1
-        numbers[at + _IN_FLIGHT] += 1
-        numbers[at + _IN_A_ROW] = int(in_a_row)
-        return self, before, numbers[at + _WRITES]
-
-    def end(self, layer: int) -> None:
-        """A write has ended."""
-        self._numbers[_MEMBERS * layer + _IN_FLIGHT] -= 1
-
-    def undo(self, layer: int, before: int, number: int) -> None:
-        """A write that has ended changed nothing: all is as it was before, unless there was another one since."""
-        numbers, at = self._numbers, _MEMBERS * layer
-        if number != numbers[at + _WRITES]:
-            self.lose(layer)
-            return
-        numbers[at] = before
-        numbers[at + _WRITES] -= 1
-
-    def lose(self, layer: int) -> None:
-        """The length is unknown, whatever is undone later."""
-        self._numbers[_MEMBERS * layer] = _UNKNOWN
-        self._numbers[_MEMBERS * layer + _WRITES] += 1
-
-    def writes(self) -> list[int]:
-        return self._numbers[_WRITES::_MEMBERS]
-
-    def in_flight(self) -> list[int]:
-        return self._numbers[_IN_FLIGHT::_MEMBERS]
-
-
-@dataclass(slots=True)
-class Append:
-    """An append in flight. The ledger counts it from its beginning, so that the next one follows it.
-
-    Attributes:
-        changes: `[N]`, each sequence with its length before and the write's number; empty once the append has ended.
-        starts: `[N]`, where each run goes.
-    """
-
-    layer: int
-    changes: list[tuple[_Layers, int, int]]
-    starts: list[int]
 
 
 @dataclass(slots=True)
@@ -94,7 +25,7 @@ class Watch:
     """
 
     sequence: int
-    layers: _Layers | None
+    layers: Layers | None
     writes: list[int]
 
 
@@ -107,20 +38,21 @@ class Ledger:
 
     Attributes:
         info: the server's answer to GetInfo.
+        make: makes requests to such a server, as `RequestMaker.make`.
         over: whether the server has said that its epoch is another one.
     """
 
-    def __init__(self, info: Info) -> None:
+    def __init__(self, info: Info, codec: ModuleType) -> None:
         self.info = info
+        self.make = maker_of(info, codec).make
         self.over = False
-        # None is for one that the server has evicted.
-        self._sequences: dict[int, _Layers | None] = {}
+        self._sequences = Sequences(info.spec.num_layers)
         self._lock = threading.Lock()
 
     def open(self, sequence: int, lengths: Sequence[int]) -> None:
         """Takes up a sequence of known lengths."""
         with self._lock:
-            self._sequences[sequence] = _Layers(list(lengths))
+            self._sequences[sequence] = Layers.of(lengths)
 
     def close(self, sequence: int) -> None:
         """Lets go of a sequence; finalizers may, which the collector runs wherever it likes.
@@ -136,51 +68,33 @@ class Ledger:
             if sequence in self._sequences:
                 self._sequences[sequence] = None
 
-    def last_positions(self, layer: int, sequences: list[int], lengths: list[int]) -> list[int]:
-        """Where the last `lengths[i]` positions of each sequence start.
+    def place_selection(self, request: TokenRequest) -> None:
+        """Has a selection without starts ask for the last positions.
 
         Raises:
             FailedPreconditionError: a length is unknown (OUTCOME_UNKNOWN).
             NotFoundError: a sequence was evicted (UNKNOWN_SEQUENCE).
         """
         with self._lock:
-            return [self._length(sequence, layer) - rows for sequence, rows in zip(sequences, lengths, strict=False)]
+            request.place(self._sequences)
 
-    def begin_append(self, layer: int, sequences: list[int], lengths: list[int], starts: list[int] | None) -> Append:
-        """Counts an append that is about to be sent; without starts it goes to the ends of the sequences.
+    def begin_append(self, request: TokenRequest) -> None:
+        """Counts an append that is about to be sent, so that the next one follows it.
 
-        Raises:
-            FailedPreconditionError: starts are left out and a length is unknown (OUTCOME_UNKNOWN).
-            NotFoundError: starts are left out and a sequence was evicted (UNKNOWN_SEQUENCE).
+        Without starts it goes to the ends of the sequences, and raises as `place_selection`.
         """
         with self._lock:
-            if starts is None:
-                starts = [self._length(sequence, layer) for sequence in sequences]
-            known = self._sequences
-            changes = [
-                (known.get(sequence) or self._layers(sequence)).begin(layer, start, start + rows)
-                for sequence, start, rows in zip(sequences, starts, lengths, strict=False)
-            ]
-        return Append(layer, changes, starts)
+            request.begin(self._sequences)
 
-    def end_append(self, append: Append) -> None:
+    def end_append(self, request: TokenRequest) -> None:
         """The append took effect."""
         with self._lock:
-            for layers, _, _ in append.changes:
-                layers.end(append.layer)
-            append.changes = []
+            request.end()
 
-    def fail_append(self, append: Append, changed_nothing: bool) -> None:
+    def fail_append(self, request: TokenRequest, changed_nothing: bool) -> None:
         """The append failed: lengths are what they were where that is certain, else unknown."""
-        layer = append.layer
         with self._lock:
-            for layers, before, number in reversed(append.changes):
-                layers.end(layer)
-                if changed_nothing:
-                    layers.undo(layer, before, number)
-                else:
-                    layers.lose(layer)
-            append.changes = []
+            request.fail(changed_nothing)
 
     def begin_question(self, sequence: int) -> Watch:
         """The lengths of a sequence are about to be asked for."""
@@ -228,28 +142,11 @@ class Ledger:
                 if not changed_nothing:
                     layers.lose(layer)
 
-    def _layers(self, sequence: int) -> _Layers:
-        layers = self._sequences.get(sequence)
-        if layers is None:
-            layers = self._sequences[sequence] = _Layers([_UNKNOWN] * self.info.spec.num_layers)
-        return layers
+    def _layers(self, sequence: int) -> Layers:
+        return self._sequences.get(sequence) or self._sequences.__missing__(sequence)
 
-    def _watch(self, sequence: int, layers: _Layers | None) -> Watch:
+    def _watch(self, sequence: int, layers: Layers | None) -> Watch:
         if layers is None:
             return Watch(sequence, None, [0] * self.info.spec.num_layers)
         pairs = zip(layers.writes(), layers.in_flight(), strict=True)
         return Watch(sequence, layers, [_OVERLAPPED if in_flight else writes for writes, in_flight in pairs])
-
-    def _length(self, sequence: int, layer: int) -> int:
-        layers = self._sequences.get(sequence)
-        length = _UNKNOWN if layers is None else layers._numbers[_MEMBERS * layer]
-        if layers is None and sequence in self._sequences:
-            message = f"sequence {sequence}, layer {layer}: the server has evicted it"
-            raise NotFoundError(message, Reason.UNKNOWN_SEQUENCE)
-        if length == _UNKNOWN:
-            raise FailedPreconditionError(
-                f"sequence {sequence}, layer {layer}: its length is not known to this client; "
-                "ask get_sequence, or name the starts",
-                Reason.OUTCOME_UNKNOWN,
-            )
-        return length

@@ -1,33 +1,42 @@
-"""The arguments of the three data calls, checked with the server's own words and written into a request."""
+"""What the data calls take, and how arguments become a request: compiled, or in Python where that is not there."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import operator
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockdex.client.answers import Info
-from blockdex.client.tensors import elements_of, rows_of
-from blockdex.contract import limits as checks
-from blockdex.contract.errors import InvalidArgumentError, Reason
-from blockdex.contract.messages import FloatDtype, Order
+from blockdex.client.lengths import Sequences
+from blockdex.client.tensors import NUMPY_DTYPES, host_array
+from blockdex.contract.errors import InvalidArgumentError, Reason, error_of
+from blockdex.contract.messages import FloatDtype
 from blockdex.v1 import indexer_pb2 as pb
 
 Integers = int | Sequence[int] | NDArray[Any]
 """One integer, or one for each sequence of a request."""
 
-Named = tuple[int, Integers, Integers | None, Integers | None, Integers | None, int | None]
-"""The runs of a data call as its caller named them: layer, sequences, lengths, starts, revisions and epoch."""
+Scores = bool | Literal["raw"]
+"""Whether an answer carries scores: multiplied by the spec's scale (True), or `raw`, as they rank."""
+
+Arguments = tuple[Any, ...]
+"""Of a data call: layer, sequences, lengths, starts, revisions, epoch, keys, queries, first_head, num_heads, order,
+return_scores, wait_for_keys, rollback."""
+
+NO_QUERIES = (None, 0, 0, "ascending", False, False)
+"""Queries, first_head, num_heads, order, return_scores and wait_for_keys of a call that selects nothing."""
 
 Shape = tuple[int, int, int]
 """Of an answer: `[T, num_heads, topk]`, with no heads where there were no queries."""
 
-Scores = bool | Literal["raw"]
-"""Whether an answer carries scores: multiplied by the spec's scale (True), or `raw`, as they rank."""
+Selected = tuple[bytearray | None, bytearray | None]
+"""Block ids, little-endian int32, and scores, float32, of an answer that has them."""
 
 DTYPES: dict[FloatDtype, pb.Dtype] = {
     "bf16": pb.DTYPE_BF16,
@@ -35,190 +44,118 @@ DTYPES: dict[FloatDtype, pb.Dtype] = {
     "fp32": pb.DTYPE_FP32,
     "fp8_e4m3": pb.DTYPE_FP8_E4M3,
 }
-_NUMPY = (np.ndarray, np.integer)
-_ORDERS = {"ascending": pb.SELECTION_ORDER_ASCENDING, "score": pb.SELECTION_ORDER_SCORE}
-_SCORE_FORMATS = {False: pb.SCORE_FORMAT_UNSPECIFIED, True: pb.SCORE_FORMAT_SCALED, "raw": pb.SCORE_FORMAT_RAW}
+WIRE_DTYPES = {dtype: int(DTYPES[word]) for dtype, word in NUMPY_DTYPES.items()}
+"""The wire's number of each of numpy's dtypes."""
 
 
-@dataclass(slots=True)
-class Spans:
-    """The runs of a request: columns of Python integers.
+class TokenRequest(Protocol):
+    """A data call: its arguments, read and checked as far as the wire could not carry them, or the server not see them.
 
     Attributes:
-        starts: None where they are the client's to count.
-        revisions: empty where unchecked.
-        epoch: None for the one that the client knows.
+        shape: of the answer.
+        repeatable: whether sending it twice has the effect of sending it once.
+        epoch: that it names.
     """
 
-    layer: int
-    sequences: list[int]
-    lengths: list[int]
-    starts: list[int] | None
-    revisions: list[int]
-    epoch: int | None
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def repeatable(self) -> bool: ...
+
+    def place(self, sequences: Sequences, /) -> None:
+        """Has a selection without starts ask for the last positions.
+
+        Raises:
+            FailedPreconditionError: a length is unknown (OUTCOME_UNKNOWN).
+            NotFoundError: a sequence was evicted (UNKNOWN_SEQUENCE).
+        """
+        ...
+
+    def begin(self, sequences: Sequences, /) -> None:
+        """Counts an append in the lengths; one without starts goes to their ends, and raises as `place`."""
+        ...
+
+    def end(self) -> None:
+        """The append that has begun took effect."""
+        ...
+
+    def fail(self, changed_nothing: bool, /) -> None:
+        """The append that has begun failed; nothing happens where it has ended."""
+        ...
+
+    def message(self) -> bytes:
+        """The request as protobuf."""
+        ...
+
+    def frame(self, number: int, timeout_ms: int, /) -> bytes:
+        """The same as a `StreamRequest`."""
+        ...
 
 
-@dataclass(slots=True)
-class Keys:
-    """The appending half of a request, as the caller named it."""
+class RequestMaker(Protocol):
+    """Makes the requests to one server."""
 
-    tensor: Any
-    rollback: bool = False
+    def make(self, kind: int, /, *arguments: Any) -> TokenRequest:
+        """A request: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect.
 
-
-@dataclass(slots=True)
-class Queries:
-    """The selecting half of a request, as the caller named it."""
-
-    tensor: Any
-    first_head: int
-    num_heads: int
-    order: Order
-    return_scores: Scores
-    wait_for_keys: bool = False
+        Raises:
+            InvalidArgumentError: an integer that the wire cannot carry, lengths left out for several sequences, a word
+                or a dtype that there is not, or a tensor of another shape.
+            ResourceExhaustedError: the tensors are larger than a message may be.
+            TypeError: not integers, or no tensor.
+        """
+        ...
 
 
-def spans_of(
-    layer: int,
-    sequences: Integers,
-    lengths: Integers | None,
-    starts: Integers | None,
-    revisions: Integers | None,
-    epoch: int | None,
-    *,
-    name: str,
-    tensor: Any,
-) -> Spans:
-    """The spans of a data call; the length of a single sequence may be left to the rows of its tensor, so named.
+def codec() -> ModuleType:
+    """Where `RequestMaker` and `read_selection` are: the compiled module, or what stands in for it."""
+    name = "blockdex._native" if importlib.util.find_spec("blockdex._native") else "blockdex.client.plain_codec"
+    return importlib.import_module(name)
 
-    Raises:
-        InvalidArgumentError: an integer that the wire cannot carry, or lengths left out for several sequences
-            (INVALID_SPANS).
-        TypeError: not integers, or the length left to what is no tensor.
-    """
-    columns = integers("sequences", sequences, bits=64)
-    if lengths is not None:
-        rows = integers("lengths", lengths, bits=32)
-    elif len(columns) == 1:
-        rows = [rows_of(name, tensor)]
-    else:
-        raise InvalidArgumentError(
-            f"lengths: may be left out for 1 sequence only, got {len(columns)}", Reason.INVALID_SPANS
-        )
-    return Spans(
-        layer=layer,
-        sequences=columns,
-        lengths=rows,
-        starts=None if starts is None else integers("starts", starts, bits=32),
-        revisions=[] if revisions is None else integers("revisions", revisions, bits=64),
-        epoch=None if epoch is None else integer("epoch", epoch),
+
+def maker_of(info: Info, codec: ModuleType) -> RequestMaker:
+    """What makes the requests to such a server."""
+    maker: RequestMaker = codec.RequestMaker(
+        num_heads=info.spec.num_index_heads,
+        head_dim=info.spec.head_dim,
+        topk=info.spec.topk,
+        max_message_bytes=info.limits.max_message_bytes,
+        epoch=info.epoch,
+        array=np.ndarray,
+        dtypes=WIRE_DTYPES,
+        host_array=host_array,
+        refuse=refuse,
     )
+    return maker
 
 
-def integer(name: str, value: int, *, bits: int = 64) -> int:
+def refuse(code: int, reason: str, message: str, numbers: Mapping[str, int] | None) -> NoReturn:
+    """Raises what stands for a canonical code, a word of `Reason`, a message and its numbers by name."""
+    raise error_of(code, message, Reason(reason), {name: str(value) for name, value in (numbers or {}).items()})
+
+
+def integer(name: str, value: int, *, bits: int = 64, reason: Reason = Reason.INVALID_SPANS) -> int:
     """One integer that the wire can carry; raises as `integers`."""
-    return integers(name, [value], bits=bits)[0]
+    return integers(name, [value], bits=bits, reason=reason)[0]
 
 
-def integers(name: str, value: Integers, *, bits: int) -> list[int]:
+def integers(name: str, value: Integers, *, bits: int, reason: Reason = Reason.INVALID_SPANS) -> list[int]:
     """One integer or several, as a list that the wire can carry.
 
     Raises:
-        InvalidArgumentError: one of them is below 0 or takes more bits (INVALID_SPANS).
+        InvalidArgumentError: one of them is below 0 or takes more bits.
         TypeError: not integers.
     """
-    plain = value.tolist() if isinstance(value, _NUMPY) else value
+    plain = value.tolist() if isinstance(value, np.ndarray | np.integer) else value
     try:
         column = [plain] if isinstance(plain, int) else list(map(operator.index, plain))
     except TypeError:
         raise TypeError(f"{name} must be integers, got {value!r}") from None
     if column and not (min(column) >= 0 and max(column) >> bits == 0):
         beyond = next(number for number in column if not 0 <= number < 1 << bits)
-        raise InvalidArgumentError(f"{name} must be 0 to {(1 << bits) - 1}, got {beyond}", Reason.INVALID_SPANS)
+        raise InvalidArgumentError(f"{name} must be 0 to {(1 << bits) - 1}, got {beyond}", reason)
     return column
-
-
-def fill(
-    request: Any, info: Info, spans: Spans, starts: list[int], keys: Keys | None, queries: Queries | None
-) -> Shape:
-    """Checks everything that needs no cache, in the server's order, and writes it into the request.
-
-    Args:
-        request: empty, of the kind that takes keys, queries or both.
-        info: what the server is.
-        spans: the runs.
-        starts: `[N]`, where they start.
-        keys: `[T, D]` or None.
-        queries: `[T, num_heads, D]` or None.
-
-    Returns:
-        The shape of the answer.
-
-    Raises:
-        BlockdexError: a field is out of bounds.
-    """
-    spec = info.spec
-    checks.check_columns(spec, info.limits.max_spans, spans.sequences, starts, spans.lengths, spans.revisions)
-    tokens, num_heads = sum(spans.lengths), 0
-    num_bytes = 0
-    if keys is not None:
-        keys_dtype, vectors = elements_of("keys", keys.tensor)
-        num_bytes = vectors.nbytes
-    if queries is not None:
-        num_heads = checks.check_heads(spec, queries.first_head, queries.num_heads)
-        _fill_selection(request, queries)
-        queries_dtype, asking = elements_of("queries", queries.tensor)
-        num_bytes += asking.nbytes
-    checks.check_message_bytes(num_bytes, info.limits.max_message_bytes)
-    if keys is not None:
-        _fill_tensor(request.keys, "keys", keys_dtype, vectors, (tokens, spec.head_dim))
-        if keys.rollback:
-            request.rollback = True
-            request.header.required_features.append(pb.FEATURE_ROLLBACK)
-    if queries is not None:
-        _fill_tensor(request.queries, "queries", queries_dtype, asking, (tokens, num_heads, spec.head_dim))
-    _fill_spans(request, spans, starts)
-    return tokens, num_heads, spec.topk
-
-
-def _fill_tensor(target: Any, name: str, dtype: FloatDtype, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        checks.check_tensor_bytes(name, dtype, array.nbytes, shape)
-        checks.check_shape(name, array.shape, shape)
-    target.dtype = DTYPES[dtype]
-    target.data = array.tobytes()
-
-
-def _fill_spans(request: Any, spans: Spans, starts: list[int]) -> None:
-    request.layer = spans.layer
-    columns = request.spans
-    columns.sequence_ids.extend(spans.sequences)
-    columns.starts.extend(starts)
-    columns.lengths.extend(spans.lengths)
-    if spans.revisions:
-        columns.revisions.extend(spans.revisions)
-        request.header.required_features.append(pb.FEATURE_REVISIONS)
-
-
-def _fill_selection(request: Any, queries: Queries) -> None:
-    if queries.first_head or queries.num_heads:
-        request.first_head = queries.first_head
-        request.num_heads = queries.num_heads
-        request.header.required_features.append(pb.FEATURE_HEAD_RANGES)
-    if queries.order != "ascending" or queries.return_scores is not False:
-        request.order = _number_of(_ORDERS, queries.order, "order", Reason.INVALID_ORDER)
-        scores = _number_of(_SCORE_FORMATS, queries.return_scores, "return_scores", Reason.INVALID_SCORES)
-        request.return_scores = scores
-        feature = pb.FEATURE_RAW_SCORES if scores == pb.SCORE_FORMAT_RAW else pb.FEATURE_SCORES
-        request.header.required_features.append(feature)
-    if queries.wait_for_keys:
-        request.wait_for_keys = True
-        request.header.required_features.append(pb.FEATURE_WAIT_FOR_KEYS)
-
-
-def _number_of(numbers: Mapping[Any, int], word: object, name: str, reason: Reason) -> int:
-    """The wire's number of a word; refuses what is none."""
-    number = numbers.get(word) if isinstance(word, Hashable) else None
-    if number is None:
-        raise InvalidArgumentError(f"{name} must be one of {', '.join(map(str, numbers))}, got {word}", reason)
-    return number

@@ -6,7 +6,6 @@ import itertools
 import math
 import queue
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -45,7 +44,7 @@ class Stream:
         self._numbers = itertools.count(1)
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         method: Any = channel.stream_stream(STREAM_PATH)
-        self._answers = method(self._requests(), metadata=core.metadata)
+        self._answers = method(iter(self._outbox.get, None), metadata=core.metadata)
         alarm.watch(self)
         if not self._answers.add_callback(self._note_end):
             self._note_end()
@@ -67,7 +66,7 @@ class Stream:
             self._outbox.put(frame)
             answer: bytes = next(self._answers)
             while not number_of(answer):
-                self._core.take_up(event_of(answer))
+                self._core.take_up(*event_of(answer))
                 answer = next(self._answers)
         except BaseException as failure:
             self.end()
@@ -93,11 +92,6 @@ class Stream:
         self._answers.cancel()
         self._outbox.put(None)
         self._alarm.forget(self)
-
-    def _requests(self) -> Iterator[bytes]:
-        """What gRPC's own thread sends."""
-        while (frame := self._outbox.get()) is not None:
-            yield frame
 
     def _note_end(self) -> None:
         self.ended = True

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from blockdex.contract.errors import DataLossError, InvalidArgumentError, Reason
 from blockdex.contract.messages import FloatDtype
-from blockdex.v1 import indexer_pb2 as pb
 
 if TYPE_CHECKING:
     import torch
@@ -37,78 +36,54 @@ _TORCH_BITS = {
     "torch.bfloat16": ("int16", np.dtype(ml_dtypes.bfloat16)),
     "torch.float8_e4m3fn": ("uint8", np.dtype(ml_dtypes.float8_e4m3fn)),
 }
-_ANSWER_DTYPES = {pb.DTYPE_INT32: np.dtype("<i4"), pb.DTYPE_FP32: np.dtype("<f4")}
+_LITTLE_ENDIAN = {"int32": np.dtype("<i4"), "float32": np.dtype("<f4")}
 
 
-def elements_of(name: str, tensor: Any) -> tuple[FloatDtype, NDArray[Any]]:
-    """A tensor's dtype, and its elements on the host, little-endian, in its shape; copied only where they must be.
+def host_array(name: str, tensor: Any) -> NDArray[Any]:
+    """A tensor's elements on the host, in their order, little-endian, of one of `NUMPY_DTYPES`; copied where they must.
 
     Raises:
         InvalidArgumentError: a dtype that the wire does not have (INVALID_TENSOR).
         TypeError: neither a numpy array nor a torch tensor.
     """
     if isinstance(tensor, np.ndarray):
-        array = tensor if tensor.dtype.byteorder != ">" else tensor.astype(tensor.dtype.newbyteorder("<"))
-        known = NUMPY_DTYPES.get(array.dtype)
-        if known is None:
+        array = np.asarray(tensor, tensor.dtype.newbyteorder("<"), "C")
+        if array.dtype not in NUMPY_DTYPES:
             raise _unknown_dtype(name, tensor.dtype)
-        return known, array
+        return array
     torch = _torch_of(tensor)
     if torch is None:
-        raise _no_tensor(name, tensor)
+        raise TypeError(f"{name} must be a numpy array or a torch tensor, got {type(tensor).__name__}")
     dtype = str(tensor.dtype)
     if dtype not in _TORCH_DTYPES:
         raise _unknown_dtype(name, dtype)
-    host = tensor.detach().cpu()
+    host = tensor.detach().cpu().contiguous()
     if dtype in _TORCH_BITS:
         bits, same = _TORCH_BITS[dtype]
-        return _TORCH_DTYPES[dtype], host.view(getattr(torch, bits)).numpy().view(same)
-    return _TORCH_DTYPES[dtype], host.numpy()
+        host = host.view(getattr(torch, bits))
+    elements: NDArray[Any] = host.numpy()
+    return elements.view(same) if dtype in _TORCH_BITS else elements
 
 
-def rows_of(name: str, tensor: Any) -> int:
-    """How many rows a tensor has; a lone number has none.
-
-    Raises:
-        TypeError: neither a numpy array nor a torch tensor.
-    """
-    if not isinstance(tensor, np.ndarray) and _torch_of(tensor) is None:
-        raise _no_tensor(name, tensor)
-    return int(tensor.shape[0]) if len(tensor.shape) > 0 else 0
-
-
-def tensor_like(tensor: Any, name: str, answer: pb.Tensor, shape: tuple[int, ...]) -> Any:
-    """An answer of the shape, of the same kind (and on the same device) as the caller's tensor, and writable.
+def array_like(tensor: Any, name: str, buffer: bytearray | None, dtype: str, shape: tuple[int, ...]) -> Any:
+    """An answer's elements in the buffer, which it keeps; of the kind and on the device of the caller's tensor.
 
     Raises:
-        DataLossError: the answer does not have that many elements.
+        DataLossError: they are not as many as the shape says.
     """
-    dtype = _ANSWER_DTYPES.get(answer.dtype)
-    expected = 4 * math.prod(shape)
-    buffer = bytearray(answer.data)
-    if dtype is None or len(buffer) != expected:
-        raise DataLossError(
-            f"{name}: [{', '.join(map(str, shape))}] takes {expected} bytes, the answer has {len(buffer)}",
-            Reason.INTERNAL,
-        )
-    return array_like(tensor, dtype, buffer, shape)
-
-
-def array_like(tensor: Any, dtype: np.dtype[Any], buffer: bytearray, shape: tuple[int, ...]) -> Any:
-    """The elements in the buffer, which it keeps; of the kind and on the device of the caller's tensor."""
+    expected, got = 4 * math.prod(shape), 0 if buffer is None else len(buffer)
+    if buffer is None or got != expected:
+        words = f"{name}: [{', '.join(map(str, shape))}] takes {expected} bytes, the answer has {got}"
+        raise DataLossError(words, Reason.INTERNAL)
     torch = None if isinstance(tensor, np.ndarray) else _torch_of(tensor)
     if torch is None:
-        return np.ndarray(shape, dtype, buffer)
-    return torch.frombuffer(buffer, dtype=getattr(torch, dtype.name)).reshape(shape).to(tensor.device)
+        return np.ndarray(shape, _LITTLE_ENDIAN[dtype], buffer)
+    return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).reshape(shape).to(tensor.device)
 
 
 def _torch_of(tensor: object) -> Any:
     torch = sys.modules.get("torch")
     return torch if torch is not None and isinstance(tensor, torch.Tensor) else None
-
-
-def _no_tensor(name: str, tensor: object) -> TypeError:
-    return TypeError(f"{name} must be a numpy array or a torch tensor, got {type(tensor).__name__}")
 
 
 def _unknown_dtype(name: str, dtype: object) -> InvalidArgumentError:

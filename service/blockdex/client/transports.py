@@ -10,8 +10,8 @@ import grpc
 from blockdex.client.alarm import Alarm
 from blockdex.client.call import Call
 from blockdex.client.core import CHANNEL_OPTIONS, Core
-from blockdex.client.failures import error_of_call, message_of
-from blockdex.client.frames import answer_of, closed, frame_of
+from blockdex.client.failures import error_of_call
+from blockdex.client.frames import answer_of, closed, milliseconds_of, response_of
 from blockdex.client.paths import UNARY_PATHS
 from blockdex.client.stream import Stream
 from blockdex.contract.errors import BlockdexError
@@ -21,7 +21,7 @@ class Transport(Protocol):
     """Sends calls; safe to share between threads."""
 
     def send(self, call: Call[Any]) -> Any:
-        """The response to one attempt.
+        """What the response to one attempt holds.
 
         Raises:
             BlockdexError: the attempt failed.
@@ -43,16 +43,16 @@ class UnaryTransport:
         self._methods: dict[str, Any] = {rpc: self.channel.unary_unary(path) for rpc, path in UNARY_PATHS.items()}
 
     def send(self, call: Call[Any]) -> Any:
-        """The response to one attempt."""
+        """What the response to one attempt holds."""
         if self._closed:
             raise closed()
         rpc = call.kind.rpc
         method = self._methods[rpc]
         try:
-            answer: bytes = method(call.request, timeout=call.remaining(), metadata=self._core.metadata)
+            answer: bytes = method(call.request.message(), timeout=call.remaining(), metadata=self._core.metadata)
         except grpc.RpcError as failure:
             raise error_of_call(failure, f"{rpc} at {self._core.address}") from failure
-        return message_of(call.kind.response, answer)
+        return response_of(call.kind, answer, self._core.codec)
 
     def close(self) -> None:
         """Ends what is in flight and closes the channel."""
@@ -77,20 +77,20 @@ class StreamTransport:
         self._all: set[Stream] = set()
 
     def send(self, call: Call[Any]) -> Any:
-        """The response to one attempt."""
+        """What the response to one attempt holds."""
         if not call.kind.field:
             return self._unary.send(call)
         timeout = call.remaining()
         stream = self._take()
         try:
-            frame = stream.ask(frame_of(call, stream.number(), timeout), call.deadline)
+            frame = stream.ask(call.request.frame(stream.number(), milliseconds_of(timeout)), call.deadline)
         except TimeoutError:
             raise call.late() from None
         except BlockdexError as failure:
             raise closed() if self._closed else failure from None
         finally:
             self._give_back(stream)
-        return answer_of(call.kind, frame)
+        return answer_of(call.kind, frame, self._core.codec)
 
     def close(self) -> None:
         """Ends what is in flight, then streams and channel."""

@@ -13,6 +13,9 @@ from blockdex_kernels import IndexSpec
 TENANT_KEY = "blockdex-tenant"
 """Metadata entry that names the tenant."""
 
+DEFAULT_TENANT = "default"
+"""Whose sequences they are where nobody names a tenant."""
+
 _MAX_TENANT_CHARACTERS = 256
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8_e4m3": 1}
 

@@ -189,7 +189,12 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What the engine is, holds and can do; `device_name` is empty where the product is not known."""
+    """What the engine is, holds and can do.
+
+    Attributes:
+        device_name: empty where the product is not known.
+        socket: path that it listens on for clients on its host; empty where it does not.
+    """
 
     spec: IndexSpec
     limits: Limits
@@ -198,3 +203,4 @@ class Info:
     device: str
     device_name: str
     kernels: dict[str, tuple[str, str]]
+    socket: str = ""

@@ -1,5 +1,6 @@
-/* blockdex._native: the way of a request, without Python in between: from the wire to the ring (wire/, ring/), and
- * from the ring to the device and back (core/). */
+/* blockdex._native: the way of a request, without Python in between: from a client's arguments to the wire (client/), from
+ * the wire to the ring (wire/, ring/), and from the ring to the device and back (core/). */
+#include "client/token_request.h"
 #include "core/core.h"
 #include "ring/client.h"
 #include "ring/connection.h"
@@ -15,7 +16,7 @@ static bool add_type(PyObject *module, PyType_Spec *spec) {
 static int fill(PyObject *module) {
     if (!add_type(module, &blockdex_line_spec) || !add_type(module, &blockdex_core_spec) ||
         !add_type(module, &blockdex_sequence_index_spec) || !add_type(module, &blockdex_connection_spec) ||
-        add_link(module) < 0)
+        !add_type(module, &token_request_spec) || !add_type(module, &request_maker_spec) || add_link(module) < 0)
         return -1;
     return PyModule_AddIntConstant(module, "SENT", SENT) | PyModule_AddIntConstant(module, "QUEUED", QUEUED) |
            PyModule_AddIntConstant(module, "UNUSUAL", UNUSUAL) |
@@ -33,10 +34,16 @@ static int fill(PyObject *module) {
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};
 
+static PyMethodDef functions[] = {
+    {"read_selection", (PyCFunction)(void (*)(void))read_selection, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "blockdex._native",
     .m_doc = "The compiled parts of the ring, of the core behind it and of the wire before it.",
+    .m_methods = functions,
     .m_slots = slots,
 };
 

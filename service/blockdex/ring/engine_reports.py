@@ -138,6 +138,7 @@ def info_of(words: Words) -> Info:
         device=words["device"],
         device_name=words["device_name"],
         kernels={phase: (kernel, reason) for phase, (kernel, reason) in words["kernels"].items()},
+        socket=words["socket"],
     )
 
 

@@ -74,8 +74,14 @@ def new_link(sizes: Sizes, epoch: int, tenant: str = "") -> tuple[Handles, Handl
     return engine, client
 
 
-async def offer(connected: socket.socket, sizes: Sizes, epoch: int) -> Handles:
+async def offer(connected: socket.socket, sizes: Sizes, epoch: int, is_shared: bool = False) -> Handles:
     """Hands a new segment and two wake-up sockets to who has connected and said hello.
+
+    Args:
+        connected: to who has connected.
+        sizes: of the segment.
+        epoch: the cache's.
+        is_shared: whether processes of other users may connect. They have to name one tenant for all.
 
     Raises:
         RingError: it is the process of another user, or speaks another language.
@@ -84,10 +90,13 @@ async def offer(connected: socket.socket, sizes: Sizes, epoch: int) -> Handles:
     """
     # Before anything is made for it: anybody may connect.
     _, user, _ = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    if user not in (0, os.getuid()):
+    is_another = user not in (0, os.getuid())
+    if is_another and not is_shared:
         raise RingError(f"link: user {user} may not connect, {os.getuid()} may")
     async with asyncio.timeout(_HELLO_SECONDS):
         tenant = await _hear_hello(connected)
+    if is_another and not tenant:
+        raise RingError(f"link: user {user} has to name a tenant")
     engine, client = new_link(sizes, epoch, tenant)
     try:
         files = [client.segment.fd, client.engine_bell, client.client_bell]

@@ -12,7 +12,7 @@ from blockdex.logs import RateLimit, log_event
 from blockdex.ring.channels import LinkChannels
 from blockdex.ring.control_channel import ControlChannel
 from blockdex.ring.engine_reports import Engine, reply_to
-from blockdex.ring.events import EventQueue, words_of
+from blockdex.ring.events import EventQueue, SequencesEvicted, words_of
 from blockdex.ring.handshake import Handles, offer
 from blockdex.ring.regions import LinkRegions
 from blockdex.ring.segment import RingError, Sizes
@@ -34,13 +34,15 @@ class RingHost:
     Args:
         engine: takes its entries from the inbox.
         inbox: where requests come in.
-        listening: where frontends connect.
+        listening: where frontends connect, or other clients.
+        is_shared: whether whoever can reach the socket may connect, of whatever user; they name their tenant.
     """
 
-    def __init__(self, engine: Engine, inbox: RingInbox, listening: socket.socket) -> None:
+    def __init__(self, engine: Engine, inbox: RingInbox, listening: socket.socket, *, is_shared: bool = False) -> None:
         self._engine = engine
         self._inbox = inbox
         self._listening = listening
+        self._is_shared = is_shared
         self._guests: set[asyncio.Task[None]] = set()
         self._limit = RateLimit(_LINES_PER_SECOND)
 
@@ -68,7 +70,7 @@ class RingHost:
         info = self._engine.info()
         with connected:
             try:
-                handles, talk = await _begin(connected, sizes_of(info.spec, info.limits), info.epoch)
+                handles, talk = await _begin(connected, sizes_of(info.spec, info.limits), info.epoch, self._is_shared)
             except (RingError, OSError) as error:
                 self._tell_of_refusal(error)
                 return
@@ -87,7 +89,7 @@ class RingHost:
         self._inbox.add(line)
         try:
             async with asyncio.TaskGroup() as tasks:
-                telling = tasks.create_task(_tell_of(events, talk))
+                telling = tasks.create_task(_tell_of(events, talk, handles.tenant))
                 async for words in talk.heard():
                     reply = await regions.reply_to(words, talk.files) or await channels.reply_to(words, talk.files)
                     talk.tell(reply or await reply_to(self._engine, words))
@@ -108,16 +110,19 @@ class RingHost:
             log_event(logger, logging.WARNING, "link refused", reason=str(error), withheld=withheld)
 
 
-async def _tell_of(events: EventQueue, talk: ControlChannel) -> None:
-    """Tells of events as they come."""
+async def _tell_of(events: EventQueue, talk: ControlChannel, tenant: str) -> None:
+    """Tells of events as they come; a link with a tenant hears of its own sequences alone."""
     while True:
-        talk.tell(words_of(await events.get()))
+        event = await events.get()
+        if tenant and isinstance(event, SequencesEvicted) and event.tenant != tenant:
+            continue
+        talk.tell(words_of(event))
         await talk.drain()
 
 
-async def _begin(connected: socket.socket, sizes: Sizes, epoch: int) -> tuple[Handles, ControlChannel]:
+async def _begin(connected: socket.socket, sizes: Sizes, epoch: int, is_shared: bool) -> tuple[Handles, ControlChannel]:
     """Both sides' files of a new link, and the conversation beside it."""
-    handles = await offer(connected, sizes, epoch)
+    handles = await offer(connected, sizes, epoch, is_shared)
     try:
         return handles, await ControlChannel.on(connected.dup())
     except BaseException:

@@ -35,8 +35,8 @@ SLICE_SECONDS = {"cpu": 0.02, "cuda": 0.001}
 
 _STOP_SECONDS = 30.0
 _FOR_EVER = 1e10
-# A prefill's slice takes about a millisecond, and the next one is on its way already.
-_PREFILL_LOOK_SECONDS = 0.0002
+# A prefill's slice takes about a millisecond, and the next one is on its way already; the last one's end is waited for.
+_PREFILL_LOOK_SECONDS = 0.00005
 # While something is on its way, the deadlines of prefills are looked after so often.
 _LOOK_SECONDS = 0.001
 
@@ -67,12 +67,14 @@ class Engine:
         *,
         limits: Limits,
         inbox: RingInbox,
+        socket: str = "",
         lease_seconds: float = 600.0,
         decode_queries: int = 16,
         prefill_slice_seconds: float | None = None,
         on_lost_device: Callable[[], None] | None = None,
     ) -> None:
         self.limits = limits
+        self._socket = socket
         self.device_is_lost = False
         self._on_lost_device = on_lost_device
         self._backend = backend
@@ -145,6 +147,7 @@ class Engine:
             device=str(self._backend.device),
             device_name=device_name(self._backend.device),
             kernels=self._backend.kernels,
+            socket=self._socket,
         )
 
     def overview(self, max_cells: int) -> CacheOverview:

@@ -164,6 +164,7 @@ def build_engine(
         prefill_slice_seconds=settings.prefill_slice_seconds,
         on_lost_device=on_lost_device,
         inbox=inbox,
+        socket="" if settings.socket is None else str(settings.socket.absolute()),
     )
 
 

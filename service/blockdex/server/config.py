@@ -119,6 +119,14 @@ class ServeSettings(BaseSettings):
     http_address: Listen = _setting(
         "127.0.0.1:9051", "HOST:PORT", "Where /healthz, /readyz, /metrics and /v1/info listen; port 0 takes a free one."
     )
+    socket: Path | None = _setting(
+        None, "PATH", "Unix socket for clients on this host, who then use shared memory; without one, gRPC alone."
+    )
+    socket_group: str | None = _setting(
+        None,
+        "GROUP",
+        "Group whose members may use the socket too, a name or a number; else only the server's own user.",
+    )
     processes: Literal["auto", "single", "split"] = _setting(
         "auto",
         "HOW",
@@ -230,7 +238,7 @@ class ServeSettings(BaseSettings):
     @classmethod
     def restore(cls, dumped: dict[str, Any]) -> ServeSettings:
         """The settings that `model_dump(mode="json")` made an object of; nothing is read anew."""
-        paths = {name: Path(dumped[name]) for name in ("config", "model_file") if dumped[name] is not None}
+        paths = {name: Path(dumped[name]) for name in ("config", "model_file", "socket") if dumped[name] is not None}
         return cls.model_construct(**dumped | paths)
 
     def index_spec(self) -> IndexSpec:

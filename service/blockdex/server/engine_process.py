@@ -41,7 +41,9 @@ async def run(talk: ControlChannel, settings: ServeSettings, words: Words, heard
         talk.tell({"refused": str(error)})
         return
     talk.tell({"gpu": gpu_uuid(engine.info().device)})
-    opening = asyncio.create_task(_open(talk, engine, inbox, words["listening"]))
+    opening = asyncio.create_task(
+        _open(talk, engine, inbox, words["listening"], words["public"], settings.socket_group is not None)
+    )
     # By itself it ends by a fault alone; then nobody is let in any more, and another core is started.
     opening.add_done_callback(lambda _: talk.hang_up())
     async for told in heard:
@@ -64,8 +66,10 @@ async def run(talk: ControlChannel, settings: ServeSettings, words: Words, heard
     engine.stop()
 
 
-async def _open(talk: ControlChannel, engine: Engine, inbox: RingInbox, listening: int) -> None:
-    """Lets frontends in once every kernel is compiled."""
+async def _open(
+    talk: ControlChannel, engine: Engine, inbox: RingInbox, listening: int, public: list[int], is_shared: bool
+) -> None:
+    """Lets frontends and clients in once every kernel is compiled."""
     try:
         await warm_up(engine, lambda done, total: talk.tell({"compiling": [done, total]}), asyncio.Event())
     except StartError as error:
@@ -73,9 +77,12 @@ async def _open(talk: ControlChannel, engine: Engine, inbox: RingInbox, listenin
         return
     engine.start()
     talk.tell({"open": True})
-    with socket.socket(fileno=listening) as accepting:
-        accepting.setblocking(False)
-        await RingHost(engine, inbox, accepting).run()
+    async with asyncio.TaskGroup() as hosts:
+        for file in (listening, *public):
+            accepting = socket.socket(fileno=file)
+            accepting.setblocking(False)
+            host = RingHost(engine, inbox, accepting, is_shared=is_shared and file != listening)
+            hosts.create_task(host.run())
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from blockdex.server.bootstrap import (
 )
 from blockdex.server.config import ServeSettings
 from blockdex.server.http_process import HttpSide
+from blockdex.server.public_socket import public_socket
 from blockdex.server.request_counts import OwnCounts
 from blockdex.server.supervisor import Supervisor
 from blockdex_kernels import IndexSpec, SpecError
@@ -85,43 +86,44 @@ async def _run_single(
     from blockdex.server.single_process import connected  # noqa: PLC0415
 
     threading.excepthook = end_with_the_thread
-    inbox = RingInbox(spin_seconds(settings))
-    engine = build_engine(settings, spec, lambda: os.kill(os.getpid(), signal.SIGTERM), inbox)
-    told_to_stop = _listen_to_signals()
-    requests, readiness = OwnCounts(), Readiness()
-    async with connected(engine, inbox, settings, requests, selector, told_to_stop) as channel:
-        info = await channel.info()
-        restarts = dict.fromkeys(("core", "frontend"), 0)
-        http = await HttpSide.start(channel, requests, readiness, restarts, gpu_uuid(info.device), http_socket)
-        try:
-            if not await warm_up(engine, readiness.compiling, told_to_stop):
-                return 0
-            engine.start()
-            tracing = start_tracing(settings)
+    with public_socket(settings) as public:
+        inbox = RingInbox(spin_seconds(settings))
+        engine = build_engine(settings, spec, lambda: os.kill(os.getpid(), signal.SIGTERM), inbox)
+        told_to_stop = _listen_to_signals()
+        requests, readiness = OwnCounts(), Readiness()
+        async with connected(engine, inbox, settings, public, requests, selector, told_to_stop) as channel:
+            info = await channel.info()
+            restarts = dict.fromkeys(("core", "frontend"), 0)
+            http = await HttpSide.start(channel, requests, readiness, restarts, gpu_uuid(info.device), http_socket)
             try:
-                rpc = await start_rpc_server(
-                    channel,
-                    settings.grpc_address,
-                    observe=requests.observe,
-                    slow_request_seconds=settings.slow_request_seconds,
-                    tracing=tracing,
-                )
-            except OSError as error:
-                raise StartError(str(error)) from error
-            readiness.obstacle = ""
-            _log_start(info, rpc.address, _http_address(settings, http_socket))
-            await told_to_stop.wait()
-            _log_stopping(settings)
-            readiness.obstacle = "shutting down"
-            await rpc.stop_being_ready()
-            channel.refuse_new()
-            engine.expect_no_more()
-            await channel.drain(settings.shutdown_grace_seconds)
-            await rpc.stop(_WRITE_SECONDS)
-            if tracing is not None:
-                await asyncio.to_thread(tracing.close, FLUSH_SECONDS)
-        finally:
-            await http.stop()
+                if not await warm_up(engine, readiness.compiling, told_to_stop):
+                    return 0
+                engine.start()
+                tracing = start_tracing(settings)
+                try:
+                    rpc = await start_rpc_server(
+                        channel,
+                        settings.grpc_address,
+                        observe=requests.observe,
+                        slow_request_seconds=settings.slow_request_seconds,
+                        tracing=tracing,
+                    )
+                except OSError as error:
+                    raise StartError(str(error)) from error
+                readiness.obstacle = ""
+                _log_start(info, rpc.address, _http_address(settings, http_socket))
+                await told_to_stop.wait()
+                _log_stopping(settings)
+                readiness.obstacle = "shutting down"
+                await rpc.stop_being_ready()
+                channel.refuse_new()
+                engine.expect_no_more()
+                await channel.drain(settings.shutdown_grace_seconds)
+                await rpc.stop(_WRITE_SECONDS)
+                if tracing is not None:
+                    await asyncio.to_thread(tracing.close, FLUSH_SECONDS)
+            finally:
+                await http.stop()
     log_event(logger, logging.INFO, "stopped")
     if engine.device_is_lost:
         # Another thread may be in a call of its driver that does not end, and the interpreter would wait for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ async def connected(
     engine: Engine,
     inbox: RingInbox,
     settings: ServeSettings,
+    public: list[socket.socket],
     requests: OwnCounts,
     selector: RingSelector,
     told_to_stop: asyncio.Event,
@@ -35,6 +37,7 @@ async def connected(
         engine: takes its requests from the inbox.
         inbox: where they come in.
         settings: of the server.
+        public: where other clients on this host connect.
         requests: counts those that were answered.
         selector: of the loop.
         told_to_stop: set where the link cannot go on.
@@ -48,18 +51,20 @@ async def connected(
             timed=requests.observe_many,
             spinning=Spinning(selector, seconds) if seconds else None,
         )
-        both = [asyncio.create_task(work) for work in (RingHost(engine, inbox, listening).run(), channel.run())]
-        for task in both:
+        hosts = [RingHost(engine, inbox, listening)]
+        hosts += [RingHost(engine, inbox, each, is_shared=settings.socket_group is not None) for each in public]
+        tasks = [asyncio.create_task(work) for work in (*(host.run() for host in hosts), channel.run())]
+        for task in tasks:
             # By itself it ends by a fault alone.
             task.add_done_callback(lambda _: told_to_stop.set())
         try:
-            await asyncio.wait([asyncio.create_task(there.wait()), *both], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([asyncio.create_task(there.wait()), *tasks], return_when=asyncio.FIRST_COMPLETED)
             yield channel
         finally:
-            faults = [task.exception() for task in both if task.done() and not task.cancelled()]
-            for task in both:
+            faults = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             engine.stop()
     for fault in faults:
         if fault is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from blockdex.frontend.http.readiness import Readiness
@@ -14,6 +15,7 @@ from blockdex.server.addresses import Address
 from blockdex.server.bootstrap import StartError
 from blockdex.server.child_process import END_SECONDS, Child
 from blockdex.server.config import ServeSettings
+from blockdex.server.public_socket import public_socket
 from blockdex.server.request_counts import FleetCounts
 from blockdex.server.restarts import Kept
 
@@ -40,6 +42,8 @@ class Supervisor:
         self._settings = settings
         self._readiness = readiness
         self._core_listens = listen()
+        self._public = ExitStack()
+        self._public_files: list[int] = []
         self._reserved: socket.socket | None = None
         self.restarts = dict.fromkeys(("core", "frontend"), 0)
         self._core = Kept("core", self._start_core, self._has_ended, self.restarts)
@@ -66,6 +70,8 @@ class Supervisor:
         Raises:
             StartError: it cannot be started, or the port cannot be had.
         """
+        public = self._public.enter_context(public_socket(self._settings))
+        self._public_files = [each.fileno() for each in public]
         if len(self._doors) > 1:
             try:
                 self._reserved, address = Address.parse(self.grpc_address).reserve()
@@ -124,6 +130,7 @@ class Supervisor:
         core = [] if self._core.child is None else [self._core.child]
         await _end([*self._running_doors(), *core], 0.0)
         self._core_listens.close()
+        self._public.close()
         if self._reserved is not None:
             self._reserved.close()
 
@@ -153,8 +160,8 @@ class Supervisor:
             raise StartError(self._refusal or f"the engine core ended with {ended.result()} before it was ready")
 
     async def _start_core(self) -> Child:
-        listening = self._core_listens.fileno()
-        core, said = await Child.start(CORE, self._settings, [listening], listening=listening)
+        listening, public = self._core_listens.fileno(), self._public_files
+        core, said = await Child.start(CORE, self._settings, [listening, *public], listening=listening, public=public)
         self.gpu = said["gpu"]
         self._in_background(self._hear(core))
         return core

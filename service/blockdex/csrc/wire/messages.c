@@ -217,6 +217,106 @@ static uint8_t *write_tensor(uint8_t *to, unsigned number, const struct wire_ten
     return to + tensor->bytes;
 }
 
+/* --- A request as bytes --- */
+
+/* What it uses of the features, as numbers below 128. */
+static uint32_t features_of(const struct wire_request *request, uint8_t features[LAST_FEATURE]) {
+    uint32_t count = 0;
+    if (request->first_head || request->num_heads) features[count++] = HEAD_RANGES;
+    if (request->spans->counts[REVISIONS]) features[count++] = REVISION_CHECKS;
+    if (request->wait_for_keys) features[count++] = WAITING_FOR_KEYS;
+    if (request->scores == SCALED_SCORES || (request->order && !request->scores)) features[count++] = SCORES_AND_ORDER;
+    if (request->rollback) features[count++] = ROLLBACKS;
+    if (request->scores == RAW_SCORES) features[count++] = RAW_SCORE_FORMAT;
+    return count;
+}
+
+static uint64_t packed_size(uint64_t inside) { return inside ? 1 + varint_size(inside) + inside : 0; }
+
+static uint64_t varints_inside(const struct wire_spans *spans, unsigned column) {
+    uint64_t size = 0;
+    for (uint32_t at = 0; at < spans->counts[column]; at++) size += varint_size(spans->columns[column][at]);
+    return size;
+}
+
+static uint64_t fixed64s_inside(const struct wire_spans *spans, unsigned column) {
+    return UINT64_C(8) * spans->counts[column];
+}
+
+static uint64_t spans_inside(const struct wire_spans *spans) {
+    return packed_size(fixed64s_inside(spans, SEQUENCE_IDS)) + packed_size(varints_inside(spans, STARTS)) +
+           packed_size(varints_inside(spans, LENGTHS)) + packed_size(fixed64s_inside(spans, REVISIONS));
+}
+
+static uint8_t *write_varints(uint8_t *to, unsigned number, const struct wire_spans *spans, unsigned column) {
+    if (!spans->counts[column]) return to;
+    to = write_varint(write_tag(to, number, BYTES), varints_inside(spans, column));
+    for (uint32_t at = 0; at < spans->counts[column]; at++) to = write_varint(to, spans->columns[column][at]);
+    return to;
+}
+
+static uint8_t *write_fixed64s(uint8_t *to, unsigned number, const struct wire_spans *spans, unsigned column) {
+    uint64_t bytes = fixed64s_inside(spans, column);
+    if (!bytes) return to;
+    to = write_varint(write_tag(to, number, BYTES), bytes);
+    memcpy(to, spans->columns[column], bytes);
+    return to + bytes;
+}
+
+static uint8_t *write_spans(uint8_t *to, const struct wire_spans *spans) {
+    to = write_varint(write_tag(to, SPANS, BYTES), spans_inside(spans));
+    to = write_fixed64s(to, 1, spans, SEQUENCE_IDS);
+    to = write_varints(to, 2, spans, STARTS);
+    to = write_varints(to, 3, spans, LENGTHS);
+    return write_fixed64s(to, 4, spans, REVISIONS);
+}
+
+static uint64_t header_inside(const struct wire_request *request) {
+    uint8_t features[LAST_FEATURE];
+    return fixed64_size(request->epoch) + packed_size(features_of(request, features));
+}
+
+static uint8_t *write_header(uint8_t *to, const struct wire_request *request) {
+    uint8_t features[LAST_FEATURE];
+    uint32_t count = features_of(request, features);
+    to = write_varint(write_tag(to, HEADER, BYTES), header_inside(request));
+    to = write_fixed64(to, 1, request->epoch);
+    if (!count) return to;
+    to = write_varint(write_tag(to, 2, BYTES), count);
+    memcpy(to, features, count);
+    return to + count;
+}
+
+/* With its tag; a message that says nothing is written all the same, as it is in `write_header` and `write_spans`. */
+static uint64_t message_size(uint64_t inside) { return 1 + varint_size(inside) + inside; }
+
+static uint64_t request_inside(const struct wire_request *request) {
+    return message_size(header_inside(request)) + number_size(request->layer) +
+           message_size(spans_inside(request->spans)) + tensor_size(&request->keys) + tensor_size(&request->queries) +
+           number_size(request->first_head) + number_size(request->num_heads) + number_size(request->order) +
+           number_size(request->scores) + number_size(request->wait_for_keys) + number_size(request->rollback);
+}
+
+uint64_t wire_request_size(const struct wire_request *request, bool streamed) {
+    uint64_t inside = request_inside(request);
+    return streamed ? fixed64_size(request->number) + number_size(request->timeout_ms) + message_size(inside) : inside;
+}
+
+void wire_request_write(const struct wire_request *request, bool streamed, uint8_t *to) {
+    if (streamed) {
+        to = write_number(write_fixed64(to, 1, request->number), 2, request->timeout_ms);
+        to = write_varint(write_tag(to, 3 + request->kind, BYTES), request_inside(request));
+    }
+    to = write_number(write_header(to, request), LAYER, request->layer);
+    to = write_tensor(write_spans(to, request->spans), KEYS, &request->keys);
+    to = write_tensor(to, QUERIES, &request->queries);
+    to = write_number(write_number(to, FIRST_HEAD, request->first_head), NUM_HEADS, request->num_heads);
+    to = write_number(write_number(to, ORDER, request->order), SCORES, request->scores);
+    write_number(write_number(to, WAIT, request->wait_for_keys), ROLLBACK, request->rollback);
+}
+
+/* --- A response --- */
+
 static uint64_t inside_size(const struct wire_response *response) {
     return tensor_size(&response->block_ids) + tensor_size(&response->scores) + fixed64_size(response->epoch);
 }
@@ -234,4 +334,43 @@ void wire_write(const struct wire_response *response, uint8_t *to) {
     to = write_fixed64(to, 1, response->epoch);
     to = write_tensor(to, 2, &response->block_ids);
     write_tensor(to, 3, &response->scores);
+}
+
+static bool read_response(struct wire_response *response, struct cursor cursor) {
+    struct field field = {0};
+    while (cursor.at < cursor.end) {
+        if (!read_field(&cursor, &field)) return false;
+        switch (field.number) {
+            case 1:
+                if (field.type != FIXED64) return false;
+                response->epoch = field.value;
+                break;
+            case 2:
+                if (!read_tensor(&response->block_ids, &field)) return false;
+                break;
+            case 3:
+                if (!read_tensor(&response->scores, &field)) return false;
+                break;
+            default: break;
+        }
+    }
+    return true;
+}
+
+bool wire_response_read(struct wire_response *response, const uint8_t *bytes, size_t size) {
+    struct cursor cursor = {bytes, bytes + size};
+    struct field field = {0}, body = {0};
+    if (!response->streamed) return read_response(response, cursor);
+    while (cursor.at < cursor.end) {
+        if (!read_field(&cursor, &field)) return false;
+        if (field.number == 1) {
+            if (field.type != FIXED64) return false;
+            response->number = field.value;
+        } else {
+            /* What else a frame may hold, an error say, is protobuf's. */
+            if (field.number != 3 + response->kind || field.type != BYTES || body.number) return false;
+            body = field;
+        }
+    }
+    return body.number && read_response(response, body.inside);
 }

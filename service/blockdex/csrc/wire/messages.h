@@ -29,8 +29,16 @@ struct wire_spans {
     uint32_t most;
 };
 
-/* The last of the features that a request may require, as `Feature` numbers them from 1 on. */
-enum { LAST_FEATURE = 6 };
+/* The features that a request may require, as `Feature` numbers them. */
+enum {
+    HEAD_RANGES = 1,
+    REVISION_CHECKS,
+    WAITING_FOR_KEYS,
+    SCORES_AND_ORDER,
+    ROLLBACKS,
+    RAW_SCORE_FORMAT,
+    LAST_FEATURE = RAW_SCORE_FORMAT
+};
 
 /* As `ScoreFormat` numbers them. */
 enum { NO_SCORES, SCALED_SCORES, RAW_SCORES };
@@ -49,6 +57,11 @@ struct wire_request {
 bool wire_read(struct wire_request *request, const uint8_t *bytes, size_t size);
 bool wire_read_streamed(struct wire_request *request, const uint8_t *bytes, size_t size);
 
+/* Bytes of a request, alone or as one of a stream, and the request itself, which insists on whatever feature it
+ * uses. */
+uint64_t wire_request_size(const struct wire_request *request, bool streamed);
+void wire_request_write(const struct wire_request *request, bool streamed, uint8_t *to);
+
 /* An answer to such a request; a tensor without data is left out. */
 struct wire_response {
     struct wire_tensor block_ids, scores;
@@ -60,5 +73,9 @@ struct wire_response {
 /* Bytes that `wire_write` writes. */
 uint64_t wire_size(const struct wire_response *response);
 void wire_write(const struct wire_response *response, uint8_t *to);
+
+/* Reads a response of that kind, alone or of a stream as `streamed` says; both are set, the rest is zero. False where
+ * protobuf has to read it: it is unusual, an error, or of another kind. */
+bool wire_response_read(struct wire_response *response, const uint8_t *bytes, size_t size);
 
 #endif

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
-from blockdex.contract.limits import TENANT_KEY, check_tenant
+from blockdex.contract.limits import DEFAULT_TENANT, TENANT_KEY, check_tenant
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.caller import CameTo
 
@@ -26,7 +26,6 @@ Observe = Callable[[str, str, float], None]
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-DEFAULT_TENANT = "default"
 REQUEST_ID_KEY = "x-request-id"
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")

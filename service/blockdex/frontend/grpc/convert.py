@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -141,7 +140,7 @@ def _feature_name(feature: int) -> str:
     )
 
 
-def info_response(info: Info, version: str, transports: Iterable[str]) -> pb.GetInfoResponse:
+def info_response(info: Info, version: str) -> pb.GetInfoResponse:
     """What `GetInfo` answers."""
     spec, limits, cache = info.spec, info.limits, info.cache
     return pb.GetInfoResponse(
@@ -183,7 +182,7 @@ def info_response(info: Info, version: str, transports: Iterable[str]) -> pb.Get
         ],
         version=version,
         features=FEATURES,
-        transports=transports,
+        transports=["grpc", f"ring:{info.socket}"] if info.socket else ["grpc"],
     )
 
 

@@ -23,7 +23,6 @@ from blockdex.ring.events import Event, NewEpoch, SequencesEvicted
 from blockdex.v1 import indexer_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["IndexerService"]
-TRANSPORTS = ("grpc",)
 _TOKEN_REQUESTS: tuple[type[convert.TokenWireRequest], ...] = (
     pb.AppendKeysRequest,
     pb.SelectBlocksRequest,
@@ -118,7 +117,7 @@ class IndexerService:
         """What the server is, holds and can do."""
 
         async def answer(info: Info) -> pb.GetInfoResponse:
-            return convert.info_response(info, VERSION, TRANSPORTS)
+            return convert.info_response(info, VERSION)
 
         return await self._report("GetInfo", request.header, context, answer)
 

@@ -12,7 +12,6 @@ from google.protobuf.json_format import MessageToJson
 from blockdex.contract.errors import UnavailableError
 from blockdex.contract.version import VERSION
 from blockdex.frontend.grpc.convert import info_response
-from blockdex.frontend.grpc.service import TRANSPORTS
 from blockdex.frontend.http.live_page import LiveView
 from blockdex.frontend.http.metrics import Metrics
 from blockdex.frontend.http.readiness import Readiness
@@ -74,7 +73,7 @@ def create_app(reports: Reports, metrics: Metrics, live: LiveView, readiness: Re
     @app.get("/v1/info")
     async def info() -> Response:
         """What `GetInfo` answers, as ProtoJSON: 64-bit numbers are strings."""
-        message = info_response(await reports.info(), VERSION, TRANSPORTS)
+        message = info_response(await reports.info(), VERSION)
         return Response(
             MessageToJson(message, always_print_fields_with_no_presence=True), media_type="application/json"
         )
