@@ -326,6 +326,11 @@ class StrangeServer:
         self._segment.memory[at : at + ANSWER_STRUCT.size] = ANSWER_STRUCT.pack(*slot)
         self._producer.publish()
 
+    @property
+    def freed(self) -> int:
+        """Position up to which the answers' arena is free again."""
+        return self._segment.counters[AT["answer_bytes_freed"] // 8]
+
     def count(self, answers: int) -> None:
         """Says that so many have been written."""
         self._segment.counters[AT["answers_written"] // 8] = answers
@@ -392,6 +397,20 @@ def test_a_reason_longer_than_its_payload_is_cut() -> None:
         assert connection.wait(ticket, SECONDS) == (5, "", "")
 
 
+def test_room_is_given_back_in_the_order_of_the_answers() -> None:
+    """In whatever order they are waited for; one without a payload has none."""
+    with strange() as (connection, server):
+        tickets = [submit(connection, get(1)) for _ in range(4)]
+        for at, ticket in enumerate(tickets):
+            has = at != 2
+            server.answer(AnswerSlot(ticket=ticket, payload_bytes=64 * has, payload_end=64 * (at + 1) * has))
+        freed = []
+        for at in (1, 2, 0, 3):
+            assert connection.wait(tickets[at], SECONDS) is not None
+            freed.append(server.freed)
+        assert freed == [0, 0, 128, 256]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_is_answered_every_wait_ends(seed: int) -> None:
     """Slots that are right but for one field, which is anything."""
@@ -453,6 +472,7 @@ def test_a_reply_that_comes_late_is_not_taken_for_another() -> None:
         said = [b'{"answer":1}', b'{"new_epoch":5}', b'{"answer":"two"}']
         for byte in b"".join(len(each).to_bytes(4, "little") + each for each in said):
             accepted.send(bytes([byte]))
+            time.sleep(0.001)
 
     with (
         strange_server(Sizes(8, 4096, 4096), reply) as (address, _),
