@@ -131,10 +131,8 @@ MUTANTS = (
     Mutant(
         "no step signals",
         _LAUNCH,
-        "        if (!shape->num_addresses || !request->link->channel.on_device) continue;
-",
-        "        continue;
-",
+        "        if (!shape->num_addresses || !request->link->channel.on_device) continue;\n",
+        "        continue;\n",
         _IN_CORE,
     ),
     Mutant(
@@ -144,7 +142,9 @@ MUTANTS = (
         "if (request->link->channel.on_device && request->signalled)",
         _IN_CORE,
     ),
-    Mutant("more signals than there is room for", _LAUNCH, " && signals < CORE_SIGNALS", " && signals < 1000", _IN_CORE),
+    Mutant(
+        "more signals than there is room for", _LAUNCH, " && signals < CORE_SIGNALS", " && signals < 1000", _IN_CORE
+    ),
     Mutant("a signal that failed goes on", _LOOP, "core->no_memory || core->launch_error", "core->no_memory", _IN_CORE),
     Mutant(
         "the core sleeps beside a channel",
