@@ -13,6 +13,7 @@ BROKEN: int
 MAX_RUNS: int
 MAX_TOKENS: int
 STEPS: int
+SIGNALS: int
 MAX_REGIONS: int
 
 class ServerLink:
@@ -459,7 +460,7 @@ class ClientLink:
         """
 
 class TokenRequest:
-    """A data call of the Python client: see `blockdex.client.requests`."""
+    """A data call of the Python client, made by a `RequestMaker`: see `blockdex.client.requests`."""
 
     @property
     def shape(self) -> tuple[int, int, int]: ...
