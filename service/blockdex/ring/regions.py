@@ -171,13 +171,13 @@ class LinkRegions:
     Args:
         open_region: opens what is offered, on any thread; raises what `map_memfd` does, and UnimplementedError.
         inbox: has the engine's thread enter and leave regions.
-        line: the link.
+        link: whose they are.
     """
 
-    def __init__(self, open_region: Callable[[Offer], Region], inbox: RingInbox, line: ServerLink) -> None:
+    def __init__(self, open_region: Callable[[Offer], Region], inbox: RingInbox, link: ServerLink) -> None:
         self._open = open_region
         self._inbox = inbox
-        self._line = line
+        self._link = link
         self._lent: dict[int, _Lent] = {}
 
     async def reply_to(self, words: Words, files: Sequence[int]) -> Words | None:
@@ -205,7 +205,7 @@ class LinkRegions:
             )
         most = MAX_LINK_BYTES - sum(lent.bytes for lent in self._lent.values())
         region = await open_offer(self._open, kind, words, files, most)
-        number = await self._on_engine(lambda: self._line.native.share(region))
+        number = await self._on_engine(lambda: self._link.native.share(region))
         self._lent[number] = _Lent(region.bytes, region.closed)
         return {"region": number, "bytes": region.bytes}
 
@@ -213,7 +213,7 @@ class LinkRegions:
         if not isinstance(number, int) or (lent := self._lent.get(number)) is None:
             raise refused(f"release: the link has no region {number!r}")
         if not lent.given_back:
-            await self._on_engine(lambda: self._inbox.give_back(self._line, number))
+            await self._on_engine(lambda: self._inbox.give_back(self._link, number))
             lent.given_back = True
         try:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(lent.closed)), _RELEASE_SECONDS)
