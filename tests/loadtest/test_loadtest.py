@@ -47,6 +47,8 @@ class Runs:
             "ceiling": 0,
             "timeout": 10,
             "check-share": 0.02,
+            # A busy machine stands still for longer than the default.
+            "outage": 30,
             "output": self.path,
         } | {name.replace("_", "-"): value for name, value in changes.items()}
         return ["loadtest", *(f"--{name}={value}" for name, value in options.items() if value is not None)]
@@ -341,7 +343,7 @@ def test_a_server_that_dies_is_in_the_result(tmp_path: Path) -> None:
             server.process.kill()
 
         with meanwhile(kill):
-            result = runs.run("decode-fleet", status=1, transport="unary", duration=4, warm_up=0, timeout=2)
+            result = runs.run("decode-fleet", status=1, transport="unary", duration=4, warm_up=0, timeout=2, outage=2)
     assert result["all"]["errors"] > 0
     assert any(outcome.startswith("UNAVAILABLE") for outcome in result["all"]["outcomes"])
     assert result["left_open"] > 0

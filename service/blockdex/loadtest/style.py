@@ -48,7 +48,7 @@ polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap
 .table { overflow-x: auto; } .table + .table { margin-top: 16px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); }
-th, td:not(:last-child) { white-space: nowrap; }
+th, td:not(:last-child) { white-space: nowrap; } td:last-child { min-width: 7em; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { color: var(--soft); font-weight: 500; }
 tbody tr:last-child td { border-bottom: 0; }

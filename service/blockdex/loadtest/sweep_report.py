@@ -25,14 +25,12 @@ def sweep_report(setting: str, results: Sequence[dict[str, Any]]) -> str:
 def _latency(setting: str, results: Sequence[dict[str, Any]]) -> str:
     rates = [result["throughput"]["calls_per_second"] for result in results]
     labels = [f"{result['settings'][setting]:g}" for result in results]
-    lines = [
-        Series(
-            name, list(zip(rates, (result["all"]["latency_seconds"][name] for result in results), strict=True)), labels
-        )
-        for name in ("p99", "p50")
-    ]
+    lines = []
+    for name in ("p99", "p50"):
+        latencies = [result["all"]["latency_seconds"][name] for result in results]
+        lines.append(Series(name, list(zip(rates, latencies, strict=True)), labels if name == "p99" else ()))
     x = linear_axis("calls answered a second", max(rates), "{:,g}".format)
-    return line_chart(f"Latency by throughput, at each number of {setting}", x, latency_axis(lines), lines)
+    return line_chart(f"Latency by throughput, with the {setting} of each point", x, latency_axis(lines), lines)
 
 
 def _throughput(setting: str, results: Sequence[dict[str, Any]]) -> str:
