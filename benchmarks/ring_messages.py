@@ -6,7 +6,9 @@ engine without a server round it: benchmarks and tests.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,16 +104,30 @@ Payload = tuple[tuple[int, bytes | memoryview], ...]
 """What a request carries behind its tenant: parts and where each begins."""
 
 
+Places = Mapping[str, tuple[int, int]]
+"""Tensors of a token request (`keys`, `queries`, `block_ids`, `scores`) that lie in regions: number and offset."""
+
+
 def request_bytes(request: Request) -> int:
-    """Bytes of what a request carries."""
-    return _end(request, _parts(request)[1])
+    """Bytes of what a request carries, where it names no region."""
+    return _end(request, _parts(request, {})[1])
 
 
 def write_request(
-    segment: Segment, slot: int, offset: int, ticket: int, request: Request, received: float, deadline: float
+    segment: Segment,
+    slot: int,
+    offset: int,
+    ticket: int,
+    request: Request,
+    received: float,
+    deadline: float,
+    places: Places = MappingProxyType({}),
 ) -> None:
-    """Writes a request into its slot, and what it carries to an offset of the requests' arena."""
-    numbers, parts = _parts(request)
+    """Writes a request into its slot, and what it carries to an offset of the requests' arena.
+
+    What has a place in a region is named, and left for the caller to write.
+    """
+    numbers, parts = _parts(request, places)
     begin = segment.request_arena_offset + offset
     for at, part in ((0, request.tenant.encode("ascii")), *parts):
         segment.memory[begin + at : begin + at + len(part)] = part
@@ -136,17 +152,17 @@ def _end(request: Request, parts: Payload) -> int:
     return max((at + len(part) for at, part in parts), default=len(request.tenant))
 
 
-def _parts(request: Request) -> tuple[dict[str, int], Payload]:
+def _parts(request: Request, places: Places) -> tuple[dict[str, int], Payload]:
     """The numbers of a request's slot that are its own, and what it carries."""
     at = columns_at(len(request.tenant))
     if isinstance(request, TokenRequest):
-        return _token_parts(request, at)
+        return _token_parts(request, at, places)
     fields = sequence_fields(request)._asdict()
     columns = fields.pop("columns")
     return fields, ((at, columns),) if fields["num_spans"] else ()
 
 
-def _token_parts(request: TokenRequest, at: int) -> tuple[dict[str, int], Payload]:
+def _token_parts(request: TokenRequest, at: int, places: Places) -> tuple[dict[str, int], Payload]:
     spans, keys, queries = request.spans, request.keys, request.queries
     numbers = {"kind": layout.TOKENS, "layer": request.layer, "num_spans": len(spans.lengths), "flags": 0}
     columns = b"".join(
@@ -169,11 +185,24 @@ def _token_parts(request: TokenRequest, at: int) -> tuple[dict[str, int], Payloa
         numbers["flags"] |= layout.RETURN_SCORES * queries.return_scores
         numbers["flags"] |= layout.WAIT_FOR_KEYS * queries.wait_for_keys
         numbers["flags"] |= layout.RAW_SCORES * queries.raw_scores
+    for name, (region, offset) in places.items():
+        numbers |= {f"{name}_region": region, f"{name}_offset": offset}
+    keys_data, queries_data = (
+        b"" if name in places else data for name, data in (("keys", keys_data), ("queries", queries_data))
+    )
     return numbers, ((at, columns), (keys_at, keys_data), (keys_at + aligned(len(keys_data)), queries_data))
 
 
-def read_answer(segment: Segment, slot: int) -> tuple[AnswerSlot, Answer | BlockdexError]:
-    """The numbers of an answer's slot, and the answer, a copy."""
+def read_answer(
+    segment: Segment, slot: int, regions: Mapping[str, NDArray[np.uint8]] = MappingProxyType({})
+) -> tuple[AnswerSlot, Answer | BlockdexError]:
+    """The numbers of an answer's slot, and the answer, a copy.
+
+    Args:
+        segment: of the link.
+        slot: offset of the answer's slot.
+        regions: bytes of `block_ids`, `scores` that went to a region.
+    """
     numbers = AnswerSlot._make(ANSWER_STRUCT.unpack_from(segment.memory, slot))
     assert numbers.payload_offset + numbers.payload_bytes <= segment.answer_arena_bytes, numbers
     begin = segment.answer_arena_offset + numbers.payload_offset
@@ -186,8 +215,11 @@ def read_answer(segment: Segment, slot: int) -> tuple[AnswerSlot, Answer | Block
         return numbers, TokenAnswer(numbers.epoch)
     shape = (numbers.num_tokens, numbers.num_heads, numbers.topk)
     size = 4 * numbers.num_tokens * numbers.num_heads * numbers.topk
+    if "block_ids" in regions:
+        payload = np.concatenate((regions["block_ids"][:size], np.zeros(aligned(size) - size, np.uint8), payload))
     block_ids = payload[:size].view("<i4").reshape(shape)
     if not numbers.flags & layout.HAS_SCORES:
         return numbers, TokenAnswer(numbers.epoch, block_ids)
-    scores = payload[aligned(size) : aligned(size) + size].view("<f4").reshape(shape)
+    scores_data = regions["scores"][:size].copy() if "scores" in regions else payload[aligned(size) :][:size]
+    scores = scores_data.view("<f4").reshape(shape)
     return numbers, TokenAnswer(numbers.epoch, block_ids, scores)

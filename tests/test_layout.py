@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "scheduler": {"contract", "cache", "executor", "ring", "kernels"},
     "ring": {"contract", "kernels"},
     "frontend": {"contract", "ring", "v1", "kernels"},
+    "device_channel": {"contract", "ring", "kernels"},
     "client": {"contract", "ring", "v1", "kernels"},
     "loadtest": {"contract", "client", "v1", "kernels"},
 }
@@ -43,6 +44,7 @@ MAY_NOT_LOAD = {
     "scheduler": FRONT,
     "ring": FRONT | TENSORS,
     "frontend": TENSORS,
+    "device_channel": FRONT,
     "client": TENSORS,
 }
 """What no module of a room may bring into the process, however indirectly."""

@@ -1,6 +1,6 @@
 """The compiled part: see `csrc/`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ BROKEN: int
 MAX_RUNS: int
 MAX_TOKENS: int
 STEPS: int
+MAX_REGIONS: int
 
 class ServerLink:
     """One link, as the engine's thread sees it: requests come off it, answers go onto it.
@@ -56,6 +57,27 @@ class ServerLink:
         """Offset in the segment of a slot for an answer; offset in the arena and end of room for what it carries.
 
         None while there is none of either.
+        """
+
+    def share(self, region: object, /) -> int:
+        """Enters a region, by its `address`, `bytes` and `on_device`, that requests may name; its number, not 0.
+
+        Raises:
+            ValueError: there are `MAX_REGIONS` already.
+        """
+
+    def make_channel(self, memory: object, bound_seconds: float, epoch: int, /) -> int:
+        """Makes it a channel, before a core serves it: a GPU writes its requests. The number of its memory, a region.
+
+        Raises:
+            ValueError: the memory has no room for what a channel counts, or the bound is not above 0.
+        """
+
+    def give_back(self, region: int, /) -> bool:
+        """Has no request name a region any more; whether none uses it, and it was let go of. Else ask again.
+
+        Raises:
+            KeyError: the link has none of that number.
         """
 
     def wait_for_room(self) -> None:
@@ -228,8 +250,11 @@ class Core:
     ) -> None:
         """Memory that one of the steps is made in and answered in: see `StepBuffer`."""
 
-    def set_replays(self, replays: list[tuple[int, ...]], launch: int, stream: int, /) -> None:
-        """The device's programs (runs, length, width, address by step), smallest first, and what launches them."""
+    def set_replays(self, replays: list[tuple[int, ...]], launch: int, stream: int, signal: int = 0, /) -> None:
+        """The device's programs (runs, length, width, address by step), smallest first, and what launches them.
+
+        `signal` is what tells channels in the device's memory: see `Replays`.
+        """
 
     def set_run_step(self, run_step: Callable[[int, int, int], None], /) -> None:
         """What runs a step of (number, runs, tokens) to its end, where no program does."""
@@ -241,11 +266,11 @@ class Core:
         """The next request for Python, by what is to be done for it; None when there is no other one.
 
         `(number, "pages", layer, rows)` is to be granted its pages, or refused, or asks again when tried again;
-        `(number, "bulk", layer, rows, tenant number, memory, keys dtype, keys, queries dtype, queries, first head,
-        heads, order, flags)` is entered, to be run and answered; `(number, kind, tenant, sequence, child, number)`, of
-        a kind `open`, `get`, `fork`, `truncate` or `close`, is to be done and answered. Rows are uint64 ids, uint32
-        columns, int64 starts, int64 lengths, and bool for those to be written. Tensors are (offset, bytes) in the
-        memory.
+        `(number, "bulk", layer, rows, tenant number, link, keys dtype, keys, queries dtype, queries, block ids, scores,
+        first head, heads, order, flags)` is entered, to be run and answered; `(number, kind, tenant, sequence, child,
+        number)`, of a kind `open`, `get`, `fork`, `truncate` or `close`, is to be done and answered. Rows are uint64
+        ids, uint32 columns, int64 starts, int64 lengths, and bool for those to be written. Tensors are (region, offset,
+        bytes), the region None for the link's memory; where an answer goes is None for the answers' arena.
         """
 
     def grant(self, number: int, /) -> None:
@@ -269,7 +294,10 @@ class Core:
         second: NDArray[Any] | None,
         /,
     ) -> None:
-        """Answers a request with up to two arrays; the numbers are those of its slot."""
+        """Answers a request with up to two arrays; the numbers are those of its slot.
+
+        What goes to a region is written there, or was before where it is None; a region on the device has to be.
+        """
 
     def refuse(self, number: int, code: int, reason: str, message: str, /) -> None:
         """Refuses a request."""
@@ -562,6 +590,15 @@ class RingConnection:
 
     def take_events(self) -> list[bytes]:
         """What the server has told since the last call, as JSON; heard while it is used, 1024 at most."""
+
+    def ask(self, question: str, files: Sequence[int], timeout: float, /) -> bytes | RequestRefusal:
+        """Asks the server something beside the ring (docs/ring.md), and waits for its reply.
+
+        Args:
+            question: a JSON object.
+            files: that come with it, four at most.
+            timeout: after which it is refused as DEADLINE_EXCEEDED.
+        """
 
     def fileno(self) -> int:
         """A file that can be read when there is something to take with `poll`, or the link is over; -1 once closed."""

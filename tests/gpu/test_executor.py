@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from blockdex.executor.cuda_graphs import Shape
 from blockdex.executor.factory import make_executor
-from blockdex.executor.gpu import GpuExecutor, _address_of_launch
+from blockdex.executor.gpu import GpuExecutor
 from blockdex.executor.interface import COLUMNS, Packed, Pending, Replay, Step, StepBuffer, keys_offset
 from blockdex.executor.prefill_slices import SliceShape
-from blockdex_kernels import IndexSpec
+from blockdex_kernels import IndexSpec, cuda_driver
 from blockdex_kernels.interface import RUN_APPENDS, RUN_SELECTS, RUN_WANTS_SCORES, Order, Selection, Spans
 from blockdex_kernels.triton import decode, prefill, rank
 from blockdex_kernels.triton.gpu import GpuBackend
@@ -77,7 +77,7 @@ class Both:
 
 
 def _tensor(packed: Packed) -> torch.Tensor:
-    data = torch.frombuffer(bytearray(b"".join(packed.parts)), dtype=torch.uint8)
+    data = torch.cat([torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in packed.parts])
     return data.view(packed.dtype).view(-1, packed.heads, 128).to(DEVICE)
 
 
@@ -244,7 +244,7 @@ def test_steps_that_are_made_in_step_buffers(key_dtype: Any, generator: torch.Ge
     for shape in (Shape(8, 1, 1024), Shape(2, 4, 1024)):
         executor._graphs.capture(shape)
     steps = executor._graphs.replays()
-    launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(_address_of_launch())
+    launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(cuda_driver.address_of("cuGraphLaunch"))
     for number in range(48):
         if number == 24:
             _move_tables(both)
@@ -302,9 +302,10 @@ def _make(step: Step, buffer: StepBuffer, replay: Replay) -> tuple[NDArray[np.in
     at = keys_offset(replay.runs)
     buffer.host[: columns.nbytes] = columns.reshape(-1).view(np.uint8)
     for packed in (step.keys, step.queries):
-        data = np.frombuffer(b"".join(packed.parts), np.uint8)
+        data = _tensor(packed).cpu().view(torch.uint8).view(-1).numpy()
         buffer.host[at : at + len(data)] = data
         at += 2 * replay.runs * replay.length * packed.heads * 128
+    buffer.host[at : at + 8 * 9 * replay.runs * replay.length] = 0  # no addresses: all is here
     size = replay.runs * replay.length * 4 * 16
     ids, scores = buffer.block_ids[:size].reshape(-1, 4, 16), buffer.scores[:size].reshape(-1, 4, 16)
     ids[:], scores[:] = -2, np.nan

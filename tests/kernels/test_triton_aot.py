@@ -104,5 +104,6 @@ def test_kernels_compile_to_what_the_chip_is_good_at(
         "plan_run_kernel",
         "prefill_scores_kernel",
         "rank_kernel",
+        "stage_kernel",
     }
     assert ("prefill_scores_sm90_kernel" in kernels) == (capability == 90)

@@ -78,6 +78,27 @@ def expected_row(scores: list[float], visible: int, spec: IndexSpec, order: Orde
     return blocks + [-1] * unused, values + [-math.inf] * unused
 
 
+def test_rows_with_a_target_go_there_and_leave_minus_one_behind(generator: torch.Generator) -> None:
+    spec, (scores, visible) = SPECS["K=15"], rows_of(160, generator)
+    positions = (torch.tensor(visible) * BLOCK - 1).to(DEVICE, torch.int32)
+    plain, ids, elsewhere = (
+        torch.full((len(visible), 1, spec.topk), UNWRITTEN, dtype=torch.int32, device=DEVICE) for _ in range(3)
+    )
+    has_target = torch.arange(len(visible)) % 3 == 1
+    addresses = elsewhere.data_ptr() + 4 * spec.topk * torch.arange(len(visible))
+    wants = torch.ones(len(visible), dtype=torch.int32, device=DEVICE)
+    raw, expected = (torch.zeros(plain.shape, device=DEVICE) for _ in range(2))
+    inputs = (scores.to(DEVICE), positions, wants, None)
+    rank(*inputs, plain, expected, spec, order="ascending", pdl=False)
+    targets = torch.where(has_target, addresses, 0).to(DEVICE)
+    rank(*inputs, ids, raw, spec, order="ascending", pdl=False, targets=targets)
+    assert torch.equal(elsewhere[has_target], plain[has_target])
+    assert (elsewhere[~has_target] == UNWRITTEN).all()
+    assert torch.equal(ids[~has_target], plain[~has_target])
+    assert (ids[has_target] == -1).all()
+    assert torch.equal(raw, expected)
+
+
 @pytest.mark.parametrize(
     ("width", "name", "order", "valued"),
     [

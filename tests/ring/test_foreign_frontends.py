@@ -6,11 +6,9 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,85 +17,13 @@ import pytest
 
 from benchmarks.ring_messages import Request, Spans, TokenAnswer
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Limits
-from blockdex.ring.handshake import take
 from blockdex.ring.layout import AT, CANCEL, REQUEST, REQUEST_STRUCT, RequestSlot
 from support.asking import eventually
-from support.cache_state import check_integrity
 from support.foreign_frontend import ForeignFrontend
+from support.foreign_host import DIM, HEADS, LENGTH, SMALL, both, fill, host, told
 from support.naive_engine import NaiveEngine, check_same
 from support.ring import wake
-from support.ring_engine import RunningOverRings, hosted
-from support.running_engine import LIMITS, SPEC, TIMEOUT, block_ids, fork, get, open_sequence, tokens, truncate, values
-
-SMALL = dataclasses.replace(LIMITS, max_message_bytes=1 << 16, max_queued_requests=64)
-LENGTH = 30
-HEADS, DIM = SPEC.num_index_heads, SPEC.head_dim
-
-
-class Host(RunningOverRings):
-    """A real engine, a channel to it, and doors of other makes.
-
-    Attributes:
-        address: where the engine listens.
-        doors: those that are there.
-    """
-
-    address: str
-    doors: list[ForeignFrontend]
-
-    async def connect(self, tenant: str = "") -> ForeignFrontend:
-        """One more link, of a tenant or of all."""
-        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connected.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(connected, self.address)
-        self.doors.append(ForeignFrontend(await asyncio.wait_for(take(connected, tenant), TIMEOUT), connected))
-        return self.doors[-1]
-
-    def leave(self, door: ForeignFrontend) -> None:
-        """One less."""
-        self.doors.remove(door)
-        door.close()
-
-
-@contextlib.asynccontextmanager
-async def host(limits: Limits = SMALL, **options: Any) -> AsyncIterator[Host]:
-    """A running engine; it must be of the same epoch, and sound, when all is over."""
-    async with hosted(limits=limits, **options) as run:
-        running = Host(run.backend, run.engine, run.channel)
-        running.address, running.doors = run.address, []
-        epoch = run.engine.info().epoch
-        try:
-            yield running
-        finally:
-            for door in list(running.doors):
-                running.leave(door)
-        assert isinstance(await running.refusal(get(2**64 - 1)), BlockdexError)
-        assert run.engine.info().epoch == epoch, "the cache was lost"
-        check_integrity(run.engine._cache)
-
-
-async def told(door: ForeignFrontend, ticket: int) -> Any:
-    """The answer to a request."""
-    await eventually(lambda: door.read() or ticket in door.told)
-    return door.told[ticket].answer
-
-
-def both(*rows: tuple[int, ...], **options: Any) -> Any:
-    """Appends to layer 0 of rows, and selects for that."""
-    length = max(sum(row[2] for row in rows), 0)
-    random = np.random.default_rng(5)
-    return tokens(0, rows, keys=values(random, length, DIM), queries=values(random, length, HEADS, DIM), **options)
-
-
-async def fill(ask: Callable[[Request], Any], *sequences: int, tenant: str = "tenant") -> None:
-    """Opens sequences and fills all layers of each."""
-    for sequence in sequences:
-        await ask(open_sequence(sequence, tenant=tenant))
-        for layer in range(SPEC.num_layers):
-            keys = values(np.random.default_rng([sequence, layer]), LENGTH, DIM)
-            await ask(tokens(layer, [(sequence, 0, LENGTH)], keys=keys, tenant=tenant))
-
+from support.running_engine import SPEC, block_ids, fork, get, open_sequence, tokens, truncate, values
 
 ROW = (1, LENGTH, 1)
 NO_SPANS = Spans(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))
@@ -126,14 +52,6 @@ WORDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "many spans": (both(*[(name, 0, 1) for name in range(65)]), {}, "spans: must be 1 to 64, got 65"),
     "a sequence twice": (both(ROW, ROW), {}, "spans: sequence 1 is named 2 times, at most 1 is allowed"),
     "neither": (tokens(0, [ROW]), {}, "request: has neither keys nor queries"),
-    **{
-        f"{source} in a region": (
-            both(ROW),
-            {f"{source}_region": 7, f"{source}_offset": 64},
-            f"{source}_region: the link shares no regions, got 7",
-        )
-        for source in ("keys", "queries", "block_ids", "scores")
-    },
     "a large message": (
         tokens(0, [(1, 0, 2100)], keys=np.zeros((2100, DIM), np.float32)),
         {},

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from blockdex.ring import layout
+from blockdex.ring.channel_layout import CONTROL, CONTROL_BYTES
 from blockdex.ring.layout import ANSWER, HEADER, REQUEST, Field
 from support.programs import REPOSITORY, program
 
 INCLUDE = REPOSITORY / "service" / "blockdex" / "ring" / "include"
 DOCUMENT = REPOSITORY / "docs" / "ring.md"
 TYPES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64", "q": "i64", "d": "f64"}
-RECORDS = {"Header": HEADER, "Request": REQUEST, "Answer": ANSWER}
+RECORDS = {"Header": HEADER, "Request": REQUEST, "Answer": ANSWER, "Channel memory": CONTROL}
 
 
 def compiled(source: Path, folder: Path) -> Path:
@@ -35,13 +35,13 @@ def test_the_tables_of_the_documentation(name: str) -> None:
 
 
 @pytest.mark.parametrize("fields", RECORDS.values(), ids=RECORDS)
-def test_numbers_do_not_overlap_and_lie_at_multiples_of_their_size(fields: Sequence[Field]) -> None:
+def test_numbers_do_not_overlap_and_lie_at_multiples_of_their_size(fields: tuple[Field, ...]) -> None:
     end = 0
     for field in fields:
         assert field.offset >= end
         assert field.offset % field.size == 0
         end = field.offset + field.size
-    assert end <= (layout.HEADER_BYTES if fields is HEADER else layout.SLOT_BYTES)
+    assert end <= {HEADER: layout.HEADER_BYTES, CONTROL: CONTROL_BYTES}.get(fields, layout.SLOT_BYTES)
 
 
 def test_the_numbers_of_the_c_header(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from benchmarks.ring_messages import TokenRequest
 from blockdex import _native as native
 from blockdex.cache import IndexCache, PageCopy
 from blockdex.contract.errors import BlockdexError
+from blockdex.executor.interface import step_buffer_bytes
 from blockdex.ring.handshake import new_link
 from blockdex.ring.segment import Sizes
 from blockdex.scheduler.sequences import SequenceKeeper
@@ -53,10 +54,11 @@ class Admission:
             size_bounds=(1.0,),
         )
         ids = native.MAX_TOKENS * spec.num_index_heads * spec.topk
-        size = 20 * native.MAX_RUNS + 2 * native.MAX_TOKENS * spec.head_dim * (1 + spec.num_index_heads)
         self._ids = [np.zeros(ids, np.int32) for _ in range(native.STEPS)]
         for number, block_ids in enumerate(self._ids):
-            self.core.set_step(number, np.zeros(size, np.uint8), block_ids, np.zeros(ids, np.float32))
+            self.core.set_step(
+                number, np.zeros(step_buffer_bytes(spec), np.uint8), block_ids, np.zeros(ids, np.float32)
+            )
         self.core.set_run_step(lambda number, runs, count: self._ids[number].fill(0))
         self.core.set_epoch(cache.epoch)
         engine, client = new_link(_SIZES, epoch=1)

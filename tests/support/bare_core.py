@@ -16,7 +16,7 @@ from benchmarks.ring_messages import TokenAnswer, TokenRequest
 from blockdex import _native as native
 from blockdex.cache import IndexCache
 from blockdex.contract.errors import Code
-from blockdex.executor.interface import keys_offset
+from blockdex.executor.interface import addresses_of, keys_offset, step_buffer_bytes
 from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
 from blockdex_kernels import IndexSpec
@@ -33,6 +33,7 @@ LENGTH, HELD = 20, 4
 FIRST_ROW = 1
 """Row of the page tables in which that of the first sequence begins; those of the others come behind it."""
 
+BF16 = 1
 SECONDS_BOUNDS, SIZE_BOUNDS = (0.001, 10.0), (1.0, 2.0, 64.0)
 SIZES = Sizes(slots=64, request_bytes=1 << 20, answer_bytes=1 << 20)
 
@@ -45,12 +46,14 @@ class Seen(NamedTuple):
         columns: int32 `[5, R]`.
         keys: bfloat16, as uint16 `[T, D]`.
         queries: likewise `[T, H, D]`.
+        targets: uint64 `[T, H]`, addresses that block ids go to; 0 where they go to the room.
     """
 
     room: int
     columns: NDArray[np.int32]
     keys: NDArray[np.uint16]
     queries: NDArray[np.uint16]
+    targets: NDArray[np.uint64]
 
 
 class Device:
@@ -63,9 +66,9 @@ class Device:
     """
 
     def __init__(self, spec: IndexSpec) -> None:
-        heads, head_dim, tokens = spec.num_index_heads, spec.head_dim, native.MAX_TOKENS
+        heads, tokens = spec.num_index_heads, native.MAX_TOKENS
         self.spec = spec
-        size = keys_offset(native.MAX_RUNS) + 2 * tokens * head_dim * (1 + heads)
+        size = step_buffer_bytes(spec)
         ids = tokens * heads * spec.topk
         self.rooms = [
             (np.full(size, 0xA5, np.uint8), np.zeros(ids, np.int32), np.zeros(ids, np.float32))
@@ -102,6 +105,10 @@ class Device:
         used = int(lengths.sum())
         selected = seen.queries[:used, :, : spec.topk].astype(np.int32)
         ids[:used] = np.where((flags & RUN_SELECTS)[:, None, None] != 0, selected, -1)
+        for row, target in zip(ids.reshape(-1, spec.topk), seen.targets.reshape(-1).tolist(), strict=True):
+            if target:
+                ctypes.memmove(target, row.ctypes.data, row.nbytes)
+                row[:] = -1
         _, block_ids, scores = self.rooms[seen.room]
         block_ids[: ids.size] = ids.reshape(-1)
         wanted = np.flatnonzero(flags & RUN_WANTS_SCORES)
@@ -125,7 +132,22 @@ class Device:
         columns[:, columns[2] == 0] = 0  # Padding says nothing but that.
         keys = host[keys_at:queries_at].view(np.uint16).reshape(num_tokens, spec.head_dim).copy()
         shape = (num_tokens, spec.num_index_heads, spec.head_dim)
-        self.begun.append(Seen(room, columns, keys, host[queries_at:end].view(np.uint16).reshape(shape).copy()))
+        queries = host[queries_at:end].view(np.uint16).reshape(shape).copy()
+        targets = np.zeros(shape[:2], np.uint64)
+        if self._shapes:
+            addresses = host[end : end + 8 * addresses_of(spec, num_tokens)].view(np.uint64)
+            sources, targets = np.split(addresses, [num_tokens * (1 + spec.num_index_heads)])
+            _read_rows(sources[:num_tokens], keys)
+            _read_rows(sources[num_tokens:], queries.reshape(-1, spec.head_dim))
+        self.begun.append(Seen(room, columns, keys, queries, targets.reshape(shape[:2]).copy()))
+
+
+def _read_rows(addresses: NDArray[np.uint64], rows: NDArray[np.uint16]) -> None:
+    """Reads bfloat16 rows that lie elsewhere, in memory of the host that stands for the device's."""
+    for address, row in zip(addresses.tolist(), rows, strict=True):
+        if address:
+            assert address & 15 == BF16, "the others are for the kernel's own test"
+            ctypes.memmove(row.ctypes.data, address & ~15, row.nbytes)
 
 
 class BareCore:

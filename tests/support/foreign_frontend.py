@@ -5,15 +5,16 @@ from __future__ import annotations
 import select
 import socket
 import time
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ring_messages import Answer, Request, read_answer, request_bytes, write_request
+from benchmarks.ring_messages import Answer, Places, Request, read_answer, request_bytes, write_request
 from blockdex.contract.errors import BlockdexError
 from blockdex.ring.handshake import Handles
-from blockdex.ring.layout import AT, REQUEST_STRUCT, SLOT_BYTES, AnswerSlot, RequestSlot, aligned
+from blockdex.ring.layout import ANSWER_STRUCT, AT, REQUEST_STRUCT, SLOT_BYTES, AnswerSlot, RequestSlot, aligned
 from support.ring import Bell, Consumer, Producer
 
 
@@ -32,12 +33,15 @@ class ForeignFrontend:
         connected: the socket of the link, None where there is none.
         bell: wakes the engine.
         told: answers that were read, by ticket, each of which comes once.
+        regions: bytes of the regions that it shares, by number.
     """
 
     def __init__(self, handles: Handles, connected: socket.socket | None = None) -> None:
         self.handles = handles
         self.connected = connected
         self.told: dict[int, Told] = {}
+        self.regions: dict[int, NDArray[np.uint8]] = {}
+        self._answered_in: dict[int, dict[str, NDArray[np.uint8]]] = {}
         self._segment = segment = handles.segment
         self.bell = Bell(segment, "engine_sleeps", handles.engine_bell)
         self._requests = Producer(segment, "request", self.bell)
@@ -56,12 +60,15 @@ class ForeignFrontend:
         segment = self._segment
         return np.frombuffer(segment.memory, np.uint8, segment.request_arena_bytes, segment.request_arena_offset)
 
-    def lay(self, request: Request, ticket: int, *, deadline: float = 100.0) -> RequestSlot:
+    def lay(
+        self, request: Request, ticket: int, places: Places = MappingProxyType({}), *, deadline: float = 100.0
+    ) -> RequestSlot:
         """Writes what a request carries behind that of the one before, round and round, and answers its slot's numbers.
 
         Args:
             request: right or wrong.
             ticket: of the request.
+            places: what of it lies in regions; keys and queries are written there.
             deadline: seconds from now.
         """
         segment, size = self._segment, aligned(request_bytes(request))
@@ -70,7 +77,13 @@ class ForeignFrontend:
         now = time.monotonic()
         assert self.free, "no slot is free"
         slot = segment.request_slots_offset + self._requests._written % segment.request_slots * SLOT_BYTES
-        write_request(segment, slot, self._offset, ticket, request, now, now + deadline)
+        write_request(segment, slot, self._offset, ticket, request, now, now + deadline, places)
+        for name in places.keys() & {"keys", "queries"}:
+            region, offset = places[name]
+            data = np.frombuffer(getattr(request, name).tensor.data, np.uint8)
+            self.regions[region][offset : offset + len(data)] = data
+        answered = {name: place for name, place in places.items() if name in {"block_ids", "scores"}}
+        self._answered_in[ticket] = {name: self.regions[at][offset:] for name, (at, offset) in answered.items()}
         self._offset += size
         return RequestSlot._make(REQUEST_STRUCT.unpack_from(segment.memory, slot))
 
@@ -95,7 +108,9 @@ class ForeignFrontend:
         count = self._answers.check() if most is None else min(most, self._answers.check())
         for _ in range(count):
             segment = self._segment
-            numbers, answer = read_answer(segment, self._answers.take())
+            slot_at = self._answers.take()
+            ticket = AnswerSlot._make(ANSWER_STRUCT.unpack_from(segment.memory, slot_at)).ticket
+            numbers, answer = read_answer(segment, slot_at, self._answered_in.get(ticket, {}))
             assert numbers.ticket not in self.told, f"request {numbers.ticket} is answered twice"
             self.told[numbers.ticket] = Told(numbers, answer)
             if numbers.payload_bytes:

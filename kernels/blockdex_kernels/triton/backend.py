@@ -136,10 +136,19 @@ class TritonBackend(Backend):
             self.decode_into(selection, queries, spans, order=order)
         return selection
 
-    def decode_into(self, selection: Selection, queries: torch.Tensor, spans: Spans, *, order: Order) -> None:
+    def decode_into(
+        self,
+        selection: Selection,
+        queries: torch.Tensor,
+        spans: Spans,
+        *,
+        order: Order,
+        targets: torch.Tensor | None = None,
+    ) -> None:
         """As `decode`, unchecked, into tensors that may be pinned on the host; one launch must hold all scores.
 
         With `spans.flags` the order is ascending, and `selection.scores` gets those of the runs that want them, raw.
+        `targets` is int64 `[T * H]`: see `blockdex_kernels.triton.rank.rank`.
         """
         max_length = spans.max_length
         if max_length is None:
@@ -166,7 +175,7 @@ class TritonBackend(Backend):
             stages=launch.stages,
             pdl=self.chip.pdl,
         )
-        self.rank(scores, positions, unscales, selection, order, wants)
+        self.rank(scores, positions, unscales, selection, order, wants, targets)
 
     @torch.no_grad()
     def prefill(
@@ -340,6 +349,7 @@ class TritonBackend(Backend):
         selection: Selection,
         order: Order,
         wants: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
     ) -> None:
         """Fills a selection from scores: see `blockdex_kernels.triton.rank.rank`."""
         rank(
@@ -352,6 +362,7 @@ class TritonBackend(Backend):
             self.spec,
             order=order,
             pdl=self.chip.pdl,
+            targets=targets,
         )
 
     def copy_pages(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:

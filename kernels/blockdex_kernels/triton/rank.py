@@ -190,6 +190,7 @@ def _write_raw(
     heads,
     unscale,
     slot,
+    width,
     TOPK: tl.constexpr,
     UNSCALE: tl.constexpr,
 ):
@@ -200,20 +201,46 @@ def _write_raw(
                 tl.debug_barrier()
             there = tl.where(is_chosen, ranked, False)
             block = tl.where(there, tl.load(out + slot, mask=there, other=0), block)
-            raw = tl.load(scores + block, mask=block >= 0, other=float("-inf"))
+            # Whoever shares a target may have written there meanwhile.
+            raw = tl.load(scores + block, mask=(block >= 0) & (block < width), other=float("-inf"))
             raw = tl.where(raw == raw, raw, float("-inf"))
             if UNSCALE:
                 raw = raw * tl.load(unscale)
             tl.store(values + slot, raw, mask=slot < TOPK)
 
 
-@triton.jit(do_not_specialize=["heads", "one"], do_not_specialize_on_alignment=["positions", "wants"])
+@triton.jit
+def _target_of(block_ids, targets, row, TOPK: tl.constexpr):
+    """Where a row's block ids go: to its target, if it has one."""
+    out = block_ids + row * TOPK
+    if targets is not None:
+        target = tl.load(targets + row)
+        out = tl.where(target != 0, target, out.to(tl.int64)).to(tl.pointer_type(tl.int32))
+    return out
+
+
+@triton.jit
+def _tell_host(block_ids, targets, row, slot, TOPK: tl.constexpr, FENCE: tl.constexpr):
+    """Writes -1 for a row with a target: what was written there is to be seen by then, for every processor."""
+    if targets is not None:
+        if tl.load(targets + row) != 0:
+            tl.debug_barrier()
+            told = slot * 0 - 1
+            if FENCE:
+                told = tl.inline_asm_elementwise(
+                    "fence.acq_rel.sys; mov.u32 $0, $1;", "=r,r", [told], dtype=tl.int32, is_pure=False, pack=1
+                )
+            tl.store(block_ids + row * TOPK + slot, told, mask=slot < TOPK)
+
+
+@triton.jit(do_not_specialize=["heads", "one"], do_not_specialize_on_alignment=["positions", "wants", "targets"])
 def _rank_kernel(
     scores,
     positions,
     wants,
     unscales,
     block_ids,
+    targets,
     values,
     scratch,
     width,
@@ -233,6 +260,7 @@ def _rank_kernel(
     UNSCALE: tl.constexpr,
     FEW: tl.constexpr,
     PDL: tl.constexpr,
+    FENCE: tl.constexpr,
 ):
     """Each program ranks a row: see `rank`."""
     K: tl.constexpr = TOPK - INIT - LOCAL
@@ -246,7 +274,7 @@ def _rank_kernel(
     row = tl.program_id(0).to(tl.int64)
     visible = (tl.load(positions + tl.program_id(0) // heads) + BLOCK) // BLOCK
     scores += row * width
-    out = block_ids + row * TOPK
+    out = _target_of(block_ids, targets, row, TOPK)
     num_init = tl.minimum(visible, INIT)
     end = tl.maximum(visible - LOCAL, num_init)
     num_chosen = tl.minimum(end - num_init, K)
@@ -284,8 +312,21 @@ def _rank_kernel(
         there = tl.where(is_chosen, ranked, False)
         tl.store(out + slot, block, mask=written & (there == 0))
     _write_raw(
-        scores, out, block, is_chosen, ranked, values + row * TOPK, wants, heads, unscales + row, slot, TOPK, UNSCALE
+        scores,
+        out,
+        block,
+        is_chosen,
+        ranked,
+        values + row * TOPK,
+        wants,
+        heads,
+        unscales + row,
+        slot,
+        width,
+        TOPK,
+        UNSCALE,
     )
+    _tell_host(block_ids, targets, row, slot, TOPK, FENCE)
     if VALUES:
         if UNSCALE:
             # Written only where something was scored.
@@ -326,6 +367,7 @@ def rank(
     *,
     order: Order,
     pdl: bool,
+    targets: torch.Tensor | None = None,
 ) -> None:
     """Selects the blocks of every row from their scores, in one launch.
 
@@ -343,6 +385,8 @@ def rank(
         spec: the indexer.
         order: of each row.
         pdl: whether to launch as a programmatic dependent.
+        targets: int64 `[rows]`, addresses of int32 `[topk]`: where one is not 0, the row's block ids go there, and then
+            -1 throughout to `block_ids`; or None.
     """
     rows, width = scores.shape
     few = rows <= _FEW_ROWS
@@ -355,6 +399,7 @@ def rank(
         wants,
         unscales if unscales is not None else scores,
         block_ids,
+        targets,
         values if values is not None else scores,
         scratch,
         width,
@@ -374,6 +419,7 @@ def rank(
         UNSCALE=unscales is not None,
         FEW=few,
         PDL=pdl,
+        FENCE=scores.device.type == "cuda",
         num_warps=min(max(triton.next_power_of_2(groups * group) // 2048, 1), 8),
         **pdl_launch(pdl),
     )

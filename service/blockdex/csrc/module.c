@@ -28,7 +28,8 @@ static int fill(PyObject *module) {
            PyModule_AddIntConstant(module, "LATE", CORE_LATE) | PyModule_AddIntConstant(module, "BROKEN", CORE_BROKEN) |
            PyModule_AddIntConstant(module, "MAX_RUNS", CORE_RUNS) |
            PyModule_AddIntConstant(module, "MAX_TOKENS", CORE_TOKENS) |
-           PyModule_AddIntConstant(module, "STEPS", CORE_STEPS);
+           PyModule_AddIntConstant(module, "STEPS", CORE_STEPS) |
+           PyModule_AddIntConstant(module, "MAX_REGIONS", MAX_REGIONS);
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};

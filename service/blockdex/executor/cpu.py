@@ -23,6 +23,7 @@ from blockdex.executor.interface import (
     on_host,
     step_buffer_bytes,
     step_buffer_ids,
+    write_targets,
 )
 from blockdex_kernels.interface import RUN_APPENDS, RUN_SELECTS, RUN_WANTS_SCORES, Backend, Selection, Spans
 
@@ -121,7 +122,8 @@ class CpuExecutor(Executor):
             return_scores=step.return_scores,
             raw_scores=step.raw_scores,
         )
-        return _Done(selection, time.monotonic() - began)
+        write_targets(selection, step.targets)
+        return _Done(None if step.targets else selection, time.monotonic() - began)
 
     def _spans(self, columns: NDArray[np.int32]) -> Spans:
         layers, starts, lengths, rows, _ = columns

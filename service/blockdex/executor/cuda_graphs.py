@@ -1,4 +1,4 @@
-"""Steps captured in CUDA graphs: one copy in, the kernels, block ids and scores straight into the host's memory."""
+"""Steps captured in CUDA graphs: what they read is brought in, block ids and scores go straight where they belong."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from blockdex.executor.interface import (
     Answer,
     Pending,
     Replay,
+    Step,
     StepBuffer,
     check_patience,
     keys_offset,
@@ -25,6 +26,7 @@ from blockdex.executor.interface import (
 from blockdex_kernels.interface import Selection, Spans
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.backend import TritonBackend
+from blockdex_kernels.triton.stage import stage
 
 LENGTHS = (1, 2, 4, 8, 16)
 WIDTHS = (256, 1024, 8192)
@@ -116,7 +118,7 @@ class Graphs:
 
     def _capture(self, shape: Shape, number: int) -> None:
         slot = self._slots[number]
-        slot.host[: 4 * COLUMNS * shape.runs].zero_()
+        slot.host.zero_()
         self._run(shape, slot)  # What is compiled now, or allocated for good, must not be so while it is captured.
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -129,7 +131,18 @@ class Graphs:
         keys_at = keys_offset(shape.runs)
         queries_at = keys_at + _ITEM_BYTES * spec.head_dim * shape.tokens
         end = queries_at + _ITEM_BYTES * spec.head_dim * shape.tokens * spec.num_index_heads
-        slot.there[:end].copy_(slot.host[:end], non_blocking=True)
+        targets = stage(
+            slot.host,
+            slot.there,
+            num_columns=COLUMNS * shape.runs,
+            rows_at=keys_at,
+            num_keys=shape.tokens,
+            num_queries=shape.tokens * spec.num_index_heads,
+            dim=spec.head_dim,
+            odd_keys=spec.key_dtype == "fp8_e4m3",
+            odd_queries=backend.rounds_queries,
+            pdl=backend.chip.pdl,
+        )
         columns = slot.there[: 4 * COLUMNS * shape.runs].view(torch.int32).view(COLUMNS, shape.runs)
         layers, starts, lengths, rows, flags = columns
         spans = Spans(layers, starts, lengths, self._tables, None, shape.length, rows, shape.width, flags)
@@ -138,14 +151,15 @@ class Graphs:
         answer = (shape.tokens, spec.num_index_heads, spec.topk)
         ids = answer[0] * answer[1] * answer[2]
         selection = Selection(slot.block_ids[:ids].view(answer), slot.scores[:ids].view(answer))
-        backend.decode_into(selection, queries, spans, order="ascending")
+        backend.decode_into(selection, queries, spans, order="ascending", targets=targets)
 
 
 class Launched(Pending):
     """A step that is done once its stream has come so far; with its selection on the host then."""
 
-    def __init__(self, selection: Selection | None, stream: torch.cuda.Stream) -> None:
+    def __init__(self, selection: Selection | None, stream: torch.cuda.Stream, step: Step) -> None:
         self._selection = selection
+        self._step = step  # it holds regions that the device reads
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record(stream)
         self._began = time.monotonic()

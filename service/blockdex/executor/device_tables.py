@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 
+from blockdex_kernels import cuda_driver
+
 _RESERVED_CELLS = 1 << 31
 """Cells of the address range, which takes no memory: tables of a quarter of a million sequences of a million tokens."""
-
-_PINNED, _ON_DEVICE, _READ_WRITE = 1, 1, 3
-
-
-class _Location(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
-
-
-class _Properties(ctypes.Structure):
-    """CUmemAllocationProp."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("handle_types", ctypes.c_int),
-        ("location", _Location),
-        ("win32_metadata", ctypes.c_void_p),
-        ("flags", ctypes.c_ubyte * 8),
-    )
-
-
-class _Access(ctypes.Structure):
-    """CUmemAccessDesc."""
-
-    _fields_ = (("location", _Location), ("flags", ctypes.c_int))
 
 
 class DeviceTables:
@@ -51,14 +28,9 @@ class DeviceTables:
 
     def __init__(self, device: torch.device, row: int, cells: int) -> None:
         torch.zeros(1, device=device)  # makes the context, where there is none yet
-        self._driver = ctypes.CDLL("libcuda.so.1")
-        self._location = _Location(_ON_DEVICE, device.index or 0)
-        self._properties = _Properties(type=_PINNED, location=self._location)
-        granularity, address = ctypes.c_size_t(), ctypes.c_uint64()
-        self._call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(self._properties), 0)
-        self._granularity, self._address = granularity.value, address
-        size = 4 * _RESERVED_CELLS
-        self._call("cuMemAddressReserve", ctypes.byref(address), size, granularity.value, 0, 0)
+        self._device = device.index or 0
+        self._granularity = cuda_driver.granularity(self._device)
+        self._address = cuda_driver.reserve(4 * _RESERVED_CELLS, self._granularity)
         self.mapped = 0
         self._grow(cells)
         self._row = row
@@ -76,7 +48,7 @@ class DeviceTables:
         return {
             "shape": (_RESERVED_CELLS,),
             "typestr": "<i4",
-            "data": (self._address.value, False),
+            "data": (self._address, False),
             "version": 2,
         }
 
@@ -97,17 +69,6 @@ class DeviceTables:
         if end > 4 * _RESERVED_CELLS:
             raise RuntimeError(f"page tables: at most {_RESERVED_CELLS} cells, {cells} are needed")
         begin = 4 * self.mapped
-        handle, size = ctypes.c_uint64(), end - begin
-        at = ctypes.c_uint64(self._address.value + begin)
-        access = _Access(self._location, _READ_WRITE)
-        self._call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(self._properties), 0)
-        self._call("cuMemMap", at, size, 0, handle, 0)
-        self._call("cuMemRelease", handle)  # the mapping keeps it
-        self._call("cuMemSetAccess", at, size, ctypes.byref(access), 1)
+        size = end - begin
+        cuda_driver.map_memory(self._address + begin, size, cuda_driver.create(self._device, size), self._device)
         self.mapped = end // 4
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        wide = [ctypes.c_size_t(each) if isinstance(each, int) else each for each in arguments]
-        error = getattr(self._driver, name)(*wide)
-        if error:
-            raise RuntimeError(f"page tables: {name} failed: CUDA error {error}")

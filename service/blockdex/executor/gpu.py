@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blockdex.executor import shared_memory
 from blockdex.executor.cuda_graphs import Graphs, Launched, shapes
 from blockdex.executor.device_tables import DeviceTables
 from blockdex.executor.interface import (
@@ -27,7 +27,8 @@ from blockdex.executor.interface import (
     check_patience,
     on_host,
 )
-from blockdex.executor.prefill_slices import MAX_ROWS, Marks, Slices, pinned, to_host
+from blockdex.executor.prefill_slices import MAX_ROWS, Marks, Slices, to_host, upload
+from blockdex_kernels import cuda_driver
 from blockdex_kernels.interface import Selection, Spans
 from blockdex_kernels.triton.backend import TritonBackend
 
@@ -50,6 +51,7 @@ class GpuExecutor(Executor):
     max_slices = 3
     least_slice = 256
     max_slice_rows = MAX_ROWS
+    imports_memory = True
 
     def __init__(self, backend: TritonBackend, table_row: int) -> None:
         super().__init__(backend)
@@ -59,7 +61,7 @@ class GpuExecutor(Executor):
         self._host_cells: NDArray[np.int32] = np.zeros(0, np.int32)
         self._tables = DeviceTables(backend.device, table_row, max(_FIRST_CELLS, 2 * len(backend.pages)))
         self._graphs = Graphs(backend, self._main, self._tables.rows, STEP_BUFFERS)
-        self._replays = Replays(0, 0, [])
+        self._replays = Replays(0, 0, 0, [])
         self._slices = Slices(backend, self.max_slices)
         self._launching = ThreadPoolExecutor(1, "blockdex-prefill", self._slices.use_stream)
 
@@ -81,7 +83,8 @@ class GpuExecutor(Executor):
             self.use_device()
             capture()
             yield total + done, total + len(captures)
-        self._replays = Replays(_address_of_launch(), self._main.cuda_stream, self._graphs.replays())
+        launch, signal = map(cuda_driver.address_of, ("cuGraphLaunch", "cuStreamWriteValue64_v2"))
+        self._replays = Replays(launch, signal, self._main.cuda_stream, self._graphs.replays())
         torch.cuda.empty_cache()
 
     def step_buffers(self) -> list[StepBuffer]:
@@ -108,6 +111,17 @@ class GpuExecutor(Executor):
             # A cell that was written twice has the same page in both places.
             self._tables.rows.view(-1).index_copy_(0, places.long(), pages)
 
+    def pin(self, address: int, num_bytes: int) -> Callable[[], None]:
+        """See `Executor.pin`."""
+        return shared_memory.pin(self.backend.device.index or 0, address, num_bytes)
+
+    def import_memory(self, fd: int, num_bytes: int, handle: bytes, uuid: str) -> shared_memory.Opened:
+        """See `Executor.import_memory`."""
+        device = self.backend.device.index or 0
+        if fd < 0:
+            return shared_memory.open_handle(device, handle, uuid)
+        return shared_memory.open_file(device, fd, num_bytes, uuid)
+
     def begin(self, step: Step) -> Pending:
         """See `Executor.begin`."""
         layers, starts, lengths, rows, _ = self._sent(step.columns)
@@ -122,14 +136,14 @@ class GpuExecutor(Executor):
                 queries, spans, order=step.order, return_scores=step.return_scores, raw_scores=step.raw_scores
             )
             selection = to_host(selected)
-        return Launched(selection, self._main)
+        return Launched(selection, self._main, step)
 
     def begin_prefill(self, step: Step) -> Pending:
         """See `Executor.begin_prefill`."""
         return _Prefill(self, step)
 
     def _upload(self, packed: Packed) -> torch.Tensor:
-        return pinned(packed, self.backend.spec.head_dim).to(self.backend.device, non_blocking=True)
+        return upload(packed, self.backend.spec.head_dim, self.backend.device)
 
     def _sent(self, numbers: NDArray[np.int32]) -> torch.Tensor:
         return torch.from_numpy(numbers).pin_memory().to(self.backend.device, non_blocking=True)
@@ -144,10 +158,11 @@ class _Prefill(Pending):
         blocks = -(-step.end // executor.backend.spec.block_size)
         # Copied, since the next step may change the tables.
         cells = executor._host_cells[first : first + blocks].copy()
-        self._launched: Future[Selection] = executor._launching.submit(
+        self._launched: Future[Selection | None] = executor._launching.submit(
             executor._slices.launch, step, cells, self._marks
         )
         self._began = time.monotonic()
+        self._step = step  # it holds regions that the device reads and writes
 
     def done(self) -> bool:
         """See `Pending.done`."""
@@ -165,9 +180,5 @@ class _Prefill(Pending):
 
     def answer(self) -> Answer | None:
         """See `Pending.answer`; in its slot."""
-        return on_host(self._launched.result())
-
-
-def _address_of_launch() -> int:
-    """That of the driver's cuGraphLaunch, which torch has loaded."""
-    return ctypes.cast(ctypes.CDLL("libcuda.so.1").cuGraphLaunch, ctypes.c_void_p).value or 0
+        selection = self._launched.result()
+        return None if selection is None else on_host(selection)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import add
 from typing import NamedTuple
@@ -23,7 +23,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
-Bytes = bytes | memoryview
+Bytes = bytes | memoryview | torch.Tensor
+"""A tensor, uint8, lies where the device reads it by itself, until the step is done."""
 
 STEP_BUFFERS, MAX_RUNS, MAX_TOKENS = 2, 256, 512
 """Steps that are made in memory of the host, and how large they may be."""
@@ -45,12 +46,26 @@ class Packed:
     Attributes:
         dtype: bfloat16, float16, float32 or float8_e4m3fn.
         heads: vectors of a token.
-        parts: their bytes, one part behind the other; read until the step is done.
+        parts: their bytes, one part behind the other.
     """
 
     dtype: torch.dtype
     heads: int
     parts: Sequence[Bytes]
+
+
+class Target(NamedTuple):
+    """Where some heads of a selection are written, in memory that the device writes by itself.
+
+    Attributes:
+        heads: which.
+        block_ids: int32 `[T, those heads, topk]`.
+        scores: float32 of the same shape, or None.
+    """
+
+    heads: slice
+    block_ids: torch.Tensor
+    scores: torch.Tensor | None
 
 
 @dataclass(slots=True)
@@ -65,6 +80,7 @@ class Step:
         order: of the selection.
         return_scores: whether it holds scores.
         raw_scores: whether these are unscaled, and forced blocks have the score that they have.
+        targets: of a prefill: where its selection is written; where there is none, it is answered.
         num_tokens: T.
         longest: tokens of the longest run.
         end: position behind the last token that any run reaches.
@@ -76,6 +92,7 @@ class Step:
     order: Order = "ascending"
     return_scores: bool = False
     raw_scores: bool = False
+    targets: Sequence[Target] = ()
     num_tokens: int = field(init=False)
     longest: int = field(init=False)
     end: int = field(init=False)
@@ -107,7 +124,10 @@ class StepBuffer:
 
     Attributes:
         host: uint8: int32 columns `[5, R]` as those of `Step`; behind them, at the next multiple of 16, bfloat16 keys
-            `[T, D]`, and right behind those bfloat16 queries `[T, H, D]`.
+            `[T, D]`, and right behind those bfloat16 queries `[T, H, D]`. For what is captured there are, behind
+            these, addresses of the device, uint64: of rows of keys `[T]` and of queries `[T, H]` that are to be read
+            from there instead, with the number of their dtype (1 bf16, 2 fp16, 3 fp32, 4 fp8 e4m3) in the last four
+            bits, and of block ids `[T, H]`, which are then written there; 0 where all is here.
         block_ids: int32 `[T, H, topk]`, in ascending order; -1 for runs that do not select.
         scores: float32 `[T, H, topk]`, beside the block ids of runs that want them: unscaled, forced blocks with the
             score that they have, -inf beside -1. A NaN product counts as -inf, so none of them is a NaN.
@@ -141,11 +161,14 @@ class Replays:
     Attributes:
         launch: address of a C function that takes a program and `stream`, begins it, and returns 0. It writes every
             block id of R times T, -1 where there is none.
+        signal: address of a C function that takes `stream`, an address, a number and 0, writes the number there when
+            the stream comes so far, and returns 0.
         stream: of CUDA, as a number.
         steps: what is captured.
     """
 
     launch: int
+    signal: int
     stream: int
     steps: list[Replay]
 
@@ -172,7 +195,7 @@ class Pending(ABC):
 
     @abstractmethod
     def answer(self) -> Answer | None:
-        """What was selected, once it is done, in arrays of its own; None for a step without queries."""
+        """What was selected, once it is done, in arrays of its own; None without queries, or with targets."""
 
 
 class Executor(ABC):
@@ -187,12 +210,14 @@ class Executor(ABC):
         max_slices: slices of prefills that may be on their way at once: as many as keep the device busy.
         least_slice: tokens; of shorter slices, most is beginning and end.
         max_slice_rows: tokens times heads of a slice, at most.
+        imports_memory: whether the device's own memory can be shared with other processes.
     """
 
     max_pending: int = 1
     max_slices: int = 2
     least_slice: int = 16
     max_slice_rows: int = 1 << 31
+    imports_memory: bool = False
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -217,6 +242,31 @@ class Executor(ABC):
     def copy_pages(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """As `Backend.copy_pages`."""
         self.backend.copy_pages(torch.tensor(sources), torch.tensor(destinations))
+
+    def pin(self, address: int, num_bytes: int) -> Callable[[], None]:  # noqa: ARG002
+        """Has the device read and write memory of the host by itself; returns what ends that. From any thread.
+
+        Raises:
+            RuntimeError: the device refuses.
+        """
+        return lambda: None
+
+    def import_memory(self, fd: int, num_bytes: int, handle: bytes, uuid: str) -> tuple[int, int, Callable[[], None]]:
+        """Opens memory of the device that another process shares; from any thread, where `imports_memory` is set.
+
+        Args:
+            fd: the file that stands for it; or below 0.
+            num_bytes: that the file has.
+            handle: what stands for it where no file does.
+            uuid: of the GPU that it lies on, as its owner says; hexadecimal digits.
+
+        Returns:
+            Address, bytes, and what gives it back.
+
+        Raises:
+            RuntimeError: the device refuses.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def begin(self, step: Step) -> Pending:
@@ -270,7 +320,13 @@ class Executor(ABC):
 
 def step_buffer_bytes(spec: IndexSpec) -> int:
     """Bytes of the largest step that a room holds."""
-    return keys_offset(MAX_RUNS) + 2 * MAX_TOKENS * spec.head_dim * (1 + spec.num_index_heads)
+    rows = 2 * MAX_TOKENS * spec.head_dim * (1 + spec.num_index_heads)
+    return keys_offset(MAX_RUNS) + rows + 8 * addresses_of(spec, MAX_TOKENS)
+
+
+def addresses_of(spec: IndexSpec, tokens: int) -> int:
+    """Addresses of the rows of a captured step of so many tokens: of keys, queries and block ids."""
+    return tokens * (1 + 2 * spec.num_index_heads)
 
 
 def keys_offset(runs: int) -> int:
@@ -291,6 +347,15 @@ def append_all(backend: Backend, keys: torch.Tensor, spans: Spans) -> None:
         raise RuntimeError("device: no memory left to append with") from error
 
 
+def write_targets(selection: Selection, targets: Sequence[Target]) -> None:
+    """Copies the shares of a selection to where they are wanted, on the current stream; nobody waits for that."""
+    for target in targets:
+        target.block_ids.copy_(selection.block_ids[:, target.heads], non_blocking=True)
+        if target.scores is not None:
+            assert selection.scores is not None
+            target.scores.copy_(selection.scores[:, target.heads], non_blocking=True)
+
+
 def check_patience(began: float) -> None:
     """Raises DeviceHungError for a step that takes longer than any can; `began` by `time.monotonic`."""
     if time.monotonic() - began > ANSWER_SECONDS:
@@ -299,7 +364,9 @@ def check_patience(began: float) -> None:
 
 def joined(packed: Packed, num_tokens: int, head_dim: int) -> torch.Tensor:
     """`[T, heads, D]` on the host; the received bytes themselves where they are one part."""
-    parts = [torch.frombuffer(part, dtype=torch.uint8) for part in packed.parts]
+    parts = [
+        part if isinstance(part, torch.Tensor) else torch.frombuffer(part, dtype=torch.uint8) for part in packed.parts
+    ]
     data = parts[0] if len(parts) == 1 else torch.cat(parts)
     if data.data_ptr() % packed.dtype.itemsize:
         data = data.clone()

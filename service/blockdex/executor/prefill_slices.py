@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex.executor.interface import Packed, Step
+from blockdex.executor.interface import Bytes, Packed, Step, write_targets
 from blockdex_kernels.interface import Selection, Spans
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.backend import TritonBackend
@@ -158,7 +158,7 @@ class Slices:
                 self._run(shape, slot)
             self._graphs[shape, number] = graph
 
-    def launch(self, step: Step, cells: NDArray[np.int32], marks: Marks) -> Selection:
+    def launch(self, step: Step, cells: NDArray[np.int32], marks: Marks) -> Selection | None:
         """Queues a slice.
 
         Args:
@@ -167,42 +167,50 @@ class Slices:
             marks: recorded.
 
         Returns:
-            Where the selection is on the host once `marks.answered` has come.
+            Where the selection is on the host once `marks.answered` has come; None where it is in its targets then.
         """
         number = next(self._turns)
         shape = SliceShape.of(step, self._spec)
         graph = None if shape is None else self._graphs.get((shape, number))
         if shape is None or graph is None:
             return self._launch_kernels(step, cells, marks)
+        assert step.queries is not None
         slot = self._slots[number]
         # Whoever gave a slice up did not wait for it.
         slot.uploaded.synchronize()
         self._uploads.wait_event(slot.ended)
+        if any(_is_on_device(part) for part in step.queries.parts):
+            # What is made of several callers' queries is made where their keys are appended.
+            self._uploads.wait_event(marks.keys_there)
         end = self._fill(slot, step, cells)
         with torch.cuda.stream(self._uploads):
             slot.there[:end].copy_(slot.host[:end], non_blocking=True)
+            copy_shared(step.queries.parts, slot.there[end:])
             slot.uploaded.record(self._uploads)
         self._begin(slot.uploaded, marks)
         graph.replay()
         self._end(marks)
         slot.ended = marks.ended
-        assert step.queries is not None
         answer = (step.num_tokens, step.queries.heads, self._spec.topk)
         ids = math.prod(answer)
+        selection = Selection(slot.block_ids_there[:ids].view(answer), None)
         with torch.cuda.stream(self._downloads):
-            there = slot.block_ids[:ids].copy_(slot.block_ids_there[:ids], non_blocking=True)
+            if step.targets:
+                write_targets(selection, step.targets)
+            else:
+                slot.block_ids[:ids].copy_(slot.block_ids_there[:ids], non_blocking=True)
             marks.answered.record(self._downloads)
-        return Selection(there.view(answer), None)
+        return None if step.targets else Selection(slot.block_ids[:ids].view(answer), None)
 
     def _fill(self, slot: _Slot, step: Step, cells: NDArray[np.int32]) -> int:
-        """Writes what the device is to read; returns where it ends."""
+        """Writes what the device is to read, but for what it reads in regions; returns where it ends."""
         assert step.queries is not None
         layer, start, length, *_ = step.columns[:, 0].tolist()
         heads = step.queries.heads
         tiles, ranges = self._backend.split(length * heads, len(cells))
         slot.numbers[:RUN_NUMBERS] = (layer, start, length, tiles, ranges, heads, 0, 0)
         slot.numbers[RUN_NUMBERS : RUN_NUMBERS + len(cells)] = cells
-        return copy_parts(step.queries, slot.host, self._queries_at)
+        return copy_parts(step.queries.parts, slot.host, self._queries_at)
 
     def _run(self, shape: SliceShape, slot: _Slot) -> None:
         numbers = slot.there[: self._queries_at].view(torch.int32)
@@ -216,12 +224,14 @@ class Slices:
             shape.width,
         )
 
-    def _launch_kernels(self, step: Step, cells: NDArray[np.int32], marks: Marks) -> Selection:
+    def _launch_kernels(self, step: Step, cells: NDArray[np.int32], marks: Marks) -> Selection | None:
         queries, device = step.queries, self._backend.device
         assert queries is not None
         numbers = np.concatenate((step.columns[:3, 0], cells))
         with torch.cuda.stream(self._uploads):
-            sent = pinned(queries, self._spec.head_dim).to(device, non_blocking=True)
+            if any(_is_on_device(part) for part in queries.parts):
+                self._uploads.wait_event(marks.keys_there)
+            sent = upload(queries, self._spec.head_dim, device)
             numbers_there = torch.from_numpy(numbers).pin_memory().to(device, non_blocking=True)
             uploaded = event()
             uploaded.record(self._uploads)
@@ -235,7 +245,8 @@ class Slices:
         )
         self._end(marks)
         with torch.cuda.stream(self._downloads):
-            there = to_host(selection)
+            there = None if step.targets else to_host(selection)
+            write_targets(selection, step.targets)
             marks.answered.record(self._downloads)
         for made in (selection.block_ids, selection.scores):
             if made is not None:
@@ -258,19 +269,48 @@ def event(*, timed: bool = False) -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
 
 
-def pinned(packed: Packed, head_dim: int) -> torch.Tensor:
-    """`[T, heads, D]` in pinned memory: the one copy that the host makes."""
-    there = torch.empty(sum(map(len, packed.parts)), dtype=torch.uint8, pin_memory=True)
-    copy_parts(packed, there, 0)
-    return there.view(packed.dtype).view(-1, packed.heads, head_dim)
+def upload(packed: Packed, head_dim: int, device: torch.device) -> torch.Tensor:
+    """`[T, heads, D]` on a device, on the current stream: the region itself, if they lie in one that is there.
+
+    Of what came in an arena the host makes one copy, in pinned memory; of what lies in a region it makes none.
+    """
+    if any(isinstance(part, torch.Tensor) for part in packed.parts):
+        parts = [part if isinstance(part, torch.Tensor) else pinned([part]) for part in packed.parts]
+    else:
+        parts = [pinned(packed.parts)]
+    there = [part.to(device, non_blocking=True) for part in parts]
+    joined = there[0] if len(there) == 1 else torch.cat(there)
+    return joined.view(packed.dtype).view(-1, packed.heads, head_dim)
 
 
-def copy_parts(packed: Packed, there: torch.Tensor, at: int) -> int:
-    """Copies the bytes of rows to a place in bytes on the host, without the GIL; returns where they end."""
-    for part in packed.parts:
+def pinned(parts: Sequence[Bytes]) -> torch.Tensor:
+    """uint8, a copy of what came in an arena, in pinned memory."""
+    there = torch.empty(sum(map(len, parts)), dtype=torch.uint8, pin_memory=True)
+    copy_parts(parts, there, 0)
+    return there
+
+
+def copy_parts(parts: Sequence[Bytes], there: torch.Tensor, at: int) -> int:
+    """Copies bytes that came in an arena to a place in others on the host, without the GIL; returns where they end."""
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            continue
         there[at : at + len(part)].copy_(torch.frombuffer(part, dtype=torch.uint8))
         at += len(part)
     return at
+
+
+def copy_shared(parts: Sequence[Bytes], there: torch.Tensor) -> None:
+    """Copies bytes that lie in regions to the beginning of others on the device, on the current stream."""
+    at = 0
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            there[at : at + len(part)].copy_(part, non_blocking=True)
+            at += len(part)
+
+
+def _is_on_device(part: Bytes) -> bool:
+    return isinstance(part, torch.Tensor) and part.is_cuda
 
 
 def to_host(selection: Selection) -> Selection:

@@ -15,6 +15,7 @@ from blockdex.contract.messages import CacheOverview, CacheUsage, Info, Limits
 from blockdex.contract.stats import Histogram, Stats
 from blockdex.logs import log_fault
 from blockdex.ring.control_channel import ControlChannel, Words
+from blockdex.ring.regions import Offer, Region
 from blockdex_kernels import IndexSpec
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ class Engine(Protocol):
 
     def stats(self) -> Stats:
         """What it counted and timed since it started."""
+        ...
+
+    def open_region(self, offer: Offer) -> Region:
+        """Opens memory that a client shares: see `LinkRegions`."""
         ...
 
 

@@ -23,8 +23,8 @@ class Handles(NamedTuple):
 
     Attributes:
         segment: the shared memory.
-        engine_bell: this side's end of the datagram pair that the engine sleeps on.
-        client_bell: this side's end of the pair that the client sleeps on.
+        engine_bell: this side's end of the datagram pair that the engine sleeps on; below 0: nobody rings.
+        client_bell: this side's end of the pair that the client sleeps on; below 0 likewise.
         tenant: of all its requests; without one each names its own.
     """
 
@@ -36,7 +36,8 @@ class Handles(NamedTuple):
     def close(self) -> None:
         """Gives the files back; the memory stays as long as somebody looks at it."""
         for fd in (self.segment.fd, self.engine_bell, self.client_bell):
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
 
 def listen() -> socket.socket:

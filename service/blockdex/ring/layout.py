@@ -69,6 +69,7 @@ HEADER = (
     Field("engine_sleeps", 768, "I"),
     Field("client_sleeps", 896, "I"),
     Field("engine_waits_for_room", 1024, "I"),
+    Field("channel_error", 1152, "I"),
 )
 AT = {field.name: field.offset for field in HEADER}
 HELLO_STRUCT = Struct("<QII")

@@ -9,10 +9,12 @@ import time
 
 from blockdex.contract.messages import Limits
 from blockdex.logs import RateLimit, log_event
+from blockdex.ring.channels import LinkChannels
 from blockdex.ring.control_channel import ControlChannel
 from blockdex.ring.engine_reports import Engine, reply_to
 from blockdex.ring.events import EventQueue, SequencesEvicted, words_of
 from blockdex.ring.handshake import Handles, offer
+from blockdex.ring.regions import LinkRegions
 from blockdex.ring.segment import RingError, Sizes
 from blockdex.ring.server import RingInbox, ServerLink
 from blockdex_kernels import IndexSpec
@@ -80,12 +82,17 @@ class RingHost:
 
         events = EventQueue(loop)
         line = ServerLink(handles, hang_up, events.put)
+        regions = LinkRegions(self._engine.open_region, self._inbox, line)
+        channels = LinkChannels(
+            self._engine.open_region, self._inbox, lambda: self._engine.info().epoch, handles.tenant, hang_up
+        )
         self._inbox.add(line)
         try:
             async with asyncio.TaskGroup() as tasks:
                 telling = tasks.create_task(_tell_of(events, talk, handles.tenant))
                 async for words in talk.heard():
-                    talk.tell(await reply_to(self._engine, words))
+                    reply = await regions.reply_to(words, talk.files) or await channels.reply_to(words, talk.files)
+                    talk.tell(reply or await reply_to(self._engine, words))
                     await talk.drain()
                 telling.cancel()
         except* TimeoutError as errors:
@@ -94,6 +101,7 @@ class RingHost:
             pass  # it went without what it was told
         finally:
             self._inbox.drop(line)
+            channels.drop()
             talk.hang_up()
 
     def _tell_of_refusal(self, error: Exception) -> None:

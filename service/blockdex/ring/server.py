@@ -52,6 +52,8 @@ class RingInbox:
         self._core: Core | None = None
         self._lines: list[ServerLink] = []
         self._arrivals: queue.SimpleQueue[ServerLink] = queue.SimpleQueue()
+        self._errands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._given_back: list[tuple[ServerLink, int]] = []
 
     def serve(self, core: Core) -> None:
         """Serves links with a core from now on; before the first one comes."""
@@ -69,14 +71,28 @@ class RingInbox:
         line.gone = True
         self._core.notice()
 
+    def do(self, errand: Callable[[], None]) -> None:
+        """Has the engine's thread do something between its steps."""
+        assert self._core is not None
+        self._errands.put(errand)
+        self._core.notice()
+
+    def give_back(self, line: ServerLink, region: int) -> None:
+        """Has no request name a region any more, and lets go of it when none uses it; on the engine's thread."""
+        self._given_back.append((line, region))
+
     def look_round(self) -> None:
-        """Hands the core the links that have come, and takes those back that are gone."""
+        """Hands the core the links that have come, and takes those back that are gone, and regions likewise."""
         assert self._core is not None
         with contextlib.suppress(queue.Empty):
             while True:
                 line = self._arrivals.get_nowait()
                 self._lines.append(line)
                 self._core.add(line.native)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._errands.get_nowait()()
+        self._given_back = [each for each in self._given_back if not each[0].native.give_back(each[1])]
         for line in [line for line in self._lines if line.gone]:
             self._lines.remove(line)
             self._core.drop(line.native)

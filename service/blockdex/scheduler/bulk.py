@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex.executor.interface import Answer, Packed
+from blockdex.executor.interface import Answer, Bytes, Packed, Target
 from blockdex.ring import layout
+from blockdex.ring.regions import Region
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.interface import Order
 
@@ -69,18 +70,23 @@ class Rows(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A packed tensor as it came."""
+    """A packed tensor as it came: bytes in the arena, or a tensor of bytes in a region."""
 
     dtype: torch.dtype
-    data: memoryview
+    data: memoryview | torch.Tensor
 
-    def take(self, token_bytes: int, tokens: Chosen) -> memoryview:
+    def take(self, token_bytes: int, tokens: Chosen) -> Bytes:
         """The bytes of some tokens; those received, not copied, where they lie together."""
         if isinstance(tokens, slice):
             return (
                 self.data if tokens is ALL_TOKENS else self.data[tokens.start * token_bytes : tokens.stop * token_bytes]
             )
-        return np.frombuffer(self.data, np.uint8).reshape(-1, token_bytes)[tokens].reshape(-1).data
+        return self.rows(token_bytes)[torch.from_numpy(tokens)].reshape(-1)
+
+    def rows(self, token_bytes: int) -> torch.Tensor:
+        """uint8 `[T, token_bytes]`, where it lies."""
+        data = self.data if isinstance(self.data, torch.Tensor) else torch.frombuffer(self.data, dtype=torch.uint8)
+        return data.view(-1, token_bytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +101,7 @@ class Bulk:
         keys: `[T, D]`, or None.
         queries: `[T, num_heads, D]`, of heads `first_head` on, or None.
         order, return_scores, raw_scores: of the selection.
+        block_ids, scores: bytes of the regions where they go, or None.
     """
 
     number: int
@@ -108,12 +115,14 @@ class Bulk:
     order: Order
     return_scores: bool
     raw_scores: bool
+    block_ids: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
 
     @classmethod
     def of(cls, item: tuple[Any, ...]) -> Bulk:
         """The request of an item as `Core.take` hands it over."""
         number, _, layer, parts, tenant, line, keys_dtype, keys, queries_dtype, queries, *rest = item
-        first_head, num_heads, order, flags = rest
+        block_ids, scores, first_head, num_heads, order, flags = rest
         return cls(
             number,
             layer,
@@ -126,14 +135,28 @@ class Bulk:
             layout.ORDERS[order - 1] if queries_dtype else "ascending",
             bool(flags & (layout.RETURN_SCORES | layout.RAW_SCORES)),
             bool(flags & layout.RAW_SCORES),
+            None if block_ids is None else _in_region(*block_ids),
+            None if scores is None else _in_region(*scores),
         )
 
+    @property
+    def is_answered_in_regions(self) -> bool:
+        """Whether nothing of its selection is in its answer."""
+        return self.block_ids is not None and (self.scores is not None or not self.return_scores)
 
-def _tensor(memory: memoryview, dtype: int, place: tuple[int, int]) -> Tensor | None:
-    begin, num_bytes = place
+
+def _tensor(memory: memoryview, dtype: int, place: tuple[Region | None, int, int]) -> Tensor | None:
+    region, begin, num_bytes = place
     if not dtype:
         return None
-    return Tensor(TORCH_DTYPES[layout.DTYPES[dtype - 1]], memory[begin : begin + num_bytes])
+    data = memory[begin : begin + num_bytes] if region is None else _in_region(region, begin, num_bytes)
+    return Tensor(TORCH_DTYPES[layout.DTYPES[dtype - 1]], data)
+
+
+def _in_region(region: Region, begin: int, num_bytes: int) -> torch.Tensor:
+    """uint8 of a region, which it holds."""
+    every = torch.as_tensor(region if region.on_device else np.asarray(region))
+    return every[begin : begin + num_bytes]
 
 
 class Reading:
@@ -146,6 +169,7 @@ class Reading:
         num_tokens: of the spans.
         longest: tokens of the longest span.
         unread: tokens that no kernel has answered yet.
+        is_direct: whether kernels write the answer where its callers want it.
     """
 
     def __init__(self, callers: Sequence[Bulk], spec: IndexSpec) -> None:
@@ -160,6 +184,7 @@ class Reading:
             self.heads += caller.num_heads
         self.longest = int(first.rows.lengths.max())
         self.num_tokens = self.unread = int(first.rows.lengths.sum())
+        self.is_direct = False
         self._topk = spec.topk
         self._token_bytes = self.heads * spec.head_dim * tensors[0].dtype.itemsize
         self._queries = tensors[0] if len(tensors) == 1 else _side_by_side(tensors, self.num_tokens)
@@ -171,17 +196,32 @@ class Reading:
         first = self.first
         return self.heads, self._queries.dtype, first.order, first.return_scores, first.raw_scores
 
-    def queries(self, tokens: Chosen) -> memoryview:
+    def queries(self, tokens: Chosen) -> Bytes:
         """Bytes of `[tokens, heads, D]`."""
         return self._queries.take(self._token_bytes, tokens)
 
-    def packed(self, parts: Sequence[memoryview]) -> Packed:
+    def packed(self, parts: Sequence[Bytes]) -> Packed:
         """Tokens of this reading, or of others like it, as kernels take them."""
         return Packed(self._queries.dtype, self.heads, parts)
 
-    def write(self, tokens: Chosen, answer: Answer) -> None:
-        """Takes a kernel's answer for some of the tokens."""
-        self.unread -= len(answer.block_ids)
+    def targets(self, tokens: slice) -> list[Target]:
+        """Where its callers want their shares of some tokens, if it is direct."""
+        if not self.is_direct:
+            return []
+        made: list[Target] = []
+        for caller, heads in self.callers:
+            shape = (self.num_tokens, caller.num_heads, self._topk)
+            assert caller.block_ids is not None
+            ids = caller.block_ids.view(torch.int32).view(shape)[tokens]
+            scores = None if caller.scores is None else caller.scores.view(torch.float32).view(shape)[tokens]
+            made.append(Target(heads, ids, scores))
+        return made
+
+    def write(self, tokens: Chosen, count: int, answer: Answer | None) -> None:
+        """Takes a kernel's answer for some of the tokens; None where it was written to its targets."""
+        self.unread -= count
+        if answer is None:
+            return
         if tokens is ALL_TOKENS:
             self._answer = answer
             return
@@ -194,9 +234,11 @@ class Reading:
         if self._answer.scores is not None:
             self._answer.scores[tokens] = answer.scores
 
-    def shares(self) -> Iterable[tuple[Bulk, Answer]]:
-        """Every caller's share of the answer; to be called once nothing is unread."""
-        assert self._answer is not None
+    def shares(self) -> Iterable[tuple[Bulk, Answer | None]]:
+        """Every caller's share of the answer, None where it has it; to be called once nothing is unread."""
+        if self._answer is None:
+            yield from ((caller, None) for caller, _ in self.callers)
+            return
         block_ids, scores = self._answer.block_ids, self._answer.scores
         for caller, heads in self.callers:
             own = None if scores is None else np.ascontiguousarray(scores[:, heads])
@@ -232,6 +274,8 @@ def readings(selections: Iterable[Bulk], spec: IndexSpec) -> list[Reading]:
 
 
 def _side_by_side(tensors: Sequence[Tensor], num_tokens: int) -> Tensor:
-    """`[T, heads, D]` of several callers as one tensor."""
-    parts = [np.frombuffer(tensor.data, np.uint8).reshape(num_tokens, -1) for tensor in tensors]
-    return Tensor(tensors[0].dtype, np.concatenate(parts, axis=1).reshape(-1).data)
+    """`[T, heads, D]` of several callers as one tensor, on the device where one of them lies there."""
+    parts = [tensor.rows(len(tensor.data) // num_tokens) for tensor in tensors]
+    device = next((part.device for part in parts if part.is_cuda), parts[0].device)
+    joined = torch.cat([part.to(device) for part in parts], dim=1).view(-1)
+    return Tensor(tensors[0].dtype, joined if joined.is_cuda else joined.numpy().data)

@@ -73,7 +73,7 @@ class Shared:
         if replays is not None and replays is not self._replays:
             self._replays = replays
             steps = [(*step[:-1], *step.programs) for step in replays.steps]
-            self._core.set_replays(steps, replays.launch, replays.stream)
+            self._core.set_replays(steps, replays.launch, replays.stream, replays.signal)
 
 
 def add_counts(core: Core, stats: Stats) -> None:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from blockdex.cache import IndexCache
 from blockdex.contract.errors import Reason, ResourceExhaustedError
 from blockdex.contract.messages import PHASES, Phase
 from blockdex.contract.stats import Stats
-from blockdex.executor.interface import Executor, Packed, Pending, Step
+from blockdex.executor.interface import Bytes, Executor, Packed, Pending, Step
 from blockdex.logs import log_event
 from blockdex.ring import layout
 from blockdex.scheduler.bulk import ALL_TOKENS, Bulk, Chosen, Reading, Rows, readings
@@ -41,6 +42,7 @@ class InFlight:
         prefill: whose slice it is, if it is one.
         products: of a slice, dot products that it takes.
         steps_before: of a slice, steps that had begun before it.
+        appended: requests of keys in regions, which are answered when nobody reads these any more.
     """
 
     pending: Pending
@@ -49,6 +51,7 @@ class InFlight:
     prefill: Prefill | None = None
     products: float = 0.0
     steps_before: int = 0
+    appended: Sequence[Bulk] = ()
 
 
 class Launcher:
@@ -113,8 +116,8 @@ class Launcher:
         self._append([request for request in requests if request.keys is not None and request.rows.applies.any()])
         self._select(readings((request for request in requests if request.queries is not None), self._spec))
         for request in requests:
-            if request.queries is None:
-                self._core.answer(request.number, 0, 0, 0, 0, 0, None, None)
+            if request.queries is None and not _is_read_late(request):
+                self._answer_append(request)
 
     def begin_slice(self) -> None:
         """Begins one slice of the prefill whose turn it is, if there is one, and if not enough are on their way."""
@@ -133,7 +136,8 @@ class Launcher:
         row = (prefill.layer, part.start, part.length, self._cache.first_rows[prefill.column], 0)
         columns = np.array([row], np.int32).T.copy()
         queries = reading.packed([reading.queries(part.tokens)])
-        step = Step(columns, None, queries, first.order, first.return_scores, first.raw_scores)
+        targets = reading.targets(part.tokens)
+        step = Step(columns, None, queries, first.order, first.return_scores, first.raw_scores, targets)
         self._note([caller for caller, _ in reading.callers], "prefill")
         self._note_busy()
         try:
@@ -162,7 +166,7 @@ class Launcher:
 
     def _append(self, requests: Sequence[Bulk]) -> None:
         """Writes the keys of every request, one step for all that came in the same dtype."""
-        by_dtype: dict[torch.dtype, list[tuple[memoryview, Bulk, Rows]]] = {}
+        by_dtype: dict[torch.dtype, list[tuple[Bytes, Bulk, Rows]]] = {}
         self._note(requests, "append")
         for request in requests:
             rows, keys = request.rows, request.keys
@@ -175,7 +179,8 @@ class Launcher:
         for dtype, parts in by_dtype.items():
             columns = self._columns([(request.layer, rows) for _, request, rows in parts])
             step = Step(columns, Packed(dtype, 1, [data for data, _, _ in parts]))
-            self._begin(step, "append", [])
+            appended = [request for _, request, _ in parts if request.queries is None and _is_read_late(request)]
+            self._begin(step, "append", [], appended)
             self._stats.launched("append", step.num_tokens, len(parts))
 
     def _select(self, made: Sequence[Reading]) -> None:
@@ -187,6 +192,7 @@ class Launcher:
                 groups.setdefault(reading.alike, []).append((reading, rows, ALL_TOKENS))
                 continue
             short = rows.lengths <= self._decode_queries
+            reading.is_direct = not short.any() and all(each.is_answered_in_regions for each, _ in reading.callers)
             for row in np.flatnonzero(~short).tolist():
                 self._add_prefill(Prefill(reading, row))
             if short.any():
@@ -225,14 +231,16 @@ class Launcher:
         columns[:4] = np.concatenate(made, axis=1)
         return columns
 
-    def _begin(self, step: Step, phase: Phase, parts: list[tuple[Reading, int, Chosen]]) -> None:
+    def _begin(
+        self, step: Step, phase: Phase, parts: list[tuple[Reading, int, Chosen]], appended: Sequence[Bulk] = ()
+    ) -> None:
         while len(self._in_flight) >= self._executor.max_pending:
             if self._in_flight[0].pending.done():
                 self._arrive(self._in_flight.popleft())
             time.sleep(0)
         self._note_busy()
         self._steps += 1
-        self._in_flight.append(InFlight(self._executor.begin(step), phase, parts))
+        self._in_flight.append(InFlight(self._executor.begin(step), phase, parts, appended=appended))
 
     def _steps_begun(self) -> int:
         """Other steps that have begun so far, the core's too."""
@@ -251,9 +259,11 @@ class Launcher:
         self._stats.device_seconds[flight.phase] += flight.pending.device_seconds
         answer = flight.pending.answer() if flight.parts else None
         row = 0
+        for request in flight.appended:
+            self._answer_append(request)
         for reading, count, tokens in flight.parts:
-            assert answer is not None
-            reading.write(tokens, answer if len(flight.parts) == 1 else answer[row : row + count])
+            own = answer if answer is None or len(flight.parts) == 1 else answer[row : row + count]
+            reading.write(tokens, count, own)
             row += count
             if not reading.unread:
                 self._answer(reading)
@@ -263,11 +273,18 @@ class Launcher:
         if not self.in_flight:
             self._stats.device_busy_seconds += self._core.time_beside - self._busy_since
 
+    def _answer_append(self, request: Bulk) -> None:
+        self._core.answer(request.number, 0, 0, 0, 0, 0, None, None)
+
     def _answer(self, reading: Reading) -> None:
         for caller, answer in reading.shares():
-            flags = layout.HAS_BLOCK_IDS | (0 if answer.scores is None else layout.HAS_SCORES)
-            tokens, heads, topk = answer.block_ids.shape
-            self._core.answer(caller.number, flags, tokens, heads, topk, 0, answer.block_ids, answer.scores)
+            flags = layout.HAS_BLOCK_IDS | (layout.HAS_SCORES if caller.return_scores else 0)
+            ids = scores = None
+            if answer is not None:
+                ids = _for_answer(answer.block_ids, caller.block_ids)
+                scores = _for_answer(answer.scores, caller.scores)
+            shape = (reading.num_tokens, caller.num_heads, self._spec.topk)
+            self._core.answer(caller.number, flags, *shape, 0, ids, scores)
         reading.callers = []
 
     def _end_reading(self) -> None:
@@ -316,3 +333,17 @@ class Launcher:
                 refuse(self._core, caller.number, refused)
             reading.callers = []
         self._stop_reading(given_up)
+
+
+def _is_read_late(request: Bulk) -> bool:
+    """Whether the device reads its keys from a region, after they were asked for."""
+    return request.keys is not None and isinstance(request.keys.data, torch.Tensor) and bool(request.rows.applies.any())
+
+
+def _for_answer(part: NDArray[Any] | None, region: torch.Tensor | None) -> NDArray[Any] | None:
+    """A part of an answer for the core to write; None where it is on the device now, which the core cannot reach."""
+    if part is None or region is None or not region.is_cuda:
+        return part
+    there = torch.from_numpy(part).view(-1)
+    region.view(there.dtype).copy_(there)
+    return None

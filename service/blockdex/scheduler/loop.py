@@ -16,11 +16,13 @@ from blockdex.contract.stats import Stats
 from blockdex.executor.factory import make_executor
 from blockdex.executor.interface import DeviceHungError
 from blockdex.ring.events import NewEpoch, evictions
+from blockdex.ring.regions import Offer, Region
 from blockdex.ring.server import RingInbox
 from blockdex.scheduler import THREAD
 from blockdex.scheduler.bulk import Bulk
 from blockdex.scheduler.core import Shared, add_counts, make_core
 from blockdex.scheduler.launcher import Launcher
+from blockdex.scheduler.regions import open_region
 from blockdex.scheduler.sequences import SequenceKeeper
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.dispatch import device_name
@@ -151,6 +153,10 @@ class Engine:
     def overview(self, max_cells: int) -> CacheOverview:
         """What pages and sequences are like, now; from any thread, also while a batch runs or hangs."""
         return self._cache.overview(max_cells)
+
+    def open_region(self, offer: Offer) -> Region:
+        """Opens memory that a client shares: see `blockdex.scheduler.regions.open_region`."""
+        return open_region(self._executor, offer)
 
     def stats(self) -> Stats:
         """What was counted and timed since the start; from any thread."""

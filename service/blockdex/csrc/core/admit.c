@@ -199,8 +199,16 @@ static bool needs_pages(const struct core *core, const struct request *request) 
     return false;
 }
 
+/* Whether answer.c would have to write to the device: programs write plain block ids there, and nothing else. */
+static bool answers_device(const struct request *request) {
+    const bool ids = core_is_on_device(request, BLOCK_IDS), scores = core_is_on_device(request, SCORES);
+    const bool plain = request->slot.order == BLOCKDEX_ASCENDING && !core_is_scored(&request->slot);
+    return scores || (ids && !plain);
+}
+
 /* Whether no step can hold a request, however empty: then Python runs it. */
 static bool is_bulk(const struct core *core, const struct request *request) {
+    if (answers_device(request)) return true;
     return request->longest > core->longest || request->num_rows > CORE_RUNS || request->tokens > CORE_TOKENS ||
            (!core->run_step && !core_replay(core, request->num_rows, request->longest, request->end));
 }
@@ -267,8 +275,7 @@ static void add_to_step(struct core *core, struct request *request, struct group
         group = &to->groups[to->num_groups - 1];
     }
     if (selects(request)) {
-        const bool scored = request->slot.flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES) ||
-                            request->slot.order == BLOCKDEX_SCORE;
+        const bool scored = core_is_scored(&request->slot) || request->slot.order == BLOCKDEX_SCORE;
         group->heads |= heads_of(request);
         for (uint32_t run = group->first_run; run < group->first_run + group->runs; run++)
             to->columns[4][run] |= RUN_SELECTS | (scored ? RUN_WANTS_SCORES : 0);
@@ -476,8 +483,21 @@ static void refuse_waiting(struct core *core) {
     }
 }
 
+/* When a channel's request was written, nobody says: not before the last look that found none. */
+static void look_at_channels(struct core *core, int64_t now) {
+    for (size_t number = 0; number < core->num_links; number++) {
+        struct server_link *link = core->links[number];
+        if (!link->channel.bound) continue;
+        if (server_link_filled(link))
+            core->rung = now;
+        else
+            link->channel.looked = now;
+    }
+}
+
 bool core_gather(struct core *core, int64_t now) {
     struct gathered *to = &core->gathered;
+    if (core->num_channels) look_at_channels(core, now);
     to->runs = to->tokens = to->longest = to->num_asked = to->num_groups = 0;
     to->end = 0;
     to->full = false;

@@ -38,6 +38,16 @@ static void observe_stages(struct core *core, const struct blockdex_answer *answ
                          seconds[stage], 1e9);
 }
 
+void core_signal(struct core *core, struct request *request) {
+    const struct channel *channel = &request->link->channel;
+    uint64_t *answered = channel->answered, number = request->slot.ticket;
+    if (!channel->on_device)
+        __atomic_store_n(answered, number, __ATOMIC_RELEASE);
+    else if (core->signal)
+        core->launch_error = core->signal(core->stream, (uintptr_t)answered, number, 0);
+    request->signalled = true;
+}
+
 void core_answer(struct core *core, struct request *request, struct blockdex_answer answer, const void *payload,
                  uint64_t bytes) {
     if (!request->link->gone) {
@@ -47,7 +57,9 @@ void core_answer(struct core *core, struct request *request, struct blockdex_ans
         set_stages(request, core_now(), &answer);
         /* One that nothing took up has no stages to count. */
         if (request->taken) observe_stages(core, &answer);
-        if (!server_link_answer(request->link, answer, payload, bytes)) {
+        const bool succeeded = request->link->channel.bound && !answer.code;
+        if (succeeded && !request->signalled) core_signal(core, request);
+        if (!succeeded && !server_link_answer(request->link, answer, payload, bytes)) {
             core->no_memory = true;
             return;
         }
@@ -136,8 +148,8 @@ static float told_score(const struct core *core, const struct row *row, uint32_t
 }
 
 static char *scratch(struct core *core, size_t bytes) {
-    if (bytes > core->scratch_bytes) {
-        char *wider = realloc(core->scratch, bytes);
+    if (bytes > core->scratch_bytes || !core->scratch) {
+        char *wider = realloc(core->scratch, bytes + 1); /* of none too */
         if (!wider) return NULL;
         core->scratch = wider;
         core->scratch_bytes = bytes;
@@ -159,8 +171,8 @@ static void write_row(const struct core *core, const struct request *request, co
 
 void core_answer_selection(struct core *core, struct request *request, const struct step *step, uint32_t first_token) {
     const uint32_t heads = request->slot.num_heads, topk = core->topk;
-    const size_t ids_bytes = sizeof(int32_t) * request->tokens * heads * topk;
-    const bool scored = request->slot.flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES);
+    const size_t all_bytes = sizeof(int32_t) * request->tokens * heads * topk;
+    const bool scored = core_is_scored(&request->slot);
     const size_t row_of_all = (size_t)first_token * core->heads * topk;
     const int32_t *all_ids = (const int32_t *)step->block_ids.buf + row_of_all;
     const float *all_scores = (const float *)step->scores.buf + row_of_all;
@@ -168,18 +180,25 @@ void core_answer_selection(struct core *core, struct request *request, const str
                                      .num_tokens = request->tokens,
                                      .num_heads = heads,
                                      .topk = topk};
-    if (!scored && heads == core->heads && request->slot.order == BLOCKDEX_ASCENDING) {
-        core_answer(core, request, answer, all_ids, ids_bytes);
+    char *own_ids = request->tensors[BLOCK_IDS], *own_scores = request->tensors[SCORES];
+    if (core_is_on_device(request, BLOCK_IDS)) {
+        core_answer(core, request, answer, NULL, 0);
         return;
     }
-    const size_t scores_at = blockdex_aligned(ids_bytes), bytes = scored ? scores_at + ids_bytes : ids_bytes;
+    if (!scored && heads == core->heads && request->slot.order == BLOCKDEX_ASCENDING) {
+        if (own_ids) memcpy(own_ids, all_ids, all_bytes);
+        core_answer(core, request, answer, all_ids, own_ids ? 0 : all_bytes);
+        return;
+    }
+    const size_t scores_at = own_ids ? 0 : blockdex_aligned(all_bytes);
+    const size_t bytes = scored && !own_scores ? scores_at + all_bytes : own_ids ? 0 : all_bytes;
     char *payload = scratch(core, bytes);
     if (!payload) {
         core->no_memory = true;
         return;
     }
-    int32_t *ids = (int32_t *)(void *)payload;
-    float *scores = scored ? (float *)(void *)(payload + scores_at) : NULL;
+    int32_t *ids = (int32_t *)(void *)(own_ids ? own_ids : payload);
+    float *scores = scored ? (float *)(void *)(own_scores ? own_scores : payload + scores_at) : NULL;
     uint32_t token = 0;
     for (uint32_t run = 0; run < request->num_rows; run++)
         for (int64_t in_run = 0; in_run < request->lengths[run]; in_run++, token++)

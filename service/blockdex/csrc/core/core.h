@@ -31,11 +31,14 @@ struct columns {
     size_t count;
 };
 
+/* What of a request lies in the arena, or in a region of its link. */
+enum { KEYS, QUERIES, BLOCK_IDS, SCORES, NUM_SOURCES };
+
 /* Where a request is: in one of the core's lists, or in a step, or with Python. */
 enum request_state { IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, BULK };
 
 /* A request that was read off its ring; while it is on its way, its link is not given up. Its tensors stay in its
- * client's arena, which can be written to at any time; all else was copied once. */
+ * client's memory, which can be written to at any time; all else was copied once. */
 struct request {
     struct request *previous, *next; /* in `backlog` or `waiting` */
     struct server_link *link;
@@ -43,9 +46,11 @@ struct request {
     enum request_state state;
     uint32_t number, tenant, num_rows, tokens, longest; /* rows: spans, or sequences to open or to close */
     bool cancelled, has_pages, done_already, holds_back;
+    bool signalled; /* its channel is told of its success when the device comes so far */
     uint8_t phase;
     int64_t end, received, taken, launched, finished;
-    const char *keys, *queries;
+    char *tensors[NUM_SOURCES];          /* where each begins; NULL: in the answers' arena */
+    struct region *regions[NUM_SOURCES]; /* where it lies; NULL: in an arena */
     uint64_t *ids, *revisions;
     int64_t *starts, *lengths;
     uint32_t *columns;
@@ -140,6 +145,7 @@ struct core {
     /* Where it runs. */
     PyObject *run_step;
     int (*launch)(void *program, void *stream);
+    int (*signal)(void *stream, uint64_t address, uint64_t value, unsigned flags);
     void *stream;
     struct replay *replays;
     size_t num_replays;
@@ -148,6 +154,8 @@ struct core {
     int launch_error;
     PyThreadState *without_gil;
     /* How it waits. */
+    uint32_t num_channels;
+    int64_t rung; /* when a channel's request was there last */
     int nudge;
     _Atomic uint32_t noticed;
     int64_t spin, active, looked, passed;
@@ -188,6 +196,24 @@ void list_append(struct list *list, struct request *request);
 void list_prepend(struct list *list, struct request *request);
 void list_remove(struct list *list, struct request *request);
 
+/* sources.c: where the tensors of a token request lie. */
+
+/* Finds the regions that a slot names, and checks that its tensors are inside; false: it was refused. */
+bool core_find_sources(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
+                       struct request *request, uint64_t ids_bytes);
+
+/* Keeps the regions of a request while it is on its way. */
+void core_use_regions(struct request *request);
+void core_leave_regions(struct core *core, struct request *request);
+
+/* Whether scores are asked for. */
+static inline bool core_is_scored(const struct blockdex_request *slot) {
+    return slot->flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES);
+}
+
+/* Whether a tensor has an address of the device. */
+bool core_is_on_device(const struct request *request, int number);
+
 /* admit.c: which requests may take effect now. */
 
 /* Takes what may get on now, from those held back and from the rings, into `gathered` and `for_python`.
@@ -208,7 +234,7 @@ void core_drop_gone(struct core *core, int64_t now);
 /* The smallest programs that hold so much; NULL where there are none. */
 const struct replay *core_replay(const struct core *core, uint32_t runs, uint32_t longest, int64_t end);
 
-/* Launches what was gathered, without the GIL. False: cuGraphLaunch failed (`launch_error`), or, with the GIL, Python's
+/* Launches what was gathered, without the GIL. False: the device takes no step (`launch_error`), or, with the GIL, Python's
  * own step raised. */
 bool core_begin(struct core *core, int64_t now);
 
@@ -228,6 +254,10 @@ void core_refuse(struct core *core, struct request *request, uint16_t code, cons
 void core_refuse_slot(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                       uint16_t code, const char *reason, const char *format, ...) __attribute__((format(printf, 7, 8)));
 void core_publish(struct core *core);
+
+/* Tells the channel of a request that it has succeeded: at once, or, where its memory is the device's, when that comes so
+ * far. */
+void core_signal(struct core *core, struct request *request);
 
 /* integrity.c: checks some of the cache's columns against each other; false once all were, since they last changed. */
 bool core_check_integrity(struct core *core);

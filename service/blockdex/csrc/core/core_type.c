@@ -8,7 +8,7 @@ static PyObject *fail(struct core *core) {
     if (!core->launch_error) return PyErr_NoMemory();
     int error = core->launch_error;
     core->launch_error = 0;
-    return PyErr_Format(PyExc_RuntimeError, "cuGraphLaunch failed: CUDA error %d", error);
+    return PyErr_Format(PyExc_RuntimeError, "the device takes no step: CUDA error %d", error);
 }
 
 static bool is_used(const struct core *core, const struct server_link *link) {
@@ -79,7 +79,9 @@ static PyObject *method_add(struct core *core, PyObject *link) {
     struct pollfd *bells = PyMem_Realloc(core->bells, (core->num_links + 2) * sizeof *bells);
     if (!bells) return PyErr_NoMemory();
     core->bells = bells;
-    core->links[core->num_links++] = server_link_of(Py_NewRef(link));
+    struct server_link *added = core->links[core->num_links++] = server_link_of(Py_NewRef(link));
+    added->channel.looked = core->rung = core_now();
+    core->num_channels += added->channel.bound > 0;
     Py_RETURN_NONE;
 }
 
@@ -103,6 +105,7 @@ static PyObject *method_drop(struct core *core, PyObject *link) {
     for (size_t number = 0; number < core->num_links; number++) {
         if (server_link_object(core->links[number]) != link) continue;
         core->links[number]->gone = true;
+        core->num_channels -= core->links[number]->channel.bound > 0;
         struct server_link **gone = PyMem_Realloc(core->gone_links, (core->num_gone + 1) * sizeof *gone);
         if (!gone) return PyErr_NoMemory();
         core->gone_links = gone;

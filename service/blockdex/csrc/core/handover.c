@@ -13,18 +13,27 @@ static PyObject *columns_of_request(const struct request *request) {
                          bytes_of(request->applies, spans));
 }
 
-/* Where a tensor is in its link's memory: offset and bytes. */
-static PyObject *tensor_in_memory(const struct request *request, const char *from, uint64_t bytes) {
-    return Py_BuildValue("nK", (Py_ssize_t)(from - (const char *)request->link->header), (unsigned long long)bytes);
+/* Where a tensor is: in a region, or None for its link's memory; offset and bytes. None: in the answers' arena. */
+static PyObject *tensor_of(const struct request *request, int number, uint64_t bytes) {
+    const struct region *region = request->regions[number];
+    const char *at = request->tensors[number], *from = region ? region->memory : (const char *)request->link->header;
+    if (!at) Py_RETURN_NONE;
+    return Py_BuildValue("OKK", region ? (PyObject *)region->owner : Py_None,
+                         (unsigned long long)((uintptr_t)at - (uintptr_t)from), (unsigned long long)bytes);
 }
 
-static PyObject *bulk_of(const struct request *request) {
+static uint64_t ids_bytes(const struct core *core, const struct request *request) {
+    return sizeof(int32_t) * (uint64_t)request->tokens * request->slot.num_heads * core->topk;
+}
+
+static PyObject *bulk_of(const struct core *core, const struct request *request) {
     const struct blockdex_request *slot = &request->slot;
-    return Py_BuildValue("IsINIOBNBNIIBB", request->number, "bulk", slot->layer, columns_of_request(request),
-                         request->tenant, server_link_object(request->link), slot->keys_dtype,
-                         tensor_in_memory(request, request->keys, slot->keys_bytes), slot->queries_dtype,
-                         tensor_in_memory(request, request->queries, slot->queries_bytes), slot->first_head,
-                         slot->num_heads, slot->order, slot->flags);
+    return Py_BuildValue(
+        "IsINIOBNBNNNIIBB", request->number, "bulk", slot->layer, columns_of_request(request), request->tenant,
+        server_link_object(request->link), slot->keys_dtype, tensor_of(request, KEYS, slot->keys_bytes),
+        slot->queries_dtype, tensor_of(request, QUERIES, slot->queries_bytes),
+        tensor_of(request, BLOCK_IDS, ids_bytes(core, request)), tensor_of(request, SCORES, ids_bytes(core, request)),
+        slot->first_head, slot->num_heads, slot->order, slot->flags);
 }
 
 static PyObject *sequence_of(const struct core *core, const struct request *request) {
@@ -58,7 +67,7 @@ PyObject *core_method_take(struct core *core, PyObject *unused) {
     while (core->next_for_python < core->num_for_python) {
         struct request *request = core->requests[core->for_python[core->next_for_python++]];
         if (!request) continue;
-        if (request->state == BULK) return bulk_of(request);
+        if (request->state == BULK) return bulk_of(core, request);
         if (request->state == WITH_PYTHON) return sequence_of(core, request);
         return Py_BuildValue("IsIN", request->number, "pages", request->slot.layer, columns_of_request(request));
     }
@@ -106,18 +115,36 @@ PyObject *core_method_drop_if_gone(struct core *core, PyObject *argument) {
     return PyBool_FromLong(dropped);
 }
 
+/* Writes a part of an answer where it lies, if that is a region; false with an error set. */
+static bool write_to_region(const struct core *core, const struct request *request, int number, Py_buffer *part) {
+    if (!part->obj || !request->regions[number]) return true;
+    if (core_is_on_device(request, number) || (uint64_t)part->len != ids_bytes(core, request)) {
+        PyErr_Format(PyExc_ValueError, "core: %zd bytes for request %u, whose region takes %llu", part->len,
+                     request->number, (unsigned long long)ids_bytes(core, request));
+        return false;
+    }
+    memcpy(request->tensors[number], part->buf, (size_t)part->len);
+    PyBuffer_Release(part);
+    return true;
+}
+
 /* Both parts one behind the other, the second at a multiple of 64; NULL with an error set. */
-static char *join(struct core *core, const Py_buffer *first, const Py_buffer *second, size_t *bytes) {
-    const size_t at = second->obj ? (size_t)blockdex_aligned((uint64_t)first->len) : (size_t)first->len;
-    *bytes = at + (second->obj ? (size_t)second->len : 0);
+static const char *join(struct core *core, const Py_buffer *first, const Py_buffer *second, size_t *bytes) {
+    if (!first->obj || !second->obj) {
+        const Py_buffer *only = first->obj ? first : second;
+        *bytes = only->obj ? (size_t)only->len : 0;
+        return *bytes ? only->buf : "";
+    }
+    const size_t at = (size_t)blockdex_aligned((uint64_t)first->len);
+    *bytes = at + (size_t)second->len;
     if (*bytes > core->scratch_bytes) {
         char *wider = realloc(core->scratch, *bytes);
-        if (!wider) return (char *)PyErr_NoMemory();
+        if (!wider) return (const char *)PyErr_NoMemory();
         core->scratch = wider;
         core->scratch_bytes = *bytes;
     }
-    if (first->len) memcpy(core->scratch, first->buf, (size_t)first->len);
-    if (second->obj) memcpy(core->scratch + at, second->buf, (size_t)second->len);
+    memcpy(core->scratch, first->buf, (size_t)first->len);
+    memcpy(core->scratch + at, second->buf, (size_t)second->len);
     return core->scratch;
 }
 
@@ -132,10 +159,11 @@ PyObject *core_method_answer(struct core *core, PyObject *arguments) {
     struct request *request = request_of(core, number, false);
     if (!request) return NULL;
     if (first != Py_None && PyObject_GetBuffer(first, &parts[0], PyBUF_C_CONTIGUOUS) < 0) return NULL;
-    if (second == Py_None || PyObject_GetBuffer(second, &parts[1], PyBUF_C_CONTIGUOUS) == 0) {
+    if ((second == Py_None || PyObject_GetBuffer(second, &parts[1], PyBUF_C_CONTIGUOUS) == 0) &&
+        write_to_region(core, request, BLOCK_IDS, &parts[0]) && write_to_region(core, request, SCORES, &parts[1])) {
         size_t bytes = 0;
         struct server_link *link = request->link;
-        const char *payload = parts[0].obj ? join(core, &parts[0], &parts[1], &bytes) : "";
+        const char *payload = join(core, &parts[0], &parts[1], &bytes);
         if (payload) {
             request->finished = core_now();
             core->changed |= request->state == WITH_PYTHON;

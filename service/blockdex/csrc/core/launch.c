@@ -8,10 +8,11 @@ enum { ITEM_BYTES = 2, UNWRITTEN = -2 }; /* less than any block id, and than the
 /* A NaN that no kernel writes: where a score is still to come. */
 static const uint32_t UNWRITTEN_SCORE = 0xffffffff;
 
-/* How much of a step's memory a step takes: with the padding of its program, where it is one of the device's. */
+/* How much of a step's memory a step takes: with the padding of its program, where it is one of the device's. The
+ * device's programs also read addresses, of each row of keys, of queries and of block ids: 0 for what is staged here. */
 struct shape {
     uint32_t runs;
-    size_t tokens, keys_at, queries_at;
+    size_t tokens, keys_at, queries_at, addresses_at, num_addresses;
 };
 
 static struct shape shape_of(const struct core *core, const struct replay *replay) {
@@ -21,27 +22,59 @@ static struct shape shape_of(const struct core *core, const struct replay *repla
     /* Keys and queries begin at multiples of 16 bytes. */
     shape.keys_at = (sizeof(int32_t) * CORE_COLUMNS * shape.runs + 15) / 16 * 16;
     shape.queries_at = shape.keys_at + ITEM_BYTES * shape.tokens * core->head_dim;
+    shape.addresses_at = shape.queries_at + ITEM_BYTES * shape.tokens * core->heads * core->head_dim;
+    shape.num_addresses = replay ? shape.tokens * (1 + 2 * (size_t)core->heads) : 0;
     return shape;
 }
 
 static void stage_queries(const struct core *core, const struct request *request, uint16_t *to) {
     const uint32_t heads = request->slot.num_heads, dim = core->head_dim;
     const uint8_t dtype = request->slot.queries_dtype;
+    const char *queries = request->tensors[QUERIES];
     if (heads == core->heads) {
-        cast_to_bf16(to, request->queries, dtype, (size_t)request->tokens * heads * dim, core->odd_queries);
+        cast_to_bf16(to, queries, dtype, (size_t)request->tokens * heads * dim, core->odd_queries);
         return;
     }
     const size_t own = (size_t)heads * dim, own_bytes = own * dtype_bytes(dtype);
     to += (size_t)request->slot.first_head * dim;
     for (uint32_t token = 0; token < request->tokens; token++, to += (size_t)core->heads * dim)
-        cast_to_bf16(to, request->queries + token * own_bytes, dtype, own, core->odd_queries);
+        cast_to_bf16(to, queries + token * own_bytes, dtype, own, core->odd_queries);
+}
+
+/* Has the device read or write rows of a tensor where it lies: `per_token` of them, from `first_row` on, of a token's
+ * `all`. Rows begin at multiples of 16 bytes, so that the dtype has room in their addresses. */
+static void point_at(uint64_t *addresses, const char *tensor, uint32_t tokens, uint32_t all, uint32_t first_row,
+                     uint32_t per_token, size_t row_bytes, uint8_t dtype) {
+    uint64_t address = (uintptr_t)tensor;
+    for (uint32_t token = 0; token < tokens; token++)
+        for (uint32_t row = 0; row < per_token; row++, address += row_bytes)
+            addresses[(size_t)token * all + first_row + row] = address | dtype;
+}
+
+static void point(const struct core *core, const struct shape *shape, const struct asked *asked, char *to) {
+    const struct request *request = asked->request;
+    const struct blockdex_request *slot = &request->slot;
+    const uint32_t heads = core->heads, tokens = request->tokens;
+    uint64_t *keys = (uint64_t *)(void *)(to + shape->addresses_at), *queries = keys + shape->tokens;
+    uint64_t *block_ids = queries + shape->tokens * heads;
+    const size_t first = asked->first_token;
+    if (core_is_on_device(request, KEYS))
+        point_at(keys + first, request->tensors[KEYS], tokens, 1, 0, 1, core->head_dim * dtype_bytes(slot->keys_dtype),
+                 slot->keys_dtype);
+    if (core_is_on_device(request, QUERIES))
+        point_at(queries + first * heads, request->tensors[QUERIES], tokens, heads, slot->first_head, slot->num_heads,
+                 core->head_dim * dtype_bytes(slot->queries_dtype), slot->queries_dtype);
+    if (core_is_on_device(request, BLOCK_IDS))
+        point_at(block_ids + first * heads, request->tensors[BLOCK_IDS], tokens, heads, slot->first_head,
+                 slot->num_heads, sizeof(int32_t) * core->topk, 0);
 }
 
 /* The one copy that the host makes of what came. */
 static void fill(struct core *core, const struct shape *shape, struct step *step) {
     const struct gathered *from = &core->gathered;
     char *to = step->host.buf;
-    assert(shape->queries_at + ITEM_BYTES * shape->tokens * core->heads * core->head_dim <= (size_t)step->host.len);
+    assert(shape->addresses_at + sizeof(uint64_t) * shape->num_addresses <= (size_t)step->host.len);
+    memset(to + shape->addresses_at, 0, sizeof(uint64_t) * shape->num_addresses);
     for (uint32_t column = 0; column < CORE_COLUMNS; column++) {
         int32_t *cells = (int32_t *)(void *)to + (size_t)column * shape->runs;
         memcpy(cells, from->columns[column], sizeof(int32_t) * from->runs);
@@ -60,10 +93,12 @@ static void fill(struct core *core, const struct shape *shape, struct step *step
     for (uint32_t number = 0; number < from->num_asked; number++) {
         const struct request *request = from->asked[number].request;
         const size_t first = from->asked[number].first_token;
-        if (request->slot.keys_dtype)
-            cast_to_bf16(keys + first * core->head_dim, request->keys, request->slot.keys_dtype,
+        if (request->slot.keys_dtype && !core_is_on_device(request, KEYS))
+            cast_to_bf16(keys + first * core->head_dim, request->tensors[KEYS], request->slot.keys_dtype,
                          (size_t)request->tokens * core->head_dim, core->odd_keys);
-        if (request->slot.queries_dtype) stage_queries(core, request, queries + first * token_queries);
+        if (request->slot.queries_dtype && !core_is_on_device(request, QUERIES))
+            stage_queries(core, request, queries + first * token_queries);
+        point(core, shape, &from->asked[number], to);
     }
 }
 
@@ -116,13 +151,13 @@ static void count_launch(struct core *core, int phase) {
     core_add(&core->num_tokens[phase], tokens);
 }
 
-/* Requests that only append are answered as soon as the device has their keys. */
+/* Requests that only append are answered as soon as nobody reads their keys any more. */
 static void answer_appends(struct core *core, struct step *step) {
     for (uint32_t number = 0; number < step->num_asked; number++) {
         struct request *request = step->asked[number].request;
         request->launched = step->launched;
         request->phase = request->slot.queries_dtype ? BLOCKDEX_DECODE : BLOCKDEX_APPEND;
-        if (request->slot.queries_dtype) continue;
+        if (request->slot.queries_dtype || core_is_on_device(request, KEYS)) continue;
         step->asked[number].request = NULL;
         request->finished = core_now();
         core_answer(core, request, (struct blockdex_answer){0}, NULL, 0);
@@ -146,6 +181,8 @@ bool core_begin(struct core *core, int64_t now) {
         if (!run_in_python(core, number)) return false;
     } else {
         core->launch_error = core->launch(replay->programs[number], core->stream);
+        for (uint32_t asked = 0; asked < from->num_asked; asked++)
+            if (from->asked[asked].request->link->channel.on_device) core_signal(core, from->asked[asked].request);
         if (core->launch_error) return false;
         step->launched = core_now();
     }
@@ -181,7 +218,10 @@ bool core_land(struct core *core, int64_t now) {
             struct request *request = step->asked[number].request;
             if (!request) continue;
             request->finished = now;
-            core_answer_selection(core, request, step, step->asked[number].first_token);
+            if (request->slot.queries_dtype)
+                core_answer_selection(core, request, step, step->asked[number].first_token);
+            else
+                core_answer(core, request, (struct blockdex_answer){0}, NULL, 0);
             if (core->no_memory) return false;
             step->asked[number].request = NULL;
         }

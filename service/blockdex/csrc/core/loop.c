@@ -1,8 +1,12 @@
+/* ppoll */
+#define _GNU_SOURCE
 #include "core/core.h"
 #include "cpu_relax.h"
 
 #include <time.h>
 
+/* Nanoseconds after a request of a channel, whose GPU wakes nobody, and naps from then on. */
+static const int64_t CHANNEL_SPIN = 100000000, CHANNEL_NAP = 200000;
 static const int64_t LATE_AFTER = 1000000; /* nanoseconds; then the device is asked whether it has failed */
 
 int64_t core_now(void) {
@@ -24,9 +28,9 @@ static void sleep_until(struct core *core, int64_t now, int64_t until) {
         core->bells[bells++] = (struct pollfd){link->own_bell, POLLIN, 0};
     }
     if (idle && !atomic_load_explicit(&core->noticed, memory_order_acquire)) {
-        int64_t milliseconds = until == INT64_MAX ? -1 : (until - now + 999999) / 1000000;
-        if (milliseconds < 0 && until != INT64_MAX) milliseconds = 0;
-        poll(core->bells, bells, milliseconds > INT32_MAX ? INT32_MAX : (int)milliseconds);
+        const int64_t left = until > now ? until - now : 0;
+        const struct timespec timeout = {left / 1000000000, left % 1000000000};
+        ppoll(core->bells, bells, until == INT64_MAX ? NULL : &timeout, NULL);
         if (core->bells[0].revents) (void)!read(core->nudge, &rung, sizeof rung);
         for (nfds_t bell = 1; bell < bells; bell++)
             if (core->bells[bell].revents) blockdex_silence(core->bells[bell].fd);
@@ -58,17 +62,20 @@ static int pass(struct core *core, int64_t now) {
     if (core->broken) why |= CORE_BROKEN;
     if (core->in_flight && is_late(core, now)) why |= CORE_LATE;
     if (atomic_exchange_explicit(&core->noticed, 0, memory_order_acq_rel)) why |= CORE_NOTICED;
-    return core->no_memory ? -1 : why;
+    return core->no_memory || core->launch_error ? -1 : why;
 }
 
 static void wait(struct core *core, int64_t now, int64_t until) {
     const bool any_left = core->backlog.count || core->waiting.count;
-    if (core->in_flight || now < core->active + core->spin) {
+    const bool rung = core->num_channels && now < core->rung + CHANNEL_SPIN;
+    if (core->in_flight || rung || now < core->active + core->spin) {
         cpu_relax();
         return;
     }
     if (core_check_integrity(core)) return;
-    sleep_until(core, now, any_left && core->next_deadline < until ? core->next_deadline : until);
+    if (any_left && core->next_deadline < until) until = core->next_deadline;
+    if (core->num_channels && now + CHANNEL_NAP < until) until = now + CHANNEL_NAP;
+    sleep_until(core, now, until);
 }
 
 int core_run(struct core *core, int64_t until) {

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 
 enum { WORDS = 5, FEW_SPANS = 8 };
-enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12, INTERNAL = 13 };
+enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, INTERNAL = 13 };
 
 static const char *const DTYPE_NAMES[] = {"", "bf16", "fp16", "fp32", "fp8_e4m3"};
 
@@ -42,6 +42,9 @@ void core_forget(struct core *core, struct request *request) {
     if (request->state == IS_QUEUED) list_remove(&core->backlog, request);
     if (request->state == IS_WAITING) list_remove(&core->waiting, request);
     core->changed |= request->holds_back;
+    core_leave_regions(core, request);
+    /* So that its memory goes with its last request. */
+    if (request->link->gone) atomic_store_explicit(&core->noticed, 1, memory_order_release);
     pair_index_remove(&core->tickets, (uintptr_t)request->link, request->slot.ticket);
     assert(core->requests[request->number] == request);
     core->requests[request->number] = NULL;
@@ -69,7 +72,7 @@ static void cancel(struct core *core, struct server_link *link, uint64_t ticket)
 
 /* Where in the arena a request's parts are. */
 struct parts {
-    const char *tenant, *columns, *keys, *queries;
+    char *tenant, *columns, *keys, *queries;
 };
 
 /* Columns of a request that carries any: of spans, or of sequences to open (with their leases) or to close. */
@@ -77,7 +80,9 @@ static unsigned num_columns(const struct blockdex_request *slot) {
     return slot->kind == BLOCKDEX_TOKENS ? 4 : slot->kind == BLOCKDEX_OPEN ? 2 : slot->kind == BLOCKDEX_CLOSE ? 1 : 0;
 }
 
-static bool find_parts(struct core *core, struct server_link *link, const struct blockdex_request *slot,
+#define REFUSE(code, reason, ...) (core_refuse_slot(core, link, slot, now, code, reason, __VA_ARGS__), false)
+
+static bool find_parts(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                        struct parts *parts) {
     const uint64_t arena = link->request_arena_bytes, offset = slot->payload_offset, bytes = slot->payload_bytes;
     if (offset % 64 || offset > arena || bytes > arena - offset) {
@@ -89,7 +94,7 @@ static bool find_parts(struct core *core, struct server_link *link, const struct
         break_link(core, link, "request: a tenant of %u bytes in %llu", slot->tenant_bytes, (unsigned long long)bytes);
         return false;
     }
-    const char *begin = link->request_arena + offset;
+    char *begin = link->request_arena + offset;
     const uint64_t columns = (slot->tenant_bytes + 7u) / 8 * 8;
     *parts = (struct parts){.tenant = begin, .columns = begin + columns};
     if (slot->kind != BLOCKDEX_TOKENS) {
@@ -99,14 +104,21 @@ static bool find_parts(struct core *core, struct server_link *link, const struct
                    (unsigned long long)bytes);
         return false;
     }
-    const uint64_t keys = blockdex_aligned(columns + 32 * (uint64_t)slot->num_spans);
-    const uint64_t queries = keys + blockdex_aligned(slot->keys_bytes);
-    if (slot->keys_bytes > bytes || slot->queries_bytes > bytes || queries + slot->queries_bytes != bytes) {
-        break_link(core, link, "request: its parts take %llu bytes, got %llu",
-                   (unsigned long long)(queries + slot->queries_bytes), (unsigned long long)bytes);
+    const bool has_regions = slot->keys_region || slot->queries_region;
+    const uint64_t keys_bytes = slot->keys_region ? 0 : slot->keys_bytes;
+    const uint64_t queries_bytes = slot->queries_region ? 0 : slot->queries_bytes;
+    const struct blockdex_parts at = blockdex_parts_of(slot);
+    if (keys_bytes > bytes || queries_bytes > bytes || at.bytes != bytes) {
+        if (has_regions && at.bytes < bytes)
+            return REFUSE(INVALID_ARGUMENT, "INVALID_REGION",
+                          "request: what is in no region takes %1$llu bytes, the payload has %2$llu" META
+                          "expected_bytes=%1$llu" META "bytes=%2$llu",
+                          (unsigned long long)at.bytes, (unsigned long long)bytes);
+        break_link(core, link, "request: its parts take %llu bytes, got %llu", (unsigned long long)at.bytes,
+                   (unsigned long long)bytes);
         return false;
     }
-    *parts = (struct parts){begin, begin + columns, begin + keys, begin + queries};
+    *parts = (struct parts){begin, begin + at.columns, begin + at.keys, begin + at.queries};
     return true;
 }
 
@@ -130,19 +142,6 @@ static bool keeps_layout(struct core *core, struct server_link *link, const stru
     else
         return true;
     return false;
-}
-
-#define REFUSE(code, reason, ...) (core_refuse_slot(core, link, slot, now, code, reason, __VA_ARGS__), false)
-
-static bool check_sources(struct core *core, struct server_link *link, const struct blockdex_request *slot,
-                          int64_t now) {
-    const char *const names[] = {"keys", "queries", "block_ids", "scores"};
-    const uint32_t regions[] = {slot->keys_region, slot->queries_region, slot->block_ids_region, slot->scores_region};
-    for (int source = 0; source < 4; source++)
-        if (regions[source])
-            return REFUSE(UNIMPLEMENTED, "REGION_UNSUPPORTED", "%s_region: the link shares no regions, got %u",
-                          names[source], regions[source]);
-    return true;
 }
 
 /* In quotes, and printable. */
@@ -303,14 +302,15 @@ static bool check_columns(struct core *core, struct server_link *link, const str
     if (slot->queries_dtype && !check_tensor(core, link, slot, now, "queries", slot->queries_dtype, slot->queries_bytes,
                                              tokens, slot->num_heads))
         return false;
-    const bool scored = slot->flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES);
+    const bool scored = core_is_scored(slot);
     const uint64_t ids = slot->queries_dtype ? 4 * tokens * slot->num_heads * core->topk : 0;
-    const uint64_t answer = scored ? blockdex_aligned(ids) + ids : ids;
+    const uint64_t own_ids = slot->block_ids_region ? 0 : ids, own_scores = scored && !slot->scores_region ? ids : 0;
+    const uint64_t answer = own_scores ? blockdex_aligned(own_ids) + own_scores : own_ids;
     if (answer > server_link_longest(link))
         return REFUSE(INTERNAL, "INTERNAL", "answer: %llu bytes, there is room for %llu", (unsigned long long)answer,
                       (unsigned long long)server_link_longest(link));
     request->tokens = (uint32_t)tokens;
-    return true;
+    return core_find_sources(core, link, slot, now, request, ids);
 }
 
 /* Everything of a request on sequences but its columns. */
@@ -356,6 +356,7 @@ static bool enter(struct core *core, struct request *request, const char *tenant
         return false;
     }
     core->num_free--;
+    core_use_regions(request);
     request->number = number;
     core->requests[number] = request;
     if (request->slot.deadline < core->next_deadline) core->next_deadline = request->slot.deadline;
@@ -374,7 +375,8 @@ __attribute__((format(printf, 5, 0))) static struct request *refuse(struct core 
 static bool check_rows(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                        struct request *request) {
     if (slot->kind == BLOCKDEX_TOKENS) return check_columns(core, link, slot, now, request);
-    return check_different(core, link, slot, now, request, "sequences");
+    return check_different(core, link, slot, now, request, "sequences") &&
+           core_find_sources(core, link, slot, now, request, 0);
 }
 
 static struct request *read_slot(struct core *core, struct server_link *link, const struct blockdex_request *slot,
@@ -382,17 +384,20 @@ static struct request *read_slot(struct core *core, struct server_link *link, co
     const bool has_tokens = slot->kind == BLOCKDEX_TOKENS, own = !link->tenant_bytes;
     struct parts parts;
     char tenant[BLOCKDEX_MAX_TENANT_BYTES];
-    if (!keeps_layout(core, link, slot) || !find_parts(core, link, slot, &parts)) return NULL;
+    if (!keeps_layout(core, link, slot)) return NULL;
     if (pair_index_find(&core->tickets, (uintptr_t)link, slot->ticket))
         return break_link(core, link, "request: ticket %llu is in flight already", (unsigned long long)slot->ticket);
+    if (!find_parts(core, link, slot, now, &parts)) return NULL;
     memcpy(tenant, parts.tenant, slot->tenant_bytes < sizeof tenant ? slot->tenant_bytes : sizeof tenant);
-    if (!check_sources(core, link, slot, now) || !check_tenant(core, link, slot, tenant, now) ||
+    if (!check_tenant(core, link, slot, tenant, now) ||
         !(has_tokens ? check_numbers : check_sequences)(core, link, slot, now))
         return NULL;
     if (!core->num_free) return refuse(core, link, slot, now, "queue: at most %u requests may wait, %u do");
     struct request *request = new_request(link, slot, num_columns(slot) ? slot->num_spans : 0);
     if (!request) return refuse(core, link, slot, now, "engine: no memory left for %u requests, %u wait");
     copy_columns(slot, &parts, request);
+    request->tensors[KEYS] = parts.keys;
+    request->tensors[QUERIES] = parts.queries;
     if (!check_rows(core, link, slot, now, request)) {
         free(request);
         return NULL;
@@ -402,14 +407,19 @@ static struct request *read_slot(struct core *core, struct server_link *link, co
         return refuse(core, link, slot, now, "engine: no memory left for %u requests, %u wait");
     }
     request->received = slot->received < now ? slot->received : now;
-    request->keys = parts.keys;
-    request->queries = parts.queries;
     return request;
 }
 
 struct request *core_read(struct core *core, struct server_link *link, int64_t now) {
-    const struct blockdex_request slot = *(const volatile struct blockdex_request *)server_link_head(link);
+    struct blockdex_request slot = *(const volatile struct blockdex_request *)server_link_head(link);
     server_link_release(link);
+    if (link->channel.bound) {
+        /* Whose kernels wait no more, they have said so. */
+        if (atomic_load_explicit(&link->header->channel_error, memory_order_acquire)) return NULL;
+        slot.epoch = link->channel.epoch;
+        slot.received = link->channel.looked; /* at the earliest */
+        slot.deadline = slot.received + link->channel.bound;
+    }
     if (slot.kind != BLOCKDEX_CANCEL) return read_slot(core, link, &slot, now);
     cancel(core, link, slot.ticket);
     return NULL;

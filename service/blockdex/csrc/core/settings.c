@@ -88,9 +88,11 @@ PyObject *core_method_set_step(struct core *core, PyObject *arguments) {
     if (number >= CORE_STEPS || core->in_flight)
         return PyErr_Format(PyExc_ValueError, "core: step %u of %d, %u in flight", number, CORE_STEPS, core->in_flight);
     const size_t keys = (sizeof(int32_t) * CORE_COLUMNS * CORE_RUNS + 15) / 16 * 16;
-    const size_t most = CORE_TOKENS * (size_t)core->head_dim, ids = 4 * CORE_TOKENS * (size_t)core->heads * core->topk;
+    const size_t most = CORE_TOKENS * (size_t)core->head_dim;
+    const size_t addresses = sizeof(uint64_t) * CORE_TOKENS * (1 + 2 * (size_t)core->heads);
+    const size_t ids = 4 * CORE_TOKENS * (size_t)core->heads * core->topk;
     struct step *step = &core->steps[number];
-    if (!take_buffer(host, &step->host, "host", keys + 2 * most * (1 + core->heads), 0) ||
+    if (!take_buffer(host, &step->host, "host", keys + 2 * most * (1 + core->heads) + addresses, 0) ||
         !take_buffer(block_ids, &step->block_ids, "block_ids", ids, 0) ||
         !take_buffer(scores, &step->scores, "scores", ids, 0))
         return NULL;
@@ -111,8 +113,8 @@ static bool read_replay(PyObject *from, struct replay *to) {
 
 PyObject *core_method_set_replays(struct core *core, PyObject *arguments) {
     PyObject *from;
-    unsigned long long launch, stream;
-    if (!PyArg_ParseTuple(arguments, "OKK", &from, &launch, &stream)) return NULL;
+    unsigned long long launch, stream, signal = 0;
+    if (!PyArg_ParseTuple(arguments, "OKK|K", &from, &launch, &stream, &signal)) return NULL;
     Py_ssize_t count = PyList_Size(from);
     if (count < 0) return NULL;
     struct replay *replays = PyMem_Calloc((size_t)count + 1, sizeof *replays);
@@ -128,6 +130,7 @@ PyObject *core_method_set_replays(struct core *core, PyObject *arguments) {
     core->replays = replays;
     core->num_replays = (size_t)count;
     core->launch = (int (*)(void *, void *))(uintptr_t)launch;
+    core->signal = (int (*)(void *, uint64_t, uint64_t, unsigned))(uintptr_t)signal;
     core->stream = (void *)(uintptr_t)stream;
     Py_CLEAR(core->run_step);
     Py_RETURN_NONE;

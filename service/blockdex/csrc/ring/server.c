@@ -30,6 +30,18 @@ bool server_link_open(struct server_link *link, void *memory, uint64_t bytes, co
     return true;
 }
 
+bool server_link_make_channel(struct server_link *link, const struct region *memory, int64_t bound, uint64_t epoch) {
+    if (memory->bytes < BLOCKDEX_HEADER_BYTES || bound < 1) return false;
+    struct blockdex_header *header = link->header;
+    link->channel = (struct channel){
+        .bound = bound, .epoch = epoch, .answered = (void *)memory->memory, .on_device = memory->on_device};
+    link->read = atomic_load_explicit(&header->requests_written, memory_order_acquire);
+    link->written = atomic_load_explicit(&header->answers_read, memory_order_acquire);
+    link->arena_end = atomic_load_explicit(&header->answer_bytes_freed, memory_order_acquire);
+    atomic_store_explicit(&header->requests_read, link->read, memory_order_release);
+    return true;
+}
+
 static void forget_unwritten(struct server_link *link) {
     for (struct unwritten *left = link->first_unwritten, *next; left; left = next) {
         next = left->next;

@@ -3,6 +3,7 @@
 #define BLOCKDEX_LINE_H
 
 #include "blockdex_ring.h"
+#include "ring/regions.h"
 
 /* An answer for which there was no room. */
 struct unwritten {
@@ -17,6 +18,15 @@ struct segment_layout {
     uint64_t request_slots, answer_slots, request_arena_bytes, answer_arena_bytes;
 };
 
+/* Of a link whose requests a GPU writes: it cannot wake who sleeps, and is told of a success by a number alone. */
+struct channel {
+    int64_t bound;      /* nanoseconds that its kernels wait for an answer; 0: the link is no channel */
+    int64_t looked;     /* when there was no request last */
+    uint64_t epoch;     /* that its requests name */
+    uint64_t *answered; /* the number of the last request that succeeded, in the channel's memory */
+    bool on_device;     /* whose memory that is */
+};
+
 struct server_link {
     struct blockdex_header *header;
     char *requests, *answers, *request_arena, *answer_arena;
@@ -26,6 +36,8 @@ struct server_link {
     int bell, own_bell;
     uint16_t tenant_bytes; /* 0: every request names its own */
     char tenant[BLOCKDEX_MAX_TENANT_BYTES];
+    struct regions regions;
+    struct channel channel;
     bool gone;    /* nobody is there to be answered */
     bool waits;   /* the oldest request is one for Python */
     bool changed; /* answers were written and not yet shown */
@@ -45,6 +57,10 @@ bool server_link_open(struct server_link *link, void *memory, uint64_t bytes, co
                       int bell, int own_bell);
 void server_link_close(struct server_link *link);
 
+/* Makes it a channel, whose memory is a region of the link. What its kernels have counted so far is taken over. False:
+ * there is no room for the number of the last request. */
+bool server_link_make_channel(struct server_link *link, const struct region *memory, int64_t bound, uint64_t epoch);
+
 /* Requests that are there, as far as that can be; -1 where the client says what cannot be. */
 int64_t server_link_filled(const struct server_link *link);
 
@@ -54,11 +70,6 @@ uint64_t server_link_longest(const struct server_link *link);
 /* The oldest request, of which there is one. It stays as it is until server_link_release. */
 const struct blockdex_request *server_link_head(const struct server_link *link);
 void server_link_release(struct server_link *link);
-
-/* The region that one of a request's sources names; 0: all is in the arena, as it has to be while links share none. */
-static inline uint32_t server_link_region_of(const struct blockdex_request *request) {
-    return request->keys_region | request->queries_region | request->block_ids_region | request->scores_region;
-}
 
 /* The next free slot, and room for what the answer carries; false while there is none of either. */
 bool server_link_claim(struct server_link *link, uint64_t bytes, struct claim *claim);

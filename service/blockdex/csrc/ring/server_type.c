@@ -67,6 +67,7 @@ static PyObject *server_link_new(PyTypeObject *type, PyObject *arguments, PyObje
 static void server_link_dealloc(struct server_link_object *self) {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
     server_link_close(&self->link);
+    for (size_t place = 0; place < MAX_REGIONS; place++) Py_XDECREF((PyObject *)self->link.regions.places[place].owner);
     if (self->memory.obj) PyBuffer_Release(&self->memory);
     freefunc deallocate = (freefunc)PyType_GetSlot(type, Py_tp_free);
     deallocate(self);
@@ -176,6 +177,52 @@ static PyObject *method_publish(struct server_link_object *self, PyObject *unuse
     Py_RETURN_NONE;
 }
 
+static PyObject *method_share(struct server_link_object *self, PyObject *region) {
+    uint64_t address, bytes;
+    if (!number_of(region, "address", &address) || !number_of(region, "bytes", &bytes)) return NULL;
+    PyObject *on_device = PyObject_GetAttrString(region, "on_device");
+    int truth = on_device ? PyObject_IsTrue(on_device) : -1;
+    Py_XDECREF(on_device);
+    if (truth < 0) return NULL;
+    struct region *added = regions_add(&self->link.regions, (char *)(uintptr_t)address, bytes, truth, region);
+    if (!added) return PyErr_Format(PyExc_ValueError, "regions: a link has at most %d", MAX_REGIONS);
+    Py_INCREF(region);
+    return PyLong_FromUnsignedLong(added->id);
+}
+
+static PyObject *method_make_channel(struct server_link_object *self, PyObject *arguments) {
+    PyObject *region;
+    double bound_seconds;
+    unsigned long long epoch;
+    if (!PyArg_ParseTuple(arguments, "OdK", &region, &bound_seconds, &epoch)) return NULL;
+    PyObject *number = method_share(self, region);
+    if (!number) return NULL;
+    const struct region *memory = regions_find(&self->link.regions, (uint32_t)PyLong_AsUnsignedLong(number));
+    if (server_link_make_channel(&self->link, memory, (int64_t)(1e9 * bound_seconds), epoch)) return number;
+    Py_DECREF(number);
+    return PyErr_Format(PyExc_ValueError, "channel: its memory has %llu bytes", (unsigned long long)memory->bytes);
+}
+
+static struct region *region_of(struct server_link_object *self, PyObject *id) {
+    unsigned long number = PyLong_AsUnsignedLong(id);
+    if (PyErr_Occurred()) return NULL;
+    struct region *region = number > UINT32_MAX ? NULL : regions_find(&self->link.regions, (uint32_t)number);
+    if (!region) PyErr_Format(PyExc_KeyError, "the link has no region %lu", number);
+    return region;
+}
+
+static PyObject *method_give_back(struct server_link_object *self, PyObject *id) {
+    struct region *region = region_of(self, id);
+    if (!region) return NULL;
+    region->given_back = true;
+    if (region->requests) Py_RETURN_FALSE;
+    PyObject *owner = region->owner;
+    region->in_use = false;
+    region->owner = NULL;
+    Py_DECREF(owner);
+    Py_RETURN_TRUE;
+}
+
 static PyGetSetDef properties[] = {
     {"memory", (getter)get_memory, NULL, "The segment's bytes.", NULL},
     {"filled", (getter)get_filled, NULL, "Requests that were not taken yet; -1 where that cannot be.", NULL},
@@ -192,6 +239,10 @@ static PyMethodDef methods[] = {
     {"release", (PyCFunction)method_release, METH_NOARGS, "Gives the oldest request's slot back."},
     {"claim", (PyCFunction)method_claim, METH_O, "Offset of a slot for an answer; offset and end of its room."},
     {"wait_for_room", (PyCFunction)method_wait_for_room, METH_NOARGS, "Has the bell rung when there is room again."},
+    {"share", (PyCFunction)method_share, METH_O, "Enters a region that requests may name; its number."},
+    {"make_channel", (PyCFunction)method_make_channel, METH_VARARGS,
+     "Makes it a channel with a region as its memory; the region's number."},
+    {"give_back", (PyCFunction)method_give_back, METH_O, "Has no request name a region; whether none uses it."},
     {"publish", (PyCFunction)method_publish, METH_NOARGS, "Shows the frontend what was written."},
     {0},
 };

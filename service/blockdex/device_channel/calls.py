@@ -1,0 +1,226 @@
+"""One call of a device channel: checked, then rung and awaited by two kernels on the current stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from blockdex.device_channel import kernels
+from blockdex.device_channel.memory import ChannelMemory
+from blockdex.ring.channel_layout import REQUEST_SLOTS
+from blockdex.ring.layout import DTYPES, ORDERS, ROLLBACK, TOKENS, WAIT_FOR_KEYS
+from blockdex_kernels import IndexSpec
+
+_BF16 = DTYPES.index("bf16") + 1
+_ASCENDING = ORDERS.index("ascending") + 1
+_INTEGERS = (torch.int32, torch.int64, torch.uint64)
+_PROGRAM_BYTES = 8 << 10
+_MOST_PROGRAMS = 64
+_RING_WARPS, _WAIT_WARPS = 4, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Which heads the queries of a channel have.
+
+    Attributes:
+        first: the first one.
+        count: how many.
+    """
+
+    first: int
+    count: int
+
+
+@dataclass(slots=True)
+class Call:
+    """Rows of up to `row_tokens` tokens each; a row of length 0 is padding.
+
+    Attributes:
+        layer: of the indexer.
+        ids, starts, lengths: integers `[rows]` on the device, read when the kernels run: sequence ids, first positions
+            and numbers of tokens.
+        keys: bfloat16 `[rows, row_tokens, D]`, or None.
+        queries: bfloat16 `[rows, row_tokens, H, D]`, or None.
+        revisions: integers `[rows]`, or None.
+        replays: an integer `[1]` that is added to each revision, or None.
+        rollback, wait_for_keys: flags of the request.
+    """
+
+    layer: int
+    ids: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    keys: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
+    revisions: torch.Tensor | None = None
+    replays: torch.Tensor | None = None
+    rollback: bool = False
+    wait_for_keys: bool = False
+
+    @property
+    def rows(self) -> int:
+        """How many there are, padding included."""
+        return len(self.ids)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row at most."""
+        tensor = self.keys if self.queries is None else self.queries
+        assert tensor is not None
+        return tensor.shape[1]
+
+
+def check(call: Call, device: torch.device, spec: IndexSpec, heads: Heads, max_tokens: int, max_rows: int) -> None:
+    """What can be told without reading the tensors.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout is not what the channel was opened for.
+    """
+    if not 0 <= call.layer < spec.num_layers:
+        raise ValueError(f"layer must be below {spec.num_layers}, got {call.layer}")
+    rows = call.rows
+    if not 1 <= rows <= max_rows:
+        raise ValueError(f"sequences: the channel was opened for 1 to {max_rows} rows, got {rows}")
+    for name in ("ids", "starts", "lengths", "revisions", "replays"):
+        numbers = getattr(call, name)
+        if numbers is None:
+            continue
+        expected = (1,) if name == "replays" else (rows,)
+        if tuple(numbers.shape) != expected or numbers.dtype not in _INTEGERS:
+            raise ValueError(f"{name}: must be int32 or int64 {list(expected)}, got {_described(numbers)}")
+        _check_place(name, numbers, device)
+    for name, tensor, tail in (
+        ("keys", call.keys, (spec.head_dim,)),
+        ("queries", call.queries, (heads.count, spec.head_dim)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.ndim != 2 + len(tail) or tensor.shape[0] != rows or tuple(tensor.shape[2:]) != tail:
+            shape = ", ".join(map(str, (rows, "tokens", *tail)))
+            raise ValueError(f"{name}: must be bfloat16 [{shape}], got {_described(tensor)}")
+        if tensor.dtype != torch.bfloat16:
+            raise ValueError(f"{name}: must be bfloat16, got {_described(tensor)}")
+        _check_place(name, tensor, device)
+    if call.keys is not None and call.queries is not None and call.keys.shape[1] != call.queries.shape[1]:
+        raise ValueError(f"keys and queries: tokens of a row differ, {call.keys.shape[1]} and {call.queries.shape[1]}")
+    if not 1 <= rows * call.row_tokens <= max_tokens:
+        raise ValueError(f"tokens: the channel was opened for 1 to {max_tokens}, got {rows} x {call.row_tokens}")
+
+
+def _check_place(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: must be on {device}, is on {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: must be contiguous")
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+class Words(NamedTuple):
+    """What the kernels write of a call as it is.
+
+    Attributes:
+        kind: bytes 8 to 15 of the slot.
+        heads: bytes 48 to 55.
+        key_bytes, query_bytes: of a token; 0 for none.
+        own_keys, own_queries: their offset in the channel's memory where they lie there, or -1.
+    """
+
+    kind: int
+    heads: int
+    key_bytes: int
+    query_bytes: int
+    own_keys: int
+    own_queries: int
+
+
+def words_of(memory: ChannelMemory, spec: IndexSpec, heads: Heads, call: Call) -> Words:
+    """Those of a call that was checked."""
+    has_keys, has_queries = call.keys is not None, call.queries is not None
+    flags = ROLLBACK * call.rollback | WAIT_FOR_KEYS * call.wait_for_keys
+    return Words(
+        TOKENS | (_BF16 * has_keys) << 16 | (_BF16 * has_queries) << 24 | _ASCENDING << 32 | flags << 40,
+        heads.first | heads.count << 32 if has_queries else 0,
+        2 * spec.head_dim * has_keys,
+        2 * spec.head_dim * heads.count * has_queries,
+        *(-1 if tensor is None else memory.offset_of(tensor) for tensor in (call.keys, call.queries)),
+    )
+
+
+def launch(
+    memory: ChannelMemory,
+    spec: IndexSpec,
+    heads: Heads,
+    call: Call,
+    block_ids: torch.Tensor | None,
+    bound_seconds: float,
+) -> None:
+    """Rings, and waits, on the current stream.
+
+    Args:
+        memory: the channel's.
+        spec: of the indexer.
+        heads: of the queries.
+        call: checked.
+        block_ids: int32 `[rows, row_tokens, H, topk]`; None for a call without queries.
+        bound_seconds: after which the channel is dead.
+    """
+    words = words_of(memory, spec, heads, call)
+    tokens = call.rows * call.row_tokens
+    programs = min(-(-tokens * (words.key_bytes + words.query_bytes) // _PROGRAM_BYTES), _MOST_PROGRAMS)
+    places = memory.places
+    kernels.ring[(programs,)](
+        memory.address,
+        memory.segment_address,
+        call.keys,
+        call.queries,
+        call.ids,
+        call.starts,
+        call.lengths,
+        call.revisions,
+        call.replays,
+        call.rows,
+        call.row_tokens,
+        words.kind,
+        call.layer,
+        words.heads,
+        memory.segment.request_arena_offset,
+        words.own_keys,
+        words.own_queries,
+        TOKEN_PLACES=places.token_places,
+        KEYS=places.keys,
+        QUERIES=places.queries,
+        BLOCK_IDS=places.block_ids,
+        KEY_BYTES=words.key_bytes,
+        QUERY_BYTES=words.query_bytes,
+        KEY_COLUMNS=_power_of_two(words.key_bytes // 4),
+        QUERY_COLUMNS=_power_of_two(words.query_bytes // 4),
+        HAS_REVISIONS=call.revisions is not None,
+        HAS_REPLAYS=call.replays is not None,
+        ROWS=_power_of_two(call.rows),
+        SLOTS=REQUEST_SLOTS,
+        PROGRAMS=programs,
+        num_warps=_RING_WARPS,
+    )
+    width = 0 if block_ids is None else heads.count * spec.topk
+    kernels.wait[(1,)](
+        memory.address,
+        memory.segment_address,
+        block_ids,
+        tokens if width else 0,
+        int(1e9 * bound_seconds),
+        TOKEN_PLACES=places.token_places,
+        BLOCK_IDS=places.block_ids,
+        WIDTH=width,
+        COLUMNS=_power_of_two(width),
+        num_warps=_WAIT_WARPS,
+    )
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()

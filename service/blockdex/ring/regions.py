@@ -1,0 +1,343 @@
+"""Memory that a client shares beside its segment: handed over, opened, numbered, given back.
+
+A region belongs to one link. It is closed when nobody holds it any more: neither its link, nor a request on its way,
+nor anything that reads or writes it on a device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import json
+import mmap
+import os
+import socket
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from blockdex._native import MAX_REGIONS
+from blockdex.contract.errors import BlockdexError, InvalidArgumentError, Reason, ResourceExhaustedError, error_of
+from blockdex.ring.control_channel import LENGTH_BYTES, Words
+from blockdex.ring.server import RingInbox, ServerLink
+
+MAX_LINK_BYTES = 16 << 30
+"""Of all regions of a link: what a client shares of the host's memory may be pinned, and cannot be swapped out then."""
+
+_KINDS = {"memfd", "cuda_fd", "cuda_ipc"}
+_RELEASE_SECONDS = 4.0
+"""How long a client that gives a region back is kept waiting for the requests that use it."""
+_ENTER_SECONDS = 4.0
+_HANDLE_BYTES = 64
+
+_opener = ThreadPoolExecutor(1, "blockdex-regions")
+"""Opens and closes: what is registered with a device takes its time."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_ssize_t,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a client wants to share.
+
+    Attributes:
+        kind: `memfd`, `cuda_fd` (of CUDA's virtual memory management) or `cuda_ipc` (memory of cudaMalloc).
+        fd: of the first two: the file, which stays the caller's.
+        num_bytes: of `cuda_fd`: how many it has.
+        handle: of `cuda_ipc`: the 64 bytes that stand for it.
+        device: of the last two: UUID of the GPU whose memory it is, 32 hexadecimal digits.
+        most_bytes: that it may have.
+    """
+
+    kind: str
+    fd: int
+    num_bytes: int
+    handle: bytes
+    device: str
+    most_bytes: int
+
+    def check_bytes(self, num_bytes: int) -> None:
+        """Refuses what is empty, or more than the link may share.
+
+        Raises:
+            InvalidArgumentError: there are none.
+            ResourceExhaustedError: there are too many.
+        """
+        if num_bytes < 1:
+            raise refused(f"{self.kind}: must have at least 1 byte, got {num_bytes}")
+        if num_bytes > self.most_bytes:
+            raise ResourceExhaustedError(
+                f"{self.kind}: {num_bytes} bytes, the link may share {self.most_bytes} more of {MAX_LINK_BYTES}",
+                Reason.OVERLOADED,
+                bytes=num_bytes,
+            )
+
+
+class Region:
+    """Shared memory that this process has opened. Whoever looks at it holds it; the last one closes it.
+
+    Args:
+        address: where it begins, for the host or for the device.
+        num_bytes: of it.
+        on_device: whether the address is the device's.
+        close: gives it back; called beside all other threads.
+
+    Attributes:
+        address, bytes, on_device: the same.
+        closed: done when it is closed.
+    """
+
+    def __init__(self, address: int, num_bytes: int, on_device: bool, close: Callable[[], None]) -> None:
+        self.address = address
+        self.bytes = num_bytes
+        self.on_device = on_device
+        self.closed: Future[None] = Future()
+        weakref.finalize(self, _close_soon, close, self.closed).atexit = False
+        interface = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+        # What numpy, or torch, makes an array of, which holds the region.
+        setattr(self, "__cuda_array_interface__" if on_device else "__array_interface__", interface)
+
+
+def _close_soon(close: Callable[[], None], closed: Future[None]) -> None:
+    def run() -> None:
+        try:
+            close()
+        finally:
+            closed.set_result(None)
+
+    with contextlib.suppress(RuntimeError):  # the process ends, and what it has opened with it
+        _opener.submit(run)
+
+
+def refused(message: str) -> InvalidArgumentError:
+    """What is said of memory that cannot be shared."""
+    return InvalidArgumentError(message, Reason.INVALID_REGION)
+
+
+def map_memfd(offer: Offer) -> tuple[int, int]:
+    """Maps a memfd that its owner cannot shrink; address and bytes.
+
+    Raises:
+        InvalidArgumentError: it is none, can be shrunk, cannot be written to, or has no bytes.
+        ResourceExhaustedError: it is too large, or there is no memory left.
+    """
+    try:
+        seals = fcntl.fcntl(offer.fd, fcntl.F_GET_SEALS)
+    except OSError:
+        raise refused("memfd: the file is none, it cannot be sealed") from None
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise refused(f"memfd: must be sealed against shrinking (F_SEAL_SHRINK), its seals are {seals:#x}")
+    if (page := os.fstatvfs(offer.fd).f_bsize) != mmap.PAGESIZE:
+        # There may be none left of these when one is touched, which ends the process.
+        raise refused(f"memfd: must have pages of {mmap.PAGESIZE} bytes, got {page}")
+    size = os.fstat(offer.fd).st_size
+    offer.check_bytes(size)
+    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, offer.fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise refused(f"memfd: cannot be mapped to be read and written ({os.strerror(ctypes.get_errno())})")
+    return address, size
+
+
+def unmap(address: int, num_bytes: int) -> None:
+    """Gives back what `map_memfd` has mapped."""
+    _libc.munmap(address, num_bytes)
+
+
+@dataclass(slots=True)
+class _Lent:
+    bytes: int
+    closed: Future[None]
+    given_back: bool = False
+
+
+class LinkRegions:
+    """The regions of one link, as they are spoken of on its control channel; used on its asyncio loop.
+
+    Args:
+        open_region: opens what is offered, on any thread; raises what `map_memfd` does, and UnimplementedError.
+        inbox: has the engine's thread enter and leave regions.
+        line: the link.
+    """
+
+    def __init__(self, open_region: Callable[[Offer], Region], inbox: RingInbox, line: ServerLink) -> None:
+        self._open = open_region
+        self._inbox = inbox
+        self._line = line
+        self._lent: dict[int, _Lent] = {}
+
+    async def reply_to(self, words: Words, files: Sequence[int]) -> Words | None:
+        """What is said to a client that shares memory, or gives it back; None to words of something else.
+
+        Args:
+            words: the client's.
+            files: that came with them; they stay the caller's.
+        """
+        try:
+            match words:
+                case {"share": kind}:
+                    return {"answer": await self._share(kind, words, files)}
+                case {"release": region}:
+                    await self._release(region)
+                    return {"answer": {}}
+        except BlockdexError as error:
+            return {"failed": error.message, "reason": error.reason, "code": error.code}
+        return None
+
+    async def _share(self, kind: object, words: Words, files: Sequence[int]) -> Words:
+        if len(self._lent) >= MAX_REGIONS:
+            raise ResourceExhaustedError(
+                f"regions: a link may share {MAX_REGIONS} at once, it shares {len(self._lent)}", Reason.OVERLOADED
+            )
+        most = MAX_LINK_BYTES - sum(lent.bytes for lent in self._lent.values())
+        region = await open_offer(self._open, kind, words, files, most)
+        number = await self._on_engine(lambda: self._line.native.share(region))
+        self._lent[number] = _Lent(region.bytes, region.closed)
+        return {"region": number, "bytes": region.bytes}
+
+    async def _release(self, number: object) -> None:
+        if not isinstance(number, int) or (lent := self._lent.get(number)) is None:
+            raise refused(f"release: the link has no region {number!r}")
+        if not lent.given_back:
+            await self._on_engine(lambda: self._inbox.give_back(self._line, number))
+            lent.given_back = True
+        try:
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(lent.closed)), _RELEASE_SECONDS)
+        except TimeoutError:
+            raise ResourceExhaustedError(
+                f"release: requests have used region {number} for {_RELEASE_SECONDS:g} s more; ask again",
+                Reason.OVERLOADED,
+            ) from None
+        del self._lent[number]
+
+    async def _on_engine(self, errand: Callable[[], Any]) -> Any:
+        """Has the engine's thread do something between its steps."""
+        loop = asyncio.get_running_loop()
+        done: Future[Any] = Future()
+
+        def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return  # too late
+            try:
+                done.set_result(errand())
+            except ValueError as error:
+                done.set_exception(ResourceExhaustedError(str(error), Reason.OVERLOADED))
+
+        self._inbox.do(run)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(done, loop=loop), _ENTER_SECONDS)
+        except TimeoutError:
+            message = f"engine: has not turned to a region for {_ENTER_SECONDS:g} s"
+            raise ResourceExhaustedError(message, Reason.OVERLOADED) from None
+
+
+async def open_offer(
+    open_region: Callable[[Offer], Region], kind: object, words: Words, files: Sequence[int], most_bytes: int
+) -> Region:
+    """Opens what words and the files with them offer, beside all other threads; raises what `LinkRegions` says."""
+    offer = _offer_of(kind, words, files, most_bytes)
+    return await asyncio.get_running_loop().run_in_executor(_opener, open_region, offer)
+
+
+def _offer_of(kind: object, words: Words, files: Sequence[int], most_bytes: int) -> Offer:
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise refused(f"share: must be memfd, cuda_fd or cuda_ipc, got {kind!r}")
+    takes = 0 if kind == "cuda_ipc" else 1
+    if len(files) != takes:
+        raise refused(f"{kind}: {takes} files must come with it, got {len(files)}")
+    num_bytes, handle, device = words.get("bytes", 0), words.get("handle", ""), words.get("device", "")
+    if not isinstance(num_bytes, int) or not 0 <= num_bytes < 1 << 63:
+        raise refused(f"{kind}: bytes must be below {1 << 63}, got {num_bytes!r}")
+    try:
+        handle_bytes, uuid = bytes.fromhex(handle), bytes.fromhex(device).hex()
+    except (TypeError, ValueError):
+        raise refused(f"{kind}: handle and device must be hexadecimal digits") from None
+    if kind == "cuda_ipc" and len(handle_bytes) != _HANDLE_BYTES:
+        raise refused(f"cuda_ipc: handle must have {_HANDLE_BYTES} bytes, got {len(handle_bytes)}")
+    return Offer(kind, files[0] if files else -1, num_bytes, handle_bytes, uuid, most_bytes)
+
+
+# --- The client's side ---
+
+
+class Shared(NamedTuple):
+    """A region as its client knows it: the number that requests name, and its bytes."""
+
+    region: int
+    bytes: int
+
+
+def share(connected: socket.socket, kind: str, files: Sequence[int] = (), **words: Any) -> Shared:
+    """Shares memory over the socket of a link.
+
+    Args:
+        connected: to the engine, of a link that was taken; nobody else reads it.
+        kind: see `Offer`.
+        files: the one that stands for it, or none.
+        words: `bytes`, `device`, `handle` (hexadecimal digits) of `Offer`.
+
+    Raises:
+        BlockdexError: the engine refuses it.
+        OSError: it does not answer.
+    """
+    answer = _ask(connected, {"share": kind, **words}, files)
+    return Shared(answer["region"], answer["bytes"])
+
+
+def share_memfd(connected: socket.socket, fd: int) -> Shared:
+    """Shares a memfd that is sealed against shrinking; otherwise as `share`."""
+    return share(connected, "memfd", [fd])
+
+
+def release(connected: socket.socket, region: int) -> None:
+    """Gives a region back; when this returns nobody reads or writes it. Otherwise as `share`."""
+    _ask(connected, {"release": region}, [])
+
+
+def new_memfd(num_bytes: int) -> int:
+    """A memfd that can be shared; a file that the caller closes."""
+    fd = os.memfd_create("blockdex-region", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, num_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _ask(connected: socket.socket, words: Words, files: Sequence[int]) -> Words:
+    body = json.dumps(words).encode()
+    said = len(body).to_bytes(LENGTH_BYTES, "little") + body
+    sent = socket.send_fds(connected, [said], list(files)) if files else 0
+    connected.sendall(said[sent:])
+    while True:
+        answer: Words = json.loads(_exactly(connected, int.from_bytes(_exactly(connected, LENGTH_BYTES), "little")))
+        match answer:
+            case {"answer": dict(told)}:
+                return told
+            case {"failed": str(message), "reason": str(reason), "code": int(code)}:
+                raise error_of(code, message, reason, {})
+
+
+def _exactly(connected: socket.socket, size: int) -> bytes:
+    received = b""
+    while len(received) < size:
+        more = connected.recv(size - len(received))
+        if not more:
+            raise ConnectionResetError("link: the engine went away")
+        received += more
+    return received

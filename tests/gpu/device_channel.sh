@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Tests and figures of device channels on a GPU, each part for so many seconds at most: alone, then under MPS.
+set -u
+python=${PYTHON:-python}
+out=${OUT:-.}
+log=$out/device_channel.log
+export PYTHONUNBUFFERED=1
+part() { # seconds, name, command
+    local seconds=$1 name=$2 began=$SECONDS
+    shift 2
+    echo "== $name" | tee -a "$log"
+    timeout -k 5 "$seconds" "$@" 2>&1 | tee -a "$log"
+    echo "== $name: ended with ${PIPESTATUS[0]} after $((SECONDS - began)) s" | tee -a "$log"
+}
+tests() { "$python" -m pytest -q -s --timeout=60 -p no:cacheprovider "$@"; }
+export -f tests
+export python
+
+part 100 "kernels, both twins" bash -c 'tests -x tests/device_channel/test_kernels.py'
+part 60 "kernels in graphs, shared memory" bash -c 'tests tests/gpu/test_device_kernels.py'
+part 150 "channels" bash -c 'tests -x tests/gpu/test_device_channel.py'
+part 60 "figures without MPS" "$python" -m benchmarks.device_channel --replays 20 --layers 57
+
+export CUDA_MPS_PIPE_DIRECTORY=/tmp/blockdex-mps CUDA_MPS_LOG_DIRECTORY=/tmp/blockdex-mps-log
+mkdir -p $CUDA_MPS_PIPE_DIRECTORY $CUDA_MPS_LOG_DIRECTORY
+nvidia-cuda-mps-control -d
+part 90 "figures under MPS" "$python" -m benchmarks.device_channel
+part 100 "channels under MPS, nobody killed" bash -c 'tests -k "not killed" tests/gpu/test_device_channel.py'
+for attempt in 1 2 3; do
+    part 40 "a client is killed under MPS, $attempt" bash -c 'tests -k "client_that_is_killed" tests/gpu/test_device_channel.py'
+done
+echo quit | timeout 10 nvidia-cuda-mps-control
+cp $CUDA_MPS_LOG_DIRECTORY/*.log "$out" 2>/dev/null
+exit 0
