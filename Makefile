@@ -17,7 +17,8 @@ VENV_FLAGS := $(if $(HAS_TORCH),--system-site-packages,)
 CONSTRAINTS := $(if $(HAS_TORCH),,--constraint constraints.txt)
 
 # Programs of the tests that pip does not bring, each with the Debian package that does.
-TOOLS := prometheus=prometheus promtool=prometheus amtool=prometheus-alertmanager kubectl=kubernetes-client chromium=chromium gcc=build-essential cmake=cmake
+TOOLS := prometheus=prometheus promtool=prometheus amtool=prometheus-alertmanager kubectl=kubernetes-client chromium=chromium \
+	gcc=build-essential cmake=cmake
 CROSS_TOOLS := aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu qemu-aarch64=qemu-user \
 	/usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1=libc6-dev-arm64-cross
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
