@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 NATIVE := service/blockdex/_native.abi3.so
-FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/ring/*.c tests/csrc/*.[ch])
+FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/csrc/*.[ch] examples/cpp_engine/*.cpp)
 
 # A torch that the machine already has (a CUDA build, say) is used as it is; otherwise exactly the constrained one comes.
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
@@ -17,7 +17,7 @@ VENV_FLAGS := $(if $(HAS_TORCH),--system-site-packages,)
 CONSTRAINTS := $(if $(HAS_TORCH),,--constraint constraints.txt)
 
 # Programs of the tests that pip does not bring, each with the Debian package that does.
-TOOLS := prometheus=prometheus promtool=prometheus kubectl=kubernetes-client chromium=chromium gcc=build-essential
+TOOLS := prometheus=prometheus promtool=prometheus kubectl=kubernetes-client chromium=chromium gcc=build-essential cmake=cmake
 CROSS_TOOLS := aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu qemu-aarch64=qemu-user \
 	/usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1=libc6-dev-arm64-cross
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc

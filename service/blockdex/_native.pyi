@@ -1,6 +1,6 @@
 """The compiled part: see `csrc/`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -591,6 +591,15 @@ class RingConnection:
 
     def take_events(self) -> list[bytes]:
         """What the server has told since the last call, as JSON; heard while it is used, 1024 at most."""
+
+    def ask(self, question: str, files: Sequence[int], timeout: float, /) -> bytes | RequestRefusal:
+        """Asks the server something beside the ring (docs/ring.md), and waits for its reply.
+
+        Args:
+            question: a JSON object.
+            files: that come with it, four at most.
+            timeout: after which it is refused as DEADLINE_EXCEEDED.
+        """
 
     def fileno(self) -> int:
         """A file that can be read when there is something to take with `poll`, or the link is over; -1 once closed."""

@@ -15,6 +15,8 @@ from blockdex.client.frames import response_of
 from blockdex.client.kinds import APPEND_AND_SELECT
 from blockdex.client.ledger import Ledger
 from blockdex.client.lengths import Layers, Sequences
+from blockdex.client.requests import WIRE_DTYPES
+from blockdex.client.tensors import host_array
 from blockdex.v1 import indexer_pb2 as pb
 from support.clients import some_info
 
@@ -95,6 +97,26 @@ def test_no_reference_is_lost_or_kept(name: str) -> None:
     for _ in range(50):
         USES[name](known)
     assert [sys.getrefcount(each) for each in held] == before
+
+
+def test_what_is_refused_with_is_not_kept() -> None:
+    seen: list[Any] = []
+
+    def refuse(*refusal: Any) -> None:
+        seen.extend(refusal[2:])
+        raise LookupError
+
+    bounds = {"num_heads": 4, "head_dim": 128, "topk": 16, "max_message_bytes": 8, "epoch": 1}
+    maker = _native.RequestMaker(**bounds, array=np.ndarray, dtypes=WIRE_DTYPES, host_array=host_array, refuse=refuse)
+    arguments = (0, IDS, LENGTHS, 0, None, None, KEYS, QUERIES, 0, 0, "ascending", False, False, False)
+    with pytest.raises(LookupError):
+        maker.make(APPEND_AND_SELECT.number, *arguments)
+    assert seen == [
+        "keys and queries together must be at most 8 bytes, got 5120",
+        {"bytes": 5120, "max_message_bytes": 8},
+    ]
+    # One of the list, one of the call.
+    assert [sys.getrefcount(seen[at]) for at in range(2)] == [2, 2]
 
 
 def test_a_list_that_shrinks_while_it_is_read() -> None:

@@ -1,8 +1,10 @@
 /* Makes the calls of blockdex_client.h that stdin names, a line each, and prints what they came to, a line each.
- * argv: the socket's path, the tenant. Lines: `open ID LEASE`, `close ID`, `get ID`, `fork PARENT CHILD LENGTH`,
+ * argv: the socket's path, the tenant, and `regions` where tensors are to lie in one. Lines: `open ID LEASE`, `close ID`, `get ID`, `fork PARENT CHILD LENGTH`,
  * `truncate ID LENGTH`, and `tokens LAYER FLAGS ORDER FIRST_HEAD HEADS KEYS_DTYPE KEYS_BYTES QUERIES_DTYPE
  * QUERIES_BYTES SPANS` with four numbers for each span: id, start, length, revision; behind that line lie the keys and
  * queries. */
+#define _GNU_SOURCE
+#include <fcntl.h>
 #include <inttypes.h>
 
 #include "blockdex_client.h"
@@ -13,6 +15,35 @@ static const double SECONDS = 10;
 
 static struct blockdex_client client;
 static struct blockdex_error error;
+static struct blockdex_region region;
+static char *shared; /* the region's memory; NULL: none is shared */
+
+/* Where each tensor lies in it. */
+enum { KEYS_AT = 64, QUERIES_AT = KEYS_AT + MOST_BYTES, IDS_AT = QUERIES_AT + MOST_BYTES };
+enum { SCORES_AT = IDS_AT + 4 * MOST_IDS, REGION_BYTES = SCORES_AT + 4 * MOST_IDS };
+
+static void share_region(void) {
+    const int file = memfd_create("region", MFD_ALLOW_SEALING);
+    if (blockdex_share_memfd(&client, file, SECONDS, &region, &error) || strcmp(error.reason, "INVALID_REGION"))
+        exit(3);
+    if (ftruncate(file, REGION_BYTES) || fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK)) exit(2);
+    shared = mmap(NULL, REGION_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (shared == MAP_FAILED || !blockdex_share_memfd(&client, file, SECONDS, &region, &error)) exit(3);
+    if (region.bytes != REGION_BYTES) exit(3);
+    close(file);
+}
+
+/* Has a request read and write the region alone. */
+static void move_to_region(struct blockdex_tokens *tokens) {
+    memcpy(shared + KEYS_AT, tokens->keys, tokens->keys_bytes);
+    memcpy(shared + QUERIES_AT, tokens->queries, tokens->queries_bytes);
+    tokens->keys = tokens->queries = NULL;
+    if (tokens->keys_bytes) tokens->keys_place = (struct blockdex_place){region.region, KEYS_AT};
+    if (tokens->queries_bytes) tokens->queries_place = (struct blockdex_place){region.region, QUERIES_AT};
+    if (tokens->queries_bytes) tokens->block_ids_place = (struct blockdex_place){region.region, IDS_AT};
+    if (tokens->flags & BLOCKDEX_RETURN_SCORES)
+        tokens->scores_place = (struct blockdex_place){region.region, SCORES_AT};
+}
 
 static uint64_t number(void) {
     uint64_t read;
@@ -82,9 +113,19 @@ static void call_tokens(void) {
     read_bytes(queries, tokens.queries_bytes);
     for (int at = 0; at < MOST_IDS; at++) ids[at] = INT32_MIN;
     for (int at = 0; at < MOST_IDS; at++) scores[at] = 0;
+    if (shared) {
+        memcpy(shared + IDS_AT, ids, sizeof ids);
+        move_to_region(&tokens);
+    }
     if (!call(&tokens, ids, scores)) {
         print_error();
         return;
+    }
+    if (shared) {
+        for (int at = 0; at < MOST_IDS; at++)
+            if (ids[at] != INT32_MIN || scores[at] != 0) exit(3);
+        memcpy(ids, shared + IDS_AT, sizeof ids);
+        memcpy(scores, shared + SCORES_AT, sizeof scores);
     }
     printf("tokens");
     for (int at = 0; at < MOST_IDS && ids[at] != INT32_MIN; at++) printf(" %" PRId32, ids[at]);
@@ -126,13 +167,14 @@ static uint32_t ask_layers(void) {
 
 int main(int argc, char **argv) {
     char what[16];
-    if (argc != 3) return 2;
+    if (argc < 3) return 2;
     if (!blockdex_connect(&client, argv[1], argv[2], SECONDS, &error)) {
         print_error();
         return 1;
     }
     const uint32_t layers = ask_layers();
     if (!layers || layers > MOST_LAYERS) return 1;
+    if (argc > 3) share_region();
     while (scanf("%15s", what) == 1) {
         if (strcmp(what, "tokens"))
             call_sequences(what, layers);
@@ -140,6 +182,8 @@ int main(int argc, char **argv) {
             call_tokens();
         fflush(stdout);
     }
+    if (shared && !blockdex_release_region(&client, region.region, SECONDS, &error)) return 3;
+    if (shared && blockdex_release_region(&client, region.region, SECONDS, &error)) return 3;
     blockdex_disconnect(&client);
     return 0;
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 from asyncio.subprocess import PIPE
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from benchmarks.ring_messages import Answer, Request, TokenAnswer, TokenRequest
 from blockdex.contract.errors import BlockdexError
@@ -19,8 +21,10 @@ from blockdex.contract.messages import (
     TruncateSequence,
 )
 from blockdex.ring.layout import DTYPES, ORDERS, RAW_SCORES, RETURN_SCORES, ROLLBACK, WAIT_FOR_KEYS
-from support.c_programs import Built
+from blockdex_kernels import IndexSpec
+from support.c_programs import FLAGS, PACKAGE, Built
 from support.client_requests import TENANT, client_requests, naive_answers
+from support.programs import REPOSITORY, program, run
 from support.ring_engine import hosted
 
 
@@ -74,23 +78,63 @@ def words_of(answer: Answer | BlockdexError, request: Request) -> str:
     return " ".join(map(str, ["state", *lengths, *revisions]))
 
 
-async def test_calls_are_answered_as_one_after_another_would_be(built: Built) -> None:
+@pytest.mark.parametrize("where", [(), ("regions",)], ids=["arena", "regions"])
+async def test_calls_are_answered_as_one_after_another_would_be(built: Built, where: tuple[str, ...]) -> None:
     asked = [request for request in client_requests(np.random.default_rng(5)) if request.epoch == 0]
-    async with hosted() as run:
-        command = (*built("client_calls"), run.address.replace("\0", "@"), TENANT)
+    async with hosted() as serving:
+        command = (*built("client_calls"), serving.address.replace("\0", "@"), TENANT, *where)
         process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
         said, errors = await asyncio.wait_for(process.communicate(b"".join(map(line_of, asked))), 60)
         assert process.returncode == 0, (said, errors)
-        expected = naive_answers(asked, run.engine.info().epoch)
+        expected = naive_answers(asked, serving.engine.info().epoch)
     lines = [re.sub(r"\|.*", "", line) for line in said.decode().splitlines()]
     assert lines == [words_of(*each) for each in zip(expected, asked, strict=True)]
 
 
 async def test_a_refusal_has_its_numbers(built: Built) -> None:
-    async with hosted() as run:
-        command = (*built("client_calls"), run.address.replace("\0", "@"), TENANT)
+    async with hosted() as serving:
+        command = (*built("client_calls"), serving.address.replace("\0", "@"), TENANT)
         process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
         said, _ = await asyncio.wait_for(process.communicate(b"fork 7 8 5000\n"), 60)
     message = "sequence 7: length must be 0 to 4096, got 5000"
     numbers = "sequence_id=7|length=5000|max_sequence_tokens=4096"
     assert said.decode() == f"error 3 INVALID_LENGTH {message}|{numbers}\n"
+
+
+async def test_the_program_of_the_documentation(tmp_path: Path) -> None:
+    """It compiles without a warning, and prints what the page shows."""
+    page = (REPOSITORY / "docs" / "c-client.md").read_text(encoding="utf-8")
+    source, printed = (
+        re.findall(rf"^```{kind}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[0] for kind in ("c", "text")
+    )
+    (tmp_path / "page.c").write_text(source)
+    compile_page = (
+        program("gcc", "build-essential"),
+        *FLAGS,
+        "-pedantic",
+        tmp_path / "page.c",
+        "-o",
+        tmp_path / "page",
+    )
+    run(*compile_page)
+    async with hosted(IndexSpec(num_layers=1), num_pages=8) as serving:
+        process = await asyncio.create_subprocess_exec(
+            tmp_path / "page", serving.address.replace("\0", "@"), stdout=PIPE
+        )
+        said, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert (process.returncode, said.decode()) == (0, printed)
+
+
+@pytest.mark.parametrize("language", ["c -std=gnu11", "c -std=c11 -D_GNU_SOURCE", "c++ -std=c++17", "c++ -std=c++20"])
+def test_the_headers_compile_without_a_warning(language: str) -> None:
+    flags = ("-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-pedantic", "-Werror", "-O2", "-fsyntax-only")
+    include = PACKAGE / "ring" / "include"
+    run(
+        program("g++", "build-essential"),
+        "-x",
+        *language.split(),
+        *flags,
+        f"-I{include}",
+        "-",
+        text='#include "blockdex_client.h"\n',
+    )

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import blockdex
-from mutants import channel, client, core, ring, wire
+from mutants import c_client, channel, client, core, ring, wire
 from mutants.mutant import Mutant
 
 TESTS = Path(__file__).resolve().parent.parent
 PACKAGE = Path(blockdex.__file__).parent
-MUTANTS = (*ring.MUTANTS, *client.MUTANTS, *wire.MUTANTS, *core.MUTANTS, *channel.MUTANTS)
+MUTANTS = (*ring.MUTANTS, *c_client.MUTANTS, *client.MUTANTS, *wire.MUTANTS, *core.MUTANTS, *channel.MUTANTS)
 _SECONDS = 240
 _PROGRAMS = ("csrc/test_interleavings.py", "csrc/test_programs.py")
 """Tests that need neither the compiled module nor what other tests share: they compile programs of their own."""
@@ -85,7 +85,7 @@ def is_caught(mutant: Mutant | None, tests: Sequence[str], compilers: Path) -> b
         copied = copy(mutant, Path(name))
         options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--timeout=60"]
         if all(test.startswith(_PROGRAMS) for test in tests):
-            options.append("--noconftest")
+            options.append(f"--confcutdir={TESTS / 'csrc'}")
         else:
             build(copied, environment)
         command = [sys.executable, "-m", "pytest", *options, *(str(TESTS / test) for test in tests)]

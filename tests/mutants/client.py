@@ -21,7 +21,13 @@ MUTANTS = (
         _REFERENCES,
     ),
     # --- Room, order and bounds ---
-    Mutant("an answer's room is kept", _ANSWERS, "    arena_give_back(&self->arena, pending->extent);\n", "", _LINK),
+    Mutant(
+        "an answer's room is kept",
+        _ANSWERS,
+        "    blockdex_arena_give_back(&self->arena, pending->extent);\n",
+        "",
+        _LINK,
+    ),
     Mutant(
         "a payload outside the arena is read",
         _ANSWERS,
@@ -33,14 +39,14 @@ MUTANTS = (
     Mutant(
         "more answers than slots are believed",
         _ANSWERS,
-        "    if (count > self->num_answer_slots) {\n",
+        "    if (count > self->segment.num_answer_slots) {\n",
         "    if (0) {\n",
         _LINK,
     ),
     Mutant(
         "a full ring is written to",
         _REQUESTS,
-        "self->closed || taken >= self->num_request_slots",
+        "self->closed || taken >= self->segment.num_request_slots",
         "self->closed",
         _LINK,
     ),
@@ -87,8 +93,8 @@ MUTANTS = (
     Mutant(
         "a closed link still writes",
         _REQUESTS,
-        "    if (self->closed || taken >= self->num_request_slots) return false;\n",
-        "    if (taken >= self->num_request_slots) return false;\n",
+        "    if (self->closed || taken >= self->segment.num_request_slots) return false;\n",
+        "    if (taken >= self->segment.num_request_slots) return false;\n",
         ("ring/test_native_client.py",),
     ),
     Mutant(
@@ -129,7 +135,7 @@ MUTANTS = (
     Mutant(
         "an unsent request that is given up keeps its room",
         _OUTBOX,
-        "        arena_give_back(&self->arena, outgoing->pending->extent);\n",
+        "        blockdex_arena_give_back(&self->arena, outgoing->pending->extent);\n",
         "        (void)0;\n",
         _LINK,
     ),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from mutants.mutant import Mutant
 
-_HEADER = "ring/include/blockdex_ring.h"
+_HEADER, _CLIENT = "ring/include/blockdex_ring.h", "ring/include/blockdex_client.h"
 _SERVER, _TYPE = "csrc/ring/server.c", "csrc/ring/server_type.c"
 _ARENA, _INFLIGHT = "ring/include/blockdex_arena.h", "csrc/ring/inflight.c"
 _MODEL = ("csrc/test_interleavings.py::test_nothing_is_lost_or_raced_for_and_nobody_sleeps_on",)
 _NATIVE_SERVER = ("ring/test_native_server.py",)
-_CONNECT = ("csrc/test_programs.py",)
 _TABLES = ("csrc/test_programs.py::test_arena_and_in_flight_table_do_what_the_plainest_ones_do",)
 _CORE_LINKS = ("scheduler/test_core_links.py",)
 
@@ -63,30 +62,30 @@ MUTANTS = (
     ),
     Mutant(
         "room that was given back is not released",
-        _HEADER,
-        "answer->payload_end, memory_order_release",
-        "answer->payload_end, memory_order_relaxed",
+        _CLIENT,
+        "answer_bytes_freed, end, memory_order_release",
+        "answer_bytes_freed, end, memory_order_relaxed",
         _MODEL,
     ),
     Mutant(
         "a slot is claimed before it is seen to be free",
-        _HEADER,
-        "(&header->requests_read, memory_order_acquire)",
-        "(&header->requests_read, memory_order_relaxed)",
+        _CLIENT,
+        "client->written - atomic_load_explicit(&header->requests_read, memory_order_acquire)",
+        "client->written - atomic_load_explicit(&header->requests_read, memory_order_relaxed)",
         _MODEL,
     ),
     Mutant(
         "a slot is claimed though it is full",
-        _HEADER,
-        "    if (taken >= header->request_slots) return NULL;\n",
-        "    (void)taken;\n",
+        _CLIENT,
+        "unread >= client->segment.num_request_slots || ",
+        "(unread, false) || ",
         _MODEL,
     ),
     Mutant(
         "the answers' room is not given back",
-        _HEADER,
-        "    if (answer->payload_bytes)\n",
-        "    if (!answer->payload_bytes)\n",
+        _CLIENT,
+        "        if (end) atomic_store_explicit(&header->answer_bytes_freed",
+        "        if (!end) atomic_store_explicit(&header->answer_bytes_freed",
         _MODEL,
     ),
     Mutant(
@@ -159,7 +158,7 @@ MUTANTS = (
         _HEADER,
         "recv(bell, &rung, 1, MSG_DONTWAIT)",
         "recv(bell, &rung, 1, 0)",
-        _CONNECT,
+        ("ring/test_connection.py",),
     ),
     # --- Bounds ---
     Mutant(
@@ -213,13 +212,13 @@ MUTANTS = (
     ),
     Mutant(
         "parts of a segment outside it",
-        _SERVER,
-        "offset <= size && bytes <= size - offset",
-        "offset <= size",
+        _HEADER,
+        "offset <= segment_bytes &&\n           bytes <= segment_bytes - offset",
+        "offset <= segment_bytes",
         _NATIVE_SERVER,
     ),
     Mutant(
-        "slots whose number is no power of two", _SERVER, "slots && !(slots & (slots - 1))", "slots", _NATIVE_SERVER
+        "slots whose number is no power of two", _HEADER, "slots && !(slots & (slots - 1))", "slots", _NATIVE_SERVER
     ),
     Mutant(
         "an arena of no whole cache lines",
@@ -256,40 +255,6 @@ MUTANTS = (
         "    if (self->memory.obj) PyBuffer_Release(&self->memory);\n",
         "",
         _NATIVE_SERVER,
-    ),
-    # --- Connecting ---
-    Mutant(
-        "a refused connection keeps its files",
-        _HEADER,
-        "    if (!mapped) blockdex_disconnect(ring);\n    return ring->link;",
-        "    return mapped ? ring->link : -1;",
-        _CONNECT,
-    ),
-    Mutant(
-        "a segment stays mapped",
-        _HEADER,
-        "    if (ring->header) munmap(ring->header, (size_t)ring->segment_bytes);\n",
-        "",
-        _CONNECT,
-    ),
-    Mutant("a connection keeps the segment's file", _HEADER, "    if (fds[0] >= 0) close(fds[0]);\n", "", _CONNECT),
-    Mutant("four files are taken for three", _HEADER, "CMSG_LEN(3 * sizeof(int))}", "sizeof control.bytes}", _CONNECT),
-    Mutant(
-        "a greeting of another version is taken",
-        _HEADER,
-        " &&\n           greeting.version == BLOCKDEX_VERSION;",
-        ";",
-        _CONNECT,
-    ),
-    Mutant(
-        "a wait begins anew at each wake-up",
-        _HEADER,
-        "blockdex_poll(bells, 2, until)",
-        "blockdex_poll(bells, 2, blockdex_milliseconds() + milliseconds)",
-        _CONNECT,
-    ),
-    Mutant(
-        "a short segment is mapped", _HEADER, " || (size_t)file.st_size < sizeof(struct blockdex_header)", "", _CONNECT
     ),
     # --- The client's arena and in-flight table ---
     Mutant(

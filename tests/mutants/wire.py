@@ -34,7 +34,13 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("any dtype", _CODEC, " || tensor->dtype > BLOCKDEX_FP8_E4M3)", ")", _LINK),
     Mutant("any order", _CODEC, "    if (selects && request->order > BLOCKDEX_SCORE)", "    if (false)", _LINK),
     Mutant("any message size", _CODEC, "    if (bytes > allowed)", "    if (false)", _LINK),
-    Mutant("queries where keys are", _CODEC, "parts.keys + blockdex_aligned(slot->keys_bytes)", "parts.keys", _LINK),
+    Mutant(
+        "queries where keys are",
+        "ring/include/blockdex_ring.h",
+        "(request->keys_region ? 0 : blockdex_aligned(request->keys_bytes))",
+        "0",
+        _LINK,
+    ),
     Mutant("a slice is copied again", _CODEC, "keys->data + written, bytes", "keys->data, bytes", _LINK),
     Mutant("revisions of another request", _CODEC, "    if (!revisions) memset", "    if (false) memset", _LINK),
     Mutant(

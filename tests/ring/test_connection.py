@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ from support.client_requests import TENANT, client_requests, naive_answers
 from support.naive_engine import check_same
 from support.ring import Bell, Producer
 from support.ring_engine import Hosted, hosted
+from support.ring_process import ring_process
 from support.running_engine import LIMITS, SPEC, get, open_sequence, tokens
 from support.strange_server import strange_server
 
@@ -155,6 +157,29 @@ async def test_who_is_gone_is_noticed_at_once() -> None:
         assert connection.over == gone
         assert connection.submit_sequences(2, 0, 1, 0, 0, b"", 1.0) == gone
         assert connection.poll() == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_ends_or_stands_still_keeps_nobody_waiting(how: signal.Signals) -> None:
+    """In the midst of a call; one that stands still takes its time, and no more than its caller gave it."""
+    with ring_process() as (process, address), contextlib.closing(connect(address, room_seconds=0.2)) as connection:
+        assert isinstance(ask(connection, open_sequence(1, tenant=TENANT)), SequenceState)
+        queries = np.zeros((1, 4, SPEC.head_dim), np.float32)
+        ticket = submit(connection, tokens(0, [(1, 0, 1)], queries=queries, wait=True, tenant=TENANT))
+        threading.Timer(0.2, process.send_signal, (how,)).start()
+        began = time.monotonic()
+        answer = connection.wait(ticket, 0.6 if how == signal.SIGSTOP else 60.0)
+        assert 0.2 <= time.monotonic() - began < 5.0
+        if how == signal.SIGKILL:
+            assert answer == connection.over == (UNAVAILABLE, "UNREACHABLE", "server: it is gone")
+            return
+        assert answer is None
+        while isinstance(sent := connection.submit_sequences(2, 0, 1, 0, 0, b"", 60.0), int):
+            last = sent
+        assert sent[:2] == (OVERLOADED, "OVERLOADED")
+        process.send_signal(signal.SIGCONT)
+        assert connection.wait(last, SECONDS) is not None
+        assert isinstance(ask(connection, get(1, tenant=TENANT)), SequenceState)
 
 
 async def test_another_thread_ends_a_wait_and_may_do_nothing_else() -> None:
@@ -301,6 +326,11 @@ class StrangeServer:
         self._segment.memory[at : at + ANSWER_STRUCT.size] = ANSWER_STRUCT.pack(*slot)
         self._producer.publish()
 
+    @property
+    def freed(self) -> int:
+        """Position up to which the answers' arena is free again."""
+        return self._segment.counters[AT["answer_bytes_freed"] // 8]
+
     def count(self, answers: int) -> None:
         """Says that so many have been written."""
         self._segment.counters[AT["answers_written"] // 8] = answers
@@ -367,6 +397,20 @@ def test_a_reason_longer_than_its_payload_is_cut() -> None:
         assert connection.wait(ticket, SECONDS) == (5, "", "")
 
 
+def test_room_is_given_back_in_the_order_of_the_answers() -> None:
+    """In whatever order they are waited for; one without a payload has none."""
+    with strange() as (connection, server):
+        tickets = [submit(connection, get(1)) for _ in range(4)]
+        for at, ticket in enumerate(tickets):
+            has = at != 2
+            server.answer(AnswerSlot(ticket=ticket, payload_bytes=64 * has, payload_end=64 * (at + 1) * has))
+        freed = []
+        for at in (1, 2, 0, 3):
+            assert connection.wait(tickets[at], SECONDS) is not None
+            freed.append(server.freed)
+        assert freed == [0, 0, 128, 256]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_is_answered_every_wait_ends(seed: int) -> None:
     """Slots that are right but for one field, which is anything."""
@@ -386,3 +430,67 @@ def test_whatever_is_answered_every_wait_ends(seed: int) -> None:
                 assert answer is not None
                 if connection.over:
                     break
+
+
+def test_a_wait_that_is_woken_for_nothing_ends_in_time() -> None:
+    ended = threading.Event()
+    with strange_server(Sizes(8, 4096, 4096)) as (address, handles), contextlib.closing(connect(address)) as connection:
+        bell = socket.socket(fileno=os.dup(handles.client_bell))
+
+        def ring() -> None:
+            while not ended.wait(0.01):
+                with contextlib.suppress(BlockingIOError):
+                    bell.send(b"\0")
+
+        ringing = threading.Thread(target=ring)
+        ringing.start()
+        began = time.monotonic()
+        assert connection.wait(submit(connection, get(1)), 0.3) is None
+        took = time.monotonic() - began
+        ended.set()
+        ringing.join()
+        bell.close()
+    assert 0.3 <= took < 2.0
+
+
+async def test_questions_are_answered_beside_requests() -> None:
+    async with hosted() as run, connected(run) as connection:
+        answer = await asyncio.to_thread(connection.ask, '{"ask":"info"}', (), SECONDS)
+        assert isinstance(answer, bytes) and f'"epoch":{connection.epoch}' in answer.decode()
+        refused = await asyncio.to_thread(connection.ask, '{"share":"memfd"}', (), SECONDS)
+        assert refused == (3, "INVALID_REGION", "memfd: 1 files must come with it, got 0")
+        with pytest.raises(ValueError, match="files: at most 4, got 5"):
+            connection.ask("{}", (0, 0, 0, 0, 0), SECONDS)
+
+
+def test_a_reply_that_comes_late_is_not_taken_for_another() -> None:
+    """Nor what is told in between, or comes in pieces."""
+    asked_again = threading.Event()
+
+    def reply(accepted: socket.socket) -> None:
+        assert asked_again.wait(SECONDS)
+        said = [b'{"answer":1}', b'{"new_epoch":5}', b'{"answer":"two"}']
+        for byte in b"".join(len(each).to_bytes(4, "little") + each for each in said):
+            accepted.send(bytes([byte]))
+            time.sleep(0.001)
+
+    with (
+        strange_server(Sizes(8, 4096, 4096), reply) as (address, _),
+        contextlib.closing(connect(address)) as connection,
+    ):
+        assert connection.ask("{}", (), 0.1) == (4, "DEADLINE_EXCEEDED", "timeout: no answer within 0.1 s")
+        asked_again.set()
+        assert connection.ask("{}", (), SECONDS) == b'{"answer":"two"}'
+        assert connection.take_events() == [b'{"new_epoch":5}']
+
+
+def test_what_is_said_at_too_great_a_length_ends_the_link() -> None:
+    def reply(accepted: socket.socket) -> None:
+        accepted.send((1 << 20).to_bytes(4, "little"))
+
+    with (
+        strange_server(Sizes(8, 4096, 4096), reply) as (address, _),
+        contextlib.closing(connect(address)) as connection,
+    ):
+        assert connection.ask("{}", (), SECONDS) == (13, "INTERNAL", "server: what it says is too long")
+        assert connection.over

@@ -32,7 +32,7 @@ from support.strange_server import strange_server
 KEYS, QUERIES = np.zeros((1, 128), np.float32), np.zeros((1, 4, 128), np.float32)
 ROUNDS, CALLS = 10, 25
 SIZES = Sizes(4, 4096, 4096)
-WAITS = {"run", "drain", "wait", "await_alone", "may_sleep"}
+WAITS = {"run", "drain", "wait", "await_alone", "may_sleep", "ask"}
 """They wait as long as they are told."""
 
 NUMBERS = [0, 1, 2, 3, 7, 64, 255, 256, 4096, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]

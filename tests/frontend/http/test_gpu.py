@@ -30,6 +30,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.has_power = True
+        self.processes = {77: "/usr/bin/python3"}
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("nvml"):
@@ -58,6 +59,15 @@ class StandIn:
         assert sensor == pynvml.NVML_TEMPERATURE_GPU
         return 61
 
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:  # noqa: N802
+        assert handle == UUID
+        return [SimpleNamespace(pid=pid, usedGpuMemory=1) for pid in self.processes]
+
+    def nvmlSystemGetProcessName(self, pid: int) -> str:  # noqa: N802
+        if not self.processes[pid]:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return self.processes[pid]
+
 
 async def exported(collector: GpuCollector) -> dict[str, float]:
     await collector.refresh()
@@ -74,7 +84,20 @@ async def test_readings_in_the_units_that_their_names_say() -> None:
         "blockdex_gpu_memory_total_bytes": 1.5e11,
         "blockdex_gpu_power_watts": 412.5,
         "blockdex_gpu_temperature_celsius": 61.0,
+        "blockdex_gpu_processes_in_turns": 0.0,
     }
+
+
+async def test_processes_that_take_the_gpu_in_turns_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    nvml = StandIn()
+    collector = GpuCollector(nvml, UUID)
+    nvml.processes |= {78: "", 79: "engine"}
+    for _ in range(2):
+        assert (await exported(collector))["blockdex_gpu_processes_in_turns"] == 2.0
+    (line,) = (json.loads(JsonFormatter().format(record)) for record in caplog.records)
+    assert (line["event"], line["level"], line["processes"]) == ("gpu is taken in turns", "warning", 2)
+    nvml.processes[80] = "/usr/bin/nvidia-cuda-mps-server"
+    assert (await exported(collector))["blockdex_gpu_processes_in_turns"] == 0.0
 
 
 async def test_what_the_gpu_does_not_have_is_left_out() -> None:

@@ -107,19 +107,18 @@ static bool find_parts(struct core *core, struct server_link *link, const struct
     const bool has_regions = slot->keys_region || slot->queries_region;
     const uint64_t keys_bytes = slot->keys_region ? 0 : slot->keys_bytes;
     const uint64_t queries_bytes = slot->queries_region ? 0 : slot->queries_bytes;
-    const uint64_t keys = blockdex_aligned(columns + 32 * (uint64_t)slot->num_spans);
-    const uint64_t queries = keys + blockdex_aligned(keys_bytes);
-    if (keys_bytes > bytes || queries_bytes > bytes || queries + queries_bytes != bytes) {
-        if (has_regions && queries + queries_bytes < bytes)
+    const struct blockdex_parts at = blockdex_parts_of(slot);
+    if (keys_bytes > bytes || queries_bytes > bytes || at.bytes != bytes) {
+        if (has_regions && at.bytes < bytes)
             return REFUSE(INVALID_ARGUMENT, "INVALID_REGION",
                           "request: what is in no region takes %1$llu bytes, the payload has %2$llu" META
                           "expected_bytes=%1$llu" META "bytes=%2$llu",
-                          (unsigned long long)(queries + queries_bytes), (unsigned long long)bytes);
-        break_link(core, link, "request: its parts take %llu bytes, got %llu",
-                   (unsigned long long)(queries + queries_bytes), (unsigned long long)bytes);
+                          (unsigned long long)at.bytes, (unsigned long long)bytes);
+        break_link(core, link, "request: its parts take %llu bytes, got %llu", (unsigned long long)at.bytes,
+                   (unsigned long long)bytes);
         return false;
     }
-    *parts = (struct parts){begin, begin + columns, begin + keys, begin + queries};
+    *parts = (struct parts){begin, begin + at.columns, begin + at.keys, begin + at.queries};
     return true;
 }
 

@@ -1,6 +1,6 @@
 /* blockdex._native.ClientLink: the frontend's side of a ring. */
-#ifndef BLOCKDEX_LINK_H
-#define BLOCKDEX_LINK_H
+#ifndef BLOCKDEX_CLIENT_LINK_H
+#define BLOCKDEX_CLIENT_LINK_H
 
 #include "native.h"
 

@@ -6,7 +6,7 @@
 #include "wire/request_codec.h"
 
 /* Copying so many bytes takes a tenth of a millisecond, in which other threads may run. */
-enum { LONG_BYTES = 1 << 19, MOST_EVENTS = 1024 };
+enum { LONG_BYTES = 1 << 19, MOST_EVENTS = 1024, MOST_FILES = 4 };
 
 /* How long a wait lasts before it looks for signals. */
 static const double SLICE_SECONDS = 0.1;
@@ -348,6 +348,42 @@ static PyObject *connection_take_events(PyObject *object, PyObject *unused) {
     return events;
 }
 
+/* The files of a sequence; -1 with an error set where it is none. */
+static int read_files(PyObject *sequence, int files[MOST_FILES]) {
+    const Py_ssize_t count = PySequence_Size(sequence);
+    if (count > MOST_FILES) PyErr_Format(PyExc_ValueError, "files: at most %d, got %zd", MOST_FILES, count);
+    for (Py_ssize_t at = 0; at < count && !PyErr_Occurred(); at++) {
+        PyObject *item = PySequence_GetItem(sequence, at);
+        files[at] = item ? PyObject_AsFileDescriptor(item) : -1;
+        Py_XDECREF(item);
+    }
+    return PyErr_Occurred() ? -1 : (int)count;
+}
+
+static PyObject *connection_ask(PyObject *object, PyObject *arguments) {
+    struct connection *self = (struct connection *)object;
+    struct blockdex_error error;
+    const char *question;
+    PyObject *sequence, *reply = NULL;
+    double timeout;
+    int files[MOST_FILES], count;
+    bool answered;
+    if (!PyArg_ParseTuple(arguments, "sOd:ask", &question, &sequence, &timeout) ||
+        (count = read_files(sequence, files)) < 0 || !may_use(self))
+        return NULL;
+    char *text = PyMem_Malloc(BLOCKDEX_LONGEST_TOLD);
+    if (!text) return PyErr_NoMemory();
+    self->busy = true;
+    Py_BEGIN_ALLOW_THREADS;
+    answered =
+        blockdex_ask(&self->client, question, files, (size_t)count, text, BLOCKDEX_LONGEST_TOLD, timeout, &error);
+    Py_END_ALLOW_THREADS;
+    self->busy = false;
+    reply = answered ? PyBytes_FromString(text) : refusal_of(&error);
+    PyMem_Free(text);
+    return reply;
+}
+
 static PyObject *connection_fileno(PyObject *object, PyObject *unused) {
     (void)unused;
     return PyLong_FromLong(((struct connection *)object)->epoll);
@@ -373,6 +409,7 @@ static PyMethodDef methods[] = {
     {"wait", connection_wait, METH_VARARGS, "The answer to a ticket; None where it does not come in time."},
     {"poll", connection_poll, METH_NOARGS, "All answers that are there, by ticket; `fileno` tells of the next."},
     {"take_events", connection_take_events, METH_NOARGS, "What the server has told since the last call."},
+    {"ask", connection_ask, METH_VARARGS, "Asks the server something beside the ring, and waits for its reply."},
     {"fileno", connection_fileno, METH_NOARGS, "Can be read when there is something to take."},
     {"hang_up", connection_hang_up, METH_NOARGS, "Ends the link, and all waits; from any thread."},
     {"close", connection_close, METH_NOARGS, "Gives everything back."},

@@ -15,6 +15,9 @@ from blockdex.logs import log_event
 
 logger = logging.getLogger(__name__)
 
+_MPS = "nvidia-cuda-mps-server"
+_IN_TURNS = "blockdex_gpu_processes_in_turns"
+
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
@@ -23,6 +26,17 @@ class Gauge:
     name: str
     documentation: str
     read: Callable[[Any, Any], float]
+
+
+def processes_in_turns(nvml: Any, gpu: Any) -> int:
+    """How many other processes share a GPU by time slices: none where MPS runs, which has them all side by side."""
+    names = []
+    for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu):
+        try:
+            names.append(str(nvml.nvmlSystemGetProcessName(process.pid)))
+        except nvml.NVMLError:
+            names.append("")  # of another container
+    return 0 if any(_MPS in name for name in names) else max(len(names) - 1, 0)
 
 
 GAUGES = (
@@ -51,6 +65,11 @@ GAUGES = (
         "Temperature of the chip.",
         lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
     ),
+    Gauge(
+        _IN_TURNS,
+        "Other processes that take the GPU in turns with this server, milliseconds each; 0 where MPS runs.",
+        processes_in_turns,
+    ),
 )
 
 
@@ -72,7 +91,9 @@ class GpuCollector:
 
     async def refresh(self) -> None:
         """Reads the gauges: milliseconds, in which the loop goes on."""
-        self._readings = await asyncio.to_thread(self._read)
+        before, self._readings = self._readings, await asyncio.to_thread(self._read)
+        if self._readings.get(_IN_TURNS, 0) > before.get(_IN_TURNS, 0):
+            log_event(logger, logging.WARNING, "gpu is taken in turns", processes=int(self._readings[_IN_TURNS]))
 
     def collect(self) -> Iterator[Metric]:
         """The gauges as they were read last."""

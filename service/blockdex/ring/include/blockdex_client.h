@@ -17,157 +17,8 @@
 #define BLOCKDEX_CLIENT_H
 
 #include <sched.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/un.h>
-#include <unistd.h>
 
-#include "blockdex_arena.h"
-#include "blockdex_ring.h"
-
-/* --- Errors --- */
-
-/* Canonical codes, as google.rpc.Code numbers them; a server answers others of them too. */
-enum {
-    BLOCKDEX_INVALID_ARGUMENT = 3,
-    BLOCKDEX_DEADLINE_EXCEEDED = 4,
-    BLOCKDEX_NOT_FOUND = 5,
-    BLOCKDEX_RESOURCE_EXHAUSTED = 8,
-    BLOCKDEX_FAILED_PRECONDITION = 9,
-    BLOCKDEX_ABORTED = 10,
-    BLOCKDEX_OUT_OF_RANGE = 11,
-    BLOCKDEX_INTERNAL = 13,
-    BLOCKDEX_UNAVAILABLE = 14
-};
-
-/* Why something failed. `reason` is a word such as UNKNOWN_SEQUENCE; `message` says it in a sentence, and behind its
- * zero byte stand its numbers, each as `name=value` and a zero byte (blockdex_error_number finds them). Functions that
- * fill one take NULL as well. */
-struct blockdex_error {
-    uint32_t code, message_bytes; /* with the numbers */
-    char reason[64], message[1024];
-};
-
-/* A number of the message by its name, such as "sequence_id", as text; NULL where it has none of that name. */
-static inline const char *blockdex_error_number(const struct blockdex_error *error, const char *name) {
-    const char *end = error->message + error->message_bytes;
-    const size_t length = strlen(name);
-    for (const char *at = error->message; at < end; at += strlen(at) + 1)
-        if (at != error->message && !strncmp(at, name, length) && at[length] == '=') return at + length + 1;
-    return NULL;
-}
-
-/* Always false, with the error filled. */
-__attribute__((format(printf, 4, 5))) static inline bool blockdex_fail(struct blockdex_error *error, uint32_t code,
-                                                                       const char *reason, const char *format, ...) {
-    va_list numbers;
-    if (!error) return false;
-    error->code = code;
-    snprintf(error->reason, sizeof error->reason, "%s", reason);
-    va_start(numbers, format);
-    vsnprintf(error->message, sizeof error->message, format, numbers);
-    va_end(numbers);
-    error->message_bytes = (uint32_t)strlen(error->message) + 1;
-    return false;
-}
-
-/* --- A client --- */
-
-#define BLOCKDEX_NONE UINT32_MAX
-#define BLOCKDEX_LONGEST_TOLD 65536u
-
-/* A request in flight. Answered ones stand in a list, in the order of their answers, until they are released. */
-struct blockdex_pending {
-    uint64_t ticket; /* 0: the entry is free */
-    struct blockdex_extent extent;
-    struct blockdex_answer answer;
-    uint64_t payload_end;   /* what is given back with it; 0: nothing */
-    uint32_t before, after; /* of a free entry: `after` is the next free one */
-    bool answered, given_up;
-};
-
-/* Set after blockdex_connect, as you like:
- * - epoch: named by every request, so that a cache which was born anew is noticed (EPOCH_MISMATCH); 0 names none. It
- *   begins as the cache's when the link began.
- * - spin_seconds: how long a wait looks for the answer before it sleeps; 0 sleeps at once.
- * - room_seconds: how long a request waits for a free slot or room in the arena; then it is refused as OVERLOADED.
- * - told: called with every JSON object that the server tells unasked (`{"evicted": [...], "tenant": ...}`,
- *   `{"new_epoch": ...}`), by the function that comes across it; it must not use the client.
- * The rest is the header's own. */
-struct blockdex_client {
-    uint64_t epoch;
-    double spin_seconds, room_seconds;
-    void (*told)(void *context, const char *json, size_t bytes);
-    void *context;
-
-    struct blockdex_segment segment;
-    uint64_t segment_bytes, written, read, serial;
-    int link, engine_bell, client_bell;
-    struct blockdex_arena arena;
-    struct blockdex_pending *pending;
-    uint32_t capacity, fresh, free, first, last; /* entries from `fresh` on were never used */
-    struct blockdex_error over;                  /* why the link is over; its code is 0 while it is not */
-    char *heard;                                 /* received beside the ring, and not complete yet */
-    size_t heard_bytes;
-    char *reply; /* where the answer to a question goes, while one is asked */
-    size_t reply_bytes, reply_room;
-};
-
-/* As poll, until then, whatever signals come; a last look where that is past. */
-static inline int blockdex_poll_until(struct pollfd *files, nfds_t count, int64_t until) {
-    int ready;
-    do {
-        const int64_t left = (until - blockdex_now() + 999999) / 1000000;
-        ready = poll(files, count, left < 0 ? 0 : left > INT32_MAX ? INT32_MAX : (int)left);
-    } while (ready < 0 && errno == EINTR);
-    return ready;
-}
-
-/* The link is over: every call from now on says why. Always false. */
-static inline bool blockdex_end(struct blockdex_client *client, uint32_t code, const char *reason, const char *words) {
-    if (!client->over.code) blockdex_fail(&client->over, code, reason, "%s", words);
-    return false;
-}
-
-static inline bool blockdex_is_over(const struct blockdex_client *client, struct blockdex_error *error) {
-    if (client->over.code && error) *error = client->over;
-    return client->over.code != 0;
-}
-
-/* --- Beside the ring: JSON objects on the link's socket, each with four bytes of length before it --- */
-
-static inline void blockdex_hear_one(struct blockdex_client *client, const char *json, size_t bytes) {
-    const bool answers = bytes > 9 && (!memcmp(json, "{\"answer\"", 9) || !memcmp(json, "{\"failed\"", 9));
-    if (answers && client->reply) {
-        client->reply_bytes = bytes;
-        if (bytes < client->reply_room) memcpy(client->reply, json, bytes);
-        client->reply = NULL;
-    } else if (!answers && client->told) {
-        client->told(client->context, json, bytes);
-    }
-}
-
-/* Takes what the server has said; false once it is gone, and the link over. */
-static inline bool blockdex_hear(struct blockdex_client *client) {
-    const ssize_t got = recv(client->link, client->heard + client->heard_bytes,
-                             BLOCKDEX_LONGEST_TOLD - client->heard_bytes, MSG_DONTWAIT);
-    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return true;
-    if (got <= 0) return blockdex_end(client, BLOCKDEX_UNAVAILABLE, "UNREACHABLE", "server: it is gone");
-    const char *at = client->heard, *end = client->heard + client->heard_bytes + got;
-    for (uint32_t length; end - at >= 4; at += 4 + length) {
-        memcpy(&length, at, 4);
-        if (length > BLOCKDEX_LONGEST_TOLD - 4)
-            return blockdex_end(client, BLOCKDEX_INTERNAL, "INTERNAL", "server: what it says is too long");
-        if ((size_t)(end - at) - 4 < length) break;
-        blockdex_hear_one(client, at + 4, length);
-    }
-    client->heard_bytes = (size_t)(end - at);
-    memmove(client->heard, at, client->heard_bytes);
-    return true;
-}
+#include "blockdex_link.h"
 
 /* --- Answers: taken off the ring in their order, kept until they are released in any --- */
 
@@ -299,7 +150,7 @@ static inline bool blockdex_await(struct blockdex_client *client, int64_t until)
 /* What became of a request. */
 enum blockdex_outcome { BLOCKDEX_FAILED = -1, BLOCKDEX_IN_FLIGHT, BLOCKDEX_ANSWERED };
 
-/* An answer, as it lies in shared memory until its ticket is released; what it has not is NULL.
+/* An answer, as it lies in shared memory until its ticket is released; what it has not, or a region has, is NULL.
  * block_ids, scores: [num_tokens, num_heads, topk]; lengths, revisions: [num_layers]. `phase` is BLOCKDEX_APPEND and so
  * on; the four times, in seconds since the request arrived, say how it went: -1 where it did not come to that. */
 struct blockdex_result {
@@ -313,22 +164,50 @@ struct blockdex_result {
     double queue_seconds, plan_seconds, device_seconds, reply_seconds;
 };
 
-/* Two tensors of so many bytes each behind one another; whether they lie in the payload. */
+/* Two tensors of so many bytes, which may be none, behind one another; whether they lie in the payload. */
 static inline bool blockdex_find_two(const struct blockdex_client *client, const struct blockdex_answer *answer,
-                                     uint64_t bytes, bool has_second, const void **first, const void **second) {
+                                     uint64_t first_bytes, uint64_t second_bytes, const void **first,
+                                     const void **second) {
     const char *payload = client->segment.answer_arena + answer->payload_offset;
-    const uint64_t room = answer->payload_bytes;
-    if (bytes > room || (has_second && (blockdex_aligned(bytes) > room || bytes > room - blockdex_aligned(bytes))))
-        return false;
-    *first = payload;
-    *second = has_second ? payload + blockdex_aligned(bytes) : NULL;
+    const uint64_t room = answer->payload_bytes, second_at = blockdex_aligned(first_bytes);
+    if (first_bytes > room || (second_bytes && (second_at > room || second_bytes > room - second_at))) return false;
+    *first = first_bytes ? payload : NULL;
+    *second = second_bytes ? payload + second_at : NULL;
     return true;
 }
 
-static inline bool blockdex_read_result(const struct blockdex_client *client, const struct blockdex_answer *answer,
-                                        struct blockdex_result *result) {
-    const void *first = NULL, *second = NULL;
+static inline bool blockdex_read_selection(const struct blockdex_client *client, const struct blockdex_pending *pending,
+                                           struct blockdex_result *result) {
+    const struct blockdex_answer *answer = &pending->answer;
+    const void *ids, *scores;
     uint64_t bytes;
+    result->num_tokens = answer->num_tokens;
+    result->num_heads = answer->num_heads;
+    result->topk = answer->topk;
+    if (__builtin_mul_overflow((uint64_t)answer->num_tokens * answer->num_heads, 4 * (uint64_t)answer->topk, &bytes))
+        return false;
+    const bool scored = (answer->flags & BLOCKDEX_HAS_SCORES) && !pending->scores_apart;
+    if (!blockdex_find_two(client, answer, pending->ids_apart ? 0 : bytes, scored ? bytes : 0, &ids, &scores))
+        return false;
+    result->block_ids = (const int32_t *)ids;
+    result->scores = (const float *)scores;
+    return true;
+}
+
+static inline bool blockdex_read_state(const struct blockdex_client *client, const struct blockdex_answer *answer,
+                                       struct blockdex_result *result) {
+    const uint64_t bytes = UINT64_C(8) * answer->num_layers;
+    const void *lengths, *revisions;
+    result->num_layers = answer->num_layers;
+    if (!blockdex_find_two(client, answer, bytes, bytes, &lengths, &revisions)) return false;
+    result->lengths = (const int64_t *)lengths;
+    result->revisions = (const uint64_t *)revisions;
+    return true;
+}
+
+static inline bool blockdex_read_result(const struct blockdex_client *client, const struct blockdex_pending *pending,
+                                        struct blockdex_result *result) {
+    const struct blockdex_answer *answer = &pending->answer;
     memset(result, 0, sizeof *result);
     result->epoch = answer->epoch;
     result->phase = answer->phase;
@@ -336,24 +215,8 @@ static inline bool blockdex_read_result(const struct blockdex_client *client, co
     result->plan_seconds = answer->plan_seconds;
     result->device_seconds = answer->device_seconds;
     result->reply_seconds = answer->reply_seconds;
-    if (answer->flags & BLOCKDEX_HAS_BLOCK_IDS) {
-        const bool scored = answer->flags & BLOCKDEX_HAS_SCORES;
-        if (__builtin_mul_overflow((uint64_t)answer->num_tokens * answer->num_heads, 4 * (uint64_t)answer->topk,
-                                   &bytes) ||
-            !blockdex_find_two(client, answer, bytes, scored, &first, &second))
-            return false;
-        result->num_tokens = answer->num_tokens;
-        result->num_heads = answer->num_heads;
-        result->topk = answer->topk;
-        result->block_ids = (const int32_t *)first;
-        result->scores = (const float *)second;
-    } else if (answer->flags & BLOCKDEX_HAS_LENGTHS) {
-        if (!blockdex_find_two(client, answer, UINT64_C(8) * answer->num_layers, true, &first, &second)) return false;
-        result->num_layers = answer->num_layers;
-        result->lengths = (const int64_t *)first;
-        result->revisions = (const uint64_t *)second;
-    }
-    return true;
+    if (answer->flags & BLOCKDEX_HAS_BLOCK_IDS) return blockdex_read_selection(client, pending, result);
+    return !(answer->flags & BLOCKDEX_HAS_LENGTHS) || blockdex_read_state(client, answer, result);
 }
 
 /* What a refusal says; a text that is too long is cut. */
@@ -393,7 +256,7 @@ static inline enum blockdex_outcome blockdex_wait(struct blockdex_client *client
     }
     while (!pending->answered && blockdex_await(client, until)) continue;
     if (!pending->answered) return blockdex_is_over(client, error) ? BLOCKDEX_FAILED : BLOCKDEX_IN_FLIGHT;
-    if (!pending->answer.code && blockdex_read_result(client, &pending->answer, result)) return BLOCKDEX_ANSWERED;
+    if (!pending->answer.code && blockdex_read_result(client, pending, result)) return BLOCKDEX_ANSWERED;
     if (pending->answer.code)
         blockdex_read_error(client, &pending->answer, error);
     else
@@ -496,8 +359,10 @@ static inline char *blockdex_reserve(struct blockdex_client *client, struct bloc
         return NULL;
     }
     const int64_t received = blockdex_now();
-    const struct blockdex_pending *pending = blockdex_begin_soon(client, request->payload_bytes, timeout, error);
+    struct blockdex_pending *pending = blockdex_begin_soon(client, request->payload_bytes, timeout, error);
     if (!pending) return NULL;
+    pending->ids_apart = request->block_ids_region;
+    pending->scores_apart = request->scores_region;
     request->ticket = pending->ticket;
     request->epoch = client->epoch;
     request->received = received;
@@ -506,11 +371,19 @@ static inline char *blockdex_reserve(struct blockdex_client *client, struct bloc
     return client->segment.request_arena + request->payload_offset;
 }
 
+/* A place in a region, at a multiple of 64; region 0 is none. */
+struct blockdex_place {
+    uint32_t region;
+    uint64_t offset;
+};
+
 /* Tokens of sequences: keys to append, queries to select blocks for, or both.
  * T is the sum of the lengths. `keys` are [T, head_dim], `queries` [T, num_heads, head_dim], both row-major, of the
  * dtypes BLOCKDEX_BF16 and so on; a dtype of 0: there are none. `revisions` NULL: unchecked. `order` is
  * BLOCKDEX_ASCENDING (also 0) or BLOCKDEX_SCORE, `flags` are of BLOCKDEX_RETURN_SCORES and so on. The heads of the queries are
- * first_head.. of the indexer's. */
+ * first_head.. of the indexer's.
+ * With a place in a region `keys` or `queries` are read where they lie, and have a size alone; block ids and scores are
+ * written to theirs before the answer comes, and are not in that. */
 struct blockdex_tokens {
     uint32_t layer, num_spans;
     const uint64_t *sequence_ids;
@@ -520,6 +393,7 @@ struct blockdex_tokens {
     uint64_t keys_bytes, queries_bytes;
     uint8_t keys_dtype, queries_dtype, order, flags;
     uint32_t first_head, num_heads;
+    struct blockdex_place keys_place, queries_place, block_ids_place, scores_place;
 };
 
 /* A server ends the link for numbers that mean nothing, so that they are refused here. */
@@ -536,32 +410,47 @@ static inline bool blockdex_are_known(const struct blockdex_tokens *tokens, stru
                                                  "flags must be 0 to %u, got %u", all, tokens->flags);
 }
 
+/* Fills a request's numbers, but for how long its payload is. */
+static inline void blockdex_describe_tokens(const struct blockdex_tokens *tokens, struct blockdex_request *request) {
+    memset(request, 0, sizeof *request);
+    request->kind = BLOCKDEX_TOKENS;
+    request->flags = tokens->flags;
+    request->layer = tokens->layer;
+    request->num_spans = tokens->num_spans;
+    if (tokens->keys_dtype) {
+        request->keys_dtype = tokens->keys_dtype;
+        request->keys_bytes = tokens->keys_bytes;
+        request->keys_region = tokens->keys_place.region;
+        request->keys_offset = tokens->keys_place.offset;
+    }
+    if (tokens->queries_dtype) {
+        request->queries_dtype = tokens->queries_dtype;
+        request->queries_bytes = tokens->queries_bytes;
+        request->queries_region = tokens->queries_place.region;
+        request->queries_offset = tokens->queries_place.offset;
+        request->order = tokens->order;
+        if (!request->order) request->order = BLOCKDEX_ASCENDING;
+        request->first_head = tokens->first_head;
+        request->num_heads = tokens->num_heads;
+        request->block_ids_region = tokens->block_ids_place.region;
+        request->block_ids_offset = tokens->block_ids_place.offset;
+        request->scores_region = tokens->scores_place.region;
+        request->scores_offset = tokens->scores_place.offset;
+    }
+}
+
 /* Sends a token request; its ticket, or 0 with an error and nothing sent. All that it names has been copied. The server
  * drops it once `timeout` is over. */
 static inline uint64_t blockdex_submit_tokens(struct blockdex_client *client, const struct blockdex_tokens *tokens,
                                               double timeout, struct blockdex_error *error) {
     const uint64_t column = UINT64_C(8) * tokens->num_spans;
-    const uint64_t keys_bytes = tokens->keys_dtype ? tokens->keys_bytes : 0;
-    const uint64_t queries_bytes = tokens->queries_dtype ? tokens->queries_bytes : 0;
-    const uint64_t most = client->segment.request_arena_bytes;
-    const bool fits = keys_bytes <= most && queries_bytes <= most;
-    if (!blockdex_are_known(tokens, error)) return 0;
     struct blockdex_request request;
-    memset(&request, 0, sizeof request);
-    request.kind = BLOCKDEX_TOKENS;
-    request.keys_dtype = tokens->keys_dtype;
-    request.queries_dtype = tokens->queries_dtype;
-    request.order = tokens->order;
-    if (!request.order) request.order = BLOCKDEX_ASCENDING;
-    request.flags = tokens->flags;
-    request.layer = tokens->layer;
-    request.num_spans = tokens->num_spans;
-    request.first_head = tokens->first_head;
-    request.num_heads = tokens->num_heads;
-    request.keys_bytes = keys_bytes;
-    request.queries_bytes = queries_bytes;
+    if (!blockdex_are_known(tokens, error)) return 0;
+    blockdex_describe_tokens(tokens, &request);
     const struct blockdex_parts parts = blockdex_parts_of(&request);
-    request.payload_bytes = fits ? parts.bytes : UINT64_MAX;
+    const uint64_t most = client->segment.request_arena_bytes;
+    const bool fits = request.keys_bytes <= UINT64_MAX / 4 && request.queries_bytes <= UINT64_MAX / 4;
+    request.payload_bytes = fits ? parts.bytes : most + 1;
     char *payload = blockdex_reserve(client, &request, timeout, error);
     if (!payload) return 0;
     if (column) {
@@ -573,8 +462,9 @@ static inline uint64_t blockdex_submit_tokens(struct blockdex_client *client, co
         memcpy(payload + 3 * column, tokens->revisions, column);
     else
         memset(payload + 3 * column, 0, column);
-    if (keys_bytes) memcpy(payload + parts.keys, tokens->keys, keys_bytes);
-    if (queries_bytes) memcpy(payload + parts.queries, tokens->queries, queries_bytes);
+    if (request.keys_bytes && !request.keys_region) memcpy(payload + parts.keys, tokens->keys, request.keys_bytes);
+    if (request.queries_bytes && !request.queries_region)
+        memcpy(payload + parts.queries, tokens->queries, request.queries_bytes);
     blockdex_publish(client, &request);
     return request.ticket;
 }
@@ -652,7 +542,8 @@ static inline bool blockdex_finish(struct blockdex_client *client, uint64_t tick
                          timeout);
 }
 
-/* Block ids, [T, num_heads, topk], go to memory that has room for so many; so do scores, unless that is NULL. */
+/* Block ids, [T, num_heads, topk], go to memory that has room for so many; so do scores, unless that is NULL. What has
+ * its place in a region goes there instead. */
 static inline bool blockdex_call_tokens(struct blockdex_client *client, const struct blockdex_tokens *tokens,
                                         int32_t *block_ids, uint64_t room, float *scores, double timeout,
                                         struct blockdex_error *error) {
@@ -662,8 +553,8 @@ static inline bool blockdex_call_tokens(struct blockdex_client *client, const st
     const double left = (double)(until - blockdex_now()) / 1e9;
     if (!blockdex_finish(client, ticket, left, &result, error)) return false;
     const uint64_t count = (uint64_t)result.num_tokens * result.num_heads * result.topk;
-    const bool fits = count <= room;
-    if (fits && count) memcpy(block_ids, result.block_ids, 4 * count);
+    const bool fits = count <= room || (!result.block_ids && !result.scores);
+    if (fits && result.block_ids) memcpy(block_ids, result.block_ids, 4 * count);
     if (fits && scores && result.scores) memcpy(scores, result.scores, 4 * count);
     blockdex_release(client, ticket);
     return fits || blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_LENGTH",
@@ -675,9 +566,8 @@ static inline bool blockdex_call_tokens(struct blockdex_client *client, const st
 static inline bool blockdex_append_keys(struct blockdex_client *client, const struct blockdex_tokens *tokens,
                                         double timeout, struct blockdex_error *error) {
     struct blockdex_tokens keys = *tokens;
-    keys.queries_dtype = keys.order = 0;
+    keys.queries_dtype = 0;
     keys.flags &= BLOCKDEX_ROLLBACK;
-    keys.first_head = keys.num_heads = 0;
     return blockdex_call_tokens(client, &keys, NULL, 0, NULL, timeout, error);
 }
 
@@ -750,184 +640,6 @@ static inline bool blockdex_truncate_sequence(struct blockdex_client *client, ui
                                               struct blockdex_error *error) {
     const struct blockdex_sequences truncate = {BLOCKDEX_TRUNCATE, 0, NULL, NULL, sequence_id, 0, length};
     return blockdex_call_sequences(client, &truncate, lengths, NULL, room, timeout, error);
-}
-
-/* What the server is, as JSON text: `{"answer": {"spec": ..., "limits": ..., "epoch": ..., ...}}`. */
-static inline bool blockdex_get_info(struct blockdex_client *client, char *json, size_t room, double timeout,
-                                     struct blockdex_error *error) {
-    static const char question[] = "\016\0\0\0{\"ask\":\"info\"}";
-    const int64_t until = blockdex_until(blockdex_now(), timeout);
-    if (blockdex_is_over(client, error)) return false;
-    if (send(client->link, question, sizeof question - 1, MSG_DONTWAIT | MSG_NOSIGNAL) != sizeof question - 1)
-        return blockdex_fail(error, BLOCKDEX_UNAVAILABLE, "UNREACHABLE", "server: it takes no questions");
-    client->reply = json;
-    client->reply_room = room;
-    while (client->reply && !client->over.code) {
-        struct pollfd link = {client->link, POLLIN, 0};
-        if (blockdex_poll_until(&link, 1, until) <= 0 || !blockdex_hear(client) || blockdex_now() > until) break;
-    }
-    const bool answered = !client->reply;
-    client->reply = NULL;
-    if (blockdex_is_over(client, error)) return false;
-    if (!answered)
-        return blockdex_fail(error, BLOCKDEX_DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "timeout: no answer within %g s",
-                             timeout);
-    if (client->reply_bytes >= room)
-        return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_LENGTH",
-                             "info: has %zu bytes, there is room for %zu", client->reply_bytes + 1, room);
-    json[client->reply_bytes] = 0;
-    return true;
-}
-
-/* --- Connecting --- */
-
-/* A client that is not connected. */
-static inline void blockdex_init(struct blockdex_client *client) {
-    memset(client, 0, sizeof *client);
-    client->link = client->engine_bell = client->client_bell = -1;
-    client->first = client->last = client->free = BLOCKDEX_NONE;
-    client->capacity = 1;
-    blockdex_end(client, BLOCKDEX_UNAVAILABLE, "UNREACHABLE", "client: it is not connected");
-}
-
-/* Gives everything back; the server gives up what was in flight. Once is enough, and again is fine. */
-static inline void blockdex_disconnect(struct blockdex_client *client) {
-    const int files[3] = {client->link, client->engine_bell, client->client_bell};
-    if (client->segment.header) munmap((void *)client->segment.header, (size_t)client->segment_bytes);
-    for (int at = 0; at < 3; at++)
-        if (files[at] >= 0) close(files[at]);
-    free(client->pending);
-    blockdex_init(client);
-}
-
-/* Sends the hello, within the socket's own timeout. */
-static inline bool blockdex_say_hello(int link, const char *tenant) {
-    struct blockdex_hello hello = {BLOCKDEX_MAGIC, BLOCKDEX_VERSION, (uint32_t)strlen(tenant)};
-    char said[sizeof hello + BLOCKDEX_MAX_TENANT_BYTES];
-    memcpy(said, &hello, sizeof hello);
-    memcpy(said + sizeof hello, tenant, hello.tenant_bytes);
-    const ssize_t size = (ssize_t)(sizeof hello + hello.tenant_bytes);
-    return send(link, said, (size_t)size, MSG_DONTWAIT | MSG_NOSIGNAL) == size;
-}
-
-/* Waits for the greeting, and takes the files that come with it. */
-static inline bool blockdex_take_greeting(int link, int64_t until, int fds[3], struct blockdex_error *error) {
-    struct blockdex_greeting greeting = {0, 0, 0};
-    union {
-        struct cmsghdr header;
-        char bytes[CMSG_SPACE(3 * sizeof(int))];
-    } control;
-    struct iovec heard = {&greeting, sizeof greeting};
-    struct msghdr in;
-    struct pollfd readable = {link, POLLIN, 0};
-    size_t count = 0;
-    memset(&in, 0, sizeof in);
-    in.msg_iov = &heard;
-    in.msg_iovlen = 1;
-    in.msg_control = control.bytes;
-    in.msg_controllen = CMSG_LEN(3 * sizeof(int)); /* not the padding behind, where a fourth would fit */
-    if (blockdex_poll_until(&readable, 1, until) <= 0)
-        return blockdex_fail(error, BLOCKDEX_DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "link: no greeting in time");
-    const ssize_t got = recvmsg(link, &in, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-    if (got <= 0)
-        return blockdex_fail(error, BLOCKDEX_UNAVAILABLE, "UNREACHABLE",
-                             "link: the server hung up; it lets in its own user alone");
-    struct cmsghdr *files = CMSG_FIRSTHDR(&in);
-    if (files && files->cmsg_level == SOL_SOCKET && files->cmsg_type == SCM_RIGHTS) {
-        count = (files->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-        memcpy(fds, CMSG_DATA(files), count * sizeof(int));
-    }
-    if (got == sizeof greeting && greeting.magic == BLOCKDEX_MAGIC && greeting.version != BLOCKDEX_VERSION)
-        return blockdex_fail(error, BLOCKDEX_FAILED_PRECONDITION, "UNREACHABLE",
-                             "link: the server speaks version %u of the ring, this client %u", greeting.version,
-                             BLOCKDEX_VERSION);
-    if (got != sizeof greeting || greeting.magic != BLOCKDEX_MAGIC || count != 3 || (in.msg_flags & MSG_CTRUNC))
-        return blockdex_fail(error, BLOCKDEX_INTERNAL, "INTERNAL", "link: what greets is no server of blockdex");
-    return true;
-}
-
-/* Maps the segment. */
-static inline bool blockdex_map(struct blockdex_client *client, int segment, struct blockdex_error *error) {
-    struct stat file;
-    if (!fstat(segment, &file) && (uint64_t)file.st_size >= BLOCKDEX_HEADER_BYTES) {
-        void *memory = mmap(NULL, (size_t)file.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, segment, 0);
-        if (memory == MAP_FAILED)
-            return blockdex_fail(error, BLOCKDEX_RESOURCE_EXHAUSTED, "INTERNAL", "segment: cannot be mapped (%s)",
-                                 strerror(errno));
-        client->segment.header = (struct blockdex_header *)memory;
-        client->segment_bytes = (uint64_t)file.st_size;
-        if (blockdex_read_segment(memory, client->segment_bytes, &client->segment)) return true;
-    }
-    return blockdex_fail(error, BLOCKDEX_INTERNAL, "INTERNAL", "segment: it is none of version %u", BLOCKDEX_VERSION);
-}
-
-/* One allocation: the table of requests in flight, the arena's holes, and what is heard beside the ring. */
-static inline bool blockdex_make_tables(struct blockdex_client *client, struct blockdex_error *error) {
-    const size_t capacity = client->segment.num_request_slots;
-    const size_t table = capacity * sizeof *client->pending, holes = (capacity + 1) * sizeof *client->arena.holes;
-    char *memory = (char *)calloc(1, table + holes + BLOCKDEX_LONGEST_TOLD);
-    if (!memory)
-        return blockdex_fail(error, BLOCKDEX_RESOURCE_EXHAUSTED, "INTERNAL", "client: no memory for %zu requests",
-                             capacity);
-    client->pending = (struct blockdex_pending *)(void *)memory;
-    client->capacity = (uint32_t)capacity;
-    client->heard = memory + table + holes;
-    blockdex_arena_open(&client->arena, (struct blockdex_extent *)(void *)(memory + table),
-                        client->segment.request_arena_bytes);
-    return true;
-}
-
-/* The address of a socket by its path; an abstract one's is written with an @ instead of its first, zero, byte. */
-static inline socklen_t blockdex_address(const char *path, struct sockaddr_un *address) {
-    const size_t length = strlen(path), begin = offsetof(struct sockaddr_un, sun_path);
-    memset(address, 0, sizeof *address);
-    address->sun_family = AF_UNIX;
-    if (length >= sizeof address->sun_path) return 0;
-    memcpy(address->sun_path, path, length);
-    if (*path == '@') address->sun_path[0] = 0;
-    return (socklen_t)(begin + length + (*path != '@'));
-}
-
-static inline bool blockdex_open_link(struct blockdex_client *client, const char *path, const char *tenant,
-                                      double timeout, struct blockdex_error *error) {
-    const int64_t until = blockdex_until(blockdex_now(), timeout);
-    const int64_t left = (until - blockdex_now()) / 1000 + 1;
-    struct timeval patience = {(time_t)(left / 1000000), (suseconds_t)(left % 1000000)};
-    struct sockaddr_un address;
-    const socklen_t size = blockdex_address(path, &address);
-    int fds[3] = {-1, -1, -1};
-    client->link = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    /* Of a server that lets nobody in. */
-    setsockopt(client->link, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
-    if (client->link < 0 || !size || connect(client->link, (struct sockaddr *)&address, size) ||
-        !blockdex_say_hello(client->link, tenant))
-        return blockdex_fail(error, BLOCKDEX_UNAVAILABLE, "UNREACHABLE", "link: cannot connect to %s (%s)", path,
-                             size ? strerror(errno) : "its name is too long");
-    const bool greeted = blockdex_take_greeting(client->link, until, fds, error);
-    client->engine_bell = fds[1];
-    client->client_bell = fds[2];
-    const bool mapped = greeted && blockdex_map(client, fds[0], error);
-    if (fds[0] >= 0) close(fds[0]);
-    return mapped;
-}
-
-/* Connects to the server that listens at a path (@NAME: an abstract socket). All requests are the tenant's, of 1 to 256
- * bytes. False with an error, and nothing is held then. */
-static inline bool blockdex_connect(struct blockdex_client *client, const char *path, const char *tenant,
-                                    double timeout, struct blockdex_error *error) {
-    blockdex_init(client);
-    if (!*tenant || strlen(tenant) > BLOCKDEX_MAX_TENANT_BYTES)
-        return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_TENANT",
-                             "tenant: must have 1 to %u bytes, got %zu", BLOCKDEX_MAX_TENANT_BYTES, strlen(tenant));
-    if (!blockdex_open_link(client, path, tenant, timeout, error) || !blockdex_make_tables(client, error)) {
-        blockdex_disconnect(client);
-        return false;
-    }
-    client->over.code = 0;
-    client->epoch = client->segment.header->epoch;
-    client->spin_seconds = 50e-6;
-    client->room_seconds = 2;
-    return true;
 }
 
 #endif

@@ -132,7 +132,7 @@ struct blockdex_segment {
 /* The next multiple of 64: tensors and payloads begin at one. */
 static inline uint64_t blockdex_aligned(uint64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-/* Where the parts of a token request begin in its payload, and how long that is; sizes are below 2^63. */
+/* Where the parts of a token request begin in its payload, and how long that is: what lies in a region is not in it. */
 struct blockdex_parts {
     uint64_t columns, keys, queries, bytes;
 };
@@ -141,8 +141,8 @@ static inline struct blockdex_parts blockdex_parts_of(const struct blockdex_requ
     struct blockdex_parts parts;
     parts.columns = (request->tenant_bytes + UINT64_C(7)) / 8 * 8;
     parts.keys = blockdex_aligned(parts.columns + UINT64_C(32) * request->num_spans);
-    parts.queries = parts.keys + blockdex_aligned(request->keys_bytes);
-    parts.bytes = parts.queries + request->queries_bytes;
+    parts.queries = parts.keys + (request->keys_region ? 0 : blockdex_aligned(request->keys_bytes));
+    parts.bytes = parts.queries + (request->queries_region ? 0 : request->queries_bytes);
     return parts;
 }
 
