@@ -126,6 +126,18 @@ async def test_it_answers_what_a_ring_answers(run: Hosted, channel: DeviceChanne
     assert again is out and torch.equal(out, ids)
 
 
+async def test_rows_that_fit_no_step(run: Hosted, channel: DeviceChannel) -> None:
+    """Longer than a decode: the engine runs them as prefills, and writes their ids into the channel all the same."""
+    keys, queries = random(2, 30, SPEC.head_dim), random(2, 30, 4, SPEC.head_dim)
+    ids = await asyncio.to_thread(
+        channel.append_and_select, LAYER, **rows((1, 0, 30), (2, 0, 17)), keys=keys, queries=queries
+    )
+    channel.check()
+    packed = torch.cat((queries[0], queries[1, :17]))
+    assert torch.equal(torch.cat((ids[0], ids[1, :17])), await over_the_ring(run, [(1, 0, 30), (2, 0, 17)], packed))
+    assert (ids[1, 17:] == -1).all()
+
+
 async def test_own_tensors_are_read_where_they_lie(run: Hosted, channel: DeviceChannel) -> None:
     await append(channel, 1, 40)
     queries = channel.empty((1, 4, 4, SPEC.head_dim), torch.bfloat16)
