@@ -1,9 +1,10 @@
-"""What the Python client costs over bare gRPC, where the server costs next to nothing.
+"""What the Python client costs over bare gRPC and a bare ring, where the server costs next to nothing.
 
-A server that computes nothing (`blockdex.loadtest.null_server`) runs in a process of its own. The client and bare gRPC
-with bytes made beforehand call it in turn, one call each a turn, so that whatever else the machine does strikes all
-alike. Of every way: microseconds of a call on the clock, CPU time of the calling thread and of all threads, and how
-often a thread went to sleep, which is how often one had to be woken.
+A server that computes nothing (`blockdex.loadtest.null_server`; behind the ring an engine without kernels) runs in a
+process of its own. The client, and bare gRPC or a bare link with bytes made beforehand, call it in turn, a few calls
+each a turn, so that whatever else the machine does strikes all alike. Of every way: microseconds of a call on the
+clock, CPU time of the calling thread and of all threads, and how often a thread went to sleep, which is how often one
+had to be woken.
 
 python -m benchmarks.client_cost --calls 4000
 """
@@ -17,24 +18,42 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from multiprocessing.connection import Connection
+from typing import Literal
 
 import grpc
 import ml_dtypes
 import numpy as np
 
 from benchmarks.callers import ByteStream
-from blockdex import Client
+from benchmarks.engine_step import NullBackend
+from blockdex import Client, Info
+from blockdex.client.core import Core
+from blockdex.client.kinds import APPEND_AND_SELECT
+from blockdex.client.ring import open_link
+from blockdex.contract.messages import Limits
 from blockdex.loadtest.null_server import NullServer
+from blockdex.ring.handshake import listen
+from blockdex.ring.listener import RingHost
+from blockdex.ring.server import RingInbox
+from blockdex.scheduler.loop import Engine
 from blockdex.v1 import indexer_pb2 as pb
+from blockdex_kernels import IndexSpec
 
 LAYERS, HEADS, HEAD_DIM, TOPK, TOKENS = 57, 4, 128, 16, 8192
 UNARY = "/blockdex.v1.IndexerService/AppendAndSelect"
+_GRPC: tuple[Literal["stream", "unary"], ...] = ("stream", "unary")
 _IN_A_ROW = 20
+_PAGES = 1024
+_SPIN_SECONDS = 0.001
 _SPAWN = multiprocessing.get_context("spawn")
 
+LIMITS = Limits(
+    max_message_bytes=64 << 20, max_spans=4096, max_queued_requests=1024, max_stream_requests=64, max_wait_ms=60_000
+)
 INFO = pb.GetInfoResponse(
     spec=pb.IndexSpec(
         num_layers=LAYERS,
@@ -48,8 +67,7 @@ INFO = pb.GetInfoResponse(
         key_dtype=pb.DTYPE_BF16,
         max_sequence_tokens=1 << 20,
     ),
-    limits=pb.Limits(max_message_bytes=64 << 20, max_spans=4096, max_queued_requests=1024, max_stream_requests=64),
-    epoch=7,
+    limits=pb.Limits(**asdict(LIMITS)),
 )
 
 
@@ -84,12 +102,12 @@ class Step:
 
         return call
 
-    def message(self) -> pb.AppendAndSelectRequest:
+    def message(self, epoch: int, start: int = TOKENS - 1, ids: Sequence[int] = ()) -> pb.AppendAndSelectRequest:
         """The request of such a call."""
-        spans = pb.Spans(sequence_ids=self.ids, starts=self.starts, lengths=self.lengths)
+        spans = pb.Spans(sequence_ids=ids or self.ids, starts=[start] * len(self.ids), lengths=self.lengths)
         keys = pb.Tensor(dtype=pb.DTYPE_BF16, data=self.keys.tobytes())
         queries = pb.Tensor(dtype=pb.DTYPE_BF16, data=self.queries.tobytes())
-        header = pb.RequestHeader(epoch=INFO.epoch)
+        header = pb.RequestHeader(epoch=epoch)
         return pb.AppendAndSelectRequest(header=header, layer=3, spans=spans, keys=keys, queries=queries, rollback=True)
 
 
@@ -135,6 +153,7 @@ def null_server() -> Iterator[str]:
     pipe, theirs = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
+    theirs.close()
     try:
         yield f"127.0.0.1:{pipe.recv()}"
     finally:
@@ -147,11 +166,20 @@ def _serve(pipe: Connection) -> None:
 
 
 async def _serve_until_killed(pipe: Connection) -> None:
-    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-    server.add_generic_rpc_handlers((NullServer(INFO).handler(),))
-    pipe.send(server.add_insecure_port("127.0.0.1:0"))
-    await server.start()
-    await server.wait_for_termination()
+    backend = NullBackend(IndexSpec(num_layers=LAYERS), _PAGES, reason="none is to be measured")
+    inbox = RingInbox(_SPIN_SECONDS if len(os.sched_getaffinity(0)) > 2 else 0.0)
+    engine = Engine(backend, limits=LIMITS, inbox=inbox)
+    engine.start()
+    with listen() as listening:
+        path = str(listening.getsockname(), "latin-1").replace("\0", "@", 1)
+        info = pb.GetInfoResponse()
+        info.CopyFrom(INFO)
+        info.MergeFrom(pb.GetInfoResponse(epoch=engine.info().epoch, transports=["grpc", f"ring:{path}"]))
+        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        server.add_generic_rpc_handlers((NullServer(info).handler(),))
+        pipe.send(server.add_insecure_port("127.0.0.1:0"))
+        await server.start()
+        await RingHost(engine, inbox, listening).run()
 
 
 def measure(address: str, sequences: int, calls: int) -> dict[str, Way]:
@@ -161,7 +189,8 @@ def measure(address: str, sequences: int, calls: int) -> dict[str, Way]:
         channel = stack.enter_context(grpc.insecure_channel(address))
         stream = ByteStream(channel)
         stack.callback(stream.close)
-        request = step.message()
+        info = stack.enter_context(Client(address)).info()
+        request = step.message(info.epoch)
         unary: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(UNARY)
         unary_bytes = request.SerializeToString()
         stream_bytes = pb.StreamRequest(request_id=1, append_and_select=request).SerializeToString()
@@ -169,7 +198,14 @@ def measure(address: str, sequences: int, calls: int) -> dict[str, Way]:
             "stream, bytes": Way(lambda: stream.ask(stream_bytes)),
             "unary, bytes": Way(lambda: unary(unary_bytes, timeout=30.0)),
         }
-        for transport in ("stream", "unary"):
+        client = stack.enter_context(Client(address, transport="ring"))
+        counts = step.by(client, named=False)
+        others = [1000 + sequence for sequence in step.ids]
+        client.open_sequences(others)
+        message = step.message(info.epoch, 0, others).SerializeToString()
+        ways["ring, bytes"] = Way(bare_ring(address, info, message))
+        ways["ring, client counts"] = Way(counts)
+        for transport in _GRPC:
             client = stack.enter_context(Client(address, transport=transport))
             ways[f"{transport}, client"] = Way(step.by(client, named=True))
             ways[f"{transport}, client counts"] = Way(step.by(client, named=False))
@@ -180,6 +216,19 @@ def measure(address: str, sequences: int, calls: int) -> dict[str, Way]:
             for way in ways.values():
                 way.run(_IN_A_ROW)
     return ways
+
+
+def bare_ring(address: str, info: Info, message: bytes) -> Callable[[], object]:
+    """A call of a link alone, with a message made beforehand."""
+    link = open_link(Core(address, None, 30.0), info, 30.0)
+
+    def call() -> None:
+        ticket = link.submit(APPEND_AND_SELECT.number, message, 30.0)
+        assert isinstance(ticket, int), ticket
+        answer = link.wait(ticket, 30.0)
+        assert answer is not None and not answer[0], answer
+
+    return call
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from rich.console import Console
 from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     model = build_model(options.device)
     try:
-        with _server(options, model) as address, blockdex.Client(address) as client:
+        with _server(options, model) as address, _client(options.transport, address) as client:
             outcome = run_demo(model, client, console, small=options.small)
     except (SelectionMismatchError, ServerError, SpecError, blockdex.BlockdexError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where model and server run")
     parser.add_argument("--key-dtype", choices=["bf16", "fp8_e4m3"], default="bf16", help="the server's cache")
     parser.add_argument("--address", metavar="HOST:PORT", help="use this server instead of starting one")
+    parser.add_argument(
+        "--transport", choices=["auto", "ring", "stream", "unary"], default="auto", help="auto: the fastest there is"
+    )
     parser.add_argument("--small", action="store_true", help="shorter prompts")
     return parser
 
@@ -61,8 +65,14 @@ def _server(options: argparse.Namespace, model: MiniMaxM3VLForCausalLM) -> Itera
         config = Path(folder, "config.json")
         model.config.to_json_file(config)
         flags = ["--model-config", str(config), "--device", options.device, "--key-dtype", options.key_dtype]
-        with running_server([*flags, "--cache-bytes", "32MiB"]) as address:
+        with running_server([*flags, "--cache-bytes", "32MiB", "--socket", f"{folder}/ring"]) as address:
             yield address
+
+
+def _client(transport: Literal["auto", "ring", "stream", "unary"], address: str) -> blockdex.Client:
+    if transport == "auto":
+        return blockdex.connect(address)
+    return blockdex.Client(address, transport=transport)
 
 
 if __name__ == "__main__":

@@ -459,7 +459,7 @@ class ClientLink:
         """
 
 class TokenRequest:
-    """A data call of the Python client: see `blockdex.client.requests`."""
+    """A data call of the Python client, made by a `RequestMaker`: see `blockdex.client.requests`."""
 
     @property
     def shape(self) -> tuple[int, int, int]: ...

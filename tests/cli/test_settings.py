@@ -71,6 +71,8 @@ SAMPLES = {
     "device": "cuda:1",
     "grpc_address": "[::1]:0",
     "http_address": "0.0.0.0:80",
+    "socket": "/run/blockdex/ring",
+    "socket_group": "engines",
     "processes": "split",
     "frontends": "4",
     "spin_seconds": "0",

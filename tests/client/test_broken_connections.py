@@ -15,7 +15,7 @@ import pytest
 import blockdex
 from blockdex import DeadlineExceededError, FailedPreconditionError, NotFoundError, Reason, UnavailableError
 from blockdex.client.failures import changed_nothing, error_of_stream
-from support.clients import connect, new_sequence
+from support.clients import FLAVOURS, Flavour, connect, new_sequence
 from support.serving import Serving
 from support.tcp_proxy import TcpProxy
 
@@ -23,6 +23,12 @@ KEYS = np.ones((5, 128), np.float32)
 QUERIES = np.ones((5, 4, 128), np.float32)
 
 Counted = Callable[..., int]
+
+
+@pytest.fixture(params=[name for name, flavour in FLAVOURS.items() if flavour.transport != "ring"])
+def flavour(request: pytest.FixtureRequest) -> Flavour:
+    """Each client over a network, which breaks; test_rings.py has what becomes of rings."""
+    return FLAVOURS[request.param]
 
 
 @pytest.fixture

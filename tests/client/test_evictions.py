@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import blockdex
-from support.clients import Flavour, connect
+from support.clients import Flavour, Transport, connect
 from support.processes import eventually
 from support.serving import serve
 
@@ -17,11 +17,12 @@ KEYS = np.ones((4 * 128, 128), np.float32)
 
 
 @pytest.mark.parametrize("kind", [blockdex.Client, blockdex.AsyncClient])
-def test_what_was_evicted_is_said_so(kind: type[Any]) -> None:
+@pytest.mark.parametrize("transport", ["ring", "stream"])
+def test_what_was_evicted_is_said_so(kind: type[Any], transport: Transport) -> None:
     flags = ("--num-layers", "3", "--cache-bytes", str(PAGES * PAGE_BYTES), "--device", "cpu")
     with (
         serve(*flags, "--lease-seconds", "0.2") as serving,
-        connect(Flavour(kind, "stream"), serving.grpc_address, tenant="red") as client,
+        connect(Flavour(kind, transport), serving.grpc_address, tenant="red") as client,
     ):
         client.open_sequences([1, 2, 3])
         for sequence in (1, 2):

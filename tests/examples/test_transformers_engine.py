@@ -90,6 +90,14 @@ def test_small_demo_starts_a_server_and_agrees() -> None:
     assert table["pages used"].endswith(", 16 shared")
 
 
+@pytest.mark.parametrize("transport", ["ring", "stream", "unary"])
+def test_the_tokens_are_the_same_over_each_transport(server: Serving, transport: str) -> None:
+    finished = run_demo("--address", server.grpc_address, "--transport", transport)
+    assert finished.returncode == 0, finished.stderr
+    table = figures(finished.stdout)
+    assert [table[name] for name in table if re.match(r"[123](:|$)", name)] == ["16", "16", "16"]
+
+
 def test_one_wrong_block_ends_the_demo(server: Serving) -> None:
     finished = run_demo("--address", server.grpc_address, lie=ONE_WRONG_ROW)
     assert finished.returncode == 1

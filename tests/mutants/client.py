@@ -6,6 +6,8 @@ from mutants.mutant import Mutant
 
 _ANSWERS, _REQUESTS = "csrc/ring/client_answers.c", "csrc/ring/client_requests.c"
 _OUTBOX = "csrc/ring/client_outbox.c"
+_ARGUMENTS, _LENGTHS, _MADE = (f"csrc/client/{name}.c" for name in ("arguments", "lengths", "token_request"))
+_CALLS = ("client/test_token_requests.py",)
 _LINK = ("ring/test_link.py",)
 _REFERENCES = ("ring/test_link.py::test_no_reference_is_lost_or_kept",)
 
@@ -143,5 +145,57 @@ MUTANTS = (
         "    if (inflight_of(table, sender->owner, sender->number))\n",
         "    if (!table)\n",
         _LINK,
+    ),
+    # --- Data calls of the Python client ---
+    Mutant(
+        "a request keeps its keys",
+        _MADE,
+        "    if (self->keys.obj) PyBuffer_Release(&self->keys);\n",
+        "",
+        _CALLS,
+    ),
+    Mutant("a request that is given up keeps its lengths", _MADE, "    release_writes(self);\n", "", _CALLS),
+    Mutant("a refusal keeps its message", _MADE, "    Py_XDECREF(message);\n", "", _CALLS),
+    Mutant(
+        "a tensor of another shape is taken", _MADE, "good = view->shape[at] == expected[at];", "good = true;", _CALLS
+    ),
+    Mutant("an integer beyond the wire's is taken", _ARGUMENTS, " && *number <= width->largest;", ";", _CALLS),
+    Mutant(
+        "a request that has begun begins again",
+        _LENGTHS,
+        "    if (good && request->writes) {\n",
+        "    if (0) {\n",
+        _CALLS,
+    ),
+    Mutant(
+        "a layer behind the last one is written", _LENGTHS, "return layer < count ?", "return layer <= count ?", _CALLS
+    ),
+    Mutant(
+        "appends that overlap are always in a row",
+        _LENGTHS,
+        "start == numbers->length && (alone || numbers->in_a_row);",
+        "true;",
+        ("client/test_ledger.py",),
+    ),
+    Mutant(
+        "a refusal undoes what others did since",
+        _LENGTHS,
+        "if (changed_nothing && numbers->writes == write->number) {",
+        "if (changed_nothing) {",
+        ("client/test_ledger.py",),
+    ),
+    Mutant(
+        "a rollback is not insisted on",
+        "csrc/wire/messages.c",
+        "    if (request->rollback) features[count++] = ROLLBACKS;\n",
+        "",
+        ("client/test_requests.py",),
+    ),
+    Mutant(
+        "an answer of another dtype is taken",
+        "csrc/client/answer.c",
+        "    return !tensor->present || tensor->dtype == dtype;\n",
+        "    return tensor->present || dtype;\n",
+        ("client/test_tensors.py::test_an_answer_of_another_shape_is_not_believed",),
     ),
 )

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import random
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +19,17 @@ import numpy as np
 
 import blockdex
 from blockdex import _native as native
+from blockdex.client.lengths import Sequences
+from blockdex.client.requests import NO_QUERIES, RequestMaker, maker_of
 from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
 from support.bare_core import BareCore, bare_core
+from support.clients import some_info
 from support.links import link_of
 from support.running_engine import LIMITS, SPEC
 from support.strange_server import strange_server
 
+KEYS, QUERIES = np.zeros((1, 128), np.float32), np.zeros((1, 4, 128), np.float32)
 ROUNDS, CALLS = 10, 25
 SIZES = Sizes(4, 4096, 4096)
 WAITS = {"run", "drain", "wait", "await_alone", "may_sleep", "ask"}
@@ -58,7 +63,7 @@ class Parameter(NamedTuple):
 
 
 def signatures() -> dict[str, list[Parameter]]:
-    """Of functions and methods by their names, of types by that of the type."""
+    """Of functions by their names, of types by that of the type, of methods by both."""
     stub = ast.parse(Path(blockdex.__file__).with_name("_native.pyi").read_text())
     found = {}
     for node in ast.walk(stub):
@@ -69,7 +74,9 @@ def signatures() -> dict[str, list[Parameter]]:
             taken = inner.args
             listed = [(each, False) for each in (*taken.posonlyargs, *taken.args)]
             listed += [(each, True) for each in taken.kwonlyargs]
-            name = node.name if made and isinstance(node, ast.ClassDef) else inner.name
+            name = inner.name
+            if isinstance(node, ast.ClassDef):
+                name = node.name if made else f"{node.name}.{inner.name}"
             found[name] = [
                 Parameter(each.arg, ast.unparse(each.annotation).split("[")[0].split(" |")[0], by_name)
                 for each, by_name in listed
@@ -87,10 +94,11 @@ def segments(engine: Handles) -> list[Any]:
 
 
 def callables(of: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """What an object of the module can be called by."""
+    """What the module, or an object of it, can be called by, as `signatures` has it."""
+    of_type = "" if of is native else f"{type(of).__name__}."
     for name in dir(of):
         if not name.startswith("__") and callable(got := getattr(of, name)):
-            yield name, got
+            yield of_type + name, got
 
 
 def call(function: Callable[..., Any], parameters: list[Parameter], pool: dict[str, list[Any]], waits: bool) -> None:
@@ -119,7 +127,7 @@ def use(objects: list[Any], pool: dict[str, list[Any]], known: dict[str, list[Pa
         # In any order, since some end what the others use.
         for name, function in random.sample(found := list(callables(of)), len(found)):
             for _ in range(CALLS):
-                call(function, known.get(name, []), pool, name in WAITS)
+                call(function, known.get(name, []), pool, name.rpartition(".")[2] in WAITS)
         for name in () if of is native else set(dir(of)) - set(dir(object)):
             with contextlib.suppress(Exception):
                 setattr(of, name, random.choice(everything))
@@ -132,6 +140,8 @@ class Made(NamedTuple):
     core: native.Core
     link: native.ClientLink
     connection: native.RingConnection
+    maker: RequestMaker
+    request: native.TokenRequest
     bare: BareCore
     engine: Handles
 
@@ -142,7 +152,9 @@ class Made(NamedTuple):
         return KINDS | {
             "NDArray": KINDS["NDArray"] + 3 * books,
             "memoryview": [self.engine.segment.memory, bytearray(64)],
-            "object": KINDS["object"] + segments(self.engine),
+            "object": KINDS["object"] + segments(self.engine) + [7, [7, 8], KEYS, QUERIES, "ascending", "score", "raw"],
+            "dict": [*KINDS["dict"], Sequences(2), {7: array("q", [1]), 8: array("q", [5] * 8)}],
+            "RingConnection": [self.connection],
             "ServerLink": [*self.bare.lines, self.line],
             "SequenceIndex": [self.bare.cache.columns.sequences],
         }
@@ -163,7 +175,11 @@ def made() -> Iterator[Made]:
         line = native.ServerLink(engine.segment, engine.client_bell, engine.engine_bell)
         link = link_of(client.segment, client.engine_bell)
         connection = native.RingConnection(address, "tenant", 10.0, *bounds, room_seconds=0.0)
-        yield Made(line, bare.core, link, connection, bare, engine)
+        maker = maker_of(some_info(), native)
+        keys = np.repeat(KEYS, 2, axis=0)
+        request = maker.make(0, 1, [7, 8], [1, 1], None, None, None, keys, *NO_QUERIES, False)
+        assert isinstance(request, native.TokenRequest)
+        yield Made(line, bare.core, link, connection, maker, request, bare, engine)
 
 
 def main(seed: int) -> None:
@@ -172,7 +188,7 @@ def main(seed: int) -> None:
     known = signatures()
     for _ in range(ROUNDS):
         with made() as them:
-            use([them.line, them.core, them.link, them.connection], them.pool, known)
+            use([them.line, them.core, them.link, them.connection, them.maker, them.request], them.pool, known)
 
 
 if __name__ == "__main__":

@@ -84,10 +84,11 @@ class RingTransport:
 
 def _ask(link: RingConnection, call: Call[Any]) -> RequestAnswer | RequestRefusal:
     """The answer to a call; whose caller waits no longer than until its deadline, and then gives it up."""
-    ticket = submit(link, call, call.remaining())
+    timeout = call.remaining()
+    ticket = submit(link, call, timeout)
     answer = None
     try:
-        answer = link.wait(ticket, call.remaining())
+        answer = link.wait(ticket, timeout)
     finally:
         if answer is None:
             link.give_up(ticket)

@@ -7,7 +7,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from blockdex.contract.errors import InvalidArgumentError, NotFoundError, Reason, UnimplementedError
-from blockdex.contract.limits import check_num_spans
+from blockdex.contract.limits import check_num_sequences
 from blockdex.contract.messages import (
     CloseSequences,
     ForkSequence,
@@ -85,7 +85,7 @@ def sequence_request(tenant: str, max_spans: int, request: SequenceWireRequest) 
     epoch = request.header.epoch
     match request:
         case pb.OpenSequencesRequest(sequences=sequences):
-            check_num_spans(max_spans, len(sequences), "sequences")
+            check_num_sequences(max_spans, len(sequences))
             ids = tuple(sequence.sequence_id for sequence in sequences)
             return OpenSequences(tenant, epoch, ids, tuple(sequence.lease_seconds for sequence in sequences))
         case pb.GetSequenceRequest():
@@ -95,7 +95,7 @@ def sequence_request(tenant: str, max_spans: int, request: SequenceWireRequest) 
         case pb.TruncateSequenceRequest():
             return TruncateSequence(tenant, epoch, request.sequence_id, request.length)
         case _:
-            check_num_spans(max_spans, len(request.sequence_ids), "sequences")
+            check_num_sequences(max_spans, len(request.sequence_ids))
             return CloseSequences(tenant, epoch, tuple(request.sequence_ids))
 
 
