@@ -73,9 +73,13 @@ static void read_bytes(void *to, uint64_t bytes) {
     if (bytes > MOST_BYTES || fread(to, 1, bytes, stdin) != bytes) exit(2);
 }
 
+/* A call of one half gets the other one too, which it does not look at. */
 static bool call(const struct blockdex_tokens *tokens, int32_t *ids, float *scores) {
-    if (!tokens->queries_dtype) return blockdex_append_keys(&client, tokens, SECONDS, &error);
-    if (!tokens->keys_dtype) return blockdex_select_blocks(&client, tokens, ids, MOST_IDS, scores, SECONDS, &error);
+    struct blockdex_tokens both = *tokens;
+    if (!tokens->keys_dtype) both.keys_dtype = tokens->queries_dtype;
+    if (!tokens->queries_dtype) both.queries_dtype = tokens->keys_dtype;
+    if (!tokens->queries_dtype) return blockdex_append_keys(&client, &both, SECONDS, &error);
+    if (!tokens->keys_dtype) return blockdex_select_blocks(&client, &both, ids, MOST_IDS, scores, SECONDS, &error);
     return blockdex_append_and_select(&client, tokens, ids, MOST_IDS, scores, SECONDS, &error);
 }
 
