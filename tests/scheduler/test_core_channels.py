@@ -32,17 +32,19 @@ class Channel:
         memory: the channel's.
         link: the core's end.
         told: address, number and flags of each signal.
+        begun: steps that were on their way at each signal.
         error: what the next signal returns.
     """
 
     def __init__(self, bare: BareCore, *, bound: float = 20.0, on_device: bool = True, epoch: int = 0) -> None:
         self.memory = memory = ChannelMemory(torch.device("cpu"), SPEC, HEADS.count, 16, 16, 0)
         self.told: list[tuple[int, int, int]] = []
+        self.begun: list[int] = []
         self.error = 0
+        self._bare = bare
         region = SimpleNamespace(address=memory.address, bytes=memory.size, on_device=on_device)
         self.link = native.ServerLink(memory.segment, -1, -1, TENANT)
         memory.open(memory.begin_anew(1 << 32), self.link.make_channel(region, bound, epoch or bare.cache.epoch))
-        self._core = bare.core
         self._signal = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint)(
             self._note
         )
@@ -54,6 +56,7 @@ class Channel:
 
     def _note(self, stream: int, address: int, number: int, flags: int) -> int:
         assert stream == STREAM
+        self.begun.append(len(self._bare.device.begun))
         self.told.append((address, number, flags))
         error, self.error = self.error, 0
         return error
@@ -111,7 +114,7 @@ def test_a_success_is_signalled_behind_the_step(bare: BareCore) -> None:
     queries = channel.ring((1, LENGTH), (2, LENGTH))
     bare.look()
     assert len(bare.device.begun) == 1, "launched, and not ended"
-    assert channel.told == [(channel.memory.address, FIRST, 0)]
+    assert channel.told == [(channel.memory.address, FIRST, 0)] and channel.begun == [1]
     bare.device.end()
     bare.look()
     assert torch.equal(channel.block_ids[:2], expected(queries))

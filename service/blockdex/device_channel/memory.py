@@ -41,6 +41,7 @@ class ChannelMemory:
         size: its bytes.
         address: where it is, on the device.
         bytes: uint8 `[size]`, the same.
+        words: int32 `[size / 4]`, the same.
         segment: the ring's.
         segment_address: where the device finds it.
 
@@ -59,6 +60,7 @@ class ChannelMemory:
             self._take_device_memory(needed)
         else:
             self._take_host_memory(needed)
+        self.words = self.bytes.view(torch.int32)
 
     def _take_device_memory(self, needed: int) -> None:
         index = self.device.index or 0
