@@ -98,8 +98,7 @@ static __device__ inline void blockdex_write_request(const struct blockdex_chann
         column[place] = call.ids[row];
         column[count + place] = call.starts[row];
         column[2 * count + place] = call.lengths[row];
-        column[3 * count + place] =
-            (call.revisions ? call.revisions[row] : 0) + (call.replays ? call.replays[0] : 0);
+        column[3 * count + place] = (call.revisions ? call.revisions[row] : 0) + (call.replays ? call.replays[0] : 0);
         place++;
     }
     volatile blockdex_u64 *word = (volatile blockdex_u64 *)(channel.segment + BLOCKDEX_AT_SLOTS +
