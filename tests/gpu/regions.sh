@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figures and tests of shared memory on a GPU, each part for so many seconds at most.
+# Figures and tests of shared memory on a GPU, each part for so many seconds at most; with `quick` the shortest of them.
 set -u
 python=${PYTHON:-python}
 out=${OUT:-.}
@@ -12,9 +12,14 @@ part() { # seconds, name, command
     timeout -k 5 "$seconds" "$@" 2>&1 | tee -a "$log"
     echo "== $name: ended with ${PIPESTATUS[0]} after $((SECONDS - began)) s" | tee -a "$log"
 }
+tests=("$python" -m pytest -q --tb=short --timeout=60 -p no:cacheprovider)
 
 part 60 "figures" "$python" -m benchmarks.regions
-part 90 "regions" "$python" -m pytest -q --tb=short --timeout=60 -p no:cacheprovider tests/gpu/test_regions.py
-part 60 "steps" "$python" -m pytest -q --tb=short --timeout=60 -p no:cacheprovider tests/gpu/test_executor.py
-part 40 "kernels" "$python" -m pytest -q --tb=short --timeout=60 -p no:cacheprovider tests/kernels/test_triton_stage.py
+if [ "${1:-}" = quick ]; then
+    part 40 "regions" "${tests[@]}" -k "slices or bf16 or refused or are_read or appended" tests/gpu/test_regions.py
+    exit 0
+fi
+part 100 "regions" "${tests[@]}" tests/gpu/test_regions.py
+part 60 "steps" "${tests[@]}" tests/gpu/test_executor.py
+part 40 "kernels" "${tests[@]}" tests/kernels/test_triton_stage.py
 exit 0
