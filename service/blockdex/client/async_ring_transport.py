@@ -84,13 +84,13 @@ class AsyncRingTransport:
             try:
                 return submit(link, call, call.remaining())
             except BlockdexError as error:
+                if self._closed:
+                    raise closed() from None
                 if link.over is not None:
                     self._look()
                 if error.reason != Reason.OVERLOADED or time.monotonic() > until:
                     raise
             await asyncio.sleep(_AGAIN_SECONDS)
-            if self._link is not link:
-                raise closed()
 
     def _look(self) -> None:
         """Takes the answers that are there; from then on the link wakes the loop for the next one."""
