@@ -264,6 +264,10 @@ def test_numbers_go_on_where_the_kernels_are(bare: BareCore) -> None:
     bare.look()
     assert torch.equal(channel.block_ids[:1], expected(queries))
     assert channel.count("answers_written") == channel.count("answers_read") == 1
+    channel.ring((1, LENGTH + 7))
+    bare.look()
+    assert channel.count("answers_written") == 2
+    assert f"append starts at {LENGTH + 7}, length is {LENGTH + 1}" in str(memory.refusal())
 
 
 def test_channels_that_cannot_be(bare: BareCore) -> None:
