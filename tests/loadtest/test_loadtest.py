@@ -333,6 +333,7 @@ def test_every_scenario_with_drafts_on_two_processes(runs: Runs, scenario: str) 
     assert result["checks"]["wrong"] == []
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_is_in_the_result(tmp_path: Path) -> None:
     with serve() as server:
         runs = Runs(server, tmp_path)

@@ -68,20 +68,20 @@ def _run(arguments: Arguments) -> int:
 
 
 def _sweep(arguments: Arguments, sweep: Sweep) -> int:
-    """Runs once for each value, writes each run's own files, then what they come to together."""
+    """Runs once for each value; writes each run's own files, and after each what they come to together so far."""
     output, results = arguments.output, list[dict[str, Any]]()
     for name, settings in zip(sweep.names(), sweep.over(arguments.settings), strict=True):
         try:
             results.append(_measure(arguments, settings))
         except InterruptedEarlyError:
+            if not results:
+                raise
             break
         _write(output.with_name(f"{output.name}-{name}"), results[-1])
+        output.with_name(output.name + ".csv").write_text(table(results), encoding="utf-8")
+        output.with_name(output.name + ".html").write_text(sweep_report(sweep.setting, results), encoding="utf-8")
         if results[-1]["window"]["interrupted"]:
             break
-    if not results:
-        raise InterruptedEarlyError
-    output.with_name(output.name + ".csv").write_text(table(results), encoding="utf-8")
-    output.with_name(output.name + ".html").write_text(sweep_report(sweep.setting, results), encoding="utf-8")
     print(f"written: {output}.csv, {output}.html, and for each run {output}-{sweep.setting}-*.json and .html")
     statuses = {result["exit_status"] for result in results}
     if len(results) < len(sweep.values):
