@@ -14,11 +14,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from benchmarks import ring_messages as ring
 from benchmarks.core_process import CoreProcess, RingPeer, core_process
 from blockdex.contract.messages import OpenSequences
 from blockdex.device_channel.channel import DeviceChannel
+from blockdex.device_channel.connection import Connection
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.dispatch import choose_backend
 from blockdex_kernels.interface import Spans
@@ -37,16 +40,6 @@ def columns(start: int, length: int) -> dict[str, torch.Tensor]:
     }
 
 
-def fill(channel: DeviceChannel, spec: IndexSpec) -> None:
-    """Appends a history to every layer."""
-    for start in range(0, HISTORY, FILL):
-        keys = torch.randn(ROWS, FILL, spec.head_dim, device="cuda").bfloat16()
-        for layer in range(spec.num_layers):
-            channel.append_keys(layer, **columns(start, FILL), keys=keys, rollback=True)
-    torch.cuda.synchronize()
-    channel.check()
-
-
 def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """A graph of what was run once before."""
     run()
@@ -55,6 +48,44 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     return graph
+
+
+def fill(channel: DeviceChannel, spec: IndexSpec) -> None:
+    """Appends a history to every layer, a few tokens a replay."""
+    keys = torch.randn(ROWS, FILL, spec.head_dim, device="cuda").bfloat16()
+    now = columns(0, FILL)
+
+    def run() -> None:
+        for layer in range(spec.num_layers):
+            channel.append_keys(layer, **now, keys=keys, rollback=True)
+
+    graph = capture(run)
+    for start in range(0, HISTORY, FILL):
+        keys.normal_()
+        now["starts"].fill_(start)
+        graph.replay()
+    torch.cuda.synchronize()
+    channel.check()
+
+
+def check_answers(peer: RingPeer, layer: int, queries: torch.Tensor, block_ids: torch.Tensor) -> None:
+    """The ids are those that a ring answers, bit by bit."""
+    numbers = np.stack((np.arange(1, ROWS + 1), np.full(ROWS, HISTORY), np.ones(ROWS, np.int64)))
+    spans = ring.Spans(numbers[0].astype("u8"), numbers[1], numbers[2], np.zeros(ROWS, "u8"))
+    data = queries.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    asked = ring.Queries(ring.TensorData("bf16", data), 0, queries.shape[-2], "ascending", False, False)
+    answer = peer.ask(ring.TokenRequest(TENANT, 0, layer, spans, None, asked))
+    assert isinstance(answer, ring.TokenAnswer) and answer.block_ids is not None
+    assert np.array_equal(answer.block_ids, block_ids.cpu().numpy().reshape(answer.block_ids.shape)), "answers differ"
+
+
+def tell_stages(address: str) -> None:
+    """Where the core's time for decodes went, on average."""
+    asking = Connection(address, TENANT, lambda: None)
+    stages = asking.ask({"ask": "stats"})["stage_seconds"]["decode"]
+    means = {name: 1e6 * stage["total"] / max(sum(stage["counts"]), 1) for name, stage in stages.items()}
+    print("in the core:", ", ".join(f"{name} {mean:.1f} us" for name, mean in means.items()), flush=True)
+    asking.close()
 
 
 def timed(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
@@ -120,7 +151,7 @@ def main() -> None:
         began = time.perf_counter()
         fill(channel, spec)
         calls = spec.num_layers * HISTORY // FILL
-        print(f"filled: {1e6 * (time.perf_counter() - began) / calls:.1f} us a call, launched one by one", flush=True)
+        print(f"filled: {1e6 * (time.perf_counter() - began) / calls:.1f} us an append of {FILL} tokens", flush=True)
         keys = torch.randn(ROWS, 1, spec.head_dim, device="cuda").bfloat16()
         queries = torch.randn(ROWS, 1, spec.num_index_heads, spec.head_dim, device="cuda").bfloat16()
         now = columns(HISTORY, 1)
@@ -134,6 +165,8 @@ def main() -> None:
         timed(graph, 20)
         over = told("device channel, one graph", timed(graph, arguments.replays), spec.num_layers)
         channel.check()
+        check_answers(peer, spec.num_layers - 1, queries, ids)
+        tell_stages(core.address)
         before = cpu_seconds(core)
         time.sleep(IDLE_SECONDS)
         used = (cpu_seconds(core) - before) / IDLE_SECONDS
@@ -141,6 +174,7 @@ def main() -> None:
         print(f"idle for {IDLE_SECONDS:g} s: {100 * used:.1f} % of a core; first step then {first:.3f} ms", flush=True)
         channel.check()
         channel.close()
+        told("the same on a closed channel", timed(graph, arguments.replays), spec.num_layers)
         peer.close()
     inside = in_process(spec, arguments.replays)
     print(f"a call more than its kernels: {1e3 * (over - inside) / spec.num_layers:.2f} us", flush=True)

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "ring": {"contract", "kernels"},
     "frontend": {"contract", "ring", "v1", "kernels"},
     "device_channel": {"contract", "ring", "kernels"},
-    "client": {"contract", "ring", "v1", "kernels"},
+    "client": {"contract", "device_channel", "ring", "v1", "kernels"},
     "loadtest": {"contract", "client", "v1", "kernels"},
 }
 """Rooms that a room may import, besides itself. What is not listed here puts the rooms together, and may import all."""

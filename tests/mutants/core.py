@@ -6,7 +6,10 @@ from mutants.mutant import Mutant
 
 _ADMIT, _STEP = "csrc/core/admit.c", "csrc/core/launch.c"
 _CASTS, _INDEX = "csrc/core/casts.c", "csrc/core/pair_index.c"
+_SOURCES, _TYPE = "csrc/core/sources.c", "csrc/ring/server_type.c"
 _CORE = ("scheduler/test_core.py",)
+_CORE_REGIONS = ("scheduler/test_core_regions.py",)
+_REGIONS = ("ring/test_regions.py",)
 _STEPS = ("scheduler/test_core_steps.py",)
 _ORDER = ("scheduler/test_order.py", "scheduler/test_order_random.py")
 _WAITING = ("scheduler/test_waiting.py",)
@@ -71,6 +74,81 @@ MUTANTS = (
         _STEPS,
     ),
     Mutant("block ids are not waited for", _STEP, "    if (step->seen_ids < step->ids) return false;\n", "", _STEPS),
+    # --- Regions ---
+    Mutant(
+        "a tensor reaches beyond its region",
+        _SOURCES,
+        "if (bytes > region->bytes || offset > region->bytes - bytes)",
+        "if (bytes > region->bytes)",
+        _REGIONS,
+    ),
+    Mutant("offsets in a region are not aligned", _SOURCES, "if (offset % 64)", "if (offset % 32)", _REGIONS),
+    Mutant(
+        "a region that was given back is named",
+        _SOURCES,
+        "if (!region || region->given_back)",
+        "if (!region)",
+        _REGIONS,
+    ),
+    Mutant(
+        "an offset without a region is taken", _SOURCES, "return !offset || REFUSE(", "return true || REFUSE(", _REGIONS
+    ),
+    Mutant(
+        "nobody hears of the last request of a region",
+        _SOURCES,
+        "if (region && !--region->requests && region->given_back)",
+        "if (region && !--region->requests && false)",
+        _REGIONS,
+    ),
+    Mutant(
+        "a request does not keep its regions", _SOURCES, "request->regions[number]->requests++", "(void)0", _REGIONS
+    ),
+    Mutant("a region is taken from its requests", _TYPE, "if (region->requests) Py_RETURN_FALSE;", "", _CORE_REGIONS),
+    Mutant(
+        "a region is found under a number of before",
+        "csrc/ring/regions.c",
+        "region->in_use && region->id == id",
+        "region->in_use",
+        _CORE_REGIONS,
+    ),
+    Mutant(
+        "a tensor has two sources",
+        "csrc/core/request.c",
+        "if (has_regions && queries + queries_bytes < bytes)",
+        "if (has_regions && queries + queries_bytes < bytes) return true; else if (false)",
+        _REGIONS,
+    ),
+    Mutant(
+        "keys of a device are given back before it has read them",
+        _STEP,
+        "if (request->slot.queries_dtype || core_is_on_device(request, KEYS)) continue;",
+        "if (request->slot.queries_dtype) continue;",
+        _CORE_REGIONS,
+    ),
+    Mutant(
+        "scores are left out on a device",
+        _ADMIT,
+        "return scores || (ids && !plain);",
+        "return ids && !plain;",
+        _CORE_REGIONS,
+    ),
+    Mutant(
+        "an order is left out on a device", _ADMIT, "return scores || (ids && !plain);", "return scores;", _CORE_REGIONS
+    ),
+    Mutant(
+        "ranks read the first one's queries",
+        _STEP,
+        "addresses[(size_t)token * all + first_row + row] = address | dtype;",
+        "addresses[(size_t)token * all + row] = address | dtype;",
+        _CORE_REGIONS,
+    ),
+    Mutant(
+        "an answer of another size is written to a region",
+        "csrc/core/handover.c",
+        "(uint64_t)part->len != ids_bytes(core, request)",
+        "false",
+        _CORE_REGIONS,
+    ),
     Mutant("numbers are cut off", _CASTS, "bits + 0x7fff + (bits >> 16 & 1)", "bits", _CORE),
     Mutant("rounding to odd is forgotten", _CASTS, "(nan ? QUIET : (bits & 0xffff) != 0)", "(nan ? QUIET : 0)", _CORE),
     Mutant(

@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.ring_messages import Request, Spans, TokenAnswer
+from benchmarks.ring_messages import Places, Request, Spans, TokenAnswer, TokenRequest
 from blockdex.contract.errors import BlockdexError
 from blockdex.ring.layout import AT, CANCEL, REQUEST, REQUEST_STRUCT, RequestSlot
+from blockdex.ring.regions import release
 from support.asking import eventually
 from support.foreign_frontend import ForeignFrontend
 from support.foreign_host import DIM, HEADS, LENGTH, SMALL, both, fill, host, told
 from support.naive_engine import NaiveEngine, check_same
 from support.ring import wake
 from support.running_engine import SPEC, block_ids, fork, get, open_sequence, tokens, truncate, values
+from support.shared_memory import shared_memory
 
 ROW = (1, LENGTH, 1)
 NO_SPANS = Spans(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))
@@ -244,6 +246,7 @@ async def test_who_never_stops_is_not_the_only_one_who_is_served() -> None:
 # --- Whatever comes ---
 
 EDGES = (0, 1, 2, 3, 4, 5, 7, 8, 31, 63, 64, 65, 127, 128, 255, 256, 4095, 4096, 2**16 - 1, 2**31, 2**32 - 1, 2**62)
+REGION_BYTES = 1 << 14
 TOP = (2**63 - 1, 2**63, 2**64 - 64, 2**64 - 1)
 
 
@@ -273,11 +276,24 @@ class Fuzzer:
         request: Request = usual[random.integers(len(usual))]
         return request
 
+    def _places(self, door: ForeignFrontend, request: Request) -> Places:
+        """Some of a token request's tensors lie in regions, where these have them, mostly."""
+        random, regions = self._random, list(door.regions)
+        if not isinstance(request, TokenRequest) or random.random() < 0.5:
+            return {}
+        halves = {"keys": request.keys, "queries": request.queries, "block_ids": request.queries}
+        return {
+            name: (int(random.choice(regions)), 64 * int(random.integers(REGION_BYTES // 64 - 32)))
+            for name, half in halves.items()
+            if half is not None and random.random() < 0.6
+        }
+
     def write(self, door: ForeignFrontend) -> None:
         """Lays and shows a request; now and then its payload changes afterwards."""
         random = self._random
         self._ticket += 1
-        slot = door.lay(self.request(), self._ticket)
+        request = self.request()
+        slot = door.lay(request, self._ticket, self._places(door, request))
         arena, begin = door.arena, slot.payload_offset
         columns = slice(begin, begin + min(slot.payload_bytes, 8 + 32 * slot.num_spans))
         what = random.random()
@@ -314,7 +330,8 @@ async def fuzz(seed: int, rounds: int) -> int:
     """Asks rightly over one link while anything comes over others; answers how many of those were hung up."""
     fuzzer, broken = Fuzzer(seed), 0
     random = np.random.default_rng([seed, 1])
-    async with host(num_pages=4096) as run:
+    async with contextlib.AsyncExitStack() as shared:
+        run = await shared.enter_async_context(host(num_pages=4096))
         naive = NaiveEngine(SPEC, run.engine.info().epoch)
 
         async def ask(request: Request) -> None:
@@ -325,19 +342,29 @@ async def fuzz(seed: int, rounds: int) -> int:
 
         await fill(ask, 1, 2, 3)
         await fill(run.ask, 1, 2, tenant="foreign")
-        doors = [await run.connect() for _ in range(2)]
+
+        async def connect() -> ForeignFrontend:
+            door = await run.connect()
+            for _ in range(3):
+                await run.share(door, memory)
+            assert door.connected is not None
+            await asyncio.to_thread(release, door.connected, 2)
+            return door
+
+        memory = shared.enter_context(shared_memory(REGION_BYTES))
+        doors = [await connect() for _ in range(2)]
         for number in range(rounds):
             for index, door in enumerate(doors):
                 for _ in range(random.integers(1, 8)):
                     if door.free:
                         fuzzer.write(door)
                 door.told.clear()
-                with contextlib.suppress(AssertionError):  # a ticket that it has spoilt itself
+                with contextlib.suppress(AssertionError, ValueError):  # a ticket, or a region, that it has spoilt
                     door.read()
                 if door.is_hung_up():
                     broken += 1
                     run.leave(door)
-                    doors[index] = await run.connect()
+                    doors[index] = await connect()
             sequence = int(random.integers(1, 4))
             at = LENGTH - int(random.integers(0, 2))
             await ask(both((sequence, at, 1)) if number % 3 else both((1, LENGTH, 1), (2, LENGTH, 1), order="score"))

@@ -19,7 +19,8 @@ import pytest
 
 from benchmarks.ring_messages import Request, TokenAnswer
 from blockdex._native import MAX_REGIONS
-from blockdex.contract.errors import BlockdexError, ResourceExhaustedError
+from blockdex.contract.errors import BlockdexError, InvalidArgumentError, ResourceExhaustedError
+from blockdex.executor.cpu import CpuExecutor
 from blockdex.ring import regions
 from blockdex.ring.regions import MAX_LINK_BYTES, release, share
 from support.asking import eventually
@@ -291,6 +292,20 @@ async def test_memory_that_cannot_be_shared_is_refused_and_leaves_nothing() -> N
             region = await run.share(door, memory)
             door.write(lay(door, region, 1))
             assert isinstance(await told(door, 1), TokenAnswer)
+
+
+async def test_memory_that_a_device_does_not_take_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pin(executor: CpuExecutor, address: int, num_bytes: int) -> None:
+        raise RuntimeError(f"no room for {num_bytes} bytes, made for this test")
+
+    monkeypatch.setattr(CpuExecutor, "pin", pin)
+    async with host() as run:
+        door = await run.connect()
+        with shared_memory(BYTES) as memory:
+            before = mappings()
+            with pytest.raises(InvalidArgumentError, match=f"memfd: no room for {BYTES} bytes"):
+                await run.share(door, memory)
+            assert mappings() == before
 
 
 async def test_what_nobody_asked_for_is_closed() -> None:

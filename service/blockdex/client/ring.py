@@ -31,6 +31,19 @@ def socket_of(info: Info) -> str:
     return next((each.removeprefix(_RING) for each in info.transports if each.startswith(_RING)), "")
 
 
+def socket_to(core: Core, info: Info) -> str:
+    """Path of the socket of the server that said this of itself.
+
+    Raises:
+        UnavailableError: it offers no ring (UNREACHABLE).
+    """
+    path = socket_of(info)
+    if not path:
+        message = f"{core.address} offers no ring: it was started without --socket"
+        raise UnavailableError(message, Reason.UNREACHABLE)
+    return path
+
+
 def obstacle(core: Core, info: Info, timeout: float) -> str:
     """Why a client cannot use the ring of such a server, as a sentence; empty where it can."""
     if not SUPPORTED:
@@ -57,10 +70,7 @@ def open_link(core: Core, info: Info, timeout: float, *, room_seconds: float = 2
     """
     from blockdex import _native  # noqa: PLC0415 - not in every install
 
-    path = socket_of(info)
-    if not path:
-        message = f"{core.address} offers no ring: it was started without --socket"
-        raise UnavailableError(message, Reason.UNREACHABLE)
+    path = socket_to(core, info)
     spins = len(os.sched_getaffinity(0)) >= _SPINNING_CORES
     try:
         return _native.RingConnection(

@@ -12,11 +12,13 @@ from blockdex.device_channel.memory import ChannelMemory
 from blockdex.ring.channel_layout import REQUEST_SLOTS
 from blockdex.ring.layout import DTYPES, ORDERS, ROLLBACK, TOKENS, WAIT_FOR_KEYS
 from blockdex_kernels import IndexSpec
+from blockdex_kernels.triton.launch import pdl_launch
 
 _BF16 = DTYPES.index("bf16") + 1
 _ASCENDING = ORDERS.index("ascending") + 1
 _INTEGERS = (torch.int32, torch.int64, torch.uint64)
-_PROGRAM_BYTES = 8 << 10
+_TILE_TOKENS = 16
+"""Of a program at a time: what it has loads on their way for."""
 _MOST_PROGRAMS = 64
 _RING_WARPS, _WAIT_WARPS = 4, 4
 
@@ -172,10 +174,13 @@ def launch(
     """
     words = words_of(memory, spec, heads, call)
     tokens = call.rows * call.row_tokens
-    programs = min(-(-tokens * (words.key_bytes + words.query_bytes) // _PROGRAM_BYTES), _MOST_PROGRAMS)
+    tile = min(_power_of_two(tokens), _TILE_TOKENS)
+    programs = min(-(-tokens // tile), _MOST_PROGRAMS)
+    pdl = memory.device.type == "cuda" and torch.cuda.get_device_capability(memory.device) >= (9, 0)
     places = memory.places
     kernels.ring[(programs,)](
         memory.address,
+        memory.words,
         memory.segment_address,
         call.keys,
         call.queries,
@@ -202,14 +207,20 @@ def launch(
         QUERY_COLUMNS=_power_of_two(words.query_bytes // 4),
         HAS_REVISIONS=call.revisions is not None,
         HAS_REPLAYS=call.replays is not None,
+        HAS_OWN=max(words.own_keys, words.own_queries) >= 0,
         ROWS=_power_of_two(call.rows),
+        TOKENS=tile,
         SLOTS=REQUEST_SLOTS,
         PROGRAMS=programs,
+        PDL=pdl,
         num_warps=_RING_WARPS,
+        **pdl_launch(pdl),
     )
     width = 0 if block_ids is None else heads.count * spec.topk
+    warps = 1 if tokens <= _TILE_TOKENS else _WAIT_WARPS
     kernels.wait[(1,)](
         memory.address,
+        memory.words,
         memory.segment_address,
         block_ids,
         tokens if width else 0,
@@ -218,7 +229,11 @@ def launch(
         BLOCK_IDS=places.block_ids,
         WIDTH=width,
         COLUMNS=_power_of_two(width),
-        num_warps=_WAIT_WARPS,
+        TOKENS=tile,
+        WARPS=warps,
+        PDL=pdl,
+        num_warps=warps,
+        **pdl_launch(pdl),
     )
 
 

@@ -1,7 +1,8 @@
 """The kernels of a device channel in Triton: one rings, one waits. `blockdex_device.cuh` has the same in CUDA.
 
 Numbers that other processors write are read and written with PTX, since Triton has no plain load or store of a scope.
-Scalars of such a load may differ from warp to warp; what is decided by them goes through an atomic of one thread first.
+Scalars of such a load may differ from warp to warp; where there are several, what is decided by them goes through an
+atomic of one thread first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton.language as tl
 
 from blockdex.ring.channel_layout import CONTROL_AT, INVALID_LENGTHS, REFUSED, TIMED_OUT, UNANSWERED
 from blockdex.ring.layout import AT, HEADER_BYTES, SLOT_BYTES
+from blockdex_kernels.triton.launch import wait_for_previous
 
 LOOK_NANOSECONDS = tl.constexpr(20_000)
 """How often a wait looks into the host's memory, where refusals are."""
@@ -23,7 +25,6 @@ _ANSWERS_WRITTEN, _ANSWERS_READ = tl.constexpr(AT["answers_written"]), tl.conste
 _SLOTS, _SLOT_BYTES = tl.constexpr(HEADER_BYTES), tl.constexpr(SLOT_BYTES)
 _TIMED_OUT, _REFUSED = tl.constexpr(TIMED_OUT), tl.constexpr(REFUSED)
 _UNANSWERED, _INVALID_LENGTHS = tl.constexpr(UNANSWERED), tl.constexpr(INVALID_LENGTHS)
-_TILE_TOKENS = tl.constexpr(16)
 
 
 @triton.jit
@@ -74,25 +75,30 @@ def _die(memory, segment, error):
 
 
 @triton.jit
-def _copy_rows(source, target, from_row, to_row, live, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def _load_words(source, row, inside, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows of WIDTH words."""
     column = tl.arange(0, COLUMNS)[None, :]
-    mask = live[:, None] & (column < WIDTH)
-    words = tl.load(source.to(tl.pointer_type(tl.int32)) + from_row[:, None] * WIDTH + column, mask=mask, other=0)
-    tl.store(_at(target, tl.int32) + to_row[:, None] * WIDTH + column, words, mask=mask)
+    there = source.to(tl.pointer_type(tl.int32)) + row[:, None].to(tl.int64) * WIDTH + column
+    return tl.load(there, mask=inside[:, None] & (column < WIDTH), other=0)
+
+
+@triton.jit
+def _store_words(target, loaded, row, inside, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of WIDTH words."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    there = target + row[:, None].to(tl.int64) * WIDTH + column
+    tl.store(there, loaded, mask=inside[:, None] & (column < WIDTH))
 
 
 @triton.jit
 def _write_request(
-    memory,
     segment,
     number,
-    ids,
-    starts,
-    lengths,
-    revisions,
-    replays,
-    rows,
+    row_id,
+    start,
+    length,
+    revision,
+    region,
     kind,
     layer,
     heads,
@@ -102,30 +108,18 @@ def _write_request(
     ids_offset,
     KEY_BYTES: tl.constexpr,
     QUERY_BYTES: tl.constexpr,
-    HAS_REVISIONS: tl.constexpr,
-    HAS_REPLAYS: tl.constexpr,
-    ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """Columns of the rows that are there, and the slot before them."""
-    row = tl.arange(0, ROWS)
-    inside = row < rows
-    length = tl.load(lengths + row, mask=inside, other=0).to(tl.int64)
     live = length > 0
     place = tl.cumsum(live.to(tl.int32), 0) - 1
     count = tl.sum(live.to(tl.int32), 0).to(tl.int64)
     tokens = tl.sum(length, 0)
     column = _at(segment + columns_at, tl.int64) + place
-    revision = tl.zeros([ROWS], tl.int64)
-    if HAS_REVISIONS:
-        revision += tl.load(revisions + row, mask=live, other=0).to(tl.int64)
-    if HAS_REPLAYS:
-        revision += tl.load(replays).to(tl.int64)
-    tl.store(column, tl.load(ids + row, mask=live, other=0).to(tl.int64), mask=live)
-    tl.store(column + count, tl.load(starts + row, mask=live, other=0).to(tl.int64), mask=live)
+    tl.store(column, row_id, mask=live)
+    tl.store(column + count, start, mask=live)
     tl.store(column + 2 * count, length, mask=live)
     tl.store(column + 3 * count, revision, mask=live)
-    region = tl.load(_at(memory + _REGION, tl.int32)).to(tl.int64)
     # A word of a slot each, as docs/ring.md has them.
     word = tl.arange(0, 32)
     value = tl.where(word == 0, number, 0)
@@ -152,6 +146,7 @@ def _write_request(
 )
 def ring(
     memory,
+    words,
     segment,
     keys,
     queries,
@@ -178,14 +173,21 @@ def ring(
     QUERY_COLUMNS: tl.constexpr,
     HAS_REVISIONS: tl.constexpr,
     HAS_REPLAYS: tl.constexpr,
+    HAS_OWN: tl.constexpr,
     ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Copies keys and queries into the channel's memory, packed, writes the request, and shows it to the core.
 
+    All that a program reads for its first TOKENS tokens, and for the request, is on its way at once. Nothing is written
+    before the channel is known to be alive, and its last request to be answered: the core may be reading.
+
     Args:
         memory, segment: addresses of the channel's memory, and of its segment as this GPU finds it.
+        words: the memory again, int32.
         keys, queries: bfloat16 `[rows, row_tokens, D]` and `[rows, row_tokens, H, D]`.
         ids, starts, lengths, revisions: `[rows]`; a row of length 0 is padding.
         replays: `[1]`, added to each revision.
@@ -193,13 +195,32 @@ def ring(
         columns_at: offset of the requests' arena.
         own_keys, own_queries: their offset in the channel's memory where they lie there, or -1.
     """
+    wait_for_previous(PDL)
+    KEY_WORDS: tl.constexpr = KEY_BYTES // 4
+    QUERY_WORDS: tl.constexpr = QUERY_BYTES // 4
     written_at = _at(memory + _WRITTEN, tl.int64)
     written = tl.load(written_at)
     answered = load_acquire(memory + _ANSWERED)
-    row = tl.arange(0, ROWS)
-    length = tl.load(lengths + row, mask=row < rows, other=0).to(tl.int64)
-    first = tl.cumsum(length, 0) - length
     dead = tl.load(_at(memory + _ERROR, tl.int32))
+    region = tl.load(_at(memory + _REGION, tl.int32)).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    inside = row < rows
+    length = tl.load(lengths + row, mask=inside, other=0).to(tl.int64)
+    row_id = tl.load(ids + row, mask=inside, other=0).to(tl.int64)
+    start = tl.load(starts + row, mask=inside, other=0).to(tl.int64)
+    revision = tl.zeros([ROWS], tl.int64)
+    if HAS_REVISIONS:
+        revision += tl.load(revisions + row, mask=inside, other=0).to(tl.int64)
+    if HAS_REPLAYS:
+        revision += tl.load(replays).to(tl.int64)
+    total = rows * row_tokens
+    begin = tl.program_id(0) * TOKENS
+    token = begin + tl.arange(0, TOKENS)
+    own_length = tl.load(lengths + token // row_tokens, mask=token < total, other=0).to(tl.int64)
+    if KEY_BYTES:
+        key = _load_words(keys, token, token < total, KEY_WORDS, KEY_COLUMNS)
+    if QUERY_BYTES:
+        query = _load_words(queries, token, token < total, QUERY_WORDS, QUERY_COLUMNS)
     invalid = tl.sum(((length < 0) | (length > row_tokens)).to(tl.int32), 0)
     if dead == 0:
         if answered != written:
@@ -207,62 +228,80 @@ def ring(
         elif invalid > 0:
             _die(memory, segment, _INVALID_LENGTHS)
         else:
-            # What lies in the channel's memory already, row behind row, is not copied.
-            is_packed = tl.sum(((length > 0) & (first != row * row_tokens)).to(tl.int32), 0) == 0
-            tiles = (row_tokens + _TILE_TOKENS - 1) // _TILE_TOKENS
-            for tile in range(tl.program_id(0), rows * tiles, PROGRAMS):
-                own = tile // tiles
-                token = (tile % tiles) * _TILE_TOKENS + tl.arange(0, _TILE_TOKENS)
-                live = token < tl.sum(tl.where(row == own, length, 0), 0)
-                to_row = tl.sum(tl.where(row < own, length, 0), 0) + token
-                from_row = (own * row_tokens + token).to(tl.int64)
-                place = tl.where(live, to_row, -1).to(tl.int32)
-                tl.store(_at(memory + TOKEN_PLACES, tl.int32) + from_row, place, mask=token < row_tokens)
+            copies_keys = True
+            copies_queries = True
+            if HAS_OWN:
+                # What lies in the channel's memory already, row behind row, is not copied.
+                first = tl.cumsum(length, 0) - length
+                is_packed = tl.sum(((length > 0) & (first != row * row_tokens)).to(tl.int32), 0) == 0
+                copies_keys = (is_packed & (own_keys >= 0)) == 0
+                copies_queries = (is_packed & (own_queries >= 0)) == 0
+            for tile_begin in range(begin, total, PROGRAMS * TOKENS):
+                if tile_begin != begin:
+                    token = tile_begin + tl.arange(0, TOKENS)
+                    own_length = tl.load(lengths + token // row_tokens, mask=token < total, other=0).to(tl.int64)
+                    if KEY_BYTES:
+                        key = _load_words(keys, token, token < total, KEY_WORDS, KEY_COLUMNS)
+                    if QUERY_BYTES:
+                        query = _load_words(queries, token, token < total, QUERY_WORDS, QUERY_COLUMNS)
+                live = token % row_tokens < own_length
+                before = tl.sum(tl.minimum(tl.maximum(tile_begin - row * row_tokens, 0).to(tl.int64), length), 0)
+                place = before.to(tl.int32) + tl.cumsum(live.to(tl.int32), 0) - 1
+                tl.store(_at(memory + TOKEN_PLACES, tl.int32) + token, tl.where(live, place, -1), mask=token < total)
                 if KEY_BYTES:
-                    if not (is_packed & (own_keys >= 0)):
-                        _copy_rows(keys, memory + KEYS, from_row, to_row, live, KEY_BYTES // 4, KEY_COLUMNS)
+                    if copies_keys:
+                        _store_words(words + KEYS // 4, key, place, live, KEY_WORDS, KEY_COLUMNS)
                 if QUERY_BYTES:
-                    if not (is_packed & (own_queries >= 0)):
-                        _copy_rows(queries, memory + QUERIES, from_row, to_row, live, QUERY_BYTES // 4, QUERY_COLUMNS)
+                    if copies_queries:
+                        _store_words(words + QUERIES // 4, query, place, live, QUERY_WORDS, QUERY_COLUMNS)
             arrived = 0
             if PROGRAMS > 1:
                 tl.debug_barrier()
                 arrived = tl.atomic_add(_at(memory + _ARRIVED, tl.int32), 1, sem="acq_rel", scope="gpu")
             if arrived == PROGRAMS - 1:
-                tl.store(_at(memory + _ARRIVED, tl.int32), 0)
+                if PROGRAMS > 1:
+                    tl.store(_at(memory + _ARRIVED, tl.int32), 0)
                 # Without any row there is nothing to ask.
                 if tl.sum(length, 0) > 0:
                     _write_request(
-                        memory,
                         segment,
                         written + 1,
-                        ids,
-                        starts,
-                        lengths,
-                        revisions,
-                        replays,
-                        rows,
+                        row_id,
+                        start,
+                        length,
+                        revision,
+                        region,
                         kind.to(tl.int64),
                         layer.to(tl.int64),
                         heads.to(tl.int64),
                         columns_at,
-                        tl.where(is_packed & (own_keys >= 0), own_keys, KEYS),
-                        tl.where(is_packed & (own_queries >= 0), own_queries, QUERIES),
+                        tl.where(copies_keys, KEYS, own_keys),
+                        tl.where(copies_queries, QUERIES, own_queries),
                         BLOCK_IDS,
                         KEY_BYTES,
                         QUERY_BYTES,
-                        HAS_REVISIONS,
-                        HAS_REPLAYS,
-                        ROWS,
                         SLOTS,
                     )
                     tl.store(written_at, written + 1)
                     store_release(segment + _REQUESTS_WRITTEN, written + 1)
 
 
+@triton.jit
+def _copy_ids(
+    words, block_ids, token, place, inside, BLOCK_IDS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Rows of WIDTH block ids from their places, -1 where there is none."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = inside[:, None] & (column < WIDTH)
+    source = words + BLOCK_IDS // 4 + place[:, None].to(tl.int64) * WIDTH + column
+    ids = tl.load(source, mask=mask & (place >= 0)[:, None], other=-1)
+    tl.store(block_ids + token[:, None].to(tl.int64) * WIDTH + column, ids, mask=mask)
+
+
 @triton.jit(do_not_specialize=["memory", "segment", "tokens", "bound"])
 def wait(
     memory,
+    words,
     segment,
     block_ids,
     tokens,
@@ -271,18 +310,24 @@ def wait(
     BLOCK_IDS: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WARPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Waits until the last request is answered, and copies its block ids out: -1 for padding, and after an error.
 
     Args:
-        memory, segment: as `ring` has them.
+        memory, words, segment: as `ring` has them.
         block_ids: int32 `[tokens, WIDTH]`.
         bound: nanoseconds after which the channel is dead.
     """
+    wait_for_previous(PDL)
     error_at = _at(memory + _ERROR, tl.int32)
     number = tl.load(_at(memory + _WRITTEN, tl.int64))
-    before = tl.load(error_at)
-    error = before
+    dead = tl.load(error_at)
+    token = tl.arange(0, TOKENS)
+    place = tl.load(_at(memory + TOKEN_PLACES, tl.int32) + token, mask=token < tokens, other=-1)
+    error = dead
     begin = now()
     looked = begin
     while (load_acquire(memory + _ANSWERED) != number) & (error == 0):
@@ -295,19 +340,17 @@ def wait(
                 error = _REFUSED
             if (error == 0) & (time - begin > bound):
                 error = _TIMED_OUT
-    # What the first thread has found holds for all of them.
-    tl.atomic_max(error_at, error, sem="acq_rel", scope="sys")
-    error = tl.atomic_or(error_at, 0, sem="acq_rel", scope="sys")
-    if error != before:
-        tl.store(_at(segment + _CHANNEL_ERROR, tl.int32), error)
+    if WARPS > 1:
+        # What the first thread has found holds for all of them.
+        tl.atomic_max(error_at, error, sem="relaxed", scope="gpu")
+        error = tl.atomic_or(error_at, 0, sem="relaxed", scope="gpu")
+    if error != dead:
+        _die(memory, segment, error)
     if WIDTH:
-        column = tl.arange(0, COLUMNS)[None, :]
-        for begin_token in range(0, tokens, _TILE_TOKENS):
-            token = begin_token + tl.arange(0, _TILE_TOKENS)
-            inside = token < tokens
-            place = tl.load(_at(memory + TOKEN_PLACES, tl.int32) + token, mask=inside, other=-1)
-            place = tl.where(error == 0, place, -1)
-            mask = inside[:, None] & (column < WIDTH)
-            source = _at(memory + BLOCK_IDS, tl.int32) + place[:, None].to(tl.int64) * WIDTH + column
-            row = tl.load(source, mask=mask & (place >= 0)[:, None], other=-1)
-            tl.store(block_ids + token[:, None].to(tl.int64) * WIDTH + column, row, mask=mask)
+        _copy_ids(words, block_ids, token, tl.where(error == 0, place, -1), token < tokens, BLOCK_IDS, WIDTH, COLUMNS)
+        for begin_token in range(TOKENS, tokens, TOKENS):
+            token = begin_token + tl.arange(0, TOKENS)
+            place = tl.load(_at(memory + TOKEN_PLACES, tl.int32) + token, mask=token < tokens, other=-1)
+            _copy_ids(
+                words, block_ids, token, tl.where(error == 0, place, -1), token < tokens, BLOCK_IDS, WIDTH, COLUMNS
+            )

@@ -41,6 +41,7 @@ class ChannelMemory:
         size: its bytes.
         address: where it is, on the device.
         bytes: uint8 `[size]`, the same.
+        words: int32 `[size / 4]`, the same.
         segment: the ring's.
         segment_address: where the device finds it.
 
@@ -59,6 +60,7 @@ class ChannelMemory:
             self._take_device_memory(needed)
         else:
             self._take_host_memory(needed)
+        self.words = self.bytes.view(torch.int32)
 
     def _take_device_memory(self, needed: int) -> None:
         index = self.device.index or 0
@@ -109,16 +111,13 @@ class ChannelMemory:
         begin = segment.answer_arena_offset + numbers.payload_offset
         return read_error(numbers, np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin))
 
-    def begin_anew(self, skipped: int) -> int:
+    def begin_anew(self) -> int:
         """Takes up what earlier kernels left, none of which runs any more; the number of the last request.
 
-        Args:
-            skipped: numbers that are left out, so that no late answer has one of those to come.
+        Numbers go on from there, so that no late answer has one of those to come.
         """
         counters = self.segment.counters
-        written = counters[AT["requests_written"] // 8] + skipped
-        for name in ("requests_written", "requests_read"):
-            counters[AT[name] // 8] = written
+        written = counters[AT["requests_read"] // 8] = counters[AT["requests_written"] // 8]
         counters[AT["answers_read"] // 8] = counters[AT["answers_written"] // 8]
         counters[AT["answer_bytes_freed"] // 8] = 0
         return written

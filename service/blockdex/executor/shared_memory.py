@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from blockdex_kernels import cuda_driver
 
@@ -39,12 +39,7 @@ def pin(device: int, address: int, num_bytes: int) -> Callable[[], None]:
     """
     cuda_driver.use_primary_context(device)
     cuda_driver.register(address, num_bytes)
-
-    def unpin() -> None:
-        cuda_driver.use_primary_context(device)
-        cuda_driver.unregister(address)
-
-    return unpin
+    return _when_idle(device, cuda_driver.unregister, address)
 
 
 def open_file(device: int, fd: int, num_bytes: int, uuid: str) -> Opened:
@@ -63,25 +58,18 @@ def open_file(device: int, fd: int, num_bytes: int, uuid: str) -> Opened:
     unit = cuda_driver.granularity(device)
     if num_bytes % unit:
         raise RuntimeError(f"bytes must be a multiple of {unit}, got {num_bytes}")
-    handle = cuda_driver.import_file(fd)
-    there = cuda_driver.device_uuid(cuda_driver.device_of(handle)).hex()
-    if there != uuid:
-        cuda_driver.call("cuMemRelease", handle)
-        raise RuntimeError(f"is said to lie on GPU {uuid}, lies on {there}")
-    address = 0
+    address = cuda_driver.reserve(num_bytes, unit)
     try:
-        address = cuda_driver.reserve(num_bytes, unit)
+        handle = cuda_driver.import_file(fd)
+        there = cuda_driver.device_uuid(cuda_driver.device_of(handle)).hex()
+        if there != uuid:
+            cuda_driver.call("cuMemRelease", handle)
+            raise RuntimeError(f"is said to lie on GPU {uuid}, lies on {there}")
         cuda_driver.map_memory(address, num_bytes, handle, device)
     except RuntimeError:
-        if address:
-            cuda_driver.call("cuMemAddressFree", address, num_bytes)
+        cuda_driver.call("cuMemAddressFree", address, num_bytes)
         raise
-
-    def close() -> None:
-        cuda_driver.use_primary_context(device)
-        cuda_driver.unmap(address, num_bytes)
-
-    return Opened(address, num_bytes, close)
+    return Opened(address, num_bytes, _when_idle(device, cuda_driver.unmap, address, num_bytes))
 
 
 def open_handle(device: int, handle: bytes, uuid: str) -> Opened:
@@ -103,9 +91,15 @@ def open_handle(device: int, handle: bytes, uuid: str) -> Opened:
     by_value = _Handle.from_buffer_copy(handle)
     cuda_driver.call("cuIpcOpenMemHandle_v2", ctypes.byref(address), by_value, ctypes.c_uint(_LAZY_PEER_ACCESS))
     cuda_driver.call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
+    return Opened(base.value, size.value, _when_idle(device, cuda_driver.call, "cuIpcCloseMemHandle", address))
 
-    def close() -> None:
+
+def _when_idle(device: int, close: Callable[..., None], *arguments: Any) -> Callable[[], None]:
+    """What gives memory back: behind all that is queued on the device, also by a step that failed."""
+
+    def run() -> None:
         cuda_driver.use_primary_context(device)
-        cuda_driver.call("cuIpcCloseMemHandle", address)
+        cuda_driver.call("cuCtxSynchronize")
+        close(*arguments)
 
-    return Opened(base.value, size.value, close)
+    return run

@@ -24,6 +24,7 @@ from blockdex._native import MAX_REGIONS
 from blockdex.contract.errors import BlockdexError, InvalidArgumentError, Reason, ResourceExhaustedError, error_of
 from blockdex.ring.control_channel import LENGTH_BYTES, Words
 from blockdex.ring.server import RingInbox, ServerLink
+from blockdex_kernels import cuda_driver
 
 MAX_LINK_BYTES = 16 << 30
 """Of all regions of a link: what a client shares of the host's memory may be pinned, and cannot be swapped out then."""
@@ -170,13 +171,13 @@ class LinkRegions:
     Args:
         open_region: opens what is offered, on any thread; raises what `map_memfd` does, and UnimplementedError.
         inbox: has the engine's thread enter and leave regions.
-        line: the link.
+        link: whose they are.
     """
 
-    def __init__(self, open_region: Callable[[Offer], Region], inbox: RingInbox, line: ServerLink) -> None:
+    def __init__(self, open_region: Callable[[Offer], Region], inbox: RingInbox, link: ServerLink) -> None:
         self._open = open_region
         self._inbox = inbox
-        self._line = line
+        self._link = link
         self._lent: dict[int, _Lent] = {}
 
     async def reply_to(self, words: Words, files: Sequence[int]) -> Words | None:
@@ -204,7 +205,7 @@ class LinkRegions:
             )
         most = MAX_LINK_BYTES - sum(lent.bytes for lent in self._lent.values())
         region = await open_offer(self._open, kind, words, files, most)
-        number = await self._on_engine(lambda: self._line.native.share(region))
+        number = await self._on_engine(lambda: self._link.native.share(region))
         self._lent[number] = _Lent(region.bytes, region.closed)
         return {"region": number, "bytes": region.bytes}
 
@@ -212,7 +213,7 @@ class LinkRegions:
         if not isinstance(number, int) or (lent := self._lent.get(number)) is None:
             raise refused(f"release: the link has no region {number!r}")
         if not lent.given_back:
-            await self._on_engine(lambda: self._inbox.give_back(self._line, number))
+            await self._on_engine(lambda: self._inbox.give_back(self._link, number))
             lent.given_back = True
         try:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(lent.closed)), _RELEASE_SECONDS)
@@ -317,6 +318,43 @@ def new_memfd(num_bytes: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+class DeviceMemory:
+    """Memory of a GPU that can be shared, and outlives the process that shares it. torch makes a tensor of it.
+
+    Args:
+        device: number of the GPU, whose context torch has made.
+        num_bytes: that are wanted; there are whole units of them.
+
+    Attributes:
+        address: where it begins, for the GPU.
+        bytes: of it.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+
+    def __init__(self, device: int, num_bytes: int) -> None:
+        cuda_driver.use_primary_context(device)
+        unit = cuda_driver.granularity(device)
+        self.bytes = -(-num_bytes // unit) * unit
+        handle = cuda_driver.create(device, self.bytes, shared=True)
+        self._fd = cuda_driver.export_file(handle)
+        self._uuid = cuda_driver.device_uuid(device).hex()
+        self.address = cuda_driver.reserve(self.bytes, unit)
+        cuda_driver.map_memory(self.address, self.bytes, handle, device)
+        interface = {"shape": (self.bytes,), "typestr": "|u1", "data": (self.address, False), "version": 3}
+        self.__cuda_array_interface__ = interface
+
+    def share(self, connected: socket.socket) -> Shared:
+        """Shares it; otherwise as `share`."""
+        return share(connected, "cuda_fd", [self._fd], bytes=self.bytes, device=self._uuid)
+
+    def close(self) -> None:
+        """Gives it back, when nothing here uses it any more."""
+        os.close(self._fd)
+        cuda_driver.unmap(self.address, self.bytes)
 
 
 def _ask(connected: socket.socket, words: Words, files: Sequence[int]) -> Words:

@@ -35,8 +35,8 @@ SLICE_SECONDS = {"cpu": 0.02, "cuda": 0.001}
 
 _STOP_SECONDS = 30.0
 _FOR_EVER = 1e10
-# A prefill's slice takes about a millisecond, and the next one is on its way already.
-_PREFILL_LOOK_SECONDS = 0.0002
+# A prefill's slice takes about a millisecond, and the next one is on its way already; the last one's end is waited for.
+_PREFILL_LOOK_SECONDS = 0.00005
 # While something is on its way, the deadlines of prefills are looked after so often.
 _LOOK_SECONDS = 0.001
 

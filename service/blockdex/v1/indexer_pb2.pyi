@@ -89,6 +89,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_OUTCOME_UNKNOWN: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
     ERROR_REASON_REGION_UNSUPPORTED: _ClassVar[ErrorReason]
+    ERROR_REASON_INVALID_REGION: _ClassVar[ErrorReason]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_BF16: Dtype
 DTYPE_FP16: Dtype
@@ -151,6 +152,7 @@ ERROR_REASON_UNREACHABLE: ErrorReason
 ERROR_REASON_OUTCOME_UNKNOWN: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 ERROR_REASON_REGION_UNSUPPORTED: ErrorReason
+ERROR_REASON_INVALID_REGION: ErrorReason
 
 class RequestHeader(_message.Message):
     __slots__ = ("epoch", "required_features", "model", "root_id")

@@ -5,8 +5,9 @@
 
 #include <time.h>
 
-/* Nanoseconds after a request of a channel, whose GPU wakes nobody, and naps from then on. */
-static const int64_t CHANNEL_SPIN = 100000000, CHANNEL_NAP = 200000;
+/* Nanoseconds after a request of a channel, whose GPU wakes nobody, and naps from then on; longer ones after a second: a
+ * nap costs some 14 us of a processor, of which the core may take 3 %. */
+static const int64_t CHANNEL_SPIN = 100000000, CHANNEL_NAP = 200000, LONG_AFTER = 1000000000, LONG_NAP = 500000;
 static const int64_t LATE_AFTER = 1000000; /* nanoseconds; then the device is asked whether it has failed */
 
 int64_t core_now(void) {
@@ -74,7 +75,8 @@ static void wait(struct core *core, int64_t now, int64_t until) {
     }
     if (core_check_integrity(core)) return;
     if (any_left && core->next_deadline < until) until = core->next_deadline;
-    if (core->num_channels && now + CHANNEL_NAP < until) until = now + CHANNEL_NAP;
+    const int64_t nap = now < core->rung + LONG_AFTER ? CHANNEL_NAP : LONG_NAP;
+    if (core->num_channels && now + nap < until) until = now + nap;
     sleep_until(core, now, until);
 }
 

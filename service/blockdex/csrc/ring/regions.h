@@ -8,9 +8,9 @@
 
 enum { MAX_REGIONS = 256 };
 
-/* One region. A number comes again only after its place in the table was used 2^24 times. */
+/* One region. A number comes again only after its entry was used 2^24 times. */
 struct region {
-    uint32_t id;       /* of the last region in this place */
+    uint32_t id;       /* of the last region that was entered here */
     uint32_t requests; /* on their way, that read or write it */
     bool in_use;
     bool given_back; /* no request may name it any more */
@@ -22,10 +22,10 @@ struct region {
 
 /* The regions of one link. */
 struct regions {
-    struct region places[MAX_REGIONS];
+    struct region table[MAX_REGIONS];
 };
 
-/* A free place, with a number of its own; NULL while there is none. */
+/* A free entry, with a number of its own; NULL while there is none. */
 struct region *regions_add(struct regions *regions, char *memory, uint64_t bytes, bool on_device, void *owner);
 
 /* The region of a number, given back or not; NULL where the link has none. */

@@ -99,7 +99,7 @@ bool server_link_claim(struct server_link *link, uint64_t bytes, struct claim *c
 static bool write_answer(struct server_link *link, const struct blockdex_answer *numbers, const void *payload) {
     struct claim claim;
     if (!server_link_claim(link, numbers->payload_bytes, &claim)) return false;
-    memcpy(claim.payload, payload, numbers->payload_bytes);
+    if (numbers->payload_bytes) memcpy(claim.payload, payload, numbers->payload_bytes);
     struct blockdex_answer answer = *numbers;
     answer.payload_offset = claim.offset;
     answer.payload_end = claim.end;
@@ -115,7 +115,7 @@ bool server_link_answer(struct server_link *link, struct blockdex_answer numbers
     if (!left) return false;
     left->next = NULL;
     left->numbers = numbers;
-    memcpy(left->payload, payload, bytes);
+    if (bytes) memcpy(left->payload, payload, bytes);
     *link->last_unwritten = left;
     link->last_unwritten = &left->next;
     return true;

@@ -67,7 +67,7 @@ static PyObject *server_link_new(PyTypeObject *type, PyObject *arguments, PyObje
 static void server_link_dealloc(struct server_link_object *self) {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
     server_link_close(&self->link);
-    for (size_t place = 0; place < MAX_REGIONS; place++) Py_XDECREF((PyObject *)self->link.regions.places[place].owner);
+    for (size_t entry = 0; entry < MAX_REGIONS; entry++) Py_XDECREF((PyObject *)self->link.regions.table[entry].owner);
     if (self->memory.obj) PyBuffer_Release(&self->memory);
     freefunc deallocate = (freefunc)PyType_GetSlot(type, Py_tp_free);
     deallocate(self);
