@@ -42,7 +42,7 @@ $(STAMP): $(RUNS)
 	touch $@
 
 # Installing compiles it; from then on it follows its sources.
-$(NATIVE): $(RUNS) $(wildcard service/blockdex/csrc/* service/blockdex/csrc/*/*) service/blockdex/ring/include/blockdex_ring.h
+$(NATIVE): $(RUNS) $(wildcard service/blockdex/csrc/* service/blockdex/csrc/*/* service/blockdex/ring/include/*.h)
 	$(BIN)/python service/blockdex/csrc/compile.py
 	touch $@
 

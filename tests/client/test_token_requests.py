@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -93,9 +94,11 @@ def test_no_reference_is_lost_or_kept(name: str) -> None:
     layers = [known._sequences[sequence] for sequence in IDS]
     held = [KEYS, QUERIES, IDS, IDS[0], IDS[1], LENGTHS, *layers, known._sequences, _native.TokenRequest]
     USES[name](known)
+    gc.collect()  # What earlier tests have left would go in between.
     before = [sys.getrefcount(each) for each in held]
     for _ in range(50):
         USES[name](known)
+    gc.collect()
     assert [sys.getrefcount(each) for each in held] == before
 
 

@@ -106,7 +106,6 @@ MUTANTS = (
         "",
         _STRESS,
     ),
-    Mutant("a wait that is woken for nothing has no end", _CLIENT, " || blockdex_now() > until;", ";", _CONNECTION),
     Mutant(
         "nobody notices that the server is gone",
         _CLIENT,

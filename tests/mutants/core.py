@@ -114,8 +114,8 @@ MUTANTS = (
     Mutant(
         "a tensor has two sources",
         "csrc/core/request.c",
-        "if (has_regions && queries + queries_bytes < bytes)",
-        "if (has_regions && queries + queries_bytes < bytes) return true; else if (false)",
+        "if (has_regions && at.bytes < bytes)",
+        "if (has_regions && at.bytes < bytes) return true; else if (false)",
         _REGIONS,
     ),
     Mutant(

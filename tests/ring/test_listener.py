@@ -17,7 +17,7 @@ import pytest
 from blockdex.contract.errors import UnavailableError
 from blockdex.ring import control_channel as talk
 from blockdex.ring import handshake as handover
-from blockdex.ring.events import Event, SequencesEvicted
+from blockdex.ring.events import Event, NewEpoch, SequencesEvicted, event_of
 from blockdex.ring.handshake import Handles, take
 from blockdex.ring.layout import GREETING_STRUCT, HELLO_STRUCT, MAGIC, VERSION
 from blockdex.ring.segment import RingError, Segment, Sizes
@@ -54,12 +54,12 @@ def no_file_left() -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def linked(run: Hosted) -> AsyncIterator[tuple[socket.socket, Handles]]:
+async def linked(run: Hosted, tenant: str = "") -> AsyncIterator[tuple[socket.socket, Handles]]:
     """One more link."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
         connected.setblocking(False)
         await asyncio.get_running_loop().sock_connect(connected, run.address)
-        handles = await asyncio.wait_for(take(connected), TIMEOUT)
+        handles = await asyncio.wait_for(take(connected, tenant), TIMEOUT)
         try:
             yield connected, handles
         finally:
@@ -209,3 +209,41 @@ async def test_who_does_not_read_events_is_hung_up(
         assert "link broken" in caplog.text
         assert heard == events
         await run.ask(open_sequence(1))
+
+
+async def test_a_link_with_a_tenant_hears_of_its_own_sequences_alone() -> None:
+    async with hosted() as run, linked(run, "mine") as (connected, _):
+        await eventually(lambda: len(run.inbox._lines) == 2)
+        for event in (SequencesEvicted("theirs", [1]), SequencesEvicted("mine", [2]), NewEpoch(7)):
+            for line in run.inbox._lines:
+                line.tell(event)
+        control = await talk.ControlChannel.on(connected.dup())
+        heard = control.heard()
+        assert [event_of(await asyncio.wait_for(anext(heard), TIMEOUT)) for _ in range(2)] == [
+            SequencesEvicted("mine", [2]),
+            NewEpoch(7),
+        ]
+        control.hang_up()
+
+
+@pytest.mark.parametrize(
+    ("is_shared", "tenant", "comes_in"), [(False, "t", False), (True, "", False), (True, "t", True)]
+)
+async def test_another_user_comes_in_by_a_shared_socket_with_a_tenant(
+    monkeypatch: pytest.MonkeyPatch, is_shared: bool, tenant: str, comes_in: bool
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        credentials = handover._CREDENTIALS.pack(os.getpid(), os.getuid() + 1, 1)
+        monkeypatch.setattr(socket.socket, "getsockopt", lambda *asked: credentials)
+        offered = asyncio.create_task(handover.offer(ours, Sizes(4, 4096, 4096), 1, is_shared))
+        theirs.send(HELLO_STRUCT.pack(MAGIC, VERSION, len(tenant)) + tenant.encode())
+        if not comes_in:
+            with pytest.raises(RingError, match="link: user"):
+                await offered
+            return
+        handles = await offered
+        assert handles.tenant == tenant
+        handles.close()
