@@ -57,7 +57,7 @@ def test_counts_of_a_server_that_began_anew_begin_at_nothing() -> None:
     """What was counted before is more than what is counted now: nothing took less than no time."""
     between = difference(parse(AFTER), parse(BEFORE))
     assert between["counters"]['blockdex_requests_total{code="OK",rpc="AppendKeys"}'] == 5.0
-    plan = between["histograms"]['blockdex_stage_seconds{phase="decode",stage="plan"}']
+    plan = between["histograms"]['blockdex_stage_duration_seconds{phase="decode",stage="plan"}']
     assert plan["count"] == 10
     assert plan["mean"] == pytest.approx(0.0005)
     assert 0 < plan["p50"] < plan["p99"] <= 0.001
@@ -65,11 +65,23 @@ def test_counts_of_a_server_that_began_anew_begin_at_nothing() -> None:
 
 
 def test_a_server_that_began_anew_may_have_counted_more_by_now() -> None:
-    start = "# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds "
-    between = difference(parse(BEFORE + start + "10.0\n"), parse(AFTER + start + "11.0\n"))
+    between = difference(parse(BEFORE + _started(10, 10)), parse(AFTER + _started(11, 11)))
     assert between["counters"]['blockdex_requests_total{code="OK",rpc="AppendKeys"}'] == 25.0
-    plan = between["histograms"]['blockdex_stage_seconds{phase="decode",stage="plan"}']
+    plan = between["histograms"]['blockdex_stage_duration_seconds{phase="decode",stage="plan"}']
     assert (plan["count"], plan["mean"]) == (30, pytest.approx(0.0015))
+
+
+def test_a_frontend_that_began_anew_is_no_other_server() -> None:
+    between = difference(parse(AFTER + _started(10, 10)), parse(AFTER + _started(10, 11)))
+    assert not between["counters"]
+
+
+def _started(supervisor: float, frontend: float) -> str:
+    return (
+        "# TYPE process_start_time_seconds gauge\n"
+        f'process_start_time_seconds{{process="supervisor"}} {supervisor}\n'
+        f'process_start_time_seconds{{process="frontend-0"}} {frontend}\n'
+    )
 
 
 def test_nothing_that_listens_is_told_in_one_line() -> None:

@@ -14,6 +14,8 @@ _TYPE = re.compile(r"^# TYPE (\S+) (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _PREFIX = "blockdex_"
 _PROCESS_START = "process_start_time_seconds"
+_WHOLE_SERVER = ("server", "supervisor")
+"""Processes with which a server begins and ends; its core and its frontends are started anew beside them."""
 
 
 class MetricsError(Exception):
@@ -58,7 +60,7 @@ def parse(text: str) -> Snapshot:
     kinds = dict(_TYPE.findall(text))
     snapshot = Snapshot()
     for name, labels, value in _SAMPLE.findall(text):
-        if name == _PROCESS_START:
+        if name == _PROCESS_START and dict(_LABEL.findall(labels)).get("process") in _WHOLE_SERVER:
             snapshot.process_start = float(value)
         if not name.startswith(_PREFIX):
             continue
