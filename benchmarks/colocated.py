@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -144,6 +144,16 @@ def plot(rows: Sequence[Row], kernels_us: float, title: str, path: Path) -> None
     figure.savefig(path, dpi=130)
 
 
+def _facts(device: str) -> dict[str, Any]:
+    """Where and with what this is measured; asked for once nothing is measured any more."""
+    packages = ("blockdex", "grpcio", "protobuf", "numpy", "torch")
+    if not device.startswith("cuda"):
+        return environment(*packages)
+    import torch  # noqa: PLC0415 - an engine on a CPU has no use for it
+
+    return environment(*packages, "triton", device=torch.device(device))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,11 +169,12 @@ def main() -> None:
     shape = f"{options.sequences} sequences at {options.tokens} tokens, {options.layers} layers"
     title = f"AppendAndSelect from the same host: {shape} ({len(os.sched_getaffinity(0))} cores)"
     show(rows, kernels_us, title)
-    facts = environment("blockdex", "grpcio", "protobuf", "numpy", "torch")
+    facts = _facts(options.device)
     asked = {name: value for name, value in vars(options).items() if name != "output"}
     result = {**facts, **asked, "kernels_us": kernels_us, "rows": [asdict(row) for row in rows]}
     options.output.mkdir(parents=True, exist_ok=True)
-    name = f"colocated-{slug(options.device)}"
+    device = facts["machine"]["gpu"]["name"] if "gpu" in facts["machine"] else "cpu"
+    name = f"colocated-{slug(device)}"
     (options.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     plot(rows, kernels_us, title, options.output / f"{name}.png")
 

@@ -47,6 +47,12 @@ def _ring_cells(row: Row) -> Iterator[str]:
         yield f"{row[name]:.2f}"
 
 
+def _colocated_cells(row: Row) -> Iterator[str]:
+    yield row["transport"]
+    yield from (f"{row[name]:,.0f}" for name in ("call_p50_us", "call_p99_us"))
+    yield from (f"{row[name]:,.2f}" for name in ("step_p50_ms", "step_p99_ms"))
+
+
 def _cpu_kernels_cells(row: Row) -> Iterator[str]:
     yield from (str(row["sequences"]), str(row["queries"]), f"{row['tokens']:,}", row["key_dtype"])
     yield f"{row['ours_ms']:.2f}"
@@ -108,6 +114,14 @@ SECTIONS = {
         "walked round. Targets are for one H200 with 16 cores; a CPU runs smaller shapes and has none.",
         ("figure", "measured", "target", "met", "made of"),
         lambda row: iter(service_figures.cells(row)),
+    ),
+    "colocated": Section(
+        "An engine on the server's host, over each transport",
+        "AppendAndSelect of one token of each of 8 sequences of 8,192 tokens by the Python client of an engine beside\n"
+        "its server, one layer a call and one way after the other: microseconds of a call, and milliseconds of a step\n"
+        "of all layers.",
+        ("transport", "call p50", "call p99", "step p50", "step p99"),
+        _colocated_cells,
     ),
     "ring": Section(
         "Several processes, beside one",

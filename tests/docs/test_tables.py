@@ -135,14 +135,13 @@ def test_what_it_saves() -> None:
 
 
 def test_what_it_costs() -> None:
-    result = json.loads((ROOT / "benchmarks" / "results" / "service-h200.json").read_text(encoding="utf-8"))
-    measured = {row["name"]: row["measured"] * {"us": 1, "ms": 1000}.get(row["unit"], 0) for row in result["rows"]}
-    names = ("step in the core, 8 sequences at 8,192", "AppendAndSelect over a stream", "AppendAndSelect unary")
+    result = json.loads((ROOT / "benchmarks" / "results" / "colocated-cuda.json").read_text(encoding="utf-8"))
+    kernels, by_way = result["kernels_us"], {row["transport"]: row for row in result["rows"]}
+    expected = [(kernels, kernels * result["layers"] / 1000)]
+    expected += [(by_way[way]["call_p50_us"], by_way[way]["step_p50_ms"]) for way in ("ring", "stream", "unary")]
     told = _page("index.md").partition("## What it costs")[2]
-    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", told, re.MULTILINE)[:3]
-    for (_, call, layers), name in zip(rows, names, strict=True):
-        microseconds = measured[f"{name}, p50"]
-        assert (call, layers) == (f"{microseconds:.0f} us", f"{microseconds * IndexSpec().num_layers / 1000:.1f} ms")
+    rows = re.findall(r"^\| (.+) \| (.+) us \| (.+) ms \|$", told, re.MULTILINE)
+    assert [row[1:] for row in rows] == [(f"{call:.0f}", f"{layers:.1f}") for call, layers in expected]
 
 
 def test_the_plan_is_what_the_calculator_prints(capsys: pytest.CaptureFixture[str]) -> None:
