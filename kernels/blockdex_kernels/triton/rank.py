@@ -260,9 +260,7 @@ def _signal(address, number, arrived, FENCE: tl.constexpr):
                 tl.store(address.to(tl.pointer_type(tl.int64)), number, mask=address != 0)
 
 
-@triton.jit(
-    do_not_specialize=["heads", "one"], do_not_specialize_on_alignment=["positions", "wants", "targets", "signals"]
-)
+@triton.jit(do_not_specialize=["heads", "one"], do_not_specialize_on_alignment=["positions", "wants", "targets"])
 def _rank_kernel(
     scores,
     positions,
