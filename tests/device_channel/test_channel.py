@@ -499,7 +499,7 @@ async def test_bad_calls(run: Hosted, channel: DeviceChannel, case: str) -> None
     with pytest.raises(ValueError, match=message):
         channel.select_blocks(**call)
     channel.check()
-    assert channel._memory.segment.counters[AT["requests_written"] // 8] == 0
+    assert channel._memory.segment.counters[AT["requests_written"] // 8] % (1 << 32) == 0
 
 
 @pytest.mark.parametrize(

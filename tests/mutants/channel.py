@@ -62,6 +62,7 @@ MUTANTS = (
     Mutant("the host is not told", _KERNELS, "    if error != dead:\n", "    if error < dead:\n", _IN_KERNELS),
     Mutant("a dead channel asks", _KERNELS, "    if dead == 0:", "    if dead >= 0:", _IN_KERNELS),
     # --- The client ---
+    Mutant("numbers begin anew", _CHANNEL, "_GENERATION = 1 << 32", "_GENERATION = 0", _IN_CHANNEL),
     Mutant("the watcher sees nothing", _CONNECTION, "            self._lost()\n", "", _IN_CHANNEL),
     Mutant("any dtype", _CALLS, "        if tensor.dtype != torch.bfloat16:", "        if False:", _IN_CHANNEL),
     Mutant("any strides", _CALLS, "    if not tensor.is_contiguous():", "    if False:", _IN_CHANNEL),
@@ -129,21 +130,11 @@ MUTANTS = (
         _IN_CORE,
     ),
     Mutant(
-        "no step signals",
+        "signalled when the step has ended",
         _LAUNCH,
-        "        if (!shape->num_addresses || !request->link->channel.on_device) continue;\n",
-        "        continue;\n",
+        "if (from->asked[asked].request->link->channel.on_device)",
+        "if (from->asked[asked].request->link->channel.bound < 0)",
         _IN_CORE,
-    ),
-    Mutant(
-        "nobody signals what a step has no room for",
-        _LAUNCH,
-        "if (request->link->channel.on_device && !request->signalled)",
-        "if (request->link->channel.on_device && request->signalled)",
-        _IN_CORE,
-    ),
-    Mutant(
-        "more signals than there is room for", _LAUNCH, " && signals < CORE_SIGNALS", " && signals < 1000", _IN_CORE
     ),
     Mutant("a signal that failed goes on", _LOOP, "core->no_memory || core->launch_error", "core->no_memory", _IN_CORE),
     Mutant(

@@ -25,6 +25,9 @@ from blockdex_kernels import IndexSpec
 MAX_TOKENS, MAX_ROWS = 512, 256
 """Of a call: what one step of a core holds."""
 
+_GENERATION = 1 << 32
+"""Numbers of requests go on so far behind the last one at each opening: a late answer has none of them."""
+
 
 class DeviceChannel:
     """Calls on torch CUDA tensors, which are enqueued on the current stream and return at once.
@@ -223,7 +226,7 @@ class DeviceChannel:
         connection = Connection(address, self._tenant, lambda: memory.kill(channel_layout.ENGINE_GONE))
         words = {"open_channel": memory.kind, "bytes": memory.size, "device": memory.uuid}
         words |= {"epoch": epoch, "bound_seconds": self._bound_seconds}
-        written = memory.begin_anew()
+        written = memory.begin_anew(_GENERATION)
         try:
             answer = connection.ask(words, [memory.segment.fd, memory.fd])
         except BaseException:

@@ -111,13 +111,16 @@ class ChannelMemory:
         begin = segment.answer_arena_offset + numbers.payload_offset
         return read_error(numbers, np.frombuffer(segment.memory, np.uint8, numbers.payload_bytes, begin))
 
-    def begin_anew(self) -> int:
+    def begin_anew(self, skipped: int) -> int:
         """Takes up what earlier kernels left, none of which runs any more; the number of the last request.
 
-        Numbers go on from there, so that no late answer has one of those to come.
+        Args:
+            skipped: numbers that are left out, so that no late answer has one of those to come.
         """
         counters = self.segment.counters
-        written = counters[AT["requests_read"] // 8] = counters[AT["requests_written"] // 8]
+        written = counters[AT["requests_written"] // 8] + skipped
+        for name in ("requests_written", "requests_read"):
+            counters[AT[name] // 8] = written
         counters[AT["answers_read"] // 8] = counters[AT["answers_written"] // 8]
         counters[AT["answer_bytes_freed"] // 8] = 0
         return written
