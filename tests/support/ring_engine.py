@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ async def hosted(
                 task.cancel()
             await asyncio.gather(running, hosting, return_exceptions=True)
             engine.stop()
+            inbox.look_round()  # whose links are gone, and nobody else looks any more
+            os.close(inbox.nudge)
 
 
 class RunningOverRings(Running):

@@ -64,6 +64,7 @@ class RingHost:
         finally:
             for guest in self._guests:
                 guest.cancel()
+            await asyncio.gather(*self._guests, return_exceptions=True)
 
     async def _serve(self, connected: socket.socket) -> None:
         """One link, from its beginning to its end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import grpc
 import numpy as np
@@ -86,7 +87,8 @@ def test_get_info_says_what_is_served(tenant: Wire) -> None:
     assert all(choice.kernel and choice.reason for choice in info.kernels)
     assert info.version == __version__
     assert list(info.features) == [1, 2, 3, 4, 5, 6]
-    assert list(info.transports) == ["grpc"]
+    grpc_itself, ring = info.transports
+    assert grpc_itself == "grpc" and re.fullmatch("ring:/.+/ring", ring)
 
 
 def test_the_life_of_a_sequence(tenant: Wire, random: np.random.Generator) -> None:
