@@ -53,8 +53,12 @@ tools: ## Install what the tests run beside Python, where it is missing (as root
 demo: $(NATIVE) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda, KEY_DTYPE=bf16|fp8_e4m3)
 	$(BIN)/python -m examples.transformers_engine --device $(DEVICE) --key-dtype $(KEY_DTYPE)
 
+# Tests that compute and time nothing share the processors; what others time has them to itself.
+COMPUTING := tests/cache tests/csrc tests/examples tests/kernels
+
 test: $(STAMP) $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 $(COMPUTING)
+	$(BIN)/python -m pytest -m 'not slow' $(addprefix --ignore=,$(COMPUTING))
 
 test-all: $(STAMP) $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
 	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS)
