@@ -100,6 +100,10 @@ def _walk_imports(module: Module, types_too: bool) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{module.name}: imports are absolute"
+            inside = module.name.startswith("blockdex.")
+            assert not inside or node.module != "blockdex", (
+                f"{module.name}: the package leads to its clients, and round"
+            )
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 

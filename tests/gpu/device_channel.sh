@@ -6,13 +6,7 @@ python=${PYTHON:-python}
 out=${OUT:-.}
 log=$out/device_channel.log
 export PYTHONUNBUFFERED=1
-part() { # seconds, name, command
-    local seconds=$1 name=$2 began=$SECONDS
-    shift 2
-    echo "== $name" | tee -a "$log"
-    timeout -k 5 "$seconds" "$@" 2>&1 | tee -a "$log"
-    echo "== $name: ended with ${PIPESTATUS[0]} after $((SECONDS - began)) s" | tee -a "$log"
-}
+. "$(dirname "$0")/part.sh"
 tests() { "$python" -m pytest -q -s --timeout=80 -p no:cacheprovider "$@"; }
 export -f tests
 export python

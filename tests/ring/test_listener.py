@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -102,6 +103,18 @@ async def test_files_that_run_out_end_no_link_and_let_others_in_later(caplog: py
             handles = await asyncio.wait_for(take(waiting), TIMEOUT)
             handles.close()
         assert not run.hosting.done() and run.there.is_set()
+
+
+async def test_nothing_is_left_of_links_when_who_lets_them_in_has_ended() -> None:
+    async with hosted():
+        pass
+    gc.collect()
+    before = files()
+    for _ in range(3):
+        async with hosted():
+            pass
+    gc.collect()
+    assert files() == before
 
 
 @pytest.mark.parametrize("left", range(1, 8))

@@ -68,12 +68,12 @@ def open_link(core: Core, info: Info, timeout: float, *, room_seconds: float = 2
     Raises:
         UnavailableError: it offers no ring, or cannot be reached over it (UNREACHABLE).
     """
-    from blockdex import _native  # noqa: PLC0415 - not in every install
+    import blockdex._native as native  # noqa: PLC0415 - not in every install
 
     path = socket_to(core, info)
     spins = len(os.sched_getaffinity(0)) >= _SPINNING_CORES
     try:
-        return _native.RingConnection(
+        return native.RingConnection(
             path,
             core.tenant,
             timeout,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from blockdex import _native as native
+import blockdex._native as native
 from blockdex.cache import TABLE_ROW, IndexCache, PageCopy
 from blockdex.contract.errors import InternalError, Reason
 from blockdex.contract.messages import CacheOverview, Info, Limits
