@@ -437,7 +437,7 @@ async def test_who_goes_while_it_connects_harms_nobody() -> None:
             await asyncio.sleep(seconds)
             connected.close()
         await run.ask(open_sequence(1))
-        await eventually(lambda: len(run.inbox._lines) == 1)
+        await eventually(lambda: len(run.inbox._links) == 1)
 
 
 async def test_a_stranger_s_greeting_is_refused() -> None:

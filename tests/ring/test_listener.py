@@ -197,7 +197,7 @@ async def test_who_asks_and_does_not_read_is_hung_up(
         questions = 200 * (len(question).to_bytes(4, "little") + question)
         await asyncio.get_running_loop().sock_sendall(connected, questions)
         await eventually(lambda: "link broken" in caplog.text)
-        await eventually(lambda: len(run.inbox._lines) == 1)
+        await eventually(lambda: len(run.inbox._links) == 1)
         await run.ask(open_sequence(1))
         read = 0
         with contextlib.suppress(ConnectionError):
@@ -213,12 +213,12 @@ async def test_who_does_not_read_events_is_hung_up(
     async with hosted() as run, linked(run):
         heard: list[Event] = []
         run.channel.tell_events(heard.append)
-        await eventually(lambda: len(run.inbox._lines) == 2)
+        await eventually(lambda: len(run.inbox._links) == 2)
         events = [SequencesEvicted("t", [sequence, *range(1024)]) for sequence in range(500)]
         for event in events:
-            for line in run.inbox._lines:
-                line.tell(event)
-        await eventually(lambda: len(run.inbox._lines) == 1)
+            for link in run.inbox._links:
+                link.tell(event)
+        await eventually(lambda: len(run.inbox._links) == 1)
         assert "link broken" in caplog.text
         await eventually(lambda: len(heard) == len(events))
         assert heard == events
@@ -227,10 +227,10 @@ async def test_who_does_not_read_events_is_hung_up(
 
 async def test_a_link_with_a_tenant_hears_of_its_own_sequences_alone() -> None:
     async with hosted() as run, linked(run, "mine") as (connected, _):
-        await eventually(lambda: len(run.inbox._lines) == 2)
+        await eventually(lambda: len(run.inbox._links) == 2)
         for event in (SequencesEvicted("theirs", [1]), SequencesEvicted("mine", [2]), NewEpoch(7)):
-            for line in run.inbox._lines:
-                line.tell(event)
+            for link in run.inbox._links:
+                link.tell(event)
         control = await talk.ControlChannel.on(connected.dup())
         heard = control.heard()
         assert [event_of(await asyncio.wait_for(anext(heard), TIMEOUT)) for _ in range(2)] == [

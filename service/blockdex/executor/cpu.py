@@ -69,9 +69,9 @@ class CpuExecutor(Executor):
         """See `Executor.step_buffers`."""
         return self._step_buffers
 
-    def run_step_buffer(self, room: int, runs: int, tokens: int) -> None:
+    def run_step_buffer(self, number: int, runs: int, tokens: int) -> None:
         """See `Executor.run_step_buffer`."""
-        spec, buffer = self.backend.spec, self._step_buffers[room]
+        spec, buffer = self.backend.spec, self._step_buffers[number]
         head_dim, heads = spec.head_dim, spec.num_index_heads
         columns = np.frombuffer(buffer.host, np.int32, COLUMNS * runs).reshape(COLUMNS, runs).copy()
         keys_at = keys_offset(runs)

@@ -139,13 +139,13 @@ class StepBuffer:
 
 
 class Replay(NamedTuple):
-    """A step that is captured, in each of the rooms: launched, it does what stands there. R and T are padded.
+    """A step that is captured, in each of the step buffers: launched, it does what stands there. R and T are padded.
 
     Attributes:
         runs: R; those that are not there have length 0.
         length: tokens of the longest; T is R times that.
         width: blocks that no run exceeds.
-        programs: CUgraphExec of each room, as numbers.
+        programs: CUgraphExec of each step buffer, as numbers.
     """
 
     runs: int
@@ -284,21 +284,21 @@ class Executor(ABC):
 
     @property
     def replays(self) -> Replays | None:
-        """What of the steps in rooms is captured, as of now; None where `run_step_buffer` runs them."""
+        """What of the steps in step buffers is captured, as of now; None where `run_step_buffer` runs them."""
         return None
 
-    def run_step_buffer(self, room: int, runs: int, tokens: int) -> None:
-        """Runs a step that was made in a room to its end, where nothing is captured.
+    def run_step_buffer(self, number: int, runs: int, tokens: int) -> None:
+        """Runs a step that was made in a step buffer to its end, where nothing is captured.
 
         Args:
-            room: its number.
+            number: of the step buffer.
             runs: R.
             tokens: T.
         """
         raise NotImplementedError
 
     def check(self, began: float) -> None:
-        """Asks after a step in a room that is not done.
+        """Asks after a step in a step buffer that is not done.
 
         Args:
             began: `time.monotonic` seconds of its launch.
@@ -319,7 +319,7 @@ class Executor(ABC):
 
 
 def step_buffer_bytes(spec: IndexSpec) -> int:
-    """Bytes of the largest step that a room holds."""
+    """Bytes of the largest step that a step buffer holds."""
     rows = 2 * MAX_TOKENS * spec.head_dim * (1 + spec.num_index_heads)
     return keys_offset(MAX_RUNS) + rows + 8 * addresses_of(spec, MAX_TOKENS)
 
@@ -335,7 +335,7 @@ def keys_offset(runs: int) -> int:
 
 
 def step_buffer_ids(spec: IndexSpec) -> int:
-    """Block ids of the largest step that a room holds."""
+    """Block ids of the largest step that a step buffer holds."""
     return MAX_TOKENS * spec.num_index_heads * spec.topk
 
 

@@ -52,7 +52,7 @@ class LinkChannels:
         self._epoch = epoch
         self._tenant = tenant
         self._hang_up = hang_up
-        self._lines: dict[int, ServerLink] = {}
+        self._links: dict[int, ServerLink] = {}
         self._closed: dict[int, Future[None]] = {}
         self._opened = 0
 
@@ -76,8 +76,8 @@ class LinkChannels:
 
     def drop(self) -> None:
         """Takes no more requests of any of them."""
-        while self._lines:
-            self._inbox.drop(self._lines.popitem()[1])
+        while self._links:
+            self._inbox.drop(self._links.popitem()[1])
 
     async def _open(self, kind: object, words: Words, files: Sequence[int]) -> Words:
         bound, epoch = words.get("bound_seconds"), self._epoch()
@@ -97,14 +97,14 @@ class LinkChannels:
         region = await open_offer(self._open_region, kind, words, files[1:], MAX_LINK_BYTES)
         handles = _handles_of(files[0], self._tenant)
         try:
-            line = ServerLink(handles, self._hang_up, lambda _: None)
-            memory = line.native.make_channel(region, float(bound), epoch)
+            link = ServerLink(handles, self._hang_up, lambda _: None)
+            memory = link.native.make_channel(region, float(bound), epoch)
         except ValueError as error:
             handles.close()
             raise _refused(str(error)) from None
         self._opened += 1
-        self._lines[self._opened], self._closed[self._opened] = line, region.closed
-        self._inbox.add(line)
+        self._links[self._opened], self._closed[self._opened] = link, region.closed
+        self._inbox.add(link)
         return {"channel": self._opened, "region": memory}
 
     async def _close(self, number: int) -> None:
@@ -112,8 +112,8 @@ class LinkChannels:
         closed = self._closed.get(number)
         if closed is None:
             raise _refused(f"the link has none of number {number}")
-        if number in self._lines:
-            self._inbox.drop(self._lines.pop(number))
+        if number in self._links:
+            self._inbox.drop(self._links.pop(number))
         try:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(closed)), _END_SECONDS)
         except TimeoutError:

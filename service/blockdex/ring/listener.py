@@ -82,12 +82,12 @@ class RingHost:
             loop.call_soon_threadsafe(talk.hang_up)
 
         events = EventQueue(loop)
-        line = ServerLink(handles, hang_up, events.put)
-        regions = LinkRegions(self._engine.open_region, self._inbox, line)
+        link = ServerLink(handles, hang_up, events.put)
+        regions = LinkRegions(self._engine.open_region, self._inbox, link)
         channels = LinkChannels(
             self._engine.open_region, self._inbox, lambda: self._engine.info().epoch, handles.tenant, hang_up
         )
-        self._inbox.add(line)
+        self._inbox.add(link)
         try:
             async with asyncio.TaskGroup() as tasks:
                 telling = tasks.create_task(_tell_of(events, talk, handles.tenant))
@@ -101,7 +101,7 @@ class RingHost:
         except* ConnectionError:
             pass  # it went without what it was told
         finally:
-            self._inbox.drop(line)
+            self._inbox.drop(link)
             channels.drop()
             talk.hang_up()
 

@@ -50,7 +50,7 @@ class RingInbox:
         self.nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.spin_seconds = spin_seconds
         self._core: Core | None = None
-        self._lines: list[ServerLink] = []
+        self._links: list[ServerLink] = []
         self._arrivals: queue.SimpleQueue[ServerLink] = queue.SimpleQueue()
         self._errands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._given_back: list[tuple[ServerLink, int]] = []
@@ -59,16 +59,16 @@ class RingInbox:
         """Serves links with a core from now on; before the first one comes."""
         self._core = core
 
-    def add(self, line: ServerLink) -> None:
+    def add(self, link: ServerLink) -> None:
         """Takes requests of a client from now on."""
         assert self._core is not None
-        self._arrivals.put(line)
+        self._arrivals.put(link)
         self._core.notice()
 
-    def drop(self, line: ServerLink) -> None:
+    def drop(self, link: ServerLink) -> None:
         """Takes no more requests of a client that is gone, and gives up those that it sent."""
         assert self._core is not None
-        line.gone = True
+        link.gone = True
         self._core.notice()
 
     def do(self, errand: Callable[[], None]) -> None:
@@ -77,39 +77,39 @@ class RingInbox:
         self._errands.put(errand)
         self._core.notice()
 
-    def give_back(self, line: ServerLink, region: int) -> None:
+    def give_back(self, link: ServerLink, region: int) -> None:
         """Has no request name a region any more, and lets go of it when none uses it; on the engine's thread."""
-        self._given_back.append((line, region))
+        self._given_back.append((link, region))
 
     def look_round(self) -> None:
         """Hands the core the links that have come, and takes those back that are gone, and regions likewise."""
         assert self._core is not None
         with contextlib.suppress(queue.Empty):
             while True:
-                line = self._arrivals.get_nowait()
-                self._lines.append(line)
-                self._core.add(line.native)
+                link = self._arrivals.get_nowait()
+                self._links.append(link)
+                self._core.add(link.native)
         with contextlib.suppress(queue.Empty):
             while True:
                 self._errands.get_nowait()()
         self._given_back = [each for each in self._given_back if not each[0].native.give_back(each[1])]
-        for line in [line for line in self._lines if line.gone]:
-            self._lines.remove(line)
-            self._core.drop(line.native)
-            line.handles.close()
+        for link in [link for link in self._links if link.gone]:
+            self._links.remove(link)
+            self._core.drop(link.native)
+            link.handles.close()
 
     def tell(self, event: Event) -> None:
         """Tells the clients of all links of an event, those included that have only just come."""
         self.look_round()
-        for line in self._lines:
-            line.tell(event)
+        for link in self._links:
+            link.tell(event)
 
     def break_off(self) -> None:
         """Ends the links whose clients wrote what cannot be."""
         assert self._core is not None
         while (broken := self._core.take_broken()) is not None:
             native, why = broken
-            line = next(line for line in self._lines if line.native is native)
-            line.hang_up(RingError(why))
-            line.gone = True
+            link = next(link for link in self._links if link.native is native)
+            link.hang_up(RingError(why))
+            link.gone = True
         self.look_round()

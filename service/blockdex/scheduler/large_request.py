@@ -121,15 +121,15 @@ class LargeRequest:
     @classmethod
     def of(cls, item: tuple[Any, ...]) -> LargeRequest:
         """The request of an item as `Core.take` hands it over."""
-        number, _, layer, parts, tenant, line, keys_dtype, keys, queries_dtype, queries, *rest = item
+        number, _, layer, parts, tenant, link, keys_dtype, keys, queries_dtype, queries, *rest = item
         block_ids, scores, first_head, num_heads, order, flags = rest
         return cls(
             number,
             layer,
             Rows.of(parts),
             tenant,
-            _tensor(line.memory, keys_dtype, keys),
-            _tensor(line.memory, queries_dtype, queries),
+            _tensor(link.memory, keys_dtype, keys),
+            _tensor(link.memory, queries_dtype, queries),
             first_head,
             num_heads,
             layout.ORDERS[order - 1] if queries_dtype else "ascending",
