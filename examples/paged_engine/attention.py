@@ -46,7 +46,9 @@ def paged_attention(
         visible = torch.arange(length, device=query.device) <= paged_cache.batch.positions[span, None]
         if block_indices is not None:
             # A kernel reads the selected blocks alone; here the others are masked.
-            selected = _tokens_of(block_indices[0, :, span], len(table), module.config.index_block_size)[..., :length]
+            selected = selected_tokens(block_indices[0, :, span], len(table), module.config.index_block_size)[
+                ..., :length
+            ]
             visible = (visible & selected).repeat_interleave(query.shape[1] // selected.shape[0], dim=0)
         outputs.append(
             nn.functional.scaled_dot_product_attention(
@@ -56,7 +58,7 @@ def paged_attention(
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
 
 
-def _tokens_of(block_ids: torch.Tensor, num_blocks: int, block_size: int) -> torch.Tensor:
+def selected_tokens(block_ids: torch.Tensor, num_blocks: int, block_size: int) -> torch.Tensor:
     """Which tokens lie in the blocks: bool `[heads, queries, num_blocks * block_size]` of `[heads, queries, topk]`."""
     selected = torch.zeros(*block_ids.shape[:2], num_blocks + 1, dtype=torch.bool, device=block_ids.device)
     # Unused places go to a column of their own, which is dropped.
