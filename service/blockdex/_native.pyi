@@ -517,6 +517,8 @@ class RequestMaker:
         return_scores: object,
         wait_for_keys: bool,
         rollback: bool,
+        pool_id: int,
+        ids: object,
         /,
     ) -> TokenRequest: ...
 

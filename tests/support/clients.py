@@ -18,7 +18,7 @@ from blockdex import _native
 from blockdex.client import plain_codec
 from blockdex.client.kinds import APPEND_KEYS, SELECT_BLOCKS
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import TokenRequest
+from blockdex.client.requests import NO_POOL, TokenRequest
 from blockdex.contract.messages import CacheUsage, Limits
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
@@ -71,6 +71,7 @@ def some_info(num_layers: int = 57) -> blockdex.Info:
             page_bytes=0,
             sequences=0,
             evictions=0,
+            pools=0,
         ),
         epoch=17,
         device="cpu",
@@ -89,14 +90,18 @@ def append_of(
     keys = np.zeros((np.sum(rows), 128), np.float32) if keys is None else keys
     revisions, rollback = others.pop("revisions", None), others.pop("rollback", False)
     selection = (None, 0, 0, "ascending", False, False)
-    return ledger.make(APPEND_KEYS.number, layer, sequences, rows, start, revisions, None, keys, *selection, rollback)
+    return ledger.make(
+        APPEND_KEYS.number, layer, sequences, rows, start, revisions, None, keys, *selection, rollback, *NO_POOL
+    )
 
 
 def selection_of(ledger: Ledger, layer: int, sequences: Any, rows: Any) -> TokenRequest:
     """A SelectBlocks without starts, not sent."""
     queries = np.zeros((np.sum(rows), 4, 128), np.float32)
     selection = (queries, 0, 0, "ascending", False, False)
-    return ledger.make(SELECT_BLOCKS.number, layer, sequences, rows, None, None, None, None, *selection, False)
+    return ledger.make(
+        SELECT_BLOCKS.number, layer, sequences, rows, None, None, None, None, *selection, False, *NO_POOL
+    )
 
 
 def starts_of(request: TokenRequest) -> list[int]:

@@ -284,6 +284,7 @@ class IndexCache:
             page_bytes=self.spec.bytes_per_page,
             sequences=len(self._sequences),
             evictions=self._evictions,
+            pools=0,
         )
 
     def overview(self, max_cells: int) -> CacheOverview:
