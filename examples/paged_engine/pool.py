@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -56,12 +57,19 @@ class IndexPool:
         num_heads = queries.shape[1] // len(self._ranks)
 
         def ask(rank: int) -> torch.Tensor:
-            spans = {"rows": batch.rows, "starts": batch.starts, "lengths": batch.lengths, "revision": batch.step}
-            heads = {"first_head": rank * num_heads, "num_heads": num_heads}
-            own = queries[:, rank * num_heads : (rank + 1) * num_heads]
-            if rank == 0:
-                return self._ranks[rank].append_and_select(layer, keys=keys, queries=own, **spans, **heads)
-            return self._ranks[rank].select_blocks(layer, queries=own, **spans, **heads)
+            pool, first_head = self._ranks[rank], rank * num_heads
+            own = queries[:, first_head : first_head + num_heads]
+            call = pool.select_blocks if rank else partial(pool.append_and_select, keys=keys)
+            return call(
+                layer,
+                rows=batch.rows,
+                starts=batch.starts,
+                lengths=batch.lengths,
+                queries=own,
+                first_head=first_head,
+                num_heads=num_heads,
+                revision=batch.step,
+            )
 
         # The last rank first, so that the others do wait for the first one's keys.
         answers = list(self._threads.map(ask, reversed(range(len(self._ranks)))))

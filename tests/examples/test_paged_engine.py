@@ -81,7 +81,7 @@ def test_the_tokens_are_the_same_on_a_pool(transport: Transport, model_server: S
     assert run.counts["selections compared"] % 12 == 0
     assert run.counts["selections that leave blocks out"] > run.counts["selections compared"] / 2
     with blockdex.Client(model_server.grpc_address) as client:
-        assert client.stats().cache.pages_used == 0
+        assert client.info().cache.pages_used == 0
 
 
 def test_the_demo_prints_what_it_met(capsys: pytest.CaptureFixture[str]) -> None:

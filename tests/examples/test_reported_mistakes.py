@@ -34,7 +34,7 @@ class PagedKeys:
     def set_table(self, row: int, pages: list[int]) -> None:
         """The row's block table from now on, cells behind it left as they are."""
         self.tables[row] = pages
-        self.pool.set_page_tables([row], [pages])
+        self.pool.set_page_tables(row, pages)
 
     def fill(self, row: int, start: int, length: int) -> None:
         """Appends keys."""
@@ -151,7 +151,7 @@ def test_minus_one_is_no_block_and_no_page(paged: PagedKeys) -> None:
     assert (read.sum(-1) == BLOCK * torch.tensor([1] * BLOCK + [2])).all()
 
     with pytest.raises(blockdex.InvalidArgumentError, match="-1"):
-        paged.pool.set_page_tables([0], [[6, -1]])
+        paged.pool.set_page_tables(0, [6, -1])
     paged.step([0], [BLOCK + 1], [1])
 
 
