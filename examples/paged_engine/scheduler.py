@@ -77,7 +77,6 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.counts["preemptions"] += 1
         self.counts["tokens computed again"] += request.num_computed
-        request.drafts = []
         self.finish(request)
         self.waiting.appendleft(request)
 
