@@ -111,18 +111,21 @@ def starts_of(request: TokenRequest) -> list[int]:
 
 
 class _Awaited:
-    """An asyncio client whose calls are run to their end on a loop of its own."""
+    """An asyncio client, or a pool of one, whose calls are run to their end on a loop of its own."""
 
-    def __init__(self, client: blockdex.AsyncClient, executor: asyncio.Runner) -> None:
-        self._client = client
+    def __init__(self, awaited: blockdex.AsyncClient | blockdex.AsyncPool, executor: asyncio.Runner) -> None:
+        self._awaited = awaited
         self._executor = executor
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
-        return functools.partial(self._run, method) if asyncio.iscoroutinefunction(method) else method
+        attribute = getattr(self._awaited, name)
+        return functools.partial(self._run, attribute) if callable(attribute) else attribute
 
     def _run(self, method: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._executor.run(method(*args, **kwargs))
+        answer = method(*args, **kwargs)
+        if asyncio.iscoroutine(answer):
+            answer = self._executor.run(answer)
+        return _Awaited(answer, self._executor) if isinstance(answer, blockdex.AsyncPool) else answer
 
 
 @contextlib.contextmanager

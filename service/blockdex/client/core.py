@@ -265,7 +265,7 @@ class Core:
         )
         runs, pages = len(request.rows), len(request.page_ids)
         if len(request.first_blocks) == 1:
-            request.first_blocks.extend([request.first_blocks[0]] * (runs - 1))
+            request.first_blocks[:] = [request.first_blocks[0]] * runs
         if counts is not None:
             request.counts.extend(column("counts", counts))
         elif runs and pages % runs == 0:
