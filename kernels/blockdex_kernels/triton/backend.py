@@ -80,7 +80,7 @@ class TritonBackend(Backend):
         *,
         reason: str,
         fp8_scoring: Fp8Scoring = "native",
-        prefill_kernel: PrefillKernel = "portable",
+        prefill_kernel: PrefillKernel = "hopper",
         score_bytes: int = SCORE_BYTES,
         pages: torch.Tensor | None = None,
     ) -> None:
