@@ -164,7 +164,8 @@ async def follow(steps: list[Any], random: np.random.Generator) -> None:
         for number, (name, *what) in steps:
             model = models[number]
             if name == "settle":
-                await asyncio.gather(*(sent for _, sent in in_flight[-3:]), return_exceptions=True)
+                ended = (sent for expected, sent in in_flight[-3:] if not expected.waits_for)
+                await asyncio.gather(*ended, return_exceptions=True)
             elif name == "set":
                 send(model.set(*what))
             else:
