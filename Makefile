@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 NATIVE := service/blockdex/_native.abi3.so
-FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/csrc/*.[ch] examples/cpp_engine/*.cpp)
+FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/csrc/*.[ch] benchmarks/colocated/*.c examples/cpp_engine/*.cpp)
 
 # A torch that the machine already has (a CUDA build, say) is used as it is; otherwise exactly the constrained one comes.
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
