@@ -13,6 +13,7 @@ BROKEN: int
 MAX_RUNS: int
 MAX_TOKENS: int
 STEPS: int
+SIGNALS: int
 MAX_REGIONS: int
 
 class ServerLink:

@@ -130,11 +130,21 @@ MUTANTS = (
         _IN_CORE,
     ),
     Mutant(
-        "signalled when the step has ended",
+        "no step signals",
         _LAUNCH,
-        "if (from->asked[asked].request->link->channel.on_device)",
-        "if (from->asked[asked].request->link->channel.bound < 0)",
+        "        if (!shape->num_addresses || !request->link->channel.on_device) continue;\n",
+        "        continue;\n",
         _IN_CORE,
+    ),
+    Mutant(
+        "nobody signals what a step has no room for",
+        _LAUNCH,
+        "if (request->link->channel.on_device && !request->signalled)",
+        "if (request->link->channel.on_device && request->signalled)",
+        _IN_CORE,
+    ),
+    Mutant(
+        "more signals than there is room for", _LAUNCH, " && signals < CORE_SIGNALS", " && signals < 1000", _IN_CORE
     ),
     Mutant("a signal that failed goes on", _LOOP, "core->no_memory || core->launch_error", "core->no_memory", _IN_CORE),
     Mutant(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from blockdex._native import STEPS, Core
+from blockdex._native import SIGNALS, STEPS, Core
 from blockdex.cache import IndexCache, SequenceColumns
 from blockdex.contract.messages import KERNEL_PHASES, PHASES, STAGES, Limits
 from blockdex.contract.stats import SECONDS_BUCKETS, SIZE_BUCKETS, Histogram, Stats
+from blockdex.executor import interface
 from blockdex.executor.interface import Executor, Replays
 from blockdex.ring.server import RingInbox
 
@@ -43,7 +44,7 @@ def make_core(inbox: RingInbox, executor: Executor, limits: Limits, decode_queri
         size_bounds=SIZE_BUCKETS,
     )
     buffers = executor.step_buffers()
-    assert len(buffers) == STEPS
+    assert (len(buffers), interface.SIGNALS) == (STEPS, SIGNALS)
     for number, buffer in enumerate(buffers):
         core.set_step(number, buffer.host, buffer.block_ids, buffer.scores)
     if executor.replays is None:
