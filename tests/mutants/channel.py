@@ -46,8 +46,15 @@ MUTANTS = (
     Mutant(
         "ids of an earlier call stay",
         _KERNELS,
-        "_copy_ids(words, block_ids, token, tl.where(error == 0, place, -1), token",
-        "_copy_ids(words, block_ids, token, place, token",
+        "            place = tl.where(error == 0, place, -1)\n",
+        "",
+        _IN_KERNELS,
+    ),
+    Mutant(
+        "scores of an earlier call stay",
+        _KERNELS,
+        "inside, _MINUS_INFINITY, WIDTH",
+        "inside & (place >= 0), _MINUS_INFINITY, WIDTH",
         _IN_KERNELS,
     ),
     Mutant("no bound", _KERNELS, "(time - begin > bound)", "(time - begin > bound * 1000)", _IN_KERNELS),
@@ -64,7 +71,11 @@ MUTANTS = (
     # --- The client ---
     Mutant("numbers begin anew", _CHANNEL, "_GENERATION = 1 << 32", "_GENERATION = 0", _IN_CHANNEL),
     Mutant("the watcher sees nothing", _CONNECTION, "            self._lost()\n", "", _IN_CHANNEL),
-    Mutant("any dtype", _CALLS, "        if tensor.dtype != torch.bfloat16:", "        if False:", _IN_CHANNEL),
+    Mutant("any dtype", _CALLS, "        if tensor.dtype not in _NUMBERS:", "        if False:", _IN_CHANNEL),
+    Mutant(
+        "scores are never raw", _CALLS, "RAW_SCORES if call.raw_scores else RETURN_SCORES", "RETURN_SCORES", _IN_CHANNEL
+    ),
+    Mutant("always ascending", _CALLS, "ORDERS.index(call.order) + 1", "1", _IN_CHANNEL),
     Mutant("any strides", _CALLS, "    if not tensor.is_contiguous():", "    if False:", _IN_CHANNEL),
     Mutant("any number of tokens", _CALLS, "<= max_tokens:", "<= 1 << 20:", _IN_CHANNEL),
     Mutant(

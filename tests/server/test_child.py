@@ -34,7 +34,7 @@ def test_a_child_that_hangs_ends_with_its_supervisor() -> None:
 async def test_mps_is_asked_to_end_a_child_that_hangs_before_it_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NVIDIA's programs need a GPU: others of their names note what they are asked, and that the child is alive then."""
+    """NVIDIA's programs need a GPU: others of their names note what they are asked, and that the child lives then."""
     server = tmp_path / "nvidia-cuda-mps-server"
     server.symlink_to("/bin/sleep")
     asked, control = tmp_path / "asked", tmp_path / "nvidia-cuda-mps-control"

@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 def end_client(pid: int) -> None:
     """Has MPS end what a process has on the GPU, before it is killed.
 
-    One that is killed in the middle of its kernels can take all clients of MPS along. Returns when it is done or refused,
-    within seconds, and at once where there is no MPS. One in another container, which numbers processes otherwise, is
-    not asked.
+    One that is killed in the middle of its kernels can take all clients of MPS along. Returns when it is done or
+    refused, within seconds, and at once where there is no MPS. One in another container, which numbers processes
+    otherwise, is not asked.
     """
     if not (Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", _PIPES)) / "control").exists():
         return
