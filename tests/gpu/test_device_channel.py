@@ -224,7 +224,7 @@ def test_orders_and_scores(peer: RingPeer, channel: DeviceChannel, order: Order,
     ids, scores = (
         torch.zeros(ROWS, 1, 4, SPEC.topk, dtype=dtype, device="cuda") for dtype in (torch.int32, torch.float)
     )
-    call = {"queries": queries, "order": order, "scores": scores, "raw_scores": raw, "out": ids}
+    call: dict[str, Any] = {"queries": queries, "order": order, "scores": scores, "raw_scores": raw, "out": ids}
     channel.select_blocks(LAYER, **asked, **call)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
