@@ -25,15 +25,20 @@ def mps() -> Iterator[None]:
             place.mkdir()
             os.environ[name] = str(place)
         try:
-            subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=_SECONDS)
+            _start()
             yield
-        except (OSError, subprocess.SubprocessError) as error:
-            raise RuntimeError(f"MPS does not start: {error}") from error
         finally:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 control("quit -t 5")
             for name in places:
                 del os.environ[name]
+
+
+def _start() -> None:
+    try:
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=_SECONDS)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"MPS does not start: {error}") from error
 
 
 def control(words: str) -> str:
