@@ -60,11 +60,12 @@ class Run:
     """A core under MPS, and a busy client that sees what becomes of others; both anew where one did not live on."""
 
     def __init__(self) -> None:
-        with ExitStack() as self._stack:
-            self._stack.enter_context(mps())
-            self.core = self._stack.enter_context(core_process(json.dumps(FIELDS), pages=256))
+        with ExitStack() as starting:
+            self._stack = starting
+            starting.enter_context(mps())
+            self.core = starting.enter_context(core_process(json.dumps(FIELDS), pages=256))
             (self._witness,) = self.clients("busy", 1)
-            self._stack = self._stack.pop_all()
+            self._stack = starting.pop_all()
 
     def close(self) -> None:
         """Ends everything."""
