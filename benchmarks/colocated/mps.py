@@ -19,7 +19,7 @@ def mps() -> Iterator[None]:
     Raises:
         RuntimeError: it does not start.
     """
-    with tempfile.TemporaryDirectory(prefix="blockdex-mps-") as folder:
+    with tempfile.TemporaryDirectory(prefix="blockdex-mps-", ignore_cleanup_errors=True) as folder:
         places = {"CUDA_MPS_PIPE_DIRECTORY": Path(folder) / "pipes", "CUDA_MPS_LOG_DIRECTORY": Path(folder) / "logs"}
         for name, place in places.items():
             place.mkdir()
