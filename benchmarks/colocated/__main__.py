@@ -49,7 +49,7 @@ _ASKED = {
     "layers": 57,
     "sequences": 8,
     "tokens": 8192,
-    "steps": 20,
+    "steps": 40,
     "clients": 16,
     "fleet_layers": 2,
     "prompt": 84_480,

@@ -128,7 +128,7 @@ def stages_us(client: Client, run: Callable[[], None]) -> dict[str, float]:
     before = client.stats().phases["decode"]
     run()
     after = client.stats().phases["decode"]
-    count = after.requests - before.requests
+    count = max(after.requests - before.requests, 1)
     return {name: 1e6 * (after.stage_seconds[name] - before.stage_seconds[name]) / count for name in _STAGES}
 
 

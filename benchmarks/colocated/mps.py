@@ -19,21 +19,26 @@ def mps() -> Iterator[None]:
     Raises:
         RuntimeError: it does not start.
     """
-    with tempfile.TemporaryDirectory(prefix="blockdex-mps-") as folder:
+    with tempfile.TemporaryDirectory(prefix="blockdex-mps-", ignore_cleanup_errors=True) as folder:
         places = {"CUDA_MPS_PIPE_DIRECTORY": Path(folder) / "pipes", "CUDA_MPS_LOG_DIRECTORY": Path(folder) / "logs"}
         for name, place in places.items():
             place.mkdir()
             os.environ[name] = str(place)
         try:
-            subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=_SECONDS)
+            _start()
             yield
-        except (OSError, subprocess.SubprocessError) as error:
-            raise RuntimeError(f"MPS does not start: {error}") from error
         finally:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 control("quit -t 5")
             for name in places:
                 del os.environ[name]
+
+
+def _start() -> None:
+    try:
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=_SECONDS)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"MPS does not start: {error}") from error
 
 
 def control(words: str) -> str:

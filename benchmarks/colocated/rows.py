@@ -13,7 +13,7 @@ from benchmarks.figures import Figure
 
 Numbers = dict[str, Any]
 
-RANKS = 4
+RANKS, _GPU_STEPS = 4, 10
 
 
 class Row(NamedTuple):
@@ -70,7 +70,9 @@ def in_c(first_id: int, *, clients: int = 1, ranks: int = 1, region: bool = Fals
     def command(settings: Settings) -> list[str]:
         layers = settings.layers if clients else settings.fleet_layers
         numbers = (first_id, clients or settings.clients, ranks, layers, settings.sequences, settings.tokens)
+        # As many calls of the fleet's; on a GPU more of all, which take microseconds there.
         steps = settings.steps if clients else settings.steps * settings.layers // settings.fleet_layers
+        steps *= _GPU_STEPS if settings.device.startswith("cuda") else 1
         folder = Path(settings.folder)
         return [str(folder / "client"), settings.socket, str(folder), *map(str, (*numbers, steps, int(region)))]
 

@@ -139,6 +139,7 @@ class Core:
             rounds them once more.
         nudge: eventfd that `notice` writes and `run` sleeps on.
         spin_seconds: after a request or an answer, how long `run` looks for requests before it sleeps.
+        hold_seconds: how long a channel's request is held for those of other channels that came with it the last time.
         seconds_bounds, size_bounds: of the histograms.
 
     Raises:
@@ -173,6 +174,7 @@ class Core:
         odd_queries: bool,
         nudge: int,
         spin_seconds: float,
+        hold_seconds: float,
         seconds_bounds: Bounds,
         size_bounds: Bounds,
     ) -> None: ...

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import Any, Concatenate, Literal, ParamSpec, Unpack, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Unpack, overload
 
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
@@ -13,11 +14,15 @@ from blockdex.client.async_ring_transport import AsyncRingTransport
 from blockdex.client.async_transports import AsyncStreamTransport, AsyncTransport, AsyncUnaryTransport
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
+from blockdex.client.device_channels import ChannelOptions, open_channel, reopen_channel
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import NO_QUERIES, Integers, Scores
 from blockdex.client.tensors import Array
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Order, Totals
+
+if TYPE_CHECKING:
+    from blockdex.device_channel.channel import DeviceChannel
 
 Arguments = ParamSpec("Arguments")
 
@@ -72,6 +77,14 @@ class AsyncClient:
     async def stats(self, *, timeout: float | None = None) -> Totals:
         """What the server did since it started."""
         return await self._complete(self._core.get_stats(self._core.deadline(timeout)))
+
+    async def device_channel(self, **options: Unpack[ChannelOptions]) -> DeviceChannel:
+        """A channel of its own to a server on the same host; its calls return at once, and are not awaited."""
+        return await asyncio.to_thread(partial(open_channel, self._core, await self.info(), **options))
+
+    async def reopen_channel(self, channel: DeviceChannel) -> None:
+        """Opens a channel again that is dead, after a restart of the server, say: captured graphs stay valid."""
+        await asyncio.to_thread(reopen_channel, self._core, await self.info(), channel)
 
     async def open_sequence(
         self, sequence_id: int, *, lease_seconds: int = 0, epoch: int | None = None, timeout: float | None = None

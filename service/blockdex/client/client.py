@@ -11,9 +11,9 @@ from blockdex.client.answers import Info, SequenceState
 from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
+from blockdex.client.device_channels import ChannelOptions, open_channel, reopen_channel
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import NO_QUERIES, Integers, Scores
-from blockdex.client.ring import socket_to
 from blockdex.client.ring_transport import RingTransport
 from blockdex.client.tensors import Array
 from blockdex.client.transports import StreamTransport, Transport, UnaryTransport
@@ -105,52 +105,21 @@ class Client:
         """What the server did since it started."""
         return self._complete(self._core.get_stats(self._core.deadline(timeout)))
 
-    def device_channel(
-        self,
-        *,
-        device: str = "cuda",
-        max_tokens: int = 64,
-        max_rows: int = 0,
-        first_head: int = 0,
-        num_heads: int = 0,
-        bound_seconds: float = 2.0,
-        own_bytes: int = 0,
-    ) -> DeviceChannel:
+    def device_channel(self, **options: Unpack[ChannelOptions]) -> DeviceChannel:
         """A channel of its own to a server on the same host: calls on torch CUDA tensors, for CUDA graphs too.
 
         Needs torch and Triton, a server on a GPU that was started with `--socket`, and, if both are on one GPU, MPS to
-        be fast. What goes over the channel the client does not count: calls on the same sequences name their starts.
+        be fast; on another GPU, one that the server's can reach. What goes over the channel the client does not count:
+        calls on the same sequences name their starts.
 
         Args:
-            device: where the tensors of its calls are.
-            max_tokens: of a call, padding included; at most 512.
-            max_rows: sequences of a call, likewise; at most 256. 0: as many as tokens.
-            first_head: first head of the queries.
-            num_heads: how many there are; 0: all from the first one on.
-            bound_seconds: longest that a call waits for its answer; at most 60.
-            own_bytes: room for tensors of `DeviceChannel.empty`.
+            options: see `blockdex.client.device_channels.ChannelOptions`.
         """
-        from blockdex.device_channel.channel import DeviceChannel  # noqa: PLC0415 - torch and Triton
-
-        info = self.info()
-        return DeviceChannel(
-            socket_to(self._core, info),
-            self._core.tenant,
-            info.spec,
-            info.epoch,
-            device=device,
-            max_tokens=max_tokens,
-            max_rows=max_rows,
-            first_head=first_head,
-            num_heads=num_heads,
-            bound_seconds=bound_seconds,
-            own_bytes=own_bytes,
-        )
+        return open_channel(self._core, self.info(), **options)
 
     def reopen_channel(self, channel: DeviceChannel) -> None:
         """Opens a channel again that is dead, after a restart of the server, say: captured graphs stay valid."""
-        info = self.info()
-        channel.reopen(socket_to(self._core, info), info.epoch)
+        reopen_channel(self._core, self.info(), channel)
 
     def open_sequence(
         self, sequence_id: int, *, lease_seconds: int = 0, epoch: int | None = None, timeout: float | None = None

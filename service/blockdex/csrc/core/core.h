@@ -156,6 +156,7 @@ struct core {
     /* How it waits. */
     uint32_t num_channels;
     int64_t rung; /* when a channel's request was there last */
+    int64_t hold; /* nanoseconds for which one is held for those of other channels that come with it */
     int nudge;
     _Atomic uint32_t noticed;
     int64_t spin, active, looked, passed;
