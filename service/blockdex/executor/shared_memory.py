@@ -62,7 +62,7 @@ def open_file(device: int, fd: int, num_bytes: int, uuid: str) -> Opened:
     try:
         handle = cuda_driver.import_file(fd)
         try:
-            _check_owner(device, cuda_driver.device_of(handle), uuid)
+            check_owner(device, cuda_driver.device_of(handle), uuid)
         except RuntimeError:
             cuda_driver.call("cuMemRelease", handle)
             raise
@@ -73,8 +73,12 @@ def open_file(device: int, fd: int, num_bytes: int, uuid: str) -> Opened:
     return Opened(address, num_bytes, _when_idle(device, cuda_driver.unmap, address, num_bytes))
 
 
-def _check_owner(device: int, owner: int, uuid: str) -> None:
-    """Refuses memory that lies elsewhere than is said, or where kernels of the device do not reach it."""
+def check_owner(device: int, owner: int, uuid: str) -> None:
+    """Refuses memory that lies elsewhere than is said, or where kernels of a device do not reach it.
+
+    Raises:
+        RuntimeError: that is so.
+    """
     there = cuda_driver.device_uuid(owner).hex()
     if there != uuid:
         raise RuntimeError(f"is said to lie on GPU {uuid}, lies on {there}")
