@@ -26,13 +26,6 @@ MUTANTS = (
         _MODEL,
     ),
     Mutant(
-        "the second look acquires nothing",
-        _HEADER,
-        "(counter, memory_order_acquire) ==",
-        "(counter, memory_order_relaxed) ==",
-        _MODEL,
-    ),
-    Mutant(
         "what is shown is not released",
         _HEADER,
         "(counter, number, memory_order_release)",
