@@ -151,7 +151,7 @@ MUTANTS = (
         _HEADER,
         "recv(bell, &rung, 1, MSG_DONTWAIT)",
         "recv(bell, &rung, 1, 0)",
-        ("ring/test_connection.py",),
+        ("scheduler/test_core_links.py::test_a_sleeper_is_woken",),
     ),
     # --- Bounds ---
     Mutant(

@@ -203,7 +203,9 @@ def test_it_spins_after_an_answer() -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("what", ["request", "notice"])
 def test_a_sleeper_is_woken(bare: BareCore, what: str) -> None:
+    """Once, and held up by no bell that would wait for another time."""
     door, quiet = bare.open_client(), bare.open_client()
+    os.set_blocking(bare.engine_sides[0].engine_bell, True)
     flags = door.handles.segment.flags
     sleeping = AT["engine_sleeps"] // 4
 
