@@ -53,16 +53,16 @@ tools: ## Install what the tests run beside Python, where it is missing (as root
 demo: $(NATIVE) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda, KEY_DTYPE=bf16|fp8_e4m3)
 	$(BIN)/python -m examples.transformers_engine --device $(DEVICE) --key-dtype $(KEY_DTYPE)
 
-# Tests that compute and time nothing share the processors; what others time has them to itself.
-COMPUTING := tests/cache tests/csrc tests/examples tests/kernels
+# Tests share the processors; one that is marked so has them to itself.
+TOGETHER := --numprocesses 2 --dist worksteal -m
 
 test: $(STAMP) $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 $(COMPUTING)
-	$(BIN)/python -m pytest -m 'not slow' $(addprefix --ignore=,$(COMPUTING))
+	$(BIN)/python -m pytest $(TOGETHER) 'not slow and not alone'
+	$(BIN)/python -m pytest -m 'not slow and alone'
 
-test-all: $(STAMP) $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
+test-all: test ## The tests, and those that take longer: images are built and run, as root
 	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m slow
 	$(MAKE) test-vllm
 
 # An environment of its own: vLLM without its needs, which name torch's CUDA build; torch and the tools are those of .venv.

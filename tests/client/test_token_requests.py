@@ -82,7 +82,7 @@ USES: dict[str, Callable[[Ledger], object]] = {
     "another shape": lambda ledger: refused(ledger, queries=QUERIES[:, :2]),
     "another dtype": lambda ledger: refused(ledger, keys=KEYS.astype(np.float64)),
     "no order": lambda ledger: refused(ledger, order="falling"),
-    "too large": lambda ledger: refused(ledger, keys=np.ones((2**21, 128), np.uint8).view("f2")),
+    "too large": lambda ledger: refused(ledger, keys=np.ones((2**12, 128), np.float16)),
     "an array to copy": lambda ledger: request(ledger, keys=np.asfortranarray(KEYS)),
     "numpy's integers": lambda ledger: request(ledger, sequences=np.array(IDS), lengths=np.array(LENGTHS)),
 }
