@@ -10,6 +10,7 @@ from typing import Any
 
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.call import Call, Result, nothing_to_settle
+from blockdex.client.forking import check_process
 from blockdex.client.frames import Message
 from blockdex.client.kinds import (
     APPEND_AND_SELECT,
@@ -68,6 +69,7 @@ class Core:
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
+        RuntimeError: a client was made before this process was forked.
         ValueError: the timeout is not a positive, finite number.
     """
 
@@ -82,6 +84,7 @@ class Core:
         # A finalizer that closes a sequence may ask anew in the middle of taking up an answer; its own is as good.
         self._lock = threading.RLock()
         self._ledger: Ledger | None = None
+        check_process()
 
     @property
     def ledger(self) -> Ledger | None:
@@ -93,8 +96,10 @@ class Core:
         """`time.monotonic()` by which a call that begins now must have ended.
 
         Raises:
+            RuntimeError: this process was forked from the client's.
             ValueError: the timeout is not a positive, finite number.
         """
+        check_process()
         return time.monotonic() + (self._timeout if timeout is None else _checked(timeout))
 
     def take_up(self, evicted: Iterable[int], new_epoch: int | None = None) -> None:
