@@ -7,6 +7,8 @@ import pytest
 from support.programs import run_module
 from support.serving import Serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("transport", ["stream", "ring"])
 def test_cancelled_calls_leave_nothing(server: Serving, transport: str) -> None:

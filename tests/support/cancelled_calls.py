@@ -13,7 +13,7 @@ import numpy as np
 
 import blockdex
 
-CALLS, AT_ONCE = 6000, 100
+CALLS, AT_ONCE = 4000, 100
 QUERIES = np.ones((1, 4, 128), np.float32)
 SEQUENCE = os.getpid()
 
@@ -37,7 +37,7 @@ async def _cancel(client: blockdex.AsyncClient, calls: int) -> None:
             )
             for _ in range(AT_ONCE)
         ]
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)
         for each in waiting:
             each.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
