@@ -1,5 +1,6 @@
 """The Python clients: one core, once for threads and once for asyncio."""
 
+from blockdex.client import forking  # noqa: F401 - before whatever imports gRPC
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.async_client import AsyncClient
 from blockdex.client.client import Client

@@ -15,6 +15,7 @@ from blockdex.client.async_transports import AsyncStreamTransport, AsyncTranspor
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.device_channels import ChannelOptions, open_channel, reopen_channel
+from blockdex.client.forking import is_forked
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import NO_QUERIES, Integers, Scores
 from blockdex.client.tensors import Array
@@ -36,8 +37,8 @@ _TRANSPORTS: dict[str, Callable[[Core], AsyncTransport]] = {
 class AsyncClient:
     """A blockdex server, for asyncio: `Client` with `await`.
 
-    A client belongs to the loop of its first call, whose tasks may share it; neither another loop nor a forked process
-    may use it. Cancelling a task gives up its request, whose outcome is then unknown.
+    A client belongs to the loop of its first call, whose tasks may share it; another loop may not use it. Cancelling a
+    task gives up its request, whose outcome is then unknown.
 
     Its calls share one stream, so that those on one sequence take effect in the order they were made. Everything else
     is as `Client` says, each method included.
@@ -68,7 +69,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Fails what is in flight, and every later call, with `CancelledError`. Sequences stay open."""
-        await self._transport.close()
+        if not is_forked():
+            await self._transport.close()
 
     async def info(self, *, timeout: float | None = None) -> Info:
         """What the server is, holds and can do, asked anew."""

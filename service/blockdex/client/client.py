@@ -12,6 +12,7 @@ from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.device_channels import ChannelOptions, open_channel, reopen_channel
+from blockdex.client.forking import is_forked
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import NO_QUERIES, Integers, Scores
 from blockdex.client.ring_transport import RingTransport
@@ -35,7 +36,8 @@ _TRANSPORTS: dict[str, Callable[[Core], Transport]] = {
 class Client:
     """A blockdex server, for code that blocks.
 
-    Threads may share a client. A forked process may not use its parent's: make it after the fork.
+    Threads may share a client. A process that has made one may fork, but the forked one cannot have any: `RuntimeError`
+    at once. Start processes by spawning them, or before the first client.
 
     The client counts what it appends, so `starts` may be left out: an append then goes to the end of its layer, and a
     selection asks for the last positions. It cannot count for a sequence that it did not open, after a write whose
@@ -67,6 +69,7 @@ class Client:
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
+        RuntimeError: a client was made before this process was forked.
         ValueError: the timeout is not a positive, finite number, or the transport is unknown.
     """
 
@@ -94,8 +97,12 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Fails what is in flight, and every later call, with `CancelledError`. Sequences stay open."""
-        self._transport.close()
+        """Fails what is in flight, and every later call, with `CancelledError`. Sequences stay open.
+
+        In a process that was forked from the client's it does nothing.
+        """
+        if not is_forked():
+            self._transport.close()
 
     def info(self, *, timeout: float | None = None) -> Info:
         """What the server is, holds and can do, asked anew."""

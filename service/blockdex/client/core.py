@@ -10,6 +10,7 @@ from typing import Any
 
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.call import Call, Result, nothing_to_settle
+from blockdex.client.forking import check_process
 from blockdex.client.frames import Message
 from blockdex.client.kinds import (
     APPEND_AND_SELECT,
@@ -50,6 +51,12 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A server that is silently gone is found while calls are in flight: pinged when nothing was heard for so long. gRPC
+    # sends no such ping while one of those is unanswered that it measures the bandwidth with.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 
@@ -68,6 +75,7 @@ class Core:
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
+        RuntimeError: a client was made before this process was forked.
         ValueError: the timeout is not a positive, finite number.
     """
 
@@ -82,6 +90,7 @@ class Core:
         # A finalizer that closes a sequence may ask anew in the middle of taking up an answer; its own is as good.
         self._lock = threading.RLock()
         self._ledger: Ledger | None = None
+        check_process()
 
     @property
     def ledger(self) -> Ledger | None:
@@ -93,8 +102,10 @@ class Core:
         """`time.monotonic()` by which a call that begins now must have ended.
 
         Raises:
+            RuntimeError: this process was forked from the client's.
             ValueError: the timeout is not a positive, finite number.
         """
+        check_process()
         return time.monotonic() + (self._timeout if timeout is None else _checked(timeout))
 
     def take_up(self, evicted: Iterable[int], new_epoch: int | None = None) -> None:

@@ -50,12 +50,13 @@ class TokenRequest:
         if not self._at_ends:
             return
         spans = self._body.spans
-        starts = [length - rows for length, rows in zip(self._lengths(sequences), spans.lengths, strict=False)]
-        for sequence, start in zip(spans.sequence_ids, starts, strict=False):
-            if start < 0:
-                message = f"sequence {sequence}: start must be at least 0, got {start}"
+        lengths = self._lengths(sequences)
+        for sequence, rows, length in zip(spans.sequence_ids, spans.lengths, lengths, strict=False):
+            if rows > length:
+                where = f"sequence {sequence}, layer {self._body.layer}"
+                message = f"{where}: its last {rows} positions are asked for, its length is {length}"
                 raise InvalidArgumentError(message, Reason.INVALID_SPANS)
-        spans.starts[:] = starts
+        spans.starts[:] = [length - rows for length, rows in zip(lengths, spans.lengths, strict=False)]
 
     def begin(self, sequences: Sequences) -> None:
         """Counts an append in the lengths."""
