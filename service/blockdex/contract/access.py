@@ -58,17 +58,16 @@ class Identity:
             InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
             PermissionDeniedError: it is another one's (WRONG_TENANT), or none is theirs (MISSING_RIGHT).
         """
-        if named is not None and (named == self.tenant or Right.OPERATOR in self.rights):
-            check_tenant(named)
-            return named
-        if named is not None:
+        if named is None and not self.tenant:
+            raise PermissionDeniedError("the caller's entry in the access file has no tenant", Reason.MISSING_RIGHT)
+        tenant = self.tenant if named is None else named
+        if tenant != self.tenant and Right.OPERATOR not in self.rights:
             raise PermissionDeniedError(
                 f"{TENANT_KEY}: {named!r} is not the caller's, {self.tenant!r} is: leave it out or use its credentials",
                 Reason.WRONG_TENANT,
             )
-        if not self.tenant:
-            raise PermissionDeniedError("the caller's entry in the access file has no tenant", Reason.MISSING_RIGHT)
-        return self.tenant
+        check_tenant(tenant)
+        return tenant
 
 
 ANYBODY = Identity(DEFAULT_TENANT, frozenset((Right.OPERATOR,)))
@@ -150,6 +149,10 @@ class Access:
         if user in self.users:
             return self.users[user]
         return next((self.groups[group] for group in groups if group in self.groups), None)
+
+    def of_socket(self, user: int, group: int | None) -> Identity | None:
+        """Who anybody is that may open a Unix socket of this user, and of this group if one may."""
+        return self.users.get(user) if group is None else self.groups.get(group)
 
 
 def unauthenticated(given: str) -> BlockdexError:
