@@ -192,7 +192,7 @@ class LoadTest:
             "format": results.FORMAT,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "settings": asdict(self.settings),
-            "target": asdict(self._target),
+            "target": self._target.told(),
             "environment": environment(),
             "server": {**results.server_facts(self._info, measured.info), **self._metrics(measured)},
             "shapes": results.shape_facts(self.plan),

@@ -71,3 +71,7 @@ class Target:
     endpoint: Endpoint
     http_address: str
     tenant: str
+
+    def told(self) -> dict[str, str]:
+        """What a result says of it: nothing of a token."""
+        return {"address": self.endpoint.address, "http_address": self.http_address, "tenant": self.tenant}
