@@ -160,9 +160,7 @@ class ServeSettings(BaseSettings):
     )
     http_tls_cert: Path | None = _setting(None, "FILE", "Certificate that HTTP shows, as tls_cert.")
     http_tls_key: Path | None = _setting(None, "FILE", "Its private key (PEM).")
-    insecure: bool = _setting(
-        False, "", "Lets a server be reached from other machines without TLS, or by callers that it does not know."
-    )
+    insecure: bool = _setting(False, "[BOOL]", "Lets others reach a server without TLS, or without being known.")
     processes: Literal["auto", "single", "split"] = _setting(
         "auto",
         "HOW",
@@ -334,7 +332,8 @@ def _parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
     parser = _Parser(prog="blockdex serve", add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="help")
     for name, metavar, *_ in _described():
-        has_value: dict[str, Any] = {} if metavar else {"nargs": "?", "const": "true"}
+        may_be_left_out = metavar.startswith("[")
+        has_value: dict[str, Any] = {"nargs": "?", "const": "true"} if may_be_left_out else {}
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **has_value)
     return vars(parser.parse_args(arguments))
 
@@ -360,7 +359,7 @@ def settings_table() -> str:
         f"  {'flag':<34}{'environment':<36}default",
     ]
     for name, metavar, default, description in _described():
-        flag = f"--{name.replace('_', '-')} {metavar}".rstrip()
+        flag = f"--{name.replace('_', '-')} {metavar}"
         lines += [f"  {flag:<34}{_variable(name):<36}{'-' if default is None else default}", f"      {description}"]
     return "\n".join(lines) + "\n"
 
