@@ -1,7 +1,7 @@
 """Builds the compiled part of blockdex with its wheel; where there is none, the wheel is for any machine.
 
-BLOCKDEX_WHEEL names another platform than this one, which then is that of CC: `manylinux_2_28_aarch64`; or `any`, for a wheel
-without the compiled part, which needs no compiler and is enough for a client.
+BLOCKDEX_WHEEL names another platform than this one, which then is that of CC: `manylinux_2_28_aarch64`; or `any`, for a
+wheel without the compiled part, which needs no compiler and is enough for a client.
 """
 
 from __future__ import annotations

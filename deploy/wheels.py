@@ -2,11 +2,11 @@
 
 | file in `dist` | for |
 |---|---|
-| `blockdex-*-cp311-abi3-manylinux_2_28_x86_64.whl`, `..._aarch64.whl` | Linux with glibc 2.28 or later, any CPython from 3.11 on: no compiler is needed |
-| `blockdex-*-py3-none-any.whl` | the client anywhere else: without shared memory and server |
-| `blockdex-*.tar.gz` | the sources |
+| `*-cp311-abi3-manylinux_2_28_x86_64.whl`, `..._aarch64.whl` | Linux, any CPython from 3.11 on: needs no compiler |
+| `*-py3-none-any.whl` | the client anywhere else: without shared memory and server |
+| `*.tar.gz` | the sources |
 
-One compiler makes them for both machines, so the same commit gives the same bytes wherever it is built: each is built twice.
+One compiler makes them for both machines, so that a commit gives the same bytes wherever it is built: twice, here.
 """
 
 from __future__ import annotations

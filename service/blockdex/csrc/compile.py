@@ -45,8 +45,8 @@ def compile_native(target: Path = TARGET, *options: str) -> Path:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError:
         raise RuntimeError(
-            f"blockdex needs a C compiler to be built: {compiler[0]} is none (Debian: gcc). The client alone needs none: "
-            "BLOCKDEX_WHEEL=any pip install ..."
+            f"blockdex needs a C compiler to be built: {compiler[0]} is none (Debian: gcc). The client alone "
+            "needs none: BLOCKDEX_WHEEL=any pip install ..."
         ) from None
     except subprocess.CalledProcessError as failure:
         words = failure.stderr
