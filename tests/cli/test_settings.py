@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from blockdex.server.config import ConfigError, ServeSettings, load_settings, parse_size, settings_table
+from blockdex.contract.sizes import parse_size
+from blockdex.server.config import ConfigError, ServeSettings, load_settings, settings_table
 from blockdex_kernels import IndexSpec, SpecError
 
 

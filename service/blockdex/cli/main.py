@@ -101,10 +101,8 @@ def _loadtest(words: Sequence[str]) -> int:
 
 
 def _plan(words: Sequence[str]) -> int:
-    try:
-        from blockdex.cli.sizing import plan  # noqa: PLC0415 - sizes are read as the server's settings read them
-    except ModuleNotFoundError as error:
-        return _refuse_without("plan", error)
+    from blockdex.cli.sizing import plan  # noqa: PLC0415 - only here, as above
+
     return plan(words)
 
 

@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from blockdex.contract.messages import Limits
+from blockdex.contract.sizes import parse_size
 from blockdex.flags import FlagParser, did_you_mean
 from blockdex.server.addresses import Address
 from blockdex_kernels import IndexSpec
@@ -30,11 +31,6 @@ ENV_PREFIX = "BLOCKDEX_"
 
 OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 """What OpenTelemetry's own tools read: the default of `otlp_endpoint`, which as an empty one is none all the same."""
-FREE_SHARE = 0.9
-"""Part of a GPU's free memory that a cache of `auto` bytes takes."""
-WORKING_BYTES = 768 << 20
-"""What it leaves at least: the scores of one launch (512 MiB), and 256 MiB for kernels, queries and answers."""
-
 _OF_KUBERNETES = re.compile(
     r"_SERVICE_(HOST|PORT)(_\w+)?=|_PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://|_PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)="
 )
@@ -42,29 +38,10 @@ _OF_KUBERNETES = re.compile(
 
 UNIX = "unix:"
 _LONGEST_SOCKET_PATH = 107
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([a-z]*)", re.IGNORECASE)
-_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("kmgt", start=1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
 
 
 class ConfigError(Exception):
     """A setting that cannot be: one line that names it and where it came from."""
-
-
-def parse_size(value: object) -> int:
-    """Bytes of a size: a plain number, or one with kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).
-
-    Raises:
-        ValueError: the value is something else.
-    """
-    match = _SIZE.fullmatch(str(value).strip())
-    factor = _UNITS.get(match[2].lower()) if match else None
-    if match is None or factor is None:
-        raise ValueError(f"must be bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB, got {value!r}")
-    return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
 
 
 def _cache_size(value: object) -> object:
@@ -107,11 +84,6 @@ def _setting(default: Any, metavar: str, description: str, **bounds: Any) -> Any
     return Field(
         default, description=description, validate_default=True, json_schema_extra={"metavar": metavar}, **bounds
     )
-
-
-def automatic_cache_bytes(free: int) -> int:
-    """Bytes of a cache of `auto` bytes on a GPU with so many free ones."""
-    return max(min(int(free * FREE_SHARE), free - WORKING_BYTES), 0)
 
 
 class ServeSettings(BaseSettings):
