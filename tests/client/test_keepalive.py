@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from blockdex import UnavailableError
-from blockdex.client.core import CHANNEL_OPTIONS
+from blockdex.client.endpoint import CHANNEL_OPTIONS
 from blockdex.server.config import ServeSettings
 from support.clients import FLAVOURS, Flavour, connect, new_sequence
 from support.serving import SMALL, Serving, serve

@@ -10,6 +10,7 @@ from typing import Any
 
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.call import Call, Result, nothing_to_settle
+from blockdex.client.endpoint import Endpoint
 from blockdex.client.forking import check_process
 from blockdex.client.frames import Message
 from blockdex.client.kinds import (
@@ -39,26 +40,6 @@ DEFAULT_TIMEOUT = 30.0
 _LONGEST_TIMEOUT = 1e9
 """Seconds: 31 years, and as long as any timeout beyond. Threads cannot wait for 10 times as long, nor can gRPC."""
 
-CHANNEL_OPTIONS = (
-    # 16,384 queries are answered with 4 MiB of block ids; requests are checked against the server's own limit.
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # The client repeats what may be repeated, and gRPC nothing.
-    ("grpc.enable_retries", 0),
-    # Else all clients of a process share a connection, and so one frontend of several.
-    ("grpc.use_local_subchannel_pool", 1),
-    # gRPC would wait a second at first, then minutes, before it looks for a server again.
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # A server that is silently gone is found while calls are in flight: pinged when nothing was heard for so long. gRPC
-    # sends no such ping while one of those is unanswered that it measures the bandwidth with.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-
 
 class Core:
     """One client's settings and what it knows of the server. Safe to share between threads.
@@ -66,11 +47,13 @@ class Core:
     The methods named after RPCs build a `Call`; sending it is the client's part.
 
     Args:
-        address: `HOST:PORT`, or a gRPC target such as `unix:/path`.
+        endpoint: the server, and how it and the client know each other.
         tenant: sent as the metadata `blockdex-tenant`; None sends none.
         timeout: seconds that a call may take that names none.
 
     Attributes:
+        endpoint: as above.
+        address: its.
         codec: what writes data calls, and reads their answers.
 
     Raises:
@@ -79,18 +62,24 @@ class Core:
         ValueError: the timeout is not a positive, finite number.
     """
 
-    def __init__(self, address: str, tenant: str | None, timeout: float) -> None:
+    def __init__(self, endpoint: Endpoint, tenant: str | None, timeout: float) -> None:
         if tenant is not None:
             checks.check_tenant(tenant)
-        self.address = address
+        self.endpoint = endpoint
+        self.address = endpoint.address
         self.tenant = checks.DEFAULT_TENANT if tenant is None else tenant
-        self.metadata = () if tenant is None else ((checks.TENANT_KEY, tenant),)
+        self._named = tenant
         self.codec = codec()
         self._timeout = _checked(timeout)
         # A finalizer that closes a sequence may ask anew in the middle of taking up an answer; its own is as good.
         self._lock = threading.RLock()
         self._ledger: Ledger | None = None
         check_process()
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of the next call or stream."""
+        return self.endpoint.metadata(self._named)
 
     @property
     def ledger(self) -> Ledger | None:
