@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from benchmarks.core_process import RingPeer, core_process
 from benchmarks.ring_messages import Keys, Places, Queries, Spans, TensorData, TokenRequest
 from blockdex.contract.messages import OpenSequences
 from blockdex.executor.prefill_slices import event
-from blockdex.ring.regions import DeviceMemory, new_memfd, share_memfd
+from blockdex.ring.sharing import DeviceMemory, HostMemory, share_memory
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.dispatch import choose_backend
 from blockdex_kernels.interface import Spans as KernelSpans
@@ -83,13 +82,11 @@ def request_of(shape: Shape, kind: str, spec: IndexSpec, random: torch.Generator
 
 def memories(peer: RingPeer, device: str) -> Iterator[tuple[str, torch.Tensor, int]]:
     """Memory that is shared: its kind, its bytes as they are here, and the number of its region."""
-    fd = new_memfd(BYTES)
-    memory = torch.frombuffer(mmap.mmap(fd, BYTES), dtype=torch.uint8)
-    memory.zero_()
-    yield "memfd", memory, share_memfd(peer.connected, fd).region
+    host = HostMemory(BYTES)
+    yield "memfd", torch.frombuffer(host.buffer, dtype=torch.uint8), share_memory(peer.connected, host).region
     if device == "cuda":
         there = DeviceMemory(0, BYTES)
-        yield "cuda_fd", torch.as_tensor(there), there.share(peer.connected).region
+        yield "cuda_fd", torch.as_tensor(there), share_memory(peer.connected, there).region
 
 
 def places_of(request: TokenRequest, region: int, memory: torch.Tensor) -> Places:

@@ -4,5 +4,6 @@ from blockdex.client.answers import Info, SequenceState
 from blockdex.client.async_client import AsyncClient
 from blockdex.client.client import Client
 from blockdex.client.connecting import connect, connect_async
+from blockdex.client.shared_regions import SharedRegion
 
-__all__ = ["AsyncClient", "Client", "Info", "SequenceState", "connect", "connect_async"]
+__all__ = ["AsyncClient", "Client", "Info", "SequenceState", "SharedRegion", "connect", "connect_async"]

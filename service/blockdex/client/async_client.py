@@ -15,6 +15,7 @@ from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import NO_QUERIES, Integers, Scores
+from blockdex.client.shared_regions import SharedRegion, new_region, no_regions
 from blockdex.client.tensors import Array
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Order, Totals
@@ -72,6 +73,24 @@ class AsyncClient:
     async def stats(self, *, timeout: float | None = None) -> Totals:
         """What the server did since it started."""
         return await self._complete(self._core.get_stats(self._core.deadline(timeout)))
+
+    async def share(self, num_bytes: int, *, device: str | None = None, timeout: float | None = None) -> SharedRegion:
+        """New memory that the server reads and writes where it lies: keys, queries and `out` in it are not copied."""
+        ring, deadline = self._ring(), self._core.deadline(timeout)
+        region = new_region(num_bytes, device)
+        self._core.share(region)
+        try:
+            await ring.update_regions((await self._ledger(deadline)).info, deadline)
+        except BaseException:
+            self._core.release(region)
+            raise
+        return region
+
+    async def release(self, region: SharedRegion, *, timeout: float | None = None) -> None:
+        """Shares a region no more; the server has given it back when this returns."""
+        ring, deadline = self._ring(), self._core.deadline(timeout)
+        self._core.release(region)
+        await ring.update_regions((await self._ledger(deadline)).info, deadline)
 
     async def open_sequence(
         self, sequence_id: int, *, lease_seconds: int = 0, epoch: int | None = None, timeout: float | None = None
@@ -164,13 +183,14 @@ class AsyncClient:
         first_head: int = 0,
         num_heads: int = 0,
         wait_for_keys: bool = False,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
         """Selects the key blocks that each query reads."""
         selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
         arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False)
-        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
+        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, out)
 
     @overload
     async def append_and_select(
@@ -207,6 +227,7 @@ class AsyncClient:
         first_head: int = 0,
         num_heads: int = 0,
         rollback: bool = False,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -216,7 +237,12 @@ class AsyncClient:
         """
         selection = (queries, first_head, num_heads, order, return_scores, False)
         arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback)
-        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
+        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, out)
+
+    def _ring(self) -> AsyncRingTransport:
+        if not isinstance(self._transport, AsyncRingTransport):
+            raise no_regions(self.transport)
+        return self._transport
 
     async def _run(
         self,
@@ -226,10 +252,11 @@ class AsyncClient:
         **kwargs: Arguments.kwargs,
     ) -> Result:
         deadline = self._core.deadline(timeout)
+        return await self._complete(build(await self._ledger(deadline), deadline, *args, **kwargs))
+
+    async def _ledger(self, deadline: float) -> Ledger:
         ledger = self._core.ledger
-        if ledger is None:
-            ledger = await self._complete(self._core.get_info(deadline))
-        return await self._complete(build(ledger, deadline, *args, **kwargs))
+        return await self._complete(self._core.get_info(deadline)) if ledger is None else ledger
 
     async def _complete(self, call: Call[Result]) -> Result:
         try:

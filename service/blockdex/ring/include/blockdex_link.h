@@ -326,7 +326,7 @@ static inline void blockdex_text_behind(const char *json, const char *name, char
     text[length] = 0;
 }
 
-/* Sends a question, a JSON object, with the files that come with it. */
+/* Sends a question with the files that come with it. */
 static inline bool blockdex_send_question(struct blockdex_client *client, const char *question, const int *files,
                                           size_t num_files) {
     uint32_t length = (uint32_t)strlen(question);
@@ -352,34 +352,10 @@ static inline bool blockdex_send_question(struct blockdex_client *client, const 
     return sendmsg(client->link, &out, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)(4 + length);
 }
 
-/* Waits for the reply to what was asked. */
-static inline bool blockdex_hear_reply(struct blockdex_client *client, char *reply, size_t room, double timeout,
-                                       struct blockdex_error *error) {
-    const int64_t until = blockdex_until(blockdex_now(), timeout);
-    client->reply = reply;
-    client->reply_room = room;
-    client->replies_due++;
-    while (client->reply && !client->over.code) {
-        struct pollfd link = {client->link, POLLIN, 0};
-        if (blockdex_poll_until(&link, 1, until) <= 0 || !blockdex_hear(client) || blockdex_now() > until) break;
-    }
-    const bool answered = !client->reply;
-    client->reply = NULL;
-    if (!answered && blockdex_is_over(client, error)) return false;
-    if (!answered)
-        return blockdex_fail(error, BLOCKDEX_DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "timeout: no answer within %g s",
-                             timeout);
-    if (client->reply_bytes >= room)
-        return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_LENGTH",
-                             "answer: has %zu bytes, there is room for %zu", client->reply_bytes, room - 1);
-    reply[client->reply_bytes] = 0;
-    return true;
-}
-
-/* Asks the server something (docs/ring.md), with up to four files, and waits for its reply, JSON text. */
-static inline bool blockdex_ask(struct blockdex_client *client, const char *question, const int *files,
-                                size_t num_files, char *reply, size_t room, double timeout,
-                                struct blockdex_error *error) {
+/* Asks the server something (docs/ring.md), a JSON object, with up to four files; its reply goes to `reply` as it is
+ * heard, by whatever uses the client meanwhile. One question at a time. */
+static inline bool blockdex_begin_question(struct blockdex_client *client, const char *question, const int *files,
+                                           size_t num_files, char *reply, size_t room, struct blockdex_error *error) {
     if (blockdex_is_over(client, error)) return false;
     if (num_files > 4 || !room)
         return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_LENGTH",
@@ -389,18 +365,51 @@ static inline bool blockdex_ask(struct blockdex_client *client, const char *ques
         blockdex_is_over(client, error);
         return false;
     }
-    if (!blockdex_hear_reply(client, reply, room, timeout, error)) return false;
+    client->reply = reply;
+    client->reply_room = room;
+    client->replies_due++;
+    return true;
+}
+
+/* What a refusal beside the ring says. */
+static inline void blockdex_read_failure(const char *reply, struct blockdex_error *error) {
+    const uint64_t code = blockdex_number_behind(reply, "\"code\":");
+    if (!error) return;
+    memset(error, 0, sizeof *error);
+    error->code = BLOCKDEX_UNAVAILABLE;
+    if (code) error->code = (uint32_t)code;
+    blockdex_text_behind(reply, "\"reason\":\"", error->reason, sizeof error->reason);
+    blockdex_text_behind(reply, "\"failed\":\"", error->message, sizeof error->message);
+    error->message_bytes = (uint32_t)strlen(error->message) + 1;
+}
+
+/* The reply that came to a question, in its room: whether it is an answer. */
+static inline bool blockdex_end_question(struct blockdex_client *client, char *reply, struct blockdex_error *error) {
+    if (client->reply_bytes >= client->reply_room)
+        return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_LENGTH",
+                             "answer: has %zu bytes, there is room for %zu", client->reply_bytes,
+                             client->reply_room - 1);
+    reply[client->reply_bytes] = 0;
     if (strncmp(reply, "{\"failed\"", 9)) return true;
-    if (error) {
-        const uint64_t code = blockdex_number_behind(reply, "\"code\":");
-        memset(error, 0, sizeof *error);
-        error->code = BLOCKDEX_UNAVAILABLE;
-        if (code) error->code = (uint32_t)code;
-        blockdex_text_behind(reply, "\"reason\":\"", error->reason, sizeof error->reason);
-        blockdex_text_behind(reply, "\"failed\":\"", error->message, sizeof error->message);
-        error->message_bytes = (uint32_t)strlen(error->message) + 1;
-    }
+    blockdex_read_failure(reply, error);
     return false;
+}
+
+/* Asks the server something, and waits for its reply, JSON text. */
+static inline bool blockdex_ask(struct blockdex_client *client, const char *question, const int *files,
+                                size_t num_files, char *reply, size_t room, double timeout,
+                                struct blockdex_error *error) {
+    const int64_t until = blockdex_until(blockdex_now(), timeout);
+    if (!blockdex_begin_question(client, question, files, num_files, reply, room, error)) return false;
+    while (client->reply && !client->over.code) {
+        struct pollfd link = {client->link, POLLIN, 0};
+        if (blockdex_poll_until(&link, 1, until) <= 0 || !blockdex_hear(client) || blockdex_now() > until) break;
+    }
+    const bool replied = !client->reply;
+    client->reply = NULL;
+    if (replied) return blockdex_end_question(client, reply, error);
+    return !blockdex_is_over(client, error) && blockdex_fail(error, BLOCKDEX_DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED",
+                                                             "timeout: no answer within %g s", timeout);
 }
 
 /* What the server is: `{"answer": {"spec": ..., "limits": ..., "epoch": ..., ...}}`, without spaces. */
