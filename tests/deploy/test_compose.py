@@ -114,7 +114,7 @@ def test_the_load_test_understands_its_arguments(tmp_path: Path) -> None:
     assert command == "loadtest"
     arguments = parse([word.replace("/reports/", f"{tmp_path}/") for word in words])
     http = Address.parse(image_settings()["BLOCKDEX_HTTP_ADDRESS"]).port
-    assert (arguments.target.address, arguments.target.http_address) == ("blockdex:50051", f"blockdex:{http}")
+    assert (arguments.target.endpoint.address, arguments.target.http_address) == ("blockdex:50051", f"blockdex:{http}")
     assert f"reports:{Path(words[-1].removeprefix('--output=')).parent}" in SERVICES["loadtest"]["volumes"]
 
 

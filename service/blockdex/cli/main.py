@@ -11,14 +11,15 @@ from typing import Any
 import grpc
 from google.protobuf.json_format import MessageToDict, MessageToJson
 
+from blockdex.client.command_line import EndpointError, add_endpoint_flags, endpoint_of
+from blockdex.client.endpoint import Endpoint
+from blockdex.client.failures import error_of_call
 from blockdex.contract.version import VERSION
 from blockdex.flags import REFUSED, FlagParser
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
-
-_DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,8 +47,11 @@ def _run(words: Sequence[str]) -> int:
     if words[:1] == ["plan"]:
         return _plan(words[1:])
     options = _parser().parse_args(words)
-    run: Callable[[argparse.Namespace], int] = options.run
-    return run(options)
+    run: Callable[[argparse.Namespace, Endpoint], int] = options.run
+    try:
+        return run(options, endpoint_of(options))
+    except (EndpointError, ValueError) as error:
+        return _refuse(options.command, str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,12 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     info.add_argument("--json", action="store_true", help="as ProtoJSON, like /v1/info")
     for command in (health, info):
-        command.add_argument(
-            "--address",
-            default=os.environ.get("BLOCKDEX_GRPC_ADDRESS") or _DEFAULT_ADDRESS,
-            metavar="HOST:PORT",
-            help=f"where the server's gRPC is (default: BLOCKDEX_GRPC_ADDRESS, else {_DEFAULT_ADDRESS})",
-        )
+        add_endpoint_flags(command)
         command.add_argument(
             "--timeout", type=float, default=5.0, metavar="SECONDS", help="longest wait (default: %(default)s)"
         )
@@ -106,14 +105,15 @@ def _plan(words: Sequence[str]) -> int:
     return plan(words)
 
 
-def _health(options: argparse.Namespace) -> int:
+def _health(options: argparse.Namespace, endpoint: Endpoint) -> int:
     try:
         from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415 - comes with the server's packages
     except ModuleNotFoundError as error:
         return _refuse_without("health", error)
-    with grpc.insecure_channel(options.address) as channel:
+    with endpoint.channel() as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=options.timeout)
+            request, metadata = health_pb2.HealthCheckRequest(), endpoint.metadata(None)
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=options.timeout, metadata=metadata)
         except grpc.RpcError as error:
             return _unanswered(options.address, error)
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
@@ -121,10 +121,12 @@ def _health(options: argparse.Namespace) -> int:
     return OK if answer.status == health_pb2.HealthCheckResponse.SERVING else FAILED
 
 
-def _info(options: argparse.Namespace) -> int:
-    with grpc.insecure_channel(options.address) as channel:
+def _info(options: argparse.Namespace, endpoint: Endpoint) -> int:
+    with endpoint.channel() as channel:
         try:
-            answer = pb_grpc.IndexerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=options.timeout)
+            answer = pb_grpc.IndexerServiceStub(channel).GetInfo(
+                pb.GetInfoRequest(), timeout=options.timeout, metadata=endpoint.metadata(None)
+            )
         except grpc.RpcError as error:
             return _unanswered(options.address, error)
     if options.json:
@@ -150,8 +152,8 @@ def _lines(fields: dict[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _unanswered(address: str, error: grpc.RpcError) -> int:
-    assert isinstance(error, grpc.Call)
-    print(f"blockdex: {address}: {error.code().name}: {error.details()}", file=sys.stderr)
+    failure = error_of_call(error, address)
+    print(f"blockdex: {address}: {failure.code.name}: {failure.message.removeprefix(f'{address}: ')}", file=sys.stderr)
     return FAILED
 
 

@@ -4,6 +4,7 @@ from blockdex.client.answers import Info, SequenceState
 from blockdex.client.async_client import AsyncClient
 from blockdex.client.client import Client
 from blockdex.client.connecting import connect, connect_async
+from blockdex.client.endpoint import TLS
 from blockdex.client.shared_regions import SharedRegion
 
-__all__ = ["AsyncClient", "Client", "Info", "SequenceState", "SharedRegion", "connect", "connect_async"]
+__all__ = ["TLS", "AsyncClient", "Client", "Info", "SequenceState", "SharedRegion", "connect", "connect_async"]

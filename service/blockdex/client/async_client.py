@@ -13,6 +13,7 @@ from blockdex.client.async_ring_transport import AsyncRingTransport
 from blockdex.client.async_transports import AsyncStreamTransport, AsyncTransport, AsyncUnaryTransport
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
+from blockdex.client.endpoint import TLS, Endpoint, Token
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import NO_QUERIES, Integers, Scores
 from blockdex.client.shared_regions import SharedRegion, new_region, no_regions
@@ -46,10 +47,12 @@ class AsyncClient:
         tenant: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         transport: Literal["ring", "stream", "unary"] = "stream",
+        tls: TLS | bool | None = None,
+        token: Token | None = None,
     ) -> None:
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
-        self._core = Core(address, tenant, timeout)
+        self._core = Core(Endpoint(address, tls, token), tenant, timeout)
         self.transport = transport
         self.why = ""
         self._transport = _TRANSPORTS[transport](self._core)

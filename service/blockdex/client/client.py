@@ -11,6 +11,7 @@ from blockdex.client.answers import Info, SequenceState
 from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
+from blockdex.client.endpoint import TLS, Endpoint, Token
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import NO_QUERIES, Integers, Scores
 from blockdex.client.ring import socket_to
@@ -55,12 +56,15 @@ class Client:
 
     Args:
         address: `HOST:PORT`, or any gRPC target, such as `unix:/path`.
-        tenant: whose sequences these are, where the transport proves no identity; None leaves it to the server.
+        tenant: whose sequences these are, where the server knows no callers; None leaves it to the server.
         timeout: seconds that a call may take when it names no timeout.
         transport: `stream` (calls go over streams that stay open, as many as there are calls in flight; the default,
             since its calls were measured to be faster than `unary` ones), `unary` (each is an RPC of its own), or
             `ring` (they go through memory that a server on the same host shares which was started with `--socket`;
             gRPC only tells what the server is). `blockdex.connect` takes the fastest that there is.
+        tls: `blockdex.TLS(ca=...)`, with `cert` and `key` where the server asks clients for a certificate; True: with
+            the authorities that gRPC brings; None: plain text.
+        token: that the server's access file has the hash of, or a function that says it anew for each call and stream.
 
     Attributes:
         transport: which it is.
@@ -68,7 +72,9 @@ class Client:
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
-        ValueError: the timeout is not a positive, finite number, or the transport is unknown.
+        ValueError: the timeout is not a positive, finite number, the transport is unknown, or a token would go over a
+            network in plain text.
+        OSError: a file of `tls` cannot be read.
     """
 
     def __init__(
@@ -78,10 +84,12 @@ class Client:
         tenant: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         transport: Literal["ring", "stream", "unary"] = "stream",
+        tls: TLS | bool | None = None,
+        token: Token | None = None,
     ) -> None:
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
-        self._core = Core(address, tenant, timeout)
+        self._core = Core(Endpoint(address, tls, token), tenant, timeout)
         self.transport = transport
         self.why = ""
         self._transport = _TRANSPORTS[transport](self._core)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.call import Call, Result, nothing_to_settle
+from blockdex.client.endpoint import Endpoint
 from blockdex.client.frames import Message
 from blockdex.client.kinds import (
     APPEND_AND_SELECT,
@@ -41,20 +42,6 @@ DEFAULT_TIMEOUT = 30.0
 _LONGEST_TIMEOUT = 1e9
 """Seconds: 31 years, and as long as any timeout beyond. Threads cannot wait for 10 times as long, nor can gRPC."""
 
-CHANNEL_OPTIONS = (
-    # 16,384 queries are answered with 4 MiB of block ids; requests are checked against the server's own limit.
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # The client repeats what may be repeated, and gRPC nothing.
-    ("grpc.enable_retries", 0),
-    # Else all clients of a process share a connection, and so one frontend of several.
-    ("grpc.use_local_subchannel_pool", 1),
-    # gRPC would wait a second at first, then minutes, before it looks for a server again.
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
-
 
 class Core:
     """One client's settings and what it knows of the server. Safe to share between threads.
@@ -62,11 +49,13 @@ class Core:
     The methods named after RPCs build a `Call`; sending it is the client's part.
 
     Args:
-        address: `HOST:PORT`, or a gRPC target such as `unix:/path`.
+        endpoint: the server, and how it and the client know each other.
         tenant: sent as the metadata `blockdex-tenant`; None sends none.
         timeout: seconds that a call may take that names none.
 
     Attributes:
+        endpoint: as above.
+        address: its.
         codec: what writes data calls, and reads their answers.
         regions: memory that the client shares, if its transport can.
 
@@ -75,18 +64,24 @@ class Core:
         ValueError: the timeout is not a positive, finite number.
     """
 
-    def __init__(self, address: str, tenant: str | None, timeout: float) -> None:
+    def __init__(self, endpoint: Endpoint, tenant: str | None, timeout: float) -> None:
         if tenant is not None:
             checks.check_tenant(tenant)
-        self.address = address
+        self.endpoint = endpoint
+        self.address = endpoint.address
         self.tenant = checks.DEFAULT_TENANT if tenant is None else tenant
-        self.metadata = () if tenant is None else ((checks.TENANT_KEY, tenant),)
+        self._named = tenant
         self.codec = codec()
         self.regions: Regions = ()
         self._timeout = _checked(timeout)
         # A finalizer that closes a sequence may ask anew in the middle of taking up an answer; its own is as good.
         self._lock = threading.RLock()
         self._ledger: Ledger | None = None
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of the next call or stream."""
+        return self.endpoint.metadata(self._named)
 
     @property
     def ledger(self) -> Ledger | None:

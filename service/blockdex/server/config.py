@@ -40,6 +40,8 @@ _OF_KUBERNETES = re.compile(
 )
 """The variables that it sets for a service, which may be named blockdex or blockdex-metrics."""
 
+UNIX = "unix:"
+_LONGEST_SOCKET_PATH = 107
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([a-z]*)", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
@@ -79,6 +81,15 @@ def _address(value: str) -> str:
     return str(Address.parse(value))
 
 
+def _grpc_address(value: str) -> str:
+    if not value.startswith(UNIX):
+        return _address(value)
+    path = Path(value.removeprefix(UNIX).removeprefix("//")).absolute()
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise ValueError(f"a Unix socket's path has at most {_LONGEST_SOCKET_PATH} bytes, got {len(os.fsencode(path))}")
+    return f"{UNIX}{path}"
+
+
 def _endpoint(value: object) -> object:
     if value is None:
         value = os.environ.get(OTLP_VARIABLE, "")
@@ -89,6 +100,7 @@ def _endpoint(value: object) -> object:
 
 Size = Annotated[int, BeforeValidator(parse_size)]
 Listen = Annotated[str, AfterValidator(_address)]
+ListenOrFile = Annotated[str, AfterValidator(_grpc_address)]
 
 
 def _setting(default: Any, metavar: str, description: str, **bounds: Any) -> Any:
@@ -120,7 +132,9 @@ class ServeSettings(BaseSettings):
     device: Annotated[str, AfterValidator(_device)] = _setting(
         "auto", "DEVICE", "Where the cache and the kernels are: auto, cpu, cuda or cuda:N."
     )
-    grpc_address: Listen = _setting("127.0.0.1:50051", "HOST:PORT", "Where gRPC listens; port 0 takes any free one.")
+    grpc_address: ListenOrFile = _setting(
+        "127.0.0.1:50051", "HOST:PORT", "Where gRPC listens, or unix:PATH; port 0 takes any free one."
+    )
     http_address: Listen = _setting(
         "127.0.0.1:9051", "HOST:PORT", "Where /healthz, /readyz, /metrics and /v1/info listen; port 0 takes a free one."
     )
@@ -130,7 +144,24 @@ class ServeSettings(BaseSettings):
     socket_group: str | None = _setting(
         None,
         "GROUP",
-        "Group whose members may use the socket too, a name or a number; else only the server's own user.",
+        "Group whose members may use the Unix sockets too, a name or a number; else only the server's own user.",
+    )
+    access_file: Path | None = _setting(
+        None,
+        "FILE",
+        "Who may call, as which tenant: hashes of tokens, names of certificates; read anew when it changes.",
+    )
+    tls_cert: Path | None = _setting(
+        None, "FILE", "Certificate that gRPC shows, with those up to its authority (PEM); read anew when it changes."
+    )
+    tls_key: Path | None = _setting(None, "FILE", "Its private key (PEM).")
+    tls_client_ca: Path | None = _setting(
+        None, "FILE", "Authorities whose clients may connect to gRPC, each with a certificate (PEM)."
+    )
+    http_tls_cert: Path | None = _setting(None, "FILE", "Certificate that HTTP shows, as tls_cert.")
+    http_tls_key: Path | None = _setting(None, "FILE", "Its private key (PEM).")
+    insecure: bool = _setting(
+        False, "", "Lets a server be reached from other machines without TLS, or by callers that it does not know."
     )
     processes: Literal["auto", "single", "split"] = _setting(
         "auto",
@@ -222,9 +253,9 @@ class ServeSettings(BaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
+    def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         # Else pydantic reads a TOML true as the number 1.
-        if isinstance(value, bool):
+        if isinstance(value, bool) and info.field_name != "insecure":
             raise ValueError(f"must not be a boolean, got {str(value).lower()}")
         return value
 
@@ -256,8 +287,13 @@ class ServeSettings(BaseSettings):
     @classmethod
     def restore(cls, dumped: dict[str, Any]) -> ServeSettings:
         """The settings that `model_dump(mode="json")` made an object of; nothing is read anew."""
-        paths = {name: Path(dumped[name]) for name in ("config", "model_file", "socket") if dumped[name] is not None}
+        paths = {name: Path(dumped[name]) for name in _PATHS if dumped[name] is not None}
         return cls.model_construct(**dumped | paths)
+
+    @property
+    def unix_path(self) -> Path | None:
+        """The file on which gRPC listens; None where it listens on a port."""
+        return Path(self.grpc_address.removeprefix(UNIX)) if self.grpc_address.startswith(UNIX) else None
 
     def index_spec(self) -> IndexSpec:
         """The indexer to serve: the model's, with the settings that go before it.
@@ -269,6 +305,9 @@ class ServeSettings(BaseSettings):
             return IndexSpec.from_file(self.model_file, num_layers=self.num_layers, key_dtype=self.key_dtype)
         spec = IndexSpec(key_dtype=self.key_dtype)
         return spec if self.num_layers is None else dataclasses.replace(spec, num_layers=self.num_layers)
+
+
+_PATHS = [name for name, field in ServeSettings.model_fields.items() if field.annotation == Path | None]
 
 
 def load_settings(arguments: Sequence[str]) -> ServeSettings:
@@ -294,8 +333,9 @@ def load_settings(arguments: Sequence[str]) -> ServeSettings:
 def _parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
     parser = _Parser(prog="blockdex serve", add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="help")
-    for name, *_ in _described():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name)
+    for name, metavar, *_ in _described():
+        has_value: dict[str, Any] = {} if metavar else {"nargs": "?", "const": "true"}
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **has_value)
     return vars(parser.parse_args(arguments))
 
 
@@ -320,7 +360,7 @@ def settings_table() -> str:
         f"  {'flag':<34}{'environment':<36}default",
     ]
     for name, metavar, default, description in _described():
-        flag = f"--{name.replace('_', '-')} {metavar}"
+        flag = f"--{name.replace('_', '-')} {metavar}".rstrip()
         lines += [f"  {flag:<34}{_variable(name):<36}{'-' if default is None else default}", f"      {description}"]
     return "\n".join(lines) + "\n"
 

@@ -90,6 +90,10 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
     ERROR_REASON_REGION_UNSUPPORTED: _ClassVar[ErrorReason]
     ERROR_REASON_INVALID_REGION: _ClassVar[ErrorReason]
+    ERROR_REASON_MISSING_CREDENTIALS: _ClassVar[ErrorReason]
+    ERROR_REASON_UNKNOWN_CREDENTIALS: _ClassVar[ErrorReason]
+    ERROR_REASON_WRONG_TENANT: _ClassVar[ErrorReason]
+    ERROR_REASON_MISSING_RIGHT: _ClassVar[ErrorReason]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_BF16: Dtype
 DTYPE_FP16: Dtype
@@ -153,6 +157,10 @@ ERROR_REASON_OUTCOME_UNKNOWN: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 ERROR_REASON_REGION_UNSUPPORTED: ErrorReason
 ERROR_REASON_INVALID_REGION: ErrorReason
+ERROR_REASON_MISSING_CREDENTIALS: ErrorReason
+ERROR_REASON_UNKNOWN_CREDENTIALS: ErrorReason
+ERROR_REASON_WRONG_TENANT: ErrorReason
+ERROR_REASON_MISSING_RIGHT: ErrorReason
 
 class RequestHeader(_message.Message):
     __slots__ = ("epoch", "required_features", "model", "root_id")
