@@ -542,7 +542,7 @@ class RingConnection:
 
     Args:
         path: of the server's socket; one that begins with @ is abstract.
-        tenant: of all requests.
+        tenant: of all requests; empty: the one that the server knows this process by.
         timeout: of connecting.
         num_heads, max_spans, max_message_bytes: as `IndexSpec` and `Limits` say.
         spin_seconds: how long a wait looks for an answer before it sleeps.
@@ -554,6 +554,7 @@ class RingConnection:
 
     Raises:
         ConnectionError: the server cannot be reached, or speaks another version of the ring.
+        PermissionError: it does not let this process in, and says why.
         RuntimeError: from any method: another process has made it, or another thread is using it.
     """
 

@@ -194,7 +194,7 @@ def test_what_lies_in_a_region_is_named_and_not_copied() -> None:
         assert (slot.block_ids_offset, slot.payload_bytes) == (keys.nbytes + queries.nbytes, 64)
         slot = slot_of(request_of(other.empty((2, DIM), np.float32), queries))
         assert (slot.keys_region, slot.queries_region, slot.payload_bytes) == (0, 9, 64 + keys.nbytes)
-        for begin, expected in ((8192 - keys.nbytes, 9), (8192 - keys.nbytes + 64, 0), (8192, 0)):
+        for begin, expected in ((16, 0), (8192 - keys.nbytes, 9), (8192 - keys.nbytes + 64, 0), (8192, 0)):
             at_end = np.ndarray(keys.shape, keys.dtype, region.memory.buffer, begin)  # type: ignore[union-attr]
             assert slot_of(request_of(at_end, queries)).keys_region == expected
         slot_of.connection.take_back(9)

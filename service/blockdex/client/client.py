@@ -178,7 +178,7 @@ class Client:
         info = self.info()
         return DeviceChannel(
             socket_to(self._core, info),
-            self._core.tenant,
+            self._core.tenant or "",
             info.spec,
             info.epoch,
             device=device,

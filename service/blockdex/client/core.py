@@ -69,8 +69,7 @@ class Core:
             checks.check_tenant(tenant)
         self.endpoint = endpoint
         self.address = endpoint.address
-        self.tenant = checks.DEFAULT_TENANT if tenant is None else tenant
-        self._named = tenant
+        self.tenant = tenant
         self.codec = codec()
         self.regions: Regions = ()
         self._timeout = _checked(timeout)
@@ -81,7 +80,7 @@ class Core:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Of the next call or stream."""
-        return self.endpoint.metadata(self._named)
+        return self.endpoint.metadata(self.tenant)
 
     @property
     def ledger(self) -> Ledger | None:

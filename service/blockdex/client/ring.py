@@ -14,7 +14,7 @@ from blockdex.client.core import Core
 from blockdex.client.failures import reason_of
 from blockdex.client.frames import Message
 from blockdex.client.shared_regions import Regions, SharedRegion
-from blockdex.contract.errors import BlockdexError, Reason, UnavailableError, error_of
+from blockdex.contract.errors import BlockdexError, Reason, UnauthenticatedError, UnavailableError, error_of
 from blockdex.ring import SUPPORTED, layout
 from blockdex.v1 import indexer_pb2 as pb
 
@@ -122,6 +122,7 @@ def open_link(core: Core, info: Info, timeout: float, *, room_seconds: float = 2
 
     Raises:
         UnavailableError: it offers no ring, or cannot be reached over it (UNREACHABLE).
+        UnauthenticatedError: it does not let this process in (UNKNOWN_CREDENTIALS).
     """
     import blockdex._native as native  # noqa: PLC0415 - not in every install
 
@@ -130,7 +131,7 @@ def open_link(core: Core, info: Info, timeout: float, *, room_seconds: float = 2
     try:
         return native.RingConnection(
             path,
-            core.tenant,
+            core.tenant or "",
             timeout,
             num_heads=info.spec.num_index_heads,
             max_spans=info.limits.max_spans,
@@ -138,6 +139,8 @@ def open_link(core: Core, info: Info, timeout: float, *, room_seconds: float = 2
             spin_seconds=_SPIN_SECONDS if spins else 0.0,
             room_seconds=room_seconds,
         )
+    except PermissionError as error:
+        raise UnauthenticatedError(str(error), Reason.UNKNOWN_CREDENTIALS) from None
     except OSError as error:
         raise UnavailableError(str(error), Reason.UNREACHABLE) from None
 

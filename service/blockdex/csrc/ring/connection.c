@@ -88,7 +88,8 @@ static bool open_connection(struct connection *self, const char *path, const cha
     connected = blockdex_connect(&self->client, path, tenant, timeout, &error);
     Py_END_ALLOW_THREADS;
     if (!connected)
-        PyErr_SetString(PyExc_ConnectionError, error.message);
+        PyErr_SetString(error.code == BLOCKDEX_UNAUTHENTICATED ? PyExc_PermissionError : PyExc_ConnectionError,
+                        error.message);
     else if (!watch(self))
         PyErr_SetFromErrno(PyExc_OSError);
     else
