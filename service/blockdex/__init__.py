@@ -56,6 +56,7 @@ __all__ = [
     "Reason",
     "ResourceExhaustedError",
     "SequenceState",
+    "SharedRegion",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
@@ -68,11 +69,20 @@ __all__ = [
 __version__ = VERSION
 
 if TYPE_CHECKING:
-    from blockdex.client import TLS, AsyncClient, Client, Info, SequenceState, connect, connect_async
+    from blockdex.client import TLS, AsyncClient, Client, Info, SequenceState, SharedRegion, connect, connect_async
 else:
 
     def __getattr__(name: str) -> Any:
         # The engine imports this package too, and must not get gRPC with it.
-        if name in {"TLS", "AsyncClient", "Client", "Info", "SequenceState", "connect", "connect_async"}:
+        if name in {
+            "TLS",
+            "AsyncClient",
+            "Client",
+            "Info",
+            "SequenceState",
+            "SharedRegion",
+            "connect",
+            "connect_async",
+        }:
             return getattr(import_module("blockdex.client"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,5 +6,6 @@ from blockdex.client.async_client import AsyncClient
 from blockdex.client.client import Client
 from blockdex.client.connecting import connect, connect_async
 from blockdex.client.endpoint import TLS
+from blockdex.client.shared_regions import SharedRegion
 
-__all__ = ["TLS", "AsyncClient", "Client", "Info", "SequenceState", "connect", "connect_async"]
+__all__ = ["TLS", "AsyncClient", "Client", "Info", "SequenceState", "SharedRegion", "connect", "connect_async"]

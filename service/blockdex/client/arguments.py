@@ -20,6 +20,7 @@ class AppendAndSelectArguments(TypedDict, total=False):
     first_head: int
     num_heads: int
     rollback: bool
+    out: Any
     epoch: int | None
     timeout: float | None
 
@@ -35,5 +36,6 @@ class SelectArguments(TypedDict, total=False):
     first_head: int
     num_heads: int
     wait_for_keys: bool
+    out: Any
     epoch: int | None
     timeout: float | None

@@ -19,6 +19,7 @@ from blockdex.client.endpoint import TLS, Endpoint, Token
 from blockdex.client.forking import is_forked
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import NO_QUERIES, Integers, Scores
+from blockdex.client.shared_regions import SharedRegion, new_region, no_regions
 from blockdex.client.tensors import Array
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Order, Totals
@@ -90,6 +91,24 @@ class AsyncClient:
     async def reopen_channel(self, channel: DeviceChannel) -> None:
         """Opens a channel again that is dead, after a restart of the server, say: captured graphs stay valid."""
         await asyncio.to_thread(reopen_channel, self._core, await self.info(), channel)
+
+    async def share(self, num_bytes: int, *, device: str | None = None, timeout: float | None = None) -> SharedRegion:
+        """New memory that the server reads and writes where it lies: keys, queries and `out` in it are not copied."""
+        ring, deadline = self._ring(), self._core.deadline(timeout)
+        region = new_region(num_bytes, device)
+        self._core.share(region)
+        try:
+            await ring.update_regions((await self._ledger(deadline)).info, deadline)
+        except BaseException:
+            self._core.release(region)
+            raise
+        return region
+
+    async def release(self, region: SharedRegion, *, timeout: float | None = None) -> None:
+        """Shares a region no more; the server has given it back when this returns."""
+        ring, deadline = self._ring(), self._core.deadline(timeout)
+        self._core.release(region)
+        await ring.update_regions((await self._ledger(deadline)).info, deadline)
 
     async def open_sequence(
         self, sequence_id: int, *, lease_seconds: int = 0, epoch: int | None = None, timeout: float | None = None
@@ -182,13 +201,14 @@ class AsyncClient:
         first_head: int = 0,
         num_heads: int = 0,
         wait_for_keys: bool = False,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
         """Selects the key blocks that each query reads."""
         selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
         arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False)
-        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
+        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, out)
 
     @overload
     async def append_and_select(
@@ -225,6 +245,7 @@ class AsyncClient:
         first_head: int = 0,
         num_heads: int = 0,
         rollback: bool = False,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -234,7 +255,12 @@ class AsyncClient:
         """
         selection = (queries, first_head, num_heads, order, return_scores, False)
         arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback)
-        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
+        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, out)
+
+    def _ring(self) -> AsyncRingTransport:
+        if not isinstance(self._transport, AsyncRingTransport):
+            raise no_regions(self.transport)
+        return self._transport
 
     async def _run(
         self,
@@ -244,10 +270,11 @@ class AsyncClient:
         **kwargs: Arguments.kwargs,
     ) -> Result:
         deadline = self._core.deadline(timeout)
+        return await self._complete(build(await self._ledger(deadline), deadline, *args, **kwargs))
+
+    async def _ledger(self, deadline: float) -> Ledger:
         ledger = self._core.ledger
-        if ledger is None:
-            ledger = await self._complete(self._core.get_info(deadline))
-        return await self._complete(build(ledger, deadline, *args, **kwargs))
+        return await self._complete(self._core.get_info(deadline)) if ledger is None else ledger
 
     async def _complete(self, call: Call[Result]) -> Result:
         try:

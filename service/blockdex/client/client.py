@@ -17,6 +17,7 @@ from blockdex.client.forking import is_forked
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import NO_QUERIES, Integers, Scores
 from blockdex.client.ring_transport import RingTransport
+from blockdex.client.shared_regions import SharedRegion, new_region, no_regions
 from blockdex.client.tensors import Array
 from blockdex.client.transports import StreamTransport, Transport, UnaryTransport
 from blockdex.contract.errors import BlockdexError
@@ -119,6 +120,40 @@ class Client:
     def stats(self, *, timeout: float | None = None) -> Totals:
         """What the server did since it started."""
         return self._complete(self._core.get_stats(self._core.deadline(timeout)))
+
+    def share(self, num_bytes: int, *, device: str | None = None, timeout: float | None = None) -> SharedRegion:
+        """New memory that the server reads and writes where it lies: keys, queries and `out` in it are not copied.
+
+        Takes a client over a ring. The server may know of it over each of the client's links.
+
+        Args:
+            num_bytes: that it has.
+            device: `cuda` (the first) or `cuda:N`, the server's GPU: for torch tensors there. None = of the host.
+            timeout: seconds; None = the client's.
+
+        Raises:
+            UnimplementedError: the client's transport has no regions (REGION_UNSUPPORTED).
+            OSError, RuntimeError: there is not so much memory, or no such device.
+        """
+        ring, deadline = self._ring(), self._core.deadline(timeout)
+        region = new_region(num_bytes, device)
+        self._core.share(region)
+        try:
+            ring.share(self._ledger(deadline).info, deadline)
+        except BaseException:
+            self._core.release(region)
+            raise
+        return region
+
+    def release(self, region: SharedRegion, *, timeout: float | None = None) -> None:
+        """Shares a region no more: what lies there is copied like anything else. Its memory goes with the last array.
+
+        The server has given it back when this returns, but over links that calls of other threads are using: over these
+        before they are used again.
+        """
+        ring, deadline = self._ring(), self._core.deadline(timeout)
+        self._core.release(region)
+        ring.release(deadline)
 
     def device_channel(self, **options: Unpack[ChannelOptions]) -> DeviceChannel:
         """A channel of its own to a server on the same host: calls on torch CUDA tensors, for CUDA graphs too.
@@ -252,6 +287,7 @@ class Client:
         first_head: int = 0,
         num_heads: int = 0,
         wait_for_keys: bool = False,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -270,6 +306,8 @@ class Client:
             first_head: first head that `queries` holds.
             num_heads: heads that `queries` holds; 0 = all from `first_head`.
             wait_for_keys: wait for the revision (without one: for the keys) until the timeout, instead of failing.
+            out: in memory of `share`: block ids are written there, with `return_scores` into a pair; then that is
+                returned.
             epoch: None = the one that the client knows, 0 = any.
             timeout: seconds; None = the client's.
 
@@ -279,7 +317,7 @@ class Client:
         """
         selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
         arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False)
-        return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
+        return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, out)
 
     @overload
     def append_and_select(
@@ -316,6 +354,7 @@ class Client:
         first_head: int = 0,
         num_heads: int = 0,
         rollback: bool = False,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -325,7 +364,12 @@ class Client:
         """
         selection = (queries, first_head, num_heads, order, return_scores, False)
         arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback)
-        return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
+        return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, out)
+
+    def _ring(self) -> RingTransport:
+        if not isinstance(self._transport, RingTransport):
+            raise no_regions(self.transport)
+        return self._transport
 
     def _run(
         self,
@@ -335,10 +379,10 @@ class Client:
         **kwargs: Arguments.kwargs,
     ) -> Result:
         deadline = self._core.deadline(timeout)
-        ledger = self._core.ledger
-        if ledger is None:
-            ledger = self._complete(self._core.get_info(deadline))
-        return self._complete(build(ledger, deadline, *args, **kwargs))
+        return self._complete(build(self._ledger(deadline), deadline, *args, **kwargs))
+
+    def _ledger(self, deadline: float) -> Ledger:
+        return self._core.ledger or self._complete(self._core.get_info(deadline))
 
     def _complete(self, call: Call[Result]) -> Result:
         try:

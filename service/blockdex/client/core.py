@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from numpy.typing import NDArray
+
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.call import Call, Result, nothing_to_settle
 from blockdex.client.endpoint import Endpoint
@@ -28,6 +30,7 @@ from blockdex.client.kinds import (
 )
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import Arguments, Integers, Scores, Selected, Shape, codec, integer, integers
+from blockdex.client.shared_regions import Regions, SharedRegion, answer_into, array_of
 from blockdex.client.tensors import array_like
 from blockdex.contract import limits as checks
 from blockdex.contract.errors import InvalidArgumentError, Reason
@@ -55,6 +58,7 @@ class Core:
         endpoint: as above.
         address: its.
         codec: what writes data calls, and reads their answers.
+        regions: memory that the client shares, if its transport can.
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
@@ -67,9 +71,9 @@ class Core:
             checks.check_tenant(tenant)
         self.endpoint = endpoint
         self.address = endpoint.address
-        self.tenant = checks.DEFAULT_TENANT if tenant is None else tenant
-        self._named = tenant
+        self.tenant = tenant
         self.codec = codec()
+        self.regions: Regions = ()
         self._timeout = _checked(timeout)
         # A finalizer that closes a sequence may ask anew in the middle of taking up an answer; its own is as good.
         self._lock = threading.RLock()
@@ -79,7 +83,7 @@ class Core:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Of the next call or stream."""
-        return self.endpoint.metadata(self._named)
+        return self.endpoint.metadata(self.tenant)
 
     @property
     def ledger(self) -> Ledger | None:
@@ -106,6 +110,16 @@ class Core:
             ledger.over |= new_epoch != ledger.info.epoch
         ledger.evict(evicted)
 
+    def share(self, region: SharedRegion) -> None:
+        """The client shares one more region."""
+        with self._lock:
+            self.regions = (*self.regions, region)
+
+    def release(self, region: SharedRegion) -> None:
+        """The client does not share a region any more."""
+        with self._lock:
+            self.regions = tuple(each for each in self.regions if each is not region)
+
     def get_info(self, deadline: float) -> Call[Ledger]:
         """GetInfo. The answer is what the client knows from then on; a new epoch drops every length."""
 
@@ -113,7 +127,7 @@ class Core:
             with self._lock:
                 ledger = self.ledger
                 if ledger is None or ledger.info.epoch != info.epoch:
-                    ledger = self._ledger = Ledger(info, self.codec)
+                    ledger = self._ledger = Ledger(info, self.codec, self._array_of)
                 else:
                     ledger.info = info
                 return ledger
@@ -210,18 +224,21 @@ class Core:
         return self._append(APPEND_KEYS, ledger, deadline, arguments, _nothing)
 
     def append_and_select(
-        self, ledger: Ledger, deadline: float, arguments: Arguments, queries: Any, return_scores: Scores
+        self, ledger: Ledger, deadline: float, arguments: Arguments, queries: Any, return_scores: Scores, out: Any
     ) -> Call[Any]:
         """AppendAndSelect."""
-        return self._append(APPEND_AND_SELECT, ledger, deadline, arguments, _selection_like(queries, return_scores))
+        read = _selection_like(queries, return_scores, out)
+        return self._append(APPEND_AND_SELECT, ledger, deadline, arguments, read, out, return_scores)
 
     def select_blocks(
-        self, ledger: Ledger, deadline: float, arguments: Arguments, queries: Any, return_scores: Scores
+        self, ledger: Ledger, deadline: float, arguments: Arguments, queries: Any, return_scores: Scores, out: Any
     ) -> Call[Any]:
         """SelectBlocks; without starts it asks for the last positions."""
         request = ledger.make(SELECT_BLOCKS.number, *arguments)
+        if out is not None:
+            answer_into(request, self.regions, out, return_scores)
         ledger.place_selection(request)
-        read = _selection_like(queries, return_scores)
+        read = _selection_like(queries, return_scores, out)
 
         def finish(selected: Selected) -> Any:
             return read(selected, request.shape)
@@ -235,8 +252,12 @@ class Core:
         deadline: float,
         arguments: Arguments,
         read: Callable[[Selected, Shape], Result],
+        out: Any = None,
+        return_scores: Scores = False,
     ) -> Call[Result]:
         request = ledger.make(kind.number, *arguments)
+        if out is not None:
+            answer_into(request, self.regions, out, return_scores)
         ledger.begin_append(request)
 
         def finish(selected: Selected) -> Result:
@@ -248,6 +269,9 @@ class Core:
             ledger.fail_append(request, changed_nothing)
 
         return Call(kind, request, deadline, finish, request.repeatable, ledger, fail, request.epoch)
+
+    def _array_of(self, name: str, tensor: Any) -> tuple[NDArray[Any], bool]:
+        return array_of(self.regions, name, tensor)
 
 
 def _call(
@@ -276,10 +300,12 @@ def _nothing(selected: Selected, shape: Shape) -> None:
     """What an append is answered with."""
 
 
-def _selection_like(queries: Any, return_scores: Scores) -> Callable[[Selected, Shape], Any]:
-    """Makes block ids, or the pair of them and their scores, of the kind of the queries."""
+def _selection_like(queries: Any, return_scores: Scores, out: Any) -> Callable[[Selected, Shape], Any]:
+    """Makes block ids, or the pair of them and their scores, as the queries are; they may be in `out` already."""
 
     def read(selected: Selected, shape: Shape) -> Any:
+        if out is not None:
+            return out
         block_ids = array_like(queries, "block_ids", selected[0], "int32", shape)
         if return_scores is False:
             return block_ids

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from blockdex.client.frames import framed
 from blockdex.client.kinds import TOKEN_KINDS, Kind
 from blockdex.client.lengths import Layers, Sequences
-from blockdex.client.requests import Selected, Shape, integer, integers
+from blockdex.client.requests import ArrayOf, Selected, Shape, integer, integers
 from blockdex.contract.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -125,7 +125,7 @@ class RequestMaker:
         epoch: int,
         array: type,
         dtypes: Mapping[Any, int],
-        host_array: Callable[[str, Any], NDArray[Any]],
+        array_of: ArrayOf,
         refuse: Callable[..., NoReturn],
     ) -> None:
         del array, refuse
@@ -135,7 +135,7 @@ class RequestMaker:
         self._max_message_bytes = max_message_bytes
         self._epoch = epoch
         self._dtypes = dtypes
-        self._host_array = host_array
+        self._array_of = array_of
 
     def make(self, kind: int, /, *arguments: Any) -> TokenRequest:
         """A request of a kind."""
@@ -149,12 +149,12 @@ class RequestMaker:
         _fill_spans(body, sequences, lengths, starts, revisions)
         arrays = {}
         if of.appends:
-            arrays["keys"] = self._host_array("keys", keys)
+            arrays["keys"] = self._array_of("keys", keys)[0]
             if rollback:
                 body.rollback = True
                 body.header.required_features.append(pb.FEATURE_ROLLBACK)
         if of.selects:
-            arrays["queries"] = self._host_array("queries", queries)
+            arrays["queries"] = self._array_of("queries", queries)[0]
             _fill_selection(body, *selection)
         if wait_for_keys and not of.appends:
             body.wait_for_keys = True
