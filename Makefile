@@ -24,7 +24,7 @@ CROSS_TOOLS := aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu qemu-aarch64=qemu-use
 	/usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1=libc6-dev-arm64-cross
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
 
-.PHONY: help install tools demo test test-all test-vllm mutants lint format proto wheels sbom audit lock bench bench-gpu bench-service docs clean
+.PHONY: help install tools demo demo-paged test test-all test-vllm mutants lint format proto wheels sbom audit lock bench bench-gpu bench-service docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -53,6 +53,9 @@ tools: ## Install what the tests run beside Python, where it is missing (as root
 
 demo: $(NATIVE) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda, KEY_DTYPE=bf16|fp8_e4m3)
 	$(BIN)/python -m examples.transformers_engine --device $(DEVICE) --key-dtype $(KEY_DTYPE)
+
+demo-paged: $(NATIVE) ## An engine with block tables of its own on a pool of blockdex, checked against its own indexer (DEVICE=cpu|cuda)
+	$(BIN)/python -m examples.paged_engine --device $(DEVICE)
 
 # Tests share the processors; one that is marked so has them to itself.
 TOGETHER := --numprocesses 2 --dist worksteal -m

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Unpack, 
 
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
+from blockdex.client.async_pool import AsyncPool
 from blockdex.client.async_ring_transport import AsyncRingTransport
 from blockdex.client.async_transports import AsyncStreamTransport, AsyncTransport, AsyncUnaryTransport
 from blockdex.client.call import Call, Result
@@ -18,7 +19,7 @@ from blockdex.client.device_channels import ChannelOptions, open_channel, reopen
 from blockdex.client.endpoint import TLS, Endpoint, Token
 from blockdex.client.forking import is_forked
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import NO_QUERIES, Integers, Scores
+from blockdex.client.requests import NO_POOL, NO_QUERIES, Integers, Scores
 from blockdex.client.shared_regions import SharedRegion, new_region, no_regions
 from blockdex.client.tensors import Array
 from blockdex.contract.errors import BlockdexError
@@ -155,6 +156,24 @@ class AsyncClient:
         """Gives up sequences, no two alike; closing what is closed already is fine."""
         await self._run(timeout, self._core.close_sequences, sequences, epoch)
 
+    async def create_pool(
+        self,
+        pool_id: int,
+        *,
+        num_pages: int,
+        num_rows: int,
+        max_blocks: int,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> AsyncPool:
+        """Sets pages aside that the caller numbers, and a table of rows that name them: see `Pool`."""
+        await self._run(timeout, self._core.create_pool, pool_id, num_pages, num_rows, max_blocks, epoch)
+        return self.pool(pool_id)
+
+    def pool(self, pool_id: int) -> AsyncPool:
+        """A pool that is there already: created by another rank of the engine, say. Asks the server nothing."""
+        return AsyncPool(self._core, self._run, self._core.pool_id(pool_id))
+
     async def append_keys(
         self,
         layer: int,
@@ -169,7 +188,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> None:
         """Writes index keys of one layer for one or many sequences: all of them, or, on any error, none."""
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback, *NO_POOL)
         await self._run(timeout, self._core.append_keys, arguments)
 
     @overload
@@ -207,7 +226,7 @@ class AsyncClient:
     ) -> Any:
         """Selects the key blocks that each query reads."""
         selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False, *NO_POOL)
         return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, out)
 
     @overload
@@ -254,7 +273,7 @@ class AsyncClient:
         Arguments and answer are theirs; the queries are those of the tokens appended.
         """
         selection = (queries, first_head, num_heads, order, return_scores, False)
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback, *NO_POOL)
         return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, out)
 
     def _ring(self) -> AsyncRingTransport:

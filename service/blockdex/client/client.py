@@ -15,7 +15,8 @@ from blockdex.client.device_channels import ChannelOptions, open_channel, reopen
 from blockdex.client.endpoint import TLS, Endpoint, Token
 from blockdex.client.forking import is_forked
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import NO_QUERIES, Integers, Scores
+from blockdex.client.pool import Pool
+from blockdex.client.requests import NO_POOL, NO_QUERIES, Integers, Scores
 from blockdex.client.ring_transport import RingTransport
 from blockdex.client.shared_regions import SharedRegion, new_region, no_regions
 from blockdex.client.tensors import Array
@@ -228,6 +229,35 @@ class Client:
         """Gives up sequences, no two alike; closing what is closed already is fine."""
         self._run(timeout, self._core.close_sequences, sequences, epoch)
 
+    def create_pool(
+        self,
+        pool_id: int,
+        *,
+        num_pages: int,
+        num_rows: int,
+        max_blocks: int,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> Pool:
+        """Sets pages aside that the caller numbers, and a table of rows that name them: see `Pool`.
+
+        Creating one again that is still as it was created is fine.
+
+        Args:
+            pool_id: unique among the pools of the tenant, not 0; 64 bits.
+            num_pages: pages, `IndexSpec.block_size` tokens of all layers each, numbered from 0.
+            num_rows: rows of the table, one for each sequence that the engine runs at a time.
+            max_blocks: cells of a row.
+            epoch: None = the one that the client knows, 0 = any.
+            timeout: seconds; None = the client's.
+        """
+        self._run(timeout, self._core.create_pool, pool_id, num_pages, num_rows, max_blocks, epoch)
+        return self.pool(pool_id)
+
+    def pool(self, pool_id: int) -> Pool:
+        """A pool that is there already: created by another rank of the engine, say. Asks the server nothing."""
+        return Pool(self._core, self._run, self._core.pool_id(pool_id))
+
     def append_keys(
         self,
         layer: int,
@@ -255,7 +285,7 @@ class Client:
             epoch: None = the one that the client knows, 0 = any.
             timeout: seconds; None = the client's.
         """
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback, *NO_POOL)
         self._run(timeout, self._core.append_keys, arguments)
 
     @overload
@@ -316,7 +346,7 @@ class Client:
             float32 scores of that shape. Of the kind of `queries`, and on their device.
         """
         selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False, *NO_POOL)
         return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, out)
 
     @overload
@@ -363,7 +393,7 @@ class Client:
         Arguments and answer are theirs; the queries are those of the tokens appended.
         """
         selection = (queries, first_head, num_heads, order, return_scores, False)
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback, *NO_POOL)
         return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, out)
 
     def _ring(self) -> RingTransport:

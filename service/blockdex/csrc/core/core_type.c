@@ -213,9 +213,11 @@ static void release(Py_buffer *buffer) {
 static void core_dealloc(struct core *core) {
     PyTypeObject *type = Py_TYPE((PyObject *)core);
     struct sequence_columns *columns = &core->sequences;
-    Py_buffer *buffers[] = {&columns->lengths, &columns->revisions,  &columns->reading,         &columns->held,
-                            &columns->forked,  &columns->last_calls, &columns->first_rows,      &columns->cells,
-                            &columns->holders, &columns->free_pages, &columns->reading_sequence};
+    Py_buffer *buffers[] = {
+        &columns->lengths,  &columns->revisions,  &columns->reading,          &columns->held,
+        &columns->forked,   &columns->last_calls, &columns->first_rows,       &columns->cells,
+        &columns->holders,  &columns->free_pages, &columns->reading_sequence, &columns->owners,
+        &columns->num_rows, &columns->max_blocks, &columns->filled,           &columns->page_numbers};
     for (uint32_t number = 0; core->requests && number < core->max_queued; number++)
         if (core->requests[number]) core_forget(core, core->requests[number]);
     for (size_t number = 0; number < sizeof buffers / sizeof *buffers; number++) release(buffers[number]);
@@ -228,7 +230,8 @@ static void core_dealloc(struct core *core) {
     for (size_t number = 0; number < core->num_gone; number++) Py_DECREF(server_link_object(core->gone_links[number]));
     void *const allocated[] = {core->requests, core->free_numbers,      core->for_python, core->appended_in,
                                core->read_in,  core->large_appended_in, core->used_in,    core->trimmed_in,
-                               core->to_trim,  core->recounted,         core->scratch};
+                               core->to_trim,  core->recounted,         core->scratch,    core->tables_set_in,
+                               core->set_cells};
     for (size_t number = 0; number < sizeof allocated / sizeof *allocated; number++) free(allocated[number]);
     pair_index_free(&core->tickets);
     pair_index_free(&core->held_back);
@@ -273,6 +276,10 @@ static PyMethodDef methods[] = {
     {"take", (PyCFunction)core_method_take, METH_NOARGS, "The next request for Python."},
     {"take_cut", (PyCFunction)core_method_take_cut, METH_NOARGS,
      "Entries of sequences that were cut, and may have pages to give back."},
+    {"take_set_cells", (PyCFunction)core_method_take_set_cells, METH_NOARGS,
+     "Places in the page tables that were set, of which the device is to be told."},
+    {"name_pages", (PyCFunction)core_method_name_pages, METH_VARARGS,
+     "Makes page numbers of the block ids of a request."},
     {"grant", (PyCFunction)core_method_grant, METH_O, "A request has the pages that it needs."},
     {"begin", (PyCFunction)core_method_begin, METH_VARARGS,
      "The last kernel of a request was launched, and its phase."},
