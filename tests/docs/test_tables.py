@@ -136,7 +136,8 @@ def test_what_it_saves() -> None:
 
 def test_what_it_costs() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "colocated-h200.json").read_text(encoding="utf-8"))
-    kernels, by_way = result["kernels_us"], {row["transport"]: row for row in result["rows"]}
+    by_way = result["parts"]["python"]
+    kernels = by_way["kernels_us"]
     expected = [(kernels, kernels * result["layers"] / 1000)]
     expected += [(by_way[way]["call_p50_us"], by_way[way]["step_p50_ms"]) for way in ("ring", "stream", "unary")]
     told = _page("index.md").partition("## What it costs")[2]
