@@ -6,23 +6,22 @@ from mutants.mutant import Mutant
 
 _ADMIT, _POOLS, _REQUEST = "csrc/core/admit.c", "csrc/core/pools.c", "csrc/core/request.c"
 _TESTS = ("scheduler/test_pools.py",)
-_CALLS = ("client/test_pools.py",)
 _CLIENT = ("csrc/test_client_calls.py",)
 
 MUTANTS = (
-    Mutant("a row beyond the pool's", _POOLS, "if (request->ids[row] >= num_rows)", "if (!num_rows)", _CALLS),
-    Mutant("a row longer than it is", _POOLS, "if (end <= room) continue;", "if (end) continue;", _CALLS),
+    Mutant("a row beyond the pool's", _POOLS, "if (request->ids[row] >= num_rows)", "if (!num_rows)", _TESTS),
+    Mutant("a row longer than it is", _POOLS, "if (end <= room) continue;", "if (end) continue;", _TESTS),
     Mutant(
-        "a cell beyond its row", _POOLS, "if (first <= room && count <= room - first) continue;", "continue;", _CALLS
+        "a cell beyond its row", _POOLS, "if (first <= room && count <= room - first) continue;", "continue;", _TESTS
     ),
-    Mutant("a page beyond the pool's", _POOLS, "if (request->page_ids[at] >= num_pages)", "if (!num_pages)", _CALLS),
+    Mutant("a page beyond the pool's", _POOLS, "if (request->page_ids[at] >= num_pages)", "if (!num_pages)", _TESTS),
     Mutant("a block without a page", _POOLS, "        if (block >= stop) continue;", "        continue;", _TESTS),
     Mutant(
         "only the first block's page is looked at",
         _POOLS,
         "while (block < stop && cells[block] != NO_PAGE) block++;",
         "if (block < stop && cells[block] != NO_PAGE) block = stop;",
-        _CALLS,
+        _TESTS,
     ),
     Mutant(
         "a selection needs the pages of its own blocks alone",
@@ -31,7 +30,7 @@ MUTANTS = (
         "request->starts[row] / size",
         _TESTS,
     ),
-    Mutant("cells name pages of the cache", _POOLS, "pages[*page_id++]", "(int32_t)*page_id++", _CALLS),
+    Mutant("cells name pages of the cache", _POOLS, "pages[*page_id++]", "(int32_t)*page_id++", _TESTS),
     Mutant(
         "cells are never told to the device",
         _POOLS,
@@ -83,7 +82,7 @@ MUTANTS = (
         _ADMIT,
         "request->applies[row] = !revision || revision != revisions_of(core)[cell];",
         "request->applies[row] = !revision || revision != revisions_of(core)[cell] || of_pool(request);",
-        (*_TESTS, *_CALLS),
+        _TESTS,
     ),
     Mutant(
         "a pool's revision is waited for when asked to alone",
@@ -97,7 +96,7 @@ MUTANTS = (
         _ADMIT,
         "if (!of_pool(request) && !check_not_stale",
         "if (!check_not_stale",
-        _CALLS,
+        _TESTS,
     ),
     Mutant(
         "rows of a pool are kept apart like sequences",
@@ -123,7 +122,7 @@ MUTANTS = (
     Mutant(
         "pages of a sequence are told", _REQUEST, "return !(slot->flags & BLOCKDEX_PAGES) ||", "return true ||", _TESTS
     ),
-    Mutant("another number of page numbers", _REQUEST, "return sum == cells || ", "return true || ", _CALLS),
+    Mutant("another number of page numbers", _REQUEST, "return sum == cells || ", "return true || ", _TESTS),
     Mutant(
         "the C client sends first blocks as counts",
         "ring/include/blockdex_client.h",

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from benchmarks.ring_messages import Request, TokenAnswer
 from blockdex.contract.errors import BlockdexError, Reason
+from blockdex.contract.messages import SetPageTables
 from blockdex.executor.cpu import CpuExecutor
 from blockdex_kernels.reference import select as reference_select
 from support.pool_model import PoolModel
 from support.running_engine import (
     SPEC,
+    TENANT,
     Running,
     block_ids,
     close,
@@ -165,7 +167,7 @@ STEP = st.one_of(
         st.sampled_from(("append", "select", "select", "both")),
         st.integers(0, 1),
         SPANS,
-        st.sampled_from((None, None, 0, 1, 1, 2)),
+        st.sampled_from((None, None, -1, 0, 1, 1, 2)),
         st.booleans(),
     ),
     st.just(("settle",)),
@@ -219,7 +221,7 @@ def ask(
         name = "select"  # of two keys in one place nobody knows which stays
     keys = None if name == "select" else keys_of(random, count)
     queries = None if name == "append" else queries_of(random, count)
-    revision = 0 if ahead is None else model.revisions[layer] + ahead
+    revision = 0 if ahead is None else max(model.revisions[layer] + ahead, 0)
     return model.tokens(layer, fits, revision, keys, queries, pages and queries is not None)
 
 
@@ -378,3 +380,40 @@ async def test_rows_and_pages_are_used_again_as_pools_come_and_go(random: np.ran
         await engine.settled()
         assert engine.engine.stats().integrity_faults == 0
         assert engine.engine.info().cache.pages_used == pages
+
+
+ROOM = BLOCKS * SPEC.block_size
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (lambda one: set_cells(POOL, (0, 0, [9]), (ROWS, 0, [1])), "row must be below 3, got 3"),
+        (lambda one: set_cells(POOL, (0, 0, [9]), (1, BLOCKS - 1, [1, 2])), "must be at most 8, got 7 + 2"),
+        (lambda one: set_cells(POOL, (0, 0, [9]), (1, 0, [PAGES])), "page_id must be below 12, got 12"),
+        (lambda one: SetPageTables(TENANT, 0, POOL, [0, 1], [0, 0], [1, 0], [9]), "count must be at least 1, got 0"),
+        (lambda one: SetPageTables(TENANT, 0, POOL, [0], [0], [1], [9, 9]), "as many as the counts add up to, got 2"),
+        (lambda one: tokens(0, [(0, 0, 1), (ROWS, 0, 1)], keys=one, pool=POOL), "row must be below 3, got 3"),
+        (lambda one: tokens(0, [(0, 0, 1), (1, ROOM, 1)], keys=one, pool=POOL), "must be at most 64, got 65"),
+        (lambda one: tokens(0, [(0, 0, 1), (1, 16, 1)], keys=one, pool=POOL), "row 1, layer 0: block 2 has no page"),
+        (lambda one: tokens(0, [(0, 0, 1), (2, 0, 1)], keys=one, pool=POOL), "row 2, layer 0: block 0 has no page"),
+        (lambda one: tokens(0, [(0, 0, 1), (0, 3, 1)], keys=one, pool=POOL), "row 0 is named 2 times"),
+        (lambda one: tokens(0, [(0, 0, 1)], keys=one[:1], pool=POOL + 1), "pool 8: unknown"),
+        (lambda one: tokens(0, [(0, 0, 1)], keys=one[:1], pool=POOL, tenant="other"), "pool 7: unknown"),
+        (lambda one: set_cells(POOL, (0, 0, [9]), tenant="other"), "pool 7: unknown"),
+    ],
+)
+async def test_what_is_refused_changes_nothing(random: np.random.Generator, asked: Any, words: str) -> None:
+    async with running() as engine:
+        model = await new_pool(engine, random)
+        error = await engine.refusal(asked(keys_of(random, 2)))
+        assert words in error.message
+        queries = queries_of(random, 4)
+        got = block_ids(await engine.ask(tokens(0, [(0, 36, 4)], queries=queries, pages=True, pool=POOL)))
+        np.testing.assert_array_equal(got, select_pages(model, queries))
+
+
+def select_pages(model: PoolModel, queries: NDArray[np.float32]) -> Ids:
+    """The pages that the last queries of row 0 select."""
+    ids = reference_select(torch.from_numpy(model.keys(0, 0, 40)), torch.from_numpy(queries), 36, SPEC).block_ids
+    return np.where(ids.numpy() >= 0, model.cells[0][ids.numpy()], -1).astype(np.int32)
