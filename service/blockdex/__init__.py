@@ -36,6 +36,7 @@ from blockdex.contract.errors import (
 from blockdex.contract.version import VERSION
 
 __all__ = [
+    "TLS",
     "AbortedError",
     "AlreadyExistsError",
     "AsyncClient",
@@ -57,6 +58,7 @@ __all__ = [
     "Reason",
     "ResourceExhaustedError",
     "SequenceState",
+    "SharedRegion",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
@@ -69,11 +71,33 @@ __all__ = [
 __version__ = VERSION
 
 if TYPE_CHECKING:
-    from blockdex.client import AsyncClient, AsyncPool, Client, Info, Pool, SequenceState, connect, connect_async
+    from blockdex.client import (
+        TLS,
+        AsyncClient,
+        AsyncPool,
+        Client,
+        Info,
+        Pool,
+        SequenceState,
+        SharedRegion,
+        connect,
+        connect_async,
+    )
 else:
 
     def __getattr__(name: str) -> Any:
         # The engine imports this package too, and must not get gRPC with it.
-        if name in {"AsyncClient", "AsyncPool", "Client", "Info", "Pool", "SequenceState", "connect", "connect_async"}:
+        if name in {
+            "TLS",
+            "AsyncClient",
+            "AsyncPool",
+            "Client",
+            "Info",
+            "Pool",
+            "SequenceState",
+            "SharedRegion",
+            "connect",
+            "connect_async",
+        }:
             return getattr(import_module("blockdex.client"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

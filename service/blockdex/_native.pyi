@@ -13,6 +13,7 @@ BROKEN: int
 MAX_RUNS: int
 MAX_TOKENS: int
 STEPS: int
+SIGNALS: int
 MAX_REGIONS: int
 
 class ServerLink:
@@ -142,6 +143,7 @@ class Core:
             rounds them once more.
         nudge: eventfd that `notice` writes and `run` sleeps on.
         spin_seconds: after a request or an answer, how long `run` looks for requests before it sleeps.
+        hold_seconds: how long a channel's request is held for those of other channels that came with it the last time.
         seconds_bounds, size_bounds: of the histograms.
 
     Raises:
@@ -176,6 +178,7 @@ class Core:
         odd_queries: bool,
         nudge: int,
         spin_seconds: float,
+        hold_seconds: float,
         seconds_bounds: Bounds,
         size_bounds: Bounds,
     ) -> None: ...
@@ -492,8 +495,11 @@ class TokenRequest:
     def fail(self, changed_nothing: bool, /) -> None: ...
     def message(self) -> bytes: ...
     def frame(self, number: int, timeout_ms: int, /) -> bytes: ...
+    def answer_into(self, block_ids: int, scores: int, /) -> None:
+        """Has the answer written to these addresses, in memory that is lent; 0: it brings them along."""
+
     def submit(self, connection: RingConnection, timeout: float, /) -> int | RequestRefusal:
-        """Sends it over a ring; its ticket, or why it was not sent."""
+        """Sends it over a ring; its ticket, or why it was not sent. What lies in memory that is lent is not copied."""
 
 class RequestMaker:
     """Makes them for one server.
@@ -502,7 +508,8 @@ class RequestMaker:
         num_heads, head_dim, topk, max_message_bytes, epoch: the server's.
         array: numpy's type of arrays.
         dtypes: the wire's numbers by dtype of such arrays.
-        host_array: makes an array of a dtype in `dtypes`, contiguous in C's order, of a tensor by name that is none.
+        array_of: makes an array of a dtype in `dtypes`, contiguous in C's order, of a tensor by name that is none, and
+            says whether what it looks at is memory of a device, which only a ring can carry.
         refuse: raises what stands for a code, a reason, a message and its numbers.
     """
 
@@ -516,7 +523,7 @@ class RequestMaker:
         epoch: int,
         array: type,
         dtypes: dict[Any, int],
-        host_array: Callable[[str, Any], NDArray[Any]],
+        array_of: Callable[[str, Any], tuple[NDArray[Any], bool]],
         refuse: Callable[[int, str, str, dict[str, int] | None], object],
     ) -> None: ...
     def make(
@@ -559,7 +566,7 @@ class RingConnection:
 
     Args:
         path: of the server's socket; one that begins with @ is abstract.
-        tenant: of all requests.
+        tenant: of all requests; empty: the one that the server knows this process by.
         timeout: of connecting.
         num_heads, max_spans, max_message_bytes: as `IndexSpec` and `Limits` say.
         spin_seconds: how long a wait looks for an answer before it sleeps.
@@ -571,6 +578,7 @@ class RingConnection:
 
     Raises:
         ConnectionError: the server cannot be reached, or speaks another version of the ring.
+        PermissionError: it does not let this process in, and says why.
         RuntimeError: from any method: another process has made it, or another thread is using it.
     """
 
@@ -629,6 +637,18 @@ class RingConnection:
             files: that come with it, four at most.
             timeout: after which it is refused as DEADLINE_EXCEEDED.
         """
+
+    def begin_question(self, question: str, files: Sequence[int], /) -> RequestRefusal | None:
+        """Asks the same without waiting; why it was not asked, or None."""
+
+    def take_reply(self) -> bytes | RequestRefusal | None:
+        """The reply to the question that was begun last, once `poll` has heard it."""
+
+    def lend(self, address: int, num_bytes: int, region: int, /) -> None:
+        """The server has this memory as that region: requests name it where their tensors lie in it."""
+
+    def take_back(self, region: int, /) -> None:
+        """No request names the region any more."""
 
     def fileno(self) -> int:
         """A file that can be read when there is something to take with `poll`, or the link is over; -1 once closed."""

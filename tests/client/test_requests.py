@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from blockdex import _native
 from blockdex.client import plain_codec
 from blockdex.client.core import Core
+from blockdex.client.endpoint import Endpoint
 from blockdex.client.kinds import SELECT_BLOCKS, TOKEN_KINDS
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import NO_POOL
@@ -120,7 +121,7 @@ def test_both_codecs_write_the_same_request(
 
 
 def test_the_known_epoch_goes_along_unless_the_caller_names_one() -> None:
-    core = Core("127.0.0.1:1", None, 5.0)
+    core = Core(Endpoint("127.0.0.1:1"), None, 5.0)
     ledger = Ledger(some_info(), core.codec)
     requests = [core.get_sequence(ledger, 1e9, 7, epoch).request.message() for epoch in (None, 0, 3)]
     assert [pb.GetSequenceRequest.FromString(request).header.epoch for request in requests] == [17, 0, 3]

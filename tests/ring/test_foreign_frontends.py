@@ -18,7 +18,7 @@ import pytest
 from benchmarks.ring_messages import Places, Request, Spans, TokenAnswer, TokenRequest
 from blockdex.contract.errors import BlockdexError
 from blockdex.ring.layout import AT, CANCEL, REQUEST, REQUEST_STRUCT, RequestSlot
-from blockdex.ring.regions import release
+from blockdex.ring.sharing import release
 from support.asking import eventually
 from support.foreign_frontend import ForeignFrontend
 from support.foreign_host import DIM, HEADS, LENGTH, SMALL, both, fill, host, told

@@ -297,6 +297,7 @@ def make_core(spec: IndexSpec) -> native.Core:
         odd_queries=False,
         nudge=0,
         spin_seconds=0.0,
+        hold_seconds=0.0,
         seconds_bounds=(1.0,),
         size_bounds=(1.0,),
     )

@@ -22,6 +22,7 @@ class AppendAndSelectArguments(TypedDict, total=False):
     first_head: int
     num_heads: int
     rollback: bool
+    out: Any
     epoch: int | None
     timeout: float | None
 
@@ -37,6 +38,7 @@ class SelectArguments(TypedDict, total=False):
     first_head: int
     num_heads: int
     wait_for_keys: bool
+    out: Any
     epoch: int | None
     timeout: float | None
 

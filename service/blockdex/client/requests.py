@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, NoReturn, Protocol
 
@@ -85,6 +85,10 @@ class TokenRequest(Protocol):
         """Counts an append in the lengths; one without starts goes to their ends, and raises as `place`."""
         ...
 
+    def answer_into(self, block_ids: int, scores: int, /) -> None:
+        """Has the answer written to these addresses, in shared memory; 0: it brings them along."""
+        ...
+
     def end(self) -> None:
         """The append that has begun took effect."""
         ...
@@ -123,7 +127,16 @@ def codec() -> ModuleType:
     return importlib.import_module(name)
 
 
-def maker_of(info: Info, codec: ModuleType) -> RequestMaker:
+ArrayOf = Callable[[str, Any], tuple[NDArray[Any], bool]]
+"""Makes an array of a tensor by name; says whether it is one of a device's memory, which a ring alone can carry."""
+
+
+def copied(name: str, tensor: Any) -> tuple[NDArray[Any], bool]:
+    """Where no memory is shared."""
+    return host_array(name, tensor), False
+
+
+def maker_of(info: Info, codec: ModuleType, array_of: ArrayOf = copied) -> RequestMaker:
     """What makes the requests to such a server."""
     maker: RequestMaker = codec.RequestMaker(
         num_heads=info.spec.num_index_heads,
@@ -133,7 +146,7 @@ def maker_of(info: Info, codec: ModuleType) -> RequestMaker:
         epoch=info.epoch,
         array=np.ndarray,
         dtypes=WIRE_DTYPES,
-        host_array=host_array,
+        array_of=array_of,
         refuse=refuse,
     )
     return maker

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from blockdex.client.call import Call
 from blockdex.client.core import Core
 from blockdex.client.failures import reason_of
 from blockdex.client.frames import Message
-from blockdex.contract.errors import BlockdexError, Reason, UnavailableError, error_of
+from blockdex.client.shared_regions import Regions, SharedRegion
+from blockdex.contract.errors import BlockdexError, Reason, UnauthenticatedError, UnavailableError, error_of
 from blockdex.contract.limits import check_even_columns
 from blockdex.ring import SUPPORTED, layout
 from blockdex.v1 import indexer_pb2 as pb
@@ -26,6 +27,60 @@ _RING = "ring:"
 _SPIN_SECONDS = 100e-6
 """A call of a few sequences is answered by then."""
 _SPINNING_CORES = 4
+
+
+class Question(NamedTuple):
+    """What is asked beside a ring of a region: a JSON object, and the files that come with it."""
+
+    text: str
+    files: tuple[int, ...]
+    region: SharedRegion
+
+
+class Link:
+    """A link to a server, and what of its client's memory the server has over it.
+
+    Args:
+        connection: the link itself.
+    """
+
+    def __init__(self, connection: RingConnection) -> None:
+        self.connection = connection
+        self._has: Regions = ()
+        self._numbers: dict[SharedRegion, int] = {}
+
+    def question(self, regions: Regions) -> Question | None:
+        """What to ask next, so that the server has these regions and no other; None where that is so."""
+        if self._has is regions:
+            return None
+        for region, number in self._numbers.items():
+            if region not in regions:
+                self.connection.take_back(number)
+                return Question(json.dumps({"release": number}), (), region)
+        for region in regions:
+            if region not in self._numbers:
+                words = {"share": region.memory.kind, **region.memory.words}
+                return Question(json.dumps(words), (region.memory.fd,), region)
+        self._has = regions
+        return None
+
+    def settle(self, question: Question, reply: bytes | RequestRefusal) -> None:
+        """Takes up the reply; a region that requests still use is asked for again.
+
+        Raises:
+            BlockdexError: it is refused.
+        """
+        region, released = question.region, question.region in self._numbers
+        if isinstance(reply, tuple):
+            refusal = refusal_of(reply)
+            if released and refusal.reason == Reason.OVERLOADED:
+                return
+            raise refusal
+        if released:
+            del self._numbers[region]
+            return
+        number = self._numbers[region] = int(json.loads(reply)["answer"]["region"])
+        self.connection.lend(region.memory.address, region.bytes, number)
 
 
 def socket_of(info: Info) -> str:
@@ -69,6 +124,7 @@ def open_link(core: Core, info: Info, timeout: float, *, room_seconds: float = 2
 
     Raises:
         UnavailableError: it offers no ring, or cannot be reached over it (UNREACHABLE).
+        UnauthenticatedError: it does not let this process in (UNKNOWN_CREDENTIALS).
     """
     import blockdex._native as native  # noqa: PLC0415 - not in every install
 
@@ -77,7 +133,7 @@ def open_link(core: Core, info: Info, timeout: float, *, room_seconds: float = 2
     try:
         return native.RingConnection(
             path,
-            core.tenant,
+            core.tenant or "",
             timeout,
             num_heads=info.spec.num_index_heads,
             max_spans=info.limits.max_spans,
@@ -85,6 +141,8 @@ def open_link(core: Core, info: Info, timeout: float, *, room_seconds: float = 2
             spin_seconds=_SPIN_SECONDS if spins else 0.0,
             room_seconds=room_seconds,
         )
+    except PermissionError as error:
+        raise UnauthenticatedError(str(error), Reason.UNKNOWN_CREDENTIALS) from None
     except OSError as error:
         raise UnavailableError(str(error), Reason.UNREACHABLE) from None
 

@@ -12,6 +12,7 @@ MAGIC = int.from_bytes(b"BLKDXRNG", "little")
 VERSION = 3
 HEADER_BYTES = 4096
 MAX_TENANT_BYTES = 256
+MAX_REFUSAL_BYTES = 512
 SLOT_BYTES = 256
 ALIGNMENT = 64
 """Of tensors and payloads: a cache line."""
@@ -75,7 +76,7 @@ AT = {field.name: field.offset for field in HEADER}
 HELLO_STRUCT = Struct("<QII")
 """What a client says first: magic, version, bytes of the tenant that follows."""
 GREETING_STRUCT = Struct("<QII")
-"""What the engine answers: magic, version, 0."""
+"""What the engine answers: magic, version, bytes of the refusal that follows; 0: files come with it."""
 HEADER_STRUCT = _struct(HEADER[: [field.name for field in HEADER].index("requests_written")])
 
 

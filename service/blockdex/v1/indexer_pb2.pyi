@@ -100,6 +100,10 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_POOL_EXISTS: _ClassVar[ErrorReason]
     ERROR_REASON_INVALID_POOL: _ClassVar[ErrorReason]
     ERROR_REASON_PAGE_NOT_SET: _ClassVar[ErrorReason]
+    ERROR_REASON_MISSING_CREDENTIALS: _ClassVar[ErrorReason]
+    ERROR_REASON_UNKNOWN_CREDENTIALS: _ClassVar[ErrorReason]
+    ERROR_REASON_WRONG_TENANT: _ClassVar[ErrorReason]
+    ERROR_REASON_MISSING_RIGHT: _ClassVar[ErrorReason]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_BF16: Dtype
 DTYPE_FP16: Dtype
@@ -170,6 +174,10 @@ ERROR_REASON_UNKNOWN_POOL: ErrorReason
 ERROR_REASON_POOL_EXISTS: ErrorReason
 ERROR_REASON_INVALID_POOL: ErrorReason
 ERROR_REASON_PAGE_NOT_SET: ErrorReason
+ERROR_REASON_MISSING_CREDENTIALS: ErrorReason
+ERROR_REASON_UNKNOWN_CREDENTIALS: ErrorReason
+ERROR_REASON_WRONG_TENANT: ErrorReason
+ERROR_REASON_MISSING_RIGHT: ErrorReason
 
 class RequestHeader(_message.Message):
     __slots__ = ("epoch", "required_features", "model", "root_id")

@@ -96,9 +96,10 @@ static bool count_starts(struct token_request *request, bool appends) {
         int64_t length = numbers ? numbers->length : 0, rows = (int64_t)column(request, LENGTHS)[span];
         if (!appends && length < rows) {
             raise_refusal(request->refuse, INVALID_ARGUMENT, "INVALID_SPANS",
-                          PyUnicode_FromFormat("sequence %llu: start must be at least 0, got %lld",
+                          PyUnicode_FromFormat("sequence %llu, layer %u: its last %lld positions are asked for, its "
+                                               "length is %lld",
                                                (unsigned long long)column(request, SEQUENCE_IDS)[span],
-                                               (long long)(length - rows)),
+                                               (unsigned)request->wire.layer, (long long)rows, (long long)length),
                           NULL);
             return false;
         }

@@ -4,6 +4,7 @@
 #define BLOCKDEX_TOKEN_REQUEST_H
 
 #include "native.h"
+#include "ring/connection.h"
 #include "wire/request_codec.h"
 
 /* A write of one span in its layer: the layer's numbers, its length before, and which write it is. */
@@ -19,6 +20,7 @@ struct token_request {
     struct wire_request wire;
     struct wire_spans spans;
     struct bounds bounds;
+    struct request_places places;
     Py_buffer keys, queries;
     struct write *writes;
     uint32_t num_writes;

@@ -537,20 +537,51 @@ static void refuse_waiting(struct core *core) {
 static void look_at_channels(struct core *core, int64_t now) {
     for (size_t number = 0; number < core->num_links; number++) {
         struct server_link *link = core->links[number];
-        if (!link->channel.bound) continue;
-        if (server_link_filled(link))
-            core->rung = now;
-        else
-            link->channel.looked = now;
+        struct channel *channel = &link->channel;
+        if (!channel->bound) continue;
+        const bool asked = channel->asks;
+        channel->asks = server_link_filled(link) != 0;
+        if (!channel->asks) {
+            channel->looked = now;
+            continue;
+        }
+        core->rung = now;
+        if (asked) continue;
+        channel->before = channel->came;
+        channel->came = now;
     }
+}
+
+static bool comes_with(const struct core *core, const struct channel *late, const struct channel *asking) {
+    const int64_t apart = late->came - asking->before;
+    return late->came && asking->before && -core->hold < apart && apart < core->hold;
+}
+
+/* Ranks of one engine ask at about the same time, layer after layer: one read of the keys serves all of them if their
+ * requests are in one step. So who came together last time is waited for, a little. */
+static bool others_come(const struct core *core, int64_t now) {
+    bool hold = false;
+    for (size_t number = 0; number < core->num_links; number++) {
+        const struct channel *asking = &core->links[number]->channel;
+        if (!asking->asks) continue;
+        if (now - asking->came >= core->hold) return false;
+        for (size_t other = 0; other < core->num_links && !hold; other++) {
+            const struct channel *late = &core->links[other]->channel;
+            hold = late->bound && !late->asks && comes_with(core, late, asking);
+        }
+    }
+    return hold;
 }
 
 bool core_gather(struct core *core, int64_t now) {
     struct gathered *to = &core->gathered;
-    if (core->num_channels) look_at_channels(core, now);
     to->runs = to->tokens = to->longest = to->num_asked = to->num_groups = 0;
     to->end = 0;
     to->full = false;
+    if (core->num_channels) {
+        look_at_channels(core, now);
+        if (others_come(core, now)) return true;
+    }
     if (!core_anything_came(core)) return true;
     core->serial++;
     core->active = now;

@@ -11,7 +11,7 @@
 #include "core/sequence_index.h"
 #include "ring/server_type.h"
 
-enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_COLUMNS = 5, CORE_ASKED = 1024 };
+enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_COLUMNS = 5, CORE_ASKED = 1024, CORE_SIGNALS = 16 };
 /* Why `run` returns before its time is up, a bit each. */
 enum { CORE_NOTICED = 1, CORE_FOR_PYTHON = 2, CORE_LATE = 4, CORE_BROKEN = 8 };
 enum { CORE_PHASES = 4, CORE_STAGES = 4, CORE_BUCKETS = 32 };
@@ -164,6 +164,7 @@ struct core {
     /* How it waits. */
     uint32_t num_channels;
     int64_t rung; /* when a channel's request was there last */
+    int64_t hold; /* nanoseconds for which one is held for those of other channels that come with it */
     int nudge;
     _Atomic uint32_t noticed;
     int64_t spin, active, looked, passed;

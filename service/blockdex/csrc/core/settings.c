@@ -95,7 +95,7 @@ PyObject *core_method_set_step(struct core *core, PyObject *arguments) {
         return PyErr_Format(PyExc_ValueError, "core: step %u of %d, %u in flight", number, CORE_STEPS, core->in_flight);
     const size_t keys = (sizeof(int32_t) * CORE_COLUMNS * CORE_RUNS + 15) / 16 * 16;
     const size_t most = CORE_TOKENS * (size_t)core->head_dim;
-    const size_t addresses = sizeof(uint64_t) * CORE_TOKENS * (1 + 2 * (size_t)core->heads);
+    const size_t addresses = sizeof(uint64_t) * (CORE_TOKENS * (1 + 2 * (size_t)core->heads) + 2 * CORE_SIGNALS);
     const size_t ids = 4 * CORE_TOKENS * (size_t)core->heads * core->topk;
     struct step *step = &core->steps[number];
     if (!take_buffer(host, &step->host, "host", keys + 2 * most * (1 + core->heads) + addresses, 0) ||

@@ -42,10 +42,14 @@ static bool columns_fit(const struct wire_spans *spans, struct refusal *refusal)
 }
 
 static bool tensor_fits(const char *name, const struct wire_tensor *tensor, struct refusal *refusal) {
-    if (tensor->dtype < BLOCKDEX_BF16 || tensor->dtype > BLOCKDEX_FP8_E4M3)
-        return refuse(refusal, INVALID_ARGUMENT, "INVALID_TENSOR", "%s: dtype must be one of 1, 2, 3, 4, got %d", name,
-                      (int)tensor->dtype);
-    return true;
+#define DTYPE_OF "%s: dtype must be one of DTYPE_BF16, DTYPE_FP16, DTYPE_FP32, DTYPE_FP8_E4M3, got "
+    static const char *const others[] = {[0] = "DTYPE_UNSPECIFIED", [5] = "DTYPE_INT32"};
+    const uint64_t dtype = tensor->dtype;
+    if (dtype >= BLOCKDEX_BF16 && dtype <= BLOCKDEX_FP8_E4M3) return true;
+    if (dtype < sizeof others / sizeof *others)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_TENSOR", DTYPE_OF "%s", name, others[dtype]);
+    return refuse(refusal, INVALID_ARGUMENT, "INVALID_TENSOR", DTYPE_OF "%d", name, (int)tensor->dtype);
+#undef DTYPE_OF
 }
 
 bool tokens_fit(struct wire_request *request, const struct bounds *bounds, struct refusal *refusal) {

@@ -38,6 +38,7 @@ using std::memory_order_seq_cst;
 #define BLOCKDEX_SLOT_BYTES 256u
 #define BLOCKDEX_MAX_SLOTS (1u << 24)
 #define BLOCKDEX_MAX_TENANT_BYTES 256u
+#define BLOCKDEX_MAX_REFUSAL_BYTES 512u
 
 enum {
     BLOCKDEX_OPEN = 1,
@@ -63,16 +64,17 @@ enum {
 enum { BLOCKDEX_APPEND = 1, BLOCKDEX_DECODE, BLOCKDEX_PREFILL, BLOCKDEX_SEQUENCE };
 enum { BLOCKDEX_HAS_BLOCK_IDS = 1, BLOCKDEX_HAS_SCORES = 2, BLOCKDEX_HAS_LENGTHS = 4, BLOCKDEX_IS_STATE = 8 };
 
-/* What a client says first, the tenant behind it; no tenant: every request names its own. */
+/* What a client says first, the tenant behind it; no tenant: its own, or, of a frontend, every request names one. */
 struct blockdex_hello {
     uint64_t magic;
     uint32_t version, tenant_bytes;
 };
 
-/* What the engine answers; with it come the segment and the two wake-up sockets, unless the versions differ. */
+/* What the engine answers; with it come the segment and the two wake-up sockets, unless the versions differ, or why there
+ * is no link stands behind it. */
 struct blockdex_greeting {
     uint64_t magic;
-    uint32_t version, reserved;
+    uint32_t version, refusal_bytes;
 };
 
 struct blockdex_header {
