@@ -18,7 +18,7 @@ import torch
 import blockdex
 from blockdex import Client, DeadlineExceededError, InvalidArgumentError, Reason, UnimplementedError, _native
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import maker_of
+from blockdex.client.requests import NO_POOL, maker_of
 from blockdex.client.shared_regions import SharedRegion, answer_into, new_region
 from blockdex.ring.layout import REQUEST_STRUCT, SLOT_BYTES, RequestSlot
 from blockdex.ring.segment import Sizes
@@ -175,7 +175,7 @@ def lent(region: SharedRegion, number: int) -> Iterator[Any]:
 
 def request_of(keys: Any, queries: Any) -> Any:
     selection = (queries, 0, 0, "ascending", False, False)
-    return Ledger(some_info(), _native).make(2, 0, 7, None, 0, None, None, keys, *selection, False)
+    return Ledger(some_info(), _native).make(2, 0, 7, None, 0, None, None, keys, *selection, False, *NO_POOL)
 
 
 def test_what_lies_in_a_region_is_named_and_not_copied() -> None:
@@ -220,7 +220,9 @@ def test_memory_of_a_device_is_never_copied() -> None:
 
         maker: Any = maker_of(some_info(), _native, array_of)
         selection = ([queries], 0, 0, "ascending", False, False)
-        request = maker.make(2, 0, 7, None, 0, None, None, [np.zeros((1, DIM), np.float32)], *selection, False)
+        request = maker.make(
+            2, 0, 7, None, 0, None, None, [np.zeros((1, DIM), np.float32)], *selection, False, *NO_POOL
+        )
         for write in (request.message, lambda made=request: made.frame(1, 1)):
             with pytest.raises(RuntimeError, match="goes over a ring alone"):
                 write()
