@@ -55,6 +55,7 @@ class PoolAppendAndSelectArguments(TypedDict, total=False):
     revision: int
     first_head: int
     num_heads: int
+    out: Any
     epoch: int | None
     timeout: float | None
 
@@ -70,6 +71,7 @@ class PoolSelectArguments(TypedDict, total=False):
     revision: int
     first_head: int
     num_heads: int
+    out: Any
     epoch: int | None
     timeout: float | None
 

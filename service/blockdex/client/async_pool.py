@@ -86,6 +86,7 @@ class AsyncPool:
         revision: int = 0,
         first_head: int = 0,
         num_heads: int = 0,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -93,7 +94,7 @@ class AsyncPool:
         spans: Arguments = spans_of(layer, rows, lengths, starts, revision, epoch)
         selection = (queries, first_head, num_heads, order, return_scores, False)
         arguments = (*spans, None, *selection, False, self.pool_id, ids)
-        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
+        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, out)
 
     @overload
     async def append_and_select(
@@ -130,6 +131,7 @@ class AsyncPool:
         revision: int = 0,
         first_head: int = 0,
         num_heads: int = 0,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -137,4 +139,4 @@ class AsyncPool:
         spans: Arguments = spans_of(layer, rows, lengths, starts, revision, epoch)
         selection = (queries, first_head, num_heads, order, return_scores, False)
         arguments = (*spans, keys, *selection, False, self.pool_id, ids)
-        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
+        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, out)

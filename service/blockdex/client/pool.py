@@ -122,6 +122,7 @@ class Pool:
         revision: int = 0,
         first_head: int = 0,
         num_heads: int = 0,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -140,6 +141,7 @@ class Pool:
             revision: of the pool and layer, which is waited for until the timeout; 0 = whatever is there.
             first_head: first head that `queries` holds.
             num_heads: heads that `queries` holds; 0 = all from `first_head`.
+            out: as in `Client.select_blocks`.
             epoch: None = the one that the client knows, 0 = any.
             timeout: seconds; None = the client's.
 
@@ -150,7 +152,7 @@ class Pool:
         spans: Arguments = spans_of(layer, rows, lengths, starts, revision, epoch)
         selection = (queries, first_head, num_heads, order, return_scores, False)
         arguments = (*spans, None, *selection, False, self.pool_id, ids)
-        return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
+        return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, out)
 
     @overload
     def append_and_select(
@@ -187,6 +189,7 @@ class Pool:
         revision: int = 0,
         first_head: int = 0,
         num_heads: int = 0,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -197,4 +200,4 @@ class Pool:
         spans: Arguments = spans_of(layer, rows, lengths, starts, revision, epoch)
         selection = (queries, first_head, num_heads, order, return_scores, False)
         arguments = (*spans, keys, *selection, False, self.pool_id, ids)
-        return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
+        return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, out)
