@@ -249,6 +249,8 @@ class Engine:
         changes = np.concatenate((self._cache.take_table_changes(), set_cells))
         if len(changes):
             self._executor.write_tables(self._cache.table_cells, changes)
+        if len(fresh := self._cache.take_pages_to_clear()):
+            self._executor.clear_pages(fresh)
         if copies:
             self._executor.copy_pages(*map(list, zip(*copies, strict=True)))
         self._shared.update()
