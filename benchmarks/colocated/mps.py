@@ -36,7 +36,7 @@ def mps() -> Iterator[None]:
 
 def _start() -> None:
     try:
-        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=_SECONDS)
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=_SECONDS)  # noqa: S607 - PATH has the driver's
     except (OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(f"MPS does not start: {error}") from error
 

@@ -6,7 +6,6 @@ Beside them the kernels alone, in this process, on tensors that are there.
 from __future__ import annotations
 
 import json
-import mmap
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -21,7 +20,7 @@ from blockdex import Client
 from blockdex.contract.messages import OpenSequences
 from blockdex.executor.prefill_slices import event
 from blockdex.ring.layout import aligned
-from blockdex.ring.regions import DeviceMemory, new_memfd, share_memfd
+from blockdex.ring.sharing import DeviceMemory, HostMemory, share_memory
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.dispatch import choose_backend
 from blockdex_kernels.interface import Spans as KernelSpans
@@ -51,13 +50,11 @@ def fill(peer: RingPeer, tokens: int, spec: IndexSpec, random: torch.Generator) 
 
 def shared_memory(peer: RingPeer, device: str) -> Iterator[tuple[str, torch.Tensor, int]]:
     """Memory that is shared: its kind, its bytes as they are here, and the number of its region."""
-    fd = new_memfd(BYTES)
-    memory = torch.frombuffer(mmap.mmap(fd, BYTES), dtype=torch.uint8)
-    memory.zero_()
-    yield "memfd", memory, share_memfd(peer.connected, fd).region
+    host = HostMemory(BYTES)
+    yield "memfd", torch.frombuffer(host.buffer, dtype=torch.uint8), share_memory(peer.connected, host).region
     if device.startswith("cuda"):
         there = DeviceMemory(0, BYTES)
-        yield "cuda_fd", torch.as_tensor(there), there.share(peer.connected).region
+        yield "cuda_fd", torch.as_tensor(there), share_memory(peer.connected, there).region
 
 
 def microseconds(call: Callable[[], float]) -> float:

@@ -15,7 +15,7 @@ from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VL
 import blockdex
 from blockdex.device_channel.channel import DeviceChannel
 from examples.transformers_engine.engine import BatchCache
-from examples.transformers_engine.indexer import BlockdexIndexer, replace_indexers
+from examples.transformers_engine.indexer import BlockdexIndexer, project, replace_indexers
 from examples.transformers_engine.requests import CHUNK_TOKENS, Request
 
 
@@ -64,7 +64,7 @@ class ChannelIndexer(BlockdexIndexer):
         batch, num_tokens, _ = hidden_states.shape
         if (batch, num_tokens) != (len(self._ids), 1):
             return super().forward(hidden_states, position_embeddings, past_key_values, position_ids)
-        queries, keys = self.project(hidden_states, position_embeddings)
+        queries, keys = project(self.own, hidden_states, position_embeddings)
         block_ids = self._channel.append_and_select(
             self.layer,
             sequences=self._ids,

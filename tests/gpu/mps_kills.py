@@ -49,7 +49,7 @@ def client(address: str, epoch: int, how: str) -> None:
             calls += 1
             if time.monotonic() - told > 0.1:
                 told = time.monotonic()
-                print(calls, flush=True)
+                print(calls, told, flush=True)
         time.sleep(_SECONDS)
     except (BlockdexError, RuntimeError) as error:
         print(f"{type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
@@ -79,26 +79,35 @@ class Run:
             self._stack.callback(process.kill)
         for process in started:
             assert process.stdout is not None
-            if not (said := process.stdout.readline()).strip().isdecimal():
+            if _said(said := process.stdout.readline()) is None:
                 raise RuntimeError(f"a client did not start: {said!r}")
         return started
 
     def seen(self) -> tuple[bool, str]:
         """Whether the other client goes on from now on, and what it says: its calls, or which error after how long."""
-        witness, began, first, last = self._witness, time.monotonic(), 0, 0
+        witness, began, first = self._witness, time.monotonic(), 0
         assert witness.stdout is not None
         hangs = threading.Timer(_LONGEST_SECONDS, witness.kill)
         hangs.start()
         for line in witness.stdout:
-            if not line.strip().isdecimal():
+            if (said := _said(line)) is None:
                 hangs.cancel()
                 return False, f"{line.strip()} after {time.monotonic() - began:.2f} s"
-            last = int(line)
-            first = first or last
-            if time.monotonic() - began > _SEEN_SECONDS:
+            calls, told = said
+            if told < began:  # what it said before the kill, and nobody has read yet
+                first = calls
+            elif told - began > _SEEN_SECONDS:
                 hangs.cancel()
-                return True, f"goes on, {last - first} calls in {_SEEN_SECONDS:g} s"
+                return True, f"goes on, {calls - first} calls in {told - began:.2f} s"
         return False, f"ended without a word after {time.monotonic() - began:.2f} s"
+
+
+def _said(line: str) -> tuple[int, float] | None:
+    """A client's calls, and when it had made them; None where it says something else."""
+    words = line.split()
+    if len(words) != 2 or not words[0].isdecimal():
+        return None
+    return int(words[0]), float(words[1])
 
 
 def kill(pid: int, asked: bool) -> None:

@@ -14,6 +14,7 @@ if [ "${1:-}" = quick ]; then
     exit 0
 fi
 part 100 "regions" "${tests[@]}" tests/gpu/test_regions.py
+part 60 "client" "${tests[@]}" tests/gpu/test_shared_regions.py
 part 60 "steps" "${tests[@]}" tests/gpu/test_executor.py
 part 40 "kernels" "${tests[@]}" tests/kernels/test_triton_stage.py
 exit 0

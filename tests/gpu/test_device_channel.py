@@ -24,6 +24,7 @@ from blockdex.contract.errors import BlockdexError, FailedPreconditionError, Inv
 from blockdex.contract.messages import CloseSequences, OpenSequences, Order
 from blockdex.device_channel.channel import DeviceChannel
 from blockdex_kernels import IndexSpec, cuda_driver
+from support.stopping import stop
 
 FIELDS = {"num_layers": 3}
 SPEC = IndexSpec(**FIELDS)  # type: ignore[arg-type]
@@ -289,7 +290,7 @@ def test_a_core_that_is_stopped_ends_a_replay_at_the_bound(core: CoreProcess, pe
     channel = opened(core, bound_seconds=0.5)
     fill(channel)
     decode = Decode(channel)
-    core.process.send_signal(signal.SIGSTOP)
+    stop(core.process.pid)
     try:
         took = decode.replay()
     finally:
@@ -366,7 +367,7 @@ def test_a_core_that_is_killed_ends_a_replay_and_another_one_takes_its_place(tmp
         decode = Decode(channel)
         decode.replay()
         decode.check_answers(peer)
-        first.process.send_signal(signal.SIGSTOP)
+        stop(first.process.pid)
         for ids in decode.ids:
             ids.fill_(7777)
         torch.cuda.synchronize()

@@ -166,4 +166,26 @@ MUTANTS = (
         _IN_CORE,
     ),
     Mutant("the core never naps", _LOOP, "CHANNEL_SPIN = 100000000", "CHANNEL_SPIN = 100000000000", _IN_CORE),
+    # --- Those that come together ---
+    Mutant(
+        "who came together is not waited for",
+        _ADMIT,
+        "        if (others_come(core, now)) return true;\n",
+        "",
+        _IN_CORE,
+    ),
+    Mutant(
+        "who is waited for is waited for for ever",
+        _ADMIT,
+        "        if (now - asking->came >= core->hold) return false;\n",
+        "",
+        _IN_CORE,
+    ),
+    Mutant(
+        "strangers are waited for",
+        _ADMIT,
+        "return late->came && asking->before && -core->hold < apart && apart < core->hold;",
+        "return late->came && asking->before && apart < core->hold;",
+        _IN_CORE,
+    ),
 )

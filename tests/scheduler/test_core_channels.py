@@ -280,3 +280,34 @@ def test_channels_that_cannot_be(bare: BareCore) -> None:
         region = SimpleNamespace(address=data.ctypes.data, bytes=size, on_device=False)
         with pytest.raises(ValueError, match=f"channel: its memory has {size} bytes"):
             link.make_channel(region, bound, 1)
+
+
+def test_channels_that_come_together_are_one_step() -> None:
+    """Those that came together are waited for the next time, for so long and no longer; a stranger is not."""
+    hold = 0.5
+    with bare_core(replays=ALL, hold_seconds=hold) as bare:
+        first, second, stranger = channels = [Channel(bare) for _ in range(3)]
+
+        def steps(*asking: Channel, then: tuple[Channel, ...] = (), seconds: float = 0.0) -> list[int]:
+            """Runs of the steps that begin."""
+            for channel in asking:
+                channel.ring((1 + channels.index(channel), LENGTH - 1), keys=False)
+            bare.look()
+            for channel in then:
+                channel.ring((1 + channels.index(channel), LENGTH - 1), keys=False)
+            bare.core.run(seconds)
+            made = [int((step.columns[2] > 0).sum()) for step in bare.device.begun]
+            while bare.device.begun:
+                bare.device.end()
+                bare.look()
+            return made
+
+        assert steps(first, then=(second,)) == [1, 1], "the first time nobody knows"
+        assert steps(first, then=(second,)) == [2]
+        assert steps(second, then=(first,)) == [2]
+        time.sleep(1.2 * hold)
+        assert steps(stranger) == [1]
+        time.sleep(1.2 * hold)
+        assert steps(first) == [], "it is held"
+        assert steps(seconds=1.5 * hold) == [1], "and no longer than that"
+        assert steps(first) == [1], "who did not come is not waited for again"

@@ -164,7 +164,7 @@ class BareCore:
         spec: of the indexer.
         sequences: how many there are: 1 to so many of the tenant, in entries from 0 on.
         replays: the device's programs (runs, length, width); None: it runs steps at once, in Python.
-        spin_seconds, max_spans, max_message_bytes, max_queued, odd_keys: see `Core`.
+        spin_seconds, hold_seconds, max_spans, max_message_bytes, max_queued, odd_keys: see `Core`.
     """
 
     def __init__(
@@ -174,6 +174,7 @@ class BareCore:
         sequences: int = 16,
         replays: Sequence[tuple[int, int, int]] | None = None,
         spin_seconds: float = 0.0,
+        hold_seconds: float = 0.0,
         max_spans: int = 1024,
         max_message_bytes: int = 1 << 30,
         max_queued: int = 256,
@@ -200,6 +201,7 @@ class BareCore:
             odd_queries=False,
             nudge=self.nudge,
             spin_seconds=spin_seconds,
+            hold_seconds=hold_seconds,
             seconds_bounds=SECONDS_BOUNDS,
             size_bounds=SIZE_BOUNDS,
         )

@@ -38,7 +38,7 @@ def open_channel(core: Core, info: Info, **options: Unpack[ChannelOptions]) -> D
     """A channel to the server that said this of itself."""
     from blockdex.device_channel.channel import DeviceChannel  # noqa: PLC0415 - torch and Triton
 
-    return DeviceChannel(socket_to(core, info), core.tenant, info.spec, info.epoch, **options)
+    return DeviceChannel(socket_to(core, info), core.tenant or "", info.spec, info.epoch, **options)
 
 
 def reopen_channel(core: Core, info: Info, channel: DeviceChannel) -> None:

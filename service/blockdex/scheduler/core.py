@@ -10,6 +10,9 @@ from blockdex.executor import interface
 from blockdex.executor.interface import Executor, Replays
 from blockdex.ring.server import RingInbox
 
+HOLD_SECONDS = 5e-6
+"""For which a device channel's request is held for those of other channels that came with it the last time."""
+
 
 def make_core(inbox: RingInbox, executor: Executor, limits: Limits, decode_queries: int) -> Core:
     """A core that serves the links of an inbox, and whose steps an executor runs; it has no cache yet.
@@ -40,6 +43,7 @@ def make_core(inbox: RingInbox, executor: Executor, limits: Limits, decode_queri
         odd_queries=executor.backend.rounds_queries,
         nudge=inbox.nudge,
         spin_seconds=inbox.spin_seconds,
+        hold_seconds=HOLD_SECONDS,
         seconds_bounds=SECONDS_BUCKETS,
         size_bounds=SIZE_BUCKETS,
     )

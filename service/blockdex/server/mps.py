@@ -10,7 +10,7 @@ from pathlib import Path
 from blockdex.logs import log_event
 
 _PROGRAM = "nvidia-cuda-mps-control"
-_PIPES = "/tmp/nvidia-mps"
+_PIPES = "/tmp/nvidia-mps"  # noqa: S108 - NVIDIA chose it
 """Where MPS has them unless it is told otherwise."""
 _SERVER = "nvidia-cuda-mps"
 """What the kernel calls a server of it: the first 15 characters of its name."""
