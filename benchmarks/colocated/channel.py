@@ -77,7 +77,7 @@ class Step:
         self._expected = on_device(decode.block_ids, device)[:, :, None]
         self._ids = torch.zeros_like(self._expected)
         self._channel = channel
-        now: dict[str, Any] = columns(settings)
+        now = columns(settings)
 
         def call(layer: int) -> None:
             channel.append_and_select(
