@@ -61,7 +61,7 @@ test: $(STAMP) $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 $(COMPUTING)
 	$(BIN)/python -m pytest -m 'not slow' $(addprefix --ignore=,$(COMPUTING))
 
-test-all: $(STAMP) $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
+test-all: $(STAMP) $(RELEASE) $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
 	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS)
 	$(BIN)/python -m pytest
 	$(MAKE) test-vllm

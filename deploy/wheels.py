@@ -36,6 +36,7 @@ def main() -> None:
     shutil.rmtree(DIST, ignore_errors=True)
     commit = git("rev-parse", "HEAD").decode().strip()
     build(DIST, commit)
+    check_tag(commit)
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder), commit)
         for path in sorted(DIST.iterdir()):
@@ -75,6 +76,19 @@ def hatch(folder: str, made: str, output: Path, target: str, **variables: str) -
 def git(*words: str) -> bytes:
     """What git prints."""
     return subprocess.run(["git", *words], cwd=REPOSITORY, check=True, capture_output=True).stdout  # noqa: S607
+
+
+def check_tag(commit: str) -> None:
+    """Holds the version to the tag of a commit, where it has one.
+
+    Raises:
+        WheelError: it is another version's.
+    """
+    (source,) = DIST.glob("*.tar.gz")
+    version = source.name.removeprefix("blockdex-").removesuffix(".tar.gz")
+    for tag in git("tag", "--points-at", commit, "--list", "v*").decode().split():
+        if tag != f"v{version}":
+            raise WheelError(f"the commit is tagged {tag}, and pyproject.toml says {version}")
 
 
 def check_platform(wheel: Path, platform: str) -> None:
