@@ -10,7 +10,7 @@ RELEASE := $(VENV)/.release
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 NATIVE := service/blockdex/_native.abi3.so
-FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/csrc/*.[ch] examples/cpp_engine/*.cpp)
+FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/csrc/*.[ch] benchmarks/colocated/*.c examples/cpp_engine/*.cpp)
 
 # A torch that the machine already has (a CUDA build, say) is used as it is; otherwise exactly the constrained one comes.
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
@@ -24,7 +24,7 @@ CROSS_TOOLS := aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu qemu-aarch64=qemu-use
 	/usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1=libc6-dev-arm64-cross
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
 
-.PHONY: help install tools demo test test-all test-vllm mutants lint format proto wheels sbom audit lock bench bench-gpu bench-service docs clean
+.PHONY: help install tools demo demo-paged test test-all test-vllm mutants lint format proto wheels sbom audit lock bench bench-gpu bench-service docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -54,16 +54,19 @@ tools: ## Install what the tests run beside Python, where it is missing (as root
 demo: $(NATIVE) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda, KEY_DTYPE=bf16|fp8_e4m3)
 	$(BIN)/python -m examples.transformers_engine --device $(DEVICE) --key-dtype $(KEY_DTYPE)
 
-# Tests that compute and time nothing share the processors; what others time has them to itself.
-COMPUTING := tests/cache tests/csrc tests/examples tests/kernels
+demo-paged: $(NATIVE) ## An engine with block tables of its own on a pool of blockdex, checked against its own indexer (DEVICE=cpu|cuda)
+	$(BIN)/python -m examples.paged_engine --device $(DEVICE)
+
+# Tests share the processors; one that is marked so has them to itself.
+TOGETHER := --numprocesses 2 --dist worksteal -m
 
 test: $(STAMP) $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 $(COMPUTING)
-	$(BIN)/python -m pytest -m 'not slow' $(addprefix --ignore=,$(COMPUTING))
+	$(BIN)/python -m pytest $(TOGETHER) 'not slow and not alone'
+	$(BIN)/python -m pytest -m 'not slow and alone'
 
-test-all: $(STAMP) $(RELEASE) $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
+test-all: test $(RELEASE) ## The tests, and those that take longer: images are built and run, as root
 	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m slow
 	$(MAKE) test-vllm
 
 # An environment of its own: vLLM without its needs, which name torch's CUDA build; torch and the tools are those of .venv.

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
@@ -19,7 +18,7 @@ from blockdex_kernels.reference import SelectionMismatchError
 from examples.transformers_engine.demo import run_demo
 from examples.transformers_engine.model import build_model
 from examples.transformers_engine.report import print_report
-from examples.transformers_engine.server import ServerError, running_server
+from examples.transformers_engine.server import ServerError, server_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,12 +61,8 @@ def _server(options: argparse.Namespace, model: MiniMaxM3VLForCausalLM) -> Itera
     if options.address is not None:
         yield options.address
         return
-    with TemporaryDirectory() as folder:
-        config = Path(folder, "config.json")
-        model.config.to_json_file(config)
-        flags = ["--model-config", str(config), "--device", options.device, "--key-dtype", options.key_dtype]
-        with running_server([*flags, "--cache-bytes", "32MiB", "--socket", f"{folder}/ring"]) as address:
-            yield address
+    with server_of(model, ["--device", options.device, "--key-dtype", options.key_dtype]) as address:
+        yield address
 
 
 def _client(options: argparse.Namespace, address: str) -> blockdex.Client:

@@ -109,6 +109,7 @@ SAMPLES = {
     "max_queued_requests": "9",
     "max_stream_requests": "9",
     "max_wait_seconds": "0.5",
+    "min_ping_seconds": "0.5",
     "lease_seconds": "9",
     "max_lease_seconds": "900",
     "num_speculative_tokens": "0",

@@ -32,7 +32,8 @@ NO_SEGMENT = "segment: it is none of version 3"
     [
         ("right", "connected"),
         ("no greeting", "link: no greeting in time"),
-        ("hung up", "link: the server hung up; it lets in its own user alone"),
+        ("hung up", "link: the server hung up"),
+        ("refused", "link: not you"),
         ("no files", NO_SERVER),
         ("two files", NO_SERVER),
         ("half a greeting", NO_SERVER),

@@ -28,6 +28,12 @@ CHANNEL_OPTIONS: Options = (
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A server that is silently gone is found while calls are in flight: pinged when nothing was heard for so long. gRPC
+    # sends no such ping while one of those is unanswered that it measures the bandwidth with.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 

@@ -88,3 +88,19 @@ class Credentials:
         if identity is None:
             raise unauthenticated(f"a certificate of {', '.join(names)}" if names else "")
         return identity
+
+    def identity_of_peer(self, user: int, groups: Iterable[int]) -> Identity:
+        """Who the process at the other end of a ring's socket is: an entry of the access file goes before all.
+
+        Args:
+            user: number of its Unix user. The server's own, and root, may do anything where no entry names them.
+            groups: numbers of its groups.
+
+        Raises:
+            UnauthenticatedError: another user, whom the access file does not know.
+        """
+        is_own = user in {0, os.getuid()}
+        identity = None if self.access is None else self.access.of_peer(user, () if is_own else groups)
+        if identity is None and not is_own:
+            raise unauthenticated(f"user {user} of this host")
+        return identity or ANYBODY

@@ -172,6 +172,9 @@ class ServeSettings(BaseSettings):
     max_wait_seconds: float = _setting(
         60.0, "SECONDS", "Longest that a request without a deadline waits for keys or its turn.", gt=0, le=86400
     )
+    min_ping_seconds: float = _setting(
+        5.0, "SECONDS", "Least time between the pings of a gRPC client; one that pings oftener is cut.", gt=0, le=86400
+    )
     lease_seconds: float = _setting(
         600.0,
         "SECONDS",

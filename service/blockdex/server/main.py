@@ -116,7 +116,7 @@ async def _run_single(
         told_to_stop = _listen_to_signals()
         _reload_on_hangup(settings, read, set_level, files)
         requests, readiness = OwnCounts(), Readiness()
-        async with connected(engine, inbox, settings, public, requests, selector, told_to_stop) as channel:
+        async with connected(engine, inbox, settings, public, requests, selector, files, told_to_stop) as channel:
             info = await channel.info()
             restarts = dict.fromkeys(("core", "frontend"), 0)
             processes = {"server": os.getpid()}
@@ -135,6 +135,7 @@ async def _run_single(
                         settings.grpc_address,
                         observer=requests,
                         slow_request_seconds=settings.slow_request_seconds,
+                        min_ping_seconds=settings.min_ping_seconds,
                         tracing=tracing,
                         credentials=files.credentials,
                     )
