@@ -19,6 +19,7 @@ import blockdex
 from blockdex import DeadlineExceededError, UnavailableError
 from blockdex.client import ring
 from blockdex.client.core import Core
+from blockdex.client.endpoint import Endpoint
 from support.clients import FLAVOURS, connect, new_sequence
 from support.serving import SMALL, Serving, serve
 from support.tcp_proxy import proxy_to
@@ -66,7 +67,7 @@ def test_connect_takes_the_ring_for_asyncio_too(server: Serving) -> None:
 def test_connect_takes_the_stream_where_there_is_no_ring_and_says_why(
     server: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core = Core(server.grpc_address, None, 5.0)
+    core = Core(Endpoint(server.grpc_address), None, 5.0)
     with blockdex.Client(server.grpc_address) as client:
         info = client.info()
 

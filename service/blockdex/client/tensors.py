@@ -53,7 +53,7 @@ def host_array(name: str, tensor: Any) -> NDArray[Any]:
         if array.dtype not in NUMPY_DTYPES:
             raise _unknown_dtype(name, tensor.dtype)
         return array
-    torch = _torch_of(tensor)
+    torch = torch_of(tensor)
     if torch is None:
         raise TypeError(f"{name} must be a numpy array or a torch tensor, got {type(tensor).__name__}")
     dtype = str(tensor.dtype)
@@ -80,15 +80,22 @@ def array_like(tensor: Any, name: str, buffer: bytearray | None, dtype: str, sha
     if buffer is None or got != expected:
         words = f"{name}: [{', '.join(map(str, shape))}] takes {expected} bytes, the answer has {got}"
         raise DataLossError(words, Reason.INTERNAL)
-    torch = None if isinstance(tensor, np.ndarray) else _torch_of(tensor)
+    torch = None if isinstance(tensor, np.ndarray) else torch_of(tensor)
     if torch is None:
         return np.ndarray(shape, _LITTLE_ENDIAN[dtype], buffer)
     return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).reshape(shape).to(tensor.device)
 
 
-def _torch_of(tensor: object) -> Any:
+def torch_of(thing: object) -> Any:
+    """The module torch where this is a tensor or a dtype of its own, else None."""
     torch = sys.modules.get("torch")
-    return torch if torch is not None and isinstance(tensor, torch.Tensor) else None
+    return torch if torch is not None and isinstance(thing, torch.Tensor | torch.dtype) else None
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any] | None:
+    """Of the elements of keys and queries of a dtype of torch; None where they cannot have it."""
+    word = _TORCH_DTYPES.get(str(dtype))
+    return next((numpy for numpy, each in NUMPY_DTYPES.items() if each == word), None)
 
 
 def _unknown_dtype(name: str, dtype: object) -> InvalidArgumentError:

@@ -122,6 +122,7 @@ static void begin_write(struct write *write, struct layer_numbers *numbers, int6
 PyObject *token_request_begin(PyObject *object, PyObject *sequences) {
     struct token_request *request = token_request_of(object);
     if (!request) return NULL;
+    if (request->wire.pool_id) Py_RETURN_NONE; /* whose rows have no lengths */
     if (!hold(request, sequences)) return NULL;
     if (request->at_ends && !count_starts(request, true)) {
         release_writes(request);
@@ -139,7 +140,7 @@ PyObject *token_request_begin(PyObject *object, PyObject *sequences) {
 PyObject *token_request_place(PyObject *object, PyObject *sequences) {
     struct token_request *request = token_request_of(object);
     if (!request) return NULL;
-    if (!request->at_ends) Py_RETURN_NONE;
+    if (!request->at_ends || request->wire.pool_id) Py_RETURN_NONE;
     if (!hold(request, sequences)) return NULL;
     bool placed = count_starts(request, false);
     release_writes(request);

@@ -63,6 +63,9 @@ bool tokens_fit(struct wire_request *request, const struct bounds *bounds, struc
     if (selects && request->scores > RAW_SCORES)
         return refuse(refusal, INVALID_ARGUMENT, "INVALID_SCORES", "return_scores must be one of 0, 1, 2, got %d",
                       (int)request->scores);
+    if (selects && request->ids > PAGE_NUMBERS)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_POOL", "ids must be one of 0, 1, 2, got %d",
+                      (int)request->ids);
     uint64_t bytes = request->keys.bytes + request->queries.bytes;
     unsigned long long allowed = bounds->max_message_bytes, got = bytes;
     if (bytes > allowed)
@@ -91,10 +94,12 @@ void tokens_describe(const struct wire_request *request, size_t tenant_bytes, st
         .flags = (uint8_t)((request->scores ? BLOCKDEX_RETURN_SCORES : 0) |
                            (request->scores == RAW_SCORES ? BLOCKDEX_RAW_SCORES : 0) |
                            (request->wait_for_keys ? BLOCKDEX_WAIT_FOR_KEYS : 0) |
-                           (request->rollback ? BLOCKDEX_ROLLBACK : 0)),
+                           (request->rollback ? BLOCKDEX_ROLLBACK : 0) |
+                           (request->ids == PAGE_NUMBERS ? BLOCKDEX_PAGES : 0)),
         .tenant_bytes = (uint16_t)tenant_bytes,
         .epoch = request->epoch,
         .layer = request->layer,
+        .sequence_id = request->pool_id,
         .num_spans = request->spans->counts[SEQUENCE_IDS],
         .first_head = request->first_head,
         .num_heads = request->num_heads,
