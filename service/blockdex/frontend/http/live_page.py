@@ -124,8 +124,10 @@ def _errors(sample: Sample, codes: Container[str] = frozenset(CODES) - {"OK"}) -
 
 def _decode_seconds(before: Stats, now: Stats) -> float | None:
     """From arrival to answer, on average: a request's stages lie one behind the other."""
-    stages = [now.stage_seconds["decode"][stage].since(before.stage_seconds["decode"][stage]) for stage in STAGES]
-    return _short(sum(seconds.total for seconds in stages) / stages[0].count) if stages[0].count else None
+    earlier, later = before.stage_seconds["decode"], now.stage_seconds["decode"]
+    decodes = later["queue"].count - earlier["queue"].count
+    spent = sum(later[stage].total - earlier[stage].total for stage in STAGES)
+    return _short(spent / decodes) if decodes else None
 
 
 def _times(before: dict[str, Histogram], now: dict[str, Histogram], seconds: float) -> list[Object]:
