@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 
 from blockdex.client.core import Core
+from blockdex.client.endpoint import Endpoint
 from blockdex.client.frames import plain
 from blockdex.client.kinds import GET_INFO
 from blockdex.client.ledger import Ledger
@@ -123,7 +124,7 @@ def test_a_question_what_the_server_is_in_the_middle_of_another_one(moments: Ite
 
     def calls() -> None:
         for _ in moments:
-            core = Core("127.0.0.1:1", None, 5.0)
+            core = Core(Endpoint("127.0.0.1:1"), None, 5.0)
             Left(partial(ask, core))
             ask(core)
             gc.collect()

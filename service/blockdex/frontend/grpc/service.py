@@ -11,12 +11,14 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from blockdex.contract.access import unauthenticated
+from blockdex.contract.credentials import Credentials
 from blockdex.contract.errors import BlockdexError, CancelledError, InternalError, Reason
 from blockdex.contract.limits import check_epoch
 from blockdex.contract.messages import Info, SequenceState
 from blockdex.contract.version import VERSION
 from blockdex.frontend.grpc import convert
-from blockdex.frontend.grpc.call_context import REQUEST_ID_KEY, CallContext, Context, RequestLog
+from blockdex.frontend.grpc.call_context import REQUEST_ID_KEY, CallContext, Context, RequestLog, call_of
 from blockdex.frontend.grpc.status import DETAILS_KEY, as_blockdex_error, status_of
 from blockdex.frontend.grpc.stream import StreamSession
 from blockdex.ring.caller import TOKEN_RPCS, CameTo
@@ -111,6 +113,17 @@ class IndexerService:
             case NewEpoch(epoch):
                 self.tell(pb.Event(new_epoch=pb.NewEpoch(epoch=epoch)))
 
+    def take_up(self, credentials: Credentials) -> None:
+        """Knows callers by others from now on; streams of who is not known any more end."""
+        self._log.credentials = credentials
+        for session in self._sessions:
+            try:
+                tenant = call_of(session.call.context, credentials).tenant()
+                if tenant != session.tenant:
+                    raise unauthenticated(f"the caller as {session.tenant!r} any more")
+            except BlockdexError as error:
+                session.refuse(error)
+
     def finish_streams(self) -> None:
         """Has every stream end once what it has in flight is answered."""
         for session in self._sessions:
@@ -152,6 +165,18 @@ class IndexerService:
         """Gives up sequences."""
         return await self._change("CloseSequences", request, context)
 
+    async def CreatePool(self, request: pb.CreatePoolRequest, context: Context) -> Any:
+        """Sets pages aside that an engine numbers."""
+        return await self._change("CreatePool", request, context)
+
+    async def SetPageTables(self, request: pb.SetPageTablesRequest, context: Context) -> Any:
+        """Writes cells of a pool's table."""
+        return await self._change("SetPageTables", request, context)
+
+    async def ClosePool(self, request: pb.ClosePoolRequest, context: Context) -> Any:
+        """Gives up a pool."""
+        return await self._change("ClosePool", request, context)
+
     async def AppendKeys(self, message: bytes, context: Context) -> bytes:
         """Writes index keys."""
         return await self._token_call(0, message, context)
@@ -168,18 +193,19 @@ class IndexerService:
         """Any of the calls on sequences and their tokens, many in flight."""
         began, call = time.monotonic(), self._log.call_of(context)
         try:
-            call.checked_tenant()
+            tenant = call.tenant()
         except BlockdexError as error:
-            await _abort(context, error, call.request_id)
+            self._log.answered("Stream", error, began, call)
+            await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-        session = StreamSession(self._channel, call, self._log)
+        session = StreamSession(self._channel, call, tenant, self._log)
         self._sessions.add(session)
         self._log.stream_opened(call)
         try:
             await session.run()
             if refusal := session.refusal:
                 self._log.answered("Stream", refusal, began, call)
-                await _abort(context, refusal, call.request_id)
+                await abort(context, refusal, call.request_id)
         finally:
             self._sessions.discard(session)
             await session.close()
@@ -191,13 +217,14 @@ class IndexerService:
         """Answers what is asked about the server itself."""
         began, call = time.monotonic(), self._log.call_of(context)
         try:
+            call.identity()
             convert.check_header(header)
             info = await self._channel.info()
             check_epoch(header.epoch, info.epoch)
             response = await answer(info)
         except BlockdexError as error:
             self._log.answered(rpc, error, began, call)
-            await _abort(context, error, call.request_id)
+            await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         self._log.answered(rpc, None, began, call)
         return response
@@ -221,7 +248,7 @@ class IndexerService:
     async def _change(
         self, rpc: str, request: convert.SequenceWireRequest, context: Context
     ) -> convert.SequenceWireResponse:
-        """Answers an RPC about sequences."""
+        """Answers an RPC about sequences or pools."""
 
         def send(caller: UnaryCall, tenant: str, timeout: float) -> None:
             message = convert.sequence_request(tenant, self._channel.limits.max_spans, request)
@@ -234,7 +261,7 @@ class IndexerService:
         began, call = time.monotonic(), self._log.call_of(context)
         caller = UnaryCall(call, self._log)
         try:
-            send(caller, call.checked_tenant(), self._timeout(context))
+            send(caller, call.tenant(), self._timeout(context))
         except Exception as fault:
             caller.failed(0, rpc, began, as_blockdex_error(fault, rpc, call.request_id), None)
         try:
@@ -245,7 +272,7 @@ class IndexerService:
                 self._log.answered(rpc, error, began, call, given_up.came_to)
             raise
         except BlockdexError as error:
-            await _abort(context, error, call.request_id)
+            await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         return answer
 
@@ -258,7 +285,8 @@ def _parsed(parse: Callable[[bytes], Message], received: Callable[[bytes], bytes
     return parse(received(message))
 
 
-async def _abort(context: Context, error: BlockdexError, request_id: str) -> NoReturn:
+async def abort(context: Context, error: BlockdexError, request_id: str) -> NoReturn:
+    """Ends a call with an error."""
     details = (DETAILS_KEY, status_of(error).SerializeToString())
     trailing = (details, (REQUEST_ID_KEY, request_id))
     await context.abort(_STATUS_CODES[int(error.code)], error.message, trailing_metadata=trailing)

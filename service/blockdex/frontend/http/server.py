@@ -5,29 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 _STOP_SECONDS = 5
 _DATE_SECONDS = 1
 
 
 class HttpServer:
-    """Serves an application on a socket that listens already; made and used on one asyncio loop."""
+    """Serves an application on a socket that listens already; made and used on one asyncio loop.
 
-    def __init__(self, app: FastAPI, listening: socket.socket) -> None:
-        self._server = _Uvicorn(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                timeout_graceful_shutdown=_STOP_SECONDS,
-            )
+    Args:
+        app: the application.
+        listening: where.
+        tls: what connections are taken with; None where they are plain text.
+    """
+
+    def __init__(self, app: ASGIApp, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=_STOP_SECONDS,
         )
+        config.load()
+        config.ssl = tls
+        self._server = _Uvicorn(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
 
     async def stop(self) -> None:
