@@ -29,8 +29,8 @@ MUTANTS = (
     Mutant(
         "an equal revision is taken whatever its length",
         _ADMIT,
-        "if (!request->applies[row] && end != length)",
-        "if (!request->applies[row] && end > length)",
+        "!of_pool(request) && end != length)",
+        "!of_pool(request) && end > length)",
         _CORE,
     ),
     Mutant(
