@@ -40,6 +40,7 @@ __all__ = [
     "AbortedError",
     "AlreadyExistsError",
     "AsyncClient",
+    "AsyncPool",
     "BlockdexError",
     "CancelledError",
     "Client",
@@ -53,6 +54,7 @@ __all__ = [
     "NotFoundError",
     "OutOfRangeError",
     "PermissionDeniedError",
+    "Pool",
     "Reason",
     "ResourceExhaustedError",
     "SequenceState",
@@ -69,7 +71,18 @@ __all__ = [
 __version__ = VERSION
 
 if TYPE_CHECKING:
-    from blockdex.client import TLS, AsyncClient, Client, Info, SequenceState, SharedRegion, connect, connect_async
+    from blockdex.client import (
+        TLS,
+        AsyncClient,
+        AsyncPool,
+        Client,
+        Info,
+        Pool,
+        SequenceState,
+        SharedRegion,
+        connect,
+        connect_async,
+    )
 else:
 
     def __getattr__(name: str) -> Any:
@@ -77,8 +90,10 @@ else:
         if name in {
             "TLS",
             "AsyncClient",
+            "AsyncPool",
             "Client",
             "Info",
+            "Pool",
             "SequenceState",
             "SharedRegion",
             "connect",

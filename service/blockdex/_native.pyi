@@ -13,6 +13,7 @@ BROKEN: int
 MAX_RUNS: int
 MAX_TOKENS: int
 STEPS: int
+SIGNALS: int
 MAX_REGIONS: int
 
 class ServerLink:
@@ -87,7 +88,7 @@ class ServerLink:
         """Shows the frontend what was written, and wakes it if it sleeps."""
 
 class SequenceIndex:
-    """Which entry each open sequence has: the one index of sequences.
+    """Which entry each open sequence, and each pool, has: the one index of both, whose ids are apart.
 
     Its hash is keyed at random in each process, so ids cannot be chosen to collide; it takes memory by what it holds.
     Its length is the number of sequences, which other threads may ask for too.
@@ -95,22 +96,26 @@ class SequenceIndex:
 
     def __init__(self) -> None: ...
     def __len__(self) -> int: ...
-    def open(self, tenant: str, sequence_id: int, entry: int, /) -> int:
-        """Enters a sequence; the tenant's number, which is its own while it has open sequences or requests.
+    @property
+    def num_pools(self) -> int:
+        """Pools that there are."""
+
+    def open(self, tenant: str, sequence_id: int, entry: int, pool: bool = False, /) -> int:
+        """Enters a sequence, or a pool; the tenant's number, which is its own while it has open sequences or requests.
 
         Raises:
             ValueError: it is open already.
         """
 
-    def close(self, tenant_number: int, sequence_id: int, /) -> None:
-        """Takes a sequence out.
+    def close(self, tenant_number: int, sequence_id: int, pool: bool = False, /) -> None:
+        """Takes a sequence, or a pool, out.
 
         Raises:
             KeyError: it is not open.
         """
 
-    def find(self, tenant: str, sequence_id: int, /) -> int | None:
-        """The entry of a sequence; None where it is not open."""
+    def find(self, tenant: str, sequence_id: int, pool: bool = False, /) -> int | None:
+        """The entry of a sequence, or a pool; None where it is not open."""
 
     def tenant(self, number: int, /) -> str:
         """The tenant of a number.
@@ -138,6 +143,7 @@ class Core:
             rounds them once more.
         nudge: eventfd that `notice` writes and `run` sleeps on.
         spin_seconds: after a request or an answer, how long `run` looks for requests before it sleeps.
+        hold_seconds: how long a channel's request is held for those of other channels that came with it the last time.
         seconds_bounds, size_bounds: of the histograms.
 
     Raises:
@@ -173,6 +179,7 @@ class Core:
         odd_queries: bool,
         nudge: int,
         spin_seconds: float,
+        hold_seconds: float,
         seconds_bounds: Bounds,
         size_bounds: Bounds,
     ) -> None: ...
@@ -237,6 +244,11 @@ class Core:
         cells: NDArray[np.int32],
         holders: NDArray[np.int32],
         free_pages: NDArray[np.int64],
+        owners: NDArray[np.uint32],
+        num_rows: NDArray[np.int32],
+        max_blocks: NDArray[np.int32],
+        filled: NDArray[np.int64],
+        page_numbers: NDArray[np.int32],
         /,
     ) -> None:
         """Shares a cache's columns, which the core reads and writes: see `blockdex.cache.SequenceColumns`.
@@ -264,6 +276,16 @@ class Core:
 
     def take_cut(self) -> bytes:
         """uint32 entries of sequences that were cut, and may have pages to give back."""
+
+    def take_set_cells(self) -> bytes:
+        """int64 places in the page tables of cells that were set, of which the device is to be told."""
+
+    def name_pages(self, number: int, block_ids: NDArray[np.int32], /) -> None:
+        """Makes page numbers of the block ids of a request's answer, in place.
+
+        Raises:
+            ValueError: the request wants none, or not so many.
+        """
 
     def take(self) -> tuple[Any, ...] | None:
         """The next request for Python, by what is to be done for it; None when there is no other one.
@@ -524,6 +546,8 @@ class RequestMaker:
         return_scores: object,
         wait_for_keys: bool,
         rollback: bool,
+        pool_id: int,
+        ids: object,
         /,
     ) -> TokenRequest: ...
 
@@ -580,9 +604,18 @@ class RingConnection:
         """Sends a token request, which is encoded as protobuf; its ticket, or why it was not sent."""
 
     def submit_sequences(
-        self, kind: int, epoch: int, sequence_id: int, child_id: int, length: int, columns: bytes, timeout: float, /
+        self,
+        kind: int,
+        epoch: int,
+        sequence_id: int,
+        child_id: int,
+        number: int,
+        num_spans: int,
+        columns: bytes,
+        timeout: float,
+        /,
     ) -> int | RequestRefusal:
-        """Sends a request about sequences, whose kind and fields are those of its slot (docs/ring.md)."""
+        """Sends a request about sequences or a pool, whose kind and fields are those of its slot (docs/ring.md)."""
 
     def wait(self, ticket: int, timeout: float, /) -> RequestAnswer | RequestRefusal | None:
         """Waits for the answer to a ticket, without the interpreter's lock; None where it is not there in time.

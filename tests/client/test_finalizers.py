@@ -38,8 +38,6 @@ class Left:
 def moments() -> Iterator[Iterator[int]]:
     """The collector runs after so many new objects: at a later place of the call each time."""
     before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()  # What is there already would only take time.
 
     def each() -> Iterator[int]:
         for moment in range(1, LATEST):
@@ -50,7 +48,6 @@ def moments() -> Iterator[Iterator[int]]:
 
     yield each()
     gc.set_threshold(*before)
-    gc.unfreeze()
 
 
 @pytest.fixture(params=CODECS)

@@ -266,7 +266,7 @@ def test_a_region_is_given_back(client: Client, sequence: int, server: Serving) 
 
 
 def test_more_than_the_server_takes_is_refused_and_harms_nothing(client: Client, sequence: int) -> None:
-    with pytest.raises(blockdex.ResourceExhaustedError, match=f"{17 << 30} bytes, the link may share"):
+    with pytest.raises(blockdex.ResourceExhaustedError, match=f"{17 << 30} bytes, {16 << 30} more may be shared"):
         client.share(17 << 30)
     region = client.share(BYTES)
     client.append_keys(0, sequences=sequence, keys=moved(region, values(1, DIM)))

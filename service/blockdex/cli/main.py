@@ -21,6 +21,9 @@ from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
+_PATIENT = ()
+"""gRPC's own options: a command asks once, and a client's would give a connection up early and try again."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that the arguments (without the program's name) say; the exit status is the answer.
@@ -98,10 +101,8 @@ def _loadtest(words: Sequence[str]) -> int:
 
 
 def _plan(words: Sequence[str]) -> int:
-    try:
-        from blockdex.cli.sizing import plan  # noqa: PLC0415 - sizes are read as the server's settings read them
-    except ModuleNotFoundError as error:
-        return _refuse_without("plan", error)
+    from blockdex.cli.sizing import plan  # noqa: PLC0415 - only here, as above
+
     return plan(words)
 
 
@@ -110,7 +111,7 @@ def _health(options: argparse.Namespace, endpoint: Endpoint) -> int:
         from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415 - comes with the server's packages
     except ModuleNotFoundError as error:
         return _refuse_without("health", error)
-    with endpoint.channel() as channel:
+    with endpoint.channel(_PATIENT) as channel:
         try:
             request, metadata = health_pb2.HealthCheckRequest(), endpoint.metadata(None)
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=options.timeout, metadata=metadata)
@@ -122,7 +123,7 @@ def _health(options: argparse.Namespace, endpoint: Endpoint) -> int:
 
 
 def _info(options: argparse.Namespace, endpoint: Endpoint) -> int:
-    with endpoint.channel() as channel:
+    with endpoint.channel(_PATIENT) as channel:
         try:
             answer = pb_grpc.IndexerServiceStub(channel).GetInfo(
                 pb.GetInfoRequest(), timeout=options.timeout, metadata=endpoint.metadata(None)

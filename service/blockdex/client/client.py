@@ -11,10 +11,12 @@ from blockdex.client.answers import Info, SequenceState
 from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
+from blockdex.client.device_channels import ChannelOptions, open_channel, reopen_channel
 from blockdex.client.endpoint import TLS, Endpoint, Token
+from blockdex.client.forking import is_forked
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import NO_QUERIES, Integers, Scores
-from blockdex.client.ring import socket_to
+from blockdex.client.pool import Pool
+from blockdex.client.requests import NO_POOL, NO_QUERIES, Integers, Scores
 from blockdex.client.ring_transport import RingTransport
 from blockdex.client.shared_regions import SharedRegion, new_region, no_regions
 from blockdex.client.tensors import Array
@@ -37,7 +39,8 @@ _TRANSPORTS: dict[str, Callable[[Core], Transport]] = {
 class Client:
     """A blockdex server, for code that blocks.
 
-    Threads may share a client. A forked process may not use its parent's: make it after the fork.
+    Threads may share a client. A process that has made one may fork, but the forked one cannot have any: `RuntimeError`
+    at once. Start processes by spawning them, or before the first client.
 
     The client counts what it appends, so `starts` may be left out: an append then goes to the end of its layer, and a
     selection asks for the last positions. It cannot count for a sequence that it did not open, after a write whose
@@ -72,6 +75,7 @@ class Client:
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
+        RuntimeError: a client was made before this process was forked.
         ValueError: the timeout is not a positive, finite number, the transport is unknown, or a token would go over a
             network in plain text.
         OSError: a file of `tls` cannot be read.
@@ -103,8 +107,12 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Fails what is in flight, and every later call, with `CancelledError`. Sequences stay open."""
-        self._transport.close()
+        """Fails what is in flight, and every later call, with `CancelledError`. Sequences stay open.
+
+        In a process that was forked from the client's it does nothing.
+        """
+        if not is_forked():
+            self._transport.close()
 
     def info(self, *, timeout: float | None = None) -> Info:
         """What the server is, holds and can do, asked anew."""
@@ -148,52 +156,21 @@ class Client:
         self._core.release(region)
         ring.release(deadline)
 
-    def device_channel(
-        self,
-        *,
-        device: str = "cuda",
-        max_tokens: int = 64,
-        max_rows: int = 0,
-        first_head: int = 0,
-        num_heads: int = 0,
-        bound_seconds: float = 2.0,
-        own_bytes: int = 0,
-    ) -> DeviceChannel:
+    def device_channel(self, **options: Unpack[ChannelOptions]) -> DeviceChannel:
         """A channel of its own to a server on the same host: calls on torch CUDA tensors, for CUDA graphs too.
 
         Needs torch and Triton, a server on a GPU that was started with `--socket`, and, if both are on one GPU, MPS to
-        be fast. What goes over the channel the client does not count: calls on the same sequences name their starts.
+        be fast; on another GPU, one that the server's can reach. What goes over the channel the client does not count:
+        calls on the same sequences name their starts.
 
         Args:
-            device: where the tensors of its calls are.
-            max_tokens: of a call, padding included; at most 512.
-            max_rows: sequences of a call, likewise; at most 256. 0: as many as tokens.
-            first_head: first head of the queries.
-            num_heads: how many there are; 0: all from the first one on.
-            bound_seconds: longest that a call waits for its answer; at most 60.
-            own_bytes: room for tensors of `DeviceChannel.empty`.
+            options: see `blockdex.client.device_channels.ChannelOptions`.
         """
-        from blockdex.device_channel.channel import DeviceChannel  # noqa: PLC0415 - torch and Triton
-
-        info = self.info()
-        return DeviceChannel(
-            socket_to(self._core, info),
-            self._core.tenant or "",
-            info.spec,
-            info.epoch,
-            device=device,
-            max_tokens=max_tokens,
-            max_rows=max_rows,
-            first_head=first_head,
-            num_heads=num_heads,
-            bound_seconds=bound_seconds,
-            own_bytes=own_bytes,
-        )
+        return open_channel(self._core, self.info(), **options)
 
     def reopen_channel(self, channel: DeviceChannel) -> None:
         """Opens a channel again that is dead, after a restart of the server, say: captured graphs stay valid."""
-        info = self.info()
-        channel.reopen(socket_to(self._core, info), info.epoch)
+        reopen_channel(self._core, self.info(), channel)
 
     def open_sequence(
         self, sequence_id: int, *, lease_seconds: int = 0, epoch: int | None = None, timeout: float | None = None
@@ -252,6 +229,35 @@ class Client:
         """Gives up sequences, no two alike; closing what is closed already is fine."""
         self._run(timeout, self._core.close_sequences, sequences, epoch)
 
+    def create_pool(
+        self,
+        pool_id: int,
+        *,
+        num_pages: int,
+        num_rows: int,
+        max_blocks: int,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> Pool:
+        """Sets pages aside that the caller numbers, and a table of rows that name them: see `Pool`.
+
+        Creating one again that is still as it was created is fine.
+
+        Args:
+            pool_id: unique among the pools of the tenant, not 0; 64 bits.
+            num_pages: pages, `IndexSpec.block_size` tokens of all layers each, numbered from 0.
+            num_rows: rows of the table, one for each sequence that the engine runs at a time.
+            max_blocks: cells of a row.
+            epoch: None = the one that the client knows, 0 = any.
+            timeout: seconds; None = the client's.
+        """
+        self._run(timeout, self._core.create_pool, pool_id, num_pages, num_rows, max_blocks, epoch)
+        return self.pool(pool_id)
+
+    def pool(self, pool_id: int) -> Pool:
+        """A pool that is there already: created by another rank of the engine, say. Asks the server nothing."""
+        return Pool(self._core, self._run, self._core.pool_id(pool_id))
+
     def append_keys(
         self,
         layer: int,
@@ -279,7 +285,7 @@ class Client:
             epoch: None = the one that the client knows, 0 = any.
             timeout: seconds; None = the client's.
         """
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback, *NO_POOL)
         self._run(timeout, self._core.append_keys, arguments)
 
     @overload
@@ -340,7 +346,7 @@ class Client:
             float32 scores of that shape. Of the kind of `queries`, and on their device.
         """
         selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False, *NO_POOL)
         return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, out)
 
     @overload
@@ -387,7 +393,7 @@ class Client:
         Arguments and answer are theirs; the queries are those of the tokens appended.
         """
         selection = (queries, first_head, num_heads, order, return_scores, False)
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback, *NO_POOL)
         return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, out)
 
     def _ring(self) -> RingTransport:

@@ -8,22 +8,27 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.call import Call, Result, nothing_to_settle
 from blockdex.client.endpoint import Endpoint
+from blockdex.client.forking import check_process
 from blockdex.client.frames import Message
 from blockdex.client.kinds import (
     APPEND_AND_SELECT,
     APPEND_KEYS,
+    CLOSE_POOL,
     CLOSE_SEQUENCES,
+    CREATE_POOL,
     FORK_SEQUENCE,
     GET_INFO,
     GET_SEQUENCE,
     GET_STATS,
     OPEN_SEQUENCES,
     SELECT_BLOCKS,
+    SET_PAGE_TABLES,
     TRUNCATE_SEQUENCE,
     Kind,
 )
@@ -61,6 +66,7 @@ class Core:
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
+        RuntimeError: a client was made before this process was forked.
         ValueError: the timeout is not a positive, finite number.
     """
 
@@ -76,6 +82,7 @@ class Core:
         # A finalizer that closes a sequence may ask anew in the middle of taking up an answer; its own is as good.
         self._lock = threading.RLock()
         self._ledger: Ledger | None = None
+        check_process()
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -92,8 +99,10 @@ class Core:
         """`time.monotonic()` by which a call that begins now must have ended.
 
         Raises:
+            RuntimeError: this process was forked from the client's.
             ValueError: the timeout is not a positive, finite number.
         """
+        check_process()
         return time.monotonic() + (self._timeout if timeout is None else _checked(timeout))
 
     def take_up(self, evicted: Iterable[int], new_epoch: int | None = None) -> None:
@@ -214,6 +223,78 @@ class Core:
 
         return _call(CLOSE_SEQUENCES, ledger, deadline, request, epoch, finish, repeatable=True)
 
+    def pool_id(self, pool_id: int) -> int:
+        """The id of a pool; 0 stands for none.
+
+        Raises:
+            InvalidArgumentError: it is no such id (INVALID_POOL).
+        """
+        pool_id = integer("pool_id", pool_id, reason=Reason.INVALID_POOL)
+        if not pool_id:
+            raise InvalidArgumentError("pool_id must be at least 1, got 0", Reason.INVALID_POOL)
+        return pool_id
+
+    def create_pool(
+        self,
+        ledger: Ledger,
+        deadline: float,
+        pool_id: int,
+        num_pages: int,
+        num_rows: int,
+        max_blocks: int,
+        epoch: int | None,
+    ) -> Call[None]:
+        """CreatePool. Creating again what is still as it was created is fine."""
+        request = pb.CreatePoolRequest(
+            pool_id=self.pool_id(pool_id),
+            num_pages=integer("num_pages", num_pages, bits=32, reason=Reason.INVALID_POOL),
+            num_rows=integer("num_rows", num_rows, bits=32, reason=Reason.INVALID_POOL),
+            max_blocks=integer("max_blocks", max_blocks, bits=32, reason=Reason.INVALID_POOL),
+        )
+        return _call(CREATE_POOL, ledger, deadline, request, epoch, _done, repeatable=True)
+
+    def set_page_tables(
+        self,
+        ledger: Ledger,
+        deadline: float,
+        pool_id: int,
+        rows: Integers,
+        first_blocks: Integers,
+        counts: Integers | None,
+        page_ids: Integers,
+        epoch: int | None,
+    ) -> Call[None]:
+        """SetPageTables. Nobody repeats it: that could undo what was set since."""
+
+        def column(name: str, value: Integers) -> list[int]:
+            flat = value.reshape(-1) if isinstance(value, np.ndarray) else value
+            return integers(name, flat, bits=32, reason=Reason.INVALID_POOL)
+
+        request = pb.SetPageTablesRequest(
+            pool_id=self.pool_id(pool_id),
+            rows=column("rows", rows),
+            first_blocks=column("first_blocks", first_blocks),
+            page_ids=column("page_ids", page_ids),
+        )
+        runs, pages = len(request.rows), len(request.page_ids)
+        if len(request.first_blocks) == 1:
+            request.first_blocks[:] = [request.first_blocks[0]] * runs
+        if counts is not None:
+            request.counts.extend(column("counts", counts))
+        elif runs and pages % runs == 0:
+            request.counts.extend([pages // runs] * runs)
+        else:
+            raise InvalidArgumentError(
+                f"counts: may be left out where each row gets equally many cells, got {pages} page_ids for {runs} rows",
+                Reason.INVALID_POOL,
+            )
+        return _call(SET_PAGE_TABLES, ledger, deadline, request, epoch, _done, repeatable=False)
+
+    def close_pool(self, ledger: Ledger, deadline: float, pool_id: int, epoch: int | None) -> Call[None]:
+        """ClosePool; closing what is closed already is fine, so it may be repeated."""
+        request = pb.ClosePoolRequest(pool_id=self.pool_id(pool_id))
+        return _call(CLOSE_POOL, ledger, deadline, request, epoch, _done, repeatable=True)
+
     def append_keys(self, ledger: Ledger, deadline: float, arguments: Arguments) -> Call[None]:
         """AppendKeys."""
         return self._append(APPEND_KEYS, ledger, deadline, arguments, _nothing)
@@ -285,6 +366,10 @@ def _call(
     request.header.epoch = named
     message = Message(kind, request)
     return Call(kind, message, deadline, finish, repeatable, ledger, fail, named)
+
+
+def _done(_: SequenceState) -> None:
+    """What a call is answered with that only has to be done."""
 
 
 def _itself(answer: Result) -> Result:

@@ -14,7 +14,9 @@ from blockdex.contract.limits import TENANT_KEY
 Token = str | Callable[[], str]
 """A bearer token, or what says it anew for every call and stream."""
 
-CHANNEL_OPTIONS = (
+Options = tuple[tuple[str, int | str], ...]
+
+CHANNEL_OPTIONS: Options = (
     # 16,384 queries are answered with 4 MiB of block ids; requests are checked against the server's own limit.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -26,6 +28,12 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A server that is silently gone is found while calls are in flight: pinged when nothing was heard for so long. gRPC
+    # sends no such ping while one of those is unanswered that it measures the bandwidth with.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 
@@ -93,7 +101,7 @@ class Endpoint:
             raise ValueError("token: must be printable ASCII without spaces, and not empty")
         return (*named, ("authorization", f"Bearer {token}"))
 
-    def channel(self) -> grpc.Channel:
+    def channel(self, options: Options = CHANNEL_OPTIONS) -> grpc.Channel:
         """A connection to the server.
 
         Raises:
@@ -101,15 +109,15 @@ class Endpoint:
         """
         credentials = self._credentials()
         if credentials is None:
-            return grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
-        return grpc.secure_channel(self.address, credentials, options=self._options())
+            return grpc.insecure_channel(self.address, options=options)
+        return grpc.secure_channel(self.address, credentials, options=(*self._tls_options(), *options))
 
     def aio_channel(self) -> grpc.aio.Channel:
         """The same for asyncio."""
         credentials = self._credentials()
         if credentials is None:
             return grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
-        return grpc.aio.secure_channel(self.address, credentials, options=self._options())
+        return grpc.aio.secure_channel(self.address, credentials, options=(*self._tls_options(), *CHANNEL_OPTIONS))
 
     def _credentials(self) -> grpc.ChannelCredentials | None:
         if not self.tls:
@@ -118,10 +126,12 @@ class Endpoint:
         ca, key, cert = (None if path is None else Path(path).read_bytes() for path in (tls.ca, tls.key, tls.cert))
         return grpc.ssl_channel_credentials(ca, key, cert)
 
-    def _options(self) -> tuple[tuple[str, int | str], ...]:
-        if isinstance(self.tls, TLS) and self.tls.server_name is not None:
-            return (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", self.tls.server_name))
-        return CHANNEL_OPTIONS
+    def _tls_options(self) -> Options:
+        """Of two that are alike gRPC takes the first."""
+        name = self.tls.server_name if isinstance(self.tls, TLS) else None
+        # It is how long a connection may take to come to be as well, and with TLS both sides compute.
+        patience: Options = (("grpc.min_reconnect_backoff_ms", 5000),)
+        return patience if name is None else (*patience, ("grpc.ssl_target_name_override", name))
 
 
 def _is_local(address: str) -> bool:

@@ -25,12 +25,18 @@ Integers = int | Sequence[int] | NDArray[Any]
 Scores = bool | Literal["raw"]
 """Whether an answer carries scores: multiplied by the spec's scale (True), or `raw`, as they rank."""
 
+Ids = Literal["blocks", "pages"]
+"""What an answer calls a block: its position inside its row, or the number of the pool's page that holds it."""
+
 Arguments = tuple[Any, ...]
 """Of a data call: layer, sequences, lengths, starts, revisions, epoch, keys, queries, first_head, num_heads, order,
-return_scores, wait_for_keys, rollback."""
+return_scores, wait_for_keys, rollback, pool_id, ids. With a pool the sequences are its rows."""
 
 NO_QUERIES = (None, 0, 0, "ascending", False, False)
 """Queries, first_head, num_heads, order, return_scores and wait_for_keys of a call that selects nothing."""
+
+NO_POOL = (0, "blocks")
+"""Pool_id and ids of a call on sequences."""
 
 Shape = tuple[int, int, int]
 """Of an answer: `[T, num_heads, topk]`, with no heads where there were no queries."""
@@ -67,7 +73,7 @@ class TokenRequest(Protocol):
     def repeatable(self) -> bool: ...
 
     def place(self, sequences: Sequences, /) -> None:
-        """Has a selection without starts ask for the last positions.
+        """Has a selection without starts ask for the last positions; of a pool's rows nobody counts them.
 
         Raises:
             FailedPreconditionError: a length is unknown (OUTCOME_UNKNOWN).

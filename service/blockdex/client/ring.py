@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from blockdex.client.failures import reason_of
 from blockdex.client.frames import Message
 from blockdex.client.shared_regions import Regions, SharedRegion
 from blockdex.contract.errors import BlockdexError, Reason, UnauthenticatedError, UnavailableError, error_of
+from blockdex.contract.limits import check_even_columns
 from blockdex.ring import SUPPORTED, layout
 from blockdex.v1 import indexer_pb2 as pb
 
@@ -195,18 +197,32 @@ def take_up_events(connection: RingConnection, core: Core) -> None:
                 core.take_up(ids)
 
 
-def _slot_of(request: Any) -> tuple[int, int, int, int, int, bytes]:
-    """Kind, epoch, sequence, child, length and columns of a request about sequences, as its slot has them."""
+def _slot_of(request: Any) -> tuple[int, int, int, int, int, int, bytes]:
+    """Kind, epoch, ids, number, rows and columns of a request about sequences or pools, as its slot has them."""
     epoch = request.header.epoch
     match request:
         case pb.OpenSequencesRequest(sequences=opened):
             columns = [[each.sequence_id for each in opened], [each.lease_seconds for each in opened]]
-            return layout.OPEN, epoch, 0, 0, 0, np.array(columns, "<u8").tobytes()
+            slot = layout.OPEN, 0, 0, 0, len(opened), _words(*columns)
         case pb.CloseSequencesRequest(sequence_ids=ids):
-            return layout.CLOSE, epoch, 0, 0, 0, np.array(ids, "<u8").tobytes()
+            slot = layout.CLOSE, 0, 0, 0, len(ids), _words(ids)
         case pb.ForkSequenceRequest():
-            return layout.FORK, epoch, request.parent_id, request.child_id, request.length, b""
+            slot = layout.FORK, request.parent_id, request.child_id, request.length, 0, b""
         case pb.TruncateSequenceRequest():
-            return layout.TRUNCATE, epoch, request.sequence_id, 0, request.length, b""
+            slot = layout.TRUNCATE, request.sequence_id, 0, request.length, 0, b""
+        case pb.CreatePoolRequest(pool_id=pool, num_pages=pages, num_rows=rows, max_blocks=blocks):
+            slot = layout.CREATE_POOL, pool, blocks, pages, rows, b""
+        case pb.SetPageTablesRequest(rows=rows, first_blocks=first_blocks, counts=counts, page_ids=pages):
+            check_even_columns(rows=rows, first_blocks=first_blocks, counts=counts)
+            cells = _words(rows, first_blocks, counts, pages)
+            slot = layout.SET_PAGE_TABLES, request.pool_id, 0, len(pages), len(rows), cells
+        case pb.ClosePoolRequest():
+            slot = layout.CLOSE_POOL, request.pool_id, 0, 0, 0, b""
         case _:
-            return layout.GET, epoch, request.sequence_id, 0, 0, b""
+            slot = layout.GET, request.sequence_id, 0, 0, 0, b""
+    kind, *numbers = slot
+    return kind, epoch, *numbers
+
+
+def _words(*columns: Iterable[int]) -> bytes:
+    return b"".join(np.array(list(column), "<u8").tobytes() for column in columns)

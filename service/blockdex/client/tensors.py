@@ -43,9 +43,11 @@ def host_array(name: str, tensor: Any) -> NDArray[Any]:
     """A tensor's elements on the host, in their order, little-endian, of one of `NUMPY_DTYPES`; copied where they must.
 
     Raises:
-        InvalidArgumentError: a dtype that the wire does not have (INVALID_TENSOR).
+        InvalidArgumentError: a dtype that the wire does not have, or no dense elements (INVALID_TENSOR).
         TypeError: neither a numpy array nor a torch tensor.
     """
+    if isinstance(tensor, np.ma.MaskedArray):
+        raise InvalidArgumentError(f"{name}: a masked array, whose mask could not be kept", Reason.INVALID_TENSOR)
     if isinstance(tensor, np.ndarray):
         array = np.asarray(tensor, tensor.dtype.newbyteorder("<"), "C")
         if array.dtype not in NUMPY_DTYPES:
@@ -57,7 +59,10 @@ def host_array(name: str, tensor: Any) -> NDArray[Any]:
     dtype = str(tensor.dtype)
     if dtype not in _TORCH_DTYPES:
         raise _unknown_dtype(name, dtype)
-    host = tensor.detach().cpu().contiguous()
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+        kind = "on the meta device" if tensor.is_meta else "nested" if tensor.is_nested else f"of {tensor.layout}"
+        raise InvalidArgumentError(f"{name}: must be a dense tensor, got one {kind}", Reason.INVALID_TENSOR)
+    host = tensor.detach().resolve_neg().cpu().contiguous()
     if dtype in _TORCH_BITS:
         bits, same = _TORCH_BITS[dtype]
         host = host.view(getattr(torch, bits))

@@ -35,10 +35,12 @@ class Address:
 
     @property
     def is_public(self) -> bool:
-        """Whether other machines may reach it; a host that cannot be looked up may be anywhere."""
+        """Whether other machines may reach it: a host that cannot be looked up may be anywhere."""
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
+        except UnicodeError:
+            return False
+        except OSError:
             return True
         return not all(ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback for *_, place in found)
 

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blockdex.contract.sizes import automatic_cache_bytes
 from blockdex.logs import log_event, log_fault
 from blockdex.ring import SUPPORTED
 from blockdex.scheduler import THREAD
 from blockdex.server.addresses import Address
-from blockdex.server.config import ServeSettings, automatic_cache_bytes
+from blockdex.server.config import ServeSettings
 from blockdex_kernels import IndexSpec
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from blockdex.contract.messages import Limits
+from blockdex.contract.sizes import parse_size
 from blockdex.flags import FlagParser, did_you_mean
 from blockdex.server.addresses import Address
 from blockdex_kernels import IndexSpec
@@ -30,11 +31,6 @@ ENV_PREFIX = "BLOCKDEX_"
 
 OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 """What OpenTelemetry's own tools read: the default of `otlp_endpoint`, which as an empty one is none all the same."""
-FREE_SHARE = 0.9
-"""Part of a GPU's free memory that a cache of `auto` bytes takes."""
-WORKING_BYTES = 768 << 20
-"""What it leaves at least: the scores of one launch (512 MiB), and 256 MiB for kernels, queries and answers."""
-
 _OF_KUBERNETES = re.compile(
     r"_SERVICE_(HOST|PORT)(_\w+)?=|_PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://|_PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)="
 )
@@ -42,29 +38,10 @@ _OF_KUBERNETES = re.compile(
 
 UNIX = "unix:"
 _LONGEST_SOCKET_PATH = 107
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([a-z]*)", re.IGNORECASE)
-_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("kmgt", start=1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
 
 
 class ConfigError(Exception):
     """A setting that cannot be: one line that names it and where it came from."""
-
-
-def parse_size(value: object) -> int:
-    """Bytes of a size: a plain number, or one with kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).
-
-    Raises:
-        ValueError: the value is something else.
-    """
-    match = _SIZE.fullmatch(str(value).strip())
-    factor = _UNITS.get(match[2].lower()) if match else None
-    if match is None or factor is None:
-        raise ValueError(f"must be bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB, got {value!r}")
-    return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
 
 
 def _cache_size(value: object) -> object:
@@ -107,11 +84,6 @@ def _setting(default: Any, metavar: str, description: str, **bounds: Any) -> Any
     return Field(
         default, description=description, validate_default=True, json_schema_extra={"metavar": metavar}, **bounds
     )
-
-
-def automatic_cache_bytes(free: int) -> int:
-    """Bytes of a cache of `auto` bytes on a GPU with so many free ones."""
-    return max(min(int(free * FREE_SHARE), free - WORKING_BYTES), 0)
 
 
 class ServeSettings(BaseSettings):
@@ -160,9 +132,7 @@ class ServeSettings(BaseSettings):
     )
     http_tls_cert: Path | None = _setting(None, "FILE", "Certificate that HTTP shows, as tls_cert.")
     http_tls_key: Path | None = _setting(None, "FILE", "Its private key (PEM).")
-    insecure: bool = _setting(
-        False, "", "Lets a server be reached from other machines without TLS, or by callers that it does not know."
-    )
+    insecure: bool = _setting(False, "[BOOL]", "Lets others reach a server without TLS, or without being known.")
     processes: Literal["auto", "single", "split"] = _setting(
         "auto",
         "HOW",
@@ -191,9 +161,9 @@ class ServeSettings(BaseSettings):
         "native", "HOW", "How an fp8 cache is scored: native (queries cast too) or upcast (queries stay bf16)."
     )
     prefill_kernel: Literal["portable", "hopper"] = _setting(
-        "portable",
+        "hopper",
         "WHICH",
-        "Kernel of prefills: portable, or hopper on such a chip (on trial: it has run in no server).",
+        "Kernel of prefills: hopper, where chip and model are what it is made for, or portable everywhere.",
     )
     max_message_bytes: Size = _setting("128MiB", "SIZE", "Tensor bytes of one request.", ge=1, lt=2**31)
     max_spans: int = _setting(4096, "N", "Sequences of one request.", ge=1)
@@ -205,6 +175,9 @@ class ServeSettings(BaseSettings):
     max_link_regions: int = _setting(256, "N", "Regions that a client on this host shares at once.", ge=1, le=256)
     max_link_region_bytes: Size = _setting("16GiB", "SIZE", "Their bytes, those of one link together.", ge=1)
     max_region_bytes: Size = _setting("64GiB", "SIZE", "Their bytes, those of all clients together.", ge=1)
+    min_ping_seconds: float = _setting(
+        5.0, "SECONDS", "Least time between the pings of a gRPC client; one that pings oftener is cut.", gt=0, le=86400
+    )
     lease_seconds: float = _setting(
         600.0,
         "SECONDS",
@@ -340,7 +313,8 @@ def _parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
     parser = _Parser(prog="blockdex serve", add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="help")
     for name, metavar, *_ in _described():
-        has_value: dict[str, Any] = {} if metavar else {"nargs": "?", "const": "true"}
+        may_be_left_out = metavar.startswith("[")
+        has_value: dict[str, Any] = {"nargs": "?", "const": "true"} if may_be_left_out else {}
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **has_value)
     return vars(parser.parse_args(arguments))
 
@@ -366,7 +340,7 @@ def settings_table() -> str:
         f"  {'flag':<34}{'environment':<36}default",
     ]
     for name, metavar, default, description in _described():
-        flag = f"--{name.replace('_', '-')} {metavar}".rstrip()
+        flag = f"--{name.replace('_', '-')} {metavar}"
         lines += [f"  {flag:<34}{_variable(name):<36}{'-' if default is None else default}", f"      {description}"]
     return "\n".join(lines) + "\n"
 

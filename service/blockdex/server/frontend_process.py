@@ -60,6 +60,7 @@ class Frontend:
                 grpc_address,
                 observer=self._requests,
                 slow_request_seconds=self._settings.slow_request_seconds,
+                min_ping_seconds=self._settings.min_ping_seconds,
                 tracing=self._tracing,
                 share_port=share_port,
                 credentials=credentials,

@@ -136,6 +136,7 @@ async def _run_single(
                         settings.grpc_address,
                         observer=requests,
                         slow_request_seconds=settings.slow_request_seconds,
+                        min_ping_seconds=settings.min_ping_seconds,
                         tracing=tracing,
                         credentials=files.credentials,
                     )

@@ -235,7 +235,7 @@ class Supervisor:
                     continue
                 case {"refused": str(reason)}:
                     self._refusal = reason
-                    child.kill()
+                    await child.kill()
                 case {"open": True}:
                     self._open.set()
             self._tell_readiness()
@@ -280,6 +280,5 @@ async def _end(children: Iterable[Child], seconds: float) -> None:
     ends = {child.ended: child for child in children}
     if ends:
         await asyncio.wait(ends, timeout=seconds)
-        for child in ends.values():
-            child.kill()
+        await asyncio.gather(*(child.kill() for child in ends.values()))
         await asyncio.wait(ends, timeout=END_SECONDS)

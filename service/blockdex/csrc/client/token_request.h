@@ -39,7 +39,7 @@ void raise_refusal(PyObject *refuse, int code, const char *reason, PyObject *mes
 /* Columns, numbers and words out of Python's objects into `request`; false with an error set. */
 struct arguments {
     PyObject *layer, *sequences, *lengths, *starts, *revisions, *epoch, *keys, *queries;
-    PyObject *first_head, *num_heads, *order, *return_scores, *wait_for_keys, *rollback;
+    PyObject *first_head, *num_heads, *order, *return_scores, *wait_for_keys, *rollback, *pool_id, *ids;
 };
 enum { NUM_ARGUMENTS = sizeof(struct arguments) / sizeof(PyObject *) };
 bool read_arguments(struct token_request *request, const struct arguments *arguments);

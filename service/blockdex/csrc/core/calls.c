@@ -6,8 +6,10 @@
 
 /* As blockdex.ring.caller numbers them. */
 static uint32_t call_of(const struct server_link *link, const struct blockdex_request *slot) {
-    enum { TOKEN_RPCS = 3 };
+    enum { TOKEN_RPCS = 3, SEQUENCE_RPCS = 5 };
     const uint32_t first = link->channel.bound ? CORE_RPCS : 0;
+    if (slot->kind >= BLOCKDEX_CREATE_POOL)
+        return first + TOKEN_RPCS + SEQUENCE_RPCS + slot->kind - BLOCKDEX_CREATE_POOL;
     if (slot->kind != BLOCKDEX_TOKENS) return first + TOKEN_RPCS + slot->kind - BLOCKDEX_OPEN;
     return first + (slot->keys_dtype ? slot->queries_dtype ? APPEND_AND_SELECT : APPEND_KEYS : SELECT_BLOCKS);
 }

@@ -300,27 +300,26 @@ static PyObject *connection_take_back(PyObject *object, PyObject *region) {
 
 static PyObject *connection_submit_sequences(PyObject *object, PyObject *arguments) {
     struct connection *self = (struct connection *)object;
-    struct blockdex_sequences sequences = {0};
+    struct blockdex_request slot = {0};
     struct blockdex_error error;
-    unsigned long long epoch, sequence_id, child_id, length;
+    unsigned long long epoch, sequence_id, child_id, number;
     const char *columns;
     Py_ssize_t bytes;
     double timeout;
-    if (!PyArg_ParseTuple(arguments, "HKKKKy#d:submit_sequences", &sequences.kind, &epoch, &sequence_id, &child_id,
-                          &length, &columns, &bytes, &timeout) ||
+    if (!PyArg_ParseTuple(arguments, "HKKKKIy#d:submit_sequences", &slot.kind, &epoch, &sequence_id, &child_id, &number,
+                          &slot.num_spans, &columns, &bytes, &timeout) ||
         !may_use(self))
         return NULL;
-    const bool opens = sequences.kind == BLOCKDEX_OPEN, takes = opens || sequences.kind == BLOCKDEX_CLOSE;
-    const Py_ssize_t row = opens ? 16 : 8;
-    if (sequences.kind < BLOCKDEX_OPEN || sequences.kind > BLOCKDEX_CLOSE || (takes ? bytes % row : bytes) ||
-        bytes / row > (Py_ssize_t)BLOCKDEX_MAX_SLOTS)
-        return PyErr_Format(PyExc_ValueError, "kind %u takes no columns of %zd bytes", sequences.kind, bytes);
-    sequences.num_sequences = takes ? (uint32_t)(bytes / row) : 0;
-    sequences.sequence_id = sequence_id;
-    sequences.child_id = child_id;
-    sequences.length = length;
-    struct blockdex_request slot;
-    blockdex_describe_sequences(&sequences, &slot);
+    const uint64_t cells = slot.kind == BLOCKDEX_SET_PAGE_TABLES ? number : 0;
+    const uint64_t words = (uint64_t)slot.num_spans * blockdex_num_columns(slot.kind);
+    if (!blockdex_is_lifecycle(slot.kind) || bytes % 8 || cells > (uint64_t)bytes / 8 ||
+        words + cells != (uint64_t)bytes / 8)
+        return PyErr_Format(PyExc_ValueError, "kind %u of %u rows takes no columns of %zd bytes", slot.kind,
+                            slot.num_spans, bytes);
+    slot.sequence_id = sequence_id;
+    slot.child_id = child_id;
+    slot.number = number;
+    slot.payload_bytes = (uint64_t)bytes;
     self->client.epoch = epoch;
     char *payload = reserve(self, &slot, timeout, &error);
     if (!payload) return refusal_of(&error);

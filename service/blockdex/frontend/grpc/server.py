@@ -21,6 +21,8 @@ from blockdex.v1 import indexer_pb2 as pb
 if TYPE_CHECKING:
     from blockdex.frontend.grpc.tracing import Tracing
 
+_PING_MS = 60_000
+"""How long a client may be silent before it is pinged, and how long it then has to answer."""
 UNIX = "unix:"
 """What the address of a Unix socket begins with."""
 
@@ -34,7 +36,9 @@ class RpcServer:
         address: `host:port` it listens on, with the real port, or `unix:/path`.
     """
 
-    def __init__(self, channel: RingChannel, address: str, log: RequestLog, share_port: bool) -> None:
+    def __init__(
+        self, channel: RingChannel, address: str, log: RequestLog, share_port: bool, min_ping_seconds: float
+    ) -> None:
         self._log = log
         self._shown: Certificate | None = None
         # Room above the limit, so that a request beyond it is refused in words and not cut off by the transport.
@@ -44,6 +48,11 @@ class RpcServer:
                 ("grpc.so_reuseport", int(share_port)),
                 ("grpc.max_receive_message_length", min(receive, 2**31 - 1)),
                 ("grpc.max_send_message_length", -1),
+                # gRPC by itself cuts who pings oftener than every five minutes.
+                ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * min_ping_seconds)),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.keepalive_time_ms", _PING_MS),
+                ("grpc.keepalive_timeout_ms", _PING_MS),
             ]
         )
         self._service = IndexerService(channel, log)
@@ -149,6 +158,7 @@ async def start_rpc_server(
     *,
     observer: Observer,
     slow_request_seconds: float = 1.0,
+    min_ping_seconds: float = 5.0,
     tracing: Tracing | None = None,
     share_port: bool = False,
     credentials: Credentials | None = None,
@@ -160,6 +170,7 @@ async def start_rpc_server(
         address: `host:port`; port 0 takes a free one. Or `unix:/path`, whose file then is for the user alone.
         observer: told of every answered request, stream and message.
         slow_request_seconds: a request that takes longer is logged.
+        min_ping_seconds: a client that pings oftener is cut.
         tracing: makes a span of every request; None where that is off.
         share_port: whether other processes may listen on the port too, and take a part of its connections each.
         credentials: what the server shows and knows callers by; left out, it is plain text for anybody.
@@ -168,6 +179,6 @@ async def start_rpc_server(
         OSError: the address cannot be bound, for instance since the port is in use.
     """
     log = RequestLog(observer, slow_request_seconds, tracing, credentials or Credentials())
-    server = RpcServer(channel, address, log, share_port)
+    server = RpcServer(channel, address, log, share_port, min_ping_seconds)
     await server.start()
     return server

@@ -165,6 +165,18 @@ class IndexerService:
         """Gives up sequences."""
         return await self._change("CloseSequences", request, context)
 
+    async def CreatePool(self, request: pb.CreatePoolRequest, context: Context) -> Any:
+        """Sets pages aside that an engine numbers."""
+        return await self._change("CreatePool", request, context)
+
+    async def SetPageTables(self, request: pb.SetPageTablesRequest, context: Context) -> Any:
+        """Writes cells of a pool's table."""
+        return await self._change("SetPageTables", request, context)
+
+    async def ClosePool(self, request: pb.ClosePoolRequest, context: Context) -> Any:
+        """Gives up a pool."""
+        return await self._change("ClosePool", request, context)
+
     async def AppendKeys(self, message: bytes, context: Context) -> bytes:
         """Writes index keys."""
         return await self._token_call(0, message, context)
@@ -236,7 +248,7 @@ class IndexerService:
     async def _change(
         self, rpc: str, request: convert.SequenceWireRequest, context: Context
     ) -> convert.SequenceWireResponse:
-        """Answers an RPC about sequences."""
+        """Answers an RPC about sequences or pools."""
 
         def send(caller: UnaryCall, tenant: str, timeout: float) -> None:
             message = convert.sequence_request(tenant, self._channel.limits.max_spans, request)

@@ -29,6 +29,9 @@ _SEQUENCE_RPCS = {
     "fork_sequence": "Stream/ForkSequence",
     "truncate_sequence": "Stream/TruncateSequence",
     "close_sequences": "Stream/CloseSequences",
+    "create_pool": "Stream/CreatePool",
+    "set_page_tables": "Stream/SetPageTables",
+    "close_pool": "Stream/ClosePool",
 }
 STREAM_RPCS = _TOKEN_RPCS | _SEQUENCE_RPCS
 """What requests of a stream are, by their fields."""
