@@ -131,7 +131,7 @@ def test_clients_on_this_host_are_told_and_served_and_then_refused_until_the_res
         outcomes: list[Any] = []
         while not outcomes or outcomes[-1][0] == 0:
             number = len(outcomes) + 1
-            ticket = connection.submit_sequences(1, 0, 0, 0, 0, 0, np.array((number, 0), "<u8").tobytes(), 5.0)
+            ticket = connection.submit_sequences(1, 0, 0, 0, 0, 1, np.array((number, 0), "<u8").tobytes(), 5.0)
             assert isinstance(ticket, int), ticket
             outcomes.append(connection.wait(ticket, 5.0))
             time.sleep(0.02)
