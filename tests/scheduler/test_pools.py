@@ -399,6 +399,7 @@ ROOM = BLOCKS * SPEC.block_size
         (lambda one: tokens(0, [(0, 0, 1), (1, 16, 1)], keys=one, pool=POOL), "row 1, layer 0: block 2 has no page"),
         (lambda one: tokens(0, [(0, 0, 1), (2, 0, 1)], keys=one, pool=POOL), "row 2, layer 0: block 0 has no page"),
         (lambda one: tokens(0, [(1, 39, 2)], keys=one, pool=POOL), "row 1, layer 0: block 5 has no page"),
+        (lambda one: tokens(0, [(1, 32, 1)], queries=one.repeat(2, 0)[None], pool=POOL), "block 2 has no page"),
         (lambda one: tokens(0, [(0, 0, 1), (0, 3, 1)], keys=one, pool=POOL), "row 0 is named 2 times"),
         (lambda one: tokens(0, [(0, 0, 1)], keys=one[:1], pool=POOL + 1), "pool 8: unknown"),
         (lambda one: tokens(0, [(0, 0, 1)], keys=one[:1], pool=POOL, tenant="other"), "pool 7: unknown"),
