@@ -154,4 +154,26 @@ MUTANTS = (
     Mutant(
         "an id is found under another one", _INDEX, "slot->owner == owner && slot->id == id", "slot->id == id", _CORE
     ),
+    # --- Clients on this host ---
+    Mutant(
+        "clients are served though the server ends",
+        "csrc/core/request.c",
+        "if (core->no_more && !own) {",
+        "if (false) {",
+        ("ring/test_connection.py::test_clients_are_refused_once_the_server_ends_and_frontends_are_not",),
+    ),
+    Mutant(
+        "calls of frontends are counted twice",
+        "csrc/core/calls.c",
+        "    if (!link->tenant_bytes) return;\n",
+        "",
+        ("ring/test_connection.py::test_calls_of_clients_are_counted_and_timed_and_those_of_frontends_are_not",),
+    ),
+    Mutant(
+        "every refusal is of one reason",
+        "csrc/core/calls.c",
+        " || outcomes[at].code != code ||",
+        " ||",
+        ("ring/test_connection.py::test_calls_of_clients_are_counted_and_timed_and_those_of_frontends_are_not",),
+    ),
 )

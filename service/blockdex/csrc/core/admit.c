@@ -16,7 +16,7 @@
 #include <stdio.h>
 
 enum { CANCELLED = 1, DEADLINE_EXCEEDED = 4, NOT_FOUND = 5, FAILED_PRECONDITION = 9 };
-enum { ABORTED = 10, OUT_OF_RANGE = 11, UNAVAILABLE = 14 };
+enum { ABORTED = 10, OUT_OF_RANGE = 11 };
 
 /* What becomes of a request: it is entered, or answered; it is held back, waits for keys, or needs Python's
  * decision. */

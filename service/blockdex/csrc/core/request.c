@@ -459,6 +459,12 @@ static struct request *read_slot(struct core *core, struct server_link *link, co
     if (pair_index_find(&core->tickets, (uintptr_t)link, slot->ticket))
         return break_link(core, link, "request: ticket %llu is in flight already", (unsigned long long)slot->ticket);
     if (!find_parts(core, link, slot, now, &parts)) return NULL;
+    /* Frontends send none any more by then. */
+    if (core->no_more && !own) {
+        core_refuse_slot(core, link, slot, now, UNAVAILABLE, "SHUTTING_DOWN",
+                         "server: shutting down, takes no new requests");
+        return NULL;
+    }
     memcpy(tenant, parts.tenant, slot->tenant_bytes < sizeof tenant ? slot->tenant_bytes : sizeof tenant);
     if (!check_tenant(core, link, slot, tenant, now) ||
         !(has_tokens ? check_numbers : check_sequences)(core, link, slot, now))
