@@ -242,9 +242,10 @@ async def new_pool(engine: Running, random: np.random.Generator) -> PoolModel:
     """A pool whose row 0 has 40 keys in all of its first blocks, of which row 1 shares the first."""
     model = PoolModel(SPEC, PAGES, ROWS, BLOCKS)
     await engine.ask(create_pool(POOL, *SIZES))
-    await engine.ask(set_cells(POOL, (0, 0, [5, 4, 3, 2, 1]), (1, 0, [5, 8])))
+    await engine.ask(set_cells(POOL, (0, 0, [5, 4, 3, 2, 1]), (1, 0, [5, 8]), (1, 4, [9])))
     model.set_cells(0, 0, [5, 4, 3, 2, 1])
     model.set_cells(1, 0, [5, 8])
+    model.set_cells(1, 4, [9])
     keys = keys_of(random, 40)
     await engine.ask(tokens(0, [(0, 0, 40)], keys=keys, pool=POOL))
     model.append(0, 0, 0, keys)
@@ -397,6 +398,8 @@ ROOM = BLOCKS * SPEC.block_size
         (lambda one: tokens(0, [(0, 0, 1), (1, ROOM, 1)], keys=one, pool=POOL), "must be at most 64, got 65"),
         (lambda one: tokens(0, [(0, 0, 1), (1, 16, 1)], keys=one, pool=POOL), "row 1, layer 0: block 2 has no page"),
         (lambda one: tokens(0, [(0, 0, 1), (2, 0, 1)], keys=one, pool=POOL), "row 2, layer 0: block 0 has no page"),
+        (lambda one: tokens(0, [(1, 39, 2)], keys=one, pool=POOL), "row 1, layer 0: block 5 has no page"),
+        (lambda one: tokens(0, [(1, 32, 1)], queries=one.repeat(2, 0)[None], pool=POOL), "block 2 has no page"),
         (lambda one: tokens(0, [(0, 0, 1), (0, 3, 1)], keys=one, pool=POOL), "row 0 is named 2 times"),
         (lambda one: tokens(0, [(0, 0, 1)], keys=one[:1], pool=POOL + 1), "pool 8: unknown"),
         (lambda one: tokens(0, [(0, 0, 1)], keys=one[:1], pool=POOL, tenant="other"), "pool 7: unknown"),
