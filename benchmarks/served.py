@@ -64,7 +64,6 @@ def served(device: str, layers: int, cache_bytes: str, frontends: int) -> Iterat
     flags = (
         *("--processes=split", f"--frontends={frontends}", f"--device={device}", f"--num-layers={layers}"),
         *(f"--cache-bytes={cache_bytes}", "--grpc-address=127.0.0.1:0", "--http-address=127.0.0.1:0"),
-        # Nobody reads on after the start, and a full pipe would hold the server up.
         *("--log-format=json", "--slow-request-seconds=86400"),
     )
     command = (sys.executable, "-m", "blockdex", "serve", *flags)

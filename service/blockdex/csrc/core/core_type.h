@@ -34,5 +34,7 @@ PyObject *core_get_looked(struct core *core, void *unused);
 PyObject *core_get_queued(struct core *core, void *unused);
 PyObject *core_get_waiting(struct core *core, void *unused);
 PyObject *core_get_steps(struct core *core, void *unused);
+PyObject *core_get_contended(struct core *core, void *unused);
+PyObject *core_method_weight(struct core *core, PyObject *tenant);
 
 #endif

@@ -29,7 +29,8 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _drawn = itertools.count(random.getrandbits(64))
 """From a random one on: two servers draw the same ids as seldom as two calls would that each drew 64 bits."""
 
-_SLOW_LINES_PER_SECOND = 10
+_LINES_PER_SECOND = 10
+"""Of a kind: who makes many requests and streams must not fill the log, nor keep the loop busy with it."""
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class RequestLog:
         self._observer = observer
         self._slow_seconds = slow_seconds
         self._tracing = tracing
-        self._limit = RateLimit(_SLOW_LINES_PER_SECOND)
+        self._slow, self._opened, self._closed = (RateLimit(_LINES_PER_SECOND) for _ in range(3))
 
     def call_of(self, context: Context) -> CallContext:
         """Who makes the call, and what its spans are to be part of."""
@@ -169,7 +170,7 @@ class RequestLog:
             call = call._replace(request_id=f"{call.request_id}/{number}")
         if self._tracing is not None and call.trace is not None:
             self._tracing.answered(rpc, code, (began, ended), call.trace, call.request_id, came_to)
-        if ended - began > self._slow_seconds and self._limit.allows(ended):
+        if ended - began > self._slow_seconds and self._slow.allows(ended):
             log_event(
                 logger,
                 logging.WARNING,
@@ -179,27 +180,30 @@ class RequestLog:
                 **call.names,
                 ms=_milliseconds(ended - began),
                 **_engine_fields(came_to),
-                withheld=self._limit.withheld(),
+                withheld=self._slow.withheld(),
             )
 
     def stream_opened(self, call: CallContext) -> None:
         """Tells of a new stream."""
         self._observer.streams += 1
         self._observer.streams_opened += 1
-        log_event(logger, logging.INFO, "stream opened", **call.names)
+        if self._opened.allows(time.monotonic()):
+            log_event(logger, logging.INFO, "stream opened", **call.names, withheld=self._opened.withheld())
 
     def stream_closed(self, call: CallContext, seconds: float, requests: int, errors: int) -> None:
         """Tells of a stream's end: how long it was, its requests, and how many of them were not answered OK."""
         self._observer.streams -= 1
-        log_event(
-            logger,
-            logging.INFO,
-            "stream closed",
-            **call.names,
-            seconds=round(seconds, 3),
-            requests=requests,
-            errors=errors,
-        )
+        if self._closed.allows(time.monotonic()):
+            log_event(
+                logger,
+                logging.INFO,
+                "stream closed",
+                **call.names,
+                seconds=round(seconds, 3),
+                requests=requests,
+                errors=errors,
+                withheld=self._closed.withheld(),
+            )
 
 
 def _engine_fields(came_to: CameTo | None) -> dict[str, str | float]:

@@ -19,6 +19,7 @@ from blockdex.frontend.grpc import convert
 from blockdex.frontend.grpc.call_context import REQUEST_ID_KEY, CallContext, Context, RequestLog
 from blockdex.frontend.grpc.status import DETAILS_KEY, as_blockdex_error, status_of
 from blockdex.frontend.grpc.stream import StreamSession
+from blockdex.frontend.grpc.turns import Turns
 from blockdex.ring.caller import TOKEN_RPCS, CameTo
 from blockdex.ring.client import RingChannel
 from blockdex.ring.events import Event, NewEpoch, SequencesEvicted
@@ -78,6 +79,7 @@ class IndexerService:
     def __init__(self, channel: RingChannel, log: RequestLog) -> None:
         self._channel = channel
         self._log = log
+        self._turns = Turns()
         self._sessions: set[StreamSession] = set()
         channel.tell_events(self._pass_on)
 
@@ -172,7 +174,7 @@ class IndexerService:
         except BlockdexError as error:
             await _abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-        session = StreamSession(self._channel, call, self._log)
+        session = StreamSession(self._channel, call, self._log, self._turns)
         self._sessions.add(session)
         self._log.stream_opened(call)
         try:
@@ -192,6 +194,7 @@ class IndexerService:
         began, call = time.monotonic(), self._log.call_of(context)
         try:
             convert.check_header(header)
+            await self._turn(call)
             info = await self._channel.info()
             check_epoch(header.epoch, info.epoch)
             response = await answer(info)
@@ -233,6 +236,7 @@ class IndexerService:
         """Sends a request and waits for its answer; what goes wrong ends the call."""
         began, call = time.monotonic(), self._log.call_of(context)
         caller = UnaryCall(call, self._log)
+        await self._turn(call)
         try:
             send(caller, call.checked_tenant(), self._timeout(context))
         except Exception as fault:
@@ -248,6 +252,10 @@ class IndexerService:
             await _abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         return answer
+
+    async def _turn(self, call: CallContext) -> None:
+        if not self._turns.may_go(call.tenant):
+            await self._turns.wait(call.tenant)
 
     def _timeout(self, context: Context) -> float:
         remaining = context.time_remaining()
