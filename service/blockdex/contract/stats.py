@@ -93,6 +93,7 @@ class Stats:
         queued: requests taken over and not yet begun, now.
         integrity_checks: times that an idle core has checked all of the cache's columns against each other.
         integrity_faults: contradictions that it found.
+        faults: batches that failed, each of which ended an epoch.
     """
 
     stage_seconds: dict[str, dict[str, Histogram]] = field(
@@ -113,6 +114,7 @@ class Stats:
     queued: int = 0
     integrity_checks: int = 0
     integrity_faults: int = 0
+    faults: int = 0
 
     def launched(self, phase: str, tokens: int, requests: int) -> None:
         """Counts one launch.

@@ -160,7 +160,7 @@ async def _run_split(settings: ServeSettings, read: Read, http_socket: socket.so
     finally:
         await supervisor.close()
     log_event(logger, logging.INFO, "stopped")
-    return 0
+    return 1 if supervisor.failure else 0
 
 
 async def _serve_with(

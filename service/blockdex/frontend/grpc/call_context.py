@@ -7,12 +7,11 @@ import logging
 import random
 import re
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-import grpc
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.limits import DEFAULT_TENANT, TENANT_KEY, check_tenant
+from blockdex.frontend.grpc.status import REQUEST_ID_KEY, Context
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.caller import CameTo
 
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context as TraceContext
 
     from blockdex.frontend.grpc.tracing import Tracing
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-REQUEST_ID_KEY = "x-request-id"
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _drawn = itertools.count(random.getrandbits(64))

@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from blockdex.frontend.grpc.call_context import Observer, RequestLog
+from blockdex.frontend.grpc.parsing import CheckingServer
 from blockdex.frontend.grpc.service import SERVICE, IndexerService
 from blockdex.ring.client import RingChannel
 from blockdex.v1 import indexer_pb2 as pb
 
 if TYPE_CHECKING:
     from blockdex.frontend.grpc.tracing import Tracing
+
+_SPAN_BYTES = 40
+_MARGIN = 1 << 20
 
 
 class RpcServer:
@@ -25,8 +29,9 @@ class RpcServer:
     """
 
     def __init__(self, channel: RingChannel, address: str, log: RequestLog, share_port: bool) -> None:
-        # Room above the limit, so that a request beyond it is refused in words and not cut off by the transport.
-        receive = 2 * channel.limits.max_message_bytes
+        # Room for columns, and above the limit, so that a request just beyond it is refused in words; what is longer is
+        # cut off by its length, before its body is taken.
+        receive = channel.limits.max_message_bytes + _SPAN_BYTES * channel.limits.max_spans + _MARGIN
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", int(share_port)),
@@ -37,10 +42,10 @@ class RpcServer:
         self._service = IndexerService(channel, log)
         self._health = health.aio.HealthServicer()
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
+        checking = CheckingServer(self._server, log)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, checking)
+        names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), checking)
         host, _, _ = address.rpartition(":")
         try:
             self.address = f"{host}:{self._server.add_insecure_port(address)}"

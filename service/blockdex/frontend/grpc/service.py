@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -16,8 +16,9 @@ from blockdex.contract.limits import check_epoch
 from blockdex.contract.messages import Info, SequenceState
 from blockdex.contract.version import VERSION
 from blockdex.frontend.grpc import convert
-from blockdex.frontend.grpc.call_context import REQUEST_ID_KEY, CallContext, Context, RequestLog
-from blockdex.frontend.grpc.status import DETAILS_KEY, as_blockdex_error, status_of
+from blockdex.frontend.grpc.call_context import CallContext, Context, RequestLog
+from blockdex.frontend.grpc.parsing import checked
+from blockdex.frontend.grpc.status import REQUEST_ID_KEY, abort, as_blockdex_error
 from blockdex.frontend.grpc.stream import StreamSession
 from blockdex.frontend.grpc.turns import Turns
 from blockdex.ring.caller import TOKEN_RPCS, CameTo
@@ -32,7 +33,6 @@ _TOKEN_REQUESTS: tuple[type[convert.TokenWireRequest], ...] = (
     pb.AppendAndSelectRequest,
 )
 _Report = TypeVar("_Report", pb.GetInfoResponse, pb.GetStatsResponse)
-_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class UnaryCall(asyncio.Future[Any]):
@@ -92,11 +92,12 @@ class IndexerService:
         handlers["Stream"] = grpc.stream_stream_rpc_method_handler(self.Stream, received, sent)
         for method in SERVICE.methods:
             if method.name not in handlers:
-                handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+                handler = grpc.unary_unary_rpc_method_handler(
                     getattr(self, method.name),
-                    request_deserializer=partial(_parsed, getattr(pb, method.input_type.name).FromString, received),
+                    request_deserializer=partial(_parsed, getattr(pb, method.input_type.name), received),
                     response_serializer=lambda response: sent(response.SerializeToString()),
                 )
+                handlers[method.name] = checked(method.name, handler, self._log, is_counted=True)
         return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
     def tell(self, event: pb.Event, tenant: str | None = None) -> None:
@@ -172,7 +173,7 @@ class IndexerService:
         try:
             call.checked_tenant()
         except BlockdexError as error:
-            await _abort(context, error, call.request_id)
+            await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         session = StreamSession(self._channel, call, self._log, self._turns)
         self._sessions.add(session)
@@ -181,7 +182,7 @@ class IndexerService:
             await session.run()
             if refusal := session.refusal:
                 self._log.answered("Stream", refusal, began, call)
-                await _abort(context, refusal, call.request_id)
+                await abort(context, refusal, call.request_id)
         finally:
             self._sessions.discard(session)
             await session.close()
@@ -200,7 +201,7 @@ class IndexerService:
             response = await answer(info)
         except BlockdexError as error:
             self._log.answered(rpc, error, began, call)
-            await _abort(context, error, call.request_id)
+            await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         self._log.answered(rpc, None, began, call)
         return response
@@ -249,7 +250,7 @@ class IndexerService:
                 self._log.answered(rpc, error, began, call, given_up.came_to)
             raise
         except BlockdexError as error:
-            await _abort(context, error, call.request_id)
+            await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         return answer
 
@@ -262,11 +263,5 @@ class IndexerService:
         return self._channel.limits.max_wait_ms / 1000 if remaining is None else float(remaining)
 
 
-def _parsed(parse: Callable[[bytes], Message], received: Callable[[bytes], bytes], message: bytes) -> Message:
-    return parse(received(message))
-
-
-async def _abort(context: Context, error: BlockdexError, request_id: str) -> NoReturn:
-    details = (DETAILS_KEY, status_of(error).SerializeToString())
-    trailing = (details, (REQUEST_ID_KEY, request_id))
-    await context.abort(_STATUS_CODES[int(error.code)], error.message, trailing_metadata=trailing)
+def _parsed(kind: type[Message], received: Callable[[bytes], bytes], message: bytes) -> Message:
+    return kind.FromString(received(message))

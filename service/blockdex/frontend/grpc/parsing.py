@@ -1,0 +1,74 @@
+"""Bytes that are no message, refused as such: gRPC itself would say UNKNOWN, and log a traceback of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from blockdex.contract.errors import InvalidArgumentError, Reason
+from blockdex.frontend.grpc.call_context import Context, RequestLog
+from blockdex.frontend.grpc.status import abort
+
+
+def checked(
+    rpc: str, handler: grpc.RpcMethodHandler[Any, Any], log: RequestLog, *, is_counted: bool
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """The same method, which refuses bytes that are no message as MALFORMED_MESSAGE.
+
+    Args:
+        rpc: its name.
+        handler: of one request, or of a stream in both directions; as messages.
+        log: told of what is refused.
+        is_counted: whether metrics are told of it too.
+    """
+    parse = handler.request_deserializer
+
+    async def read(message: bytes, context: Context) -> Any:
+        try:
+            return parse(message)
+        except DecodeError:
+            call = log.call_of(context)
+            error = InvalidArgumentError(f"{rpc}: its {len(message)} bytes are no message", Reason.MALFORMED_MESSAGE)
+            if is_counted:
+                log.answered(rpc, error, time.monotonic(), call)
+            await abort(context, error, call.request_id)
+
+    async def unary(message: bytes, context: Context) -> Any:
+        return await handler.unary_unary(await read(message, context), context)
+
+    async def watch(message: bytes, context: Context) -> None:
+        await handler.unary_stream(await read(message, context), context)
+
+    async def stream(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        parsed = (await read(message, context) async for message in messages)
+        async for response in handler.stream_stream(parsed, context):
+            yield response
+
+    respond = handler.response_serializer
+    if handler.request_streaming:
+        return grpc.stream_stream_rpc_method_handler(stream, response_serializer=respond)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(watch, response_serializer=respond)
+    return grpc.unary_unary_rpc_method_handler(unary, response_serializer=respond)
+
+
+class CheckingServer:
+    """A server as generated code takes it, which adds services that refuse what is no message."""
+
+    def __init__(self, server: grpc.aio.Server, log: RequestLog) -> None:
+        self._server = server
+        self._log = log
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Nothing: the same methods come by their names."""
+
+    def add_registered_method_handlers(
+        self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+    ) -> None:
+        """Adds a service's methods."""
+        methods = {rpc: checked(rpc, handler, self._log, is_counted=False) for rpc, handler in handlers.items()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
