@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.limits import DEFAULT_TENANT, TENANT_KEY, check_tenant
+from blockdex.frontend.grpc.memory import MemoryKeeper
 from blockdex.frontend.grpc.status import REQUEST_ID_KEY, Context
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.caller import CameTo
@@ -108,6 +109,7 @@ class RequestLog:
         self._observer = observer
         self._slow_seconds = slow_seconds
         self._tracing = tracing
+        self._memory = MemoryKeeper()
         self._slow, self._opened, self._closed = (RateLimit(_LINES_PER_SECOND) for _ in range(3))
 
     def call_of(self, context: Context) -> CallContext:
@@ -134,6 +136,7 @@ class RequestLog:
     def received(self, message: bytes) -> bytes:
         """Counts the bytes of a message that came."""
         self._observer.bytes_received += len(message)
+        self._memory.took(len(message))
         return message
 
     def sent(self, message: bytes) -> bytes:

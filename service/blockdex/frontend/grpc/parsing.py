@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from blockdex.contract.errors import InvalidArgumentError, Reason
 from blockdex.frontend.grpc.call_context import Context, RequestLog
-from blockdex.frontend.grpc.status import abort
+from blockdex.frontend.grpc.status import refuse
 
 
 def checked(
@@ -27,7 +27,8 @@ def checked(
     """
     parse = handler.request_deserializer
 
-    async def read(message: bytes, context: Context) -> Any:
+    def read(message: bytes, context: Context) -> Any:
+        """The message; None where it was refused."""
         try:
             return parse(message)
         except DecodeError:
@@ -35,17 +36,25 @@ def checked(
             error = InvalidArgumentError(f"{rpc}: its {len(message)} bytes are no message", Reason.MALFORMED_MESSAGE)
             if is_counted:
                 log.answered(rpc, error, time.monotonic(), call)
-            await abort(context, error, call.request_id)
+            refuse(context, error, call.request_id)
+            return None
 
     async def unary(message: bytes, context: Context) -> Any:
-        return await handler.unary_unary(await read(message, context), context)
+        request = read(message, context)
+        return None if request is None else await handler.unary_unary(request, context)
 
     async def watch(message: bytes, context: Context) -> None:
-        await handler.unary_stream(await read(message, context), context)
+        if (request := read(message, context)) is not None:
+            await handler.unary_stream(request, context)
 
     async def stream(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
-        parsed = (await read(message, context) async for message in messages)
-        async for response in handler.stream_stream(parsed, context):
+        async def parsed() -> AsyncIterator[Any]:
+            async for message in messages:
+                if (request := read(message, context)) is None:
+                    return
+                yield request
+
+        async for response in handler.stream_stream(parsed(), context):
             yield response
 
     respond = handler.response_serializer

@@ -18,7 +18,7 @@ from blockdex.contract.version import VERSION
 from blockdex.frontend.grpc import convert
 from blockdex.frontend.grpc.call_context import CallContext, Context, RequestLog
 from blockdex.frontend.grpc.parsing import checked
-from blockdex.frontend.grpc.status import REQUEST_ID_KEY, abort, as_blockdex_error
+from blockdex.frontend.grpc.status import REQUEST_ID_KEY, as_blockdex_error, refuse
 from blockdex.frontend.grpc.stream import StreamSession
 from blockdex.frontend.grpc.turns import Turns
 from blockdex.ring.caller import TOKEN_RPCS, CameTo
@@ -173,7 +173,8 @@ class IndexerService:
         try:
             call.checked_tenant()
         except BlockdexError as error:
-            await abort(context, error, call.request_id)
+            refuse(context, error, call.request_id)
+            return
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         session = StreamSession(self._channel, call, self._log, self._turns)
         self._sessions.add(session)
@@ -182,7 +183,7 @@ class IndexerService:
             await session.run()
             if refusal := session.refusal:
                 self._log.answered("Stream", refusal, began, call)
-                await abort(context, refusal, call.request_id)
+                refuse(context, refusal, call.request_id)
         finally:
             self._sessions.discard(session)
             await session.close()
@@ -201,7 +202,8 @@ class IndexerService:
             response = await answer(info)
         except BlockdexError as error:
             self._log.answered(rpc, error, began, call)
-            await abort(context, error, call.request_id)
+            refuse(context, error, call.request_id)
+            return None
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         self._log.answered(rpc, None, began, call)
         return response
@@ -219,8 +221,8 @@ class IndexerService:
                     raise InternalError(f"{TOKEN_RPCS[rpc]}: cannot be read as protobuf wrote it", Reason.INTERNAL)
             self._channel.look()
 
-        response: bytes = await self._answer(TOKEN_RPCS[rpc], send, context)
-        return response
+        response: bytes | None = await self._answer(TOKEN_RPCS[rpc], send, context)
+        return response or b""
 
     async def _change(
         self, rpc: str, request: convert.SequenceWireRequest, context: Context
@@ -231,7 +233,8 @@ class IndexerService:
             message = convert.sequence_request(tenant, self._channel.limits.max_spans, request)
             self._channel.send_sequence(caller, 0, rpc, message, timeout)
 
-        return convert.sequence_response(request, await self._answer(rpc, send, context))
+        state = await self._answer(rpc, send, context)
+        return None if state is None else convert.sequence_response(request, state)
 
     async def _answer(self, rpc: str, send: Callable[[UnaryCall, str, float], None], context: Context) -> Any:
         """Sends a request and waits for its answer; what goes wrong ends the call."""
@@ -250,7 +253,9 @@ class IndexerService:
                 self._log.answered(rpc, error, began, call, given_up.came_to)
             raise
         except BlockdexError as error:
-            await abort(context, error, call.request_id)
+            refuse(context, error, call.request_id)
+            error.__traceback__ = None  # which would keep this frame, and what it holds
+            return None
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         return answer
 
