@@ -61,7 +61,7 @@ class Blockdex(Version):
 
     def __init__(self, device: str, key_dtype: KeyDtype, pages: int) -> None:
         self.spec = IndexSpec(num_layers=LAYERS, key_dtype=key_dtype)
-        self.backend = choose_backend(device, self.spec, pages, prefill_kernel="hopper")
+        self.backend = choose_backend(device, self.spec, pages)
         self.flip_tolerance = self.backend.flip_tolerance
         if "upcast" in self.backend.kernels["prefill"][0]:
             self.fp8_scoring = "upcast"

@@ -96,7 +96,7 @@ def choose_backend(
     num_pages: int,
     *,
     fp8_scoring: Fp8Scoring = "native",
-    prefill_kernel: PrefillKernel = "portable",
+    prefill_kernel: PrefillKernel = "hopper",
 ) -> Backend:
     """The backend for a device, its pages allocated.
 
@@ -107,7 +107,7 @@ def choose_backend(
         fp8_scoring: how an fp8 cache is scored: `native` (queries scaled into the fp8 range and cast) or `upcast`
             (queries kept in bf16, keys upcast).
         prefill_kernel: `hopper` has prefills scored by the kernel that is made for Hopper, where chip and indexer are
-            what it is for; it was not yet run in an engine.
+            what it is for; `portable` by that of all chips.
 
     Raises:
         ValueError: `choose_device` refuses the device, or the pages are too few or too many.

@@ -95,7 +95,7 @@ SAMPLES = {
     "cache_bytes": "auto",
     "key_dtype": "fp8_e4m3",
     "fp8_scoring": "upcast",
-    "prefill_kernel": "hopper",
+    "prefill_kernel": "portable",
     "max_message_bytes": "1MiB",
     "max_spans": "9",
     "max_queued_requests": "9",

@@ -131,7 +131,7 @@ def queries(num_runs: int, length: int, dtype: torch.dtype = torch.bfloat16) -> 
 def launch_everything(key_dtype: Any) -> None:
     """Every kernel in the shapes of an engine that serves the model."""
     global case, at_once  # noqa: PLW0603 - what the next compilations belong to
-    backend = TritonBackend(IndexSpec(num_layers=2, key_dtype=key_dtype), 2, CPU, reason="", prefill_kernel="hopper")
+    backend = TritonBackend(IndexSpec(num_layers=2, key_dtype=key_dtype), 2, CPU, reason="")
     name = backend.kernels["decode"][0] + (" bf16" if key_dtype == "bf16" else "")
     native = name.endswith("-fp8")
     at_once = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,9 @@ import torch
 
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.casts import TORCH_DTYPES, cast_keys
-from blockdex_kernels.interface import Spans
+from blockdex_kernels.interface import PrefillKernel, Spans
 from blockdex_kernels.reference import count_flips, select
 from blockdex_kernels.spec import KeyDtype
-from blockdex_kernels.triton import SCORE_BYTES
-from blockdex_kernels.triton.chip import Chip
 from blockdex_kernels.triton.foreign import Batch, ForeignBackend, Planner
 from support.kernel_cases import TALLY, UNREADABLE
 from support.triton_device import DEVICE
@@ -23,12 +20,21 @@ from support.triton_device import DEVICE
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 LENGTHS, QUERIES = (300, 17, 90, 223), (1, 2, 40, 7)
-"""Tokens of each sequence and its last queries: two decodes, then two prefills."""
+"""Tokens of each sequence, by 16 of a block, and its last queries: two decodes, then two prefills."""
+
+KERNELS: list[tuple[int, PrefillKernel]] = [(16, "portable")]
+"""Tokens of a block and the kernel; Hopper's takes blocks of 128."""
+if DEVICE.type == "cuda":
+    KERNELS += [(128, "portable"), (128, "hopper")]
 
 
 def a_spec(key_dtype: KeyDtype, **fields: Any) -> IndexSpec:
     sizes: dict[str, Any] = {"num_layers": 1, "num_index_heads": 2, "head_dim": 32, "block_size": 16, "topk": 4}
     return IndexSpec(key_dtype=key_dtype, **(sizes | fields))
+
+
+def lengths_of(spec: IndexSpec) -> list[int]:
+    return [length * spec.block_size // 16 for length in LENGTHS]
 
 
 def pages_apart(spec: IndexSpec, num_pages: int, gap: int, offset: int) -> torch.Tensor:
@@ -43,9 +49,10 @@ def random_batch(
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Keys of each sequence, put into shuffled pages; queries of all; and the table, unreadable where there is none."""
     page_ids = torch.randperm(len(pages), generator=generator).tolist()
-    table = torch.full((len(LENGTHS), -(-max(LENGTHS) // spec.block_size) + 1), UNREADABLE, dtype=torch.int32)
+    lengths = lengths_of(spec)
+    table = torch.full((len(lengths), -(-max(lengths) // spec.block_size) + 1), UNREADABLE, dtype=torch.int32)
     all_keys = []
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(lengths):
         keys = cast_keys(torch.randn(length, spec.head_dim, generator=generator), spec.key_dtype)
         for block in range(-(-length // spec.block_size)):
             table[row, block] = page_ids.pop()
@@ -57,7 +64,7 @@ def random_batch(
 
 
 def planned(spec: IndexSpec, table: torch.Tensor, score_bytes: int) -> Batch:
-    starts = np.array(LENGTHS, np.int32) - np.array(QUERIES, np.int32)
+    starts = np.array(lengths_of(spec), np.int32) - np.array(QUERIES, np.int32)
     lengths = np.array(QUERIES, np.int32)
     on_device = table.to(DEVICE)
     columns = torch.from_numpy(np.stack([np.zeros_like(starts), starts, lengths])[:, :2]).to(DEVICE)
@@ -66,21 +73,30 @@ def planned(spec: IndexSpec, table: torch.Tensor, score_bytes: int) -> Batch:
     return planner.plan(decode, sum(QUERIES[:2]), starts[2:], lengths[2:], on_device[2:])
 
 
+@pytest.mark.parametrize(("block_size", "kernel"), KERNELS)
 @pytest.mark.parametrize(
     ("gap", "offset", "key_dtype", "forced"),
     [
         (0, 0, "bf16", (0, 1)),
         (0, 0, "fp8_e4m3", (1, 0)),
-        (7 * 32, 3 * 32, "bf16", (1, 0)),
-        (7 * 32, 3 * 32, "fp8_e4m3", (0, 1)),
+        (7 * 128, 3 * 128, "bf16", (1, 0)),
+        (7 * 128, 3 * 128, "fp8_e4m3", (0, 1)),
         (5, 1, "bf16", (0, 1)),
         (5, 1, "fp8_e4m3", (1, 0)),
     ],
 )
 def test_selections_are_the_references(
-    key_dtype: KeyDtype, gap: int, offset: int, forced: tuple[int, int], generator: torch.Generator
+    key_dtype: KeyDtype,
+    gap: int,
+    offset: int,
+    forced: tuple[int, int],
+    block_size: int,
+    kernel: PrefillKernel,
+    generator: torch.Generator,
 ) -> None:
-    spec = a_spec(key_dtype, init_blocks=forced[0], local_blocks=forced[1])
+    head_dim = 32 if block_size == 16 else 128
+    init, local = forced
+    spec = a_spec(key_dtype, block_size=block_size, head_dim=head_dim, init_blocks=init, local_blocks=local)
     pages = pages_apart(spec, 60, gap, offset)
     all_keys, queries, table = random_batch(spec, pages, generator)
     # Two slices of prefill, and rows of padding behind the batch's.
@@ -88,7 +104,10 @@ def test_selections_are_the_references(
     assert len(batch.prefill) == 2
     padded = torch.cat([queries, queries[:3]])
     block_ids = torch.full((len(padded), 2, 4), -7, dtype=torch.int32, device=DEVICE)
-    backend = ForeignBackend(spec, pages)
+    backend = ForeignBackend(spec, pages, prefill_kernel=kernel)
+    # Hopper's kernel forces a local block, and reads pages that lie in rows of its keys' length.
+    hopper = kernel == "hopper" and local > 0 and gap % 128 == 0
+    assert backend.kernels["prefill"][0].startswith("gluon" if hopper else "triton")
     backend.select_into(block_ids, padded.to(DEVICE), batch)
 
     first = 0
@@ -100,26 +119,6 @@ def test_selections_are_the_references(
         TALLY.flips += count_flips(block_ids[own].cpu(), reference.block_ids, reference)
         first += length
     assert (block_ids[first:] == -1).all()
-
-
-def test_a_prefill_is_launched_as_it_was_cut(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
-    """Where a chip has a launch of its own for e4m3, plan and kernel take the same."""
-    chip = Chip.of(DEVICE)
-    chip = dataclasses.replace(chip, prefill_fp8=dataclasses.replace(chip.prefill, tile=chip.prefill.tile * 2))
-    monkeypatch.setattr(Chip, "of", lambda device: chip)
-    spec = a_spec("fp8_e4m3")
-    pages = pages_apart(spec, 60, 0, 0)
-    _, queries, table = random_batch(spec, pages, generator)
-    batch = planned(spec, table, SCORE_BYTES)
-    assert [part.tile for part in batch.prefill] == [chip.prefill_fp8.tile]
-    block_ids = torch.full((len(queries), 2, 4), -7, dtype=torch.int32, device=DEVICE)
-    ForeignBackend(spec, pages).select_into(block_ids, queries.to(DEVICE), batch)
-    assert (block_ids.amax(2) == (positions_of(LENGTHS, QUERIES) // 16)[:, None].to(DEVICE)).all()
-
-
-def positions_of(lengths: tuple[int, ...], queries: tuple[int, ...]) -> torch.Tensor:
-    ranges = zip(lengths, queries, strict=True)
-    return torch.cat([torch.arange(length - count, length) for length, count in ranges])
 
 
 def test_what_is_refused() -> None:

@@ -22,7 +22,6 @@ from blockdex_kernels.interface import (
     Spans,
 )
 from blockdex_kernels.spec import IndexSpec
-from blockdex_kernels.triton import prefill_sm90
 from blockdex_kernels.triton.append import append
 from blockdex_kernels.triton.chip import Chip, Launch
 from blockdex_kernels.triton.decode import score_decode
@@ -36,6 +35,8 @@ from blockdex_kernels.triton.prefill import (
     score_prefill,
     split,
 )
+from blockdex_kernels.triton.prefill_sm90 import KeyTiles
+from blockdex_kernels.triton.prefill_sm90 import score_prefill as score_prefill_sm90
 from blockdex_kernels.triton.rank import rank
 from blockdex_kernels.triton.runs import Runs
 
@@ -57,7 +58,7 @@ class TritonBackend(Backend):
         device: a CUDA device; the CPU where Triton's interpreter is on.
         reason: why this backend was chosen.
         fp8_scoring: `native` or `upcast`; read for an fp8 cache only. A chip that cannot multiply e4m3 upcasts.
-        prefill_kernel: `hopper` takes the kernel of `prefill_sm90`, where that fits.
+        prefill_kernel: `hopper` takes the kernel of `prefill_sm90`, where that is made for chip, pages and indexer.
         score_bytes: most that the scores of one launch take.
         pages: `[num_pages, L, block_size, D]` of someone else, each page dense, at any distance of each other; None:
             allocated here.
@@ -79,7 +80,7 @@ class TritonBackend(Backend):
         *,
         reason: str,
         fp8_scoring: Fp8Scoring = "native",
-        prefill_kernel: PrefillKernel = "portable",
+        prefill_kernel: PrefillKernel = "hopper",
         score_bytes: int = SCORE_BYTES,
         pages: torch.Tensor | None = None,
     ) -> None:
@@ -87,7 +88,6 @@ class TritonBackend(Backend):
         self.device = torch.empty(0, device=device).device  # with its number, where `device` has none
         self.chip = Chip.of(device)
         shape = (num_pages, spec.num_layers, spec.block_size, spec.head_dim)
-        own = pages is None
         if pages is None:
             pages = torch.empty(shape, dtype=TORCH_DTYPES[spec.key_dtype], device=device)
         self.pages = pages
@@ -99,17 +99,15 @@ class TritonBackend(Backend):
         if self._native_fp8 and device.type == "cuda":
             self.flip_tolerance = FP8_FLIP_TOLERANCE
         self._keys = Pages.of(self.pages, upcast=upcast, tma=self.chip.tma)
-        # Pages of someone else may lie apart, where Hopper's kernel takes them to follow each other.
-        fits = own and self.chip.warpgroups and not upcast and prefill_sm90.fits(spec)
-        chosen = fits and prefill_kernel == "hopper"
-        self._key_tiles = prefill_sm90.describe(self.pages) if chosen else None
+        hopper = self.chip.warpgroups and prefill_kernel == "hopper"
+        self._key_tiles = KeyTiles.of(self._keys, spec) if hopper else None
         self._score_bytes = score_bytes
         self._captured: list[torch.Tensor] = []
         scoring = f"triton-{self.chip.name}" + ("-fp8" if self._scaled else "-upcast" if upcast else "")
         self.kernels = {
             "append": (f"triton-{self.chip.name}", reason),
             "decode": (scoring, reason),
-            "prefill": (scoring.replace("triton-", "gluon-") if chosen else scoring, reason),
+            "prefill": (scoring.replace("triton-", "gluon-") if self._key_tiles else scoring, reason),
         }
 
     @torch.no_grad()
@@ -128,7 +126,7 @@ class TritonBackend(Backend):
         if return_scores and raw_scores:
             return self._select_raw(queries, spans, order)
         selection = self._empty_selection(queries, return_scores)
-        width = _width(spans.width)
+        width = width_of(spans.width)
         if self._tokens_at_once(queries.shape[1], width) < len(queries):
             # More than the scores may take: what prefill cuts into slices.
             return self.prefill(queries, spans, order=order, return_scores=return_scores)
@@ -154,7 +152,7 @@ class TritonBackend(Backend):
         if max_length is None:
             max_length = int(Runs.of(spans).lengths.max())
         num_tokens, heads, _ = queries.shape
-        scores, positions, unscales = self._score_buffers(num_tokens * heads, num_tokens, _width(spans.width))
+        scores, positions, unscales = self._score_buffers(num_tokens * heads, num_tokens, width_of(spans.width))
         wants = None if spans.flags is None else torch.empty_like(positions)
         wide = queries.shape[1] * max_length > 32
         fp8 = self.chip.decode_fp8_wide if wide else self.chip.decode_fp8
@@ -191,7 +189,7 @@ class TritonBackend(Backend):
         selection = self._empty_selection(queries, return_scores)
         runs = Runs.of(spans)
         spans = replace(spans, columns=runs.columns)
-        step = self._tokens_at_once(queries.shape[1], _width(runs.blocks(self.spec.block_size)))
+        step = self._tokens_at_once(queries.shape[1], width_of(runs.blocks(self.spec.block_size)))
         every_block = return_scores or order == "score"
         for number, part in enumerate(runs.slices(step)):
             at = slice(number * step, number * step + step)
@@ -241,15 +239,17 @@ class TritonBackend(Backend):
         """Scores of queries `[T, H, D]`: what `rank` reads, in buffers of its own."""
         num_tokens, heads, _ = queries.shape
         runs = Runs.of(spans)
-        rows, width = num_tokens * heads, _width(runs.blocks(self.spec.block_size))
+        rows, width = num_tokens * heads, width_of(runs.blocks(self.spec.block_size))
         buffers = self._score_buffers(rows, rows, width)
         if self._key_tiles is not None:
             self._score_sm90(queries, spans, heads, *buffers, every_block=every_block)
         else:
-            launch, programs = self._prefill_launch()
-            items = cut(runs, heads, self.spec, tile=launch.tile, programs=programs, every_block=every_block)
-            self._score(queries, spans.own_tables(), self._sent(items), *buffers)
+            self._score(queries, spans.own_tables(), self._cut(runs, heads, every_block=every_block), *buffers)
         return buffers
+
+    def _cut(self, runs: Runs, heads: int, *, every_block: bool) -> torch.Tensor:
+        launch, programs = self._prefill_launch()
+        return self._sent(cut(runs, heads, self.spec, tile=launch.tile, programs=programs, every_block=every_block))
 
     def _score_sm90(
         self,
@@ -262,7 +262,8 @@ class TritonBackend(Backend):
         *,
         every_block: bool,
     ) -> None:
-        prefill_sm90.score_prefill(
+        assert self._key_tiles is not None
+        score_prefill_sm90(
             queries,
             spans,
             heads,
@@ -299,7 +300,7 @@ class TritonBackend(Backend):
             width: blocks that the run does not exceed.
         """
         rows = len(queries)
-        scores, positions, unscales = self._score_buffers(rows, rows, _width(width))
+        scores, positions, unscales = self._score_buffers(rows, rows, width_of(width))
         if self._key_tiles is not None:
             layer, start, length, heads = (numbers[at : at + 1] for at in (0, 1, 2, 5))
             run = Spans(layer, start, length, page_table)
@@ -372,14 +373,7 @@ class TritonBackend(Backend):
             self._bytes[destination].copy_(self._bytes[source])
 
     def _sent(self, numbers: NDArray[np.int32]) -> torch.Tensor:
-        """int32 numbers on the device, for which nobody waits."""
-        there = torch.from_numpy(numbers)
-        if self.device.type == "cpu":
-            return there
-        there = there.pin_memory()
-        if torch.cuda.is_current_stream_capturing():
-            self._captured.append(there)  # A replay copies it again.
-        return there.to(self.device, non_blocking=True)
+        return sent(numbers, self.device, self._captured)
 
     def _rows(self, queries: torch.Tensor, unscales: torch.Tensor | None) -> torch.Tensor:
         """`[T * H, D]` as they are scored; the queries themselves where nothing is to be done."""
@@ -409,6 +403,17 @@ class TritonBackend(Backend):
         return max(self._score_bytes // (4 * heads * width), 1)
 
 
-def _width(blocks: int) -> int:
+def width_of(blocks: int) -> int:
     """Columns of a score buffer for so many blocks: rows begin where wide loads can."""
     return -(-blocks // _WIDTH_STEP) * _WIDTH_STEP
+
+
+def sent(numbers: NDArray[np.int32], device: torch.device, captured: list[torch.Tensor]) -> torch.Tensor:
+    """Int32 numbers on the device, for which nobody waits. What a graph that is being captured copies is `captured`."""
+    there = torch.from_numpy(numbers)
+    if device.type == "cpu":
+        return there
+    there = there.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        captured.append(there)  # A replay copies it again.
+    return there.to(device, non_blocking=True)

@@ -12,34 +12,33 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex_kernels.casts import TORCH_DTYPES
-from blockdex_kernels.interface import Selection, Spans
+from blockdex_kernels.interface import PrefillKernel, Selection, Spans
 from blockdex_kernels.spec import IndexSpec
-from blockdex_kernels.triton.backend import SCORE_BYTES, TritonBackend, _width
+from blockdex_kernels.triton.backend import SCORE_BYTES, TritonBackend, sent, width_of
 from blockdex_kernels.triton.chip import Chip
 from blockdex_kernels.triton.limits import unfit
-from blockdex_kernels.triton.prefill import cut
 from blockdex_kernels.triton.runs import Runs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PrefillSlice:
     """Consecutive tokens whose scores fit in memory at once.
 
     Attributes:
         tokens: which of the batch's.
-        page_table: int32 `[R, blocks]`.
-        tile: rows that each program scores, which the launch must have too.
-        items: int32 `[N, 9]` on the device: what each program scores.
+        runs: of these tokens, as the host knows them.
+        spans: the same on the device.
         scores: float32 `[rows, width]`, room that every layer writes over, as every slice does.
         positions: int32 `[rows]`, likewise.
+        items: int32 `[N, 9]` on the device: how the runs are cut, where a kernel needs that; the first layer does it.
     """
 
     tokens: slice
-    page_table: torch.Tensor
-    tile: int
-    items: torch.Tensor
+    runs: Runs
+    spans: Spans
     scores: torch.Tensor
     positions: torch.Tensor
+    items: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +73,9 @@ class Planner:
     def __init__(self, spec: IndexSpec, device: torch.device, *, score_bytes: int = SCORE_BYTES) -> None:
         if obstacle := unfit(spec):
             raise ValueError(obstacle)
+        Chip.of(device)  # refuses what is too old
         self._spec = spec
         self._device = device
-        self._chip = Chip.of(device)
         self._score_bytes = score_bytes
 
     def plan(
@@ -96,12 +95,10 @@ class Planner:
             lengths: int32 `[R]`, their queries; runs of none are padding.
             page_table: int32 `[R, blocks]` on the device, of those runs.
         """
-        heads, fp8 = self._spec.num_index_heads, self._spec.key_dtype == "fp8_e4m3"
-        launch = self._chip.prefill_fp8 if fp8 else self._chip.prefill
-        programs = self._chip.multiprocessors * launch.programs
+        heads = self._spec.num_index_heads
         rows = np.arange(len(starts), dtype=np.int32)
         runs = Runs(rows, np.zeros_like(rows), starts, lengths)
-        width = _width(int((starts + lengths - 1).max(initial=0)) // self._spec.block_size + 1)
+        width = width_of(runs.blocks(self._spec.block_size))
         step = max(self._score_bytes // (4 * heads * width), 1)
         most_rows = min(step, int(lengths.sum())) * heads
         scores = torch.empty((most_rows, width), dtype=torch.float32, device=self._device)
@@ -111,16 +108,13 @@ class Planner:
         for part in runs.slices(step):
             first, end = end, end + int(part.lengths.sum())
             own = slice((end - first) * heads)
-            items = cut(part, heads, self._spec, tile=launch.tile, programs=programs, every_block=False)
-            tokens = slice(first, end)
-            slices.append(PrefillSlice(tokens, page_table, launch.tile, self._sent(items), scores[own], positions[own]))
+            spans = self._spans(part, page_table)
+            slices.append(PrefillSlice(slice(first, end), part, spans, scores[own], positions[own]))
         return Batch(decode, num_decode_tokens, tuple(slices), end)
 
-    def _sent(self, numbers: NDArray[np.int32]) -> torch.Tensor:
-        there = torch.from_numpy(numbers)
-        if self._device.type == "cpu":
-            return there
-        return there.pin_memory().to(self._device, non_blocking=True)
+    def _spans(self, runs: Runs, page_table: torch.Tensor) -> Spans:
+        there = sent(np.concatenate([runs.columns, runs.rows[None]]), self._device, [])
+        return Spans(there[0], there[1], there[2], page_table, runs.columns, table_rows=there[3])
 
 
 class ForeignBackend(TritonBackend):
@@ -131,17 +125,25 @@ class ForeignBackend(TritonBackend):
     Args:
         spec: the indexer, of one layer.
         pages: `[num_pages, block_size, D]`, each page dense, at any distance of each other.
+        prefill_kernel: see `TritonBackend`.
 
     Raises:
         ValueError: the pages, the spec or the device are not such that the kernels are made for.
     """
 
-    def __init__(self, spec: IndexSpec, pages: torch.Tensor) -> None:
+    def __init__(self, spec: IndexSpec, pages: torch.Tensor, *, prefill_kernel: PrefillKernel = "hopper") -> None:
         dtype = TORCH_DTYPES[spec.key_dtype]
         shape = (spec.block_size, spec.head_dim)
         if pages.ndim != 3 or tuple(pages.shape[1:]) != shape or pages.dtype != dtype:
             raise ValueError(f"pages: must be {dtype} [pages, {shape[0]}, {shape[1]}], got {_described(pages)}")
-        super().__init__(spec, len(pages), pages.device, reason="an engine's own cache", pages=pages[:, None])
+        super().__init__(
+            spec,
+            len(pages),
+            pages.device,
+            reason="an engine's own cache",
+            prefill_kernel=prefill_kernel,
+            pages=pages[:, None],
+        )
         if self._keys.upcast:
             raise ValueError(f"device {pages.device}: {self.chip.name} cannot multiply {dtype}")
         self._scaled = self.rounds_queries = False
@@ -164,11 +166,19 @@ class ForeignBackend(TritonBackend):
             own = slice(batch.num_decode_tokens)
             self.decode_into(Selection(block_ids[own], None), queries[own], batch.decode, order="ascending")
         for part in batch.prefill:
-            assert part.tile == self._prefill_launch()[0].tile
-            self._score(queries[part.tokens], part.page_table, part.items, part.scores, part.positions, None)
+            self._score_slice(queries[part.tokens], part)
             self.rank(part.scores, part.positions, None, Selection(block_ids[part.tokens], None), "ascending")
         if batch.num_tokens < len(block_ids):
             block_ids[batch.num_tokens :].fill_(-1)
+
+    def _score_slice(self, queries: torch.Tensor, part: PrefillSlice) -> None:
+        heads = queries.shape[1]
+        if self._key_tiles is not None:
+            self._score_sm90(queries, part.spans, heads, part.scores, part.positions, None, every_block=False)
+            return
+        if part.items is None:
+            part.items = self._cut(part.runs, heads, every_block=False)
+        self._score(queries, part.spans.page_table, part.items, part.scores, part.positions, None)
 
 
 def _described(tensor: torch.Tensor) -> str:

@@ -6,7 +6,7 @@ for the others. Nothing is planned on the host, so that a CUDA graph holds a lau
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from triton.experimental import gluon
@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from blockdex_kernels.interface import Spans
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.launch import padded_runs, pdl_launch
+from blockdex_kernels.triton.pages import Pages
 from blockdex_kernels.triton.shares import TILE, needed_blocks, piece_of, share_of_program
 
 _ROWS = gl.constexpr(64)
@@ -68,7 +69,7 @@ def _read_keys(
     keys, ready, read = ring
     starts, lengths, heads, run, _ = runs
     start, rows, tile, block, last, last_end, left = piece
-    pages, layers, page_table, table_rows, table_stride, num_layers = cells
+    pages, layers, page_table, table_rows, table_stride, page_rows = cells
     STAGES: gl.constexpr = keys.shape[0]
     BLOCK: gl.constexpr = keys.shape[1]
     stage = 0
@@ -86,7 +87,7 @@ def _read_keys(
                 end = needed_blocks(tile, start, rows, heads, BLOCK, PLACES, FORCED)
             page = gl.load(row + block, mask=block < end, other=0)
             while block < end:
-                key = (page * num_layers + layer) * BLOCK
+                key = page * page_rows + layer * BLOCK
                 block += 1
                 page = gl.load(row + block, mask=block < end, other=0)
                 arrives = ready.index(stage)
@@ -226,7 +227,7 @@ def _prefill_scores_sm90_kernel(
     num_rows,
     heads,
     query_heads,
-    num_layers,
+    page_rows,
     width,
     stride_t,
     stride_h,
@@ -265,7 +266,7 @@ def _prefill_scores_sm90_kernel(
     runs = (starts, lengths, heads, run, first_row)
     piece = piece_of(run, unit, left, starts, lengths, heads, BLOCK, PLACES, FORCED)
     buffers = (packed, (queries, query_heads, stride_t, stride_h), scores, positions, unscales, width)
-    cells = (pages, layers, page_table, table_rows, table_stride, num_layers)
+    cells = (pages, layers, page_table, table_rows, table_stride, page_rows)
     gl.warp_specialize(
         [
             (_score_rows, (gl.constexpr(0), ring, runs, piece, buffers, RUNS, INIT, PLACES, FORCED, SCALED)),
@@ -279,23 +280,35 @@ def _prefill_scores_sm90_kernel(
     )
 
 
-def fits(spec: IndexSpec) -> bool:
-    """Whether the kernel serves an indexer, its keys scored as they are."""
-    return spec.block_size == 128 and spec.head_dim == 128 and spec.local_blocks > 0
+@dataclass(frozen=True, slots=True)
+class KeyTiles:
+    """Pages as the kernel reads them.
 
+    Attributes:
+        descriptor: what tells the copy engine of rows of D elements, and of blocks as the tensor cores take them.
+        page_rows: rows from one page to the next.
+    """
 
-def describe(pages: torch.Tensor) -> Any:
-    """Describes `[num_pages, L, block_size, D]` to the copy engine: blocks as the tensor cores take them."""
-    rows = pages.view(-1, pages.shape[-1])
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * rows.element_size(), rank=2)
-    return TensorDescriptor.from_tensor(rows, list(pages.shape[2:]), layout)
+    descriptor: TensorDescriptor
+    page_rows: int
+
+    @classmethod
+    def of(cls, pages: Pages, spec: IndexSpec) -> KeyTiles | None:
+        """Describes pages; None where keys are not scored as they lie there, or the indexer is another."""
+        fits = spec.block_size == 128 and spec.head_dim == 128 and spec.local_blocks > 0
+        if not pages.tma or pages.upcast or not fits:
+            return None
+        rows = pages.elements.view(-1, spec.head_dim)
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * rows.element_size(), rank=2)
+        descriptor = TensorDescriptor.from_tensor(rows, [spec.block_size, spec.head_dim], layout)
+        return cls(descriptor, pages.page_stride // spec.head_dim)
 
 
 def score_prefill(
     queries: torch.Tensor,
     spans: Spans,
     heads: int | torch.Tensor,
-    pages: Any,
+    pages: KeyTiles,
     spec: IndexSpec,
     scores: torch.Tensor,
     positions: torch.Tensor,
@@ -311,8 +324,8 @@ def score_prefill(
         queries: `[T, H, D]`, any floating-point dtype and strides.
         spans: the runs; only the tensors on the device are read.
         heads: H; or int32 `[1]` on the device, where the queries are rows, `[N, 1, D]`, and each token has so many.
-        pages: as `describe` returns it.
-        spec: the indexer, one that `fits`.
+        pages: the keys.
+        spec: the indexer.
         scores: float32 `[T * H, width]`, written where a query ranks a block by its score; width is at least that of
             the page table.
         positions: int32 `[T * H]`, written: each row's position, -1 beyond the last run.
@@ -325,10 +338,10 @@ def score_prefill(
         queries = queries.contiguous()
     forced = spec.init_blocks + spec.local_blocks
     num_runs = len(spans.lengths)
-    block_bytes = pages.base.element_size() * pages.block_shape[0] * pages.block_shape[1]
+    block_bytes = pages.descriptor.base.element_size() * spec.block_size * spec.head_dim
     _prefill_scores_sm90_kernel[(programs,)](
         queries,
-        pages,
+        pages.descriptor,
         scores,
         positions,
         unscales if unscales is not None else scores,
@@ -341,7 +354,7 @@ def score_prefill(
         len(positions),
         heads,
         queries.shape[1],
-        spec.num_layers,
+        pages.page_rows,
         scores.shape[1],
         *queries.stride()[:2],
         spans.page_table.stride(0),

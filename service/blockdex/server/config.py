@@ -172,9 +172,9 @@ class ServeSettings(BaseSettings):
         "native", "HOW", "How an fp8 cache is scored: native (queries cast too) or upcast (queries stay bf16)."
     )
     prefill_kernel: Literal["portable", "hopper"] = _setting(
-        "portable",
+        "hopper",
         "WHICH",
-        "Kernel of prefills: portable, or hopper on such a chip (on trial: it has run in no server).",
+        "Kernel of prefills: hopper, where chip and model are what it is made for, or portable everywhere.",
     )
     max_message_bytes: Size = _setting("128MiB", "SIZE", "Tensor bytes of one request.", ge=1, lt=2**31)
     max_spans: int = _setting(4096, "N", "Sequences of one request.", ge=1)
