@@ -5,8 +5,9 @@
 The victim is one client that decodes four sequences, a call after the other, and looks at every answer. It is timed
 alone and beside a flood of another tenant: streams that keep 256 requests in flight each, half of them prefills of
 2,048 tokens, whatever they are answered; sequences opened without end; connections that are dropped in the midst of a
-call. Two tenants of one weight have half of the server each: the figure is what the victim has beside the flood, of
-the smaller of that half and of what it takes alone.
+call. Two tenants of one weight have half of the server each: the figure is what the victim has beside the flood, of half
+of what it takes alone. The flood runs at the lowest priority: its processors are not the
+server's to share out, nor the victim's.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ def main() -> None:
     parser.add_argument("--flood", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.flood:
-        os.nice(19)  # Its cores are not the server's to share out, nor the victim's.
+        os.nice(19)
         asyncio.run(Flood(arguments.flood, arguments.streams).run())
         return
     with served("cpu", LAYERS, "256MiB", 1) as server:
