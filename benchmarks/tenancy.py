@@ -5,9 +5,9 @@
 The victim is one client that decodes four sequences, a call after the other, and looks at every answer. It is timed
 alone and beside a flood of another tenant: streams that keep 256 requests in flight each, half of them prefills of
 2,048 tokens, whatever they are answered; sequences opened without end; connections that are dropped in the midst of a
-call. Two tenants of one weight have half of the server each: the figure is what the victim has beside the flood, of half
-of what it takes alone. The flood runs at the lowest priority: its processors are not the
-server's to share out, nor the victim's.
+call. Two tenants of one weight have half of the server each: the figure is what the victim has beside the flood, of
+half of what it takes alone. The flood runs at the lowest priority: its processors are not the server's to share out,
+nor the victim's.
 """
 
 from __future__ import annotations
@@ -246,7 +246,9 @@ def main() -> None:
         return
     with served("cpu", LAYERS, "256MiB", 1) as server:
         rates = drill(server.grpc, arguments.seconds, arguments.streams)
-    figures = {name: asdict(rate) for name, rate in rates.items()} | {"share_kept": share_kept(rates)}
+        flood = server.answered("Stream/SelectBlocks") / (arguments.seconds + _WARM_UP_SECONDS)
+    figures: dict[str, Any] = {name: asdict(rate) for name, rate in rates.items()}
+    figures |= {"share_kept": share_kept(rates), "flood_calls_per_second": flood}
     print(json.dumps(environment("grpcio") | figures, indent=1))
 
 

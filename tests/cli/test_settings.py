@@ -100,6 +100,7 @@ SAMPLES = {
     "max_spans": "9",
     "max_queued_requests": "9",
     "max_stream_requests": "9",
+    "max_tenant_sequences": "9",
     "tenant_weights": "engine=a=2,b=0.5",
     "max_wait_seconds": "0.5",
     "lease_seconds": "9",
@@ -137,7 +138,7 @@ def test_weights_are_by_tenant() -> None:
 
 @pytest.mark.parametrize("value", ["a", "a=", "=2", "a=0", "a=-1", "a=nan", "a=inf", "a=2,,b=1"])
 def test_weights_that_are_none_are_refused(value: str) -> None:
-    with pytest.raises(ConfigError, match="--tenant-weights: must be tenants and what they weigh, 0.001 to 1000"):
+    with pytest.raises(ConfigError, match="--tenant-weights: must be tenants and what they weigh"):
         load_settings([f"--tenant-weights={value}"])
 
 

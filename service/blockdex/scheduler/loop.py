@@ -60,6 +60,7 @@ class Engine:
         inbox: where links come.
         lease_seconds: lease of a sequence that names none.
         max_lease_seconds: longest lease that one may name.
+        max_tenant_sequences: most that a tenant may have open.
         decode_queries: a span of at most so many queries is decode, a longer one prefill.
         prefill_slice_seconds: time that one slice of a prefill may take, about; None: what suits the device.
         on_lost_device: called, on the engine's thread, when the device has failed for good.
@@ -77,6 +78,7 @@ class Engine:
         socket: str = "",
         lease_seconds: float = 600.0,
         max_lease_seconds: float = math.inf,
+        max_tenant_sequences: float = math.inf,
         decode_queries: int = 16,
         prefill_slice_seconds: float | None = None,
         on_lost_device: Callable[[], None] | None = None,
@@ -88,6 +90,7 @@ class Engine:
         self._backend = backend
         self._executor = make_executor(backend, TABLE_ROW)
         self._lease_seconds, self._max_lease_seconds = lease_seconds, max_lease_seconds
+        self._max_tenant_sequences = max_tenant_sequences
         self._decode_queries = decode_queries
         self._prefill_slice_seconds = prefill_slice_seconds or SLICE_SECONDS[backend.device.type]
         self._inbox = inbox
@@ -106,6 +109,7 @@ class Engine:
             len(self._backend.pages),
             default_lease_seconds=self._lease_seconds,
             max_lease_seconds=self._max_lease_seconds,
+            max_tenant_sequences=self._max_tenant_sequences,
         )
 
     def _serve_cache(self) -> None:

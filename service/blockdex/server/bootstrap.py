@@ -176,6 +176,7 @@ def build_engine(
         limits=settings.limits,
         lease_seconds=settings.lease_seconds,
         max_lease_seconds=settings.max_lease_seconds,
+        max_tenant_sequences=settings.max_tenant_sequences,
         decode_queries=1 + settings.num_speculative_tokens,
         prefill_slice_seconds=settings.prefill_slice_seconds,
         on_lost_device=on_lost_device,

@@ -180,6 +180,9 @@ class ServeSettings(BaseSettings):
     max_spans: int = _setting(4096, "N", "Sequences of one request.", ge=1)
     max_queued_requests: int = _setting(4096, "N", "Requests waiting in the engine, all clients together.", ge=1)
     max_stream_requests: int = _setting(256, "N", "Requests of one stream in flight.", ge=1)
+    max_tenant_sequences: int = _setting(
+        65536, "N", "Sequences that one tenant may have open, those that it never uses included.", ge=1
+    )
     tenant_weights: Annotated[str, AfterValidator(_weights)] | None = _setting(
         None,
         "NAME=WEIGHT,...",

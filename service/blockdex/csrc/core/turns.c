@@ -6,7 +6,7 @@
 
 enum { FEWEST = 16 };
 /* Nanoseconds for which a tenant counts as one that asks: who waits for each answer has some time to think. */
-static const int64_t RECENT = 100000000;
+static const int64_t RECENT = 1000000000;
 
 void list_append(struct list *list, struct request *request) {
     request->previous = list->last;

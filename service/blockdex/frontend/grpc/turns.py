@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 
-_RECENT_SECONDS = 0.1
+_RECENT_SECONDS = 1.0
 """For which a tenant counts as one that asks: who waits for each answer has some time to think."""
 
 
