@@ -242,9 +242,11 @@ def test_bytes_that_are_no_message_are_refused_and_not_logged(server: Serving, m
     before = len(server.output)
     with grpc.insecure_channel(server.grpc_address) as channel, refused() as refusals:
         if method.endswith("Watch"):
-            list(channel.unary_stream(f"/{method}")(b"\x0a", timeout=TIMEOUT))
+            watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/{method}")
+            list(watch(b"\x0a", timeout=TIMEOUT))
         else:
-            channel.unary_unary(f"/{method}")(b"\x0a", timeout=TIMEOUT)
+            ask: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{method}")
+            ask(b"\x0a", timeout=TIMEOUT)
     assert refusals[0][:3] == ("INVALID_ARGUMENT", "MALFORMED_MESSAGE", "blockdex")
     assert not [line for line in server.output[before:] if "Traceback" in line]
 
@@ -253,7 +255,8 @@ def test_reflection_refuses_bytes_that_are_no_message(server: Serving) -> None:
     method = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
     good = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
     with grpc.insecure_channel(server.grpc_address) as channel:
-        answers = channel.stream_stream(method)(iter([good, b"\x0a"]), timeout=TIMEOUT)
+        reflect: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
+        answers = reflect(iter([good, b"\x0a"]), timeout=TIMEOUT)
         listed = reflection_pb2.ServerReflectionResponse.FromString(next(answers)).list_services_response
         assert INDEXER.full_name in {service.name for service in listed.service}
         with refused() as refusals:

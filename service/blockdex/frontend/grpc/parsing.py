@@ -10,8 +10,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from blockdex.contract.errors import InvalidArgumentError, Reason
-from blockdex.frontend.grpc.call_context import Context, RequestLog
-from blockdex.frontend.grpc.status import refuse
+from blockdex.frontend.grpc.call_context import RequestLog
+from blockdex.frontend.grpc.status import Context, refuse
 
 
 def checked(
@@ -25,7 +25,8 @@ def checked(
         log: told of what is refused.
         is_counted: whether metrics are told of it too.
     """
-    parse = handler.request_deserializer
+    parse, method = handler.request_deserializer, _method_of(handler)
+    assert parse is not None
 
     def read(message: bytes, context: Context) -> Any:
         """The message; None where it was refused."""
@@ -41,11 +42,11 @@ def checked(
 
     async def unary(message: bytes, context: Context) -> Any:
         request = read(message, context)
-        return None if request is None else await handler.unary_unary(request, context)
+        return None if request is None else await method(request, context)
 
     async def watch(message: bytes, context: Context) -> None:
         if (request := read(message, context)) is not None:
-            await handler.unary_stream(request, context)
+            await method(request, context)
 
     async def stream(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         async def parsed() -> AsyncIterator[Any]:
@@ -54,7 +55,7 @@ def checked(
                     return
                 yield request
 
-        async for response in handler.stream_stream(parsed(), context):
+        async for response in method(parsed(), context):
             yield response
 
     respond = handler.response_serializer
@@ -63,6 +64,10 @@ def checked(
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler(watch, response_serializer=respond)
     return grpc.unary_unary_rpc_method_handler(unary, response_serializer=respond)
+
+
+def _method_of(handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
+    return handler.unary_unary or handler.unary_stream or handler.stream_stream
 
 
 class CheckingServer:

@@ -16,9 +16,9 @@ from blockdex.contract.limits import check_epoch
 from blockdex.contract.messages import Info, SequenceState
 from blockdex.contract.version import VERSION
 from blockdex.frontend.grpc import convert
-from blockdex.frontend.grpc.call_context import CallContext, Context, RequestLog
+from blockdex.frontend.grpc.call_context import CallContext, RequestLog
 from blockdex.frontend.grpc.parsing import checked
-from blockdex.frontend.grpc.status import REQUEST_ID_KEY, as_blockdex_error, refuse
+from blockdex.frontend.grpc.status import REQUEST_ID_KEY, Context, as_blockdex_error, refuse
 from blockdex.frontend.grpc.stream import StreamSession
 from blockdex.frontend.grpc.turns import Turns
 from blockdex.ring.caller import TOKEN_RPCS, CameTo
@@ -92,7 +92,7 @@ class IndexerService:
         handlers["Stream"] = grpc.stream_stream_rpc_method_handler(self.Stream, received, sent)
         for method in SERVICE.methods:
             if method.name not in handlers:
-                handler = grpc.unary_unary_rpc_method_handler(
+                handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
                     getattr(self, method.name),
                     request_deserializer=partial(_parsed, getattr(pb, method.input_type.name), received),
                     response_serializer=lambda response: sent(response.SerializeToString()),
@@ -119,7 +119,7 @@ class IndexerService:
         for session in self._sessions:
             session.finish()
 
-    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
+    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse | None:
         """What the server is, holds and can do."""
 
         async def answer(info: Info) -> pb.GetInfoResponse:
@@ -127,7 +127,7 @@ class IndexerService:
 
         return await self._report("GetInfo", request.header, context, answer)
 
-    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
+    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse | None:
         """What the server did since it started."""
 
         async def answer(info: Info) -> pb.GetStatsResponse:
@@ -191,7 +191,7 @@ class IndexerService:
 
     async def _report(
         self, rpc: str, header: pb.RequestHeader, context: Context, answer: Callable[[Info], Awaitable[_Report]]
-    ) -> _Report:
+    ) -> _Report | None:
         """Answers what is asked about the server itself."""
         began, call = time.monotonic(), self._log.call_of(context)
         try:
@@ -226,7 +226,7 @@ class IndexerService:
 
     async def _change(
         self, rpc: str, request: convert.SequenceWireRequest, context: Context
-    ) -> convert.SequenceWireResponse:
+    ) -> convert.SequenceWireResponse | None:
         """Answers an RPC about sequences."""
 
         def send(caller: UnaryCall, tenant: str, timeout: float) -> None:

@@ -20,7 +20,7 @@ DETAILS_KEY = "grpc-status-details-bin"
 REQUEST_ID_KEY = "x-request-id"
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
-_RETRY_MILLISECONDS = {Reason.OVERLOADED: 200, Reason.OUT_OF_PAGES: 1000}
+_RETRY_MILLISECONDS: dict[Reason | str, int] = {Reason.OVERLOADED: 200, Reason.OUT_OF_PAGES: 1000}
 """After which it is worth a try again: what is in flight is answered by then, or sequences may have been closed."""
 
 logger = logging.getLogger(__name__)
