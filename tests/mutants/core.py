@@ -154,4 +154,18 @@ MUTANTS = (
     Mutant(
         "an id is found under another one", _INDEX, "slot->owner == owner && slot->id == id", "slot->id == id", _CORE
     ),
+    Mutant(
+        "a tenant's turn never ends",
+        _ADMIT,
+        "turn->num_queues && turn->left > 0 && ",
+        "turn->num_queues && ",
+        ("scheduler/test_core_turns.py",),
+    ),
+    Mutant(
+        "a tenant has any part of a step",
+        _ADMIT,
+        "return turn->step == core->serial && turn->taken >= most_of(core, tenant, now);",
+        "return turn->step == core->serial && turn->taken >= 1e9 * most_of(core, tenant, now);",
+        ("scheduler/test_core_turns.py",),
+    ),
 )
