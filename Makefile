@@ -6,10 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
+RELEASE := $(VENV)/.release
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 NATIVE := service/blockdex/_native.abi3.so
-FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/csrc/*.[ch] examples/cpp_engine/*.cpp)
+FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/csrc/*.[ch] benchmarks/colocated/*.c examples/cpp_engine/*.cpp)
 
 # A torch that the machine already has (a CUDA build, say) is used as it is; otherwise exactly the constrained one comes.
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
@@ -23,7 +24,7 @@ CROSS_TOOLS := aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu qemu-aarch64=qemu-use
 	/usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1=libc6-dev-arm64-cross
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
 
-.PHONY: help install tools demo test test-all test-vllm mutants lint format proto lock bench bench-gpu bench-service docs clean
+.PHONY: help install tools demo demo-paged test test-all test-vllm mutants lint format proto wheels sbom audit lock bench bench-gpu bench-service docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -53,16 +54,19 @@ tools: ## Install what the tests run beside Python, where it is missing (as root
 demo: $(NATIVE) ## A MiniMax-M3 model from transformers served by blockdex, checked against its own indexer (DEVICE=cpu|cuda, KEY_DTYPE=bf16|fp8_e4m3)
 	$(BIN)/python -m examples.transformers_engine --device $(DEVICE) --key-dtype $(KEY_DTYPE)
 
-# Tests that compute and time nothing share the processors; what others time has them to itself.
-COMPUTING := tests/cache tests/csrc tests/examples tests/kernels
+demo-paged: $(NATIVE) ## An engine with block tables of its own on a pool of blockdex, checked against its own indexer (DEVICE=cpu|cuda)
+	$(BIN)/python -m examples.paged_engine --device $(DEVICE)
+
+# Tests share the processors; one that is marked so has them to itself.
+TOGETHER := --numprocesses 2 --dist worksteal -m
 
 test: $(STAMP) $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 $(COMPUTING)
-	$(BIN)/python -m pytest -m 'not slow' $(addprefix --ignore=,$(COMPUTING))
+	$(BIN)/python -m pytest $(TOGETHER) 'not slow and not alone'
+	$(BIN)/python -m pytest -m 'not slow and alone'
 
-test-all: $(STAMP) $(NATIVE) tools ## The tests, and those that take longer: images are built and run, as root
+test-all: test ## The tests, and those that take longer: images are built and run, as root
 	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m slow
 	$(MAKE) test-vllm
 
 # An environment of its own: vLLM without its needs, which name torch's CUDA build; torch and the tools are those of .venv.
@@ -94,6 +98,22 @@ format: $(STAMP) ## Reformat and fix what can be fixed by itself
 proto: $(STAMP) ## Generate service/blockdex/v1 from proto/
 	$(BIN)/python proto/generate.py
 
+$(RELEASE): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[release]'
+	touch $@
+
+wheels: $(RELEASE) ## Make the wheels and the sources of the last commit in dist/, twice, and check them
+	$(BIN)/python deploy/wheels.py
+
+sbom: $(RELEASE) ## Say what the images hold, as CycloneDX in dist/
+	mkdir -p dist
+	for image in server cpu engine; do $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+		--output-file dist/$$image.cdx.json deploy/requirements/$$image.txt || exit; done
+
+audit: $(RELEASE) ## Look for what is known to be wrong with the packages in the images (asks the package index: a mirror may not know)
+	for image in build server engine; do $(BIN)/pip-audit --strict --disable-pip --no-deps \
+		--requirement deploy/requirements/$$image.txt || exit; done
+
 lock: $(STAMP) ## Pin what the images hold: deploy/requirements
 	$(BIN)/python deploy/requirements/lock.py
 
@@ -115,4 +135,4 @@ docs: $(STAMP) ## Build the documentation into site/
 	$(BIN)/python -m zensical build --strict
 
 clean: ## Remove the virtual environments and caches
-	rm -rf $(VENV) $(VLLM_VENV) .venv-proto site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .venv-proto dist site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -32,6 +32,7 @@ from benchmarks.callers import ByteStream
 from benchmarks.engine_step import NullBackend
 from blockdex import Client, Info
 from blockdex.client.core import Core
+from blockdex.client.endpoint import Endpoint
 from blockdex.client.kinds import APPEND_AND_SELECT
 from blockdex.client.ring import open_link
 from blockdex.contract.messages import Limits
@@ -220,7 +221,7 @@ def measure(address: str, sequences: int, calls: int) -> dict[str, Way]:
 
 def bare_ring(address: str, info: Info, message: bytes) -> Callable[[], object]:
     """A call of a link alone, with a message made beforehand."""
-    link = open_link(Core(address, None, 30.0), info, 30.0)
+    link = open_link(Core(Endpoint(address), None, 30.0), info, 30.0)
 
     def call() -> None:
         ticket = link.submit(APPEND_AND_SELECT.number, message, 30.0)

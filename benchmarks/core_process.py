@@ -64,16 +64,17 @@ class RingPeer:
 
     Args:
         address: of the core's socket.
+        tenant: of all requests; without one each names its own.
 
     Attributes:
         connected: that socket, to share memory over.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tenant: str = "") -> None:
         self.connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.connected.connect(address)
         self.connected.setblocking(False)
-        self._handles = asyncio.run(take(self.connected))
+        self._handles = asyncio.run(take(self.connected, tenant))
         self.connected.settimeout(20.0)
         self._tickets = itertools.count()
         self._slot = b""

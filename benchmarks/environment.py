@@ -9,6 +9,8 @@ import platform
 import re
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def environment(*packages: str, device: torch.device | None = None) -> dict[str, Any]:
-    """Command, commit, date, machine and the versions of packages; of a CUDA device, what and under which driver."""
+def environment(*packages: str, device: torch.device | None = None, apart: bool = False) -> dict[str, Any]:
+    """Command, commit, date, machine and the versions of packages; of a CUDA device, what and under which driver.
+
+    With `apart` a process that ends looks at the device, and this one does not.
+    """
     facts: dict[str, Any] = {
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "commit": _commit(),
@@ -32,7 +37,8 @@ def environment(*packages: str, device: torch.device | None = None) -> dict[str,
         },
     }
     if device is not None and device.type == "cuda":
-        facts["machine"]["gpu"], facts["versions"]["cuda"] = _gpu(device)
+        with ProcessPoolExecutor(1, get_context("spawn")) if apart else ThreadPoolExecutor(1) as looking:
+            facts["machine"]["gpu"], facts["versions"]["cuda"] = looking.submit(_gpu, device).result()
     return facts
 
 
@@ -45,6 +51,7 @@ def _gpu(device: torch.device) -> tuple[dict[str, object], str | None]:
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     gpu = {
         "name": properties.name,
+        "count": torch.cuda.device_count(),
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
         "compute_capability": f"{properties.major}.{properties.minor}",
@@ -60,7 +67,7 @@ def slug(device_name: str) -> str:
 
 def _module() -> str:
     spec = sys.modules["__main__"].__spec__
-    return spec.name if spec is not None else sys.argv[0]
+    return spec.name.removesuffix(".__main__") if spec is not None else sys.argv[0]
 
 
 def _commit() -> str:

@@ -63,7 +63,8 @@ class Keys:
 class Queries:
     """The selecting half of a request: `[T, num_heads, D]`, heads `first_head` to `first_head + num_heads - 1`.
 
-    `raw_scores` has the scores that `return_scores` asks for as they rank, unscaled and those of forced blocks too.
+    `raw_scores` has the scores that `return_scores` asks for as they rank, unscaled and those of forced blocks too;
+    `pages` has page numbers of the pool stand for block ids.
     """
 
     tensor: TensorData
@@ -73,11 +74,15 @@ class Queries:
     return_scores: bool
     wait_for_keys: bool
     raw_scores: bool = False
+    pages: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """AppendKeys (keys alone), SelectBlocks (queries alone) or AppendAndSelect (both) for the tokens of the spans."""
+    """AppendKeys (keys alone), SelectBlocks (queries alone) or AppendAndSelect (both) for the tokens of the spans.
+
+    With a pool these are of its rows.
+    """
 
     tenant: str
     epoch: int
@@ -85,6 +90,7 @@ class TokenRequest:
     spans: Spans
     keys: Keys | None
     queries: Queries | None
+    pool_id: int = 0
 
 
 Request = SequenceRequest | TokenRequest
@@ -165,6 +171,7 @@ def _parts(request: Request, places: Places) -> tuple[dict[str, int], Payload]:
 def _token_parts(request: TokenRequest, at: int, places: Places) -> tuple[dict[str, int], Payload]:
     spans, keys, queries = request.spans, request.keys, request.queries
     numbers = {"kind": layout.TOKENS, "layer": request.layer, "num_spans": len(spans.lengths), "flags": 0}
+    numbers["sequence_id"] = request.pool_id
     columns = b"".join(
         column.tobytes() for column in (spans.sequence_ids, spans.starts, spans.lengths, spans.revisions)
     )
@@ -185,6 +192,7 @@ def _token_parts(request: TokenRequest, at: int, places: Places) -> tuple[dict[s
         numbers["flags"] |= layout.RETURN_SCORES * queries.return_scores
         numbers["flags"] |= layout.WAIT_FOR_KEYS * queries.wait_for_keys
         numbers["flags"] |= layout.RAW_SCORES * queries.raw_scores
+        numbers["flags"] |= layout.PAGES * queries.pages
     for name, (region, offset) in places.items():
         numbers |= {f"{name}_region": region, f"{name}_offset": offset}
     keys_data, queries_data = (

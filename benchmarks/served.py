@@ -67,12 +67,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(device: str, layers: int, cache_bytes: str, frontends: int) -> Iterator[Served]:
-    """Runs `blockdex serve` as several processes on free ports of the loopback."""
+def served(device: str, layers: int, cache_bytes: str, frontends: int, *more: str) -> Iterator[Served]:
+    """Runs `blockdex serve` as several processes on free ports of the loopback; with more flags."""
     flags = (
         *("--processes=split", f"--frontends={frontends}", f"--device={device}", f"--num-layers={layers}"),
         *(f"--cache-bytes={cache_bytes}", "--grpc-address=127.0.0.1:0", "--http-address=127.0.0.1:0"),
-        *("--log-format=json", "--slow-request-seconds=86400"),
+        *("--log-format=json", "--slow-request-seconds=86400", *more),
     )
     command = (sys.executable, "-m", "blockdex", "serve", *flags)
     with process(*command, ready=r'^\{.*"event": "serving".*\}$', seconds=_START_SECONDS) as match:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks import service_plot
 from benchmarks.environment import RESULTS, environment, slug
-from benchmarks.service_figures import cells
+from benchmarks.figures import cells
 from benchmarks.service_parts import Bench
 
 PARTS = ("step", "calls", "clients", "decode", "prefill", "memory", "idle")

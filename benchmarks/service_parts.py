@@ -18,8 +18,8 @@ from benchmarks import served
 from benchmarks.callers import ECHO, ByteStream, Caller, Load, Place, Work, checked, echo_message, messages
 from benchmarks.client import Fleet, percentile, process, timed
 from benchmarks.doors import OPTIONS, local_ports, owner
+from benchmarks.figures import Figure
 from benchmarks.served import Served
-from benchmarks.service_figures import Figure
 from blockdex import Client
 
 SEQUENCES, TOKENS = 8, 8192

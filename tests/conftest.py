@@ -1,7 +1,8 @@
-"""Fixtures that every test may use, and the count of flips at the end of a run."""
+"""Fixtures that every test may use, what is done before the first, and the count of flips at the end of a run."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -36,6 +37,12 @@ def server() -> Iterator[Serving]:
     """One small CPU server for all tests; each of them uses a tenant or sequence ids of its own."""
     with serve() as serving:
         yield serving
+
+
+def pytest_collection_finish() -> None:
+    """Tests run the collector; what is there before any of them would only take its time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -168,8 +168,8 @@ def test_a_reserved_number_may_be_taken_under_its_name(tmp_path: Path) -> None:
     shutil.copytree(PROTO, copy)
     contract = copy / CONTRACT.relative_to(PROTO)
     text = contract.read_text(encoding="utf-8")
-    reserved = '  reserved 5;\n  reserved "pool_id";\n'
-    taken = "  // 0 = sequences; else rows of this pool.\n  uint64 pool_id = 5;\n"
+    reserved = '  reserved 3, 4;\n  reserved "block_hashes", "shard";\n'
+    taken = '  reserved 4;\n  reserved "shard";\n  // Of its first blocks.\n  repeated bytes block_hashes = 3;\n'
     assert reserved in text
     contract.write_text(text.replace(reserved, taken), encoding="utf-8")
     linted = _lint(copy)

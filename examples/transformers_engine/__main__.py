@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal
 
 from rich.console import Console
 from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
@@ -20,7 +18,7 @@ from blockdex_kernels.reference import SelectionMismatchError
 from examples.transformers_engine.demo import run_demo
 from examples.transformers_engine.model import build_model
 from examples.transformers_engine.report import print_report
-from examples.transformers_engine.server import ServerError, running_server
+from examples.transformers_engine.server import ServerError, server_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     model = build_model(options.device)
     try:
-        with _server(options, model) as address, _client(options.transport, address) as client:
+        with _server(options, model) as address, _client(options, address) as client:
             outcome = run_demo(model, client, console, small=options.small)
     except (SelectionMismatchError, ServerError, SpecError, blockdex.BlockdexError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -48,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where model and server run")
     parser.add_argument("--key-dtype", choices=["bf16", "fp8_e4m3"], default="bf16", help="the server's cache")
     parser.add_argument("--address", metavar="HOST:PORT", help="use this server instead of starting one")
+    parser.add_argument("--tls-ca", metavar="FILE", help="with TLS, and these authorities (PEM)")
+    parser.add_argument("--token-file", metavar="FILE", type=Path, help="file with the token to show")
     parser.add_argument(
         "--transport", choices=["auto", "ring", "stream", "unary"], default="auto", help="auto: the fastest there is"
     )
@@ -61,18 +61,16 @@ def _server(options: argparse.Namespace, model: MiniMaxM3VLForCausalLM) -> Itera
     if options.address is not None:
         yield options.address
         return
-    with TemporaryDirectory() as folder:
-        config = Path(folder, "config.json")
-        model.config.to_json_file(config)
-        flags = ["--model-config", str(config), "--device", options.device, "--key-dtype", options.key_dtype]
-        with running_server([*flags, "--cache-bytes", "32MiB", "--socket", f"{folder}/ring"]) as address:
-            yield address
+    with server_of(model, ["--device", options.device, "--key-dtype", options.key_dtype]) as address:
+        yield address
 
 
-def _client(transport: Literal["auto", "ring", "stream", "unary"], address: str) -> blockdex.Client:
-    if transport == "auto":
-        return blockdex.connect(address)
-    return blockdex.Client(address, transport=transport)
+def _client(options: argparse.Namespace, address: str) -> blockdex.Client:
+    tls = None if options.tls_ca is None else blockdex.TLS(ca=options.tls_ca)
+    token = None if options.token_file is None else options.token_file.read_text(encoding="utf-8").strip()
+    if options.transport == "auto":
+        return blockdex.connect(address, tls=tls, token=token)
+    return blockdex.Client(address, transport=options.transport, tls=tls, token=token)
 
 
 if __name__ == "__main__":

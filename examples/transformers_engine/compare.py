@@ -15,7 +15,7 @@ import blockdex
 from blockdex_kernels import reference
 from blockdex_kernels.interface import FP8_FLIP_TOLERANCE
 from examples.transformers_engine.engine import BatchCache, History
-from examples.transformers_engine.indexer import BlockdexIndexer, replace_indexers
+from examples.transformers_engine.indexer import BlockdexIndexer, project, replace_indexers
 from examples.transformers_engine.model import sparse_attentions
 
 MAX_DECODE_TOKENS = 16
@@ -75,7 +75,6 @@ class CheckedIndexer(BlockdexIndexer):
         self, own: MiniMaxM3VLIndexer, client: blockdex.Client, layer: int, info: blockdex.Info, tally: Tally
     ) -> None:
         super().__init__(own, client, layer)
-        self.own = own
         self.spec = info.spec
         self.tolerance = flip_tolerance(info)
         self.tally = tally
@@ -111,7 +110,7 @@ class CheckedIndexer(BlockdexIndexer):
         block_ids = super().forward(hidden_states, position_embeddings, past_key_values, position_ids)
         own = self.own(hidden_states, position_embeddings, past_key_values, position_ids)
         own = nn.functional.pad(own, (0, self.spec.topk - own.shape[-1]), value=-1)
-        queries, _ = self.project(hidden_states, position_embeddings)
+        queries, _ = project(self.own, hidden_states, position_embeddings)
         for row, (sequence, start) in enumerate(zip(past_key_values.sequences, past_key_values.starts, strict=True)):
             keys = past_key_values.layers[self.own.layer_idx].rows[sequence]
             try:

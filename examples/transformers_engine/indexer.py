@@ -20,8 +20,7 @@ class BlockdexIndexer(nn.Module):
     def __init__(self, own: MiniMaxM3VLIndexer, client: blockdex.Client, layer: int) -> None:
         """Takes over from `own` in the sparse layer of ordinal `layer`."""
         super().__init__()
-        self.q_proj, self.k_proj, self.q_norm, self.k_norm = own.q_proj, own.k_proj, own.q_norm, own.k_norm
-        self.head_dim = own.head_dim
+        self.own = own
         self.build_block_mask = own.build_block_mask
         self.client = client
         self.layer = layer
@@ -35,7 +34,7 @@ class BlockdexIndexer(nn.Module):
     ) -> torch.Tensor:
         """The blocks that attention reads, int64 `[batch, heads, tokens, topk]`, -1 in unused places."""
         batch, num_tokens, _ = hidden_states.shape
-        queries, keys = self.project(hidden_states, position_embeddings)
+        queries, keys = project(self.own, hidden_states, position_embeddings)
         block_ids = self.select(
             sequences=past_key_values.sequences,
             starts=position_ids[:, 0].tolist(),
@@ -44,17 +43,6 @@ class BlockdexIndexer(nn.Module):
             queries=queries.flatten(0, 1),
         )
         return block_ids.view(batch, num_tokens, *block_ids.shape[1:]).transpose(1, 2).long()
-
-    def project(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index queries `[batch, tokens, heads, head_dim]` and index keys `[batch, tokens, 1, head_dim]`."""
-        shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        queries = self.q_norm(self.q_proj(hidden_states).view(shape))
-        keys = self.k_norm(self.k_proj(hidden_states).view(shape))
-        cosine, sine = (part[..., : self.head_dim] for part in position_embeddings)
-        rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]] = apply_rotary_pos_emb
-        return rotate(queries, keys, cosine, sine, unsqueeze_dim=2)
 
     def select(
         self,
@@ -75,6 +63,18 @@ class BlockdexIndexer(nn.Module):
             rollback=True,  # Drafts that were rejected are written over.
         )
         return block_ids
+
+
+def project(
+    indexer: MiniMaxM3VLIndexer, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index queries `[batch, tokens, heads, head_dim]` and index keys `[batch, tokens, 1, head_dim]`."""
+    shape = (*hidden_states.shape[:2], -1, indexer.head_dim)
+    queries = indexer.q_norm(indexer.q_proj(hidden_states).view(shape))
+    keys = indexer.k_norm(indexer.k_proj(hidden_states).view(shape))
+    cosine, sine = (part[..., : indexer.head_dim] for part in position_embeddings)
+    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]] = apply_rotary_pos_emb
+    return rotate(queries, keys, cosine, sine, unsqueeze_dim=2)
 
 
 def replace_indexers(

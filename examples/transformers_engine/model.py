@@ -10,8 +10,14 @@ from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VL
 LAYER_TYPES = ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse", "minimax_m3_sparse"]
 
 
-def build_model(device: str) -> MiniMaxM3VLForCausalLM:
-    """The model in bf16: bytes are its tokens, its three sparse layers have MiniMax-M3's indexer in full size."""
+def build_model(device: str, *, block_size: int = 128, topk: int = 16) -> MiniMaxM3VLForCausalLM:
+    """The model in bf16: bytes are its tokens, its three sparse layers have MiniMax-M3's indexer.
+
+    Args:
+        device: where it is to run.
+        block_size: tokens of a block.
+        topk: blocks that a query reads.
+    """
     config = MiniMaxM3VLTextConfig(
         vocab_size=256,
         bos_token_id=None,
@@ -32,8 +38,8 @@ def build_model(device: str) -> MiniMaxM3VLForCausalLM:
         shared_intermediate_size=256,
         index_n_heads=4,
         index_head_dim=128,
-        index_block_size=128,
-        index_topk_blocks=16,
+        index_block_size=block_size,
+        index_topk_blocks=topk,
         index_local_blocks=1,
         initializer_range=0.08,
     )

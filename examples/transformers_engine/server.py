@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
+
 from blockdex import BlockdexError
 
 START_SECONDS = 400
@@ -21,6 +23,17 @@ STOP_SECONDS = 45
 
 class ServerError(Exception):
     """The server did not start, failed, or did not end as it should; the message ends with its log."""
+
+
+@contextmanager
+def server_of(model: MiniMaxM3VLForCausalLM, flags: Sequence[str]) -> Iterator[str]:
+    """Runs a server for the indexers of a model, with a small cache and a ring; otherwise as `running_server`."""
+    with TemporaryDirectory() as folder:
+        config = Path(folder, "config.json")
+        model.config.to_json_file(config)
+        own = ["--model-config", str(config), "--cache-bytes", "32MiB", "--socket", f"{folder}/ring"]
+        with running_server([*own, *flags]) as address:
+            yield address
 
 
 @contextmanager

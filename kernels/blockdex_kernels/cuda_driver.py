@@ -86,6 +86,15 @@ def device_uuid(device: int) -> bytes:
     return bytes(uuid)
 
 
+def can_reach(device: int, other: int) -> bool:
+    """Whether kernels of a device may read and write memory of another one."""
+    handles, yes = (ctypes.c_int(), ctypes.c_int()), ctypes.c_int()
+    for handle, number in zip(handles, (device, other), strict=True):
+        call("cuDeviceGet", ctypes.byref(handle), number)
+    call("cuDeviceCanAccessPeer", ctypes.byref(yes), *handles)
+    return bool(yes.value)
+
+
 def granularity(device: int) -> int:
     """Bytes of which a mapping has a whole number."""
     bytes_ = ctypes.c_size_t()

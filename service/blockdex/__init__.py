@@ -36,9 +36,11 @@ from blockdex.contract.errors import (
 from blockdex.contract.version import VERSION
 
 __all__ = [
+    "TLS",
     "AbortedError",
     "AlreadyExistsError",
     "AsyncClient",
+    "AsyncPool",
     "BlockdexError",
     "CancelledError",
     "Client",
@@ -52,9 +54,11 @@ __all__ = [
     "NotFoundError",
     "OutOfRangeError",
     "PermissionDeniedError",
+    "Pool",
     "Reason",
     "ResourceExhaustedError",
     "SequenceState",
+    "SharedRegion",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
@@ -67,11 +71,33 @@ __all__ = [
 __version__ = VERSION
 
 if TYPE_CHECKING:
-    from blockdex.client import AsyncClient, Client, Info, SequenceState, connect, connect_async
+    from blockdex.client import (
+        TLS,
+        AsyncClient,
+        AsyncPool,
+        Client,
+        Info,
+        Pool,
+        SequenceState,
+        SharedRegion,
+        connect,
+        connect_async,
+    )
 else:
 
     def __getattr__(name: str) -> Any:
         # The engine imports this package too, and must not get gRPC with it.
-        if name in {"AsyncClient", "Client", "Info", "SequenceState", "connect", "connect_async"}:
+        if name in {
+            "TLS",
+            "AsyncClient",
+            "AsyncPool",
+            "Client",
+            "Info",
+            "Pool",
+            "SequenceState",
+            "SharedRegion",
+            "connect",
+            "connect_async",
+        }:
             return getattr(import_module("blockdex.client"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

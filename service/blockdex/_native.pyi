@@ -13,6 +13,7 @@ BROKEN: int
 MAX_RUNS: int
 MAX_TOKENS: int
 STEPS: int
+SIGNALS: int
 MAX_REGIONS: int
 
 class ServerLink:
@@ -87,7 +88,7 @@ class ServerLink:
         """Shows the frontend what was written, and wakes it if it sleeps."""
 
 class SequenceIndex:
-    """Which entry each open sequence has: the one index of sequences.
+    """Which entry each open sequence, and each pool, has: the one index of both, whose ids are apart.
 
     Its hash is keyed at random in each process, so ids cannot be chosen to collide; it takes memory by what it holds.
     Its length is the number of sequences, which other threads may ask for too.
@@ -95,22 +96,26 @@ class SequenceIndex:
 
     def __init__(self) -> None: ...
     def __len__(self) -> int: ...
-    def open(self, tenant: str, sequence_id: int, entry: int, /) -> int:
-        """Enters a sequence; the tenant's number, which is its own while it has open sequences or requests.
+    @property
+    def num_pools(self) -> int:
+        """Pools that there are."""
+
+    def open(self, tenant: str, sequence_id: int, entry: int, pool: bool = False, /) -> int:
+        """Enters a sequence, or a pool; the tenant's number, which is its own while it has open sequences or requests.
 
         Raises:
             ValueError: it is open already.
         """
 
-    def close(self, tenant_number: int, sequence_id: int, /) -> None:
-        """Takes a sequence out.
+    def close(self, tenant_number: int, sequence_id: int, pool: bool = False, /) -> None:
+        """Takes a sequence, or a pool, out.
 
         Raises:
             KeyError: it is not open.
         """
 
-    def find(self, tenant: str, sequence_id: int, /) -> int | None:
-        """The entry of a sequence; None where it is not open."""
+    def find(self, tenant: str, sequence_id: int, pool: bool = False, /) -> int | None:
+        """The entry of a sequence, or a pool; None where it is not open."""
 
     def tenant(self, number: int, /) -> str:
         """The tenant of a number.
@@ -138,6 +143,7 @@ class Core:
             rounds them once more.
         nudge: eventfd that `notice` writes and `run` sleeps on.
         spin_seconds: after a request or an answer, how long `run` looks for requests before it sleeps.
+        hold_seconds: how long a channel's request is held for those of other channels that came with it the last time.
         seconds_bounds, size_bounds: of the histograms.
 
     Raises:
@@ -172,6 +178,7 @@ class Core:
         odd_queries: bool,
         nudge: int,
         spin_seconds: float,
+        hold_seconds: float,
         seconds_bounds: Bounds,
         size_bounds: Bounds,
     ) -> None: ...
@@ -236,6 +243,11 @@ class Core:
         cells: NDArray[np.int32],
         holders: NDArray[np.int32],
         free_pages: NDArray[np.int64],
+        owners: NDArray[np.uint32],
+        num_rows: NDArray[np.int32],
+        max_blocks: NDArray[np.int32],
+        filled: NDArray[np.int64],
+        page_numbers: NDArray[np.int32],
         /,
     ) -> None:
         """Shares a cache's columns, which the core reads and writes: see `blockdex.cache.SequenceColumns`.
@@ -266,6 +278,16 @@ class Core:
 
     def take_cut(self) -> bytes:
         """uint32 entries of sequences that were cut, and may have pages to give back."""
+
+    def take_set_cells(self) -> bytes:
+        """int64 places in the page tables of cells that were set, of which the device is to be told."""
+
+    def name_pages(self, number: int, block_ids: NDArray[np.int32], /) -> None:
+        """Makes page numbers of the block ids of a request's answer, in place.
+
+        Raises:
+            ValueError: the request wants none, or not so many.
+        """
 
     def take(self) -> tuple[Any, ...] | None:
         """The next request for Python, by what is to be done for it; None when there is no other one.
@@ -481,8 +503,11 @@ class TokenRequest:
     def fail(self, changed_nothing: bool, /) -> None: ...
     def message(self) -> bytes: ...
     def frame(self, number: int, timeout_ms: int, /) -> bytes: ...
+    def answer_into(self, block_ids: int, scores: int, /) -> None:
+        """Has the answer written to these addresses, in memory that is lent; 0: it brings them along."""
+
     def submit(self, connection: RingConnection, timeout: float, /) -> int | RequestRefusal:
-        """Sends it over a ring; its ticket, or why it was not sent."""
+        """Sends it over a ring; its ticket, or why it was not sent. What lies in memory that is lent is not copied."""
 
 class RequestMaker:
     """Makes them for one server.
@@ -491,7 +516,8 @@ class RequestMaker:
         num_heads, head_dim, topk, max_message_bytes, epoch: the server's.
         array: numpy's type of arrays.
         dtypes: the wire's numbers by dtype of such arrays.
-        host_array: makes an array of a dtype in `dtypes`, contiguous in C's order, of a tensor by name that is none.
+        array_of: makes an array of a dtype in `dtypes`, contiguous in C's order, of a tensor by name that is none, and
+            says whether what it looks at is memory of a device, which only a ring can carry.
         refuse: raises what stands for a code, a reason, a message and its numbers.
     """
 
@@ -505,7 +531,7 @@ class RequestMaker:
         epoch: int,
         array: type,
         dtypes: dict[Any, int],
-        host_array: Callable[[str, Any], NDArray[Any]],
+        array_of: Callable[[str, Any], tuple[NDArray[Any], bool]],
         refuse: Callable[[int, str, str, dict[str, int] | None], object],
     ) -> None: ...
     def make(
@@ -525,6 +551,8 @@ class RequestMaker:
         return_scores: object,
         wait_for_keys: bool,
         rollback: bool,
+        pool_id: int,
+        ids: object,
         /,
     ) -> TokenRequest: ...
 
@@ -546,7 +574,7 @@ class RingConnection:
 
     Args:
         path: of the server's socket; one that begins with @ is abstract.
-        tenant: of all requests.
+        tenant: of all requests; empty: the one that the server knows this process by.
         timeout: of connecting.
         num_heads, max_spans, max_message_bytes: as `IndexSpec` and `Limits` say.
         spin_seconds: how long a wait looks for an answer before it sleeps.
@@ -558,6 +586,7 @@ class RingConnection:
 
     Raises:
         ConnectionError: the server cannot be reached, or speaks another version of the ring.
+        PermissionError: it does not let this process in, and says why.
         RuntimeError: from any method: another process has made it, or another thread is using it.
     """
 
@@ -580,9 +609,18 @@ class RingConnection:
         """Sends a token request, which is encoded as protobuf; its ticket, or why it was not sent."""
 
     def submit_sequences(
-        self, kind: int, epoch: int, sequence_id: int, child_id: int, length: int, columns: bytes, timeout: float, /
+        self,
+        kind: int,
+        epoch: int,
+        sequence_id: int,
+        child_id: int,
+        number: int,
+        num_spans: int,
+        columns: bytes,
+        timeout: float,
+        /,
     ) -> int | RequestRefusal:
-        """Sends a request about sequences, whose kind and fields are those of its slot (docs/ring.md)."""
+        """Sends a request about sequences or a pool, whose kind and fields are those of its slot (docs/ring.md)."""
 
     def wait(self, ticket: int, timeout: float, /) -> RequestAnswer | RequestRefusal | None:
         """Waits for the answer to a ticket, without the interpreter's lock; None where it is not there in time.
@@ -607,6 +645,18 @@ class RingConnection:
             files: that come with it, four at most.
             timeout: after which it is refused as DEADLINE_EXCEEDED.
         """
+
+    def begin_question(self, question: str, files: Sequence[int], /) -> RequestRefusal | None:
+        """Asks the same without waiting; why it was not asked, or None."""
+
+    def take_reply(self) -> bytes | RequestRefusal | None:
+        """The reply to the question that was begun last, once `poll` has heard it."""
+
+    def lend(self, address: int, num_bytes: int, region: int, /) -> None:
+        """The server has this memory as that region: requests name it where their tensors lie in it."""
+
+    def take_back(self, region: int, /) -> None:
+        """No request names the region any more."""
 
     def fileno(self) -> int:
         """A file that can be read when there is something to take with `poll`, or the link is over; -1 once closed."""

@@ -15,7 +15,7 @@ from benchmarks.callers import ECHO, ByteStream, Work, call_for, checked, echo_m
 from benchmarks.client import Fleet, percentile, process
 from benchmarks.doors import connect, local_ports, owner
 from benchmarks.environment import environment
-from benchmarks.service_figures import Figure, cells
+from benchmarks.figures import Figure, cells
 from blockdex import Client
 from support.serving import Serving
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from blockdex.cli.main import main
-from blockdex.server.config import automatic_cache_bytes, load_settings
+from blockdex.contract.sizes import automatic_cache_bytes
+from blockdex.server.config import load_settings
 from blockdex_kernels.triton import SCORE_BYTES
 
 

@@ -67,7 +67,7 @@ def test_port_in_use(flag: str) -> None:
 
 def test_address_of_another_machine() -> None:
     assert "cannot listen on 192.0.2.1:5000: Cannot assign requested address" in refused(
-        "--grpc-address", "192.0.2.1:5000"
+        "--grpc-address", "192.0.2.1:5000", "--insecure"
     )
 
 

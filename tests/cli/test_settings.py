@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from blockdex.server.config import ConfigError, ServeSettings, load_settings, parse_size, settings_table
+from blockdex.contract.sizes import parse_size
+from blockdex.server.config import ConfigError, ServeSettings, load_settings, settings_table
 from blockdex_kernels import IndexSpec, SpecError
 
 
@@ -87,6 +88,13 @@ SAMPLES = {
     "http_address": "0.0.0.0:80",
     "socket": "/run/blockdex/ring",
     "socket_group": "engines",
+    "access_file": "access.toml",
+    "tls_cert": "tls.crt",
+    "tls_key": "tls.key",
+    "tls_client_ca": "ca.crt",
+    "http_tls_cert": "tls.crt",
+    "http_tls_key": "tls.key",
+    "insecure": "true",
     "processes": "split",
     "frontends": "4",
     "spin_seconds": "0",
@@ -103,6 +111,7 @@ SAMPLES = {
     "max_tenant_sequences": "9",
     "tenant_weights": "engine=a=2,b=0.5",
     "max_wait_seconds": "0.5",
+    "min_ping_seconds": "0.5",
     "lease_seconds": "9",
     "max_lease_seconds": "900",
     "num_speculative_tokens": "0",

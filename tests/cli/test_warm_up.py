@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 
 import httpx
-import pytest
 
 from support.serving import SMALL, environment
 
@@ -40,19 +39,10 @@ def compiling(steps: int, seconds: float) -> Iterator[tuple[subprocess.Popen[str
     """Such a server, and where its HTTP is."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = (
-        "--grpc-address",
-        "127.0.0.1:0",
-        "--http-address",
-        address,
-        "--log-format",
-        "json",
-        *SMALL,
-        "--processes",
-        "single",
-    )
+    ports = ("--grpc-address", "127.0.0.1:0", "--http-address", address)
+    flags = (*ports, "--log-format", "json", *SMALL, "--processes", "single")
     program = PROGRAM.format(steps=steps, seconds=seconds)
-    command = [sys.executable, "-c", program, "serve", *flags, *SMALL]
+    command = [sys.executable, "-c", program, "serve", *flags]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process, f"http://{address}"
@@ -93,19 +83,13 @@ def test_not_ready_before_everything_is_compiled() -> None:
     assert process.returncode == 0
 
 
-def test_told_to_stop_while_it_compiles() -> None:
+def test_alive_and_told_to_stop_while_it_compiles() -> None:
     with compiling(steps=1000, seconds=0.2) as (process, http):
-        answered(f"{http}/readyz")
+        assert [answered(f"{http}/{path}").status_code for path in ("healthz", "v1/info")] == [200, 200]
         process.terminate()
         _, log = process.communicate(timeout=SECONDS)
     assert process.returncode == 0
     assert "serving" not in [json.loads(line)["event"] for line in log.splitlines()]
-
-
-@pytest.mark.parametrize("path", ["/healthz", "/v1/info"])
-def test_alive_while_it_compiles(path: str) -> None:
-    with compiling(steps=1000, seconds=0.2) as (_, http):
-        assert answered(f"{http}{path}").status_code == 200
 
 
 def test_a_kernel_that_does_not_compile_ends_the_start() -> None:

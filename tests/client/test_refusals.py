@@ -258,7 +258,7 @@ def test_more_positions_than_there_are(client: blockdex.Client) -> None:
     client.open_sequence(sequence)
     client.append_keys(0, sequences=sequence, keys=zeros(2, 128))
     words = client_words(lambda: client.select_blocks(0, sequences=sequence, queries=zeros(3, 4, 128)))
-    assert words[2] == f"sequence {sequence}: start must be at least 0, got -1"
+    assert words[2] == f"sequence {sequence}, layer 0: its last 3 positions are asked for, its length is 2"
     client.close_sequence(sequence)
 
 

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from blockdex import _native
 from blockdex.client import plain_codec
 from blockdex.client.core import Core
+from blockdex.client.endpoint import Endpoint
 from blockdex.client.kinds import SELECT_BLOCKS, TOKEN_KINDS
 from blockdex.client.ledger import Ledger
+from blockdex.client.requests import NO_POOL
 from blockdex.v1 import indexer_pb2 as pb
 from support.clients import CODECS, append_of, some_info
 
@@ -38,7 +40,7 @@ def request_for(
     revisions: Any = None,
 ) -> pb.SelectBlocksRequest:
     selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
-    made = ledger.make(SELECT_BLOCKS.number, 0, 7, None, 0, revisions, None, None, *selection, False)
+    made = ledger.make(SELECT_BLOCKS.number, 0, 7, None, 0, revisions, None, None, *selection, False, *NO_POOL)
     return pb.SelectBlocksRequest.FromString(made.message())
 
 
@@ -87,13 +89,24 @@ def columns(count: int) -> st.SearchStrategy[tuple[list[int], list[int], list[in
     st.sampled_from((False, True, "raw")),
     st.booleans(),
     st.booleans(),
+    st.integers(0, 2**64 - 1),
+    st.sampled_from(("blocks", "pages")),
 )
 def test_both_codecs_write_the_same_request(
-    spans: Any, layer: int, epoch: int | None, order: str, scores: Any, wait: bool, rollback: bool
+    spans: Any,
+    layer: int,
+    epoch: int | None,
+    order: str,
+    scores: Any,
+    wait: bool,
+    rollback: bool,
+    pool: int,
+    block_ids: str,
 ) -> None:
     ids, starts, lengths, revisions = spans
     keys, queries = np.ones((sum(lengths), 128), np.float16), np.ones((sum(lengths), 4, 128), np.float32)
-    named = (layer, ids, lengths, starts, revisions, epoch, keys, queries, 0, 0, order, scores, wait, rollback)
+    spans = (layer, ids, lengths, starts, revisions, epoch, keys, queries)
+    named = (*spans, 0, 0, order, scores, wait, rollback, pool, block_ids)
     for kind in TOKEN_KINDS:
         made = [Ledger(some_info(), codec).make(kind.number, *named) for codec in (_native, plain_codec)]
         alone = [kind.request.FromString(request.message()) for request in made]
@@ -108,7 +121,7 @@ def test_both_codecs_write_the_same_request(
 
 
 def test_the_known_epoch_goes_along_unless_the_caller_names_one() -> None:
-    core = Core("127.0.0.1:1", None, 5.0)
+    core = Core(Endpoint("127.0.0.1:1"), None, 5.0)
     ledger = Ledger(some_info(), core.codec)
     requests = [core.get_sequence(ledger, 1e9, 7, epoch).request.message() for epoch in (None, 0, 3)]
     assert [pb.GetSequenceRequest.FromString(request).header.epoch for request in requests] == [17, 0, 3]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import signal
 import threading
 import time
@@ -20,6 +19,7 @@ import blockdex
 from blockdex import DeadlineExceededError, UnavailableError
 from blockdex.client import ring
 from blockdex.client.core import Core
+from blockdex.client.endpoint import Endpoint
 from support.clients import FLAVOURS, connect, new_sequence
 from support.serving import SMALL, Serving, serve
 from support.tcp_proxy import proxy_to
@@ -67,7 +67,7 @@ def test_connect_takes_the_ring_for_asyncio_too(server: Serving) -> None:
 def test_connect_takes_the_stream_where_there_is_no_ring_and_says_why(
     server: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core = Core(server.grpc_address, None, 5.0)
+    core = Core(Endpoint(server.grpc_address), None, 5.0)
     with blockdex.Client(server.grpc_address) as client:
         info = client.info()
 
@@ -133,22 +133,6 @@ def test_a_server_that_is_killed_ends_the_call(name: str) -> None:
         assert time.monotonic() - began < 10
         killing.join()
         serving.wait()
-
-
-def test_a_child_may_not_use_its_parents_link(server: Serving) -> None:
-    with blockdex.Client(server.grpc_address, transport="ring") as client:
-        sequence = new_sequence()
-        client.open_sequence(sequence)
-        child = os.fork()
-        if child == 0:
-            try:
-                client.get_sequence(sequence)
-            except RuntimeError as error:
-                os._exit(7 if "cannot use it" in str(error) else 1)
-            os._exit(2)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-        assert client.get_sequence(sequence).lengths == (0, 0, 0)
-        client.close_sequence(sequence)
 
 
 def test_threads_share_a_client(server: Serving) -> None:

@@ -60,6 +60,8 @@ MAKES: dict[str, Make] = {
     "torch with strides": lambda array: torch.from_numpy(np.asfortranarray(array)),
     "torch bfloat16 with strides": lambda array: torch.from_numpy(np.asfortranarray(array)).to(torch.bfloat16),
     "torch float8 with strides": lambda array: torch.from_numpy(array).to(torch.float8_e4m3fn).mT.contiguous().mT,
+    "torch negated": lambda array: torch._neg_view(torch.from_numpy(-array)),
+    "torch bfloat16 negated": lambda array: torch._neg_view(torch.from_numpy(-array).to(torch.bfloat16)),
     "torch parameter": lambda array: torch.nn.Parameter(torch.from_numpy(array)),
 }
 
@@ -130,6 +132,25 @@ def test_torch_dtypes_that_the_wire_does_not_have(client: blockdex.Client, seque
     with pytest.raises(blockdex.InvalidArgumentError) as refused:
         client.append_keys(0, sequences=sequence, keys=torch.zeros(1, 128).to(dtype))
     assert refused.value.message == f"keys: dtype must be one of bf16, fp16, fp32, fp8_e4m3, got {dtype}"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse|The PyTorch API of nested")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda array: np.ma.masked_array(array, array > 0), "a masked array, whose mask could not be kept"),
+        (lambda array: torch.from_numpy(array).to("meta"), "must be a dense tensor, got one on the meta device"),
+        (lambda array: torch.from_numpy(array).to_sparse(), "must be a dense tensor, got one of torch.sparse_coo"),
+        (lambda array: torch.from_numpy(array).to_sparse_csr(), "must be a dense tensor, got one of torch.sparse_csr"),
+        (lambda array: torch.nested.nested_tensor([torch.from_numpy(array)]), "must be a dense tensor, got one nested"),
+    ],
+)
+def test_tensors_whose_elements_are_not_there_for_all_to_see(
+    client: blockdex.Client, sequence: int, make: Make, words: str
+) -> None:
+    with pytest.raises(blockdex.InvalidArgumentError) as refused:
+        client.append_keys(0, sequences=sequence, keys=make(KEYS[:2]))
+    assert (refused.value.message, refused.value.reason) == (f"keys: {words}", "INVALID_TENSOR")
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -16,8 +16,7 @@ from blockdex.client.frames import response_of
 from blockdex.client.kinds import APPEND_AND_SELECT
 from blockdex.client.ledger import Ledger
 from blockdex.client.lengths import Layers, Sequences
-from blockdex.client.requests import WIRE_DTYPES
-from blockdex.client.tensors import host_array
+from blockdex.client.requests import NO_POOL, WIRE_DTYPES, copied
 from blockdex.v1 import indexer_pb2 as pb
 from support.clients import some_info
 
@@ -48,6 +47,8 @@ def request(ledger: Ledger, **change: Any) -> Any:
         "return_scores": False,
         "wait_for_keys": False,
         "rollback": False,
+        "pool_id": 0,
+        "ids": "blocks",
     }
     return ledger.make(APPEND_AND_SELECT.number, *(named | change).values())
 
@@ -82,7 +83,9 @@ USES: dict[str, Callable[[Ledger], object]] = {
     "another shape": lambda ledger: refused(ledger, queries=QUERIES[:, :2]),
     "another dtype": lambda ledger: refused(ledger, keys=KEYS.astype(np.float64)),
     "no order": lambda ledger: refused(ledger, order="falling"),
-    "too large": lambda ledger: refused(ledger, keys=np.ones((2**21, 128), np.uint8).view("f2")),
+    "no ids": lambda ledger: refused(ledger, ids="cells"),
+    "rows of a pool": lambda ledger: request(ledger, pool_id=3, ids="pages"),
+    "too large": lambda ledger: refused(ledger, keys=np.ones((2**12, 128), np.float16)),
     "an array to copy": lambda ledger: request(ledger, keys=np.asfortranarray(KEYS)),
     "numpy's integers": lambda ledger: request(ledger, sequences=np.array(IDS), lengths=np.array(LENGTHS)),
 }
@@ -110,8 +113,8 @@ def test_what_is_refused_with_is_not_kept() -> None:
         raise LookupError
 
     bounds = {"num_heads": 4, "head_dim": 128, "topk": 16, "max_message_bytes": 8, "epoch": 1}
-    maker = _native.RequestMaker(**bounds, array=np.ndarray, dtypes=WIRE_DTYPES, host_array=host_array, refuse=refuse)
-    arguments = (0, IDS, LENGTHS, 0, None, None, KEYS, QUERIES, 0, 0, "ascending", False, False, False)
+    maker = _native.RequestMaker(**bounds, array=np.ndarray, dtypes=WIRE_DTYPES, array_of=copied, refuse=refuse)
+    arguments = (0, IDS, LENGTHS, 0, None, None, KEYS, QUERIES, 0, 0, "ascending", False, False, False, *NO_POOL)
     with pytest.raises(LookupError):
         maker.make(APPEND_AND_SELECT.number, *arguments)
     assert seen == [

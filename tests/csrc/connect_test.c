@@ -76,7 +76,14 @@ static void *answer(void *unused) {
     if (recv(connected, &hello, sizeof hello, MSG_WAITALL) != sizeof hello) exit(2);
     if (hello.magic != BLOCKDEX_MAGIC || hello.version != BLOCKDEX_VERSION || hello.tenant_bytes != 1) exit(2);
     if (is("no greeting")) usleep(4000 * PATIENCE);
-    if (is("no files"))
+    if (is("refused")) {
+        const char refusal[] = "not you";
+        char said[sizeof greeting + sizeof refusal - 1];
+        greeting.refusal_bytes = sizeof refusal - 1;
+        memcpy(said, &greeting, sizeof greeting);
+        memcpy(said + sizeof greeting, refusal, sizeof refusal - 1);
+        (void)!send(connected, said, sizeof said, 0);
+    } else if (is("no files"))
         (void)!send(connected, &greeting, sizeof greeting, 0);
     else if (!is("no greeting") && !is("hung up"))
         send_files(connected,

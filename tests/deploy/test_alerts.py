@@ -16,6 +16,7 @@ def promtool(*arguments: object) -> None:
 
 def test_configuration_and_rules_are_valid() -> None:
     promtool("check", "config", PROMETHEUS / "prometheus.yml")
+    promtool("check", "config", "--syntax-only", PROMETHEUS / "prometheus.secured.yml")
     promtool("check", "rules", PROMETHEUS / "alerts.yml")
 
 

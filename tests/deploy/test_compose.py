@@ -12,13 +12,16 @@ import yaml
 
 from blockdex.loadtest.arguments import parse
 from blockdex.server.addresses import Address
+from blockdex.server.bootstrap import check_exposure
+from support.credentials import OPERATOR, Papers
 from support.deployed import DEPLOY, image_settings, read_yaml, services, settings_of
 from support.programs import BIN, REPOSITORY, run
 
 COMPOSE = DEPLOY / "compose.yaml"
-GPU, MPS = DEPLOY / "compose.gpu.yaml", DEPLOY / "compose.mps.yaml"
+GPU, MPS, SECURED = (DEPLOY / f"compose.{name}.yaml" for name in ("gpu", "mps", "secured"))
 SERVICES = services()
 SERVERS = {"cpu": SERVICES["blockdex"], "cuda": services(GPU.name)["blockdex"]}
+GUARDED = services(SECURED.name)
 SHARED = services(GPU.name, MPS.name)
 VOLUMES = {name for path in (COMPOSE, GPU, MPS) for name in read_yaml(path)["volumes"]}
 OURS = {name for name, service in SERVICES.items() if "build" in service}
@@ -31,10 +34,13 @@ def with_defaults(value: str) -> str:
 
 
 def test_it_keeps_the_compose_specification() -> None:
-    run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE, GPU, MPS)
+    run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE, GPU, MPS, SECURED)
 
 
-@pytest.mark.parametrize("overrides", [(), (GPU.name,), (GPU.name, MPS.name)], ids=["cpu", "gpu", "mps"])
+OVERRIDES = {"cpu": (), "gpu": (GPU.name,), "mps": (GPU.name, MPS.name), "secured": (SECURED.name,)}
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
 def test_the_linter_finds_no_privilege(overrides: tuple[str, ...], tmp_path: Path) -> None:
     merged = tmp_path / "compose.yaml"
     merged.write_text(yaml.safe_dump(read_yaml(COMPOSE) | {"services": services(*overrides)}), encoding="utf-8")
@@ -87,6 +93,7 @@ def test_a_server_gets_settings_that_it_knows(name: str, monkeypatch: pytest.Mon
     settings = settings_of(environment, monkeypatch)
     assert settings.device == name
     assert settings.log_format == "json"
+    assert settings.insecure, "it is published on the loopback alone"
     ports = {Address.parse(value).port for value in image_settings().values()}
     assert {int(port.rsplit(":", 1)[1]) for port in SERVERS[name]["ports"]} == ports
 
@@ -109,12 +116,51 @@ def test_a_server_under_mps_meets_its_daemon() -> None:
     assert server["deploy"]["resources"]["reservations"] == daemon["deploy"]["resources"]["reservations"]
 
 
+def test_a_secured_server_and_those_who_call_it_show_what_is_in_one_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = settings_of(
+        {key: with_defaults(value) for key, value in GUARDED["blockdex"]["environment"].items()}, monkeypatch
+    )
+    check_exposure(settings)
+    assert not settings.insecure
+    place = "/run/secrets/blockdex"
+    named = {settings.access_file, settings.tls_cert, settings.tls_key, settings.http_tls_cert, settings.http_tls_key}
+    assert named == {Path(place, name) for name in ("access.toml", "tls.crt", "tls.key")}
+    callers = {name: GUARDED[name]["command"] for name in ("loadtest", "engine", "prometheus")}
+    for service in ("blockdex", *callers):
+        assert f"${{BLOCKDEX_SECRETS:-./secrets}}:{place}:ro" in GUARDED[service]["volumes"]
+    for service in ("loadtest", "engine"):
+        assert {f"--tls-ca={place}/ca.crt", f"--token-file={place}/token"} <= set(callers[service])
+    papers = Papers(tmp_path)
+    (tmp_path / "ca.crt").write_bytes((tmp_path / "ca.pem").read_bytes())
+    (tmp_path / "token").write_text(OPERATOR, encoding="utf-8")
+    folders = {place: str(papers.folder), "/reports/": f"{tmp_path}/"}
+    words = [_placed(word, folders) for word in callers["loadtest"][1:]]
+    target = parse(words).target
+    assert (target.endpoint.token, target.http_address) == (OPERATOR, "https://blockdex:9051")
+    plain, secured = (read_yaml(DEPLOY / "prometheus" / f"prometheus{kind}.yml") for kind in ("", ".secured"))
+    assert "--config.file=/etc/prometheus/prometheus.secured.yml" in callers["prometheus"]
+    assert secured["scrape_configs"][0] == plain["scrape_configs"][0] | {
+        "scheme": "https",
+        "tls_config": {"ca_file": f"{place}/ca.crt"},
+        "authorization": {"credentials_file": f"{place}/token"},
+    }
+    assert secured | {"scrape_configs": plain["scrape_configs"]} == plain
+
+
+def _placed(word: str, folders: dict[str, str]) -> str:
+    for there, here in folders.items():
+        word = word.replace(there, here)
+    return word
+
+
 def test_the_load_test_understands_its_arguments(tmp_path: Path) -> None:
     command, *words = SERVICES["loadtest"]["command"]
     assert command == "loadtest"
     arguments = parse([word.replace("/reports/", f"{tmp_path}/") for word in words])
     http = Address.parse(image_settings()["BLOCKDEX_HTTP_ADDRESS"]).port
-    assert (arguments.target.address, arguments.target.http_address) == ("blockdex:50051", f"blockdex:{http}")
+    assert (arguments.target.endpoint.address, arguments.target.http_address) == ("blockdex:50051", f"blockdex:{http}")
     assert f"reports:{Path(words[-1].removeprefix('--output=')).parent}" in SERVICES["loadtest"]["volumes"]
 
 

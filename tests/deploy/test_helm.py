@@ -15,6 +15,7 @@ from support.deployed import DEPLOY, Resource, built, settings_of
 from support.programs import REPOSITORY
 
 CHART = DEPLOY / "helm" / "blockdex"
+NOT_OF_KUBERNETES = {"monitoring.coreos.com/v1", "cert-manager.io/v1"}
 OURS = {"app.kubernetes.io/instance", "app.kubernetes.io/managed-by"}
 """Labels that a release has and a kustomization has not."""
 
@@ -25,9 +26,19 @@ def rendered(release: str = "blockdex", **values: Any) -> dict[str, Resource]:
         chart.validate_schema(values)
         files = chart.render(values, name=release, namespace="prod")
     documents = [each for text in files.values() for each in yaml.safe_load_all(text) if each]
-    by_kind = {each["kind"]: each for each in documents}
+    by_kind = _by_kind(documents)
     assert len(by_kind) == len(documents)
     return by_kind
+
+
+def _by_kind(resources: list[Resource]) -> dict[str, Resource]:
+    """Those of cert-manager by their names as well: there are several of a kind."""
+    return {
+        f"{each['kind']} {each['metadata']['name']}"
+        if each["apiVersion"] == "cert-manager.io/v1"
+        else each["kind"]: each
+        for each in resources
+    }
 
 
 def comparable(value: Any) -> Any:
@@ -52,12 +63,13 @@ def test_helm_has_no_complaint_but_for_an_icon() -> None:
     assert found["errors"] == []
 
 
-@pytest.mark.parametrize(("folder", "gpu"), [("base", False), ("gpu", True)])
-def test_a_release_is_what_kustomize_builds(folder: str, gpu: bool) -> None:
-    release = rendered(gpu={"enabled": gpu}, monitoring={"enabled": True})
-    assert comparable(release) == comparable({each["kind"]: each for each in built(folder)})
+@pytest.mark.parametrize("folder", ["base", "gpu", "secured"])
+def test_a_release_is_what_kustomize_builds(folder: str) -> None:
+    values: dict[str, Any] = {part: {"enabled": part == folder} for part in ("gpu", "secured")}
+    release = rendered(**values, monitoring={"enabled": True})
+    assert comparable(release) == comparable(_by_kind(built(folder)))
     for resource in release.values():
-        if "monitoring.coreos.com" not in resource["apiVersion"]:
+        if resource["apiVersion"] not in NOT_OF_KUBERNETES:
             kubernetes_validate.validate(resource, kubernetes_validate.latest_version(), strict=True)
 
 
@@ -83,6 +95,23 @@ def test_releases_beside_one_another_do_not_meet() -> None:
     ]
     assert selectors == [labels] * 5
     assert release["StatefulSet"]["spec"]["serviceName"] == release["Service"]["metadata"]["name"]
+
+
+def test_a_secured_release_has_certificates_and_secrets_of_its_own() -> None:
+    release = rendered("other", secured={"enabled": True}, gpu={"enabled": True}, monitoring={"enabled": True})
+    certificate = release["Certificate other"]["spec"]
+    assert certificate["dnsNames"] == ["other", "*.other", "localhost"]
+    assert release[f"Issuer {certificate['issuerRef']['name']}"]["spec"]["ca"]["secretName"] == "other-ca"
+    secrets = [each["secret"]["secretName"] for each in pod_volumes(release) if "secret" in each]
+    assert secrets == [certificate["secretName"], "other-access"] == ["other-tls", "other-access"]
+    (endpoint,) = release["ServiceMonitor"]["spec"]["endpoints"]
+    assert endpoint["authorization"]["credentials"]["name"] == "other-metrics"
+    assert endpoint["tlsConfig"]["serverName"] == "other"
+    assert server(release)["readinessProbe"]["exec"]["command"][0] == "blockdex"
+
+
+def pod_volumes(resources: dict[str, Resource]) -> list[Resource]:
+    return list(resources["StatefulSet"]["spec"]["template"]["spec"]["volumes"])
 
 
 def test_values_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,17 @@ from collections.abc import Iterator
 
 import kubernetes_validate
 import pytest
+from cloudcoil.models.cert_manager.v1 import Certificate, Issuer
 from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
 from pydantic import BaseModel
 
 from blockdex.server.addresses import Address
+from blockdex.server.bootstrap import check_exposure
 from support.deployed import DEPLOY, Resource, built, image_settings, read_yaml, settings_of
 from support.programs import REPOSITORY
 
-SERVERS = ("base", "gpu")
+SERVERS = ("base", "gpu", "secured")
+NOT_OF_KUBERNETES = {"monitoring.coreos.com/v1", "cert-manager.io/v1"}
 SIDECARS = ("engine", "vllm")
 FOLDERS = (*SERVERS, *SIDECARS)
 OLDEST = "1.34"
@@ -50,17 +53,48 @@ def variables(container: Resource) -> dict[str, str]:
 @pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])
 def test_every_resource_keeps_its_schema(folder: str, version: str) -> None:
     for resource in built(folder):
-        if resource["apiVersion"] != "monitoring.coreos.com/v1":
+        if resource["apiVersion"] not in NOT_OF_KUBERNETES:
             kubernetes_validate.validate(resource, version, strict=True)
 
 
 @pytest.mark.parametrize("folder", SERVERS)
 @pytest.mark.parametrize("definition", [ServiceMonitor, PrometheusRule])
 def test_what_the_operator_reads_keeps_the_schema_of_its_definition(folder: str, definition: type[BaseModel]) -> None:
-    resource = one(folder, definition.__name__)
-    # The models pass over a field that they do not know: what does not come back was not known.
-    known = definition.model_validate(resource).model_dump(mode="json", by_alias=True, exclude_unset=True)
-    assert known == resource
+    assert_known(definition, one(folder, definition.__name__))
+
+
+def assert_known(definition: type[BaseModel], resource: Resource) -> None:
+    """Holds a resource to its definition: what the models do not know they pass over, and do not give back."""
+    assert definition.model_validate(resource).model_dump(mode="json", by_alias=True, exclude_unset=True) == resource
+
+
+def test_a_secured_server_shows_a_certificate_that_is_issued_for_its_names_and_its_probes() -> None:
+    issued = [each for each in built("secured") if each["apiVersion"] == "cert-manager.io/v1"]
+    definitions: dict[str, type[BaseModel]] = {"Certificate": Certificate, "Issuer": Issuer}
+    for resource in issued:
+        assert_known(definitions[resource["kind"]], resource)
+    by_name = {(each["kind"], each["metadata"]["name"]): each["spec"] for each in issued}
+    certificate = by_name["Certificate", "blockdex"]
+    authority = by_name["Issuer", certificate["issuerRef"]["name"]]["ca"]["secretName"]
+    assert by_name["Certificate", "blockdex-ca"]["secretName"] == authority
+    assert by_name["Issuer", by_name["Certificate", "blockdex-ca"]["issuerRef"]["name"]] == {"selfSigned": {}}
+    service = one("secured", "Service")
+    names = set(certificate["dnsNames"]) | set(certificate["ipAddresses"])
+    assert names == {service["metadata"]["name"], f"*.{service['metadata']['name']}", "localhost", "127.0.0.1"}
+    assert {port["name"] for port in service["spec"]["ports"]} == {"grpc", "http"}
+
+    ((_, template),) = [pod for pod in pods() if pod[0] == "secured"]
+    container = server(template)
+    files = {value for name, value in variables(container).items() if value.startswith("/run/secrets/")}
+    command, *words = container["readinessProbe"]["exec"]["command"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    secrets = {each["name"]: each["secret"]["secretName"] for each in template["spec"]["volumes"] if "secret" in each}
+    assert secrets == {"tls": certificate["secretName"], "access": "blockdex-access"}
+    assert files == {f"{mounts['tls']}/tls.crt", f"{mounts['tls']}/tls.key", f"{mounts['access']}/access.toml"}
+    assert (command, words[-1]) == ("blockdex", f"{mounts['tls']}/ca.crt")
+    (endpoint,) = one("secured", "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["tlsConfig"]["serverName"] in names
+    assert endpoint["tlsConfig"]["ca"]["secret"]["name"] == certificate["secretName"]
 
 
 def test_the_operator_and_grafana_get_the_alerts_and_the_dashboard_of_compose() -> None:
@@ -75,6 +109,7 @@ def test_the_base_and_the_overlay_have_what_a_server_needs() -> None:
     kinds |= {"PrometheusRule", "ConfigMap"}
     assert {resource["kind"] for resource in built("base")} == kinds
     assert {resource["kind"] for resource in built("gpu")} == kinds
+    assert {resource["kind"] for resource in built("secured")} == kinds | {"Issuer", "Certificate"}
     assert one("base", "Service")["spec"]["clusterIP"] == "None"
     assert one("base", "StatefulSet")["spec"]["serviceName"] == one("base", "Service")["metadata"]["name"]
 
@@ -114,8 +149,15 @@ def test_ports_and_probes_are_where_the_server_listens(folder: str) -> None:
     grpc, http = (Address.parse(addresses[f"BLOCKDEX_{kind}_ADDRESS"]) for kind in ("GRPC", "HTTP"))
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert http.host == "0.0.0.0"
-    probed = container["startupProbe"]["httpGet"]["port"]
+    probed = container["livenessProbe"]["httpGet"]["port"]
     assert ports[probed] == http.port
+    if folder == "secured":
+        # HTTP answers nobody but there, and the kubelet's own gRPC probe does not speak TLS.
+        assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": probed, "scheme": "HTTPS"}
+        command = container["startupProbe"]["exec"]["command"]
+        assert command == container["readinessProbe"]["exec"]["command"]
+        assert command[:4] == ["blockdex", "health", "--address", f"127.0.0.1:{grpc.port}"]
+        return
     assert container["startupProbe"]["httpGet"] == {"path": "/readyz", "port": probed}
     assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": probed}
     if folder in SIDECARS:
@@ -158,7 +200,9 @@ def test_every_server_gets_settings_that_it_knows_and_time_to_stop() -> None:
     for folder, template in pods():
         with pytest.MonkeyPatch.context() as monkeypatch:
             settings = settings_of(variables(server(template)), monkeypatch)
-        assert settings.device == ("cpu" if folder == "base" else "cuda")
+        assert settings.device == ("cuda" if folder in {"gpu", *SIDECARS} else "cpu")
+        check_exposure(settings)
+        assert settings.insecure is (folder != "secured")
         assert template["spec"]["terminationGracePeriodSeconds"] > settings.shutdown_grace_seconds
 
 
@@ -176,13 +220,13 @@ def test_a_gpu_server_keeps_its_compiled_kernels_between_starts() -> None:
             else {}
         )
         assert set(mounts.values()) <= volumes.keys() | kept.keys()
-        assert ("/var/cache/triton" in mounts) == (folder != "base")
+        assert ("/var/cache/triton" in mounts) == (folder not in {"base", "secured"})
         if folder in SIDECARS:
             claim = volumes[mounts["/var/cache/triton"]]["persistentVolumeClaim"]["claimName"]
             assert claim == one(folder, "PersistentVolumeClaim")["metadata"]["name"]
         elif folder == "gpu":
             assert kept.keys() == {mounts["/var/cache/triton"]}
-        assert container["image"] == ("blockdex:cpu" if folder == "base" else "blockdex:server")
+        assert container["image"] == ("blockdex:cpu" if folder in {"base", "secured"} else "blockdex:server")
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (folder == "gpu")
 
 

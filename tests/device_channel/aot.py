@@ -53,7 +53,10 @@ def main() -> None:
         keys = torch.zeros(ROWS, row_tokens, SPEC.head_dim).bfloat16()
         queries = torch.zeros(ROWS, row_tokens, HEADS.count, SPEC.head_dim).bfloat16()
         call = Call(0, numbers, numbers, numbers, keys, queries, revisions=numbers, replays=numbers[:1])
-        launch(memory, SPEC, HEADS, call, torch.zeros(ROWS, row_tokens, 4, SPEC.topk, dtype=torch.int32), 2.0)
+        ids = torch.zeros(ROWS, row_tokens, 4, SPEC.topk, dtype=torch.int32)
+        if row_tokens > 1:
+            call.scores = ids.float()
+        launch(memory, SPEC, HEADS, call, ids, 2.0)
     print(json.dumps(compiled))
 
 

@@ -27,12 +27,14 @@ from blockdex.contract.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from blockdex.contract.messages import FloatDtype, Order
 from blockdex.device_channel import channel as module
 from blockdex.device_channel.channel import DeviceChannel
 from blockdex.device_channel.connection import Connection
 from blockdex.ring import channel_layout
 from blockdex.ring.layout import AT, HEADER_BYTES
 from blockdex.ring.segment import Segment, Sizes
+from blockdex.scheduler.large_request import TORCH_DTYPES
 from support.asking import eventually
 from support.channel_twins import launch_numpy
 from support.ring_engine import Hosted, hosted
@@ -124,6 +126,31 @@ async def test_it_answers_what_a_ring_answers(run: Hosted, channel: DeviceChanne
         channel.select_blocks, LAYER, **rows(*asked), queries=queries, out=out, wait_for_keys=True
     )
     assert again is out and torch.equal(out, ids)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp8_e4m3"])
+@pytest.mark.parametrize(("order", "raw"), [("ascending", False), ("score", True)])
+async def test_dtypes_orders_and_scores_are_those_of_a_ring(
+    run: Hosted, channel: DeviceChannel, dtype: FloatDtype, order: Order, raw: bool
+) -> None:
+    """Also rows of heads of their own, and padding, beside which there is no score."""
+    kind = TORCH_DTYPES[dtype]
+    keys = random(1, 40, SPEC.head_dim).to(kind)
+    part = await asyncio.to_thread(opened, run, first_head=1, num_heads=2)
+    queries, scores = random(2, 4, 2, SPEC.head_dim, seed=1).to(kind), torch.full((2, 4, 2, SPEC.topk), 7.0)
+    for start in range(0, 40, 4):
+        rest = keys[:, start : start + 4].contiguous()
+        await asyncio.to_thread(part.append_keys, LAYER, **rows((1, start, 4)), keys=rest)
+    asked = {**rows((1, 36, 4), (2, 0, 0)), "queries": queries, "scores": scores}
+    ids = await asyncio.to_thread(part.select_blocks, LAYER, **asked, order=order, raw_scores=raw)
+    part.check()
+    packed = queries[0].float().numpy()
+    answer: Any = await run.ask(
+        tokens(LAYER, [(1, 36, 4)], queries=packed, first_head=1, order=order, scores=True, raw=raw, dtype=dtype)
+    )
+    assert torch.equal(ids[0], torch.tensor(answer.block_ids)) and (ids[1] == -1).all()
+    assert torch.equal(scores[0], torch.tensor(answer.scores)) and (scores[1] == -torch.inf).all()
+    await asyncio.to_thread(part.close)
 
 
 async def test_rows_that_fit_no_step(run: Hosted, channel: DeviceChannel) -> None:
@@ -477,9 +504,15 @@ def queries(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
-    "dtype": ({"queries": queries(1, 1, 4, 16, dtype=torch.float32)}, r"queries: must be bfloat16, got float32 \["),
-    "shape": ({"queries": queries(1, 4, 16)}, r"queries: must be bfloat16 \[1, tokens, 4, 16\], got bfloat16 \[1, 4"),
-    "heads": ({"queries": queries(1, 1, 3, 16)}, r"queries: must be bfloat16 \[1, tokens, 4, 16\]"),
+    "dtype": (
+        {"queries": queries(1, 1, 4, 16, dtype=torch.float64)},
+        r"queries: must be one of bfloat16, float16, float32, float8_e4m3fn, got float64 \[",
+    ),
+    "shape": ({"queries": queries(1, 4, 16)}, r"queries: must be \[1, tokens, 4, 16\], got bfloat16 \[1, 4"),
+    "heads": ({"queries": queries(1, 1, 3, 16)}, r"queries: must be \[1, tokens, 4, 16\]"),
+    "order": ({"order": "rising"}, "order: must be one of ascending, score, got 'rising'"),
+    "raw": ({"raw_scores": True}, "scores: must be given where they are to be raw"),
+    "scores": ({"scores": queries(1, 1, 4, 4)}, r"scores: must be contiguous float32 \[1, 1, 4, 4\] on cpu"),
     "tokens": ({"queries": queries(1, 65, 4, 16)}, "tokens: the channel was opened for 1 to 64, got 1 x 65"),
     "rows": (rows(*[(1, 0, 1)] * 65), "sequences: the channel was opened for 1 to 64 rows, got 65"),
     "columns": ({"starts": numbers(1, 2)}, r"starts: must be int32 or int64 \[1\], got int64 \[2\]"),

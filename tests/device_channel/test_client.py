@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from blockdex import Client
+from blockdex import AsyncClient, Client
 from blockdex.contract.errors import FailedPreconditionError, OutOfRangeError
 from blockdex.device_channel import channel as module
 from support.channel_twins import launch_numpy
@@ -48,3 +50,22 @@ def test_a_channel_of_a_client(processes: str) -> None:
         channel.close()
         with pytest.raises(FailedPreconditionError, match="channel: it is closed"):
             channel.check()
+
+
+async def test_a_channel_of_an_asyncio_client() -> None:
+    with serve("--processes=single") as server:
+        async with AsyncClient(server.grpc_address, tenant="mine") as client:
+            await client.open_sequence(1)
+            channel = await client.device_channel(device="cpu", max_tokens=8, first_head=1, num_heads=2)
+            asked: dict[str, Any] = {"sequences": numbers(1), "starts": numbers(0), "lengths": numbers(2)}
+            keys, queries = torch.randn(1, 2, 128).bfloat16(), torch.randn(1, 2, 2, 128).bfloat16()
+            ids = channel.append_and_select(LAYER, **asked, keys=keys, queries=queries)
+            channel.check()
+            assert ids[0, :, :, 0].tolist() == [[0, 0], [0, 0]]
+            asked["starts"] = numbers(7)
+            channel.append_keys(LAYER, **asked, keys=keys)
+            with pytest.raises(OutOfRangeError, match="append starts at 7, length is 2"):
+                channel.check()
+            await client.reopen_channel(channel)
+            channel.check()
+            channel.close()

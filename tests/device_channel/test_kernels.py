@@ -12,7 +12,7 @@ import torch
 from blockdex.device_channel.calls import Call, Heads, check
 from blockdex.device_channel.memory import ChannelMemory
 from blockdex.ring import channel_layout as layout
-from blockdex.ring.layout import AT
+from blockdex.ring.layout import AT, DTYPES
 from blockdex_kernels import IndexSpec
 from support.channel_core import REGION, ChannelCore, channel_core
 from support.channel_twins import TWINS, Launch, interpreted
@@ -21,6 +21,7 @@ from support.triton_device import DEVICE
 SPEC = IndexSpec(num_layers=5, num_index_heads=2, head_dim=64, topk=8)
 HEADS = Heads(0, 2)
 MAX_TOKENS, MAX_ROWS, OWN_BYTES = 256, 64, 1 << 16
+NAMES = {torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8_e4m3"}
 BOUND = 20.0
 """Seconds, longer than any test takes that does not wait for it."""
 
@@ -148,6 +149,35 @@ def test_appends_and_selections_alone_and_their_flags(launch: Launch, memory: Ch
     assert (first.keys_region, first.queries_region, first.block_ids_region, first.num_heads) == (REGION, 0, 0, 0)
     assert (second.ticket, second.flags, second.keys_dtype, second.queries_dtype) == (2, 2, 0, 1)
     assert (second.keys_region, second.queries_region, second.keys_offset, second.keys_bytes) == (0, REGION, 0, 0)
+
+
+def test_scores_and_their_order(launch: Launch, memory: ChannelMemory, core: ChannelCore) -> None:
+    """More tokens than are copied at once; without a token there is no score."""
+    call = call_of([3, 0, 17, 9], 17)
+    call.order, call.raw_scores = "score", True
+    call.scores = torch.zeros(4, 17, HEADS.count, SPEC.topk, device=DEVICE)
+    ids = run(launch, memory, call)
+    assert torch.equal(ids, expected(call))
+    assert torch.equal(call.scores.cpu(), torch.where(ids < 0, -torch.inf, ids / 4))
+    slot = core.rung[0].slot
+    assert (slot.order, slot.flags) == (2, 8)
+    assert (slot.block_ids_region, slot.scores_region, slot.scores_offset) == (REGION, REGION, memory.places.scores)
+    core.deaf = True
+    assert (run(launch, memory, call, bound=0.1) == -1).all() and (call.scores == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_dtypes(launch: Launch, memory: ChannelMemory, core: ChannelCore, dtype: torch.dtype) -> None:
+    """Rows of as many bytes as these have; what they are the slot says."""
+    call = call_of([2, 0, 1], 2, queries=False)
+    assert call.keys is not None
+    call.keys = call.keys.to(dtype)
+    run(launch, memory, call)
+    slot = core.rung[0].slot
+    size = dtype.itemsize * SPEC.head_dim
+    assert (slot.keys_dtype, slot.keys_bytes) == (DTYPES.index(NAMES[dtype]) + 1, 3 * size)
+    there = memory.bytes[memory.places.keys :][: 3 * size].cpu()
+    assert torch.equal(there, torch.cat([call.keys[0], call.keys[2, :1]]).view(torch.uint8).view(-1).cpu())
 
 
 def test_revisions_and_the_number_of_the_replay(launch: Launch, memory: ChannelMemory, core: ChannelCore) -> None:

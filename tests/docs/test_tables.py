@@ -136,12 +136,39 @@ def test_what_it_saves() -> None:
 
 def test_what_it_costs() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "colocated-h200.json").read_text(encoding="utf-8"))
-    kernels, by_way = result["kernels_us"], {row["transport"]: row for row in result["rows"]}
+    by_way = result["parts"]["python"]
+    kernels = by_way["kernels_us"]
     expected = [(kernels, kernels * result["layers"] / 1000)]
     expected += [(by_way[way]["call_p50_us"], by_way[way]["step_p50_ms"]) for way in ("ring", "stream", "unary")]
     told = _page("index.md").partition("## What it costs")[2]
     rows = re.findall(r"^\| (.+) \| (.+) us \| (.+) ms \|$", told, re.MULTILINE)
     assert [row[1:] for row in rows] == [(f"{call:.0f}", f"{layers:.1f}") for call, layers in expected]
+
+
+def test_what_a_token_costs_and_when_it_pays() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "colocated-h200.json").read_text(encoding="utf-8"))
+    notes = (ROOT / "benchmarks" / "NOTES.md").read_text(encoding="utf-8")
+    in_graphs = re.findall(
+        r"^\| (?:its kernels alone|device channel), one graph.*? us \| (.+?) ms \|", notes, re.MULTILINE
+    )
+    channel, kernels = map(float, in_graphs)
+    by_way = {row["transport"]: row["step_p50_ms"] for row in result["rows"]}
+    gained = 60 * 2 * 128 * 2 / IndexSpec().bytes_per_token
+    expected = [
+        (f"{step:.1f}", f"{step - kernels:.1f}", f"{(step - kernels) * gained:.1f}")
+        for step in (kernels, channel, by_way["ring"], by_way["stream"], by_way["unary"])
+    ]
+    told = _page("should-i-use-this.md").partition("## What a token costs")[2]
+    assert re.findall(r"^\| .+ \| (.+) ms \| (.+) ms \| (.+) ms \|$", told, re.MULTILINE) == expected
+
+
+def test_what_memory_it_frees() -> None:
+    told = _page("should-i-use-this.md").partition("## What memory it frees")[2]
+    rows = re.findall(r"^\| ([\d,]+) \| (.+) GB \| (.+) GB \| (.+) GB \|$", told, re.MULTILINE)
+    assert len(rows) == 3
+    for tokens, *sizes in rows:
+        held = int(tokens.replace(",", "")) * IndexSpec().bytes_per_token / 1e9
+        assert sizes == [f"{held * ranks:.1f}" for ranks in (1, 4, 8)]
 
 
 def test_the_plan_is_what_the_calculator_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,7 @@ def figures(output: str) -> dict[str, str]:
 
 
 def test_small_demo_starts_a_server_and_agrees() -> None:
+    """Over the ring, as the server is on the same host."""
     finished = run_demo()
     assert finished.returncode == 0, finished.stderr
     table = figures(finished.stdout)
@@ -90,8 +91,8 @@ def test_small_demo_starts_a_server_and_agrees() -> None:
     assert table["pages used"].endswith(", 16 shared")
 
 
-@pytest.mark.parametrize("transport", ["ring", "stream", "unary"])
-def test_the_tokens_are_the_same_over_each_transport(server: Serving, transport: str) -> None:
+@pytest.mark.parametrize("transport", ["stream", "unary"])
+def test_the_tokens_are_the_same_over_each_other_transport(server: Serving, transport: str) -> None:
     finished = run_demo("--address", server.grpc_address, "--transport", transport)
     assert finished.returncode == 0, finished.stderr
     table = figures(finished.stdout)

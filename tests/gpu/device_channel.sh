@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests and figures of device channels on a GPU, each part for so many seconds at most: alone, then under MPS. With the
-# word `quick` only the figures under MPS, which check one answer.
+# Tests of device channels on a GPU, each part for so many seconds at most: alone, then under MPS. Their figures are a
+# row of `python -m benchmarks.colocated`; what a kill does under MPS shows `colocated.sh`.
 set -u
 python=${PYTHON:-python}
 out=${OUT:-.}
@@ -11,23 +11,14 @@ tests() { "$python" -m pytest -q -s --timeout=80 -p no:cacheprovider "$@"; }
 export -f tests
 export python
 
-if [ "${1:-}" != quick ]; then
 part 60 "kernels, both twins" bash -c 'tests -x tests/device_channel/test_kernels.py'
 part 40 "kernels in graphs, shared memory" bash -c 'tests tests/gpu/test_device_kernels.py'
 part 120 "channels" bash -c 'tests --maxfail=3 tests/gpu/test_device_channel.py'
-part 50 "figures without MPS" "$python" -m benchmarks.device_channel --replays 20 --layers 4
-fi
 
 export CUDA_MPS_PIPE_DIRECTORY=/tmp/blockdex-mps CUDA_MPS_LOG_DIRECTORY=/tmp/blockdex-mps-log
 mkdir -p $CUDA_MPS_PIPE_DIRECTORY $CUDA_MPS_LOG_DIRECTORY
 nvidia-cuda-mps-control -d
-part 90 "figures under MPS" "$python" -m benchmarks.device_channel
-if [ "${1:-}" != quick ]; then
 part 100 "channels under MPS, nobody killed" bash -c 'tests -k "not killed" tests/gpu/test_device_channel.py'
-for attempt in 1 2 3; do
-    part 40 "a client is killed under MPS, $attempt" bash -c 'tests -k "client_that_is_killed" tests/gpu/test_device_channel.py'
-done
-fi
 echo quit | timeout 10 nvidia-cuda-mps-control
 cp $CUDA_MPS_LOG_DIRECTORY/*.log "$out" 2>/dev/null
 exit 0

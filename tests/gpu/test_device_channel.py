@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,9 +21,10 @@ import torch
 from benchmarks.core_process import CoreProcess, RingPeer, core_process
 from benchmarks.ring_messages import Queries, Spans, TensorData, TokenAnswer, TokenRequest
 from blockdex.contract.errors import BlockdexError, FailedPreconditionError, InvalidArgumentError, UnavailableError
-from blockdex.contract.messages import CloseSequences, OpenSequences
+from blockdex.contract.messages import CloseSequences, OpenSequences, Order
 from blockdex.device_channel.channel import DeviceChannel
-from blockdex_kernels import IndexSpec
+from blockdex_kernels import IndexSpec, cuda_driver
+from support.stopping import stop
 
 FIELDS = {"num_layers": 3}
 SPEC = IndexSpec(**FIELDS)  # type: ignore[arg-type]
@@ -84,15 +85,34 @@ def fill(channel: DeviceChannel, length: int = HISTORY) -> None:
     channel.check()
 
 
-def over_the_ring(peer: RingPeer, each: list[tuple[int, int, int]], queries: torch.Tensor) -> torch.Tensor:
-    """What a ring answers to packed queries `[T, H, D]`."""
+class Selected(NamedTuple):
+    """What a ring answers."""
+
+    block_ids: torch.Tensor
+    scores: torch.Tensor
+
+
+def select_over_the_ring(
+    peer: RingPeer,
+    each: list[tuple[int, int, int]],
+    queries: torch.Tensor,
+    order: Order = "ascending",
+    scores: bool = False,
+    raw: bool = False,
+) -> Selected:
+    """To packed bfloat16 queries `[T, H, D]`."""
     ids, starts, lengths = torch.tensor(each).T.contiguous().numpy()
     spans = Spans(ids.astype("u8"), starts, lengths, 0 * ids.astype("u8"))
     data = queries.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    asked = Queries(TensorData("bf16", data), 0, SPEC.num_index_heads, "ascending", False, False)
+    asked = Queries(TensorData("bf16", data), 0, SPEC.num_index_heads, order, scores, False, raw)
     answer = peer.ask(TokenRequest(TENANT, 0, LAYER, spans, None, asked))
     assert isinstance(answer, TokenAnswer) and answer.block_ids is not None
-    return torch.from_numpy(answer.block_ids.copy())
+    return Selected(torch.tensor(answer.block_ids), torch.tensor(answer.scores if scores else []))
+
+
+def over_the_ring(peer: RingPeer, each: list[tuple[int, int, int]], queries: torch.Tensor) -> torch.Tensor:
+    """The block ids alone."""
+    return select_over_the_ring(peer, each, queries).block_ids
 
 
 class Decode:
@@ -185,6 +205,60 @@ def test_own_tensors_and_ranks_of_one_head_each(core: CoreProcess, peer: RingPee
         rank.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_dtypes(core: CoreProcess, peer: RingPeer, channel: DeviceChannel, dtype: torch.dtype) -> None:
+    """Small integers, which all of them hold: the answers are those to bfloat16."""
+    fill(channel)
+    keys, queries = (torch.randint(-4, 5, shape, device="cuda") for shape in ((ROWS, 1, 128), (ROWS, 1, 4, 128)))
+    asked = rows(WHOLE)
+    ids = channel.append_and_select(LAYER, **asked, keys=keys.to(dtype), queries=queries.to(dtype))
+    torch.cuda.synchronize()
+    channel.check()
+    assert torch.equal(ids[:, 0].cpu(), over_the_ring(peer, WHOLE, queries[:, 0].bfloat16()))
+
+
+@pytest.mark.parametrize(("order", "raw"), [("ascending", False), ("ascending", True), ("score", False)])
+def test_orders_and_scores(peer: RingPeer, channel: DeviceChannel, order: Order, raw: bool) -> None:
+    """Replayed, and with padding, beside which nothing of an earlier replay stays."""
+    fill(channel)
+    asked, queries = rows([(sequence, HISTORY - 1, 1) for sequence in SEQUENCES]), random(ROWS, 1, 4, SPEC.head_dim)
+    ids, scores = (
+        torch.zeros(ROWS, 1, 4, SPEC.topk, dtype=dtype, device="cuda") for dtype in (torch.int32, torch.float)
+    )
+    call: dict[str, Any] = {"queries": queries, "order": order, "scores": scores, "raw_scores": raw, "out": ids}
+    channel.select_blocks(LAYER, **asked, **call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        channel.select_blocks(LAYER, **asked, **call)
+    asked["lengths"][2] = 0
+    queries.copy_(random(*queries.shape))
+    graph.replay()
+    torch.cuda.synchronize()
+    channel.check()
+    live = [row for row in range(ROWS) if row != 2]
+    each = [(SEQUENCES[row], HISTORY - 1, 1) for row in live]
+    answer = select_over_the_ring(peer, each, queries[live, 0], order=order, scores=True, raw=raw)
+    assert torch.equal(ids[live, 0].cpu(), answer.block_ids) and (ids[2] == -1).all()
+    assert torch.equal(scores[live, 0].cpu(), answer.scores) and (scores[2] == -torch.inf).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_an_engine_on_a_gpu_of_its_own(core: CoreProcess, peer: RingPeer) -> None:
+    with torch.cuda.device(1):
+        if not cuda_driver.can_reach(0, 1):
+            with pytest.raises(InvalidArgumentError, match="there is no peer access"):
+                opened(core, device="cuda:1")
+            return
+        channel = opened(core, device="cuda:1")
+        fill(channel)
+        decode = Decode(channel)
+        took = [decode.replay() for _ in range(20)]
+        decode.check_answers(peer)
+        print(f"on a GPU of its own: {1e6 * min(took) / len(decode.ids):.1f} us a call", flush=True)
+        channel.close()
+
+
 def test_a_refusal_ends_a_replay(core: CoreProcess, peer: RingPeer, channel: DeviceChannel) -> None:
     fill(channel)
     decode = Decode(channel)
@@ -216,7 +290,7 @@ def test_a_core_that_is_stopped_ends_a_replay_at_the_bound(core: CoreProcess, pe
     channel = opened(core, bound_seconds=0.5)
     fill(channel)
     decode = Decode(channel)
-    core.process.send_signal(signal.SIGSTOP)
+    stop(core.process.pid)
     try:
         took = decode.replay()
     finally:
@@ -293,7 +367,7 @@ def test_a_core_that_is_killed_ends_a_replay_and_another_one_takes_its_place(tmp
         decode = Decode(channel)
         decode.replay()
         decode.check_answers(peer)
-        first.process.send_signal(signal.SIGSTOP)
+        stop(first.process.pid)
         for ids in decode.ids:
             ids.fill_(7777)
         torch.cuda.synchronize()

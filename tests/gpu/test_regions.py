@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 import os
 import threading
 import time
@@ -21,7 +20,7 @@ from benchmarks.core_process import CoreProcess, RingPeer, core_process
 from benchmarks.ring_messages import Keys, Places, Queries, Spans, TensorData, TokenAnswer, TokenRequest
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import CloseSequences, FloatDtype, OpenSequences
-from blockdex.ring.regions import DeviceMemory, new_memfd, release, share, share_memfd
+from blockdex.ring.sharing import DeviceMemory, HostMemory, new_memfd, release, share, share_memory
 from blockdex_kernels import IndexSpec, cuda_driver
 
 FIELDS = {"num_layers": 2}
@@ -111,15 +110,11 @@ REQUESTS: dict[str, Callable[[], TokenRequest]] = {
 @contextmanager
 def shared_memory(peer: RingPeer, kind: str) -> Iterator[Shared]:
     if kind == "memfd":
-        fd = new_memfd(BYTES)
-        memory = torch.frombuffer(mmap.mmap(fd, BYTES), dtype=torch.uint8)
-        yield Shared(memory, share_memfd(peer.connected, fd).region)
-        os.close(fd)
+        host = HostMemory(BYTES)
+        yield Shared(torch.frombuffer(host.buffer, dtype=torch.uint8), share_memory(peer.connected, host).region)
     elif kind == "cuda_fd":
         there = DeviceMemory(0, BYTES)
-        yield Shared(torch.as_tensor(there), there.share(peer.connected).region)
-        torch.cuda.synchronize()
-        there.close()
+        yield Shared(torch.as_tensor(there), share_memory(peer.connected, there).region)
     else:
         address = ctypes.c_uint64()
         handle = (ctypes.c_ubyte * 64)()
@@ -231,7 +226,7 @@ def test_ranks_of_one_head_each(core: CoreProcess, peer: RingPeer, kind: str) ->
 
 def test_memory_that_cannot_be_shared_is_refused(peer: RingPeer) -> None:
     there = DeviceMemory(0, BYTES)
-    uuid, fd = there._uuid, there._fd
+    uuid, fd = there.words["device"], there.fd
     memfd = new_memfd(BYTES)
     handle = bytes(64).hex()
     refused: dict[str, tuple[str, list[int], dict[str, Any], str]] = {
@@ -255,7 +250,6 @@ def test_memory_that_cannot_be_shared_is_refused(peer: RingPeer) -> None:
         for offset, message in ((BYTES, "are not in region"), (32, "must be a multiple of 64")):
             with pytest.raises(BlockdexError, match=message):
                 peer.ask(asked, {"block_ids": (memory.region, offset)})
-    there.close()
 
 
 def held(core: CoreProcess) -> tuple[int, int, int]:

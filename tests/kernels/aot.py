@@ -28,6 +28,7 @@ from blockdex_kernels import IndexSpec
 from blockdex_kernels.interface import Selection, Spans
 from blockdex_kernels.triton import TritonBackend, chip
 from blockdex_kernels.triton.prefill import RUN_NUMBERS
+from blockdex_kernels.triton.rank import Signals
 from blockdex_kernels.triton.stage import stage
 
 CAPABILITY, MULTIPROCESSORS = int(sys.argv[1]), int(sys.argv[2])
@@ -148,15 +149,17 @@ def launch_everything(key_dtype: Any) -> None:
     backend.prefill_into(block_ids, packed.flatten(0, 1), numbers, table, 1024)
     case = f"{name}: stage"
     tokens, heads = 16, 4
-    host = torch.zeros(64 + 2 * 128 * tokens * (1 + heads) + 8 * tokens * (1 + 2 * heads), dtype=torch.uint8)
+    host = torch.zeros(64 + 2 * 128 * tokens * (1 + heads) + 8 * tokens * (1 + 2 * heads) + 256, dtype=torch.uint8)
     odd = key_dtype != "bf16"
-    sizes = {"num_columns": 10, "rows_at": 64, "num_keys": tokens, "num_queries": tokens * heads, "dim": 128}
-    targets = stage(host, host.clone(), **sizes, odd_keys=odd, odd_queries=native, pdl=backend.chip.pdl)
+    sizes = {"num_columns": 10, "rows_at": 64, "num_keys": tokens, "num_queries": tokens * heads}
+    sizes |= {"num_brought": tokens * heads + 32, "dim": 128}
+    brought = stage(host, host.clone(), **sizes, odd_keys=odd, odd_queries=native, pdl=backend.chip.pdl)
     case = f"{name}: decode into targets"
     selection = Selection(torch.zeros(tokens, heads, 16, dtype=torch.int32), torch.zeros(tokens, heads, 16))
     flags = torch.ones(tokens, dtype=torch.int32)
+    signals = Signals(brought[-32:], torch.zeros(1, dtype=torch.int32))
     runs = replace(spans(tokens, 1, 100_000), max_length=1, flags=flags)
-    backend.decode_into(selection, queries(tokens, 1), runs, order="ascending", targets=targets)
+    backend.decode_into(selection, queries(tokens, 1), runs, order="ascending", targets=brought[:-32], signals=signals)
     for num_runs, length in ((128, 1), (8, 8), (1, 16)):
         case = f"{name}: decode of {num_runs} runs of {length}"
         packed, runs = queries(num_runs, length), spans(num_runs, length, 100_000)

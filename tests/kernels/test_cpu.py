@@ -203,6 +203,17 @@ def test_large_and_small_magnitudes(key_dtype: Any, generator: torch.Generator) 
     check(backend_for(spec, runs), runs, generator)
 
 
+@pytest.mark.parametrize("raw_scores", [False, True])
+def test_scores_beyond_float32_are_infinite(raw_scores: bool, generator: torch.Generator) -> None:
+    spec = small_spec(key_dtype="fp8_e4m3")
+    run = Run(keys=torch.full((9, spec.head_dim), 400.0), queries=torch.full((1, 2, spec.head_dim), 3e38))
+    backend = backend_for(spec, [run])
+    spans = load(backend, [run], generator)
+    selection = backend.decode(run.queries, spans, order="ascending", return_scores=True, raw_scores=raw_scores)
+    assert selection.scores is not None
+    assert selection.scores[0, :, :2].tolist() == [[math.inf] * 2] * 2
+
+
 def test_every_e4m3_number_is_scored_as_it_is() -> None:
     spec = IndexSpec(
         num_layers=1,

@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,46 +37,30 @@ CHIPS = {
     103: Silicon(160, "tcgen05.mma", 228 << 10),
     120: Silicon(188, "mma.sync", 100 << 10),
 }
-COMMON = (90, 100)
-"""Compiled for in every run of the tests."""
+COMMON = 90
+"""Compiled for in every run of the tests: it takes half a minute."""
 
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
 
-Compilations = list[dict[str, Any]]
 
-
-def compile_for(capability: int, folder: Path) -> Compilations:
+def compile_for(capability: int, folder: Path) -> list[dict[str, Any]]:
     """What the program says."""
-    environment = os.environ | {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": str(folder / str(capability))}
+    environment = os.environ | {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": str(folder)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(PROGRAM), str(capability), str(CHIPS[capability].multiprocessors)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    compilations: Compilations = json.loads(done.stdout)
+    compilations: list[dict[str, Any]] = json.loads(done.stdout)
     return compilations
-
-
-@pytest.fixture(scope="module")
-def compiling(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[int, Future[Compilations]]]:
-    """The chips that are asked for, two at a time."""
-    folder = tmp_path_factory.mktemp("triton")
-    asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    chips: list[Any] = [item.callspec.params["capability"] for item in asked if item.module is request.module]
-    with ThreadPoolExecutor(2) as pool:
-        yield {capability: pool.submit(compile_for, capability, folder) for capability in chips}
 
 
 @pytest.mark.parametrize(
     "capability",
-    [pytest.param(chip, marks=[] if chip in COMMON else pytest.mark.slow, id=str(chip)) for chip in CHIPS],
+    [pytest.param(chip, marks=[] if chip == COMMON else pytest.mark.slow, id=str(chip)) for chip in CHIPS],
 )
-def test_kernels_compile_to_what_the_chip_is_good_at(
-    capability: int, compiling: dict[int, Future[Compilations]]
-) -> None:
-    silicon, compilations = CHIPS[capability], compiling[capability].result(timeout=110)
+def test_kernels_compile_to_what_the_chip_is_good_at(capability: int, tmp_path: Path) -> None:
+    silicon, compilations = CHIPS[capability], compile_for(capability, tmp_path)
     for made in compilations:
         print(made)
         if "scores" in made["kernel"]:

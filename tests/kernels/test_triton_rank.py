@@ -9,7 +9,7 @@ import torch
 
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.interface import Order
-from blockdex_kernels.triton.rank import rank
+from blockdex_kernels.triton.rank import Signals, rank
 from support.triton_device import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -97,6 +97,27 @@ def test_rows_with_a_target_go_there_and_leave_minus_one_behind(generator: torch
     assert torch.equal(ids[~has_target], plain[~has_target])
     assert (ids[has_target] == -1).all()
     assert torch.equal(raw, expected)
+
+
+def test_numbers_are_written_behind_the_ids(generator: torch.Generator) -> None:
+    """Once a launch, and the next one begins as this one did."""
+    spec, (scores, visible) = SPECS["K=15"], rows_of(160, generator)
+    positions = (torch.tensor(visible) * BLOCK - 1).to(DEVICE, torch.int32)
+    ids = torch.full((len(visible), 1, spec.topk), UNWRITTEN, dtype=torch.int32, device=DEVICE)
+    told = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    arrived = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    at = told.data_ptr()
+    for launch, addresses in enumerate(([at + 8, 0, 0, at + 24], [0] * 4, [0, at, 0, 0])):
+        told.zero_()
+        numbers = [(1 << 40) + 10 * launch + place for place in range(4)]
+        signals = Signals(torch.tensor(addresses + numbers, device=DEVICE), arrived)
+        rank(scores.to(DEVICE), positions, None, None, ids, None, spec, order="ascending", pdl=False, signals=signals)
+        expected_told = [0] * 4
+        for address, number in zip(addresses, numbers, strict=True):
+            if address:
+                expected_told[(address - at) // 8] = number
+        assert told.tolist() == expected_told
+        assert arrived.item() == 0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ DIM, TOKENS, HEADS, COLUMNS = 128, 7, 3, 5 * 300
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 ROWS_AT = -(-4 * COLUMNS // 16) * 16
 NUM_ROWS = TOKENS * (1 + HEADS)
+NUM_BROUGHT = TOKENS * HEADS + 10
 GUARD = 64
 
 
@@ -46,7 +47,7 @@ def test_a_step_as_it_is_laid(odd: bool, generator: torch.Generator) -> None:
         rounds_odd = odd and row < TOKENS
         expected[row] = to_odd(exact) if rounds_odd else exact.bfloat16()
     columns = torch.randint(-(2**31), 2**31 - 1, (COLUMNS,), dtype=torch.int64, generator=generator).int()
-    brought = torch.randint(0, 2**62, (TOKENS * HEADS,), generator=generator)
+    brought = torch.randint(0, 2**62, (NUM_BROUGHT,), generator=generator)
     parts = [columns, staged, addresses, brought]
     laid = [part.contiguous().view(torch.uint8).view(-1) for part in parts]
     padding = torch.zeros(ROWS_AT - 4 * COLUMNS, dtype=torch.uint8)
@@ -60,6 +61,7 @@ def test_a_step_as_it_is_laid(odd: bool, generator: torch.Generator) -> None:
         rows_at=ROWS_AT,
         num_keys=TOKENS,
         num_queries=TOKENS * HEADS,
+        num_brought=NUM_BROUGHT,
         dim=DIM,
         odd_keys=odd,
         odd_queries=False,

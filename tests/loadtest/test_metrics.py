@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from blockdex.client.endpoint import Endpoint
 from blockdex.loadtest.metrics import MetricsError, difference, parse, scrape
+from blockdex.loadtest.settings import Target
 
 BEFORE = """# HELP blockdex_requests_total Requests answered.
 # TYPE blockdex_requests_total counter
@@ -86,4 +88,4 @@ def _started(supervisor: float, frontend: float) -> str:
 
 def test_nothing_that_listens_is_told_in_one_line() -> None:
     with pytest.raises(MetricsError, match=r"http://127\.0\.0\.1:1/metrics: "):
-        scrape("127.0.0.1:1")
+        scrape(Target(Endpoint("127.0.0.1:2"), "127.0.0.1:1", "loadtest"))

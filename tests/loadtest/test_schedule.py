@@ -37,6 +37,7 @@ def test_the_same_seed_gives_the_same_arrivals() -> None:
     assert first == again != other
 
 
+@pytest.mark.alone
 async def test_an_arrival_is_given_at_its_moment_or_as_soon_as_a_client_is_free() -> None:
     span = window(5)
     moments = [span.begin + offset for offset in (0.02, 0.03, 0.04)]

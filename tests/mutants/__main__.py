@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,11 +44,11 @@ def check(mutants: Iterable[Mutant]) -> None:
 
 
 def quiet_compilers(folder: Path) -> Path:
-    """A folder of compilers that warn of nothing: a mutant is to be caught by what it does."""
+    """A folder of compilers that are quick and warn of nothing: a mutant is to be caught by what it does."""
     folder.mkdir()
     for name in ("cc", "gcc"):
         script = folder / name
-        script.write_text(f'#!/bin/sh\nexec {shutil.which(name)} "$@" -w\n', encoding="utf-8")
+        script.write_text(f'#!/bin/sh\nexec {shutil.which(name)} "$@" -w -O1\n', encoding="utf-8")
         script.chmod(0o755)
     return folder
 
@@ -74,8 +75,8 @@ def build(copied: Path, environment: Mapping[str, str]) -> None:
         raise RuntimeError(f"it does not compile:\n{done.stderr}")
 
 
-def is_caught(mutant: Mutant | None, tests: Sequence[str], compilers: Path) -> bool:
-    """Whether one of the tests fails, hangs or crashes with the fault.
+def catcher(mutant: Mutant | None, tests: Sequence[str], compilers: Path) -> str:
+    """The test that fails or crashes with the fault, or that they hang; nothing where it survives.
 
     Raises:
         RuntimeError: it does not compile, or pytest cannot run the tests.
@@ -96,16 +97,21 @@ def is_caught(mutant: Mutant | None, tests: Sequence[str], compilers: Path) -> b
                 said, _ = running.communicate(timeout=_SECONDS)
             except subprocess.TimeoutExpired:
                 running.kill()
-                return True
+                return f"no end after {_SECONDS} s"
+    if running.returncode < 0:
+        return f"signal {-running.returncode}"
     if running.returncode > _FAILED:
         raise RuntimeError(f"{mutant.name if mutant else 'nothing'}: pytest ended with {running.returncode}:\n{said}")
-    return bool(running.returncode)
+    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.*)", said, re.MULTILINE)
+    if failed:
+        return failed[1]
+    return said.strip().splitlines()[-1] if running.returncode else ""
 
 
-def outcome(compilers: Path, mutant: Mutant) -> tuple[Mutant, bool]:
-    """A mutant, and whether it was caught."""
-    caught = is_caught(mutant, mutant.tests, compilers)
-    print(f"{'caught' if caught else 'SURVIVED'}: {mutant.name} ({mutant.file})", flush=True)
+def outcome(compilers: Path, mutant: Mutant) -> tuple[Mutant, str]:
+    """A mutant, and what caught it."""
+    caught = catcher(mutant, mutant.tests, compilers)
+    print(f"{mutant.name} ({mutant.file}): {'caught by ' + caught if caught else 'SURVIVED'}", flush=True)
     return mutant, caught
 
 
@@ -120,8 +126,8 @@ def main() -> int:
     tests = sorted({test for mutant in chosen for test in mutant.tests})
     with tempfile.TemporaryDirectory(prefix="compilers-") as name, ThreadPoolExecutor(options.jobs) as pool:
         compilers = quiet_compilers(Path(name, "bin"))
-        if is_caught(None, tests, compilers):
-            raise RuntimeError("the tests fail without any mutant")
+        if failed := catcher(None, tests, compilers):
+            raise RuntimeError(f"the tests fail without any mutant: {failed}")
         survived = [mutant.name for mutant, caught in pool.map(partial(outcome, compilers), chosen) if not caught]
     print(f"{len(chosen) - len(survived)} of {len(chosen)} caught")
     return len(survived)

@@ -11,6 +11,10 @@ _TOO_MANY = ("csrc/test_programs.py::test_a_file_too_many_is_refused",)
 _STRESS = ("csrc/test_programs.py::test_nobody_sleeps_on_and_nothing_is_lost",)
 _CALLS = ("csrc/test_client_calls.py",)
 _CONNECTION = ("ring/test_connection.py",)
+_SHARED = (
+    "client/test_shared_regions.py::test_what_lies_in_a_region_is_named_and_not_copied",
+    "client/test_shared_regions.py::test_memory_of_a_device_is_never_copied",
+)
 
 MUTANTS = (
     # --- Connecting ---
@@ -49,6 +53,14 @@ MUTANTS = (
         _CONNECTION,
     ),
     Mutant("any length is believed", _LINK, "if (length > BLOCKDEX_LONGEST_TOLD - 4)", "if (false)", _CONNECTION),
+    # --- Memory that is lent ---
+    Mutant("a tensor ends beyond what is lent", _TYPE, " || bytes > lent->bytes - begin", "", _SHARED),
+    Mutant("a tensor begins anywhere", _TYPE, " || begin % 64) continue;", ") continue;", _SHARED),
+    Mutant("memory of a device is copied", _TYPE, "&&\n            tensors[at].must)", "&& false)", _SHARED),
+    Mutant("what lies in a region is copied", _TYPE, "    if (slot.keys_region) keys.bytes = 0;\n", "", _SHARED),
+    Mutant(
+        "a region is named on after its end", _TYPE, "if (self->lent[at].region == number) ", "if (false) ", _SHARED
+    ),
     # --- Answers ---
     Mutant(
         "a payload beyond the arena is followed",

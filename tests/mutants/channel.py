@@ -46,8 +46,15 @@ MUTANTS = (
     Mutant(
         "ids of an earlier call stay",
         _KERNELS,
-        "_copy_ids(words, block_ids, token, tl.where(error == 0, place, -1), token",
-        "_copy_ids(words, block_ids, token, place, token",
+        "            place = tl.where(error == 0, place, -1)\n",
+        "",
+        _IN_KERNELS,
+    ),
+    Mutant(
+        "scores of an earlier call stay",
+        _KERNELS,
+        "inside, _MINUS_INFINITY, WIDTH",
+        "inside & (place >= 0), _MINUS_INFINITY, WIDTH",
         _IN_KERNELS,
     ),
     Mutant("no bound", _KERNELS, "(time - begin > bound)", "(time - begin > bound * 1000)", _IN_KERNELS),
@@ -64,7 +71,11 @@ MUTANTS = (
     # --- The client ---
     Mutant("numbers begin anew", _CHANNEL, "_GENERATION = 1 << 32", "_GENERATION = 0", _IN_CHANNEL),
     Mutant("the watcher sees nothing", _CONNECTION, "            self._lost()\n", "", _IN_CHANNEL),
-    Mutant("any dtype", _CALLS, "        if tensor.dtype != torch.bfloat16:", "        if False:", _IN_CHANNEL),
+    Mutant("any dtype", _CALLS, "        if tensor.dtype not in _NUMBERS:", "        if False:", _IN_CHANNEL),
+    Mutant(
+        "scores are never raw", _CALLS, "RAW_SCORES if call.raw_scores else RETURN_SCORES", "RETURN_SCORES", _IN_CHANNEL
+    ),
+    Mutant("always ascending", _CALLS, "ORDERS.index(call.order) + 1", "1", _IN_CHANNEL),
     Mutant("any strides", _CALLS, "    if not tensor.is_contiguous():", "    if False:", _IN_CHANNEL),
     Mutant("any number of tokens", _CALLS, "<= max_tokens:", "<= 1 << 20:", _IN_CHANNEL),
     Mutant(
@@ -130,11 +141,21 @@ MUTANTS = (
         _IN_CORE,
     ),
     Mutant(
-        "signalled when the step has ended",
+        "no step signals",
         _LAUNCH,
-        "if (from->asked[asked].request->link->channel.on_device)",
-        "if (from->asked[asked].request->link->channel.bound < 0)",
+        "        if (!shape->num_addresses || !request->link->channel.on_device) continue;\n",
+        "        continue;\n",
         _IN_CORE,
+    ),
+    Mutant(
+        "nobody signals what a step has no room for",
+        _LAUNCH,
+        "if (request->link->channel.on_device && !request->signalled)",
+        "if (request->link->channel.on_device && request->signalled)",
+        _IN_CORE,
+    ),
+    Mutant(
+        "more signals than there is room for", _LAUNCH, " && signals < CORE_SIGNALS", " && signals < 1000", _IN_CORE
     ),
     Mutant("a signal that failed goes on", _LOOP, "core->no_memory || core->launch_error", "core->no_memory", _IN_CORE),
     Mutant(
@@ -145,4 +166,26 @@ MUTANTS = (
         _IN_CORE,
     ),
     Mutant("the core never naps", _LOOP, "CHANNEL_SPIN = 100000000", "CHANNEL_SPIN = 100000000000", _IN_CORE),
+    # --- Those that come together ---
+    Mutant(
+        "who came together is not waited for",
+        _ADMIT,
+        "        if (others_come(core, now)) return true;\n",
+        "",
+        _IN_CORE,
+    ),
+    Mutant(
+        "who is waited for is waited for for ever",
+        _ADMIT,
+        "        if (now - asking->came >= core->hold) return false;\n",
+        "",
+        _IN_CORE,
+    ),
+    Mutant(
+        "strangers are waited for",
+        _ADMIT,
+        "return late->came && asking->before && -core->hold < apart && apart < core->hold;",
+        "return late->came && asking->before && apart < core->hold;",
+        _IN_CORE,
+    ),
 )

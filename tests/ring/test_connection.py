@@ -61,7 +61,7 @@ def submit(connection: _native.RingConnection, request: Request) -> int:
         ticket = connection.submit(*wire_of(request), SECONDS)
     else:
         fields = codec.sequence_fields(request)
-        numbers = (fields.sequence_id, fields.child_id, fields.number)
+        numbers = (fields.sequence_id, fields.child_id, fields.number, fields.num_spans)
         ticket = connection.submit_sequences(fields.kind, request.epoch, *numbers, fields.columns, SECONDS)
     assert isinstance(ticket, int), ticket
     return ticket
@@ -155,7 +155,7 @@ async def test_who_is_gone_is_noticed_at_once() -> None:
         gone = (UNAVAILABLE, "UNREACHABLE", "server: it is gone")
         assert await asyncio.wait_for(waiting, 5.0) == gone
         assert connection.over == gone
-        assert connection.submit_sequences(2, 0, 1, 0, 0, b"", 1.0) == gone
+        assert connection.submit_sequences(2, 0, 1, 0, 0, 0, b"", 1.0) == gone
         assert connection.poll() == []
 
 
@@ -174,7 +174,7 @@ def test_a_server_that_ends_or_stands_still_keeps_nobody_waiting(how: signal.Sig
             assert answer == connection.over == (UNAVAILABLE, "UNREACHABLE", "server: it is gone")
             return
         assert answer is None
-        while isinstance(sent := connection.submit_sequences(2, 0, 1, 0, 0, b"", 60.0), int):
+        while isinstance(sent := connection.submit_sequences(2, 0, 1, 0, 0, 0, b"", 60.0), int):
             last = sent
         assert sent[:2] == (OVERLOADED, "OVERLOADED")
         process.send_signal(signal.SIGCONT)

@@ -18,7 +18,7 @@ import pytest
 from benchmarks.ring_messages import Places, Request, Spans, TokenAnswer, TokenRequest
 from blockdex.contract.errors import BlockdexError
 from blockdex.ring.layout import AT, CANCEL, REQUEST, REQUEST_STRUCT, RequestSlot
-from blockdex.ring.regions import release
+from blockdex.ring.sharing import release
 from support.asking import eventually
 from support.foreign_frontend import ForeignFrontend
 from support.foreign_host import DIM, HEADS, LENGTH, SMALL, both, fill, host, told
@@ -181,14 +181,14 @@ async def test_what_is_less_common_is_answered_as_all_is() -> None:
 
 BROKEN: dict[str, dict[str, Any]] = {
     "no kind": {"kind": 0},
-    "another kind": {"kind": 8},
+    "another kind": {"kind": 11},
     "keys of no dtype": {"keys_dtype": 5},
     "queries of no dtype": {"queries_dtype": 255},
     "keys without a dtype": {"keys_dtype": 0},
     "queries without a dtype": {"queries_dtype": 0},
     "no order": {"order": 0},
     "another order": {"order": 3},
-    "another flag": {"flags": 16},
+    "another flag": {"flags": 32},
     "an offset that is not aligned": {"payload_offset": 8},
     "an offset beyond the arena": {"payload_offset": 2**64 - 64},
     "a payload beyond the arena": {"payload_bytes": 2**64 - 1},

@@ -52,7 +52,7 @@ def test_the_numbers_of_the_c_header(tmp_path: Path) -> None:
         for field in fields
     ]
     names = ["OPEN", "GET", "FORK", "TRUNCATE", "CLOSE", "TOKENS", "CANCEL", "RETURN_SCORES", "WAIT_FOR_KEYS"]
-    names += ["ROLLBACK", "RAW_SCORES", "SLOT_BYTES", "MAX_TENANT_BYTES"]
+    names += ["ROLLBACK", "RAW_SCORES", "SLOT_BYTES", "MAX_TENANT_BYTES", "MAX_REFUSAL_BYTES"]
     names += ["HAS_BLOCK_IDS", "HAS_SCORES", "HAS_LENGTHS", "IS_STATE", "VERSION"]
     values_of = [f'printf("{name} %d\\n", (int)BLOCKDEX_{name});' for name in names]
     source = tmp_path / "offsets.c"

@@ -113,6 +113,7 @@ def test_the_only_request_in_flight_is_waited_for_while_there_is_nothing_else_to
     assert max(took) < seconds / 4 if event else min(waited) >= seconds
 
 
+@pytest.mark.alone
 def test_its_answer_ends_the_wait() -> None:
     with opened(spin_seconds=1.0) as core:
         assert core.send(STREAM, in_stream(0, append(), 1).SerializeToString()) == SENT

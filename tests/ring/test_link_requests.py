@@ -237,19 +237,19 @@ REFUSED: dict[str, tuple[Any, Code, Reason, str]] = {
         pb.AppendKeysRequest(spans=append().spans),
         Code.INVALID_ARGUMENT,
         Reason.INVALID_TENSOR,
-        "keys: dtype must be one of 1, 2, 3, 4, got 0",
+        "keys: dtype must be one of DTYPE_BF16, DTYPE_FP16, DTYPE_FP32, DTYPE_FP8_E4M3, got DTYPE_UNSPECIFIED",
     ),
     "int32": (
         with_keys(dtype=pb.DTYPE_INT32, data=bytes(32)),
         Code.INVALID_ARGUMENT,
         Reason.INVALID_TENSOR,
-        "keys: dtype must be one of 1, 2, 3, 4, got 5",
+        "keys: dtype must be one of DTYPE_BF16, DTYPE_FP16, DTYPE_FP32, DTYPE_FP8_E4M3, got DTYPE_INT32",
     ),
     "dtype": (
         with_keys(dtype=-1, data=bytes(32)),
         Code.INVALID_ARGUMENT,
         Reason.INVALID_TENSOR,
-        "keys: dtype must be one of 1, 2, 3, 4, got -1",
+        "keys: dtype must be one of DTYPE_BF16, DTYPE_FP16, DTYPE_FP32, DTYPE_FP8_E4M3, got -1",
     ),
     "large": (
         append(LIMITS.max_message_bytes // 8 + 1),

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from blockdex.contract.credentials import Credentials
 from blockdex.contract.errors import UnavailableError
 from blockdex.ring import control_channel as talk
 from blockdex.ring import handshake as handover
 from blockdex.ring.events import Event, NewEpoch, SequencesEvicted, event_of
-from blockdex.ring.handshake import Handles, take
+from blockdex.ring.handshake import Handles, Peer, listen, take
 from blockdex.ring.layout import GREETING_STRUCT, HELLO_STRUCT, MAGIC, VERSION
+from blockdex.ring.listener import RingHost
 from blockdex.ring.regions import Offer, Region
 from blockdex.ring.segment import RingError, Segment, Sizes
 from blockdex.scheduler.loop import Engine
@@ -69,6 +71,19 @@ async def linked(run: Hosted, tenant: str = "") -> AsyncIterator[tuple[socket.so
             handles.close()
 
 
+@contextlib.asynccontextmanager
+async def public(run: Hosted, credentials: Credentials) -> AsyncIterator[tuple[RingHost, str]]:
+    """One more socket of the engine, for clients that are known by these; and its address."""
+    with listen() as listening:
+        host = RingHost(run.engine, run.inbox, listening, credentials)
+        hosting = asyncio.create_task(host.run())
+        try:
+            yield host, str(listening.getsockname(), "latin-1")
+        finally:
+            hosting.cancel()
+            await asyncio.gather(hosting, return_exceptions=True)
+
+
 async def test_who_goes_while_it_connects_leaves_no_file() -> None:
     async with hosted() as run:
         before = files()
@@ -81,17 +96,29 @@ async def test_who_goes_while_it_connects_leaves_no_file() -> None:
             pass
 
 
-async def test_another_user_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Sizes] = []
-    monkeypatch.setattr(Segment, "create", lambda sizes, epoch: made.append(sizes))
-    monkeypatch.setattr(os, "getuid", lambda: 4242)
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        credentials = handover._CREDENTIALS.pack(os.getpid(), 4343, 4343)
-        monkeypatch.setattr(socket.socket, "getsockopt", lambda *asked: credentials)
-        with pytest.raises(RingError, match="link: user 4343 may not connect, 4242 may"):
-            await handover.offer(ours, Sizes(8, 4096, 4096), 1)
-    assert not made
+async def test_another_user_is_told_so_and_nothing_is_made_or_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with hosted() as run:
+        monkeypatch.setattr(Segment, "create", lambda sizes, epoch: pytest.fail("a segment was made"))
+        monkeypatch.setattr(Peer, "of", lambda connected: Peer(4343, (4343,)))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
+            connected.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connected, run.address)
+            with pytest.raises(RingError, match="link: the server does not know user 4343 of this host"):
+                await asyncio.wait_for(take(connected), TIMEOUT)
+        assert "link refused" in caplog.text
+
+
+def test_who_has_connected_is_who_the_kernel_says() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening, socket.socket(socket.AF_UNIX) as connecting:
+        listening.bind(b"")
+        listening.listen()
+        connecting.connect(listening.getsockname())
+        accepted, _ = listening.accept()
+        with accepted:
+            peer = Peer.of(accepted)
+    assert (peer.user, peer.groups[0], set(peer.groups)) == (os.getuid(), os.getgid(), {os.getgid(), *os.getgroups()})
 
 
 async def test_files_that_run_out_end_no_link_and_let_others_in_later(caplog: pytest.LogCaptureFixture) -> None:
@@ -166,7 +193,7 @@ async def test_who_does_not_say_hello_is_refused_before_anything_is_made(
         theirs.send(HELLO_STRUCT.pack(*said) + b"abc")
         theirs.shutdown(socket.SHUT_WR)
         with pytest.raises((RingError, ConnectionError), match=words):
-            await handover.offer(ours, Sizes(8, 4096, 4096), 1)
+            await handover.offer(ours, Sizes(8, 4096, 4096), 1, str)
         theirs.setblocking(False)
         assert (theirs.recv(64) if heard else b"") == heard
 
@@ -177,7 +204,7 @@ async def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
     with ours, theirs:
         ours.setblocking(False)
         with pytest.raises(TimeoutError):
-            await handover.offer(ours, Sizes(8, 4096, 4096), 1)
+            await handover.offer(ours, Sizes(8, 4096, 4096), 1, str)
 
 
 async def test_a_fault_in_a_report_is_told_to_who_asked_and_ends_no_link(caplog: pytest.LogCaptureFixture) -> None:
@@ -242,27 +269,69 @@ async def test_a_link_with_a_tenant_hears_of_its_own_sequences_alone() -> None:
         control.hang_up()
 
 
+ACCESS = """
+[[users]]
+user = 4343
+tenant = "theirs"
+
+[[groups]]
+group = 7
+tenant = "group-s"
+
+[[users]]
+user = 4444
+rights = ["operator"]
+"""
+
+
 @pytest.mark.parametrize(
-    ("is_shared", "tenant", "comes_in"), [(False, "t", False), (True, "", False), (True, "t", True)]
+    ("peer", "named", "tenant"),
+    [
+        (Peer(4343, (1,)), "", "theirs"),
+        (Peer(4343, (7,)), "theirs", "theirs"),
+        (Peer(5, (1, 7)), "", "group-s"),
+        (Peer(4444, ()), "anybody-s", "anybody-s"),
+        (Peer(os.getuid(), (7,)), "", "default"),
+        (Peer(os.getuid(), (7,)), "mine", "mine"),
+        (Peer(4343, (1,)), "group-s", "blockdex-tenant: 'group-s' is not the caller's, 'theirs' is"),
+        (Peer(4444, ()), "", "the caller's entry in the access file has no tenant"),
+        (Peer(5, (1, 8)), "theirs", "the server does not know user 5 of this host"),
+    ],
 )
-async def test_another_user_comes_in_by_a_shared_socket_with_a_tenant(
-    monkeypatch: pytest.MonkeyPatch, is_shared: bool, tenant: str, comes_in: bool
+async def test_a_link_has_the_tenant_of_who_opens_it(
+    monkeypatch: pytest.MonkeyPatch, peer: Peer, named: str, tenant: str
 ) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        credentials = handover._CREDENTIALS.pack(os.getpid(), os.getuid() + 1, 1)
-        monkeypatch.setattr(socket.socket, "getsockopt", lambda *asked: credentials)
-        offered = asyncio.create_task(handover.offer(ours, Sizes(4, 4096, 4096), 1, is_shared))
-        theirs.send(HELLO_STRUCT.pack(MAGIC, VERSION, len(tenant)) + tenant.encode())
-        if not comes_in:
-            with pytest.raises(RingError, match="link: user"):
-                await offered
-            return
-        handles = await offered
-        assert handles.tenant == tenant
-        handles.close()
+    async with hosted() as run, public(run, Credentials(access_text=ACCESS)) as (_, address):
+        monkeypatch.setattr(Peer, "of", lambda connected: peer)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
+            connected.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connected, address)
+            try:
+                handles = await asyncio.wait_for(take(connected, named), TIMEOUT)
+            except RingError as refused:
+                assert tenant in str(refused)
+                return
+            handles.close()
+            await eventually(lambda: len(run.inbox._links) == 2)
+            assert run.inbox._links[-1].handles.tenant == tenant
+
+
+async def test_who_is_known_no_more_is_hung_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with hosted() as run, public(run, Credentials(access_text=ACCESS)) as (host, address):
+        monkeypatch.setattr(Peer, "of", lambda connected: Peer(4343, (7,)))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
+            connected.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connected, address)
+            handles = await asyncio.wait_for(take(connected, "theirs"), TIMEOUT)
+            await eventually(lambda: len(run.inbox._links) == 2)
+            host.take_up(Credentials(access_text=ACCESS + "# the same\n"))
+            await asyncio.sleep(0.05)
+            assert len(run.inbox._links) == 2
+            host.take_up(Credentials(access_text=ACCESS.replace("4343", "4545")))
+            await eventually(lambda: len(run.inbox._links) == 1)
+            assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connected, 1), TIMEOUT) == b""
+            handles.close()
+        await run.ask(open_sequence(1))
 
 
 BAD_WORDS = [

@@ -22,7 +22,8 @@ from blockdex._native import MAX_REGIONS
 from blockdex.contract.errors import BlockdexError, InvalidArgumentError, ResourceExhaustedError
 from blockdex.executor.cpu import CpuExecutor
 from blockdex.ring import regions
-from blockdex.ring.regions import MAX_LINK_BYTES, release, share
+from blockdex.ring.regions import MAX_LINK_BYTES
+from blockdex.ring.sharing import release, share
 from support.asking import eventually
 from support.foreign_frontend import ForeignFrontend
 from support.foreign_host import DIM, HEADS, LENGTH, both, fill, host, told

@@ -24,6 +24,8 @@ from support.links import link_of
 from support.ring_engine import hosted
 from support.running_engine import TIMEOUT, get, open_sequence
 
+pytestmark = pytest.mark.alone
+
 LONG = 5.0
 """Seconds of spinning that no test waits for."""
 

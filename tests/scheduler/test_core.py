@@ -141,9 +141,9 @@ def test_what_is_refused_is_told_why_and_changes_nothing(bare: BareCore, name: s
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "no kind": ({"kind": 0}, "kind must be 1 to 7, got 0"),
-    "another kind": ({"kind": 8}, "kind must be 1 to 7, got 8"),
-    "flags": ({"flags": 16}, "flags must be 0 to 15, got 16"),
+    "no kind": ({"kind": 0}, "kind must be 1 to 10, got 0"),
+    "another kind": ({"kind": 11}, "kind must be 1 to 10, got 11"),
+    "flags": ({"flags": 32}, "flags must be 0 to 31, got 32"),
     "a dtype of keys": ({"keys_dtype": 5}, "dtype must be 1 to 4, got 5 and 1"),
     "a dtype of queries": ({"queries_dtype": 255}, "dtype must be 1 to 4, got 1 and 255"),
     "keys without a dtype": ({"keys_dtype": 0}, "64 bytes of keys and 128 of queries, one without a dtype"),
@@ -297,6 +297,7 @@ def make_core(spec: IndexSpec) -> native.Core:
         odd_queries=False,
         nudge=0,
         spin_seconds=0.0,
+        hold_seconds=0.0,
         seconds_bounds=(1.0,),
         size_bounds=(1.0,),
     )

@@ -82,6 +82,11 @@ class Channel:
         return own
 
     @property
+    def answered(self) -> int:
+        """The number in its memory."""
+        return int(self.memory.bytes[:8].view(torch.int64))
+
+    @property
     def block_ids(self) -> torch.Tensor:
         """int32 `[16, H, topk]` in its memory."""
         places = self.memory.places
@@ -115,15 +120,17 @@ def test_a_success_is_signalled_behind_the_step(bare: BareCore) -> None:
     queries = channel.ring((1, LENGTH), (2, LENGTH))
     bare.look()
     assert len(bare.device.begun) == 1, "launched, and not ended"
-    assert channel.told == [(channel.memory.address, FIRST, 0)] and channel.begun == [1]
+    assert bare.device.begun[0].signals[:, 0].tolist() == [channel.memory.address, FIRST]
+    assert not channel.told and channel.answered == FIRST - 1
     bare.device.end()
+    assert channel.answered == FIRST
     bare.look()
     assert torch.equal(channel.block_ids[:2], expected(queries))
     assert channel.count("answers_written") == 0 and channel.count("requests_read") == FIRST
     channel.ring((1, LENGTH + 1), queries=False)
     bare.look()
-    assert channel.told[1:] == [(channel.memory.address, FIRST + 1, 0)]
     bare.device.end()
+    assert channel.answered == FIRST + 1
     bare.look()
     assert bare.lengths[LAYER, 0] == LENGTH + 2 and channel.count("answers_written") == 0
     assert channel.link.give_back(int(channel.memory.bytes[144:148].view(torch.int32))), "no request is left"
@@ -141,13 +148,27 @@ def test_memory_of_the_host_is_written_when_the_step_has_ended(bare: BareCore) -
     assert torch.equal(channel.block_ids[:2], expected(queries))
 
 
+def test_more_channels_than_a_step_can_signal(bare: BareCore) -> None:
+    """The others are told by themselves, when the stream comes so far."""
+    channels = [Channel(bare) for _ in range(native.SIGNALS + 3)]
+    for channel in channels:
+        channel.ring((1, LENGTH - 1), keys=False)
+    bare.look()
+    (seen,) = bare.device.begun
+    # What the core calls is the last one's.
+    addresses = {address for address, _, _ in channels[-1].told}
+    assert channels[-1].begun == [1] * 3
+    assert len(addresses | set(seen.signals[0].tolist())) == len(channels)
+    assert np.count_nonzero(seen.signals[0]) == native.SIGNALS
+
+
 def test_what_is_done_already_is_signalled_at_once(bare: BareCore) -> None:
     channel = Channel(bare)
     for _ in range(2):
         channel.ring((1, LENGTH), queries=False, revision=5)
         bare.look()
     assert len(bare.device.begun) == 1
-    assert [number for _, number, _ in channel.told] == [FIRST, FIRST + 1]
+    assert channel.told == [(channel.memory.address, FIRST + 1, 0)]
 
 
 def test_a_refusal_is_an_answer(bare: BareCore) -> None:
@@ -169,19 +190,11 @@ def test_another_epoch(bare: BareCore) -> None:
 
 def test_a_signal_that_the_device_refuses(bare: BareCore) -> None:
     channel = Channel(bare)
-    channel.error = 719
-    channel.ring((1, LENGTH))
-    with pytest.raises(RuntimeError, match="the device takes no step: CUDA error 719"):
-        bare.core.run(0.0)
-    channel.error = 717
-    channel.told.clear()
-    bare.abandon()
-    channel = Channel(bare)
     channel.ring((2, LENGTH), queries=False, revision=5)
     bare.look()
     channel.error = 718
     channel.ring((2, LENGTH), queries=False, revision=5)
-    with pytest.raises(RuntimeError, match="CUDA error 718"):
+    with pytest.raises(RuntimeError, match="the device takes no step: CUDA error 718"):
         bare.core.run(0.0)
 
 
@@ -192,13 +205,13 @@ def test_a_request_that_may_have_waited_too_long(bare: BareCore) -> None:
     bare.look()
     channel.ring((1, LENGTH))
     bare.look()
-    assert channel.told
     bare.device.end()
     bare.look()
+    assert channel.answered == FIRST
     channel.ring((1, LENGTH + 1))
     time.sleep(0.1)
     bare.look()
-    assert len(channel.told) == 1 and not bare.device.begun
+    assert not bare.device.begun
     assert "timeout: 0.050 s were allowed, 0.1" in str(channel.memory.refusal())
     assert bare.lengths[LAYER, 0] == LENGTH + 1
 
@@ -227,7 +240,7 @@ def test_a_core_naps_beside_a_channel_that_nobody_uses() -> None:
         before, began = naps(), time.monotonic()
         thread.start()
         looking.start()
-        while not channel.told:
+        while not bare.device.begun:
             assert time.monotonic() - began < 5
             time.sleep(0.05)
         assert naps() - before > 200
@@ -248,8 +261,8 @@ def test_numbers_go_on_where_the_kernels_are(bare: BareCore) -> None:
     bare.core.add(channel.link)
     queries = channel.ring((1, LENGTH))
     bare.look()
-    assert channel.told == [(memory.address, FIRST + 1 + (1 << 32), 0)]
     bare.device.end()
+    assert channel.answered == FIRST + 1 + (1 << 32)
     bare.look()
     assert torch.equal(channel.block_ids[:1], expected(queries))
     assert channel.count("answers_written") == channel.count("answers_read") == 1
@@ -267,3 +280,34 @@ def test_channels_that_cannot_be(bare: BareCore) -> None:
         region = SimpleNamespace(address=data.ctypes.data, bytes=size, on_device=False)
         with pytest.raises(ValueError, match=f"channel: its memory has {size} bytes"):
             link.make_channel(region, bound, 1)
+
+
+def test_channels_that_come_together_are_one_step() -> None:
+    """Those that came together are waited for the next time, for so long and no longer; a stranger is not."""
+    hold = 0.5
+    with bare_core(replays=ALL, hold_seconds=hold) as bare:
+        first, second, stranger = channels = [Channel(bare) for _ in range(3)]
+
+        def steps(*asking: Channel, then: tuple[Channel, ...] = (), seconds: float = 0.0) -> list[int]:
+            """Runs of the steps that begin."""
+            for channel in asking:
+                channel.ring((1 + channels.index(channel), LENGTH - 1), keys=False)
+            bare.look()
+            for channel in then:
+                channel.ring((1 + channels.index(channel), LENGTH - 1), keys=False)
+            bare.core.run(seconds)
+            made = [int((step.columns[2] > 0).sum()) for step in bare.device.begun]
+            while bare.device.begun:
+                bare.device.end()
+                bare.look()
+            return made
+
+        assert steps(first, then=(second,)) == [1, 1], "the first time nobody knows"
+        assert steps(first, then=(second,)) == [2]
+        assert steps(second, then=(first,)) == [2]
+        time.sleep(1.2 * hold)
+        assert steps(stranger) == [1]
+        time.sleep(1.2 * hold)
+        assert steps(first) == [], "it is held"
+        assert steps(seconds=1.5 * hold) == [1], "and no longer than that"
+        assert steps(first) == [1], "who did not come is not waited for again"

@@ -169,6 +169,7 @@ def test_a_bell_that_is_full_holds_nobody_up(bare: BareCore) -> None:
     check_answer(door, 0, request)
 
 
+@pytest.mark.alone
 def test_it_sleeps_until_the_time_is_up(bare: BareCore) -> None:
     bare.open_client()
     began, busy = time.monotonic(), time.thread_time()
@@ -178,6 +179,7 @@ def test_it_sleeps_until_the_time_is_up(bare: BareCore) -> None:
     assert bare.doors[0].handles.segment.flags[AT["engine_sleeps"] // 4] == 0, "it is awake again"
 
 
+@pytest.mark.alone
 def test_it_spins_for_as_long_as_it_is_told_to() -> None:
     with bare_core(spin_seconds=0.1) as bare:
         bare.open_client().send(bare.both(0, (1, LENGTH, 1)))
@@ -187,6 +189,7 @@ def test_it_spins_for_as_long_as_it_is_told_to() -> None:
         assert 0.01 < time.thread_time() - busy < 0.2
 
 
+@pytest.mark.alone
 def test_it_spins_after_an_answer() -> None:
     with bare_core(spin_seconds=TIMEOUT, replays=ALL) as bare:
         bare.open_client().send(bare.both(0, (1, LENGTH, 1)))
@@ -197,9 +200,12 @@ def test_it_spins_after_an_answer() -> None:
         assert time.thread_time() - busy > 0.01
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("what", ["request", "notice"])
 def test_a_sleeper_is_woken(bare: BareCore, what: str) -> None:
+    """Once, and held up by no bell that would wait for another time."""
     door, quiet = bare.open_client(), bare.open_client()
+    os.set_blocking(bare.engine_sides[0].engine_bell, True)
     flags = door.handles.segment.flags
     sleeping = AT["engine_sleeps"] // 4
 

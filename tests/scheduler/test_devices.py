@@ -12,10 +12,11 @@ import torch
 
 from benchmarks.ring_messages import TokenAnswer
 from blockdex.contract.errors import Code, Reason, ResourceExhaustedError
+from blockdex.executor import shared_memory
 from blockdex.executor.interface import Answer, Pending, check_patience
 from blockdex.ring.server import RingInbox
 from blockdex.scheduler.loop import Engine
-from blockdex_kernels import IndexSpec
+from blockdex_kernels import IndexSpec, cuda_driver
 from blockdex_kernels.triton.gpu import GpuBackend
 from support.cache_state import check_integrity
 from support.ring_caller import RingCaller
@@ -31,6 +32,19 @@ from support.running_engine import (
 from support.triton_device import DEVICE
 
 A, B = 1, 2
+
+
+def test_memory_of_another_gpu_is_taken_where_the_own_one_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver of two GPUs, of which the first reaches the second, and not the other way round."""
+    uuids = (b"\0" * 16, b"\1" * 16)
+    monkeypatch.setattr(cuda_driver, "device_uuid", uuids.__getitem__)
+    monkeypatch.setattr(cuda_driver, "can_reach", lambda device, other: device < other)
+    for device, owner in ((0, 0), (0, 1)):
+        shared_memory.check_owner(device, owner, uuids[owner].hex())
+    with pytest.raises(RuntimeError, match=f"is said to lie on GPU {uuids[0].hex()}, lies on {uuids[1].hex()}"):
+        shared_memory.check_owner(0, 1, uuids[0].hex())
+    with pytest.raises(RuntimeError, match=f"GPU {uuids[0].hex()}, which the server's, {uuids[1].hex()}, cannot reach"):
+        shared_memory.check_owner(1, 0, uuids[0].hex())
 
 
 async def test_a_full_device_refuses_the_selection_alone(random: np.random.Generator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from blockdex.server.bootstrap import StartError
 from blockdex.server.child_process import Child
-from blockdex.server.config import load_settings
+from blockdex.server.config import ServeSettings, load_settings
 from support import hanging_child
 from support.processes import SECONDS, command_of, eventually
 from support.serving import SMALL, environment
@@ -28,6 +29,38 @@ def test_a_child_that_hangs_ends_with_its_supervisor() -> None:
         assert number == 7
         supervisor.kill()
     eventually(lambda: "hanging_child" not in command_of(child), "it is gone", SECONDS)
+
+
+async def test_mps_is_asked_to_end_a_child_that_hangs_before_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVIDIA's programs need a GPU: others of their names note what they are asked, and that the child lives then."""
+    server = tmp_path / "nvidia-cuda-mps-server"
+    server.symlink_to("/bin/sleep")
+    asked, control = tmp_path / "asked", tmp_path / "nvidia-cuda-mps-control"
+    monkeypatch.setenv("PYTHONPATH", str(Path(hanging_child.__file__).parent))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    with subprocess.Popen([server, "60"]) as running:
+        answer = f'case "$words" in get*) echo {os.getpid()}; echo {running.pid};; esac'
+        control.write_text(f'#!/bin/sh\nread words\necho "$words $(ls -d /proc/${{words##* }})" >> {asked}\n{answer}\n')
+        control.chmod(0o755)
+
+        async def end_one() -> Child:
+            child, _ = await Child.start("hanging_child", ServeSettings(), number=7)
+            await asyncio.sleep(0.2)
+            assert await child.end(0.1) == -signal.SIGKILL
+            return child
+
+        await end_one()
+        assert not asked.exists(), "there is no MPS"
+        (tmp_path / "control").touch()
+        child = await end_one()
+        said = asked.read_text(encoding="utf-8").splitlines()
+        assert said[1:] == [f"terminate_client {running.pid} {child.pid} /proc/{child.pid}"]
+        control.write_text("#!/bin/sh\nexit 1\n")
+        await end_one()
+        running.kill()
 
 
 async def test_one_that_ends_before_it_is_ready_is_told_of() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import blockdex
+from blockdex.contract.credentials import Credentials
 from blockdex.frontend.http.readiness import Readiness
 from blockdex.server import child_process as child
 from blockdex.server import supervisor as supervising
@@ -38,7 +39,7 @@ def _strange(monkeypatch: pytest.MonkeyPatch) -> None:
 async def started() -> AsyncIterator[tuple[Supervisor, Readiness]]:
     """A supervisor whose engine core is born."""
     readiness = Readiness()
-    made = Supervisor(load_settings([*SMALL, "--grpc-address", "127.0.0.1:0"]), readiness)
+    made = Supervisor(load_settings([*SMALL, "--grpc-address", "127.0.0.1:0"]), readiness, Credentials())
     try:
         assert await made.start(asyncio.Event())
         yield made, readiness
@@ -97,7 +98,7 @@ async def test_a_core_that_hangs_up_and_stays_is_ended(monkeypatch: pytest.Monke
 
 async def test_told_to_stop_while_the_core_is_born(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRANGE_CORE_HANGS", "connected")
-    made = Supervisor(load_settings(SMALL), Readiness())
+    made = Supervisor(load_settings(SMALL), Readiness(), Credentials())
     told = asyncio.Event()
     starting = asyncio.create_task(made.start(told))
     try:

@@ -72,7 +72,7 @@ def test_what_is_no_socket_stays(tmp_path: Path) -> None:
     [
         ("x" * 200, (), "socket: cannot listen on "),
         ("no/such/folder", (), "No such file or directory"),
-        ("ring", ("--socket-group=no-such-group",), "cannot be shared with 'no-such-group'"),
+        ("ring", ("--socket-group=no-such-group",), "there is no 'no-such-group' on this machine"),
     ],
 )
 def test_one_that_cannot_be(tmp_path: Path, name: str, flags: tuple[str, ...], words: str) -> None:

@@ -50,6 +50,7 @@ class Admission:
             odd_queries=False,
             nudge=self.nudge,
             spin_seconds=0.0,
+            hold_seconds=0.0,
             seconds_bounds=(1.0,),
             size_bounds=(1.0,),
         )

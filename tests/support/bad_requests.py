@@ -52,7 +52,7 @@ def both_of(*rows: tuple[int, ...], layer: int = 0, **fields: Any) -> pb.AppendA
 
 def columns(**changed: list[int]) -> pb.AppendKeysRequest:
     """A good append of one token to A but for the columns given."""
-    whole: dict[str, list[int]] = {"sequence_ids": [A], "starts": [300], "lengths": [1]}
+    whole: dict[str, Any] = {"sequence_ids": [A], "starts": [300], "lengths": [1]}
     return pb.AppendKeysRequest(layer=0, spans=pb.Spans(**(whole | changed)), keys=tensor(KEYS[:1]))
 
 

@@ -16,7 +16,7 @@ from benchmarks.ring_messages import TokenAnswer, TokenRequest
 from blockdex import _native as native
 from blockdex.cache import IndexCache
 from blockdex.contract.errors import Code
-from blockdex.executor.interface import addresses_of, keys_offset, step_buffer_bytes
+from blockdex.executor.interface import SIGNALS, addresses_of, keys_offset, step_buffer_bytes
 from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
 from blockdex_kernels import IndexSpec
@@ -47,6 +47,7 @@ class Seen(NamedTuple):
         keys: bfloat16, as uint16 `[T, D]`.
         queries: likewise `[T, H, D]`.
         targets: uint64 `[T, H]`, addresses that block ids go to; 0 where they go to the room.
+        signals: uint64 `[2, SIGNALS]`, addresses, and numbers that are written there in the end.
     """
 
     room: int
@@ -54,6 +55,7 @@ class Seen(NamedTuple):
     keys: NDArray[np.uint16]
     queries: NDArray[np.uint16]
     targets: NDArray[np.uint64]
+    signals: NDArray[np.uint64]
 
 
 class Device:
@@ -109,6 +111,9 @@ class Device:
             if target:
                 ctypes.memmove(target, row.ctypes.data, row.nbytes)
                 row[:] = -1
+        for address, number in seen.signals.T.tolist():
+            if address:
+                ctypes.c_uint64.from_address(address).value = number
         _, block_ids, scores = self.rooms[seen.room]
         block_ids[: ids.size] = ids.reshape(-1)
         wanted = np.flatnonzero(flags & RUN_WANTS_SCORES)
@@ -133,13 +138,15 @@ class Device:
         keys = host[keys_at:queries_at].view(np.uint16).reshape(num_tokens, spec.head_dim).copy()
         shape = (num_tokens, spec.num_index_heads, spec.head_dim)
         queries = host[queries_at:end].view(np.uint16).reshape(shape).copy()
-        targets = np.zeros(shape[:2], np.uint64)
+        targets, signals = np.zeros(shape[:2], np.uint64), np.zeros((2, SIGNALS), np.uint64)
         if self._shapes:
             addresses = host[end : end + 8 * addresses_of(spec, num_tokens)].view(np.uint64)
-            sources, targets = np.split(addresses, [num_tokens * (1 + spec.num_index_heads)])
+            rows = num_tokens * (1 + spec.num_index_heads)
+            sources, targets, signals = np.split(addresses, [rows, rows + num_tokens * spec.num_index_heads])
             _read_rows(sources[:num_tokens], keys)
             _read_rows(sources[num_tokens:], queries.reshape(-1, spec.head_dim))
-        self.begun.append(Seen(room, columns, keys, queries, targets.reshape(shape[:2]).copy()))
+        targets, signals = targets.reshape(shape[:2]).copy(), signals.reshape(2, SIGNALS).copy()
+        self.begun.append(Seen(room, columns, keys, queries, targets, signals))
 
 
 def _read_rows(addresses: NDArray[np.uint64], rows: NDArray[np.uint16]) -> None:
@@ -157,7 +164,7 @@ class BareCore:
         spec: of the indexer.
         sequences: how many there are: 1 to so many of the tenant, in entries from 0 on.
         replays: the device's programs (runs, length, width); None: it runs steps at once, in Python.
-        spin_seconds, max_spans, max_message_bytes, max_queued, odd_keys: see `Core`.
+        spin_seconds, hold_seconds, max_spans, max_message_bytes, max_queued, odd_keys: see `Core`.
     """
 
     def __init__(
@@ -167,6 +174,7 @@ class BareCore:
         sequences: int = 16,
         replays: Sequence[tuple[int, int, int]] | None = None,
         spin_seconds: float = 0.0,
+        hold_seconds: float = 0.0,
         max_spans: int = 1024,
         max_message_bytes: int = 1 << 30,
         max_queued: int = 256,
@@ -193,6 +201,7 @@ class BareCore:
             odd_queries=False,
             nudge=self.nudge,
             spin_seconds=spin_seconds,
+            hold_seconds=hold_seconds,
             seconds_bounds=SECONDS_BOUNDS,
             size_bounds=SIZE_BOUNDS,
         )

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class Rung(NamedTuple):
     Attributes:
         slot: its numbers.
         columns: uint64 `[4, N]`.
-        keys: uint16 `[T, D]`; None without.
+        keys: uint16 `[T, D]`, of bfloat16 numbers; None without.
         queries: uint16 `[T, H, D]`; None without.
     """
 
@@ -84,12 +84,15 @@ class ChannelCore:
             Rung(
                 slot,
                 columns.reshape(4, -1),
-                keys.reshape(-1, spec.head_dim) if slot.keys_dtype else None,
+                keys.reshape(int(columns.reshape(4, -1)[2].sum()), -1) if slot.keys_dtype else None,
                 queries.reshape(-1, slot.num_heads, spec.head_dim) if slot.queries_dtype else None,
             )
         )
         if slot.queries_dtype:
-            self._write(slot.block_ids_offset, self.rung[-1].queries[..., : spec.topk].astype(np.int32))  # type: ignore[index]
+            found = self.rung[-1].queries[..., : spec.topk]  # type: ignore[index]
+            self._write(slot.block_ids_offset, found.astype(np.int32))
+            if slot.scores_region:
+                self._write(slot.scores_offset, found.astype(np.float32) / 4)
         self._answer(number)
 
     def _read(self, offset: int, size: int) -> NDArray[np.uint16]:
@@ -101,8 +104,8 @@ class ChannelCore:
         self._stream.synchronize()
         return self._staged[:size].numpy().view(np.uint16).copy()
 
-    def _write(self, offset: int, block_ids: NDArray[np.int32]) -> None:
-        data = torch.from_numpy(block_ids.reshape(-1).view(np.uint8))
+    def _write(self, offset: int, numbers: NDArray[Any]) -> None:
+        data = torch.from_numpy(numbers.reshape(-1).view(np.uint8))
         there = self._memory.bytes[offset : offset + len(data)]
         if not self._on_device:
             there.copy_(data)

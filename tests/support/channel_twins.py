@@ -45,7 +45,7 @@ class ChannelStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("memory", "segment", "columns_at")),
-        *((name, ctypes.c_uint64) for name in ("token_places", "keys", "queries", "block_ids")),
+        *((name, ctypes.c_uint64) for name in ("token_places", "keys", "queries", "block_ids", "scores")),
         ("slots", ctypes.c_uint32),
     )
 
@@ -58,9 +58,15 @@ class CallStruct(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("ids", "starts", "lengths", "revisions", "replays")),
         *((name, ctypes.c_uint64) for name in ("kind", "layer", "heads")),
         *((name, ctypes.c_int64) for name in ("own_keys", "own_queries")),
-        *((name, ctypes.c_uint32) for name in ("key_bytes", "query_bytes")),
+        *((name, ctypes.c_uint32) for name in ("key_bytes", "query_bytes", "wants_scores")),
         *((name, ctypes.c_int32) for name in ("rows", "row_tokens")),
     )
+
+
+class SelectionStruct(ctypes.Structure):
+    """struct blockdex_selection."""
+
+    _fields_ = (("block_ids", ctypes.c_uint64), ("scores", ctypes.c_uint64))
 
 
 def launch_cuda(
@@ -77,6 +83,7 @@ def launch_cuda(
         places.keys,
         places.queries,
         places.block_ids,
+        places.scores,
         REQUEST_SLOTS,
     )
     asked = calls.words_of(memory, spec, heads, call)
@@ -91,6 +98,7 @@ def launch_cuda(
         asked.own_queries,
         asked.key_bytes,
         asked.query_bytes,
+        call.scores is not None,
         call.rows,
         call.row_tokens,
     )
@@ -104,7 +112,7 @@ def launch_cuda(
         1,
         stream,
         channel,
-        ctypes.c_uint64(0 if block_ids is None else block_ids.data_ptr()),
+        SelectionStruct(*(0 if each is None else each.data_ptr() for each in (block_ids, call.scores))),
         ctypes.c_int32(call.rows * call.row_tokens if width else 0),
         ctypes.c_int32(width),
         ctypes.c_uint64(int(1e9 * bound)),
@@ -185,11 +193,16 @@ def launch_numpy(
     memory.segment.flags[AT["channel_error"] // 4] = error[0]
     if block_ids is None:
         return
-    width = heads.count * spec.topk
-    there = memory.bytes.numpy()[memory.places.block_ids : memory.places.own].view(np.int32)[: len(places) * width]
-    found = there.reshape(-1, width)[places]
-    found[(places < 0) | (error[0] != 0)] = -1
-    block_ids.copy_(torch.from_numpy(found).view(block_ids.shape))
+    width, nothing = heads.count * spec.topk, (places < 0) | (error[0] != 0)
+    targets = ((block_ids, memory.places.block_ids, -1), (call.scores, memory.places.scores, -np.inf))
+    for target, begin, missing in targets:
+        if target is None:
+            continue
+        dtype = target.numpy().dtype
+        there = memory.bytes.numpy()[begin : begin + 4 * len(places) * width].view(dtype)
+        found = there.reshape(-1, width)[places]
+        found[nothing] = missing
+        target.copy_(torch.from_numpy(found).view(target.shape))
 
 
 def _control(memory: ChannelMemory) -> tuple[dict[str, NDArray[np.uint64]], NDArray[np.int32]]:
@@ -236,12 +249,12 @@ def ring_numpy(memory: ChannelMemory, spec: IndexSpec, heads: Heads, call: Call)
     segment.memory[segment.request_arena_offset : segment.request_arena_offset + len(data)] = data
     number, tokens = int(counted["written"][0]) + 1, int(lengths.sum())
     region = int(memory.bytes[CONTROL_AT["region"] :][:4].view(torch.int32)[0])
-    has_keys, has_queries = call.keys is not None, call.queries is not None
+    has_keys, has_queries, has_scores = (each is not None for each in (call.keys, call.queries, call.scores))
     slot = (
         *(number, words.kind, 0, 0, 0, call.layer | columns.shape[1] << 32, words.heads, 0, 0, 0, 0),
         *(aligned(len(data)), words.key_bytes * tokens, words.query_bytes * tokens),
-        *(region * has_keys | region * has_queries << 32, region * has_queries, *offsets),
-        *(memory.places.block_ids * has_queries, 0),
+        *(region * has_keys | region * has_queries << 32, region * has_queries | region * has_scores << 32, *offsets),
+        *(memory.places.block_ids * has_queries, memory.places.scores * has_scores),
     )
     at = HEADER_BYTES + (number - 1) % REQUEST_SLOTS * SLOT_BYTES
     segment.memory[at : at + 8 * len(slot)] = np.array(slot, np.uint64).tobytes()

@@ -18,7 +18,7 @@ from blockdex import _native
 from blockdex.client import plain_codec
 from blockdex.client.kinds import APPEND_KEYS, SELECT_BLOCKS
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import TokenRequest
+from blockdex.client.requests import NO_POOL, TokenRequest
 from blockdex.contract.messages import CacheUsage, Limits
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex_kernels import IndexSpec
@@ -71,6 +71,7 @@ def some_info(num_layers: int = 57) -> blockdex.Info:
             page_bytes=0,
             sequences=0,
             evictions=0,
+            pools=0,
         ),
         epoch=17,
         device="cpu",
@@ -89,14 +90,18 @@ def append_of(
     keys = np.zeros((np.sum(rows), 128), np.float32) if keys is None else keys
     revisions, rollback = others.pop("revisions", None), others.pop("rollback", False)
     selection = (None, 0, 0, "ascending", False, False)
-    return ledger.make(APPEND_KEYS.number, layer, sequences, rows, start, revisions, None, keys, *selection, rollback)
+    return ledger.make(
+        APPEND_KEYS.number, layer, sequences, rows, start, revisions, None, keys, *selection, rollback, *NO_POOL
+    )
 
 
 def selection_of(ledger: Ledger, layer: int, sequences: Any, rows: Any) -> TokenRequest:
     """A SelectBlocks without starts, not sent."""
     queries = np.zeros((np.sum(rows), 4, 128), np.float32)
     selection = (queries, 0, 0, "ascending", False, False)
-    return ledger.make(SELECT_BLOCKS.number, layer, sequences, rows, None, None, None, None, *selection, False)
+    return ledger.make(
+        SELECT_BLOCKS.number, layer, sequences, rows, None, None, None, None, *selection, False, *NO_POOL
+    )
 
 
 def starts_of(request: TokenRequest) -> list[int]:
@@ -106,18 +111,21 @@ def starts_of(request: TokenRequest) -> list[int]:
 
 
 class _Awaited:
-    """An asyncio client whose calls are run to their end on a loop of its own."""
+    """An asyncio client, or a pool of one, whose calls are run to their end on a loop of its own."""
 
-    def __init__(self, client: blockdex.AsyncClient, executor: asyncio.Runner) -> None:
-        self._client = client
+    def __init__(self, awaited: blockdex.AsyncClient | blockdex.AsyncPool, executor: asyncio.Runner) -> None:
+        self._awaited = awaited
         self._executor = executor
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
-        return functools.partial(self._run, method) if asyncio.iscoroutinefunction(method) else method
+        attribute = getattr(self._awaited, name)
+        return functools.partial(self._run, attribute) if callable(attribute) else attribute
 
     def _run(self, method: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._executor.run(method(*args, **kwargs))
+        answer = method(*args, **kwargs)
+        if asyncio.iscoroutine(answer):
+            answer = self._executor.run(answer)
+        return _Awaited(answer, self._executor) if isinstance(answer, blockdex.AsyncPool) else answer
 
 
 @contextlib.contextmanager

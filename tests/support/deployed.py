@@ -35,9 +35,10 @@ def services(*names: str) -> dict[str, dict[str, Any]]:
 
 
 def _merged(below: Any, above: Any) -> Any:
-    """Mappings key by key, sequences one behind the other, anything else from above."""
+    """Mappings key by key, sequences one behind the other, anything else, and what is a command, from above."""
     if isinstance(below, dict) and isinstance(above, dict):
-        return below | {key: _merged(below[key], value) if key in below else value for key, value in above.items()}
+        both = {key for key in above if key in below and key not in {"command", "test"}}
+        return below | above | {key: _merged(below[key], above[key]) for key in both}
     if isinstance(below, list) and isinstance(above, list):
         return below + above
     return above

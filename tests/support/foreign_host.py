@@ -15,7 +15,7 @@ from benchmarks.ring_messages import Request
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Limits
 from blockdex.ring.handshake import take
-from blockdex.ring.regions import share_memfd
+from blockdex.ring.sharing import share
 from support.asking import eventually
 from support.cache_state import check_integrity
 from support.foreign_frontend import ForeignFrontend
@@ -51,7 +51,7 @@ class Host(RunningOverRings):
     async def share(self, door: ForeignFrontend, memory: SharedMemory) -> int:
         """Shares memory over a link; the number of the region."""
         assert door.connected is not None
-        shared = await asyncio.to_thread(share_memfd, door.connected, memory.fd)
+        shared = await asyncio.to_thread(share, door.connected, "memfd", [memory.fd])
         assert shared.bytes == len(memory.bytes)
         door.regions[shared.region] = memory.bytes
         return shared.region

@@ -14,7 +14,7 @@ SPEC = IndexSpec(num_layers=2)
 
 def info(pages: int, used: int = 0, spec: IndexSpec = SPEC, max_message_bytes: int = 1 << 27) -> Info:
     limits = Limits(max_message_bytes, max_spans=64, max_queued_requests=1, max_stream_requests=1, max_wait_ms=1)
-    cache = CacheUsage(pages, used, 0, pages * spec.block_size, spec.bytes_per_page, 0, 0)
+    cache = CacheUsage(pages, used, 0, pages * spec.block_size, spec.bytes_per_page, 0, 0, 0)
     return Info(spec, limits, cache, 1, "cpu", "", {}, "0", frozenset(), ())
 
 

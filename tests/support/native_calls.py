@@ -20,7 +20,7 @@ import numpy as np
 import blockdex
 from blockdex import _native as native
 from blockdex.client.lengths import Sequences
-from blockdex.client.requests import NO_QUERIES, RequestMaker, maker_of
+from blockdex.client.requests import NO_POOL, NO_QUERIES, RequestMaker, maker_of
 from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
 from support.bare_core import BareCore, bare_core
@@ -177,7 +177,7 @@ def made() -> Iterator[Made]:
         connection = native.RingConnection(address, "tenant", 10.0, *bounds, room_seconds=0.0)
         maker = maker_of(some_info(), native)
         keys = np.repeat(KEYS, 2, axis=0)
-        request = maker.make(0, 1, [7, 8], [1, 1], None, None, None, keys, *NO_QUERIES, False)
+        request = maker.make(0, 1, [7, 8], [1, 1], None, None, None, keys, *NO_QUERIES, False, *NO_POOL)
         assert isinstance(request, native.TokenRequest)
         yield Made(line, bare.core, link, connection, maker, request, bare, engine)
 

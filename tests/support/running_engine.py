@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 from benchmarks.ring_messages import Answer, Keys, Queries, Request, TensorData, TokenAnswer, TokenRequest
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import (
+    ClosePool,
     CloseSequences,
+    CreatePool,
     FloatDtype,
     ForkSequence,
     GetSequence,
     Limits,
     OpenSequences,
     Order,
+    SetPageTables,
     TruncateSequence,
 )
 from blockdex.ring.server import RingInbox
@@ -264,6 +267,25 @@ def close(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0) -> CloseSeq
     return CloseSequences(tenant, epoch, (sequence_id,))
 
 
+def create_pool(
+    pool_id: int, *, num_pages: int, num_rows: int, max_blocks: int, tenant: str = TENANT, epoch: int = 0
+) -> CreatePool:
+    """A request for a pool."""
+    return CreatePool(tenant, epoch, pool_id, num_pages, num_rows, max_blocks)
+
+
+def set_cells(pool_id: int, *runs: tuple[int, int, Sequence[int]], tenant: str = TENANT) -> SetPageTables:
+    """A request to set runs of cells: row, first block, page numbers."""
+    rows, first_blocks, page_ids = zip(*runs, strict=True)
+    counts = tuple(map(len, page_ids))
+    return SetPageTables(tenant, 0, pool_id, rows, first_blocks, counts, [page for run in page_ids for page in run])
+
+
+def close_pool(pool_id: int, *, tenant: str = TENANT) -> ClosePool:
+    """A request to close a pool."""
+    return ClosePool(tenant, 0, pool_id)
+
+
 def tokens(
     layer: int,
     rows: Sequence[tuple[int, ...]],
@@ -279,10 +301,15 @@ def tokens(
     dtype: FloatDtype = "bf16",
     tenant: str = TENANT,
     epoch: int = 0,
+    pool: int = 0,
+    pages: bool = False,
 ) -> TokenRequest:
-    """A request for the tokens of rows (sequence id, start, length[, revision]): an append, a selection, or both."""
+    """A request for the tokens of rows (sequence id, start, length[, revision]): an append, a selection, or both.
+
+    With a pool the first of each is a row of it.
+    """
     half = None
     if queries is not None:
-        half = Queries(tensor(queries, dtype), first_head, queries.shape[1], order, scores, wait, raw)
+        half = Queries(tensor(queries, dtype), first_head, queries.shape[1], order, scores, wait, raw, pages)
     appended = None if keys is None else Keys(tensor(keys, dtype), rollback)
-    return TokenRequest(tenant, epoch, layer, spans(*rows), appended, half)
+    return TokenRequest(tenant, epoch, layer, spans(*rows), appended, half, pool)

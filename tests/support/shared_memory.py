@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdex.ring.regions import new_memfd
+from blockdex.ring.sharing import new_memfd
 
 
 class SharedMemory(NamedTuple):

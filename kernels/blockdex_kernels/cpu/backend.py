@@ -121,7 +121,8 @@ class CpuBackend(Backend):
             ids, values = ranking.arrange(best, last_blocks, self.spec, order, return_scores=return_scores)
             block_ids[batch.rows] = ids
             if scores is not None and values is not None:
-                scores[batch.rows] = values * (unscale if raw_scores else unscale * np.float32(self.spec.score_scale))
+                scale = unscale if raw_scores else unscale * np.float32(self.spec.score_scale)
+                scores[batch.rows] = _scaled(values, scale)
         if scores is not None and raw_scores:
             self._score_forced(rows, runs, page_table, num_heads, block_ids, scores)
         shape = (num_tokens, num_heads, self.spec.topk)
@@ -156,7 +157,7 @@ class CpuBackend(Backend):
             products = torch.einsum("nd,nkd->nk", queries[0], keys.view(self.pages.dtype).float())
             later = block[:, None] * size + np.arange(size) > positions[row, None]
             products.masked_fill_(torch.from_numpy(later) | products.isnan(), -np.inf)
-            scores[row, place] = products.amax(dim=1).numpy() * unscale.reshape(-1)
+            scores[row, place] = _scaled(products.amax(dim=1).numpy(), unscale.reshape(-1))
 
     def _cast_queries(self, queries: torch.Tensor) -> tuple[torch.Tensor, NDArray[np.float32]]:
         """fp32 `[G, M, D]`: the queries as they are scored, and what undoes the scale of their rows."""
@@ -164,3 +165,9 @@ class CpuBackend(Backend):
             return queries.bfloat16().float(), np.ones(1, np.float32)
         scaled, unscale = scale_to_fp8(queries)
         return scaled.float(), unscale.numpy()
+
+
+def _scaled(scores: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Times a scale; what is beyond float32 is infinite, as it is on a GPU."""
+    with np.errstate(over="ignore"):
+        return scores * scale

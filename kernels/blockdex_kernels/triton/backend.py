@@ -37,7 +37,7 @@ from blockdex_kernels.triton.prefill import (
 )
 from blockdex_kernels.triton.prefill_sm90 import KeyTiles
 from blockdex_kernels.triton.prefill_sm90 import score_prefill as score_prefill_sm90
-from blockdex_kernels.triton.rank import rank
+from blockdex_kernels.triton.rank import Signals, rank
 from blockdex_kernels.triton.runs import Runs
 
 SCORE_BYTES = 512 << 20
@@ -142,11 +142,12 @@ class TritonBackend(Backend):
         *,
         order: Order,
         targets: torch.Tensor | None = None,
+        signals: Signals | None = None,
     ) -> None:
         """As `decode`, unchecked, into tensors that may be pinned on the host; one launch must hold all scores.
 
         With `spans.flags` the order is ascending, and `selection.scores` gets those of the runs that want them, raw.
-        `targets` is int64 `[T * H]`: see `blockdex_kernels.triton.rank.rank`.
+        `targets` is int64 `[T * H]`: see `blockdex_kernels.triton.rank.rank`, as for `signals`.
         """
         max_length = spans.max_length
         if max_length is None:
@@ -173,7 +174,7 @@ class TritonBackend(Backend):
             stages=launch.stages,
             pdl=self.chip.pdl,
         )
-        self.rank(scores, positions, unscales, selection, order, wants, targets)
+        self.rank(scores, positions, unscales, selection, order, wants, targets, signals)
 
     @torch.no_grad()
     def prefill(
@@ -351,6 +352,7 @@ class TritonBackend(Backend):
         order: Order,
         wants: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
+        signals: Signals | None = None,
     ) -> None:
         """Fills a selection from scores: see `blockdex_kernels.triton.rank.rank`."""
         rank(
@@ -364,6 +366,7 @@ class TritonBackend(Backend):
             order=order,
             pdl=self.chip.pdl,
             targets=targets,
+            signals=signals,
         )
 
     def copy_pages(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -233,7 +234,35 @@ def _tell_host(block_ids, targets, row, slot, TOPK: tl.constexpr, FENCE: tl.cons
             tl.store(block_ids + row * TOPK + slot, told, mask=slot < TOPK)
 
 
-@triton.jit(do_not_specialize=["heads", "one"], do_not_specialize_on_alignment=["positions", "wants", "targets"])
+@triton.jit
+def _signal(address, number, arrived, FENCE: tl.constexpr):
+    """The last program writes the numbers, for every processor to see behind all block ids."""
+    if tl.max((address != 0).to(tl.int32), 0) > 0:
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
+        if before == tl.num_programs(0) - 1:
+            tl.store(arrived, 0)
+            if FENCE:
+                tl.inline_asm_elementwise(
+                    """{
+                    .reg .pred there;
+                    setp.ne.u64 there, $1, 0;
+                    @there st.release.sys.global.u64 [$1], $2;
+                    mov.u32 $0, 0;
+                    }""",
+                    "=r,l,l",
+                    [address, number],
+                    dtype=tl.int32,
+                    is_pure=False,
+                    pack=1,
+                )
+            else:
+                tl.store(address.to(tl.pointer_type(tl.int64)), number, mask=address != 0)
+
+
+@triton.jit(
+    do_not_specialize=["heads", "one"], do_not_specialize_on_alignment=["positions", "wants", "targets", "signals"]
+)
 def _rank_kernel(
     scores,
     positions,
@@ -241,6 +270,8 @@ def _rank_kernel(
     unscales,
     block_ids,
     targets,
+    signals,
+    arrived,
     values,
     scratch,
     width,
@@ -261,6 +292,7 @@ def _rank_kernel(
     FEW: tl.constexpr,
     PDL: tl.constexpr,
     FENCE: tl.constexpr,
+    SIGNALS: tl.constexpr,
 ):
     """Each program ranks a row: see `rank`."""
     K: tl.constexpr = TOPK - INIT - LOCAL
@@ -275,6 +307,9 @@ def _rank_kernel(
     visible = (tl.load(positions + tl.program_id(0) // heads) + BLOCK) // BLOCK
     scores += row * width
     out = _target_of(block_ids, targets, row, TOPK)
+    if SIGNALS:
+        address = tl.load(signals + tl.arange(0, SIGNALS))
+        number = tl.load(signals + SIGNALS + tl.arange(0, SIGNALS))
     num_init = tl.minimum(visible, INIT)
     end = tl.maximum(visible - LOCAL, num_init)
     num_chosen = tl.minimum(end - num_init, K)
@@ -327,6 +362,8 @@ def _rank_kernel(
         UNSCALE,
     )
     _tell_host(block_ids, targets, row, slot, TOPK, FENCE)
+    if SIGNALS:
+        _signal(address, number, arrived, FENCE)
     if VALUES:
         if UNSCALE:
             # Written only where something was scored.
@@ -356,6 +393,18 @@ def grouping(width: int, k: int, few: bool) -> tuple[int, int, int]:
     return groups, group, 2 * candidates if few else candidates
 
 
+class Signals(NamedTuple):
+    """Numbers that whoever waits for block ids sees behind them, on whatever processor.
+
+    Attributes:
+        numbers: int64 `[2 * N]`, N a power of two: addresses, 0 for none, and what is written there.
+        arrived: int32 `[1]`, 0 between launches.
+    """
+
+    numbers: torch.Tensor
+    arrived: torch.Tensor
+
+
 def rank(
     scores: torch.Tensor,
     positions: torch.Tensor,
@@ -368,6 +417,7 @@ def rank(
     order: Order,
     pdl: bool,
     targets: torch.Tensor | None = None,
+    signals: Signals | None = None,
 ) -> None:
     """Selects the blocks of every row from their scores, in one launch.
 
@@ -387,6 +437,7 @@ def rank(
         pdl: whether to launch as a programmatic dependent.
         targets: int64 `[rows]`, addresses of int32 `[topk]`: where one is not 0, the row's block ids go there, and then
             -1 throughout to `block_ids`; or None.
+        signals: numbers to be written when all block ids are; or None.
     """
     rows, width = scores.shape
     few = rows <= _FEW_ROWS
@@ -400,6 +451,8 @@ def rank(
         unscales if unscales is not None else scores,
         block_ids,
         targets,
+        None if signals is None else signals.numbers,
+        None if signals is None else signals.arrived,
         values if values is not None else scores,
         scratch,
         width,
@@ -420,6 +473,7 @@ def rank(
         FEW=few,
         PDL=pdl,
         FENCE=scores.device.type == "cuda",
+        SIGNALS=0 if signals is None else len(signals.numbers) // 2,
         num_warps=min(max(triton.next_power_of_2(groups * group) // 2048, 1), 8),
         **pdl_launch(pdl),
     )

@@ -101,6 +101,7 @@ def stage(
     rows_at: int,
     num_keys: int,
     num_queries: int,
+    num_brought: int,
     dim: int,
     odd_keys: bool,
     odd_queries: bool,
@@ -112,27 +113,28 @@ def stage(
         host: uint8, pinned, where a device is: int32 numbers `[num_columns]`; from `rows_at` on, which is a multiple of
             16, bf16 rows of keys and of queries `[num_keys + num_queries, dim]`; behind these the addresses of as many
             rows, uint64: where one is not 0, that row is read from there instead, in the dtype (1 bf16, 2 fp16, 3 fp32,
-            4 fp8 e4m3) that its last four bits say; behind these what is only brought along, uint64 `[num_queries]`.
+            4 fp8 e4m3) that its last four bits say; behind these what is only brought along, uint64 `[num_brought]`.
         there: uint8 on the device, written as `host` lies, rows in bf16 all; the addresses are left out.
         num_columns: see `host`.
         rows_at: see `host`.
         num_keys: see `host`.
         num_queries: see `host`.
+        num_brought: see `host`.
         dim: see `host`.
         odd_keys: whether keys that are not exact in bf16 are rounded to odd, not to nearest.
         odd_queries: the same of queries.
         pdl: whether to launch as a programmatic dependent.
 
     Returns:
-        int64 `[num_queries]` in `there`: what was brought along.
+        int64 `[num_brought]` in `there`: what was brought along.
     """
     num_rows = num_keys + num_queries
     addresses_at = rows_at + 2 * dim * num_rows
     targets_at = addresses_at + 8 * num_rows
-    end = targets_at + 8 * num_queries
+    end = targets_at + 8 * num_brought
     rows_there = there[rows_at:addresses_at].view(torch.int16)
     targets_there = there[targets_at:end].view(torch.int64)
-    programs = triton.cdiv(num_rows, _ROWS) + triton.cdiv(max(num_columns, num_queries), _WORDS)
+    programs = triton.cdiv(num_rows, _ROWS) + triton.cdiv(max(num_columns, num_brought), _WORDS)
     _stage_kernel[(programs,)](
         host[: 4 * num_columns].view(torch.int32),
         there[: 4 * num_columns].view(torch.int32),
@@ -144,7 +146,7 @@ def stage(
         num_columns,
         num_rows,
         num_keys,
-        num_queries,
+        num_brought,
         DIM=dim,
         ROWS=_ROWS,
         WORDS=_WORDS,

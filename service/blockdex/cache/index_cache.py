@@ -21,6 +21,7 @@ from blockdex._native import SequenceIndex
 from blockdex.cache.eviction import are_idle, choose_victims
 from blockdex.cache.overview import overview
 from blockdex.cache.page_pool import PageCopy, PagePool
+from blockdex.cache.pools import check_pool, check_tables, pool_exists
 from blockdex.cache.sequence import Sequence, Sequences
 from blockdex.contract.errors import (
     AlreadyExistsError,
@@ -48,6 +49,11 @@ class SequenceColumns(NamedTuple):
     cells: NDArray[np.int32]
     holders: NDArray[np.int32]
     free_pages: NDArray[np.int64]
+    owners: NDArray[np.uint32]
+    num_rows: NDArray[np.int32]
+    max_blocks: NDArray[np.int32]
+    filled: NDArray[np.int64]
+    page_numbers: NDArray[np.int32]
 
 
 MANY_SEQUENCES = 4096
@@ -182,6 +188,38 @@ class IndexCache:
             if entry is not None:
                 self._remove(entry)
 
+    def create_pool(self, tenant: str, pool_id: int, num_pages: int, num_rows: int, max_blocks: int) -> None:
+        """Sets pages aside, and a table of rows whose cells are not set.
+
+        A pool that is there already, of the same sizes and without a cell that was set, stays as it is.
+
+        Raises:
+            InvalidArgumentError: INVALID_POOL, sizes or an id that no pool has.
+            AlreadyExistsError: POOL_EXISTS.
+            ResourceExhaustedError: OUT_OF_PAGES; OVERLOADED where the tables of all pools would be too large.
+        """
+        sequences, pool = self._sequences, self._pool
+        check_pool(pool_id, num_pages, num_rows, max_blocks, self.spec.max_blocks)
+        entry = sequences.find_pool(tenant, pool_id)
+        if entry is not None:
+            sizes = (int(sequences.held[entry]), int(sequences.num_rows[entry]), int(sequences.max_blocks[entry]))
+            if sizes != (num_pages, num_rows, max_blocks) or sequences.has_cells(entry):
+                raise pool_exists(pool_id, sizes, (num_pages, num_rows, max_blocks))
+            return
+        check_tables(pool_id, sequences.num_rows, sequences.max_blocks, num_rows, max_blocks)
+        nobody = np.zeros(0, np.intp)
+        self._evict(self._find_room(f"pool {pool_id}: creation", nobody, pool.holders.copy(), num_pages))
+        pages = pool.allocate(num_pages)
+        pool.numbers[pages] = np.arange(num_pages)
+        sequences.add_pool(tenant, pool_id, pages, num_rows, max_blocks, self._clock())
+
+    def close_pool(self, tenant: str, pool_id: int) -> None:
+        """Gives up a pool and its pages; one that is not there is fine."""
+        entry = self._sequences.find_pool(tenant, pool_id)
+        if entry is not None:
+            self._pool.release(self._sequences.pages(entry))
+            self._sequences.remove_pool(entry)
+
     def allocate_pages(
         self,
         subject: str,
@@ -232,13 +270,11 @@ class IndexCache:
 
     def begin_reading(self, layer: int, entry: int) -> None:
         """A prefill reads a layer from now on: nothing is appended to it, and its sequence stays."""
-        self._sequences.reading[layer, entry] += 1
-        self._sequences.reading_sequence[entry] += 1
+        self._count_readers(layer, entry, 1)
 
     def end_reading(self, layer: int, entry: int) -> None:
         """It is done, as if it had been called just now."""
-        self._sequences.reading[layer, entry] -= 1
-        self._sequences.reading_sequence[entry] -= 1
+        self._count_readers(layer, entry, -1)
         self._sequences.last_calls[entry] = self._clock()
 
     @property
@@ -258,6 +294,11 @@ class IndexCache:
             sequences.tables.cells,
             pool.holders,
             pool.free_pages,
+            sequences.owners,
+            sequences.num_rows,
+            sequences.max_blocks,
+            sequences.filled,
+            pool.numbers,
         )
 
     @property
@@ -290,6 +331,7 @@ class IndexCache:
             page_bytes=self.spec.bytes_per_page,
             sequences=len(self._sequences),
             evictions=self._evictions,
+            pools=self._sequences.index.num_pools,
         )
 
     def overview(self, max_cells: int) -> CacheOverview:
@@ -298,6 +340,12 @@ class IndexCache:
         Takes time by the pages, and by those of the sequences past their lease: milliseconds.
         """
         return overview(self._pool, self._sequences, self.spec, max_cells, self._clock())
+
+    def _count_readers(self, layer: int, entry: int, more: int) -> None:
+        """Of a row its pool is read, layer by layer, and whatever would change the cells of either waits."""
+        sequences, owner = self._sequences, int(self._sequences.owners[entry])
+        sequences.reading[layer, owner] += more
+        sequences.reading_sequence[list({entry, owner})] += more
 
     def _blocks(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         return -(-lengths // self.spec.block_size)

@@ -1,4 +1,4 @@
-"""The pages of the cache: which are free, and how many sequences hold each of the others."""
+"""The pages of the cache: which are free, and how many sequences or pools hold each of the others."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ class PageCopy(NamedTuple):
 
 
 class PagePool:
-    """Page ids 0 to `num_pages - 1`, each free or held by one or more sequences.
+    """Page ids 0 to `num_pages - 1`, each free or held by one or more sequences, or by a pool.
 
     Attributes:
         holders: int32 `[num_pages]`, sequences that hold each page, 0 where it is free.
         shared: pages that more than one sequence holds.
         free_pages: int64 `[1]`, how many are free, where the core checks it.
+        numbers: int32 `[num_pages]`, of a page that a pool has, its number there.
     """
 
     def __init__(self, num_pages: int) -> None:
         self.holders: NDArray[np.int32] = np.zeros(num_pages, np.int32)
+        self.numbers: NDArray[np.int32] = np.zeros(num_pages, np.int32)
         self.shared = 0
         self._free = deque(range(num_pages))
         self.free_pages: NDArray[np.int64] = np.array([num_pages], np.int64)

@@ -19,7 +19,7 @@ class PageTables:
     stays empty.
 
     Attributes:
-        cells: int32 `[rows * 64]`, pages, 0 where there is none. Replaced by a longer one as needed.
+        cells: int32 `[rows * 64]`, pages; without one 0, or -1 in a pool's row. Replaced by a longer one as needed.
         first_rows: int32 `[S]`, the row in which an entry's table begins, 0 where it has none.
     """
 
@@ -67,6 +67,15 @@ class PageTables:
         self._changes.append(np.arange(moved * ROW, moved * ROW + kept))
         if num_rows:
             self._free.setdefault(num_rows, []).append(first)
+
+    def open_row(self, entry: int, blocks: int) -> None:
+        """Makes room for so many blocks of an entry that has none, whose cells are -1 until they are set in place.
+
+        The device is told of cells that are set alone, so that what it has of the others is a page still.
+        """
+        self.resize(entry, 0, blocks)
+        first = int(self.first_rows[entry]) * ROW
+        self.cells[first : first + blocks] = -1
 
     def double_entries(self) -> None:
         """Makes room for as many entries more."""

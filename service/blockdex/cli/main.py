@@ -11,6 +11,9 @@ from typing import Any
 import grpc
 from google.protobuf.json_format import MessageToDict, MessageToJson
 
+from blockdex.client.command_line import EndpointError, add_endpoint_flags, endpoint_of
+from blockdex.client.endpoint import Endpoint
+from blockdex.client.failures import error_of_call
 from blockdex.contract.version import VERSION
 from blockdex.flags import REFUSED, FlagParser
 from blockdex.v1 import indexer_pb2 as pb
@@ -18,7 +21,8 @@ from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
-_DEFAULT_ADDRESS = "127.0.0.1:50051"
+_PATIENT = ()
+"""gRPC's own options: a command asks once, and a client's would give a connection up early and try again."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,8 +50,11 @@ def _run(words: Sequence[str]) -> int:
     if words[:1] == ["plan"]:
         return _plan(words[1:])
     options = _parser().parse_args(words)
-    run: Callable[[argparse.Namespace], int] = options.run
-    return run(options)
+    run: Callable[[argparse.Namespace, Endpoint], int] = options.run
+    try:
+        return run(options, endpoint_of(options))
+    except (EndpointError, ValueError) as error:
+        return _refuse(options.command, str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,12 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     info.add_argument("--json", action="store_true", help="as ProtoJSON, like /v1/info")
     for command in (health, info):
-        command.add_argument(
-            "--address",
-            default=os.environ.get("BLOCKDEX_GRPC_ADDRESS") or _DEFAULT_ADDRESS,
-            metavar="HOST:PORT",
-            help=f"where the server's gRPC is (default: BLOCKDEX_GRPC_ADDRESS, else {_DEFAULT_ADDRESS})",
-        )
+        add_endpoint_flags(command)
         command.add_argument(
             "--timeout", type=float, default=5.0, metavar="SECONDS", help="longest wait (default: %(default)s)"
         )
@@ -99,21 +101,20 @@ def _loadtest(words: Sequence[str]) -> int:
 
 
 def _plan(words: Sequence[str]) -> int:
-    try:
-        from blockdex.cli.sizing import plan  # noqa: PLC0415 - sizes are read as the server's settings read them
-    except ModuleNotFoundError as error:
-        return _refuse_without("plan", error)
+    from blockdex.cli.sizing import plan  # noqa: PLC0415 - only here, as above
+
     return plan(words)
 
 
-def _health(options: argparse.Namespace) -> int:
+def _health(options: argparse.Namespace, endpoint: Endpoint) -> int:
     try:
         from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415 - comes with the server's packages
     except ModuleNotFoundError as error:
         return _refuse_without("health", error)
-    with grpc.insecure_channel(options.address) as channel:
+    with endpoint.channel(_PATIENT) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=options.timeout)
+            request, metadata = health_pb2.HealthCheckRequest(), endpoint.metadata(None)
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=options.timeout, metadata=metadata)
         except grpc.RpcError as error:
             return _unanswered(options.address, error)
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
@@ -121,10 +122,12 @@ def _health(options: argparse.Namespace) -> int:
     return OK if answer.status == health_pb2.HealthCheckResponse.SERVING else FAILED
 
 
-def _info(options: argparse.Namespace) -> int:
-    with grpc.insecure_channel(options.address) as channel:
+def _info(options: argparse.Namespace, endpoint: Endpoint) -> int:
+    with endpoint.channel(_PATIENT) as channel:
         try:
-            answer = pb_grpc.IndexerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=options.timeout)
+            answer = pb_grpc.IndexerServiceStub(channel).GetInfo(
+                pb.GetInfoRequest(), timeout=options.timeout, metadata=endpoint.metadata(None)
+            )
         except grpc.RpcError as error:
             return _unanswered(options.address, error)
     if options.json:
@@ -150,8 +153,8 @@ def _lines(fields: dict[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _unanswered(address: str, error: grpc.RpcError) -> int:
-    assert isinstance(error, grpc.Call)
-    print(f"blockdex: {address}: {error.code().name}: {error.details()}", file=sys.stderr)
+    failure = error_of_call(error, address)
+    print(f"blockdex: {address}: {failure.code.name}: {failure.message.removeprefix(f'{address}: ')}", file=sys.stderr)
     return FAILED
 
 

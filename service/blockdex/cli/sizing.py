@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockdex.contract.sizes import automatic_cache_bytes, parse_size
 from blockdex.flags import FlagParser
-from blockdex.server.config import automatic_cache_bytes, parse_size
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.spec import KEY_DTYPE_BYTES, KeyDtype
 

@@ -90,6 +90,7 @@ def info_of(response: pb.GetInfoResponse) -> Info:
             page_bytes=cache.page_bytes,
             sequences=cache.sequences,
             evictions=cache.evictions,
+            pools=cache.pools,
         ),
         epoch=response.epoch,
         device=response.device,

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import Any, Concatenate, Literal, ParamSpec, Unpack, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Unpack, overload
 
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
+from blockdex.client.async_pool import AsyncPool
 from blockdex.client.async_ring_transport import AsyncRingTransport
 from blockdex.client.async_transports import AsyncStreamTransport, AsyncTransport, AsyncUnaryTransport
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
+from blockdex.client.device_channels import ChannelOptions, open_channel, reopen_channel
+from blockdex.client.endpoint import TLS, Endpoint, Token
+from blockdex.client.forking import is_forked
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import NO_QUERIES, Integers, Scores
+from blockdex.client.requests import NO_POOL, NO_QUERIES, Integers, Scores
+from blockdex.client.shared_regions import SharedRegion, new_region, no_regions
 from blockdex.client.tensors import Array
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Order, Totals
+
+if TYPE_CHECKING:
+    from blockdex.device_channel.channel import DeviceChannel
 
 Arguments = ParamSpec("Arguments")
 
@@ -31,8 +40,8 @@ _TRANSPORTS: dict[str, Callable[[Core], AsyncTransport]] = {
 class AsyncClient:
     """A blockdex server, for asyncio: `Client` with `await`.
 
-    A client belongs to the loop of its first call, whose tasks may share it; neither another loop nor a forked process
-    may use it. Cancelling a task gives up its request, whose outcome is then unknown.
+    A client belongs to the loop of its first call, whose tasks may share it; another loop may not use it. Cancelling a
+    task gives up its request, whose outcome is then unknown.
 
     Its calls share one stream, so that those on one sequence take effect in the order they were made. Everything else
     is as `Client` says, each method included.
@@ -45,10 +54,12 @@ class AsyncClient:
         tenant: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         transport: Literal["ring", "stream", "unary"] = "stream",
+        tls: TLS | bool | None = None,
+        token: Token | None = None,
     ) -> None:
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
-        self._core = Core(address, tenant, timeout)
+        self._core = Core(Endpoint(address, tls, token), tenant, timeout)
         self.transport = transport
         self.why = ""
         self._transport = _TRANSPORTS[transport](self._core)
@@ -63,7 +74,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Fails what is in flight, and every later call, with `CancelledError`. Sequences stay open."""
-        await self._transport.close()
+        if not is_forked():
+            await self._transport.close()
 
     async def info(self, *, timeout: float | None = None) -> Info:
         """What the server is, holds and can do, asked anew."""
@@ -72,6 +84,32 @@ class AsyncClient:
     async def stats(self, *, timeout: float | None = None) -> Totals:
         """What the server did since it started."""
         return await self._complete(self._core.get_stats(self._core.deadline(timeout)))
+
+    async def device_channel(self, **options: Unpack[ChannelOptions]) -> DeviceChannel:
+        """A channel of its own to a server on the same host; its calls return at once, and are not awaited."""
+        return await asyncio.to_thread(partial(open_channel, self._core, await self.info(), **options))
+
+    async def reopen_channel(self, channel: DeviceChannel) -> None:
+        """Opens a channel again that is dead, after a restart of the server, say: captured graphs stay valid."""
+        await asyncio.to_thread(reopen_channel, self._core, await self.info(), channel)
+
+    async def share(self, num_bytes: int, *, device: str | None = None, timeout: float | None = None) -> SharedRegion:
+        """New memory that the server reads and writes where it lies: keys, queries and `out` in it are not copied."""
+        ring, deadline = self._ring(), self._core.deadline(timeout)
+        region = new_region(num_bytes, device)
+        self._core.share(region)
+        try:
+            await ring.update_regions((await self._ledger(deadline)).info, deadline)
+        except BaseException:
+            self._core.release(region)
+            raise
+        return region
+
+    async def release(self, region: SharedRegion, *, timeout: float | None = None) -> None:
+        """Shares a region no more; the server has given it back when this returns."""
+        ring, deadline = self._ring(), self._core.deadline(timeout)
+        self._core.release(region)
+        await ring.update_regions((await self._ledger(deadline)).info, deadline)
 
     async def open_sequence(
         self, sequence_id: int, *, lease_seconds: int = 0, epoch: int | None = None, timeout: float | None = None
@@ -118,6 +156,24 @@ class AsyncClient:
         """Gives up sequences, no two alike; closing what is closed already is fine."""
         await self._run(timeout, self._core.close_sequences, sequences, epoch)
 
+    async def create_pool(
+        self,
+        pool_id: int,
+        *,
+        num_pages: int,
+        num_rows: int,
+        max_blocks: int,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> AsyncPool:
+        """Sets pages aside that the caller numbers, and a table of rows that name them: see `Pool`."""
+        await self._run(timeout, self._core.create_pool, pool_id, num_pages, num_rows, max_blocks, epoch)
+        return self.pool(pool_id)
+
+    def pool(self, pool_id: int) -> AsyncPool:
+        """A pool that is there already: created by another rank of the engine, say. Asks the server nothing."""
+        return AsyncPool(self._core, self._run, self._core.pool_id(pool_id))
+
     async def append_keys(
         self,
         layer: int,
@@ -132,7 +188,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> None:
         """Writes index keys of one layer for one or many sequences: all of them, or, on any error, none."""
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback, *NO_POOL)
         await self._run(timeout, self._core.append_keys, arguments)
 
     @overload
@@ -164,13 +220,14 @@ class AsyncClient:
         first_head: int = 0,
         num_heads: int = 0,
         wait_for_keys: bool = False,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
         """Selects the key blocks that each query reads."""
         selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False)
-        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False, *NO_POOL)
+        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, out)
 
     @overload
     async def append_and_select(
@@ -207,6 +264,7 @@ class AsyncClient:
         first_head: int = 0,
         num_heads: int = 0,
         rollback: bool = False,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -215,8 +273,13 @@ class AsyncClient:
         Arguments and answer are theirs; the queries are those of the tokens appended.
         """
         selection = (queries, first_head, num_heads, order, return_scores, False)
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback)
-        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback, *NO_POOL)
+        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, out)
+
+    def _ring(self) -> AsyncRingTransport:
+        if not isinstance(self._transport, AsyncRingTransport):
+            raise no_regions(self.transport)
+        return self._transport
 
     async def _run(
         self,
@@ -226,10 +289,11 @@ class AsyncClient:
         **kwargs: Arguments.kwargs,
     ) -> Result:
         deadline = self._core.deadline(timeout)
+        return await self._complete(build(await self._ledger(deadline), deadline, *args, **kwargs))
+
+    async def _ledger(self, deadline: float) -> Ledger:
         ledger = self._core.ledger
-        if ledger is None:
-            ledger = await self._complete(self._core.get_info(deadline))
-        return await self._complete(build(ledger, deadline, *args, **kwargs))
+        return await self._complete(self._core.get_info(deadline)) if ledger is None else ledger
 
     async def _complete(self, call: Call[Result]) -> Result:
         try:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import grpc
 
 from blockdex.client.call import Call
-from blockdex.client.core import CHANNEL_OPTIONS, Core
+from blockdex.client.core import Core
 from blockdex.client.failures import another, error_of_call, error_of_stream
 from blockdex.client.frames import answer_of, cancel_of, closed, event_of, milliseconds_of, number_of, response_of
 from blockdex.client.paths import STREAM_PATH, UNARY_PATHS
@@ -47,7 +47,7 @@ class AsyncUnaryTransport:
     def channel(self) -> grpc.aio.Channel:
         """Made by the first call: a channel belongs to the loop that it is made on."""
         if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._core.address, options=CHANNEL_OPTIONS)
+            self._channel = self._core.endpoint.aio_channel()
             self._methods = {rpc: self._channel.unary_unary(path) for rpc, path in UNARY_PATHS.items()}
         return self._channel
 

@@ -60,6 +60,7 @@ class Call(Generic[Result]):
     epoch: int = 0
     _backoff: float = field(default=_FIRST_BACKOFF, init=False)
     _certain: bool = field(default=True, init=False)
+    _last: BlockdexError | None = field(default=None, init=False)
 
     def remaining(self) -> float:
         """Seconds until the deadline.
@@ -74,7 +75,8 @@ class Call(Generic[Result]):
 
     def late(self) -> DeadlineExceededError:
         """What the caller gets once the deadline has passed."""
-        return DeadlineExceededError(f"{self.kind.rpc}: no answer within the timeout", Reason.DEADLINE_EXCEEDED)
+        before = "" if self._last is None else f"; an attempt before: {self._last.message}"
+        return DeadlineExceededError(f"{self.kind.rpc}: no answer within the timeout{before}", Reason.DEADLINE_EXCEEDED)
 
     def retry_after(self, error: BlockdexError) -> float:
         """Seconds to wait before the next attempt.
@@ -84,6 +86,7 @@ class Call(Generic[Result]):
                 the server unavailable, as long as it begins inside the deadline.
         """
         self._certain = self._certain and changed_nothing(error)
+        self._last = error
         pause = self._backoff * random.uniform(0.5, 1.0)
         if not self.repeatable or error.code is not Code.UNAVAILABLE or time.monotonic() + pause >= self.deadline:
             raise error

@@ -11,10 +11,14 @@ from blockdex.client.answers import Info, SequenceState
 from blockdex.client.arguments import AppendAndSelectArguments, SelectArguments
 from blockdex.client.call import Call, Result
 from blockdex.client.core import DEFAULT_TIMEOUT, Core
+from blockdex.client.device_channels import ChannelOptions, open_channel, reopen_channel
+from blockdex.client.endpoint import TLS, Endpoint, Token
+from blockdex.client.forking import is_forked
 from blockdex.client.ledger import Ledger
-from blockdex.client.requests import NO_QUERIES, Integers, Scores
-from blockdex.client.ring import socket_to
+from blockdex.client.pool import Pool
+from blockdex.client.requests import NO_POOL, NO_QUERIES, Integers, Scores
 from blockdex.client.ring_transport import RingTransport
+from blockdex.client.shared_regions import SharedRegion, new_region, no_regions
 from blockdex.client.tensors import Array
 from blockdex.client.transports import StreamTransport, Transport, UnaryTransport
 from blockdex.contract.errors import BlockdexError
@@ -35,7 +39,8 @@ _TRANSPORTS: dict[str, Callable[[Core], Transport]] = {
 class Client:
     """A blockdex server, for code that blocks.
 
-    Threads may share a client. A forked process may not use its parent's: make it after the fork.
+    Threads may share a client. A process that has made one may fork, but the forked one cannot have any: `RuntimeError`
+    at once. Start processes by spawning them, or before the first client.
 
     The client counts what it appends, so `starts` may be left out: an append then goes to the end of its layer, and a
     selection asks for the last positions. It cannot count for a sequence that it did not open, after a write whose
@@ -54,12 +59,15 @@ class Client:
 
     Args:
         address: `HOST:PORT`, or any gRPC target, such as `unix:/path`.
-        tenant: whose sequences these are, where the transport proves no identity; None leaves it to the server.
+        tenant: whose sequences these are, where the server knows no callers; None leaves it to the server.
         timeout: seconds that a call may take when it names no timeout.
         transport: `stream` (calls go over streams that stay open, as many as there are calls in flight; the default,
             since its calls were measured to be faster than `unary` ones), `unary` (each is an RPC of its own), or
             `ring` (they go through memory that a server on the same host shares which was started with `--socket`;
             gRPC only tells what the server is). `blockdex.connect` takes the fastest that there is.
+        tls: `blockdex.TLS(ca=...)`, with `cert` and `key` where the server asks clients for a certificate; True: with
+            the authorities that gRPC brings; None: plain text.
+        token: that the server's access file has the hash of, or a function that says it anew for each call and stream.
 
     Attributes:
         transport: which it is.
@@ -67,7 +75,10 @@ class Client:
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
-        ValueError: the timeout is not a positive, finite number, or the transport is unknown.
+        RuntimeError: a client was made before this process was forked.
+        ValueError: the timeout is not a positive, finite number, the transport is unknown, or a token would go over a
+            network in plain text.
+        OSError: a file of `tls` cannot be read.
     """
 
     def __init__(
@@ -77,10 +88,12 @@ class Client:
         tenant: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         transport: Literal["ring", "stream", "unary"] = "stream",
+        tls: TLS | bool | None = None,
+        token: Token | None = None,
     ) -> None:
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
-        self._core = Core(address, tenant, timeout)
+        self._core = Core(Endpoint(address, tls, token), tenant, timeout)
         self.transport = transport
         self.why = ""
         self._transport = _TRANSPORTS[transport](self._core)
@@ -94,8 +107,12 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Fails what is in flight, and every later call, with `CancelledError`. Sequences stay open."""
-        self._transport.close()
+        """Fails what is in flight, and every later call, with `CancelledError`. Sequences stay open.
+
+        In a process that was forked from the client's it does nothing.
+        """
+        if not is_forked():
+            self._transport.close()
 
     def info(self, *, timeout: float | None = None) -> Info:
         """What the server is, holds and can do, asked anew."""
@@ -105,52 +122,55 @@ class Client:
         """What the server did since it started."""
         return self._complete(self._core.get_stats(self._core.deadline(timeout)))
 
-    def device_channel(
-        self,
-        *,
-        device: str = "cuda",
-        max_tokens: int = 64,
-        max_rows: int = 0,
-        first_head: int = 0,
-        num_heads: int = 0,
-        bound_seconds: float = 2.0,
-        own_bytes: int = 0,
-    ) -> DeviceChannel:
+    def share(self, num_bytes: int, *, device: str | None = None, timeout: float | None = None) -> SharedRegion:
+        """New memory that the server reads and writes where it lies: keys, queries and `out` in it are not copied.
+
+        Takes a client over a ring. The server may know of it over each of the client's links.
+
+        Args:
+            num_bytes: that it has.
+            device: `cuda` (the first) or `cuda:N`, the server's GPU: for torch tensors there. None = of the host.
+            timeout: seconds; None = the client's.
+
+        Raises:
+            UnimplementedError: the client's transport has no regions (REGION_UNSUPPORTED).
+            OSError, RuntimeError: there is not so much memory, or no such device.
+        """
+        ring, deadline = self._ring(), self._core.deadline(timeout)
+        region = new_region(num_bytes, device)
+        self._core.share(region)
+        try:
+            ring.share(self._ledger(deadline).info, deadline)
+        except BaseException:
+            self._core.release(region)
+            raise
+        return region
+
+    def release(self, region: SharedRegion, *, timeout: float | None = None) -> None:
+        """Shares a region no more: what lies there is copied like anything else. Its memory goes with the last array.
+
+        The server has given it back when this returns, but over links that calls of other threads are using: over these
+        before they are used again.
+        """
+        ring, deadline = self._ring(), self._core.deadline(timeout)
+        self._core.release(region)
+        ring.release(deadline)
+
+    def device_channel(self, **options: Unpack[ChannelOptions]) -> DeviceChannel:
         """A channel of its own to a server on the same host: calls on torch CUDA tensors, for CUDA graphs too.
 
         Needs torch and Triton, a server on a GPU that was started with `--socket`, and, if both are on one GPU, MPS to
-        be fast. What goes over the channel the client does not count: calls on the same sequences name their starts.
+        be fast; on another GPU, one that the server's can reach. What goes over the channel the client does not count:
+        calls on the same sequences name their starts.
 
         Args:
-            device: where the tensors of its calls are.
-            max_tokens: of a call, padding included; at most 512.
-            max_rows: sequences of a call, likewise; at most 256. 0: as many as tokens.
-            first_head: first head of the queries.
-            num_heads: how many there are; 0: all from the first one on.
-            bound_seconds: longest that a call waits for its answer; at most 60.
-            own_bytes: room for tensors of `DeviceChannel.empty`.
+            options: see `blockdex.client.device_channels.ChannelOptions`.
         """
-        from blockdex.device_channel.channel import DeviceChannel  # noqa: PLC0415 - torch and Triton
-
-        info = self.info()
-        return DeviceChannel(
-            socket_to(self._core, info),
-            self._core.tenant,
-            info.spec,
-            info.epoch,
-            device=device,
-            max_tokens=max_tokens,
-            max_rows=max_rows,
-            first_head=first_head,
-            num_heads=num_heads,
-            bound_seconds=bound_seconds,
-            own_bytes=own_bytes,
-        )
+        return open_channel(self._core, self.info(), **options)
 
     def reopen_channel(self, channel: DeviceChannel) -> None:
         """Opens a channel again that is dead, after a restart of the server, say: captured graphs stay valid."""
-        info = self.info()
-        channel.reopen(socket_to(self._core, info), info.epoch)
+        reopen_channel(self._core, self.info(), channel)
 
     def open_sequence(
         self, sequence_id: int, *, lease_seconds: int = 0, epoch: int | None = None, timeout: float | None = None
@@ -209,6 +229,35 @@ class Client:
         """Gives up sequences, no two alike; closing what is closed already is fine."""
         self._run(timeout, self._core.close_sequences, sequences, epoch)
 
+    def create_pool(
+        self,
+        pool_id: int,
+        *,
+        num_pages: int,
+        num_rows: int,
+        max_blocks: int,
+        epoch: int | None = None,
+        timeout: float | None = None,
+    ) -> Pool:
+        """Sets pages aside that the caller numbers, and a table of rows that name them: see `Pool`.
+
+        Creating one again that is still as it was created is fine.
+
+        Args:
+            pool_id: unique among the pools of the tenant, not 0; 64 bits.
+            num_pages: pages, `IndexSpec.block_size` tokens of all layers each, numbered from 0.
+            num_rows: rows of the table, one for each sequence that the engine runs at a time.
+            max_blocks: cells of a row.
+            epoch: None = the one that the client knows, 0 = any.
+            timeout: seconds; None = the client's.
+        """
+        self._run(timeout, self._core.create_pool, pool_id, num_pages, num_rows, max_blocks, epoch)
+        return self.pool(pool_id)
+
+    def pool(self, pool_id: int) -> Pool:
+        """A pool that is there already: created by another rank of the engine, say. Asks the server nothing."""
+        return Pool(self._core, self._run, self._core.pool_id(pool_id))
+
     def append_keys(
         self,
         layer: int,
@@ -236,7 +285,7 @@ class Client:
             epoch: None = the one that the client knows, 0 = any.
             timeout: seconds; None = the client's.
         """
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *NO_QUERIES, rollback, *NO_POOL)
         self._run(timeout, self._core.append_keys, arguments)
 
     @overload
@@ -268,6 +317,7 @@ class Client:
         first_head: int = 0,
         num_heads: int = 0,
         wait_for_keys: bool = False,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -286,6 +336,8 @@ class Client:
             first_head: first head that `queries` holds.
             num_heads: heads that `queries` holds; 0 = all from `first_head`.
             wait_for_keys: wait for the revision (without one: for the keys) until the timeout, instead of failing.
+            out: in memory of `share`: block ids are written there, with `return_scores` into a pair; then that is
+                returned.
             epoch: None = the one that the client knows, 0 = any.
             timeout: seconds; None = the client's.
 
@@ -294,8 +346,8 @@ class Client:
             float32 scores of that shape. Of the kind of `queries`, and on their device.
         """
         selection = (queries, first_head, num_heads, order, return_scores, wait_for_keys)
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False)
-        return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, None, *selection, False, *NO_POOL)
+        return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, out)
 
     @overload
     def append_and_select(
@@ -332,6 +384,7 @@ class Client:
         first_head: int = 0,
         num_heads: int = 0,
         rollback: bool = False,
+        out: Any = None,
         epoch: int | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -340,8 +393,13 @@ class Client:
         Arguments and answer are theirs; the queries are those of the tokens appended.
         """
         selection = (queries, first_head, num_heads, order, return_scores, False)
-        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback)
-        return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
+        arguments = (layer, sequences, lengths, starts, revisions, epoch, keys, *selection, rollback, *NO_POOL)
+        return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, out)
+
+    def _ring(self) -> RingTransport:
+        if not isinstance(self._transport, RingTransport):
+            raise no_regions(self.transport)
+        return self._transport
 
     def _run(
         self,
@@ -351,10 +409,10 @@ class Client:
         **kwargs: Arguments.kwargs,
     ) -> Result:
         deadline = self._core.deadline(timeout)
-        ledger = self._core.ledger
-        if ledger is None:
-            ledger = self._complete(self._core.get_info(deadline))
-        return self._complete(build(ledger, deadline, *args, **kwargs))
+        return self._complete(build(self._ledger(deadline), deadline, *args, **kwargs))
+
+    def _ledger(self, deadline: float) -> Ledger:
+        return self._core.ledger or self._complete(self._core.get_info(deadline))
 
     def _complete(self, call: Call[Result]) -> Result:
         try:

@@ -8,24 +8,33 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from blockdex.client.answers import Info, SequenceState
 from blockdex.client.call import Call, Result, nothing_to_settle
+from blockdex.client.endpoint import Endpoint
+from blockdex.client.forking import check_process
 from blockdex.client.frames import Message
 from blockdex.client.kinds import (
     APPEND_AND_SELECT,
     APPEND_KEYS,
+    CLOSE_POOL,
     CLOSE_SEQUENCES,
+    CREATE_POOL,
     FORK_SEQUENCE,
     GET_INFO,
     GET_SEQUENCE,
     GET_STATS,
     OPEN_SEQUENCES,
     SELECT_BLOCKS,
+    SET_PAGE_TABLES,
     TRUNCATE_SEQUENCE,
     Kind,
 )
 from blockdex.client.ledger import Ledger
 from blockdex.client.requests import Arguments, Integers, Scores, Selected, Shape, codec, integer, integers
+from blockdex.client.shared_regions import Regions, SharedRegion, answer_into, array_of
 from blockdex.client.tensors import array_like
 from blockdex.contract import limits as checks
 from blockdex.contract.errors import InvalidArgumentError, Reason
@@ -38,20 +47,6 @@ DEFAULT_TIMEOUT = 30.0
 _LONGEST_TIMEOUT = 1e9
 """Seconds: 31 years, and as long as any timeout beyond. Threads cannot wait for 10 times as long, nor can gRPC."""
 
-CHANNEL_OPTIONS = (
-    # 16,384 queries are answered with 4 MiB of block ids; requests are checked against the server's own limit.
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # The client repeats what may be repeated, and gRPC nothing.
-    ("grpc.enable_retries", 0),
-    # Else all clients of a process share a connection, and so one frontend of several.
-    ("grpc.use_local_subchannel_pool", 1),
-    # gRPC would wait a second at first, then minutes, before it looks for a server again.
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
-
 
 class Core:
     """One client's settings and what it knows of the server. Safe to share between threads.
@@ -59,29 +54,40 @@ class Core:
     The methods named after RPCs build a `Call`; sending it is the client's part.
 
     Args:
-        address: `HOST:PORT`, or a gRPC target such as `unix:/path`.
+        endpoint: the server, and how it and the client know each other.
         tenant: sent as the metadata `blockdex-tenant`; None sends none.
         timeout: seconds that a call may take that names none.
 
     Attributes:
+        endpoint: as above.
+        address: its.
         codec: what writes data calls, and reads their answers.
+        regions: memory that the client shares, if its transport can.
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
+        RuntimeError: a client was made before this process was forked.
         ValueError: the timeout is not a positive, finite number.
     """
 
-    def __init__(self, address: str, tenant: str | None, timeout: float) -> None:
+    def __init__(self, endpoint: Endpoint, tenant: str | None, timeout: float) -> None:
         if tenant is not None:
             checks.check_tenant(tenant)
-        self.address = address
-        self.tenant = checks.DEFAULT_TENANT if tenant is None else tenant
-        self.metadata = () if tenant is None else ((checks.TENANT_KEY, tenant),)
+        self.endpoint = endpoint
+        self.address = endpoint.address
+        self.tenant = tenant
         self.codec = codec()
+        self.regions: Regions = ()
         self._timeout = _checked(timeout)
         # A finalizer that closes a sequence may ask anew in the middle of taking up an answer; its own is as good.
         self._lock = threading.RLock()
         self._ledger: Ledger | None = None
+        check_process()
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of the next call or stream."""
+        return self.endpoint.metadata(self.tenant)
 
     @property
     def ledger(self) -> Ledger | None:
@@ -93,8 +99,10 @@ class Core:
         """`time.monotonic()` by which a call that begins now must have ended.
 
         Raises:
+            RuntimeError: this process was forked from the client's.
             ValueError: the timeout is not a positive, finite number.
         """
+        check_process()
         return time.monotonic() + (self._timeout if timeout is None else _checked(timeout))
 
     def take_up(self, evicted: Iterable[int], new_epoch: int | None = None) -> None:
@@ -106,6 +114,16 @@ class Core:
             ledger.over |= new_epoch != ledger.info.epoch
         ledger.evict(evicted)
 
+    def share(self, region: SharedRegion) -> None:
+        """The client shares one more region."""
+        with self._lock:
+            self.regions = (*self.regions, region)
+
+    def release(self, region: SharedRegion) -> None:
+        """The client does not share a region any more."""
+        with self._lock:
+            self.regions = tuple(each for each in self.regions if each is not region)
+
     def get_info(self, deadline: float) -> Call[Ledger]:
         """GetInfo. The answer is what the client knows from then on; a new epoch drops every length."""
 
@@ -113,7 +131,7 @@ class Core:
             with self._lock:
                 ledger = self.ledger
                 if ledger is None or ledger.info.epoch != info.epoch:
-                    ledger = self._ledger = Ledger(info, self.codec)
+                    ledger = self._ledger = Ledger(info, self.codec, self._array_of)
                 else:
                     ledger.info = info
                 return ledger
@@ -205,23 +223,98 @@ class Core:
 
         return _call(CLOSE_SEQUENCES, ledger, deadline, request, epoch, finish, repeatable=True)
 
+    def pool_id(self, pool_id: int) -> int:
+        """The id of a pool; 0 stands for none.
+
+        Raises:
+            InvalidArgumentError: it is no such id (INVALID_POOL).
+        """
+        pool_id = integer("pool_id", pool_id, reason=Reason.INVALID_POOL)
+        if not pool_id:
+            raise InvalidArgumentError("pool_id must be at least 1, got 0", Reason.INVALID_POOL)
+        return pool_id
+
+    def create_pool(
+        self,
+        ledger: Ledger,
+        deadline: float,
+        pool_id: int,
+        num_pages: int,
+        num_rows: int,
+        max_blocks: int,
+        epoch: int | None,
+    ) -> Call[None]:
+        """CreatePool. Creating again what is still as it was created is fine."""
+        request = pb.CreatePoolRequest(
+            pool_id=self.pool_id(pool_id),
+            num_pages=integer("num_pages", num_pages, bits=32, reason=Reason.INVALID_POOL),
+            num_rows=integer("num_rows", num_rows, bits=32, reason=Reason.INVALID_POOL),
+            max_blocks=integer("max_blocks", max_blocks, bits=32, reason=Reason.INVALID_POOL),
+        )
+        return _call(CREATE_POOL, ledger, deadline, request, epoch, _done, repeatable=True)
+
+    def set_page_tables(
+        self,
+        ledger: Ledger,
+        deadline: float,
+        pool_id: int,
+        rows: Integers,
+        first_blocks: Integers,
+        counts: Integers | None,
+        page_ids: Integers,
+        epoch: int | None,
+    ) -> Call[None]:
+        """SetPageTables. Nobody repeats it: that could undo what was set since."""
+
+        def column(name: str, value: Integers) -> list[int]:
+            flat = value.reshape(-1) if isinstance(value, np.ndarray) else value
+            return integers(name, flat, bits=32, reason=Reason.INVALID_POOL)
+
+        request = pb.SetPageTablesRequest(
+            pool_id=self.pool_id(pool_id),
+            rows=column("rows", rows),
+            first_blocks=column("first_blocks", first_blocks),
+            page_ids=column("page_ids", page_ids),
+        )
+        runs, pages = len(request.rows), len(request.page_ids)
+        if len(request.first_blocks) == 1:
+            request.first_blocks[:] = [request.first_blocks[0]] * runs
+        if counts is not None:
+            request.counts.extend(column("counts", counts))
+        elif runs and pages % runs == 0:
+            request.counts.extend([pages // runs] * runs)
+        else:
+            raise InvalidArgumentError(
+                f"counts: may be left out where each row gets equally many cells, got {pages} page_ids for {runs} rows",
+                Reason.INVALID_POOL,
+            )
+        return _call(SET_PAGE_TABLES, ledger, deadline, request, epoch, _done, repeatable=False)
+
+    def close_pool(self, ledger: Ledger, deadline: float, pool_id: int, epoch: int | None) -> Call[None]:
+        """ClosePool; closing what is closed already is fine, so it may be repeated."""
+        request = pb.ClosePoolRequest(pool_id=self.pool_id(pool_id))
+        return _call(CLOSE_POOL, ledger, deadline, request, epoch, _done, repeatable=True)
+
     def append_keys(self, ledger: Ledger, deadline: float, arguments: Arguments) -> Call[None]:
         """AppendKeys."""
         return self._append(APPEND_KEYS, ledger, deadline, arguments, _nothing)
 
     def append_and_select(
-        self, ledger: Ledger, deadline: float, arguments: Arguments, queries: Any, return_scores: Scores
+        self, ledger: Ledger, deadline: float, arguments: Arguments, queries: Any, return_scores: Scores, out: Any
     ) -> Call[Any]:
         """AppendAndSelect."""
-        return self._append(APPEND_AND_SELECT, ledger, deadline, arguments, _selection_like(queries, return_scores))
+        read = _selection_like(queries, return_scores, out)
+        return self._append(APPEND_AND_SELECT, ledger, deadline, arguments, read, out, return_scores)
 
     def select_blocks(
-        self, ledger: Ledger, deadline: float, arguments: Arguments, queries: Any, return_scores: Scores
+        self, ledger: Ledger, deadline: float, arguments: Arguments, queries: Any, return_scores: Scores, out: Any
     ) -> Call[Any]:
         """SelectBlocks; without starts it asks for the last positions."""
         request = ledger.make(SELECT_BLOCKS.number, *arguments)
+        if out is not None:
+            answer_into(request, self.regions, out, return_scores)
         ledger.place_selection(request)
-        read = _selection_like(queries, return_scores)
+        read = _selection_like(queries, return_scores, out)
 
         def finish(selected: Selected) -> Any:
             return read(selected, request.shape)
@@ -235,8 +328,12 @@ class Core:
         deadline: float,
         arguments: Arguments,
         read: Callable[[Selected, Shape], Result],
+        out: Any = None,
+        return_scores: Scores = False,
     ) -> Call[Result]:
         request = ledger.make(kind.number, *arguments)
+        if out is not None:
+            answer_into(request, self.regions, out, return_scores)
         ledger.begin_append(request)
 
         def finish(selected: Selected) -> Result:
@@ -248,6 +345,9 @@ class Core:
             ledger.fail_append(request, changed_nothing)
 
         return Call(kind, request, deadline, finish, request.repeatable, ledger, fail, request.epoch)
+
+    def _array_of(self, name: str, tensor: Any) -> tuple[NDArray[Any], bool]:
+        return array_of(self.regions, name, tensor)
 
 
 def _call(
@@ -268,6 +368,10 @@ def _call(
     return Call(kind, message, deadline, finish, repeatable, ledger, fail, named)
 
 
+def _done(_: SequenceState) -> None:
+    """What a call is answered with that only has to be done."""
+
+
 def _itself(answer: Result) -> Result:
     return answer
 
@@ -276,10 +380,12 @@ def _nothing(selected: Selected, shape: Shape) -> None:
     """What an append is answered with."""
 
 
-def _selection_like(queries: Any, return_scores: Scores) -> Callable[[Selected, Shape], Any]:
-    """Makes block ids, or the pair of them and their scores, of the kind of the queries."""
+def _selection_like(queries: Any, return_scores: Scores, out: Any) -> Callable[[Selected, Shape], Any]:
+    """Makes block ids, or the pair of them and their scores, as the queries are; they may be in `out` already."""
 
     def read(selected: Selected, shape: Shape) -> Any:
+        if out is not None:
+            return out
         block_ids = array_like(queries, "block_ids", selected[0], "int32", shape)
         if return_scores is False:
             return block_ids

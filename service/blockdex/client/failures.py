@@ -22,6 +22,13 @@ _TRANSPORT_REASONS = {
     Code.INTERNAL: Reason.INTERNAL,
     Code.UNAVAILABLE: Reason.UNREACHABLE,
 }
+# Words of gRPC's about connections that did not come to be, and what they mean to who reads them.
+_MEANINGS = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not of the authorities that are trusted (tls), or has expired",
+    "Hostname Verification Check failed": "its certificate is for another name (tls: server_name)",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS",
+    "Socket closed": "it ended the connection: does it ask for TLS, or for a client's certificate (tls)?",
+}
 _OUTCOME_UNKNOWN = frozenset(
     {Code.CANCELLED, Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS}
 )
@@ -68,6 +75,8 @@ def error_of_call(failure: Any, target: str) -> BlockdexError:
     message = f"{target}: {failure.details() or name}"
     if number == Code.RESOURCE_EXHAUSTED and "larger than max" in message:
         return error_of(number, message, Reason.MESSAGE_TOO_LARGE, {})
+    if number == Code.UNAVAILABLE:
+        message = "; ".join((message, *(meaning for words, meaning in _MEANINGS.items() if words in message)))
     return error_of(number, message, _TRANSPORT_REASONS.get(number, name), {})
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from blockdex.client.answers import Info
 from blockdex.client.lengths import Layers, Sequences
-from blockdex.client.requests import TokenRequest, maker_of
+from blockdex.client.requests import ArrayOf, TokenRequest, copied, maker_of
 
 _OVERLAPPED = -1
 _NOWHERE = -2
@@ -42,9 +42,9 @@ class Ledger:
         over: whether the server has said that its epoch is another one.
     """
 
-    def __init__(self, info: Info, codec: ModuleType) -> None:
+    def __init__(self, info: Info, codec: ModuleType, array_of: ArrayOf = copied) -> None:
         self.info = info
-        self.make = maker_of(info, codec).make
+        self.make = maker_of(info, codec, array_of).make
         self.over = False
         self._sequences = Sequences(info.spec.num_layers)
         self._lock = threading.Lock()

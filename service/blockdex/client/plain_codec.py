@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from blockdex.client.frames import framed
 from blockdex.client.kinds import TOKEN_KINDS, Kind
 from blockdex.client.lengths import Layers, Sequences
-from blockdex.client.requests import Selected, Shape, integer, integers
+from blockdex.client.requests import ArrayOf, Selected, Shape, integer, integers
 from blockdex.contract.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -22,6 +22,7 @@ from blockdex.v1 import indexer_pb2 as pb
 
 _ORDERS = {"ascending": pb.SELECTION_ORDER_UNSPECIFIED, "score": pb.SELECTION_ORDER_SCORE}
 _SCORE_FORMATS = {False: pb.SCORE_FORMAT_UNSPECIFIED, True: pb.SCORE_FORMAT_SCALED, "raw": pb.SCORE_FORMAT_RAW}
+_IDS = {"blocks": pb.SELECTED_IDS_UNSPECIFIED, "pages": pb.SELECTED_IDS_PAGES}
 
 
 class TokenRequest:
@@ -47,19 +48,22 @@ class TokenRequest:
 
     def place(self, sequences: Sequences) -> None:
         """Has a selection without starts ask for the last positions."""
-        if not self._at_ends:
+        if not self._at_ends or self._body.spans.pool_id:
             return
         spans = self._body.spans
-        starts = [length - rows for length, rows in zip(self._lengths(sequences), spans.lengths, strict=False)]
-        for sequence, start in zip(spans.sequence_ids, starts, strict=False):
-            if start < 0:
-                message = f"sequence {sequence}: start must be at least 0, got {start}"
+        lengths = self._lengths(sequences)
+        for sequence, rows, length in zip(spans.sequence_ids, spans.lengths, lengths, strict=False):
+            if rows > length:
+                where = f"sequence {sequence}, layer {self._body.layer}"
+                message = f"{where}: its last {rows} positions are asked for, its length is {length}"
                 raise InvalidArgumentError(message, Reason.INVALID_SPANS)
-        spans.starts[:] = starts
+        spans.starts[:] = [length - rows for length, rows in zip(lengths, spans.lengths, strict=False)]
 
     def begin(self, sequences: Sequences) -> None:
         """Counts an append in the lengths."""
         spans, layer = self._body.spans, self._body.layer
+        if spans.pool_id:  # whose rows have no lengths
+            return
         if self._at_ends:
             spans.starts[:] = self._lengths(sequences)
         for sequence, start, rows in zip(spans.sequence_ids, spans.starts, spans.lengths, strict=False):
@@ -124,7 +128,7 @@ class RequestMaker:
         epoch: int,
         array: type,
         dtypes: Mapping[Any, int],
-        host_array: Callable[[str, Any], NDArray[Any]],
+        array_of: ArrayOf,
         refuse: Callable[..., NoReturn],
     ) -> None:
         del array, refuse
@@ -134,27 +138,30 @@ class RequestMaker:
         self._max_message_bytes = max_message_bytes
         self._epoch = epoch
         self._dtypes = dtypes
-        self._host_array = host_array
+        self._array_of = array_of
 
     def make(self, kind: int, /, *arguments: Any) -> TokenRequest:
         """A request of a kind."""
-        layer, sequences, lengths, starts, revisions, epoch, keys, queries, *selection, wait_for_keys, rollback = (
-            arguments
-        )
+        layer, sequences, lengths, starts, revisions, epoch, keys, queries, *selection = arguments
+        *selection, wait_for_keys, rollback, pool_id, ids = selection
         of = TOKEN_KINDS[kind]
         body = of.request()
         body.header.epoch = self._epoch if epoch is None else integer("epoch", epoch)
         body.layer = integer("layer", layer, bits=32, reason=Reason.INVALID_LAYER)
         _fill_spans(body, sequences, lengths, starts, revisions)
+        body.spans.pool_id = integer("pool_id", pool_id, reason=Reason.INVALID_POOL)
         arrays = {}
         if of.appends:
-            arrays["keys"] = self._host_array("keys", keys)
+            arrays["keys"] = self._array_of("keys", keys)[0]
             if rollback:
                 body.rollback = True
                 body.header.required_features.append(pb.FEATURE_ROLLBACK)
         if of.selects:
-            arrays["queries"] = self._host_array("queries", queries)
+            arrays["queries"] = self._array_of("queries", queries)[0]
             _fill_selection(body, *selection)
+            body.ids = _number_of(_IDS, ids, "ids", Reason.INVALID_POOL)
+        if pool_id or (of.selects and body.ids):
+            body.header.required_features.append(pb.FEATURE_POOLS)
         if wait_for_keys and not of.appends:
             body.wait_for_keys = True
             body.header.required_features.append(pb.FEATURE_WAIT_FOR_KEYS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, NoReturn, Protocol
 
@@ -25,12 +25,18 @@ Integers = int | Sequence[int] | NDArray[Any]
 Scores = bool | Literal["raw"]
 """Whether an answer carries scores: multiplied by the spec's scale (True), or `raw`, as they rank."""
 
+Ids = Literal["blocks", "pages"]
+"""What an answer calls a block: its position inside its row, or the number of the pool's page that holds it."""
+
 Arguments = tuple[Any, ...]
 """Of a data call: layer, sequences, lengths, starts, revisions, epoch, keys, queries, first_head, num_heads, order,
-return_scores, wait_for_keys, rollback."""
+return_scores, wait_for_keys, rollback, pool_id, ids. With a pool the sequences are its rows."""
 
 NO_QUERIES = (None, 0, 0, "ascending", False, False)
 """Queries, first_head, num_heads, order, return_scores and wait_for_keys of a call that selects nothing."""
+
+NO_POOL = (0, "blocks")
+"""Pool_id and ids of a call on sequences."""
 
 Shape = tuple[int, int, int]
 """Of an answer: `[T, num_heads, topk]`, with no heads where there were no queries."""
@@ -67,7 +73,7 @@ class TokenRequest(Protocol):
     def repeatable(self) -> bool: ...
 
     def place(self, sequences: Sequences, /) -> None:
-        """Has a selection without starts ask for the last positions.
+        """Has a selection without starts ask for the last positions; of a pool's rows nobody counts them.
 
         Raises:
             FailedPreconditionError: a length is unknown (OUTCOME_UNKNOWN).
@@ -77,6 +83,10 @@ class TokenRequest(Protocol):
 
     def begin(self, sequences: Sequences, /) -> None:
         """Counts an append in the lengths; one without starts goes to their ends, and raises as `place`."""
+        ...
+
+    def answer_into(self, block_ids: int, scores: int, /) -> None:
+        """Has the answer written to these addresses, in shared memory; 0: it brings them along."""
         ...
 
     def end(self) -> None:
@@ -117,7 +127,16 @@ def codec() -> ModuleType:
     return importlib.import_module(name)
 
 
-def maker_of(info: Info, codec: ModuleType) -> RequestMaker:
+ArrayOf = Callable[[str, Any], tuple[NDArray[Any], bool]]
+"""Makes an array of a tensor by name; says whether it is one of a device's memory, which a ring alone can carry."""
+
+
+def copied(name: str, tensor: Any) -> tuple[NDArray[Any], bool]:
+    """Where no memory is shared."""
+    return host_array(name, tensor), False
+
+
+def maker_of(info: Info, codec: ModuleType, array_of: ArrayOf = copied) -> RequestMaker:
     """What makes the requests to such a server."""
     maker: RequestMaker = codec.RequestMaker(
         num_heads=info.spec.num_index_heads,
@@ -127,7 +146,7 @@ def maker_of(info: Info, codec: ModuleType) -> RequestMaker:
         epoch=info.epoch,
         array=np.ndarray,
         dtypes=WIRE_DTYPES,
-        host_array=host_array,
+        array_of=array_of,
         refuse=refuse,
     )
     return maker

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from blockdex.client.call import Call
 from blockdex.client.core import Core
 from blockdex.client.failures import reason_of
 from blockdex.client.frames import Message
-from blockdex.contract.errors import BlockdexError, Reason, UnavailableError, error_of
+from blockdex.client.shared_regions import Regions, SharedRegion
+from blockdex.contract.errors import BlockdexError, Reason, UnauthenticatedError, UnavailableError, error_of
+from blockdex.contract.limits import check_even_columns
 from blockdex.ring import SUPPORTED, layout
 from blockdex.v1 import indexer_pb2 as pb
 
@@ -24,6 +27,60 @@ _RING = "ring:"
 _SPIN_SECONDS = 100e-6
 """A call of a few sequences is answered by then."""
 _SPINNING_CORES = 4
+
+
+class Question(NamedTuple):
+    """What is asked beside a ring of a region: a JSON object, and the files that come with it."""
+
+    text: str
+    files: tuple[int, ...]
+    region: SharedRegion
+
+
+class Link:
+    """A link to a server, and what of its client's memory the server has over it.
+
+    Args:
+        connection: the link itself.
+    """
+
+    def __init__(self, connection: RingConnection) -> None:
+        self.connection = connection
+        self._has: Regions = ()
+        self._numbers: dict[SharedRegion, int] = {}
+
+    def question(self, regions: Regions) -> Question | None:
+        """What to ask next, so that the server has these regions and no other; None where that is so."""
+        if self._has is regions:
+            return None
+        for region, number in self._numbers.items():
+            if region not in regions:
+                self.connection.take_back(number)
+                return Question(json.dumps({"release": number}), (), region)
+        for region in regions:
+            if region not in self._numbers:
+                words = {"share": region.memory.kind, **region.memory.words}
+                return Question(json.dumps(words), (region.memory.fd,), region)
+        self._has = regions
+        return None
+
+    def settle(self, question: Question, reply: bytes | RequestRefusal) -> None:
+        """Takes up the reply; a region that requests still use is asked for again.
+
+        Raises:
+            BlockdexError: it is refused.
+        """
+        region, released = question.region, question.region in self._numbers
+        if isinstance(reply, tuple):
+            refusal = refusal_of(reply)
+            if released and refusal.reason == Reason.OVERLOADED:
+                return
+            raise refusal
+        if released:
+            del self._numbers[region]
+            return
+        number = self._numbers[region] = int(json.loads(reply)["answer"]["region"])
+        self.connection.lend(region.memory.address, region.bytes, number)
 
 
 def socket_of(info: Info) -> str:
@@ -67,6 +124,7 @@ def open_link(core: Core, info: Info, timeout: float, *, room_seconds: float = 2
 
     Raises:
         UnavailableError: it offers no ring, or cannot be reached over it (UNREACHABLE).
+        UnauthenticatedError: it does not let this process in (UNKNOWN_CREDENTIALS).
     """
     import blockdex._native as native  # noqa: PLC0415 - not in every install
 
@@ -75,7 +133,7 @@ def open_link(core: Core, info: Info, timeout: float, *, room_seconds: float = 2
     try:
         return native.RingConnection(
             path,
-            core.tenant,
+            core.tenant or "",
             timeout,
             num_heads=info.spec.num_index_heads,
             max_spans=info.limits.max_spans,
@@ -83,6 +141,8 @@ def open_link(core: Core, info: Info, timeout: float, *, room_seconds: float = 2
             spin_seconds=_SPIN_SECONDS if spins else 0.0,
             room_seconds=room_seconds,
         )
+    except PermissionError as error:
+        raise UnauthenticatedError(str(error), Reason.UNKNOWN_CREDENTIALS) from None
     except OSError as error:
         raise UnavailableError(str(error), Reason.UNREACHABLE) from None
 
@@ -137,18 +197,32 @@ def take_up_events(connection: RingConnection, core: Core) -> None:
                 core.take_up(ids)
 
 
-def _slot_of(request: Any) -> tuple[int, int, int, int, int, bytes]:
-    """Kind, epoch, sequence, child, length and columns of a request about sequences, as its slot has them."""
+def _slot_of(request: Any) -> tuple[int, int, int, int, int, int, bytes]:
+    """Kind, epoch, ids, number, rows and columns of a request about sequences or pools, as its slot has them."""
     epoch = request.header.epoch
     match request:
         case pb.OpenSequencesRequest(sequences=opened):
             columns = [[each.sequence_id for each in opened], [each.lease_seconds for each in opened]]
-            return layout.OPEN, epoch, 0, 0, 0, np.array(columns, "<u8").tobytes()
+            slot = layout.OPEN, 0, 0, 0, len(opened), _words(*columns)
         case pb.CloseSequencesRequest(sequence_ids=ids):
-            return layout.CLOSE, epoch, 0, 0, 0, np.array(ids, "<u8").tobytes()
+            slot = layout.CLOSE, 0, 0, 0, len(ids), _words(ids)
         case pb.ForkSequenceRequest():
-            return layout.FORK, epoch, request.parent_id, request.child_id, request.length, b""
+            slot = layout.FORK, request.parent_id, request.child_id, request.length, 0, b""
         case pb.TruncateSequenceRequest():
-            return layout.TRUNCATE, epoch, request.sequence_id, 0, request.length, b""
+            slot = layout.TRUNCATE, request.sequence_id, 0, request.length, 0, b""
+        case pb.CreatePoolRequest(pool_id=pool, num_pages=pages, num_rows=rows, max_blocks=blocks):
+            slot = layout.CREATE_POOL, pool, blocks, pages, rows, b""
+        case pb.SetPageTablesRequest(rows=rows, first_blocks=first_blocks, counts=counts, page_ids=pages):
+            check_even_columns(rows=rows, first_blocks=first_blocks, counts=counts)
+            cells = _words(rows, first_blocks, counts, pages)
+            slot = layout.SET_PAGE_TABLES, request.pool_id, 0, len(pages), len(rows), cells
+        case pb.ClosePoolRequest():
+            slot = layout.CLOSE_POOL, request.pool_id, 0, 0, 0, b""
         case _:
-            return layout.GET, epoch, request.sequence_id, 0, 0, b""
+            slot = layout.GET, request.sequence_id, 0, 0, 0, b""
+    kind, *numbers = slot
+    return kind, epoch, *numbers
+
+
+def _words(*columns: Iterable[int]) -> bytes:
+    return b"".join(np.array(list(column), "<u8").tobytes() for column in columns)

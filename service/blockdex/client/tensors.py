@@ -43,21 +43,26 @@ def host_array(name: str, tensor: Any) -> NDArray[Any]:
     """A tensor's elements on the host, in their order, little-endian, of one of `NUMPY_DTYPES`; copied where they must.
 
     Raises:
-        InvalidArgumentError: a dtype that the wire does not have (INVALID_TENSOR).
+        InvalidArgumentError: a dtype that the wire does not have, or no dense elements (INVALID_TENSOR).
         TypeError: neither a numpy array nor a torch tensor.
     """
+    if isinstance(tensor, np.ma.MaskedArray):
+        raise InvalidArgumentError(f"{name}: a masked array, whose mask could not be kept", Reason.INVALID_TENSOR)
     if isinstance(tensor, np.ndarray):
         array = np.asarray(tensor, tensor.dtype.newbyteorder("<"), "C")
         if array.dtype not in NUMPY_DTYPES:
             raise _unknown_dtype(name, tensor.dtype)
         return array
-    torch = _torch_of(tensor)
+    torch = torch_of(tensor)
     if torch is None:
         raise TypeError(f"{name} must be a numpy array or a torch tensor, got {type(tensor).__name__}")
     dtype = str(tensor.dtype)
     if dtype not in _TORCH_DTYPES:
         raise _unknown_dtype(name, dtype)
-    host = tensor.detach().cpu().contiguous()
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+        kind = "on the meta device" if tensor.is_meta else "nested" if tensor.is_nested else f"of {tensor.layout}"
+        raise InvalidArgumentError(f"{name}: must be a dense tensor, got one {kind}", Reason.INVALID_TENSOR)
+    host = tensor.detach().resolve_neg().cpu().contiguous()
     if dtype in _TORCH_BITS:
         bits, same = _TORCH_BITS[dtype]
         host = host.view(getattr(torch, bits))
@@ -75,15 +80,22 @@ def array_like(tensor: Any, name: str, buffer: bytearray | None, dtype: str, sha
     if buffer is None or got != expected:
         words = f"{name}: [{', '.join(map(str, shape))}] takes {expected} bytes, the answer has {got}"
         raise DataLossError(words, Reason.INTERNAL)
-    torch = None if isinstance(tensor, np.ndarray) else _torch_of(tensor)
+    torch = None if isinstance(tensor, np.ndarray) else torch_of(tensor)
     if torch is None:
         return np.ndarray(shape, _LITTLE_ENDIAN[dtype], buffer)
     return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).reshape(shape).to(tensor.device)
 
 
-def _torch_of(tensor: object) -> Any:
+def torch_of(thing: object) -> Any:
+    """The module torch where this is a tensor or a dtype of its own, else None."""
     torch = sys.modules.get("torch")
-    return torch if torch is not None and isinstance(tensor, torch.Tensor) else None
+    return torch if torch is not None and isinstance(thing, torch.Tensor | torch.dtype) else None
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any] | None:
+    """Of the elements of keys and queries of a dtype of torch; None where they cannot have it."""
+    word = _TORCH_DTYPES.get(str(dtype))
+    return next((numpy for numpy, each in NUMPY_DTYPES.items() if each == word), None)
 
 
 def _unknown_dtype(name: str, dtype: object) -> InvalidArgumentError:

@@ -9,7 +9,7 @@ import grpc
 
 from blockdex.client.alarm import Alarm
 from blockdex.client.call import Call
-from blockdex.client.core import CHANNEL_OPTIONS, Core
+from blockdex.client.core import Core
 from blockdex.client.failures import error_of_call
 from blockdex.client.frames import answer_of, closed, milliseconds_of, response_of
 from blockdex.client.paths import UNARY_PATHS
@@ -39,7 +39,7 @@ class UnaryTransport:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._closed = False
-        self.channel = grpc.insecure_channel(core.address, options=CHANNEL_OPTIONS)
+        self.channel = core.endpoint.channel()
         self._methods: dict[str, Any] = {rpc: self.channel.unary_unary(path) for rpc, path in UNARY_PATHS.items()}
 
     def send(self, call: Call[Any]) -> Any:

@@ -39,6 +39,10 @@ class Reason(StrEnum):
     INVALID_SCORES = "INVALID_SCORES"
     INVALID_LENGTH = "INVALID_LENGTH"
     INVALID_TENANT = "INVALID_TENANT"
+    MISSING_CREDENTIALS = "MISSING_CREDENTIALS"
+    UNKNOWN_CREDENTIALS = "UNKNOWN_CREDENTIALS"
+    WRONG_TENANT = "WRONG_TENANT"
+    MISSING_RIGHT = "MISSING_RIGHT"
     DUPLICATE_SEQUENCE = "DUPLICATE_SEQUENCE"
     DUPLICATE_REQUEST_ID = "DUPLICATE_REQUEST_ID"
     EMPTY_REQUEST = "EMPTY_REQUEST"
@@ -64,6 +68,10 @@ class Reason(StrEnum):
     UNREACHABLE = "UNREACHABLE"
     OUTCOME_UNKNOWN = "OUTCOME_UNKNOWN"
     INTERNAL = "INTERNAL"
+    UNKNOWN_POOL = "UNKNOWN_POOL"
+    POOL_EXISTS = "POOL_EXISTS"
+    INVALID_POOL = "INVALID_POOL"
+    PAGE_NOT_SET = "PAGE_NOT_SET"
 
 
 class BlockdexError(Exception):
@@ -113,13 +121,13 @@ class DeadlineExceededError(BlockdexError):
 
 
 class NotFoundError(BlockdexError):
-    """The tenant holds no such sequence (never opened, closed, evicted, of an earlier epoch), or no such model."""
+    """The tenant holds no such sequence or pool (never opened, closed, evicted, of an earlier epoch); or no model."""
 
     code = Code.NOT_FOUND
 
 
 class AlreadyExistsError(BlockdexError):
-    """The tenant has a sequence of that id open."""
+    """The tenant has a sequence or a pool of that id."""
 
     code = Code.ALREADY_EXISTS
 
@@ -137,7 +145,7 @@ class ResourceExhaustedError(BlockdexError):
 
 
 class FailedPreconditionError(BlockdexError):
-    """Another epoch, or keys that are not there yet."""
+    """Another epoch, keys that are not there yet, or a block without a page."""
 
     code = Code.FAILED_PRECONDITION
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from blockdex.contract.errors import FailedPreconditionError, InvalidArgumentError, Reason
 
 TENANT_KEY = "blockdex-tenant"
@@ -35,12 +37,21 @@ def check_epoch(epoch: int, cache_epoch: int) -> None:
         )
 
 
-def check_num_sequences(max_spans: int, count: int) -> None:
-    """Refuses to open or close no sequences, or more than a slot can carry."""
+def check_num_rows(max_spans: int, count: int, name: str = "sequences") -> None:
+    """Refuses to open or close no sequences, or to set runs of no cells, or of either more than a slot can carry."""
     if not 1 <= count <= max_spans:
         raise InvalidArgumentError(
-            f"sequences: must be 1 to {max_spans}, got {count}",
+            f"{name}: must be 1 to {max_spans}, got {count}",
             Reason.INVALID_SPANS,
             count=count,
             max_spans=max_spans,
         )
+
+
+def check_even_columns(**columns: Sequence[int]) -> None:
+    """Refuses columns of page tables that are not equally long."""
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        got = ", ".join(f"{length} {name}" for name, length in lengths.items())
+        words = f"page tables: columns must be equally long, got {got}"
+        raise InvalidArgumentError(words, Reason.INVALID_POOL, **lengths)

@@ -5,6 +5,7 @@ Token requests have no class here: they go from the wire into the ring, and back
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,7 +82,56 @@ class CloseSequences:
     sequence_ids: tuple[int, ...]
 
 
-SequenceRequest = OpenSequences | GetSequence | ForkSequence | TruncateSequence | CloseSequences
+@dataclass(frozen=True, slots=True)
+class CreatePool:
+    """Sets pages aside, and a table of rows."""
+
+    tenant: str
+    epoch: int
+    pool_id: int
+    num_pages: int
+    num_rows: int
+    max_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetPageTables:
+    """Writes runs of cells.
+
+    Attributes:
+        rows, first_blocks, counts: N of each.
+        page_ids: the sum of the counts.
+    """
+
+    tenant: str
+    epoch: int
+    pool_id: int
+    rows: Sequence[int]
+    first_blocks: Sequence[int]
+    counts: Sequence[int]
+    page_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ClosePool:
+    """Gives up a pool."""
+
+    tenant: str
+    epoch: int
+    pool_id: int
+
+
+SequenceRequest = (
+    OpenSequences
+    | GetSequence
+    | ForkSequence
+    | TruncateSequence
+    | CloseSequences
+    | CreatePool
+    | SetPageTables
+    | ClosePool
+)
+"""A request on the life of sequences or pools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +165,7 @@ class CacheUsage:
     page_bytes: int
     sequences: int
     evictions: int
+    pools: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ static int fill(PyObject *module) {
            PyModule_AddIntConstant(module, "MAX_RUNS", CORE_RUNS) |
            PyModule_AddIntConstant(module, "MAX_TOKENS", CORE_TOKENS) |
            PyModule_AddIntConstant(module, "STEPS", CORE_STEPS) |
+           PyModule_AddIntConstant(module, "SIGNALS", CORE_SIGNALS) |
            PyModule_AddIntConstant(module, "MAX_REGIONS", MAX_REGIONS);
 }
 

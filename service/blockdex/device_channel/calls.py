@@ -7,15 +7,22 @@ from typing import NamedTuple
 
 import torch
 
+from blockdex.contract.messages import Order
 from blockdex.device_channel import kernels
 from blockdex.device_channel.memory import ChannelMemory
 from blockdex.ring.channel_layout import REQUEST_SLOTS
-from blockdex.ring.layout import DTYPES, ORDERS, ROLLBACK, TOKENS, WAIT_FOR_KEYS
+from blockdex.ring.layout import DTYPES, ORDERS, RAW_SCORES, RETURN_SCORES, ROLLBACK, TOKENS, WAIT_FOR_KEYS
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.triton.launch import pdl_launch
 
-_BF16 = DTYPES.index("bf16") + 1
-_ASCENDING = ORDERS.index("ascending") + 1
+_NUMBERS = {
+    torch.bfloat16: DTYPES.index("bf16") + 1,
+    torch.float16: DTYPES.index("fp16") + 1,
+    torch.float32: DTYPES.index("fp32") + 1,
+    torch.float8_e4m3fn: DTYPES.index("fp8_e4m3") + 1,
+}
+"""Of the dtypes of keys and queries, as slots have them."""
+_DTYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in _NUMBERS)
 _INTEGERS = (torch.int32, torch.int64, torch.uint64)
 _TILE_TOKENS = 16
 """Of a program at a time: what it has loads on their way for."""
@@ -44,10 +51,13 @@ class Call:
         layer: of the indexer.
         ids, starts, lengths: integers `[rows]` on the device, read when the kernels run: sequence ids, first positions
             and numbers of tokens.
-        keys: bfloat16 `[rows, row_tokens, D]`, or None.
-        queries: bfloat16 `[rows, row_tokens, H, D]`, or None.
+        keys: `[rows, row_tokens, D]`, bfloat16, float16, float32 or float8_e4m3fn, or None.
+        queries: `[rows, row_tokens, H, D]`, of any of these, or None.
         revisions: integers `[rows]`, or None.
         replays: an integer `[1]` that is added to each revision, or None.
+        order: of block ids.
+        scores: float32 `[rows, row_tokens, H, topk]` to be filled with those of the block ids, or None.
+        raw_scores: whether these are as they rank.
         rollback, wait_for_keys: flags of the request.
     """
 
@@ -59,6 +69,9 @@ class Call:
     queries: torch.Tensor | None = None
     revisions: torch.Tensor | None = None
     replays: torch.Tensor | None = None
+    order: Order = "ascending"
+    scores: torch.Tensor | None = None
+    raw_scores: bool = False
     rollback: bool = False
     wait_for_keys: bool = False
 
@@ -83,33 +96,45 @@ def check(call: Call, device: torch.device, spec: IndexSpec, heads: Heads, max_t
     """
     if not 0 <= call.layer < spec.num_layers:
         raise ValueError(f"layer must be below {spec.num_layers}, got {call.layer}")
-    rows = call.rows
-    if not 1 <= rows <= max_rows:
-        raise ValueError(f"sequences: the channel was opened for 1 to {max_rows} rows, got {rows}")
+    if not 1 <= call.rows <= max_rows:
+        raise ValueError(f"sequences: the channel was opened for 1 to {max_rows} rows, got {call.rows}")
+    _check_numbers(call, device)
+    _check_tensors(call, device, spec, heads)
+    if call.order not in ORDERS:
+        raise ValueError(f"order: must be one of {', '.join(ORDERS)}, got {call.order!r}")
+    if call.raw_scores and call.scores is None:
+        raise ValueError("scores: must be given where they are to be raw")
+    if not 1 <= call.rows * call.row_tokens <= max_tokens:
+        tokens = f"{call.rows} x {call.row_tokens}"
+        raise ValueError(f"tokens: the channel was opened for 1 to {max_tokens}, got {tokens}")
+
+
+def _check_numbers(call: Call, device: torch.device) -> None:
     for name in ("ids", "starts", "lengths", "revisions", "replays"):
         numbers = getattr(call, name)
         if numbers is None:
             continue
-        expected = (1,) if name == "replays" else (rows,)
+        expected = (1,) if name == "replays" else (call.rows,)
         if tuple(numbers.shape) != expected or numbers.dtype not in _INTEGERS:
             raise ValueError(f"{name}: must be int32 or int64 {list(expected)}, got {_described(numbers)}")
         _check_place(name, numbers, device)
+
+
+def _check_tensors(call: Call, device: torch.device, spec: IndexSpec, heads: Heads) -> None:
     for name, tensor, tail in (
         ("keys", call.keys, (spec.head_dim,)),
         ("queries", call.queries, (heads.count, spec.head_dim)),
     ):
         if tensor is None:
             continue
-        if tensor.ndim != 2 + len(tail) or tensor.shape[0] != rows or tuple(tensor.shape[2:]) != tail:
-            shape = ", ".join(map(str, (rows, "tokens", *tail)))
-            raise ValueError(f"{name}: must be bfloat16 [{shape}], got {_described(tensor)}")
-        if tensor.dtype != torch.bfloat16:
-            raise ValueError(f"{name}: must be bfloat16, got {_described(tensor)}")
+        if tensor.ndim != 2 + len(tail) or tensor.shape[0] != call.rows or tuple(tensor.shape[2:]) != tail:
+            shape = ", ".join(map(str, (call.rows, "tokens", *tail)))
+            raise ValueError(f"{name}: must be [{shape}], got {_described(tensor)}")
+        if tensor.dtype not in _NUMBERS:
+            raise ValueError(f"{name}: must be one of {_DTYPES}, got {_described(tensor)}")
         _check_place(name, tensor, device)
     if call.keys is not None and call.queries is not None and call.keys.shape[1] != call.queries.shape[1]:
         raise ValueError(f"keys and queries: tokens of a row differ, {call.keys.shape[1]} and {call.queries.shape[1]}")
-    if not 1 <= rows * call.row_tokens <= max_tokens:
-        raise ValueError(f"tokens: the channel was opened for 1 to {max_tokens}, got {rows} x {call.row_tokens}")
 
 
 def _check_place(name: str, tensor: torch.Tensor, device: torch.device) -> None:
@@ -143,13 +168,16 @@ class Words(NamedTuple):
 
 def words_of(memory: ChannelMemory, spec: IndexSpec, heads: Heads, call: Call) -> Words:
     """Those of a call that was checked."""
-    has_keys, has_queries = call.keys is not None, call.queries is not None
-    flags = ROLLBACK * call.rollback | WAIT_FOR_KEYS * call.wait_for_keys
+    keys, queries = (None if each is None else each.dtype for each in (call.keys, call.queries))
+    dtypes = (_NUMBERS[keys] if keys else 0) << 16 | (_NUMBERS[queries] if queries else 0) << 24
+    wants = 0 if call.scores is None else RAW_SCORES if call.raw_scores else RETURN_SCORES
+    flags = wants | ROLLBACK * call.rollback | WAIT_FOR_KEYS * call.wait_for_keys
+    order = ORDERS.index(call.order) + 1
     return Words(
-        TOKENS | (_BF16 * has_keys) << 16 | (_BF16 * has_queries) << 24 | _ASCENDING << 32 | flags << 40,
-        heads.first | heads.count << 32 if has_queries else 0,
-        2 * spec.head_dim * has_keys,
-        2 * spec.head_dim * heads.count * has_queries,
+        TOKENS | dtypes | order << 32 | flags << 40,
+        heads.first | heads.count << 32 if queries else 0,
+        keys.itemsize * spec.head_dim if keys else 0,
+        queries.itemsize * spec.head_dim * heads.count if queries else 0,
         *(-1 if tensor is None else memory.offset_of(tensor) for tensor in (call.keys, call.queries)),
     )
 
@@ -182,8 +210,8 @@ def launch(
         memory.address,
         memory.words,
         memory.segment_address,
-        call.keys,
-        call.queries,
+        _in_words(call.keys),
+        _in_words(call.queries),
         call.ids,
         call.starts,
         call.lengths,
@@ -201,6 +229,7 @@ def launch(
         KEYS=places.keys,
         QUERIES=places.queries,
         BLOCK_IDS=places.block_ids,
+        SCORES=0 if call.scores is None else places.scores,
         KEY_BYTES=words.key_bytes,
         QUERY_BYTES=words.query_bytes,
         KEY_COLUMNS=_power_of_two(words.key_bytes // 4),
@@ -223,10 +252,12 @@ def launch(
         memory.words,
         memory.segment_address,
         block_ids,
+        _in_words(call.scores),
         tokens if width else 0,
         int(1e9 * bound_seconds),
         TOKEN_PLACES=places.token_places,
         BLOCK_IDS=places.block_ids,
+        SCORES=0 if call.scores is None else places.scores,
         WIDTH=width,
         COLUMNS=_power_of_two(width),
         TOKENS=tile,
@@ -235,6 +266,11 @@ def launch(
         num_warps=warps,
         **pdl_launch(pdl),
     )
+
+
+def _in_words(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The same as int32, so that the kernels are the same for every dtype."""
+    return None if tensor is None else tensor.view(torch.int32)
 
 
 def _power_of_two(number: int) -> int:

@@ -15,6 +15,7 @@ from blockdex.contract.errors import (
     Reason,
     UnavailableError,
 )
+from blockdex.contract.messages import Order
 from blockdex.device_channel.calls import Call, Heads, check, launch
 from blockdex.device_channel.connection import Connection
 from blockdex.device_channel.memory import ChannelMemory
@@ -105,6 +106,9 @@ class DeviceChannel:
         revisions: torch.Tensor | None = None,
         replays: torch.Tensor | None = None,
         rollback: bool = False,
+        order: Order = "ascending",
+        scores: torch.Tensor | None = None,
+        raw_scores: bool = False,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Appends keys, and selects blocks for the same tokens. R = rows, n = tokens of a row at most.
@@ -114,20 +118,25 @@ class DeviceChannel:
             sequences: int32 or int64 `[R]`: ids.
             starts: int32 or int64 `[R]`: position of each row's first token.
             lengths: int32 or int64 `[R]`: how many of the row's n tokens there are; a row of length 0 is padding.
-            keys: bfloat16 `[R, n, D]`.
-            queries: bfloat16 `[R, n, H, D]`.
+            keys: `[R, n, D]`, bfloat16, float16, float32 or float8_e4m3fn.
+            queries: `[R, n, H, D]`, of any of these.
             revisions: int32 or int64 `[R]`; 0 is unchecked.
             replays: int32 or int64 `[1]`, added to each revision: how often a graph was replayed, say.
             rollback: whether an append may cut what lies behind its start.
+            order: of a row's blocks: `ascending` (by id) or `score` (init blocks, local blocks, then by falling score).
+            scores: float32 `[R, n, H, topk]` to be filled, contiguous; +inf for forced blocks, -inf beside -1.
+            raw_scores: whether these are unscaled, and those of forced blocks too.
             out: int32 `[R, n, H, topk]` to be filled, contiguous.
 
         Returns:
-            int32 `[R, n, H, topk]`, in ascending order; -1 where there is no token, no block, or no answer.
+            int32 `[R, n, H, topk]`; -1 where there is no token, no block, or no answer. A call with scores, or in the
+            order of scores, fits no captured step of a server on a GPU: it takes milliseconds.
 
         Raises:
             ValueError: a tensor is not as it should be.
         """
-        call = Call(layer, sequences, starts, lengths, keys, queries, revisions, replays, rollback=rollback)
+        call = Call(layer, sequences, starts, lengths, keys, queries, revisions, replays, order, scores, raw_scores)
+        call.rollback = rollback
         return self._select(call, out)
 
     def select_blocks(
@@ -141,10 +150,14 @@ class DeviceChannel:
         revisions: torch.Tensor | None = None,
         replays: torch.Tensor | None = None,
         wait_for_keys: bool = False,
+        order: Order = "ascending",
+        scores: torch.Tensor | None = None,
+        raw_scores: bool = False,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Selects blocks; as `append_and_select`, and `wait_for_keys` waits for keys that another one appends."""
-        call = Call(layer, sequences, starts, lengths, None, queries, revisions, replays, wait_for_keys=wait_for_keys)
+        call = Call(layer, sequences, starts, lengths, None, queries, revisions, replays, order, scores, raw_scores)
+        call.wait_for_keys = wait_for_keys
         return self._select(call, out)
 
     def append_keys(
@@ -241,8 +254,13 @@ class DeviceChannel:
         shape = (call.rows, call.row_tokens, self._heads.count, self._spec.topk)
         if out is None:
             out = torch.empty(shape, dtype=torch.int32, device=self._device)
-        elif out.shape != shape or out.dtype != torch.int32 or out.device != self._device or not out.is_contiguous():
-            raise ValueError(f"out: must be contiguous int32 {list(shape)} on {self._device}")
+        for name, tensor, dtype in (("out", out, torch.int32), ("scores", call.scores, torch.float32)):
+            if tensor is None:
+                continue
+            good = tensor.shape == shape and tensor.dtype == dtype and tensor.device == self._device
+            if not good or not tensor.is_contiguous():
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(f"{name}: must be contiguous {kind} {list(shape)} on {self._device}")
         launch(self._memory, self._spec, self._heads, call, out, self._bound_seconds)
         return out
 

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from blockdex.contract.errors import Reason, UnavailableError, UnimplementedError, error_of
-from blockdex.ring.layout import GREETING_STRUCT, HELLO_STRUCT, MAGIC, VERSION
+from blockdex.contract.errors import Reason, UnauthenticatedError, UnavailableError, UnimplementedError, error_of
+from blockdex.ring.layout import GREETING_STRUCT, HELLO_STRUCT, MAGIC, MAX_REFUSAL_BYTES, VERSION
 
 _SECONDS = 10.0
 """For the engine to answer."""
@@ -31,6 +31,7 @@ class Connection:
     Raises:
         UnavailableError: nobody answers there.
         UnimplementedError: it speaks another version.
+        UnauthenticatedError: it does not let this process in.
     """
 
     def __init__(self, address: str, tenant: str, lost: Callable[[], None]) -> None:
@@ -53,15 +54,19 @@ class Connection:
 
     def _greet(self, tenant: bytes) -> None:
         self._socket.sendall(HELLO_STRUCT.pack(MAGIC, VERSION, len(tenant)) + tenant)
-        said, files, _, _ = socket.recv_fds(self._socket, GREETING_STRUCT.size, _GREETING_FILES)
+        room = GREETING_STRUCT.size + MAX_REFUSAL_BYTES
+        said, files, _, _ = socket.recv_fds(self._socket, room, _GREETING_FILES)
         for fd in files:  # a ring, of which this link makes no use
             os.close(fd)
         if len(said) < GREETING_STRUCT.size:
             raise ConnectionResetError("the engine went away")
-        magic, version, _ = GREETING_STRUCT.unpack(said)
+        magic, version, refused = GREETING_STRUCT.unpack(said[: GREETING_STRUCT.size])
         if (magic, version) != (MAGIC, VERSION):
             message = f"link: expected magic {MAGIC:x}, version {VERSION}, got {magic:x}, {version}"
             raise UnimplementedError(message, Reason.UNKNOWN_FEATURE)
+        if refused:
+            why = said[GREETING_STRUCT.size :].decode("utf-8", "replace")
+            raise UnauthenticatedError(f"link: {why}", Reason.UNKNOWN_CREDENTIALS)
 
     def ask(self, words: dict[str, Any], files: Sequence[int] = ()) -> dict[str, Any]:
         """Says something, and returns what is answered; one thread at a time.

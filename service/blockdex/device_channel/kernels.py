@@ -24,6 +24,8 @@ _REQUESTS_WRITTEN, _CHANNEL_ERROR = tl.constexpr(AT["requests_written"]), tl.con
 _ANSWERS_WRITTEN, _ANSWERS_READ = tl.constexpr(AT["answers_written"]), tl.constexpr(AT["answers_read"])
 _SLOTS, _SLOT_BYTES = tl.constexpr(HEADER_BYTES), tl.constexpr(SLOT_BYTES)
 _TIMED_OUT, _REFUSED = tl.constexpr(TIMED_OUT), tl.constexpr(REFUSED)
+_MINUS_INFINITY = tl.constexpr(-0x800000)
+"""Of float32, as int32."""
 _UNANSWERED, _INVALID_LENGTHS = tl.constexpr(UNANSWERED), tl.constexpr(INVALID_LENGTHS)
 
 
@@ -106,6 +108,7 @@ def _write_request(
     keys_offset,
     queries_offset,
     ids_offset,
+    SCORES: tl.constexpr,
     KEY_BYTES: tl.constexpr,
     QUERY_BYTES: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -130,10 +133,11 @@ def _write_request(
     value = tl.where(word == 12, KEY_BYTES * tokens, value)
     value = tl.where(word == 13, QUERY_BYTES * tokens, value)
     value = tl.where(word == 14, (region if KEY_BYTES else 0) | ((region << 32) if QUERY_BYTES else 0), value)
-    value = tl.where(word == 15, region if QUERY_BYTES else 0, value)
+    value = tl.where(word == 15, (region if QUERY_BYTES else 0) | ((region << 32) if SCORES else 0), value)
     value = tl.where(word == 16, keys_offset if KEY_BYTES else 0, value)
     value = tl.where(word == 17, queries_offset if QUERY_BYTES else 0, value)
     value = tl.where(word == 18, ids_offset if QUERY_BYTES else 0, value)
+    value = tl.where(word == 19, SCORES, value)
     slot = segment + _SLOTS + ((number - 1) % SLOTS) * _SLOT_BYTES
     tl.store(_at(slot, tl.int64) + word, value)
 
@@ -167,6 +171,7 @@ def ring(
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
     BLOCK_IDS: tl.constexpr,
+    SCORES: tl.constexpr,
     KEY_BYTES: tl.constexpr,
     QUERY_BYTES: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
@@ -188,7 +193,7 @@ def ring(
     Args:
         memory, segment: addresses of the channel's memory, and of its segment as this GPU finds it.
         words: the memory again, int32.
-        keys, queries: bfloat16 `[rows, row_tokens, D]` and `[rows, row_tokens, H, D]`.
+        keys, queries: `[rows, row_tokens, D]` and `[rows, row_tokens, H, D]`, as int32.
         ids, starts, lengths, revisions: `[rows]`; a row of length 0 is padding.
         replays: `[1]`, added to each revision.
         kind: words 8 to 15 of the slot; `layer` and `heads`: those of 40 and of 48.
@@ -278,6 +283,7 @@ def ring(
                         tl.where(copies_keys, KEYS, own_keys),
                         tl.where(copies_queries, QUERIES, own_queries),
                         BLOCK_IDS,
+                        SCORES,
                         KEY_BYTES,
                         QUERY_BYTES,
                         SLOTS,
@@ -287,15 +293,34 @@ def ring(
 
 
 @triton.jit
-def _copy_ids(
-    words, block_ids, token, place, inside, BLOCK_IDS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Rows of WIDTH block ids from their places, -1 where there is none."""
+def _copy_rows(source, target, token, place, inside, missing, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of WIDTH words from their places, `missing` where there is none."""
     column = tl.arange(0, COLUMNS)[None, :]
     mask = inside[:, None] & (column < WIDTH)
-    source = words + BLOCK_IDS // 4 + place[:, None].to(tl.int64) * WIDTH + column
-    ids = tl.load(source, mask=mask & (place >= 0)[:, None], other=-1)
-    tl.store(block_ids + token[:, None].to(tl.int64) * WIDTH + column, ids, mask=mask)
+    there = source + place[:, None].to(tl.int64) * WIDTH + column
+    found = tl.load(there, mask=mask & (place >= 0)[:, None], other=0)
+    tl.store(
+        target + token[:, None].to(tl.int64) * WIDTH + column, tl.where((place >= 0)[:, None], found, missing), mask
+    )
+
+
+@triton.jit
+def _copy_answer(
+    words,
+    block_ids,
+    scores,
+    token,
+    place,
+    inside,
+    BLOCK_IDS: tl.constexpr,
+    SCORES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Block ids, -1 where there is none, and scores, -inf there."""
+    _copy_rows(words + BLOCK_IDS // 4, block_ids, token, place, inside, -1, WIDTH, COLUMNS)
+    if SCORES:
+        _copy_rows(words + SCORES // 4, scores, token, place, inside, _MINUS_INFINITY, WIDTH, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["memory", "segment", "tokens", "bound"])
@@ -304,21 +329,24 @@ def wait(
     words,
     segment,
     block_ids,
+    scores,
     tokens,
     bound,
     TOKEN_PLACES: tl.constexpr,
     BLOCK_IDS: tl.constexpr,
+    SCORES: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Waits until the last request is answered, and copies its block ids out: -1 for padding, and after an error.
+    """Waits until the last request is answered, and copies its answer out: without one for padding, and after an error.
 
     Args:
         memory, words, segment: as `ring` has them.
         block_ids: int32 `[tokens, WIDTH]`.
+        scores: float32, likewise, as int32; where SCORES is not 0.
         bound: nanoseconds after which the channel is dead.
     """
     wait_for_previous(PDL)
@@ -347,10 +375,9 @@ def wait(
     if error != dead:
         _die(memory, segment, error)
     if WIDTH:
-        _copy_ids(words, block_ids, token, tl.where(error == 0, place, -1), token < tokens, BLOCK_IDS, WIDTH, COLUMNS)
-        for begin_token in range(TOKENS, tokens, TOKENS):
-            token = begin_token + tl.arange(0, TOKENS)
-            place = tl.load(_at(memory + TOKEN_PLACES, tl.int32) + token, mask=token < tokens, other=-1)
-            _copy_ids(
-                words, block_ids, token, tl.where(error == 0, place, -1), token < tokens, BLOCK_IDS, WIDTH, COLUMNS
-            )
+        for begin_token in range(0, tokens, TOKENS):
+            if begin_token != 0:
+                token = begin_token + tl.arange(0, TOKENS)
+                place = tl.load(_at(memory + TOKEN_PLACES, tl.int32) + token, mask=token < tokens, other=-1)
+            place = tl.where(error == 0, place, -1)
+            _copy_answer(words, block_ids, scores, token, place, token < tokens, BLOCK_IDS, SCORES, WIDTH, COLUMNS)

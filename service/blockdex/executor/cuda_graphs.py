@@ -12,6 +12,7 @@ from blockdex.executor.interface import (
     COLUMNS,
     MAX_RUNS,
     MAX_TOKENS,
+    SIGNALS,
     Answer,
     Pending,
     Replay,
@@ -26,6 +27,7 @@ from blockdex.executor.interface import (
 from blockdex_kernels.interface import Selection, Spans
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.backend import TritonBackend
+from blockdex_kernels.triton.rank import Signals
 from blockdex_kernels.triton.stage import stage
 
 LENGTHS = (1, 2, 4, 8, 16)
@@ -97,6 +99,7 @@ class Graphs:
         self._backend, self._stream, self._tables = backend, stream, tables
         self._graphs: dict[tuple[Shape, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._arrived = torch.zeros(1, dtype=torch.int32, device=backend.device)
         self._slots = [_Slot(backend.spec, backend.device) for _ in range(slots)]
 
     def step_buffers(self) -> list[StepBuffer]:
@@ -131,13 +134,15 @@ class Graphs:
         keys_at = keys_offset(shape.runs)
         queries_at = keys_at + _ITEM_BYTES * spec.head_dim * shape.tokens
         end = queries_at + _ITEM_BYTES * spec.head_dim * shape.tokens * spec.num_index_heads
-        targets = stage(
+        num_targets = shape.tokens * spec.num_index_heads
+        brought = stage(
             slot.host,
             slot.there,
             num_columns=COLUMNS * shape.runs,
             rows_at=keys_at,
             num_keys=shape.tokens,
-            num_queries=shape.tokens * spec.num_index_heads,
+            num_queries=num_targets,
+            num_brought=num_targets + 2 * SIGNALS,
             dim=spec.head_dim,
             odd_keys=spec.key_dtype == "fp8_e4m3",
             odd_queries=backend.rounds_queries,
@@ -151,7 +156,14 @@ class Graphs:
         answer = (shape.tokens, spec.num_index_heads, spec.topk)
         ids = answer[0] * answer[1] * answer[2]
         selection = Selection(slot.block_ids[:ids].view(answer), slot.scores[:ids].view(answer))
-        backend.decode_into(selection, queries, spans, order="ascending", targets=targets)
+        backend.decode_into(
+            selection,
+            queries,
+            spans,
+            order="ascending",
+            targets=brought[:num_targets],
+            signals=Signals(brought[num_targets:], self._arrived),
+        )
 
 
 class Launched(Pending):

@@ -31,6 +31,9 @@ STEP_BUFFERS, MAX_RUNS, MAX_TOKENS = 2, 256, 512
 
 COLUMNS = 5
 
+SIGNALS = 16
+"""Numbers that a captured step may write when it has come to its end; a power of two."""
+
 ANSWER_SECONDS = 30.0
 """Longest that a device may take for a step."""
 
@@ -127,7 +130,8 @@ class StepBuffer:
             `[T, D]`, and right behind those bfloat16 queries `[T, H, D]`. For what is captured there are, behind
             these, addresses of the device, uint64: of rows of keys `[T]` and of queries `[T, H]` that are to be read
             from there instead, with the number of their dtype (1 bf16, 2 fp16, 3 fp32, 4 fp8 e4m3) in the last four
-            bits, and of block ids `[T, H]`, which are then written there; 0 where all is here.
+            bits, and of block ids `[T, H]`, which are then written there; 0 where all is here. Behind these there are
+            addresses `[SIGNALS]`, 0 for none, and numbers `[SIGNALS]` that are written there behind all block ids.
         block_ids: int32 `[T, H, topk]`, in ascending order; -1 for runs that do not select.
         scores: float32 `[T, H, topk]`, beside the block ids of runs that want them: unscaled, forced blocks with the
             score that they have, -inf beside -1. A NaN product counts as -inf, so none of them is a NaN.
@@ -325,8 +329,8 @@ def step_buffer_bytes(spec: IndexSpec) -> int:
 
 
 def addresses_of(spec: IndexSpec, tokens: int) -> int:
-    """Addresses of the rows of a captured step of so many tokens: of keys, queries and block ids."""
-    return tokens * (1 + 2 * spec.num_index_heads)
+    """Words behind the rows of a captured step of so many tokens: addresses of keys, queries and block ids, signals."""
+    return tokens * (1 + 2 * spec.num_index_heads) + 2 * SIGNALS
 
 
 def keys_offset(runs: int) -> int:

@@ -52,7 +52,7 @@ def open_file(device: int, fd: int, num_bytes: int, uuid: str) -> Opened:
         uuid: of the GPU that it lies on, as its owner says; hexadecimal digits.
 
     Raises:
-        RuntimeError: the driver refuses, or it lies on another GPU.
+        RuntimeError: the driver refuses, it lies on another GPU than is said, or on one that the device cannot reach.
     """
     cuda_driver.use_primary_context(device)
     unit = cuda_driver.granularity(device)
@@ -61,15 +61,30 @@ def open_file(device: int, fd: int, num_bytes: int, uuid: str) -> Opened:
     address = cuda_driver.reserve(num_bytes, unit)
     try:
         handle = cuda_driver.import_file(fd)
-        there = cuda_driver.device_uuid(cuda_driver.device_of(handle)).hex()
-        if there != uuid:
+        try:
+            check_owner(device, cuda_driver.device_of(handle), uuid)
+        except RuntimeError:
             cuda_driver.call("cuMemRelease", handle)
-            raise RuntimeError(f"is said to lie on GPU {uuid}, lies on {there}")
+            raise
         cuda_driver.map_memory(address, num_bytes, handle, device)
     except RuntimeError:
         cuda_driver.call("cuMemAddressFree", address, num_bytes)
         raise
     return Opened(address, num_bytes, _when_idle(device, cuda_driver.unmap, address, num_bytes))
+
+
+def check_owner(device: int, owner: int, uuid: str) -> None:
+    """Refuses memory that lies elsewhere than is said, or where kernels of a device do not reach it.
+
+    Raises:
+        RuntimeError: that is so.
+    """
+    there = cuda_driver.device_uuid(owner).hex()
+    if there != uuid:
+        raise RuntimeError(f"is said to lie on GPU {uuid}, lies on {there}")
+    if owner != device and not cuda_driver.can_reach(device, owner):
+        own = cuda_driver.device_uuid(device).hex()
+        raise RuntimeError(f"lies on GPU {uuid}, which the server's, {own}, cannot reach: there is no peer access")
 
 
 def open_handle(device: int, handle: bytes, uuid: str) -> Opened:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from blockdex.client.command_line import EndpointError, add_endpoint_flags, endpoint_of
 from blockdex.flags import FlagParser
 from blockdex.loadtest.comparison import read_result
 from blockdex.loadtest.settings import SCENARIOS, Settings, Target
@@ -67,11 +68,15 @@ def parse(words: Sequence[str]) -> Arguments:
         raise RefusedError("--compare: a sweep cannot be compared, only one run")
     for point in (settings,) if sweep is None else sweep.over(settings):
         _check(point)
+    try:
+        endpoint = endpoint_of(options)
+    except EndpointError as error:
+        raise RefusedError(str(error)) from error
     if not os.access(options.output.parent, os.W_OK):
         raise RefusedError(f"--output: {options.output.parent} is not a folder that can be written to")
     return Arguments(
         settings=settings,
-        target=Target(options.address, options.http_address, options.tenant),
+        target=Target(endpoint, options.http_address, options.tenant),
         objectives=tuple(map(Objective.parse, options.slo)),
         outage=options.outage,
         old=None if options.compare is None else read_result(options.compare),
@@ -110,10 +115,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_target(group: Any) -> None:
-    grpc_address = os.environ.get("BLOCKDEX_GRPC_ADDRESS") or "127.0.0.1:50051"
     http_address = os.environ.get("BLOCKDEX_HTTP_ADDRESS", "")
-    _add(group, "--address", grpc_address, str, "HOST:PORT", "the server's gRPC")
-    _add(group, "--http-address", http_address, str, "HOST:PORT", "its HTTP, for its own account of the run")
+    add_endpoint_flags(group)
+    account = "its HTTP, for its own account of the run; https://HOST:PORT with TLS"
+    _add(group, "--http-address", http_address, str, "HOST:PORT", account)
     _add(group, "--tenant", "loadtest", str, "NAME", "whose sequences they are, so that nobody else's are touched")
     group.add_argument(
         "--transport", default="stream", choices=("stream", "unary"), help="of the clients; default: stream"

@@ -36,7 +36,14 @@ class Driver:
         self._crew = crew
         self.shape = job.plan.shapes[number]
         self._numbers = Numbers(job.run, number, job.seed)
-        self._client = AsyncClient(job.address, tenant=job.tenant, timeout=job.timeout, transport=job.transport)
+        self._client = AsyncClient(
+            job.endpoint.address,
+            tenant=job.tenant,
+            timeout=job.timeout,
+            transport=job.transport,
+            tls=job.endpoint.tls,
+            token=job.endpoint.token,
+        )
         self._script = script_of(self.shape, self._numbers, job.plan.bounds)
         self._open: set[int] = set()
 

@@ -176,13 +176,16 @@ def _worker() -> Iterator[Connection]:
 
 
 @contextlib.contextmanager
-def null_server(model: str) -> Iterator[str]:
-    """The address of a null server that is shaped as another one, in a process of its own, which ends with the block.
+def null_server(info: bytes) -> Iterator[str]:
+    """The address of a null server in a process of its own, which ends with the block.
+
+    Args:
+        info: what it answers for GetInfo, as another server did.
 
     Raises:
         FleetError: it did not start.
     """
-    command = [sys.executable, "-m", "blockdex.loadtest.null_server", model]
+    command = [sys.executable, "-m", "blockdex.loadtest.null_server", info.hex()]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from blockdex.client.endpoint import Endpoint
 from blockdex.loadtest.histogram import Histogram
 from blockdex.loadtest.recorder import Recorder
 from blockdex.loadtest.sampling import Sample
@@ -18,7 +19,7 @@ class Job:
     """One run of one process against one server.
 
     Attributes:
-        address: the server.
+        endpoint: the server.
         spec: its indexer.
         plan: of all clients of the run.
         process: number of this process; it has the clients whose numbers are equal to it modulo `processes`.
@@ -34,7 +35,7 @@ class Job:
         check_share: share of the answers that are kept to be checked.
     """
 
-    address: str
+    endpoint: Endpoint
     spec: IndexSpec
     plan: Plan
     process: int

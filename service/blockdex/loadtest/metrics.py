@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import ssl
 import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
+
+from blockdex.client.endpoint import TLS
+from blockdex.loadtest.settings import Target
 
 _ANSWER_SECONDS = 5.0
 _LARGEST_ANSWER = 16 << 20
@@ -40,15 +44,19 @@ class Snapshot:
     histograms: dict[str, HistogramState] = field(default_factory=dict)
 
 
-def scrape(http_address: str) -> Snapshot:
-    """What `/metrics` says now.
+def scrape(target: Target) -> Snapshot:
+    """What `/metrics` of a server says now.
 
     Raises:
         MetricsError: it does not answer, or with something else.
     """
-    url = f"http://{http_address}/metrics"
+    address = target.http_address
+    url = f"{address if address.startswith('https://') else f'http://{address}'}/metrics"
+    tls = target.endpoint.tls
     try:
-        with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as response:
+        context = ssl.create_default_context(cafile=tls.ca if isinstance(tls, TLS) else None)
+        request = urllib.request.Request(url, headers=dict(target.endpoint.metadata(None)))  # noqa: S310 - http or https
+        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS, context=context) as response:  # noqa: S310
             text = response.read(_LARGEST_ANSWER).decode()
     except (OSError, ValueError) as error:
         raise MetricsError(f"{url}: {error}") from error

@@ -13,6 +13,8 @@ from typing import Any
 
 import grpc
 
+from blockdex.client.endpoint import Endpoint
+from blockdex.client.failures import error_of_call
 from blockdex.v1 import indexer_pb2 as pb
 from blockdex.v1 import indexer_pb2_grpc as pb_grpc
 
@@ -79,14 +81,27 @@ def _unary(server: NullServer, call: str) -> Any:
     return grpc.unary_unary_rpc_method_handler(answer, request.FromString, response.SerializeToString)
 
 
+def info_message(endpoint: Endpoint) -> bytes:
+    """What a server answers for GetInfo.
+
+    Raises:
+        BlockdexError: it does not answer.
+    """
+    with endpoint.channel() as channel:
+        ask = pb_grpc.IndexerServiceStub(channel).GetInfo
+        try:
+            answer = ask(pb.GetInfoRequest(), timeout=_ANSWER_SECONDS, metadata=endpoint.metadata(None))
+        except grpc.RpcError as failure:
+            raise error_of_call(failure, endpoint.address) from failure
+        return bytes(answer.SerializeToString())
+
+
 @functools.lru_cache(maxsize=64)
 def _zeros(count: int) -> bytes:
     return bytes(count)
 
 
-async def _serve(model: str) -> None:
-    async with grpc.aio.insecure_channel(model) as channel:
-        info = await pb_grpc.IndexerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=_ANSWER_SECONDS)
+async def _serve(info: pb.GetInfoResponse) -> None:
     server = grpc.aio.server(options=_OPTIONS)
     server.add_generic_rpc_handlers((NullServer(info).handler(),))
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
@@ -97,4 +112,4 @@ async def _serve(model: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(sys.argv[1]))
+    asyncio.run(_serve(pb.GetInfoResponse.FromString(bytes.fromhex(sys.argv[1]))))

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from blockdex.client import Client, Info
+from blockdex.client.endpoint import Endpoint
 from blockdex.contract.errors import BlockdexError
 from blockdex.loadtest import result as results
 from blockdex.loadtest.checking import Checks, check
@@ -17,6 +18,7 @@ from blockdex.loadtest.environment import environment
 from blockdex.loadtest.fleet import Begins, Ended, Event, Fleet, Measured, Measuring, null_server
 from blockdex.loadtest.jobs import Done, Job
 from blockdex.loadtest.metrics import MetricsError, Snapshot, difference, scrape
+from blockdex.loadtest.null_server import info_message
 from blockdex.loadtest.schedule import Window
 from blockdex.loadtest.settings import Settings, Target
 from blockdex.loadtest.shapes import make_plan
@@ -84,7 +86,7 @@ class LoadTest:
         self._target = target
         self._screen = screen
         self._run_number = random.SystemRandom().randrange(_RUN_NUMBERS)
-        screen.phase(f"asking {target.address} what it is")
+        screen.phase(f"asking {target.endpoint.address} what it is")
         self._info = _ask(target, min(settings.timeout, _ANSWER_SECONDS))
         self.plan = make_plan(
             self._info,
@@ -96,7 +98,7 @@ class LoadTest:
             draft_tokens=settings.draft_tokens,
             chunk=settings.chunk,
         )
-        self._first_snapshot = scrape(target.http_address) if target.http_address else None
+        self._first_snapshot = scrape(target) if target.http_address else None
 
     def run(self) -> dict[str, Any]:
         """Measures the load test's own ceiling, then the server; closes every sequence, and checks a sample of answers.
@@ -112,7 +114,7 @@ class LoadTest:
         with Fleet(settings.processes) as fleet:
             own = self._measure_ceiling(fleet) if settings.ceiling else None
             self._screen.phase("setting up")
-            jobs = self._jobs([target.address] * settings.processes, fills=True)
+            jobs = self._jobs([target.endpoint] * settings.processes, fills=True)
             measured = self._measure(fleet, jobs, settings.warm_up, settings.duration, target)
         if measured.seconds <= 0:
             raise InterruptedEarlyError
@@ -122,16 +124,17 @@ class LoadTest:
     def _measure_ceiling(self, fleet: Fleet) -> Measurement:
         """The same clients against servers that compute nothing, one for each process, so that none is shared."""
         self._screen.phase("measuring the load test's own ceiling")
+        info = info_message(self._target.endpoint)
         with contextlib.ExitStack() as stack:
-            addresses = [stack.enter_context(null_server(self._target.address)) for _ in range(self.settings.processes)]
-            jobs = self._jobs(addresses, fills=False)
+            addresses = [stack.enter_context(null_server(info)) for _ in range(self.settings.processes)]
+            jobs = self._jobs(list(map(Endpoint, addresses)), fills=False)
             return self._measure(fleet, jobs, _CEILING_WARM_UP, self.settings.ceiling, None)
 
-    def _jobs(self, addresses: list[str], *, fills: bool) -> list[Job]:
+    def _jobs(self, endpoints: list[Endpoint], *, fills: bool) -> list[Job]:
         settings = self.settings
         return [
             Job(
-                address=address,
+                endpoint=endpoint,
                 spec=self._info.spec,
                 plan=self.plan,
                 process=process,
@@ -146,7 +149,7 @@ class LoadTest:
                 timeout=settings.timeout,
                 check_share=settings.check_share if fills else 0.0,
             )
-            for process, address in enumerate(addresses)
+            for process, endpoint in enumerate(endpoints)
         ]
 
     def _measure(
@@ -189,7 +192,7 @@ class LoadTest:
             "format": results.FORMAT,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "settings": asdict(self.settings),
-            "target": asdict(self._target),
+            "target": self._target.told(),
             "environment": environment(),
             "server": {**results.server_facts(self._info, measured.info), **self._metrics(measured)},
             "shapes": results.shape_facts(self.plan),
@@ -219,7 +222,8 @@ class LoadTest:
 
 
 def _ask(target: Target, timeout: float) -> Info:
-    with Client(target.address, tenant=target.tenant, timeout=timeout) as client:
+    at = target.endpoint
+    with Client(at.address, tenant=target.tenant, timeout=timeout, tls=at.tls, token=at.token) as client:
         return client.info()
 
 
@@ -232,5 +236,5 @@ def _ask_again(target: Target | None) -> Info | None:
 
 def _scrape(target: Target | None) -> Snapshot | None:
     with contextlib.suppress(MetricsError):
-        return scrape(target.http_address) if target is not None and target.http_address else None
+        return scrape(target) if target is not None and target.http_address else None
     return None

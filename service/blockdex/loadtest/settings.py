@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from blockdex.client.endpoint import Endpoint
 from blockdex.loadtest.schedule import Spacing
 
 SCENARIOS = {
@@ -62,11 +63,15 @@ class Target:
     """Where the load goes.
 
     Attributes:
-        address: of the server's gRPC.
-        http_address: of its HTTP, for its metrics; empty where they are not asked for.
+        endpoint: the server's gRPC, and how it and the load test know each other.
+        http_address: of its HTTP, for its metrics, `https://` before it with TLS; empty where they are not asked for.
         tenant: whose sequences they are.
     """
 
-    address: str
+    endpoint: Endpoint
     http_address: str
     tenant: str
+
+    def told(self) -> dict[str, str]:
+        """What a result says of it: nothing of a token."""
+        return {"address": self.endpoint.address, "http_address": self.http_address, "tenant": self.tenant}

@@ -12,7 +12,16 @@ TOKEN_RPCS = ("AppendKeys", "SelectBlocks", "AppendAndSelect")
 STREAM = len(TOKEN_RPCS)
 """Number of a request of a stream, which says itself which of the token RPCs it is; those are numbered from 0."""
 
-SEQUENCE_RPCS = ("OpenSequences", "GetSequence", "ForkSequence", "TruncateSequence", "CloseSequences")
+SEQUENCE_RPCS = (
+    "OpenSequences",
+    "GetSequence",
+    "ForkSequence",
+    "TruncateSequence",
+    "CloseSequences",
+    "CreatePool",
+    "SetPageTables",
+    "ClosePool",
+)
 RPCS = tuple(prefix + rpc for rpcs in (TOKEN_RPCS, SEQUENCE_RPCS) for prefix in ("", "Stream/") for rpc in rpcs)
 """RPCs by number, as metrics and log name them."""
 

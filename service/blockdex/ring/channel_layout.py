@@ -34,9 +34,10 @@ class Places(NamedTuple):
 
     Attributes:
         token_places: int32 `[max_tokens]`: of each token of the call, its row in what follows, or -1.
-        keys: `[max_tokens, D]`, packed.
-        queries: `[max_tokens, H, D]`, packed.
+        keys: `[max_tokens, D]`, packed, of up to 4 bytes each.
+        queries: `[max_tokens, H, D]`, packed, likewise.
         block_ids: int32 `[max_tokens, H, topk]`, packed.
+        scores: float32, likewise.
         own: where the caller's own tensors may lie.
     """
 
@@ -44,13 +45,14 @@ class Places(NamedTuple):
     keys: int
     queries: int
     block_ids: int
+    scores: int
     own: int
 
 
 def places_of(max_tokens: int, heads: int, head_dim: int, topk: int) -> Places:
-    """Of calls of so many tokens at most, with bfloat16 keys and queries."""
+    """Of calls of so many tokens at most."""
     offsets = [CONTROL_BYTES]
-    sizes = (4, 2 * head_dim, 2 * heads * head_dim, 4 * heads * topk)
+    sizes = (4, 4 * head_dim, 4 * heads * head_dim, 4 * heads * topk, 4 * heads * topk)
     for size in sizes:
         offsets.append(offsets[-1] + aligned(size * max_tokens))
     assert all(offset % ALIGNMENT == 0 for offset in offsets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +12,16 @@ from blockdex.contract.errors import BlockdexError, error_of
 from blockdex.contract.messages import (
     PHASES,
     STAGES,
+    ClosePool,
     CloseSequences,
+    CreatePool,
     ForkSequence,
     GetSequence,
     OpenSequences,
     Phase,
     SequenceRequest,
     SequenceState,
+    SetPageTables,
     Stage,
     TruncateSequence,
 )
@@ -37,18 +41,31 @@ class SequenceFields(NamedTuple):
 
 
 def sequence_fields(request: SequenceRequest) -> SequenceFields:
-    """The fields of a request about sequences."""
+    """The fields of a request about sequences or pools."""
     match request:
         case OpenSequences(sequence_ids=ids, lease_seconds=leases):
-            return SequenceFields(layout.OPEN, num_spans=len(ids), columns=np.array((ids, leases), "<u8").tobytes())
+            fields = SequenceFields(layout.OPEN, num_spans=len(ids), columns=np.array((ids, leases), "<u8").tobytes())
         case CloseSequences(sequence_ids=ids):
-            return SequenceFields(layout.CLOSE, num_spans=len(ids), columns=np.array(ids, "<u8").tobytes())
+            fields = SequenceFields(layout.CLOSE, num_spans=len(ids), columns=np.array(ids, "<u8").tobytes())
         case ForkSequence():
-            return SequenceFields(layout.FORK, request.parent_id, request.child_id, request.length)
+            fields = SequenceFields(layout.FORK, request.parent_id, request.child_id, request.length)
         case TruncateSequence():
-            return SequenceFields(layout.TRUNCATE, request.sequence_id, number=request.length)
+            fields = SequenceFields(layout.TRUNCATE, request.sequence_id, number=request.length)
         case GetSequence():
-            return SequenceFields(layout.GET, request.sequence_id)
+            fields = SequenceFields(layout.GET, request.sequence_id)
+        case CreatePool(num_pages=pages, num_rows=rows, max_blocks=blocks):
+            fields = SequenceFields(layout.CREATE_POOL, request.pool_id, blocks, pages, rows)
+        case SetPageTables(rows=rows, first_blocks=first_blocks, counts=counts, page_ids=pages):
+            columns = table_columns(rows, first_blocks, counts, pages)
+            fields = SequenceFields(layout.SET_PAGE_TABLES, request.pool_id, 0, len(pages), len(rows), columns)
+        case ClosePool():
+            fields = SequenceFields(layout.CLOSE_POOL, request.pool_id)
+    return fields
+
+
+def table_columns(*columns: Sequence[int]) -> bytes:
+    """Columns of cells to set, one behind the other."""
+    return b"".join(np.array(column, "<u8").tobytes() for column in columns)
 
 
 def phase_of(numbers: AnswerSlot) -> Phase:

@@ -7,12 +7,15 @@ import contextlib
 import os
 import socket
 import struct
+from array import array
+from collections.abc import Callable
 from typing import NamedTuple
 
-from blockdex.ring.layout import GREETING_STRUCT, HELLO_STRUCT, MAGIC, MAX_TENANT_BYTES, VERSION
+from blockdex.ring.layout import GREETING_STRUCT, HELLO_STRUCT, MAGIC, MAX_REFUSAL_BYTES, MAX_TENANT_BYTES, VERSION
 from blockdex.ring.segment import RingError, Segment, Sizes
 
 _CREDENTIALS = struct.Struct("=iII")
+_SO_PEERGROUPS, _MOST_GROUPS = 59, 256
 _WAKE_UPS = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _HELLO_SECONDS = 5.0
 """How long the engine waits for what a client says first."""
@@ -38,6 +41,33 @@ class Handles(NamedTuple):
         for fd in (self.segment.fd, self.engine_bell, self.client_bell):
             if fd >= 0:
                 os.close(fd)
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a Unix socket, as the kernel says.
+
+    Attributes:
+        user: number of its user.
+        groups: of its process, its main one first.
+    """
+
+    user: int
+    groups: tuple[int, ...]
+
+    @classmethod
+    def of(cls, connected: socket.socket) -> Peer:
+        """Of who has connected."""
+        _, user, group = _CREDENTIALS.unpack(
+            connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+        others = array("I")
+        with contextlib.suppress(OSError):  # more than there is room for: the main one counts alone
+            others.frombytes(connected.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * others.itemsize))
+        return cls(user, (group, *others))
+
+
+TenantOf = Callable[[str], str]
+"""Whose the requests of a link are that names this tenant, or none."""
 
 
 def listen() -> socket.socket:
@@ -74,30 +104,24 @@ def new_link(sizes: Sizes, epoch: int, tenant: str = "") -> tuple[Handles, Handl
     return engine, client
 
 
-async def offer(connected: socket.socket, sizes: Sizes, epoch: int, is_shared: bool = False) -> Handles:
+async def offer(connected: socket.socket, sizes: Sizes, epoch: int, tenant_of: TenantOf) -> Handles:
     """Hands a new segment and two wake-up sockets to who has connected and said hello.
 
     Args:
         connected: to who has connected.
         sizes: of the segment.
         epoch: the cache's.
-        is_shared: whether processes of other users may connect. They have to name one tenant for all.
+        tenant_of: says whose all requests of the link are, of the tenant that is named in the hello or empty; empty
+            where each request names its own. What it raises this raises.
 
     Raises:
-        RingError: it is the process of another user, or speaks another language.
+        RingError: it speaks another language.
         TimeoutError: it says nothing.
         OSError: it is gone, or there is no file or memory left for it.
     """
-    # Before anything is made for it: anybody may connect.
-    _, user, _ = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    is_another = user not in (0, os.getuid())
-    if is_another and not is_shared:
-        raise RingError(f"link: user {user} may not connect, {os.getuid()} may")
     async with asyncio.timeout(_HELLO_SECONDS):
-        tenant = await _hear_hello(connected)
-    if is_another and not tenant:
-        raise RingError(f"link: user {user} has to name a tenant")
-    engine, client = new_link(sizes, epoch, tenant)
+        named = await _hear_hello(connected)
+    engine, client = new_link(sizes, epoch, tenant_of(named))
     try:
         files = [client.segment.fd, client.engine_bell, client.client_bell]
         socket.send_fds(connected, [GREETING_STRUCT.pack(MAGIC, VERSION, 0)], files)
@@ -107,6 +131,13 @@ async def offer(connected: socket.socket, sizes: Sizes, epoch: int, is_shared: b
     finally:
         client.close()
     return engine
+
+
+def refuse(connected: socket.socket, why: str) -> None:
+    """Greets with why there is no link, as far as that is read."""
+    text = why.encode()[:MAX_REFUSAL_BYTES]
+    with contextlib.suppress(OSError):
+        connected.send(GREETING_STRUCT.pack(MAGIC, VERSION, len(text)) + text)
 
 
 async def _hear_hello(connected: socket.socket) -> str:
@@ -141,7 +172,7 @@ async def take(connected: socket.socket, tenant: str = "") -> Handles:
 
     Raises:
         ConnectionError: it went away first.
-        RingError: it speaks another language.
+        RingError: it refuses, or speaks another language.
     """
     name = tenant.encode("ascii")
     hello = HELLO_STRUCT.pack(MAGIC, VERSION, len(name)) + name
@@ -150,11 +181,15 @@ async def take(connected: socket.socket, tenant: str = "") -> Handles:
     await _readable(connected)
     said, fds = b"", list[int]()
     with contextlib.suppress(ConnectionResetError):
-        said, fds, _, _ = socket.recv_fds(connected, GREETING_STRUCT.size, 3)
+        said, fds, _, _ = socket.recv_fds(connected, GREETING_STRUCT.size + MAX_REFUSAL_BYTES, 3)
     if not said:
         raise ConnectionResetError("link: the engine went away")
     try:
-        magic, version, _ = GREETING_STRUCT.unpack(said.ljust(GREETING_STRUCT.size, b"\0"))
+        magic, version, refused = GREETING_STRUCT.unpack(
+            said[: GREETING_STRUCT.size].ljust(GREETING_STRUCT.size, b"\0")
+        )
+        if (magic, version) == (MAGIC, VERSION) and refused:
+            raise RingError(f"link: {said[GREETING_STRUCT.size :].decode('utf-8', 'replace')}")
         if (magic, version, len(fds)) != (MAGIC, VERSION, 3):
             raise RingError(
                 f"link: expected magic {MAGIC:x}, version {VERSION} and 3 files, got {magic:x}, {version}, {len(fds)}"

@@ -12,6 +12,7 @@ MAGIC = int.from_bytes(b"BLKDXRNG", "little")
 VERSION = 3
 HEADER_BYTES = 4096
 MAX_TENANT_BYTES = 256
+MAX_REFUSAL_BYTES = 512
 SLOT_BYTES = 256
 ALIGNMENT = 64
 """Of tensors and payloads: a cache line."""
@@ -75,7 +76,7 @@ AT = {field.name: field.offset for field in HEADER}
 HELLO_STRUCT = Struct("<QII")
 """What a client says first: magic, version, bytes of the tenant that follows."""
 GREETING_STRUCT = Struct("<QII")
-"""What the engine answers: magic, version, 0."""
+"""What the engine answers: magic, version, bytes of the refusal that follows; 0: files come with it."""
 HEADER_STRUCT = _struct(HEADER[: [field.name for field in HEADER].index("requests_written")])
 
 
@@ -142,7 +143,7 @@ class AnswerSlot(NamedTuple):
 ANSWER = _packed(*zip(AnswerSlot._fields, "QHHIQQQQIIIIQdddd", strict=True))
 ANSWER_STRUCT = _struct(ANSWER)
 
-OPEN, GET, FORK, TRUNCATE, CLOSE, TOKENS, CANCEL = range(1, 8)
+OPEN, GET, FORK, TRUNCATE, CLOSE, TOKENS, CANCEL, CREATE_POOL, SET_PAGE_TABLES, CLOSE_POOL = range(1, 11)
 """Kinds of requests."""
 
 DTYPES: tuple[FloatDtype, ...] = ("bf16", "fp16", "fp32", "fp8_e4m3")
@@ -151,7 +152,7 @@ DTYPES: tuple[FloatDtype, ...] = ("bf16", "fp16", "fp32", "fp8_e4m3")
 ORDERS: tuple[Order, ...] = ("ascending", "score")
 """Orders by number, from 1 on, as the wire contract numbers them."""
 
-RETURN_SCORES, WAIT_FOR_KEYS, ROLLBACK, RAW_SCORES = 1, 2, 4, 8
+RETURN_SCORES, WAIT_FOR_KEYS, ROLLBACK, RAW_SCORES, PAGES = 1, 2, 4, 8, 16
 """Flags of a request."""
 
 HAS_BLOCK_IDS, HAS_SCORES, HAS_LENGTHS, IS_STATE = 1, 2, 4, 8

@@ -6,14 +6,18 @@ import asyncio
 import logging
 import socket
 import time
+from functools import partial
 
+from blockdex.contract.access import Identity
+from blockdex.contract.credentials import Credentials
+from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import Limits
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.channels import LinkChannels
 from blockdex.ring.control_channel import ControlChannel
 from blockdex.ring.engine_reports import Engine, reply_to
 from blockdex.ring.events import EventQueue, SequencesEvicted, words_of
-from blockdex.ring.handshake import Handles, offer
+from blockdex.ring.handshake import Handles, Peer, TenantOf, offer, refuse
 from blockdex.ring.regions import LinkRegions
 from blockdex.ring.segment import RingError, Sizes
 from blockdex.ring.server import RingInbox, ServerLink
@@ -35,15 +39,19 @@ class RingHost:
         engine: takes its entries from the inbox.
         inbox: where requests come in.
         listening: where frontends connect, or other clients.
-        is_shared: whether whoever can reach the socket may connect, of whatever user; they name their tenant.
+        credentials: by which other clients are known; None where the server's own frontends connect, which speak for
+            all tenants.
     """
 
-    def __init__(self, engine: Engine, inbox: RingInbox, listening: socket.socket, *, is_shared: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, inbox: RingInbox, listening: socket.socket, credentials: Credentials | None = None
+    ) -> None:
         self._engine = engine
         self._inbox = inbox
         self._listening = listening
-        self._is_shared = is_shared
+        self._credentials = credentials
         self._guests: set[asyncio.Task[None]] = set()
+        self._known: dict[ServerLink, Peer] = {}
         self._limit, self._broken = RateLimit(_LINES_PER_SECOND), RateLimit(_LINES_PER_SECOND)
 
     async def run(self) -> None:
@@ -71,8 +79,13 @@ class RingHost:
         info = self._engine.info()
         with connected:
             try:
-                handles, talk = await _begin(connected, sizes_of(info.spec, info.limits), info.epoch, self._is_shared)
-            except (RingError, OSError) as error:
+                peer = Peer.of(connected)
+                self._identity_of(peer)  # before anything is made for it, or waited for: anybody may connect
+                sizes = sizes_of(info.spec, info.limits)
+                handles, talk = await _begin(connected, sizes, info.epoch, partial(self._tenant_of, peer))
+            except (BlockdexError, RingError, OSError) as error:
+                if isinstance(error, BlockdexError):
+                    refuse(connected, error.message)
                 self._tell_of_refusal(error)
                 return
         loop = asyncio.get_running_loop()
@@ -89,6 +102,7 @@ class RingHost:
         channels = LinkChannels(
             self._engine.open_region, self._inbox, lambda: self._engine.info().epoch, handles.tenant, hang_up
         )
+        self._known[link] = peer
         self._inbox.add(link)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -104,9 +118,33 @@ class RingHost:
             # It does not read what it is told, or it said or shared what even its driver makes nothing of.
             hang_up(errors.exceptions[0])
         finally:
+            del self._known[link]
             self._inbox.drop(link)
             channels.drop()
             talk.hang_up()
+
+    def take_up(self, credentials: Credentials) -> None:
+        """Lets clients in by these from now on, and ends the links of those who could not come in any more."""
+        self._credentials = credentials
+        for link, peer in self._known.items():
+            try:
+                self._tenant_of(peer, link.handles.tenant)
+            except BlockdexError as error:
+                link.hang_up(RingError(error.message))
+
+    def _identity_of(self, peer: Peer) -> Identity:
+        """Who has connected.
+
+        Raises:
+            UnauthenticatedError: somebody who is not known.
+        """
+        if self._credentials is None:
+            return Credentials().identity_of_peer(peer.user, peer.groups)
+        return self._credentials.identity_of_peer(peer.user, peer.groups)
+
+    def _tenant_of(self, peer: Peer, named: str) -> str:
+        """Whose the requests of a link are; raises as `Identity.acting_for`."""
+        return named if self._credentials is None else self._identity_of(peer).acting_for(named or None)
 
     def _tell_of_refusal(self, error: Exception) -> None:
         if self._limit.allows(time.monotonic()):
@@ -124,9 +162,11 @@ async def _tell_of(events: EventQueue, talk: ControlChannel, tenant: str) -> Non
         await talk.drain()
 
 
-async def _begin(connected: socket.socket, sizes: Sizes, epoch: int, is_shared: bool) -> tuple[Handles, ControlChannel]:
+async def _begin(
+    connected: socket.socket, sizes: Sizes, epoch: int, tenant_of: TenantOf
+) -> tuple[Handles, ControlChannel]:
     """Both sides' files of a new link, and the conversation beside it."""
-    handles = await offer(connected, sizes, epoch, is_shared)
+    handles = await offer(connected, sizes, epoch, tenant_of)
     try:
         return handles, await ControlChannel.on(connected.dup())
     except BaseException:

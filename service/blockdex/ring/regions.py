@@ -10,21 +10,18 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
-import json
 import mmap
 import os
-import socket
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from blockdex._native import MAX_REGIONS
-from blockdex.contract.errors import BlockdexError, InvalidArgumentError, Reason, ResourceExhaustedError, error_of
-from blockdex.ring.control_channel import LENGTH_BYTES, Words
+from blockdex.contract.errors import BlockdexError, InvalidArgumentError, Reason, ResourceExhaustedError
+from blockdex.ring.control_channel import Words
 from blockdex.ring.server import RingInbox, ServerLink
-from blockdex_kernels import cuda_driver
 
 MAX_LINK_BYTES = 16 << 30
 """Of all regions of a link: what a client shares of the host's memory may be pinned, and cannot be swapped out then."""
@@ -269,113 +266,3 @@ def _offer_of(kind: object, words: Words, files: Sequence[int], most_bytes: int)
     if kind == "cuda_ipc" and len(handle_bytes) != _HANDLE_BYTES:
         raise refused(f"cuda_ipc: handle must have {_HANDLE_BYTES} bytes, got {len(handle_bytes)}")
     return Offer(kind, files[0] if files else -1, num_bytes, handle_bytes, uuid, most_bytes)
-
-
-# --- The client's side ---
-
-
-class Shared(NamedTuple):
-    """A region as its client knows it: the number that requests name, and its bytes."""
-
-    region: int
-    bytes: int
-
-
-def share(connected: socket.socket, kind: str, files: Sequence[int] = (), **words: Any) -> Shared:
-    """Shares memory over the socket of a link.
-
-    Args:
-        connected: to the engine, of a link that was taken; nobody else reads it.
-        kind: see `Offer`.
-        files: the one that stands for it, or none.
-        words: `bytes`, `device`, `handle` (hexadecimal digits) of `Offer`.
-
-    Raises:
-        BlockdexError: the engine refuses it.
-        OSError: it does not answer.
-    """
-    answer = _ask(connected, {"share": kind, **words}, files)
-    return Shared(answer["region"], answer["bytes"])
-
-
-def share_memfd(connected: socket.socket, fd: int) -> Shared:
-    """Shares a memfd that is sealed against shrinking; otherwise as `share`."""
-    return share(connected, "memfd", [fd])
-
-
-def release(connected: socket.socket, region: int) -> None:
-    """Gives a region back; when this returns nobody reads or writes it. Otherwise as `share`."""
-    _ask(connected, {"release": region}, [])
-
-
-def new_memfd(num_bytes: int) -> int:
-    """A memfd that can be shared; a file that the caller closes."""
-    fd = os.memfd_create("blockdex-region", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, num_bytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-class DeviceMemory:
-    """Memory of a GPU that can be shared, and outlives the process that shares it. torch makes a tensor of it.
-
-    Args:
-        device: number of the GPU, whose context torch has made.
-        num_bytes: that are wanted; there are whole units of them.
-
-    Attributes:
-        address: where it begins, for the GPU.
-        bytes: of it.
-
-    Raises:
-        RuntimeError: the driver refuses.
-    """
-
-    def __init__(self, device: int, num_bytes: int) -> None:
-        cuda_driver.use_primary_context(device)
-        unit = cuda_driver.granularity(device)
-        self.bytes = -(-num_bytes // unit) * unit
-        handle = cuda_driver.create(device, self.bytes, shared=True)
-        self._fd = cuda_driver.export_file(handle)
-        self._uuid = cuda_driver.device_uuid(device).hex()
-        self.address = cuda_driver.reserve(self.bytes, unit)
-        cuda_driver.map_memory(self.address, self.bytes, handle, device)
-        interface = {"shape": (self.bytes,), "typestr": "|u1", "data": (self.address, False), "version": 3}
-        self.__cuda_array_interface__ = interface
-
-    def share(self, connected: socket.socket) -> Shared:
-        """Shares it; otherwise as `share`."""
-        return share(connected, "cuda_fd", [self._fd], bytes=self.bytes, device=self._uuid)
-
-    def close(self) -> None:
-        """Gives it back, when nothing here uses it any more."""
-        os.close(self._fd)
-        cuda_driver.unmap(self.address, self.bytes)
-
-
-def _ask(connected: socket.socket, words: Words, files: Sequence[int]) -> Words:
-    body = json.dumps(words).encode()
-    said = len(body).to_bytes(LENGTH_BYTES, "little") + body
-    sent = socket.send_fds(connected, [said], list(files)) if files else 0
-    connected.sendall(said[sent:])
-    while True:
-        answer: Words = json.loads(_exactly(connected, int.from_bytes(_exactly(connected, LENGTH_BYTES), "little")))
-        match answer:
-            case {"answer": dict(told)}:
-                return told
-            case {"failed": str(message), "reason": str(reason), "code": int(code)}:
-                raise error_of(code, message, reason, {})
-
-
-def _exactly(connected: socket.socket, size: int) -> bytes:
-    received = b""
-    while len(received) < size:
-        more = connected.recv(size - len(received))
-        if not more:
-            raise ConnectionResetError("link: the engine went away")
-        received += more
-    return received

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from blockdex._native import STEPS, Core
+from blockdex._native import SIGNALS, STEPS, Core
 from blockdex.cache import IndexCache, SequenceColumns
 from blockdex.contract.messages import KERNEL_PHASES, PHASES, STAGES, Limits
 from blockdex.contract.stats import SECONDS_BUCKETS, SIZE_BUCKETS, Histogram, Stats
+from blockdex.executor import interface
 from blockdex.executor.interface import Executor, Replays
 from blockdex.ring.server import RingInbox
+
+HOLD_SECONDS = 5e-6
+"""For which a device channel's request is held for those of other channels that came with it the last time."""
 
 
 def make_core(inbox: RingInbox, executor: Executor, limits: Limits, decode_queries: int) -> Core:
@@ -39,11 +43,12 @@ def make_core(inbox: RingInbox, executor: Executor, limits: Limits, decode_queri
         odd_queries=executor.backend.rounds_queries,
         nudge=inbox.nudge,
         spin_seconds=inbox.spin_seconds,
+        hold_seconds=HOLD_SECONDS,
         seconds_bounds=SECONDS_BUCKETS,
         size_bounds=SIZE_BUCKETS,
     )
     buffers = executor.step_buffers()
-    assert len(buffers) == STEPS
+    assert (len(buffers), interface.SIGNALS) == (STEPS, SIGNALS)
     for number, buffer in enumerate(buffers):
         core.set_step(number, buffer.host, buffer.block_ids, buffer.scores)
     if executor.replays is None:

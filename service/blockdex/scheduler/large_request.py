@@ -101,6 +101,7 @@ class LargeRequest:
         keys: `[T, D]`, or None.
         queries: `[T, num_heads, D]`, of heads `first_head` on, or None.
         order, return_scores, raw_scores: of the selection.
+        pages: whether page numbers of its pool stand for block ids in its answer.
         block_ids, scores: bytes of the regions where they go, or None.
     """
 
@@ -115,6 +116,7 @@ class LargeRequest:
     order: Order
     return_scores: bool
     raw_scores: bool
+    pages: bool = False
     block_ids: torch.Tensor | None = None
     scores: torch.Tensor | None = None
 
@@ -135,14 +137,15 @@ class LargeRequest:
             layout.ORDERS[order - 1] if queries_dtype else "ascending",
             bool(flags & (layout.RETURN_SCORES | layout.RAW_SCORES)),
             bool(flags & layout.RAW_SCORES),
+            bool(flags & layout.PAGES),
             None if block_ids is None else _in_region(*block_ids),
             None if scores is None else _in_region(*scores),
         )
 
     @property
     def is_answered_in_regions(self) -> bool:
-        """Whether nothing of its selection is in its answer."""
-        return self.block_ids is not None and (self.scores is not None or not self.return_scores)
+        """Whether kernels can write its selection where it goes: nothing of it is in its answer, or becomes another."""
+        return not self.pages and self.block_ids is not None and (self.scores is not None or not self.return_scores)
 
 
 def _tensor(memory: memoryview, dtype: int, place: tuple[Region | None, int, int]) -> Tensor | None:

@@ -284,6 +284,8 @@ class Launcher:
             flags = layout.HAS_BLOCK_IDS | (layout.HAS_SCORES if caller.return_scores else 0)
             ids = scores = None
             if answer is not None:
+                if caller.pages:
+                    self._core.name_pages(caller.number, answer.block_ids)
                 ids = _for_answer(answer.block_ids, caller.block_ids)
                 scores = _for_answer(answer.scores, caller.scores)
             shape = (reading.num_tokens, caller.num_heads, self._spec.topk)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 import blockdex._native as native
 from blockdex.cache import TABLE_ROW, IndexCache, PageCopy
 from blockdex.contract.errors import InternalError, Reason
@@ -261,7 +263,8 @@ class Engine:
 
     def _take_over(self, copies: list[PageCopy]) -> None:
         """Has the device and the core know what has changed in the cache."""
-        changes = self._cache.take_table_changes()
+        set_cells = np.frombuffer(self._core.take_set_cells(), np.int64)
+        changes = np.concatenate((self._cache.take_table_changes(), set_cells))
         if len(changes):
             self._executor.write_tables(self._cache.table_cells, changes)
         if copies:

@@ -1,4 +1,4 @@
-"""What only Python decides of single requests: the life of sequences, and the pages that appends need."""
+"""What only Python decides of single requests: the life of sequences and pools, and the pages that appends need."""
 
 from __future__ import annotations
 
@@ -69,12 +69,16 @@ class SequenceKeeper:
                 state, copies = cache.fork_sequence(tenant, parent_id, child_id, length)
             case "truncate", (sequence_id, _, length):
                 state = cache.truncate_sequence(tenant, sequence_id, length)
+            case "create_pool", (pool_id, num_pages, num_rows, max_blocks):
+                cache.create_pool(tenant, pool_id, num_pages, num_rows, max_blocks)
+            case "close_pool", (pool_id, _, _):
+                cache.close_pool(tenant, pool_id)
         if state is None:
             self._core.answer(number, layout.IS_STATE, 0, 0, 0, 0, None, None)
         else:
             flags = layout.IS_STATE | layout.HAS_LENGTHS
             self._core.answer(number, flags, 0, 0, 0, len(state.lengths), state.lengths, state.revisions)
-        if kind not in {"open", "get"}:
+        if kind not in {"open", "get", "create_pool"}:
             self._core.try_again()
         return copies
 

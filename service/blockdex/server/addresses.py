@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 from dataclasses import dataclass
 
@@ -31,6 +32,17 @@ class Address:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_public(self) -> bool:
+        """Whether other machines may reach it: a host that cannot be looked up may be anywhere."""
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except UnicodeError:
+            return False
+        except OSError:
+            return True
+        return not all(ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback for *_, place in found)
 
     def listen(self) -> socket.socket:
         """A TCP socket that listens on the address and shares it with nobody.

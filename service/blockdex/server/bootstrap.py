@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blockdex.contract.sizes import automatic_cache_bytes
 from blockdex.logs import log_event, log_fault
 from blockdex.ring import SUPPORTED
 from blockdex.scheduler import THREAD
 from blockdex.server.addresses import Address
-from blockdex.server.config import ServeSettings, automatic_cache_bytes
+from blockdex.server.config import ServeSettings
 from blockdex_kernels import IndexSpec
 
 if TYPE_CHECKING:
@@ -60,6 +61,30 @@ def claim(address: str) -> socket.socket:
         raise StartError(str(error.strerror)) from error
 
 
+def check_exposure(settings: ServeSettings) -> None:
+    """Refuses addresses that other machines reach where anybody could read along or call.
+
+    Raises:
+        StartError: one of them is not safe.
+    """
+    if settings.insecure:
+        return
+    knows_callers = settings.access_file is not None
+    grpc_is_safe = settings.tls_cert is not None and (knows_callers or settings.tls_client_ca is not None)
+    http_is_safe = settings.http_tls_cert is not None and knows_callers
+    if settings.unix_path is None and not grpc_is_safe and Address.parse(settings.grpc_address).is_public:
+        raise _exposed("grpc_address", settings.grpc_address, "tls_cert, tls_key and access_file or tls_client_ca")
+    if not http_is_safe and Address.parse(settings.http_address).is_public:
+        raise _exposed("http_address", settings.http_address, "http_tls_cert, http_tls_key and access_file")
+
+
+def _exposed(setting: str, address: str, needed: str) -> StartError:
+    return StartError(
+        f"{setting}: {address} can be reached from other machines, which takes {needed}; or insecure, where something "
+        "else keeps others out"
+    )
+
+
 def splits(settings: ServeSettings) -> bool:
     """Whether a server is to be several processes.
 
@@ -68,6 +93,8 @@ def splits(settings: ServeSettings) -> bool:
     """
     if not SUPPORTED:
         raise StartError(_NO_RING)
+    if settings.frontends > 1 and settings.unix_path is not None:
+        raise StartError(f"frontends: {settings.frontends} cannot share {settings.grpc_address}: one can, or a port")
     if settings.processes != "auto":
         if settings.frontends > 1 and settings.processes == "single":
             raise StartError(f"frontends: {settings.frontends} need --processes split")

@@ -15,6 +15,7 @@ from typing import Any
 
 from blockdex.logs import configure_logging, set_level
 from blockdex.ring.control_channel import ControlChannel, Words
+from blockdex.server import mps
 from blockdex.server.bootstrap import StartError
 from blockdex.server.config import ServeSettings
 
@@ -90,7 +91,7 @@ class Child:
             if "refused" in said:
                 raise StartError(said["refused"])
         except BaseException:
-            child.kill()
+            await child.kill()
             await child.ended
             raise
         return child, said
@@ -98,12 +99,13 @@ class Child:
     async def end(self, seconds: float) -> int:
         """Waits until it has ended, and kills it if that takes longer; its exit status."""
         await asyncio.wait([self.ended], timeout=seconds)
-        self.kill()
+        await self.kill()
         return await asyncio.shield(self.ended)
 
-    def kill(self) -> None:
-        """Ends it at once, if it has not ended."""
+    async def kill(self) -> None:
+        """Ends it at once, if it has not ended; under MPS that first gives back what it has on the GPU."""
         if not self.ended.done():
+            await asyncio.to_thread(mps.end_client, self.pid)
             self._process.kill()
 
     def _has_ended(self) -> None:

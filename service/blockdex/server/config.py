@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from blockdex.contract.messages import Limits
+from blockdex.contract.sizes import parse_size
 from blockdex.flags import FlagParser, did_you_mean
 from blockdex.server.addresses import Address
 from blockdex_kernels import IndexSpec
@@ -30,39 +31,17 @@ ENV_PREFIX = "BLOCKDEX_"
 
 OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 """What OpenTelemetry's own tools read: the default of `otlp_endpoint`, which as an empty one is none all the same."""
-FREE_SHARE = 0.9
-"""Part of a GPU's free memory that a cache of `auto` bytes takes."""
-WORKING_BYTES = 768 << 20
-"""What it leaves at least: the scores of one launch (512 MiB), and 256 MiB for kernels, queries and answers."""
-
 _OF_KUBERNETES = re.compile(
     r"_SERVICE_(HOST|PORT)(_\w+)?=|_PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://|_PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)="
 )
 """The variables that it sets for a service, which may be named blockdex or blockdex-metrics."""
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([a-z]*)", re.IGNORECASE)
-_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("kmgt", start=1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
+UNIX = "unix:"
+_LONGEST_SOCKET_PATH = 107
 
 
 class ConfigError(Exception):
     """A setting that cannot be: one line that names it and where it came from."""
-
-
-def parse_size(value: object) -> int:
-    """Bytes of a size: a plain number, or one with kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).
-
-    Raises:
-        ValueError: the value is something else.
-    """
-    match = _SIZE.fullmatch(str(value).strip())
-    factor = _UNITS.get(match[2].lower()) if match else None
-    if match is None or factor is None:
-        raise ValueError(f"must be bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB, got {value!r}")
-    return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
 
 
 def _cache_size(value: object) -> object:
@@ -77,6 +56,15 @@ def _device(value: str) -> str:
 
 def _address(value: str) -> str:
     return str(Address.parse(value))
+
+
+def _grpc_address(value: str) -> str:
+    if not value.startswith(UNIX):
+        return _address(value)
+    path = Path(value.removeprefix(UNIX).removeprefix("//")).absolute()
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise ValueError(f"a Unix socket's path has at most {_LONGEST_SOCKET_PATH} bytes, got {len(os.fsencode(path))}")
+    return f"{UNIX}{path}"
 
 
 def _endpoint(value: object) -> object:
@@ -101,17 +89,13 @@ def _weights(value: str) -> str:
 
 Size = Annotated[int, BeforeValidator(parse_size)]
 Listen = Annotated[str, AfterValidator(_address)]
+ListenOrFile = Annotated[str, AfterValidator(_grpc_address)]
 
 
 def _setting(default: Any, metavar: str, description: str, **bounds: Any) -> Any:
     return Field(
         default, description=description, validate_default=True, json_schema_extra={"metavar": metavar}, **bounds
     )
-
-
-def automatic_cache_bytes(free: int) -> int:
-    """Bytes of a cache of `auto` bytes on a GPU with so many free ones."""
-    return max(min(int(free * FREE_SHARE), free - WORKING_BYTES), 0)
 
 
 class ServeSettings(BaseSettings):
@@ -132,7 +116,9 @@ class ServeSettings(BaseSettings):
     device: Annotated[str, AfterValidator(_device)] = _setting(
         "auto", "DEVICE", "Where the cache and the kernels are: auto, cpu, cuda or cuda:N."
     )
-    grpc_address: Listen = _setting("127.0.0.1:50051", "HOST:PORT", "Where gRPC listens; port 0 takes any free one.")
+    grpc_address: ListenOrFile = _setting(
+        "127.0.0.1:50051", "HOST:PORT", "Where gRPC listens, or unix:PATH; port 0 takes any free one."
+    )
     http_address: Listen = _setting(
         "127.0.0.1:9051", "HOST:PORT", "Where /healthz, /readyz, /metrics and /v1/info listen; port 0 takes a free one."
     )
@@ -142,8 +128,23 @@ class ServeSettings(BaseSettings):
     socket_group: str | None = _setting(
         None,
         "GROUP",
-        "Group whose members may use the socket too, a name or a number; else only the server's own user.",
+        "Group whose members may use the Unix sockets too, a name or a number; else only the server's own user.",
     )
+    access_file: Path | None = _setting(
+        None,
+        "FILE",
+        "Who may call, as which tenant: hashes of tokens, names of certificates; read anew when it changes.",
+    )
+    tls_cert: Path | None = _setting(
+        None, "FILE", "Certificate that gRPC shows, with those up to its authority (PEM); read anew when it changes."
+    )
+    tls_key: Path | None = _setting(None, "FILE", "Its private key (PEM).")
+    tls_client_ca: Path | None = _setting(
+        None, "FILE", "Authorities whose clients may connect to gRPC, each with a certificate (PEM)."
+    )
+    http_tls_cert: Path | None = _setting(None, "FILE", "Certificate that HTTP shows, as tls_cert.")
+    http_tls_key: Path | None = _setting(None, "FILE", "Its private key (PEM).")
+    insecure: bool = _setting(False, "[BOOL]", "Lets others reach a server without TLS, or without being known.")
     processes: Literal["auto", "single", "split"] = _setting(
         "auto",
         "HOW",
@@ -190,6 +191,9 @@ class ServeSettings(BaseSettings):
     )
     max_wait_seconds: float = _setting(
         60.0, "SECONDS", "Longest that a request without a deadline waits for keys or its turn.", gt=0, le=86400
+    )
+    min_ping_seconds: float = _setting(
+        5.0, "SECONDS", "Least time between the pings of a gRPC client; one that pings oftener is cut.", gt=0, le=86400
     )
     lease_seconds: float = _setting(
         600.0,
@@ -242,9 +246,9 @@ class ServeSettings(BaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
+    def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         # Else pydantic reads a TOML true as the number 1.
-        if isinstance(value, bool):
+        if isinstance(value, bool) and info.field_name != "insecure":
             raise ValueError(f"must not be a boolean, got {str(value).lower()}")
         return value
 
@@ -282,8 +286,13 @@ class ServeSettings(BaseSettings):
     @classmethod
     def restore(cls, dumped: dict[str, Any]) -> ServeSettings:
         """The settings that `model_dump(mode="json")` made an object of; nothing is read anew."""
-        paths = {name: Path(dumped[name]) for name in ("config", "model_file", "socket") if dumped[name] is not None}
+        paths = {name: Path(dumped[name]) for name in _PATHS if dumped[name] is not None}
         return cls.model_construct(**dumped | paths)
+
+    @property
+    def unix_path(self) -> Path | None:
+        """The file on which gRPC listens; None where it listens on a port."""
+        return Path(self.grpc_address.removeprefix(UNIX)) if self.grpc_address.startswith(UNIX) else None
 
     def index_spec(self) -> IndexSpec:
         """The indexer to serve: the model's, with the settings that go before it.
@@ -295,6 +304,9 @@ class ServeSettings(BaseSettings):
             return IndexSpec.from_file(self.model_file, num_layers=self.num_layers, key_dtype=self.key_dtype)
         spec = IndexSpec(key_dtype=self.key_dtype)
         return spec if self.num_layers is None else dataclasses.replace(spec, num_layers=self.num_layers)
+
+
+_PATHS = [name for name, field in ServeSettings.model_fields.items() if field.annotation == Path | None]
 
 
 def load_settings(arguments: Sequence[str]) -> ServeSettings:
@@ -320,8 +332,10 @@ def load_settings(arguments: Sequence[str]) -> ServeSettings:
 def _parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
     parser = _Parser(prog="blockdex serve", add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="help")
-    for name, *_ in _described():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name)
+    for name, metavar, *_ in _described():
+        may_be_left_out = metavar.startswith("[")
+        has_value: dict[str, Any] = {"nargs": "?", "const": "true"} if may_be_left_out else {}
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **has_value)
     return vars(parser.parse_args(arguments))
 
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+from blockdex.contract.credentials import Credentials
 from blockdex.logs import log_fault
 from blockdex.ring.control_channel import ControlChannel, Words
 from blockdex.ring.engine_reports import reply_to
@@ -41,15 +42,19 @@ async def run(talk: ControlChannel, settings: ServeSettings, words: Words, heard
         talk.tell({"refused": str(error)})
         return
     talk.tell({"gpu": gpu_uuid(engine.info().device)})
-    opening = asyncio.create_task(
-        _open(talk, engine, inbox, words["listening"], words["public"], settings.socket_group is not None)
-    )
+    hosts = [_host(engine, inbox, words["listening"])]
+    credentials = Credentials.restore(words["credentials"])
+    hosts += [_host(engine, inbox, file, credentials) for file in words["public"]]
+    opening = asyncio.create_task(_open(talk, engine, hosts))
     # By itself it ends by a fault alone; then nobody is let in any more, and another core is started.
     opening.add_done_callback(lambda _: talk.hang_up())
     async for told in heard:
         match told:
             case {"ask": _}:
                 talk.tell(await reply_to(engine, told))
+            case {"credentials": dict(files)}:
+                for host in hosts[1:]:
+                    host.take_up(Credentials.restore(files))
             case {"expect_no_more": True}:
                 engine.expect_no_more()
             case {"stop": True}:
@@ -66,9 +71,13 @@ async def run(talk: ControlChannel, settings: ServeSettings, words: Words, heard
     engine.stop()
 
 
-async def _open(
-    talk: ControlChannel, engine: Engine, inbox: RingInbox, listening: int, public: list[int], is_shared: bool
-) -> None:
+def _host(engine: Engine, inbox: RingInbox, file: int, credentials: Credentials | None = None) -> RingHost:
+    accepting = socket.socket(fileno=file)
+    accepting.setblocking(False)
+    return RingHost(engine, inbox, accepting, credentials)
+
+
+async def _open(talk: ControlChannel, engine: Engine, hosts: list[RingHost]) -> None:
     """Lets frontends and clients in once every kernel is compiled."""
     try:
         await warm_up(engine, lambda done, total: talk.tell({"compiling": [done, total]}), asyncio.Event())
@@ -77,12 +86,9 @@ async def _open(
         return
     engine.start()
     talk.tell({"open": True})
-    async with asyncio.TaskGroup() as hosts:
-        for file in (listening, *public):
-            accepting = socket.socket(fileno=file)
-            accepting.setblocking(False)
-            host = RingHost(engine, inbox, accepting, is_shared=is_shared and file != listening)
-            hosts.create_task(host.run())
+    async with asyncio.TaskGroup() as tasks:
+        for host in hosts:
+            tasks.create_task(host.run())
 
 
 if __name__ == "__main__":

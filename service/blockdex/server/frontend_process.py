@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+from blockdex.contract.credentials import Credentials
 from blockdex.frontend.grpc.server import RpcServer, start_rpc_server
 from blockdex.frontend.http.metrics import RequestMetrics
 from blockdex.ring.client import RingChannel, Spinning
@@ -46,7 +47,9 @@ class Frontend:
             spinning=Spinning(selector, seconds) if seconds else None,
         )
 
-    async def run(self, grpc_address: str, share_port: bool, heard: AsyncIterator[Words]) -> None:
+    async def run(
+        self, grpc_address: str, share_port: bool, credentials: Credentials, heard: AsyncIterator[Words]
+    ) -> None:
         """Serves until the supervisor has it finish, or is gone."""
         connecting = asyncio.create_task(self._channel.run())
         # By itself it ends by a fault alone; then this frontend ends too, and another one is started.
@@ -58,8 +61,10 @@ class Frontend:
                 grpc_address,
                 observer=self._requests,
                 slow_request_seconds=self._settings.slow_request_seconds,
+                min_ping_seconds=self._settings.min_ping_seconds,
                 tracing=self._tracing,
                 share_port=share_port,
+                credentials=credentials,
             )
         except OSError as error:
             self._talk.tell({"refused": str(error)})
@@ -72,6 +77,8 @@ class Frontend:
                 case {"ask": "requests"}:
                     self._channel.tell_times()
                     self._talk.tell({"answer": words_of(self._requests)})
+                case {"credentials": dict(words)}:
+                    rpc.take_up(Credentials.restore(words))
                 case {"drain": True}:
                     telling.cancel()
                     await rpc.stop_being_ready()
@@ -108,7 +115,8 @@ def main() -> None:
 
     async def run(talk: ControlChannel, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
         frontend = Frontend(talk, settings, words["address"], selector)
-        await frontend.run(words["grpc_address"], words["share_port"], heard)
+        credentials = Credentials.restore(words["credentials"])
+        await frontend.run(words["grpc_address"], words["share_port"], credentials, heard)
 
     run_child(run, selector)
 

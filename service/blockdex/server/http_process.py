@@ -7,6 +7,7 @@ import socket
 from collections.abc import Mapping
 
 from blockdex.frontend.http.app import create_app
+from blockdex.frontend.http.callers import KnownCallers
 from blockdex.frontend.http.gpu_metrics import open_gpu
 from blockdex.frontend.http.history import History
 from blockdex.frontend.http.live_page import LiveView
@@ -15,6 +16,7 @@ from blockdex.frontend.http.process_metrics import Processes
 from blockdex.frontend.http.readiness import Readiness
 from blockdex.frontend.http.server import HttpServer
 from blockdex.ring.engine_reports import Reports
+from blockdex.server.credential_files import CredentialFiles
 
 
 class HttpSide:
@@ -34,6 +36,7 @@ class HttpSide:
         processes: Processes,
         gpu: str | None,
         listening: socket.socket,
+        files: CredentialFiles,
     ) -> HttpSide:
         """Serves on a socket that listens already.
 
@@ -45,13 +48,15 @@ class HttpSide:
             processes: those of the server.
             gpu: the driver's name of the engine's GPU, if it has one.
             listening: where.
+            files: how callers and the server know each other.
         """
         history = History(reports, requests)
         await history.take()
         collector = ServerCollector(reports, requests, readiness, restarts)
         metrics = Metrics(collector, processes, None if gpu is None else open_gpu(gpu))
         app = create_app(reports, metrics, LiveView(reports, history, readiness), readiness)
-        return cls(HttpServer(app, listening), asyncio.create_task(history.run()))
+        guarded = KnownCallers(app, lambda: files.credentials.access)
+        return cls(HttpServer(guarded, listening, files.http_tls), asyncio.create_task(history.run()))
 
     async def stop(self) -> None:
         """Answers what has been asked and ends; takes seconds at most."""

@@ -22,6 +22,7 @@ from blockdex.server.bootstrap import (
     FLUSH_SECONDS,
     StartError,
     build_engine,
+    check_exposure,
     check_tracing,
     claim,
     end_with_the_thread,
@@ -32,8 +33,9 @@ from blockdex.server.bootstrap import (
     warm_up,
 )
 from blockdex.server.config import ConfigError, ServeSettings
+from blockdex.server.credential_files import CredentialFiles
 from blockdex.server.http_process import HttpSide
-from blockdex.server.public_socket import public_socket
+from blockdex.server.public_socket import check_stale, public_socket
 from blockdex.server.request_counts import OwnCounts
 from blockdex.server.supervisor import Supervisor
 from blockdex_kernels import IndexSpec, SpecError
@@ -68,27 +70,39 @@ def serve(settings: ServeSettings, read: Read) -> int:
         spec = settings.index_spec()
         check_tracing(settings)
         split = splits(settings)
+        check_exposure(settings)
+        files = CredentialFiles(settings)
         # Claimed before torch is loaded: a port in use is told at once. gRPC itself would only say that it failed.
-        claim(settings.grpc_address).close()
+        if settings.unix_path is None:
+            claim(settings.grpc_address).close()
+        elif settings.unix_path.exists():
+            check_stale(settings.unix_path, "grpc_address")
         with claim(settings.http_address) as http_socket:
             if split:
-                return asyncio.run(_run_split(settings, read, http_socket))
-            return _run_on_ring(settings, spec, read, http_socket)
+                return asyncio.run(_run_split(settings, read, http_socket, files))
+            return _run_on_ring(settings, spec, read, http_socket, files)
     except (StartError, SpecError) as error:
         log_event(logger, logging.ERROR, "refused to start", reason=str(error))
         return 2
 
 
-def _run_on_ring(settings: ServeSettings, spec: IndexSpec, read: Read, http_socket: socket.socket) -> int:
+def _run_on_ring(
+    settings: ServeSettings, spec: IndexSpec, read: Read, http_socket: socket.socket, files: CredentialFiles
+) -> int:
     from blockdex.ring.selector import RingSelector  # noqa: PLC0415 - it is compiled, and a refusal to start is not
 
     selector = RingSelector()
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
-        return runner.run(_run_single(settings, spec, read, http_socket, selector))
+        return runner.run(_run_single(settings, spec, read, http_socket, files, selector))
 
 
 async def _run_single(
-    settings: ServeSettings, spec: IndexSpec, read: Read, http_socket: socket.socket, selector: RingSelector
+    settings: ServeSettings,
+    spec: IndexSpec,
+    read: Read,
+    http_socket: socket.socket,
+    files: CredentialFiles,
+    selector: RingSelector,
 ) -> int:
     # What brings torch and gRPC is loaded here: a supervisor needs neither.
     from blockdex.frontend.grpc.server import start_rpc_server  # noqa: PLC0415
@@ -100,15 +114,16 @@ async def _run_single(
         inbox = RingInbox(spin_seconds(settings))
         engine = build_engine(settings, spec, lambda: os.kill(os.getpid(), signal.SIGTERM), inbox)
         told_to_stop = _listen_to_signals()
-        _reload_on_hangup(settings, read, set_level)
+        _reload_on_hangup(settings, read, set_level, files)
         requests, readiness = OwnCounts(), Readiness()
-        async with connected(engine, inbox, settings, public, requests, selector, told_to_stop) as channel:
+        async with connected(engine, inbox, settings, public, requests, selector, files, told_to_stop) as channel:
             info = await channel.info()
             restarts = dict.fromkeys(("core", "frontend"), 0)
             processes = {"server": os.getpid()}
             http = await HttpSide.start(
-                channel, requests, readiness, restarts, lambda: processes, gpu_uuid(info.device), http_socket
+                channel, requests, readiness, restarts, lambda: processes, gpu_uuid(info.device), http_socket, files
             )
+            watching = asyncio.create_task(files.watch())
             try:
                 if not await warm_up(engine, readiness.compiling, told_to_stop):
                     return 0
@@ -120,10 +135,13 @@ async def _run_single(
                         settings.grpc_address,
                         observer=requests,
                         slow_request_seconds=settings.slow_request_seconds,
+                        min_ping_seconds=settings.min_ping_seconds,
                         tracing=tracing,
+                        credentials=files.credentials,
                     )
                 except OSError as error:
                     raise StartError(str(error)) from error
+                files.tell(rpc.take_up)
                 readiness.obstacle = ""
                 _log_start(info, rpc.address, _http_address(settings, http_socket))
                 await told_to_stop.wait()
@@ -138,6 +156,7 @@ async def _run_single(
                 if tracing is not None:
                     await asyncio.to_thread(tracing.close, FLUSH_SECONDS)
             finally:
+                watching.cancel()
                 await http.stop()
     log_event(logger, logging.INFO, "stopped")
     if engine.device_is_lost:
@@ -146,18 +165,21 @@ async def _run_single(
     return 0
 
 
-async def _run_split(settings: ServeSettings, read: Read, http_socket: socket.socket) -> int:
+async def _run_split(settings: ServeSettings, read: Read, http_socket: socket.socket, files: CredentialFiles) -> int:
     for package in _PACKAGES_OF_CHILDREN:
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     told_to_stop = _listen_to_signals()
     readiness = Readiness()
-    supervisor = Supervisor(settings, readiness)
-    _reload_on_hangup(settings, read, supervisor.set_log_level)
+    supervisor = Supervisor(settings, readiness, files.credentials)
+    _reload_on_hangup(settings, read, supervisor.set_log_level, files)
+    files.tell(supervisor.set_credentials)
+    watching = asyncio.create_task(files.watch())
     try:
         if await supervisor.start(told_to_stop):
-            await _serve_with(supervisor, settings, readiness, told_to_stop, http_socket)
+            await _serve_with(supervisor, settings, readiness, told_to_stop, http_socket, files)
     finally:
+        watching.cancel()
         await supervisor.close()
     log_event(logger, logging.INFO, "stopped")
     return 1 if supervisor.failure else 0
@@ -169,6 +191,7 @@ async def _serve_with(
     readiness: Readiness,
     told_to_stop: asyncio.Event,
     http_socket: socket.socket,
+    files: CredentialFiles,
 ) -> None:
     """Serves until it is told to stop, once the engine core can be asked what it is."""
     http = await HttpSide.start(
@@ -179,6 +202,7 @@ async def _serve_with(
         supervisor.processes,
         supervisor.gpu,
         http_socket,
+        files,
     )
     try:
         if await supervisor.open(told_to_stop):
@@ -206,7 +230,9 @@ def _listen_to_signals() -> asyncio.Event:
     return told
 
 
-def _reload_on_hangup(settings: ServeSettings, read: Read, set_log_level: Callable[[str], None]) -> None:
+def _reload_on_hangup(
+    settings: ServeSettings, read: Read, set_log_level: Callable[[str], None], files: CredentialFiles
+) -> None:
     """Has SIGHUP read the settings anew, and do what can be done about them while the server runs."""
 
     def on_signal() -> None:
@@ -216,6 +242,7 @@ def _reload_on_hangup(settings: ServeSettings, read: Read, set_log_level: Callab
             log_event(logger, logging.ERROR, "settings not read anew", reason=str(error))
             return
         set_log_level(new.log_level)
+        files.read_anew()
         changed = [name for name, value in new if value != getattr(settings, name) and name != "log_level"]
         restart = ", ".join(changed)
         log_event(logger, logging.INFO, "settings read anew", log_level=new.log_level, need_a_restart=restart)

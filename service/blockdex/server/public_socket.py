@@ -26,8 +26,8 @@ def public_socket(settings: ServeSettings) -> Iterator[list[socket.socket]]:
         StartError: another server listens there, something else is there, or it cannot be made.
     """
     if settings.socket is None:
-        if settings.socket_group is not None:
-            raise StartError(f"socket_group: {settings.socket_group!r} needs --socket")
+        if settings.socket_group is not None and settings.unix_path is None:
+            raise StartError(f"socket_group: {settings.socket_group!r} needs --socket, or gRPC on unix:PATH")
         yield []
         return
     path = settings.socket.absolute()
@@ -55,29 +55,43 @@ def _bind(listening: socket.socket, path: Path) -> None:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            _check_stale(path)
+            check_stale(path, "socket")
             path.unlink()
             listening.bind(str(path))
     finally:
         os.umask(mask)
 
 
-def _check_stale(path: Path) -> None:
+def check_stale(path: Path, setting: str) -> None:
+    """Makes sure that what is there is a socket which a dead server has left.
+
+    Raises:
+        StartError: it is something else, or another server listens on it.
+    """
     if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise StartError(f"socket: {path} is there and is no socket")
+        raise StartError(f"{setting}: {path} is there and is no socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
         try:
             asking.connect(str(path))
         except ConnectionRefusedError:
             return
-    raise StartError(f"socket: another server listens on {path}")
+    raise StartError(f"{setting}: another server listens on {path}")
+
+
+def group_number(group: str) -> int:
+    """Number of a group.
+
+    Raises:
+        KeyError: this machine has none of that name.
+    """
+    return int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
 
 
 def _share(path: Path, group: str | None) -> None:
     if group is None:
         return
     try:
-        shutil.chown(path, group=int(group) if group.isdigit() else grp.getgrnam(group).gr_gid)
+        shutil.chown(path, group=group_number(group))
         path.chmod(_SHARED)
     except (KeyError, OSError) as error:
         raise StartError(f"socket_group: {path} cannot be shared with {group!r}: {error}") from error

@@ -15,6 +15,7 @@ from blockdex.ring.selector import RingSelector
 from blockdex.ring.server import RingInbox
 from blockdex.server.bootstrap import spin_seconds, tell_seconds
 from blockdex.server.config import ServeSettings
+from blockdex.server.credential_files import CredentialFiles
 from blockdex.server.request_counts import OwnCounts
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ async def connected(
     public: list[socket.socket],
     requests: OwnCounts,
     selector: RingSelector,
+    files: CredentialFiles,
     told_to_stop: asyncio.Event,
 ) -> AsyncIterator[RingChannel]:
     """A channel to an engine, which the caller starts; both end here, and what is not answered then stays so.
@@ -40,6 +42,7 @@ async def connected(
         public: where other clients on this host connect.
         requests: counts those that were answered.
         selector: of the loop.
+        files: by which those clients are known.
         told_to_stop: set where the link cannot go on.
     """
     there, seconds = asyncio.Event(), spin_seconds(settings)
@@ -52,7 +55,9 @@ async def connected(
             spinning=Spinning(selector, seconds) if seconds else None,
         )
         hosts = [RingHost(engine, inbox, listening)]
-        hosts += [RingHost(engine, inbox, each, is_shared=settings.socket_group is not None) for each in public]
+        for each in public:
+            hosts.append(RingHost(engine, inbox, each, files.credentials))
+            files.tell(hosts[-1].take_up)
         tasks = [asyncio.create_task(work) for work in (*(host.run() for host in hosts), channel.run())]
         for task in tasks:
             # By itself it ends by a fault alone.

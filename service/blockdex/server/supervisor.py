@@ -10,6 +10,7 @@ from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+from blockdex.contract.credentials import Credentials
 from blockdex.frontend.http.readiness import Readiness
 from blockdex.logs import log_event, set_level
 from blockdex.ring.engine_reports import RemoteReports
@@ -34,6 +35,7 @@ class Supervisor:
     Args:
         settings: of the server.
         readiness: told whether requests are taken.
+        credentials: what the frontends show callers and know them by.
 
     Attributes:
         reports: of the engine core.
@@ -44,8 +46,9 @@ class Supervisor:
         failure: why the server has ended by itself; empty where it has not.
     """
 
-    def __init__(self, settings: ServeSettings, readiness: Readiness) -> None:
+    def __init__(self, settings: ServeSettings, readiness: Readiness, credentials: Credentials) -> None:
         self._settings = settings
+        self._credentials = credentials
         self._readiness = readiness
         self._core_listens = listen()
         self._public = ExitStack()
@@ -132,6 +135,13 @@ class Supervisor:
             if child is not None:
                 child.talk.tell({"log_level": level})
 
+    def set_credentials(self, credentials: Credentials) -> None:
+        """Has all processes go by these, also those that are started later."""
+        self._credentials = credentials
+        for child in (*self._running_doors(), self._core.child):
+            if child is not None:
+                child.talk.tell({"credentials": credentials.words()})
+
     async def stop(self, drain: float, grace: float) -> None:
         """Ends all processes: for `drain` seconds probes hear of it and requests are still taken; then, for at most
         `grace` seconds, those in flight are answered.
@@ -195,7 +205,14 @@ class Supervisor:
 
     async def _start_core(self) -> Child:
         listening, public = self._core_listens.fileno(), self._public_files
-        core, said = await Child.start(CORE, self._settings, [listening, *public], listening=listening, public=public)
+        core, said = await Child.start(
+            CORE,
+            self._settings,
+            [listening, *public],
+            listening=listening,
+            public=public,
+            credentials=self._credentials.words(),
+        )
         self.gpu = said["gpu"]
         self._in_background(self._hear(core))
         return core
@@ -207,6 +224,7 @@ class Supervisor:
             address=self._core_address,
             grpc_address=self.grpc_address,
             share_port=len(self._doors) > 1,
+            credentials=self._credentials.words(),
         )
         self.grpc_address = said["listening"]
         self._serving.add(door)
@@ -226,7 +244,7 @@ class Supervisor:
                     continue
                 case {"refused": str(reason)}:
                     self._refusal = reason
-                    child.kill()
+                    await child.kill()
                 case {"open": True}:
                     self._open.set()
             self._tell_readiness()
@@ -271,6 +289,5 @@ async def _end(children: Iterable[Child], seconds: float) -> None:
     ends = {child.ended: child for child in children}
     if ends:
         await asyncio.wait(ends, timeout=seconds)
-        for child in ends.values():
-            child.kill()
+        await asyncio.gather(*(child.kill() for child in ends.values()))
         await asyncio.wait(ends, timeout=END_SECONDS)

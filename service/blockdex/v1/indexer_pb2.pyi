@@ -22,6 +22,12 @@ class SelectionOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SELECTION_ORDER_ASCENDING: _ClassVar[SelectionOrder]
     SELECTION_ORDER_SCORE: _ClassVar[SelectionOrder]
 
+class SelectedIds(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SELECTED_IDS_UNSPECIFIED: _ClassVar[SelectedIds]
+    SELECTED_IDS_BLOCKS: _ClassVar[SelectedIds]
+    SELECTED_IDS_PAGES: _ClassVar[SelectedIds]
+
 class ScoreFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SCORE_FORMAT_UNSPECIFIED: _ClassVar[ScoreFormat]
@@ -90,6 +96,14 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
     ERROR_REASON_REGION_UNSUPPORTED: _ClassVar[ErrorReason]
     ERROR_REASON_INVALID_REGION: _ClassVar[ErrorReason]
+    ERROR_REASON_UNKNOWN_POOL: _ClassVar[ErrorReason]
+    ERROR_REASON_POOL_EXISTS: _ClassVar[ErrorReason]
+    ERROR_REASON_INVALID_POOL: _ClassVar[ErrorReason]
+    ERROR_REASON_PAGE_NOT_SET: _ClassVar[ErrorReason]
+    ERROR_REASON_MISSING_CREDENTIALS: _ClassVar[ErrorReason]
+    ERROR_REASON_UNKNOWN_CREDENTIALS: _ClassVar[ErrorReason]
+    ERROR_REASON_WRONG_TENANT: _ClassVar[ErrorReason]
+    ERROR_REASON_MISSING_RIGHT: _ClassVar[ErrorReason]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_BF16: Dtype
 DTYPE_FP16: Dtype
@@ -99,6 +113,9 @@ DTYPE_INT32: Dtype
 SELECTION_ORDER_UNSPECIFIED: SelectionOrder
 SELECTION_ORDER_ASCENDING: SelectionOrder
 SELECTION_ORDER_SCORE: SelectionOrder
+SELECTED_IDS_UNSPECIFIED: SelectedIds
+SELECTED_IDS_BLOCKS: SelectedIds
+SELECTED_IDS_PAGES: SelectedIds
 SCORE_FORMAT_UNSPECIFIED: ScoreFormat
 SCORE_FORMAT_SCALED: ScoreFormat
 SCORE_FORMAT_RAW: ScoreFormat
@@ -153,6 +170,14 @@ ERROR_REASON_OUTCOME_UNKNOWN: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 ERROR_REASON_REGION_UNSUPPORTED: ErrorReason
 ERROR_REASON_INVALID_REGION: ErrorReason
+ERROR_REASON_UNKNOWN_POOL: ErrorReason
+ERROR_REASON_POOL_EXISTS: ErrorReason
+ERROR_REASON_INVALID_POOL: ErrorReason
+ERROR_REASON_PAGE_NOT_SET: ErrorReason
+ERROR_REASON_MISSING_CREDENTIALS: ErrorReason
+ERROR_REASON_UNKNOWN_CREDENTIALS: ErrorReason
+ERROR_REASON_WRONG_TENANT: ErrorReason
+ERROR_REASON_MISSING_RIGHT: ErrorReason
 
 class RequestHeader(_message.Message):
     __slots__ = ("epoch", "required_features", "model", "root_id")
@@ -175,16 +200,18 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[_Union[Dtype, str]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Spans(_message.Message):
-    __slots__ = ("sequence_ids", "starts", "lengths", "revisions")
+    __slots__ = ("sequence_ids", "starts", "lengths", "revisions", "pool_id")
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     STARTS_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
     sequence_ids: _containers.RepeatedScalarFieldContainer[int]
     starts: _containers.RepeatedScalarFieldContainer[int]
     lengths: _containers.RepeatedScalarFieldContainer[int]
     revisions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence_ids: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., revisions: _Optional[_Iterable[int]] = ...) -> None: ...
+    pool_id: int
+    def __init__(self, sequence_ids: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., revisions: _Optional[_Iterable[int]] = ..., pool_id: _Optional[int] = ...) -> None: ...
 
 class IndexSpec(_message.Message):
     __slots__ = ("num_layers", "num_index_heads", "head_dim", "block_size", "topk", "init_blocks", "local_blocks", "scoring", "scale", "key_dtype", "max_sequence_tokens")
@@ -227,7 +254,7 @@ class Limits(_message.Message):
     def __init__(self, max_message_bytes: _Optional[int] = ..., max_spans: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_stream_requests: _Optional[int] = ..., max_wait_ms: _Optional[int] = ...) -> None: ...
 
 class CacheUsage(_message.Message):
-    __slots__ = ("pages_total", "pages_used", "pages_shared", "capacity_tokens", "page_bytes", "sequences", "evictions")
+    __slots__ = ("pages_total", "pages_used", "pages_shared", "capacity_tokens", "page_bytes", "sequences", "evictions", "pools")
     PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PAGES_USED_FIELD_NUMBER: _ClassVar[int]
     PAGES_SHARED_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +262,7 @@ class CacheUsage(_message.Message):
     PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
     pages_total: int
     pages_used: int
     pages_shared: int
@@ -242,7 +270,8 @@ class CacheUsage(_message.Message):
     page_bytes: int
     sequences: int
     evictions: int
-    def __init__(self, pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_shared: _Optional[int] = ..., capacity_tokens: _Optional[int] = ..., page_bytes: _Optional[int] = ..., sequences: _Optional[int] = ..., evictions: _Optional[int] = ...) -> None: ...
+    pools: int
+    def __init__(self, pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_shared: _Optional[int] = ..., capacity_tokens: _Optional[int] = ..., page_bytes: _Optional[int] = ..., sequences: _Optional[int] = ..., evictions: _Optional[int] = ..., pools: _Optional[int] = ...) -> None: ...
 
 class KernelChoice(_message.Message):
     __slots__ = ("phase", "kernel", "reason")
@@ -430,6 +459,62 @@ class CloseSequencesResponse(_message.Message):
     epoch: int
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
+class CreatePoolRequest(_message.Message):
+    __slots__ = ("header", "pool_id", "num_pages", "num_rows", "max_blocks")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    header: RequestHeader
+    pool_id: int
+    num_pages: int
+    num_rows: int
+    max_blocks: int
+    def __init__(self, header: _Optional[_Union[RequestHeader, _Mapping]] = ..., pool_id: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_rows: _Optional[int] = ..., max_blocks: _Optional[int] = ...) -> None: ...
+
+class CreatePoolResponse(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class SetPageTablesRequest(_message.Message):
+    __slots__ = ("header", "pool_id", "rows", "first_blocks", "counts", "page_ids")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
+    header: RequestHeader
+    pool_id: int
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    first_blocks: _containers.RepeatedScalarFieldContainer[int]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    page_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, header: _Optional[_Union[RequestHeader, _Mapping]] = ..., pool_id: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., first_blocks: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., page_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SetPageTablesResponse(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class ClosePoolRequest(_message.Message):
+    __slots__ = ("header", "pool_id")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
+    header: RequestHeader
+    pool_id: int
+    def __init__(self, header: _Optional[_Union[RequestHeader, _Mapping]] = ..., pool_id: _Optional[int] = ...) -> None: ...
+
+class ClosePoolResponse(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
 class AppendKeysRequest(_message.Message):
     __slots__ = ("header", "layer", "spans", "keys", "rollback")
     HEADER_FIELD_NUMBER: _ClassVar[int]
@@ -451,7 +536,7 @@ class AppendKeysResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
 class SelectBlocksRequest(_message.Message):
-    __slots__ = ("header", "layer", "spans", "queries", "first_head", "num_heads", "order", "return_scores", "wait_for_keys")
+    __slots__ = ("header", "layer", "spans", "queries", "first_head", "num_heads", "order", "return_scores", "wait_for_keys", "ids")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
@@ -461,6 +546,7 @@ class SelectBlocksRequest(_message.Message):
     ORDER_FIELD_NUMBER: _ClassVar[int]
     RETURN_SCORES_FIELD_NUMBER: _ClassVar[int]
     WAIT_FOR_KEYS_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
     header: RequestHeader
     layer: int
     spans: Spans
@@ -470,7 +556,8 @@ class SelectBlocksRequest(_message.Message):
     order: SelectionOrder
     return_scores: ScoreFormat
     wait_for_keys: bool
-    def __init__(self, header: _Optional[_Union[RequestHeader, _Mapping]] = ..., layer: _Optional[int] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ..., queries: _Optional[_Union[Tensor, _Mapping]] = ..., first_head: _Optional[int] = ..., num_heads: _Optional[int] = ..., order: _Optional[_Union[SelectionOrder, str]] = ..., return_scores: _Optional[_Union[ScoreFormat, str]] = ..., wait_for_keys: bool = ...) -> None: ...
+    ids: SelectedIds
+    def __init__(self, header: _Optional[_Union[RequestHeader, _Mapping]] = ..., layer: _Optional[int] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ..., queries: _Optional[_Union[Tensor, _Mapping]] = ..., first_head: _Optional[int] = ..., num_heads: _Optional[int] = ..., order: _Optional[_Union[SelectionOrder, str]] = ..., return_scores: _Optional[_Union[ScoreFormat, str]] = ..., wait_for_keys: bool = ..., ids: _Optional[_Union[SelectedIds, str]] = ...) -> None: ...
 
 class SelectBlocksResponse(_message.Message):
     __slots__ = ("epoch", "block_ids", "scores")
@@ -483,7 +570,7 @@ class SelectBlocksResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., block_ids: _Optional[_Union[Tensor, _Mapping]] = ..., scores: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class AppendAndSelectRequest(_message.Message):
-    __slots__ = ("header", "layer", "spans", "keys", "queries", "first_head", "num_heads", "order", "return_scores", "rollback")
+    __slots__ = ("header", "layer", "spans", "keys", "queries", "first_head", "num_heads", "order", "return_scores", "rollback", "ids")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
@@ -494,6 +581,7 @@ class AppendAndSelectRequest(_message.Message):
     ORDER_FIELD_NUMBER: _ClassVar[int]
     RETURN_SCORES_FIELD_NUMBER: _ClassVar[int]
     ROLLBACK_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
     header: RequestHeader
     layer: int
     spans: Spans
@@ -504,7 +592,8 @@ class AppendAndSelectRequest(_message.Message):
     order: SelectionOrder
     return_scores: ScoreFormat
     rollback: bool
-    def __init__(self, header: _Optional[_Union[RequestHeader, _Mapping]] = ..., layer: _Optional[int] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ..., keys: _Optional[_Union[Tensor, _Mapping]] = ..., queries: _Optional[_Union[Tensor, _Mapping]] = ..., first_head: _Optional[int] = ..., num_heads: _Optional[int] = ..., order: _Optional[_Union[SelectionOrder, str]] = ..., return_scores: _Optional[_Union[ScoreFormat, str]] = ..., rollback: bool = ...) -> None: ...
+    ids: SelectedIds
+    def __init__(self, header: _Optional[_Union[RequestHeader, _Mapping]] = ..., layer: _Optional[int] = ..., spans: _Optional[_Union[Spans, _Mapping]] = ..., keys: _Optional[_Union[Tensor, _Mapping]] = ..., queries: _Optional[_Union[Tensor, _Mapping]] = ..., first_head: _Optional[int] = ..., num_heads: _Optional[int] = ..., order: _Optional[_Union[SelectionOrder, str]] = ..., return_scores: _Optional[_Union[ScoreFormat, str]] = ..., rollback: bool = ..., ids: _Optional[_Union[SelectedIds, str]] = ...) -> None: ...
 
 class AppendAndSelectResponse(_message.Message):
     __slots__ = ("epoch", "block_ids", "scores")
@@ -523,7 +612,7 @@ class CancelRequest(_message.Message):
     def __init__(self, request_id: _Optional[int] = ...) -> None: ...
 
 class StreamRequest(_message.Message):
-    __slots__ = ("request_id", "timeout_ms", "append_keys", "select_blocks", "append_and_select", "cancel", "open_sequences", "get_sequence", "fork_sequence", "truncate_sequence", "close_sequences")
+    __slots__ = ("request_id", "timeout_ms", "append_keys", "select_blocks", "append_and_select", "cancel", "open_sequences", "get_sequence", "fork_sequence", "truncate_sequence", "close_sequences", "set_page_tables", "create_pool", "close_pool")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     APPEND_KEYS_FIELD_NUMBER: _ClassVar[int]
@@ -535,6 +624,9 @@ class StreamRequest(_message.Message):
     FORK_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CLOSE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    SET_PAGE_TABLES_FIELD_NUMBER: _ClassVar[int]
+    CREATE_POOL_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_POOL_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     timeout_ms: int
     append_keys: AppendKeysRequest
@@ -546,7 +638,10 @@ class StreamRequest(_message.Message):
     fork_sequence: ForkSequenceRequest
     truncate_sequence: TruncateSequenceRequest
     close_sequences: CloseSequencesRequest
-    def __init__(self, request_id: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., append_keys: _Optional[_Union[AppendKeysRequest, _Mapping]] = ..., select_blocks: _Optional[_Union[SelectBlocksRequest, _Mapping]] = ..., append_and_select: _Optional[_Union[AppendAndSelectRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., open_sequences: _Optional[_Union[OpenSequencesRequest, _Mapping]] = ..., get_sequence: _Optional[_Union[GetSequenceRequest, _Mapping]] = ..., fork_sequence: _Optional[_Union[ForkSequenceRequest, _Mapping]] = ..., truncate_sequence: _Optional[_Union[TruncateSequenceRequest, _Mapping]] = ..., close_sequences: _Optional[_Union[CloseSequencesRequest, _Mapping]] = ...) -> None: ...
+    set_page_tables: SetPageTablesRequest
+    create_pool: CreatePoolRequest
+    close_pool: ClosePoolRequest
+    def __init__(self, request_id: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., append_keys: _Optional[_Union[AppendKeysRequest, _Mapping]] = ..., select_blocks: _Optional[_Union[SelectBlocksRequest, _Mapping]] = ..., append_and_select: _Optional[_Union[AppendAndSelectRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., open_sequences: _Optional[_Union[OpenSequencesRequest, _Mapping]] = ..., get_sequence: _Optional[_Union[GetSequenceRequest, _Mapping]] = ..., fork_sequence: _Optional[_Union[ForkSequenceRequest, _Mapping]] = ..., truncate_sequence: _Optional[_Union[TruncateSequenceRequest, _Mapping]] = ..., close_sequences: _Optional[_Union[CloseSequencesRequest, _Mapping]] = ..., set_page_tables: _Optional[_Union[SetPageTablesRequest, _Mapping]] = ..., create_pool: _Optional[_Union[CreatePoolRequest, _Mapping]] = ..., close_pool: _Optional[_Union[ClosePoolRequest, _Mapping]] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("sequences_evicted", "draining", "new_epoch")
@@ -575,7 +670,7 @@ class NewEpoch(_message.Message):
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
 class StreamResponse(_message.Message):
-    __slots__ = ("request_id", "error", "append_keys", "select_blocks", "append_and_select", "event", "open_sequences", "get_sequence", "fork_sequence", "truncate_sequence", "close_sequences")
+    __slots__ = ("request_id", "error", "append_keys", "select_blocks", "append_and_select", "event", "open_sequences", "get_sequence", "fork_sequence", "truncate_sequence", "close_sequences", "set_page_tables", "create_pool", "close_pool")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     APPEND_KEYS_FIELD_NUMBER: _ClassVar[int]
@@ -587,6 +682,9 @@ class StreamResponse(_message.Message):
     FORK_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CLOSE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    SET_PAGE_TABLES_FIELD_NUMBER: _ClassVar[int]
+    CREATE_POOL_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_POOL_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     error: _status_pb2.Status
     append_keys: AppendKeysResponse
@@ -598,4 +696,7 @@ class StreamResponse(_message.Message):
     fork_sequence: ForkSequenceResponse
     truncate_sequence: TruncateSequenceResponse
     close_sequences: CloseSequencesResponse
-    def __init__(self, request_id: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., append_keys: _Optional[_Union[AppendKeysResponse, _Mapping]] = ..., select_blocks: _Optional[_Union[SelectBlocksResponse, _Mapping]] = ..., append_and_select: _Optional[_Union[AppendAndSelectResponse, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., open_sequences: _Optional[_Union[OpenSequencesResponse, _Mapping]] = ..., get_sequence: _Optional[_Union[GetSequenceResponse, _Mapping]] = ..., fork_sequence: _Optional[_Union[ForkSequenceResponse, _Mapping]] = ..., truncate_sequence: _Optional[_Union[TruncateSequenceResponse, _Mapping]] = ..., close_sequences: _Optional[_Union[CloseSequencesResponse, _Mapping]] = ...) -> None: ...
+    set_page_tables: SetPageTablesResponse
+    create_pool: CreatePoolResponse
+    close_pool: ClosePoolResponse
+    def __init__(self, request_id: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., append_keys: _Optional[_Union[AppendKeysResponse, _Mapping]] = ..., select_blocks: _Optional[_Union[SelectBlocksResponse, _Mapping]] = ..., append_and_select: _Optional[_Union[AppendAndSelectResponse, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., open_sequences: _Optional[_Union[OpenSequencesResponse, _Mapping]] = ..., get_sequence: _Optional[_Union[GetSequenceResponse, _Mapping]] = ..., fork_sequence: _Optional[_Union[ForkSequenceResponse, _Mapping]] = ..., truncate_sequence: _Optional[_Union[TruncateSequenceResponse, _Mapping]] = ..., close_sequences: _Optional[_Union[CloseSequencesResponse, _Mapping]] = ..., set_page_tables: _Optional[_Union[SetPageTablesResponse, _Mapping]] = ..., create_pool: _Optional[_Union[CreatePoolResponse, _Mapping]] = ..., close_pool: _Optional[_Union[ClosePoolResponse, _Mapping]] = ...) -> None: ...

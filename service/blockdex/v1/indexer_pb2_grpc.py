@@ -51,6 +51,21 @@ class IndexerServiceStub(object):
                 request_serializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequencesRequest.SerializeToString,
                 response_deserializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequencesResponse.FromString,
                 )
+        self.CreatePool = channel.unary_unary(
+                '/blockdex.v1.IndexerService/CreatePool',
+                request_serializer=blockdex_dot_v1_dot_indexer__pb2.CreatePoolRequest.SerializeToString,
+                response_deserializer=blockdex_dot_v1_dot_indexer__pb2.CreatePoolResponse.FromString,
+                )
+        self.SetPageTables = channel.unary_unary(
+                '/blockdex.v1.IndexerService/SetPageTables',
+                request_serializer=blockdex_dot_v1_dot_indexer__pb2.SetPageTablesRequest.SerializeToString,
+                response_deserializer=blockdex_dot_v1_dot_indexer__pb2.SetPageTablesResponse.FromString,
+                )
+        self.ClosePool = channel.unary_unary(
+                '/blockdex.v1.IndexerService/ClosePool',
+                request_serializer=blockdex_dot_v1_dot_indexer__pb2.ClosePoolRequest.SerializeToString,
+                response_deserializer=blockdex_dot_v1_dot_indexer__pb2.ClosePoolResponse.FromString,
+                )
         self.AppendKeys = channel.unary_unary(
                 '/blockdex.v1.IndexerService/AppendKeys',
                 request_serializer=blockdex_dot_v1_dot_indexer__pb2.AppendKeysRequest.SerializeToString,
@@ -130,6 +145,30 @@ class IndexerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreatePool(self, request, context):
+        """Sets pages aside for an engine that manages its own page tables: pages that it numbers, and a table of rows. A pool
+        that is there already, of these sizes and still as it was created, is fine. ALREADY_EXISTS (POOL_EXISTS) where the
+        tenant has another one of that id, RESOURCE_EXHAUSTED (OUT_OF_PAGES, OVERLOADED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPageTables(self, request, context):
+        """Writes cells of a pool's table: all of them, or, on any error, none. What came before reads the old cells, what
+        comes after the new ones. NOT_FOUND (UNKNOWN_POOL).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClosePool(self, request, context):
+        """Gives up a pool and its pages, once nothing reads them. Closing what is closed already is fine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AppendKeys(self, request, context):
         """Writes index keys of one layer for one or many sequences: all of them, or, on any error, none.
         """
@@ -152,8 +191,8 @@ class IndexerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Stream(self, request_iterator, context):
-        """Any of the calls above on sequences and their tokens, many in flight, answered as they finish and matched by
-        `request_id`. Those on one sequence take effect in the order sent. A request that fails is answered with its
+        """Any of the calls above on sequences, pools and their tokens, many in flight, answered as they finish and matched by
+        `request_id`. Those on one sequence or pool take effect in the order sent. A request that fails is answered with its
         status; the stream lives on. The server also tells events.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -197,6 +236,21 @@ def add_IndexerServiceServicer_to_server(servicer, server):
                     servicer.CloseSequences,
                     request_deserializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequencesRequest.FromString,
                     response_serializer=blockdex_dot_v1_dot_indexer__pb2.CloseSequencesResponse.SerializeToString,
+            ),
+            'CreatePool': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreatePool,
+                    request_deserializer=blockdex_dot_v1_dot_indexer__pb2.CreatePoolRequest.FromString,
+                    response_serializer=blockdex_dot_v1_dot_indexer__pb2.CreatePoolResponse.SerializeToString,
+            ),
+            'SetPageTables': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPageTables,
+                    request_deserializer=blockdex_dot_v1_dot_indexer__pb2.SetPageTablesRequest.FromString,
+                    response_serializer=blockdex_dot_v1_dot_indexer__pb2.SetPageTablesResponse.SerializeToString,
+            ),
+            'ClosePool': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClosePool,
+                    request_deserializer=blockdex_dot_v1_dot_indexer__pb2.ClosePoolRequest.FromString,
+                    response_serializer=blockdex_dot_v1_dot_indexer__pb2.ClosePoolResponse.SerializeToString,
             ),
             'AppendKeys': grpc.unary_unary_rpc_method_handler(
                     servicer.AppendKeys,
@@ -346,6 +400,57 @@ class IndexerService(object):
         return grpc.experimental.unary_unary(request, target, '/blockdex.v1.IndexerService/CloseSequences',
             blockdex_dot_v1_dot_indexer__pb2.CloseSequencesRequest.SerializeToString,
             blockdex_dot_v1_dot_indexer__pb2.CloseSequencesResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def CreatePool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/blockdex.v1.IndexerService/CreatePool',
+            blockdex_dot_v1_dot_indexer__pb2.CreatePoolRequest.SerializeToString,
+            blockdex_dot_v1_dot_indexer__pb2.CreatePoolResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def SetPageTables(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/blockdex.v1.IndexerService/SetPageTables',
+            blockdex_dot_v1_dot_indexer__pb2.SetPageTablesRequest.SerializeToString,
+            blockdex_dot_v1_dot_indexer__pb2.SetPageTablesResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ClosePool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/blockdex.v1.IndexerService/ClosePool',
+            blockdex_dot_v1_dot_indexer__pb2.ClosePoolRequest.SerializeToString,
+            blockdex_dot_v1_dot_indexer__pb2.ClosePoolResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

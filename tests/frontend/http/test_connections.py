@@ -26,7 +26,7 @@ async def serving() -> AsyncIterator[int]:
     app.get("/healthz")(lambda: "alive")
     app.get("/large")(lambda: "x" * LARGE)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = HttpServer(app, listening)
+        server = HttpServer(app, listening, None)
         yield listening.getsockname()[1]
         await asyncio.wait_for(server.stop(), TIMEOUT)
 

@@ -53,6 +53,7 @@ def test_it_names_nobody(server: Serving) -> None:
     assert str(sequence) not in body
 
 
+@pytest.mark.alone
 def test_it_is_made_at_most_once_a_second(server: Serving) -> None:
     while True:  # until a second has just begun
         before = get(server, "/v1/live").content

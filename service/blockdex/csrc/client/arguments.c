@@ -135,6 +135,17 @@ static bool read_scores(struct token_request *request, PyObject *scores) {
     return false;
 }
 
+static bool read_ids(struct token_request *request, PyObject *ids) {
+    bool pages = PyUnicode_Check(ids) && PyUnicode_CompareWithASCIIString(ids, "pages") == 0;
+    if (pages || (PyUnicode_Check(ids) && PyUnicode_CompareWithASCIIString(ids, "blocks") == 0)) {
+        request->wire.ids = pages ? PAGE_NUMBERS : UNSAID_IDS; /* left out, which means blocks */
+        return true;
+    }
+    raise_refusal(request->refuse, INVALID_ARGUMENT, "INVALID_POOL",
+                  PyUnicode_FromFormat("ids must be one of blocks, pages, got %S", ids), NULL);
+    return false;
+}
+
 static bool read_flag(PyObject *value, uint32_t *flag) {
     int set = PyObject_IsTrue(value);
     *flag = set > 0;
@@ -143,15 +154,18 @@ static bool read_flag(PyObject *value, uint32_t *flag) {
 
 bool read_arguments(struct token_request *request, const struct arguments *arguments) {
     static const struct width EPOCH = {"epoch", "INVALID_SPANS", UINT64_MAX};
+    static const struct width POOL = {"pool_id", "INVALID_POOL", UINT64_MAX};
     struct wire_request *wire = &request->wire;
     if (!read_columns(request, arguments)) return false;
     if (!read_number(request, "layer", "INVALID_LAYER", arguments->layer, &wire->layer)) return false;
     if (arguments->epoch != Py_None && !read_integer(request->refuse, &EPOCH, arguments->epoch, &wire->epoch))
         return false;
+    if (!read_integer(request->refuse, &POOL, arguments->pool_id, &wire->pool_id)) return false;
     if (wire->kind != SELECT_BLOCKS && !read_flag(arguments->rollback, &wire->rollback)) return false;
     if (wire->kind == APPEND_KEYS) return true;
     return read_number(request, "first_head", "INVALID_HEADS", arguments->first_head, &wire->first_head) &&
            read_number(request, "num_heads", "INVALID_HEADS", arguments->num_heads, &wire->num_heads) &&
            read_order(request, arguments->order) && read_scores(request, arguments->return_scores) &&
+           read_ids(request, arguments->ids) &&
            (wire->kind != SELECT_BLOCKS || read_flag(arguments->wait_for_keys, &wire->wait_for_keys));
 }

@@ -96,9 +96,10 @@ static bool count_starts(struct token_request *request, bool appends) {
         int64_t length = numbers ? numbers->length : 0, rows = (int64_t)column(request, LENGTHS)[span];
         if (!appends && length < rows) {
             raise_refusal(request->refuse, INVALID_ARGUMENT, "INVALID_SPANS",
-                          PyUnicode_FromFormat("sequence %llu: start must be at least 0, got %lld",
+                          PyUnicode_FromFormat("sequence %llu, layer %u: its last %lld positions are asked for, its "
+                                               "length is %lld",
                                                (unsigned long long)column(request, SEQUENCE_IDS)[span],
-                                               (long long)(length - rows)),
+                                               (unsigned)request->wire.layer, (long long)rows, (long long)length),
                           NULL);
             return false;
         }
@@ -121,6 +122,7 @@ static void begin_write(struct write *write, struct layer_numbers *numbers, int6
 PyObject *token_request_begin(PyObject *object, PyObject *sequences) {
     struct token_request *request = token_request_of(object);
     if (!request) return NULL;
+    if (request->wire.pool_id) Py_RETURN_NONE; /* whose rows have no lengths */
     if (!hold(request, sequences)) return NULL;
     if (request->at_ends && !count_starts(request, true)) {
         release_writes(request);
@@ -138,7 +140,7 @@ PyObject *token_request_begin(PyObject *object, PyObject *sequences) {
 PyObject *token_request_place(PyObject *object, PyObject *sequences) {
     struct token_request *request = token_request_of(object);
     if (!request) return NULL;
-    if (!request->at_ends) Py_RETURN_NONE;
+    if (!request->at_ends || request->wire.pool_id) Py_RETURN_NONE;
     if (!hold(request, sequences)) return NULL;
     bool placed = count_starts(request, false);
     release_writes(request);

@@ -2,16 +2,14 @@
 
 #include <stdlib.h>
 
-#include "ring/connection.h"
-
 /* What the requests to one server have in common. `arrays` is numpy's type, `dtypes` its dtypes by the wire's number;
- * `host_array(name, tensor)` makes one of them of any other tensor. */
+ * `array_of(name, tensor)` makes one of them of any other tensor, and says whether it is the device's memory. */
 struct maker {
     PyObject_HEAD
     struct bounds bounds;
     uint64_t epoch;
     uint32_t head_dim, topk;
-    PyObject *arrays, *dtypes, *host_array, *refuse, *request_type, *dtype;
+    PyObject *arrays, *dtypes, *array_of, *refuse, *request_type, *dtype;
 };
 
 void raise_refusal(PyObject *refuse_with, int code, const char *reason, PyObject *message, PyObject *numbers) {
@@ -47,13 +45,15 @@ static bool view_plain(const struct maker *maker, PyObject *array, Py_buffer *vi
 }
 
 static bool view_tensor(const struct maker *maker, const char *name, PyObject *tensor, Py_buffer *view,
-                        struct wire_tensor *into) {
+                        struct wire_tensor *into, bool *apart) {
     if (view_plain(maker, tensor, view, into)) return true;
-    PyObject *array = PyErr_Occurred() ? NULL : PyObject_CallFunction(maker->host_array, "sO", name, tensor);
-    if (!array) return false;
-    bool good = view_plain(maker, array, view, into);
-    Py_DECREF(array);
-    if (!good) PyErr_Format(PyExc_TypeError, "%s: host_array made no array of it", name);
+    PyObject *pair = PyErr_Occurred() ? NULL : PyObject_CallFunction(maker->array_of, "sO", name, tensor);
+    if (!pair) return false;
+    PyObject *array = PyTuple_Check(pair) && PyTuple_Size(pair) == 2 ? PyTuple_GetItem(pair, 0) : NULL;
+    bool good = array && view_plain(maker, array, view, into);
+    if (good) *apart = PyTuple_GetItem(pair, 1) != Py_False;
+    Py_DECREF(pair);
+    if (!good) PyErr_Format(PyExc_TypeError, "%s: array_of made no array of it", name);
     return good;
 }
 
@@ -103,8 +103,12 @@ static uint32_t count_heads(const struct maker *maker, const struct wire_request
 static bool read_tensors(const struct maker *maker, struct token_request *request, const struct arguments *arguments) {
     struct wire_request *wire = &request->wire;
     bool appends = wire->kind != SELECT_BLOCKS, selects = wire->kind != APPEND_KEYS;
-    if (appends && !view_tensor(maker, "keys", arguments->keys, &request->keys, &wire->keys)) return false;
-    if (selects && !view_tensor(maker, "queries", arguments->queries, &request->queries, &wire->queries)) return false;
+    struct request_places *places = &request->places;
+    if (appends && !view_tensor(maker, "keys", arguments->keys, &request->keys, &wire->keys, &places->keys_apart))
+        return false;
+    if (selects &&
+        !view_tensor(maker, "queries", arguments->queries, &request->queries, &wire->queries, &places->queries_apart))
+        return false;
     count_tokens(request, appends ? &request->keys : &request->queries);
     Py_ssize_t tokens = (Py_ssize_t)request->num_tokens, head_dim = maker->head_dim;
     if (selects) request->num_heads = count_heads(maker, wire);
@@ -144,8 +148,10 @@ struct token_request *token_request_of(PyObject *object) {
 }
 
 /* Its bytes as one of a stream, or alone. The lock is not needed for what is long. */
-static PyObject *written(const struct wire_request *wire, bool streamed) {
+static PyObject *written(const struct wire_request *wire, const struct request_places *places, bool streamed) {
     enum { LONG = 1 << 20 };
+    if (places->keys_apart || places->queries_apart || places->block_ids || places->scores)
+        return PyErr_Format(PyExc_RuntimeError, "request: what lies in a region goes over a ring alone");
     uint64_t size = wire_request_size(wire, streamed);
     PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size);
     uint8_t *to = bytes ? (uint8_t *)PyBytes_AsString(bytes) : NULL;
@@ -158,7 +164,7 @@ static PyObject *written(const struct wire_request *wire, bool streamed) {
 static PyObject *request_message(PyObject *object, PyObject *unused) {
     const struct token_request *self = (struct token_request *)object;
     (void)unused;
-    return written(&self->wire, false);
+    return written(&self->wire, &self->places, false);
 }
 
 static PyObject *request_frame(PyObject *object, PyObject *const *arguments, Py_ssize_t count) {
@@ -170,7 +176,7 @@ static PyObject *request_frame(PyObject *object, PyObject *const *arguments, Py_
     if (PyErr_Occurred()) return NULL;
     if (timeout > UINT32_MAX) return PyErr_Format(PyExc_OverflowError, "timeout_ms: it has 32 bits, got %lu", timeout);
     wire.timeout_ms = (uint32_t)timeout;
-    return written(&wire, true);
+    return written(&wire, &self->places, true);
 }
 
 /* A slot has what a message may leave out, so that it is filled in, of a copy. */
@@ -183,7 +189,18 @@ static PyObject *request_submit(PyObject *object, PyObject *const *arguments, Py
     struct wire_request wire = self->wire;
     if (!tokens_fit(&wire, &self->bounds, &refusal))
         return Py_BuildValue("(iss)", (int)refusal.code, refusal.reason, refusal.message);
-    return connection_submit(arguments[0], &wire, timeout);
+    return connection_submit(arguments[0], &wire, &self->places, timeout);
+}
+
+static PyObject *request_answer_into(PyObject *object, PyObject *const *arguments, Py_ssize_t count) {
+    struct token_request *self = (struct token_request *)object;
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "answer_into: 2 arguments, got %zd", count);
+    unsigned long long block_ids = PyLong_AsUnsignedLongLong(arguments[0]);
+    unsigned long long scores = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(arguments[1]);
+    if (PyErr_Occurred()) return NULL;
+    self->places.block_ids = (const uint8_t *)(uintptr_t)block_ids;
+    self->places.scores = (const uint8_t *)(uintptr_t)scores;
+    Py_RETURN_NONE;
 }
 
 static PyObject *request_shape(PyObject *object, void *unused) {
@@ -208,6 +225,7 @@ static PyMethodDef request_methods[] = {
     {"fail", token_request_fail, METH_O, NULL},
     {"message", request_message, METH_NOARGS, NULL},
     {"frame", (PyCFunction)(void (*)(void))request_frame, METH_FASTCALL, NULL},
+    {"answer_into", (PyCFunction)(void (*)(void))request_answer_into, METH_FASTCALL, NULL},
     {"submit", (PyCFunction)(void (*)(void))request_submit, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
@@ -271,13 +289,13 @@ static PyObject *maker_make(PyObject *object, PyObject *const *arguments, Py_ssi
 }
 
 static PyObject *maker_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"num_heads",  "head_dim", "topk", "max_message_bytes", "epoch", "array", "dtypes",
-                            "host_array", "refuse",   NULL};
+    static char *names[] = {"num_heads", "head_dim", "topk", "max_message_bytes", "epoch", "array", "dtypes",
+                            "array_of",  "refuse",   NULL};
     unsigned int heads, head_dim, topk;
     unsigned long long bytes, epoch;
-    PyObject *arrays, *dtypes, *host_array, *refuse_with;
+    PyObject *arrays, *dtypes, *array_of, *refuse_with;
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$IIIKKO!O!OO:RequestMaker", names, &heads, &head_dim, &topk,
-                                     &bytes, &epoch, &PyType_Type, &arrays, &PyDict_Type, &dtypes, &host_array,
+                                     &bytes, &epoch, &PyType_Type, &arrays, &PyDict_Type, &dtypes, &array_of,
                                      &refuse_with))
         return NULL;
     struct maker *self = (void *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
@@ -288,7 +306,7 @@ static PyObject *maker_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
     self->topk = topk;
     self->arrays = Py_NewRef(arrays);
     self->dtypes = Py_NewRef(dtypes);
-    self->host_array = Py_NewRef(host_array);
+    self->array_of = Py_NewRef(array_of);
     self->refuse = Py_NewRef(refuse_with);
     self->dtype = PyUnicode_InternFromString("dtype");
     PyObject *module = PyType_GetModule(type);
@@ -303,7 +321,7 @@ static int maker_traverse(PyObject *object, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(self->arrays);
     Py_VISIT(self->dtypes);
-    Py_VISIT(self->host_array);
+    Py_VISIT(self->array_of);
     Py_VISIT(self->refuse);
     Py_VISIT(self->request_type);
     return 0;
@@ -313,7 +331,7 @@ static void maker_dealloc(PyObject *object) {
     struct maker *self = (struct maker *)object;
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
-    PyObject *held[] = {self->arrays, self->dtypes, self->host_array, self->refuse, self->request_type, self->dtype};
+    PyObject *held[] = {self->arrays, self->dtypes, self->array_of, self->refuse, self->request_type, self->dtype};
     for (size_t at = 0; at < sizeof held / sizeof *held; at++) Py_XDECREF(held[at]);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
     Py_DECREF(type);

@@ -4,6 +4,7 @@
 #define BLOCKDEX_TOKEN_REQUEST_H
 
 #include "native.h"
+#include "ring/connection.h"
 #include "wire/request_codec.h"
 
 /* A write of one span in its layer: the layer's numbers, its length before, and which write it is. */
@@ -19,6 +20,7 @@ struct token_request {
     struct wire_request wire;
     struct wire_spans spans;
     struct bounds bounds;
+    struct request_places places;
     Py_buffer keys, queries;
     struct write *writes;
     uint32_t num_writes;
@@ -37,7 +39,7 @@ void raise_refusal(PyObject *refuse, int code, const char *reason, PyObject *mes
 /* Columns, numbers and words out of Python's objects into `request`; false with an error set. */
 struct arguments {
     PyObject *layer, *sequences, *lengths, *starts, *revisions, *epoch, *keys, *queries;
-    PyObject *first_head, *num_heads, *order, *return_scores, *wait_for_keys, *rollback;
+    PyObject *first_head, *num_heads, *order, *return_scores, *wait_for_keys, *rollback, *pool_id, *ids;
 };
 enum { NUM_ARGUMENTS = sizeof(struct arguments) / sizeof(PyObject *) };
 bool read_arguments(struct token_request *request, const struct arguments *arguments);

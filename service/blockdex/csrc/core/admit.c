@@ -1,11 +1,15 @@
-/* Which requests may take effect now: the one place where a request is checked against the cache and entered in it.
+/* Which requests may take effect now: the one place where a request is checked against the cache and entered in it, but
+ * for what rows of pools have instead of lengths (pools.c).
  *
  * A step runs all its appends before all its selections, and what Python runs behind it comes later still. So a
  * request is held back where that would tell the order of execution from the order of arrival: an append to a layer
  * of a sequence that is appended to or read already, a fork, truncation or closing of a sequence that is appended to
  * already (a selection may have waited for that) or that something behind the step works on, and either where a
  * prefill is not done with reading. What is held back holds back every later request that names one of its
- * sequences; others overtake it. A selection that waits for keys holds nothing back. */
+ * sequences; others overtake it. A selection that waits for keys holds nothing back.
+ *
+ * Rows of a pool may share pages, so that its layers take the place of its rows' own: they have the revisions, and what
+ * one request appends and another reads of them is kept apart. What is held back holds back all of its pool. */
 #include "core/core.h"
 
 #include <assert.h>
@@ -30,30 +34,37 @@ static int64_t *lengths_of(const struct core *core) { return core->sequences.len
 static uint64_t *revisions_of(const struct core *core) { return core->sequences.revisions.buf; }
 static int32_t *reading_of(const struct core *core) { return core->sequences.reading.buf; }
 
+/* Of a row's layer, or of its pool's. */
 static size_t cell_of(const struct core *core, const struct request *request, uint32_t row) {
-    assert(request->entries[row] < core->sequences.count);
-    return (size_t)request->slot.layer * core->sequences.count + request->entries[row];
+    const uint32_t owner = core_owner(core, request->entries[row]);
+    assert(owner < core->sequences.count);
+    return (size_t)request->slot.layer * core->sequences.count + owner;
 }
 
 static bool appends(const struct request *request) { return request->slot.keys_dtype != 0; }
 static bool selects(const struct request *request) { return request->slot.queries_dtype != 0; }
 static bool has_tokens(const struct request *request) { return request->slot.kind == BLOCKDEX_TOKENS; }
+static bool of_pool(const struct request *request) { return core_is_of_pool(&request->slot); }
 
-/* What a request names, by number: its rows' sequences, or those of its slot. */
+/* What a request names, by number: its pool, its rows' sequences, or those of its slot. */
 static uint32_t num_named(const struct request *request) {
+    if (of_pool(request)) return 1;
     if (request->num_rows) return request->num_rows;
     return request->slot.kind == BLOCKDEX_FORK ? 2 : 1;
 }
 
 static uint64_t named(const struct request *request, uint32_t row) {
-    if (request->num_rows) return request->ids[row];
+    if (request->num_rows && !of_pool(request)) return request->ids[row];
     return row ? request->slot.child_id : request->slot.sequence_id;
 }
+
+/* Whose that is: pools and sequences of a tenant have ids of their own. */
+static uint64_t namer(const struct request *request) { return (uint64_t)of_pool(request) << 32 | request->tenant; }
 
 static bool is_held_back(const struct core *core, const struct request *request) {
     if (!core->held_back.used) return false;
     for (uint32_t row = 0; row < num_named(request); row++)
-        if (pair_index_find(&core->held_back, request->tenant, named(request, row))) return true;
+        if (pair_index_find(&core->held_back, namer(request), named(request, row))) return true;
     return false;
 }
 
@@ -62,18 +73,17 @@ static bool is_held_back(const struct core *core, const struct request *request)
 static bool hold_back_others(struct core *core, struct request *request) {
     request->holds_back = true;
     for (uint32_t row = 0; row < num_named(request); row++)
-        if (!pair_index_set(&core->held_back, request->tenant, named(request, row), 0)) return false;
+        if (!pair_index_set(&core->held_back, namer(request), named(request, row), 0)) return false;
     return true;
 }
 
 #define REFUSE(code, reason, ...) (core_refuse(core, request, code, reason, __VA_ARGS__), false)
-#define ID(row) ((unsigned long long)request->ids[row])
+#define NAME(row) core_name_row(&request->slot, request->ids[row])
 #define START(row) ((long long)request->starts[row])
 #define LENGTH(row) ((long long)request->lengths[row])
 /* What errors say beside their message, of its numbers. */
-#define REVISIONS META "sequence_id=%1$llu" META "layer=%2$u" META "revision=%4$llu" META "layer_revision=%5$llu"
-#define NUMBERS \
-    META "sequence_id=%1$llu" META "layer=%2$u" META "start=%4$lld" META "length=%5$lld" META "layer_length=%6$lld"
+#define REVISIONS "%6$s" META "layer=%2$u" META "revision=%4$llu" META "layer_revision=%5$llu"
+#define NUMBERS "%7$s" META "layer=%2$u" META "start=%4$lld" META "length=%5$lld" META "layer_length=%6$lld"
 
 static bool check_epoch(struct core *core, struct request *request) {
     if (!request->slot.epoch || request->slot.epoch == core->epoch) return true;
@@ -83,12 +93,12 @@ static bool check_epoch(struct core *core, struct request *request) {
 }
 
 static bool find_entries(struct core *core, struct request *request) {
+    if (of_pool(request)) return core_find_rows(core, request) && core_check_room(core, request);
     for (uint32_t row = 0; row < request->num_rows; row++) {
         int64_t entry = sequence_index_find(core->index, request->tenant, request->ids[row]);
         if (entry < 0)
-            return REFUSE(NOT_FOUND, "UNKNOWN_SEQUENCE",
-                          "sequence %1$llu: unknown (never opened, closed, or evicted)" META "sequence_id=%1$llu",
-                          ID(row));
+            return REFUSE(NOT_FOUND, "UNKNOWN_SEQUENCE", "%1$s: unknown (never opened, closed, or evicted)%2$s",
+                          NAME(row).words, NAME(row).numbers);
         assert((size_t)entry < core->sequences.count);
         request->entries[row] = (uint32_t)entry;
     }
@@ -100,8 +110,9 @@ static bool check_not_stale(struct core *core, struct request *request, const ch
         const uint64_t revision = request->revisions[row], known = revisions_of(core)[cell_of(core, request, row)];
         if (revision && revision < known)
             return REFUSE(ABORTED, "STALE_REVISION",
-                          "sequence %1$llu, layer %2$u: %3$s has revision %4$llu, the layer is at %5$llu" REVISIONS,
-                          ID(row), request->slot.layer, call, (unsigned long long)revision, (unsigned long long)known);
+                          "%1$s, layer %2$u: %3$s has revision %4$llu, the layer is at %5$llu" REVISIONS,
+                          NAME(row).words, request->slot.layer, call, (unsigned long long)revision,
+                          (unsigned long long)known, NAME(row).numbers);
     }
     return true;
 }
@@ -118,46 +129,50 @@ static bool check_append(struct core *core, struct request *request) {
         const uint64_t revision = request->revisions[row];
         request->applies[row] = !revision || revision != revisions_of(core)[cell];
         request->done_already &= !request->applies[row];
-        if (!request->applies[row] && end != length)
-            return REFUSE(ABORTED, "STALE_REVISION",
-                          "sequence %1$llu, layer %2$u: append ends at %3$lld, length at its revision %7$llu is "
-                          "%6$lld" NUMBERS META "revision=%7$llu",
-                          ID(row), layer, (long long)end, START(row), LENGTH(row), (long long)length,
-                          (unsigned long long)revision);
+        if (!request->applies[row] && !of_pool(request) && end != length)
+            return REFUSE(
+                ABORTED, "STALE_REVISION",
+                "%1$s, layer %2$u: append ends at %3$lld, length at its revision %8$llu is %6$lld" NUMBERS META
+                "revision=%8$llu",
+                NAME(row).words, layer, (long long)end, START(row), LENGTH(row), (long long)length, NAME(row).numbers,
+                (unsigned long long)revision);
     }
+    if (of_pool(request)) return true;
     for (uint32_t row = 0; row < request->num_rows; row++) {
         const int64_t length = lengths_of(core)[cell_of(core, request, row)], start = request->starts[row];
         if (!request->applies[row]) continue;
         if (start > length)
             return REFUSE(OUT_OF_RANGE, "APPEND_BEYOND_LENGTH",
-                          "sequence %1$llu, layer %2$u: append starts at %3$lld, length is %6$lld" NUMBERS, ID(row),
-                          layer, (long long)start, START(row), LENGTH(row), (long long)length);
+                          "%1$s, layer %2$u: append starts at %3$lld, length is %6$lld" NUMBERS, NAME(row).words, layer,
+                          (long long)start, START(row), LENGTH(row), (long long)length, NAME(row).numbers);
         if (start < length && !rollback && !request->revisions[row])
             return REFUSE(
                 OUT_OF_RANGE, "APPEND_OVERLAPS",
-                "sequence %1$llu, layer %2$u: append starts at %3$lld, length is %6$lld; to roll back takes a "
-                "revision or rollback" NUMBERS,
-                ID(row), layer, (long long)start, START(row), LENGTH(row), (long long)length);
+                "%1$s, layer %2$u: append starts at %3$lld, length is %6$lld; to roll back takes a revision or "
+                "rollback" NUMBERS,
+                NAME(row).words, layer, (long long)start, START(row), LENGTH(row), (long long)length,
+                NAME(row).numbers);
     }
     return true;
 }
 
 /* Of a selection alone. One that appends for its own tokens reads what it has written. */
 static enum verdict check_selection(struct core *core, struct request *request) {
-    const bool may_wait = request->slot.flags & BLOCKDEX_WAIT_FOR_KEYS;
+    const bool may_wait = of_pool(request) || request->slot.flags & BLOCKDEX_WAIT_FOR_KEYS;
     const uint32_t spans = request->num_rows, layer = request->slot.layer;
     bool all_named = true;
-    if (!check_not_stale(core, request, "selection")) return ENDED;
+    if (!of_pool(request) && !check_not_stale(core, request, "selection")) return ENDED;
     for (uint32_t row = 0; row < spans; row++) {
         const uint64_t revision = request->revisions[row], known = revisions_of(core)[cell_of(core, request, row)];
         all_named &= revision != 0;
         if (revision <= known) continue;
         if (may_wait) return WAITS;
         core_refuse(core, request, ABORTED, "FUTURE_REVISION",
-                    "sequence %1$llu, layer %2$u: %3$s has revision %4$llu, the layer is at %5$llu" REVISIONS, ID(row),
-                    layer, "selection", (unsigned long long)revision, (unsigned long long)known);
+                    "%1$s, layer %2$u: %3$s has revision %4$llu, the layer is at %5$llu" REVISIONS, NAME(row).words,
+                    layer, "selection", (unsigned long long)revision, (unsigned long long)known, NAME(row).numbers);
         return ENDED;
     }
+    if (of_pool(request)) return TAKEN;
     for (uint32_t row = 0; row < spans; row++) {
         const int64_t length = lengths_of(core)[cell_of(core, request, row)];
         const int64_t end = request->starts[row] + request->lengths[row];
@@ -165,8 +180,8 @@ static enum verdict check_selection(struct core *core, struct request *request) 
         /* Revisions that it names are all there: what names none may yet come. */
         if (may_wait && !all_named) return WAITS;
         core_refuse(core, request, FAILED_PRECONDITION, "KEYS_NOT_APPENDED",
-                    "sequence %1$llu, layer %2$u: selection ends at %3$lld, length is %6$lld" NUMBERS, ID(row), layer,
-                    (long long)end, START(row), LENGTH(row), (long long)length);
+                    "%1$s, layer %2$u: selection ends at %3$lld, length is %6$lld" NUMBERS, NAME(row).words, layer,
+                    (long long)end, START(row), LENGTH(row), (long long)length, NAME(row).numbers);
         return ENDED;
     }
     return TAKEN;
@@ -202,7 +217,7 @@ static bool append_conflicts(struct core *core, const struct request *request) {
 }
 
 static bool needs_pages(const struct core *core, const struct request *request) {
-    for (uint32_t row = 0; row < request->num_rows; row++)
+    for (uint32_t row = 0; row < request->num_rows && !of_pool(request); row++)
         if (request->applies[row] && !has_pages(core, request, row)) return true;
     return false;
 }
@@ -210,7 +225,8 @@ static bool needs_pages(const struct core *core, const struct request *request) 
 /* Whether answer.c would have to write to the device: programs write plain block ids there, and nothing else. */
 static bool answers_device(const struct request *request) {
     const bool ids = core_is_on_device(request, BLOCK_IDS), scores = core_is_on_device(request, SCORES);
-    const bool plain = request->slot.order == BLOCKDEX_ASCENDING && !core_is_scored(&request->slot);
+    const bool plain = request->slot.order == BLOCKDEX_ASCENDING && !core_is_scored(&request->slot) &&
+                       !(request->slot.flags & BLOCKDEX_PAGES);
     return scores || (ids && !plain);
 }
 
@@ -308,14 +324,17 @@ static void note_cut(struct core *core, uint32_t entry, int64_t before, int64_t 
 }
 
 /* Enters in the cache's columns what a request appends, and who was called. */
-static void enter(struct core *core, const struct request *request, int64_t now) {
+static void enter(struct core *core, struct request *request, int64_t now) {
+    if (request->slot.flags & BLOCKDEX_PAGES && selects(request)) core_keep_tables(core, request, 1);
     for (uint32_t row = 0; row < request->num_rows; row++) {
         const size_t cell = cell_of(core, request, row);
         ((double *)core->sequences.last_calls.buf)[request->entries[row]] = 1e-9 * (double)now;
         if (!appends(request) || !request->applies[row]) continue;
         const int64_t end = request->starts[row] + request->lengths[row];
-        note_cut(core, request->entries[row], lengths_of(core)[cell], end);
-        lengths_of(core)[cell] = end;
+        if (!of_pool(request)) {
+            note_cut(core, request->entries[row], lengths_of(core)[cell], end);
+            lengths_of(core)[cell] = end;
+        }
         if (request->revisions[row]) revisions_of(core)[cell] = request->revisions[row];
         core->appended = true;
     }
@@ -326,7 +345,9 @@ static void stamp(struct core *core, const struct request *request, bool large) 
         const size_t cell = cell_of(core, request, row);
         if (appends(request)) (large ? core->large_appended_in : core->appended_in)[cell] = core->serial;
         if (selects(request)) core->read_in[cell] = core->serial;
-        if (large || appends(request)) core->used_in[request->entries[row]] = core->serial;
+        if (!large && !appends(request) && !of_pool(request)) continue;
+        core->used_in[request->entries[row]] = core->serial;
+        core->used_in[core_owner(core, request->entries[row])] = core->serial;
     }
 }
 
@@ -343,17 +364,29 @@ static bool reads_too_early(struct core *core, const struct request *request) {
     return false;
 }
 
+/* Whether cells of its rows were set in this very round: the device knows of them in the next one. */
+static bool reads_new_tables(struct core *core, const struct request *request) {
+    for (uint32_t row = 0; row < request->num_rows; row++)
+        if (core->tables_set_in[request->entries[row]] == core->serial) return true;
+    return false;
+}
+
 static enum verdict take_tokens(struct core *core, struct request *request, int64_t now) {
     if (!find_entries(core, request)) return ENDED;
     if (appends(request) && !check_append(core, request)) return ENDED;
     if (!appends(request)) {
         enum verdict verdict = check_selection(core, request);
         if (verdict != TAKEN) return verdict;
-    } else if (request->done_already ? false : append_conflicts(core, request))
+    }
+    const bool nothing_left = appends(request) && request->done_already && !selects(request);
+    if (of_pool(request) && !nothing_left && !core_check_pages(core, request)) return ENDED;
+    if (reads_new_tables(core, request)) {
+        core->changed = true;
         return HELD_BACK;
-    else if (needs_pages(core, request))
-        return NEEDS_PYTHON;
-    if (appends(request) && request->done_already && !selects(request)) {
+    }
+    if (appends(request) && !request->done_already && append_conflicts(core, request)) return HELD_BACK;
+    if (appends(request) && needs_pages(core, request)) return NEEDS_PYTHON;
+    if (nothing_left) {
         enter(core, request, now);
         request->taken = now;
         core_answer(core, request, (struct blockdex_answer){0}, NULL, 0);
@@ -375,25 +408,42 @@ static enum verdict take_tokens(struct core *core, struct request *request, int6
     return TAKEN;
 }
 
-/* A sequence's life is Python's, once nothing is in the way. */
-static enum verdict take_sequence(struct core *core, struct request *request) {
-    if (request->slot.kind == BLOCKDEX_OPEN || request->slot.kind == BLOCKDEX_GET) return NEEDS_PYTHON;
-    for (uint32_t row = 0; row < num_named(request); row++) {
-        int64_t entry = sequence_index_find(core->index, request->tenant, named(request, row));
-        if (entry < 0) continue;
-        if (((const int32_t *)core->sequences.reading_sequence.buf)[entry]) return HELD_BACK;
-        if (core->used_in[entry] != core->serial) continue;
-        core->changed = true;
-        return HELD_BACK;
-    }
+/* Whether something is in the way of what changes an entry's table: a prefill that is not done, or this very step. */
+static bool is_in_use(struct core *core, int64_t entry) {
+    if (entry < 0) return false;
+    if (((const int32_t *)core->sequences.reading_sequence.buf)[entry]) return true;
+    if (core->used_in[entry] != core->serial) return false;
+    core->changed = true;
+    return true;
+}
+
+/* A sequence's life is Python's, once nothing is in the way, and so is a pool's. */
+static enum verdict take_life(struct core *core, struct request *request) {
+    const uint16_t kind = request->slot.kind;
+    if (kind == BLOCKDEX_OPEN || kind == BLOCKDEX_GET || kind == BLOCKDEX_CREATE_POOL) return NEEDS_PYTHON;
+    if (kind == BLOCKDEX_CLOSE_POOL) return is_in_use(core, core_find_pool(core, request)) ? HELD_BACK : NEEDS_PYTHON;
+    for (uint32_t row = 0; row < num_named(request); row++)
+        if (is_in_use(core, sequence_index_find(core->index, request->tenant, named(request, row)))) return HELD_BACK;
     return NEEDS_PYTHON;
+}
+
+/* Cells are set at once where nothing reads the rows as they were. */
+static enum verdict take_tables(struct core *core, struct request *request, int64_t now) {
+    if (!core_find_rows(core, request) || !core_check_tables(core, request)) return ENDED;
+    for (uint32_t row = 0; row < request->num_rows; row++)
+        if (is_in_use(core, request->entries[row])) return HELD_BACK;
+    core_set_tables(core, request);
+    request->taken = now;
+    core_answer(core, request, (struct blockdex_answer){.flags = BLOCKDEX_IS_STATE}, NULL, 0);
+    return ENDED;
 }
 
 static enum verdict judge(struct core *core, struct request *request, int64_t now) {
     /* Whatever is held back that one names which waits came later. */
     if (request->state != IS_WAITING && is_held_back(core, request)) return HELD_BACK;
     if (!check_epoch(core, request)) return ENDED;
-    return has_tokens(request) ? take_tokens(core, request, now) : take_sequence(core, request);
+    if (request->slot.kind == BLOCKDEX_SET_PAGE_TABLES) return take_tables(core, request, now);
+    return has_tokens(request) ? take_tokens(core, request, now) : take_life(core, request);
 }
 
 static void move(struct core *core, struct request *request, enum request_state state) {
@@ -562,21 +612,52 @@ static void refuse_waiting(struct core *core) {
 static void look_at_channels(struct core *core, int64_t now) {
     for (size_t number = 0; number < core->num_links; number++) {
         struct server_link *link = core->links[number];
-        if (!link->channel.bound) continue;
-        if (server_link_filled(link))
-            core->rung = now;
-        else
-            link->channel.looked = now;
+        struct channel *channel = &link->channel;
+        if (!channel->bound) continue;
+        const bool asked = channel->asks;
+        channel->asks = server_link_filled(link) != 0;
+        if (!channel->asks) {
+            channel->looked = now;
+            continue;
+        }
+        core->rung = now;
+        if (asked) continue;
+        channel->before = channel->came;
+        channel->came = now;
     }
+}
+
+static bool comes_with(const struct core *core, const struct channel *late, const struct channel *asking) {
+    const int64_t apart = late->came - asking->before;
+    return late->came && asking->before && -core->hold < apart && apart < core->hold;
+}
+
+/* Ranks of one engine ask at about the same time, layer after layer: one read of the keys serves all of them if their
+ * requests are in one step. So who came together last time is waited for, a little. */
+static bool others_come(const struct core *core, int64_t now) {
+    bool hold = false;
+    for (size_t number = 0; number < core->num_links; number++) {
+        const struct channel *asking = &core->links[number]->channel;
+        if (!asking->asks) continue;
+        if (now - asking->came >= core->hold) return false;
+        for (size_t other = 0; other < core->num_links && !hold; other++) {
+            const struct channel *late = &core->links[other]->channel;
+            hold = late->bound && !late->asks && comes_with(core, late, asking);
+        }
+    }
+    return hold;
 }
 
 bool core_gather(struct core *core, int64_t now) {
     struct gathered *to = &core->gathered;
-    if (core->num_channels) look_at_channels(core, now);
     to->runs = to->tokens = to->longest = to->num_asked = to->num_groups = 0;
     to->end = 0;
     to->cost = to->cost_beside = 0;
     to->full = false;
+    if (core->num_channels) {
+        look_at_channels(core, now);
+        if (others_come(core, now)) return true;
+    }
     if (!core_anything_came(core)) return true;
     core->serial++;
     core->active = now;

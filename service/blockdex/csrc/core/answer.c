@@ -185,7 +185,8 @@ void core_answer_selection(struct core *core, struct request *request, const str
         core_answer(core, request, answer, NULL, 0);
         return;
     }
-    if (!scored && heads == core->heads && request->slot.order == BLOCKDEX_ASCENDING) {
+    const bool pages = request->slot.flags & BLOCKDEX_PAGES;
+    if (!scored && !pages && heads == core->heads && request->slot.order == BLOCKDEX_ASCENDING) {
         if (own_ids) memcpy(own_ids, all_ids, all_bytes);
         core_answer(core, request, answer, all_ids, own_ids ? 0 : all_bytes);
         return;
@@ -209,6 +210,7 @@ void core_answer_selection(struct core *core, struct request *request, const str
                 const size_t to = ((size_t)token * heads + head) * topk;
                 write_row(core, request, &row, ids + to, scores ? scores + to : NULL);
             }
+    if (pages) core_name_pages(core, request, ids);
     core_answer(core, request, answer, payload, bytes);
 }
 

@@ -12,7 +12,7 @@
 #include "core/turns.h"
 #include "ring/server_type.h"
 
-enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_COLUMNS = 5, CORE_ASKED = 1024 };
+enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_COLUMNS = 5, CORE_ASKED = 1024, CORE_SIGNALS = 16 };
 /* Why `run` returns before its time is up, a bit each. */
 enum { CORE_NOTICED = 1, CORE_FOR_PYTHON = 2, CORE_LATE = 4, CORE_BROKEN = 8 };
 enum { CORE_PHASES = 4, CORE_STAGES = 4, CORE_BUCKETS = 32 };
@@ -29,6 +29,10 @@ struct sequence_columns {
     Py_buffer first_rows, reading_sequence; /* int32 [S] */
     Py_buffer cells, holders;               /* int32 [rows * TABLE_ROW], int32 [pages] */
     Py_buffer free_pages;                   /* int64 [1]: how many there are */
+    Py_buffer owners;                       /* uint32 [S]: who has an entry's revisions: a row's pool, else itself */
+    Py_buffer num_rows, max_blocks;         /* int32 [S]: of a pool; 0 of whatever is none */
+    Py_buffer filled;                       /* int64 [S]: of a row, blocks before its first cell without a page */
+    Py_buffer page_numbers;                 /* int32 [pages]: of a pool's page, its number there */
     size_t count;
 };
 
@@ -48,7 +52,8 @@ struct request {
     uint32_t queue;                                     /* of `turns` */
     uint32_t number, tenant, num_rows, tokens, longest; /* rows: spans, or sequences to open or to close */
     bool cancelled, has_pages, done_already, holds_back;
-    bool signalled; /* its channel is told of its success when the device comes so far */
+    bool keeps_tables; /* of its rows */
+    bool signalled;    /* its channel is told of its success when the device comes so far */
     uint8_t phase;
     int64_t end, received, taken, launched, finished;
     char *tensors[NUM_SOURCES];          /* where each begins; NULL: in the answers' arena */
@@ -56,7 +61,8 @@ struct request {
     uint64_t *ids, *revisions;
     int64_t *starts, *lengths;
     uint32_t *entries;
-    uint8_t *applies; /* 0 for a row that was appended before */
+    uint8_t *applies;   /* 0 for a row that was appended before */
+    uint64_t *page_ids; /* of cells to set: `ids` are their rows, `starts` first blocks and `lengths` counts */
     uint64_t words[];
 };
 
@@ -144,7 +150,9 @@ struct core {
     int64_t next_deadline;
     /* What the step that is gathered, and what Python is to run behind it, do to cells [L, S] and entries [S]:
      * stamps. */
-    uint64_t serial, *trimmed_in, *appended_in, *read_in, *large_appended_in, *used_in;
+    uint64_t serial, *trimmed_in, *appended_in, *read_in, *large_appended_in, *used_in, *tables_set_in;
+    int64_t *set_cells; /* places in the page tables that the device is to be told of */
+    size_t num_set_cells, most_set_cells;
     /* Where it runs. */
     PyObject *run_step;
     int (*launch)(void *program, void *stream);
@@ -159,6 +167,7 @@ struct core {
     /* How it waits. */
     uint32_t num_channels;
     int64_t rung; /* when a channel's request was there last */
+    int64_t hold; /* nanoseconds for which one is held for those of other channels that come with it */
     int nudge;
     _Atomic uint32_t noticed;
     int64_t spin, active, looked, passed;
@@ -210,6 +219,17 @@ bool core_find_sources(struct core *core, struct server_link *link, const struct
 void core_use_regions(struct request *request);
 void core_leave_regions(struct core *core, struct request *request);
 
+/* Whether a request is about a pool: about its rows' tokens, or its own life. */
+static inline bool core_is_of_pool(const struct blockdex_request *slot) {
+    return slot->kind >= BLOCKDEX_CREATE_POOL || (slot->kind == BLOCKDEX_TOKENS && slot->sequence_id);
+}
+
+/* How errors call what a row of a request names, and the numbers of that by name, which go behind the message. */
+struct row_name {
+    char words[64], numbers[64];
+};
+struct row_name core_name_row(const struct blockdex_request *slot, uint64_t id);
+
 /* Whether scores are asked for. */
 static inline bool core_is_scored(const struct blockdex_request *slot) {
     return slot->flags & (BLOCKDEX_RETURN_SCORES | BLOCKDEX_RAW_SCORES);
@@ -232,6 +252,34 @@ bool core_drop_if_gone(struct core *core, struct request *request, int64_t now);
 
 /* Does so for all that are held back or wait. */
 void core_drop_gone(struct core *core, int64_t now);
+
+/* pools.c: what rows of pools have instead of lengths. Where one of these is false, the request was refused. */
+
+/* The entry that has an entry's revisions. */
+static inline uint32_t core_owner(const struct core *core, uint32_t entry) {
+    return ((const uint32_t *)core->sequences.owners.buf)[entry];
+}
+
+/* The entry of the pool that a request names; -1 where there is none. */
+int64_t core_find_pool(const struct core *core, const struct request *request);
+
+/* Finds the entries of rows. */
+bool core_find_rows(struct core *core, struct request *request);
+
+/* Whether the rows are as long as the spans take; and whether each block that is written, or whose keys a query sees,
+ * has a page. */
+bool core_check_room(struct core *core, struct request *request);
+bool core_check_pages(struct core *core, struct request *request);
+
+/* Whether cells may be set so; then sets them, which the device is to be told of. */
+bool core_check_tables(struct core *core, struct request *request);
+void core_set_tables(struct core *core, const struct request *request);
+
+/* Keeps the tables of a request's rows as they are (1), until it lets go of them (-1). */
+void core_keep_tables(const struct core *core, struct request *request, int more);
+
+/* Makes page numbers of all block ids of an answer. */
+void core_name_pages(const struct core *core, const struct request *request, int32_t *ids);
 
 /* launch.c */
 

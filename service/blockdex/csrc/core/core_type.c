@@ -167,39 +167,26 @@ static bool check_sizes(const struct core *core) {
 }
 
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"layers",
-                            "heads",
-                            "head_dim",
-                            "topk",
-                            "init_blocks",
-                            "local_blocks",
-                            "block_size",
-                            "longest",
-                            "max_sequence_tokens",
-                            "max_spans",
-                            "max_queued",
-                            "max_message_bytes",
-                            "scale",
-                            "odd_keys",
-                            "odd_queries",
-                            "nudge",
-                            "spin_seconds",
-                            "seconds_bounds",
-                            "size_bounds",
-                            NULL};
+    static char *names[] = {"layers",         "heads",        "head_dim",
+                            "topk",           "init_blocks",  "local_blocks",
+                            "block_size",     "longest",      "max_sequence_tokens",
+                            "max_spans",      "max_queued",   "max_message_bytes",
+                            "scale",          "odd_keys",     "odd_queries",
+                            "nudge",          "spin_seconds", "hold_seconds",
+                            "seconds_bounds", "size_bounds",  NULL};
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     struct core *core = (void *)allocate(type, 0);
     if (!core) return NULL;
     unsigned int max_tokens;
     unsigned long long max_message_bytes;
     int odd_keys, odd_queries, nudge;
-    double spin_seconds;
+    double spin_seconds, hold_seconds;
     PyObject *seconds_bounds, *size_bounds;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "IIIIIIIIIIIKfppidOO", names, &core->layers, &core->heads,
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "IIIIIIIIIIIKfppiddOO", names, &core->layers, &core->heads,
                                      &core->head_dim, &core->topk, &core->init_blocks, &core->local_blocks,
                                      &core->block_size, &core->longest, &max_tokens, &core->max_spans,
                                      &core->max_queued, &max_message_bytes, &core->scale, &odd_keys, &odd_queries,
-                                     &nudge, &spin_seconds, &seconds_bounds, &size_bounds)) {
+                                     &nudge, &spin_seconds, &hold_seconds, &seconds_bounds, &size_bounds)) {
         Py_DECREF(core);
         return NULL;
     }
@@ -209,6 +196,7 @@ static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *key
     core->odd_queries = odd_queries;
     core->nudge = nudge;
     core->spin = blockdex_until(0, spin_seconds);
+    core->hold = blockdex_until(0, hold_seconds);
     core->next_deadline = INT64_MAX;
     if (!check_sizes(core) || !make_room(core) ||
         !read_bounds(seconds_bounds, core->seconds_bounds, &core->num_seconds_bounds) ||
@@ -226,9 +214,11 @@ static void release(Py_buffer *buffer) {
 static void core_dealloc(struct core *core) {
     PyTypeObject *type = Py_TYPE((PyObject *)core);
     struct sequence_columns *columns = &core->sequences;
-    Py_buffer *buffers[] = {&columns->lengths, &columns->revisions,  &columns->reading,         &columns->held,
-                            &columns->forked,  &columns->last_calls, &columns->first_rows,      &columns->cells,
-                            &columns->holders, &columns->free_pages, &columns->reading_sequence};
+    Py_buffer *buffers[] = {
+        &columns->lengths,  &columns->revisions,  &columns->reading,          &columns->held,
+        &columns->forked,   &columns->last_calls, &columns->first_rows,       &columns->cells,
+        &columns->holders,  &columns->free_pages, &columns->reading_sequence, &columns->owners,
+        &columns->num_rows, &columns->max_blocks, &columns->filled,           &columns->page_numbers};
     for (uint32_t number = 0; core->requests && number < core->max_queued; number++)
         if (core->requests[number]) core_forget(core, core->requests[number]);
     for (size_t number = 0; number < sizeof buffers / sizeof *buffers; number++) release(buffers[number]);
@@ -241,7 +231,8 @@ static void core_dealloc(struct core *core) {
     for (size_t number = 0; number < core->num_gone; number++) Py_DECREF(server_link_object(core->gone_links[number]));
     void *const allocated[] = {core->requests, core->free_numbers,      core->for_python, core->appended_in,
                                core->read_in,  core->large_appended_in, core->used_in,    core->trimmed_in,
-                               core->to_trim,  core->recounted,         core->scratch};
+                               core->to_trim,  core->recounted,         core->scratch,    core->tables_set_in,
+                               core->set_cells};
     for (size_t number = 0; number < sizeof allocated / sizeof *allocated; number++) free(allocated[number]);
     turns_close(&core->turns);
     pair_index_free(&core->tickets);
@@ -289,6 +280,10 @@ static PyMethodDef methods[] = {
     {"take", (PyCFunction)core_method_take, METH_NOARGS, "The next request for Python."},
     {"take_cut", (PyCFunction)core_method_take_cut, METH_NOARGS,
      "Entries of sequences that were cut, and may have pages to give back."},
+    {"take_set_cells", (PyCFunction)core_method_take_set_cells, METH_NOARGS,
+     "Places in the page tables that were set, of which the device is to be told."},
+    {"name_pages", (PyCFunction)core_method_name_pages, METH_VARARGS,
+     "Makes page numbers of the block ids of a request."},
     {"grant", (PyCFunction)core_method_grant, METH_O, "A request has the pages that it needs."},
     {"begin", (PyCFunction)core_method_begin, METH_VARARGS,
      "The last kernel of a request was launched, and its phase."},

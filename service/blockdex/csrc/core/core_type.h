@@ -15,6 +15,8 @@ PyObject *core_method_set_run_step(struct core *core, PyObject *run_step);
 
 /* handover.c */
 
+PyObject *core_method_take_set_cells(struct core *core, PyObject *unused);
+PyObject *core_method_name_pages(struct core *core, PyObject *arguments);
 PyObject *core_method_take_cut(struct core *core, PyObject *unused);
 PyObject *core_method_take(struct core *core, PyObject *unused);
 PyObject *core_method_grant(struct core *core, PyObject *argument);

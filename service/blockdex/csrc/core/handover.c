@@ -38,8 +38,13 @@ static PyObject *large_of(const struct core *core, const struct request *request
 
 static PyObject *sequence_of(const struct core *core, const struct request *request) {
     static const char *const kinds[] = {
-        [BLOCKDEX_OPEN] = "open",         [BLOCKDEX_GET] = "get",     [BLOCKDEX_FORK] = "fork",
-        [BLOCKDEX_TRUNCATE] = "truncate", [BLOCKDEX_CLOSE] = "close",
+        [BLOCKDEX_OPEN] = "open",
+        [BLOCKDEX_GET] = "get",
+        [BLOCKDEX_FORK] = "fork",
+        [BLOCKDEX_TRUNCATE] = "truncate",
+        [BLOCKDEX_CLOSE] = "close",
+        [BLOCKDEX_CREATE_POOL] = "create_pool",
+        [BLOCKDEX_CLOSE_POOL] = "close_pool",
     };
     const struct blockdex_request *slot = &request->slot;
     const struct tenant *tenant = &core->index->tenants.all[request->tenant];
@@ -48,6 +53,10 @@ static PyObject *sequence_of(const struct core *core, const struct request *requ
             "Iss#NN", request->number, kinds[slot->kind], tenant->name, (Py_ssize_t)tenant->bytes,
             bytes_of(request->ids, 8 * (size_t)request->num_rows),
             bytes_of(request->starts, slot->kind == BLOCKDEX_OPEN ? 8 * (size_t)request->num_rows : 0));
+    if (slot->kind == BLOCKDEX_CREATE_POOL)
+        return Py_BuildValue("Iss#KKIK", request->number, kinds[slot->kind], tenant->name, (Py_ssize_t)tenant->bytes,
+                             (unsigned long long)slot->sequence_id, (unsigned long long)slot->number, slot->num_spans,
+                             (unsigned long long)slot->child_id);
     return Py_BuildValue("Iss#KKK", request->number, kinds[slot->kind], tenant->name, (Py_ssize_t)tenant->bytes,
                          (unsigned long long)slot->sequence_id, (unsigned long long)slot->child_id,
                          (unsigned long long)slot->number);
@@ -59,6 +68,13 @@ PyObject *core_method_take_cut(struct core *core, PyObject *unused) {
     if (entries) core->num_to_trim = 0;
     core->unchecked = true;
     return entries;
+}
+
+PyObject *core_method_take_set_cells(struct core *core, PyObject *unused) {
+    (void)unused;
+    PyObject *places = bytes_of(core->set_cells, sizeof *core->set_cells * core->num_set_cells);
+    if (places) core->num_set_cells = 0;
+    return places;
 }
 
 PyObject *core_method_take(struct core *core, PyObject *unused) {
@@ -113,6 +129,23 @@ PyObject *core_method_drop_if_gone(struct core *core, PyObject *argument) {
     bool dropped = core_drop_if_gone(core, request, core_now());
     if (dropped) server_link_publish(link);
     return PyBool_FromLong(dropped);
+}
+
+PyObject *core_method_name_pages(struct core *core, PyObject *arguments) {
+    unsigned int number;
+    PyObject *from;
+    Py_buffer ids;
+    if (!PyArg_ParseTuple(arguments, "IO", &number, &from)) return NULL;
+    const struct request *request = request_of(core, number, false);
+    if (!request || PyObject_GetBuffer(from, &ids, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) < 0) return NULL;
+    const bool right = request->keeps_tables && (uint64_t)ids.len == ids_bytes(core, request);
+    if (right)
+        core_name_pages(core, request, ids.buf);
+    else
+        PyErr_Format(PyExc_ValueError, "core: %zd bytes of block ids for request %u, which names no pages", ids.len,
+                     number);
+    PyBuffer_Release(&ids);
+    return right ? Py_NewRef(Py_None) : NULL;
 }
 
 /* Writes a part of an answer where it lies, if that is a region; false with an error set. */
@@ -201,6 +234,7 @@ PyObject *core_method_abandon(struct core *core, PyObject *arguments) {
     core->in_flight = 0;
     core->no_memory = false;
     core->num_for_python = core->next_for_python = core->num_to_trim = 0;
+    core->num_set_cells = 0;
     for (uint32_t number = 0; number < core->max_queued; number++)
         if (core->requests[number]) core_refuse(core, core->requests[number], code, reason, "%s", message);
     pair_index_clear(&core->held_back);

@@ -9,6 +9,23 @@ enum { CELLS_AT_ONCE = 8192 };
 
 static void fault(struct core *core) { core_add(&core->integrity_faults, 1); }
 
+/* Checks that the cells of a pool's row name pages of that pool; how many there are. */
+static size_t check_row(struct core *core, size_t entry, size_t first) {
+    const struct sequence_columns *columns = &core->sequences;
+    const uint32_t pool = core_owner(core, (uint32_t)entry);
+    if (pool == entry) return 0;
+    const int32_t *cells = columns->cells.buf, *numbers = columns->page_numbers.buf;
+    const int32_t room = ((const int32_t *)columns->max_blocks.buf)[pool];
+    const size_t pages = (size_t)((const int32_t *)columns->first_rows.buf)[pool] * TABLE_ROW;
+    const int64_t num_pages = columns->holders.len / 4, held = ((const int64_t *)columns->held.buf)[pool];
+    for (size_t at = first; at < first + (size_t)room; at++) {
+        if (cells[at] == -1) continue;
+        const int32_t number = cells[at] >= 0 && cells[at] < num_pages ? numbers[cells[at]] : -1;
+        if (number < 0 || number >= held || cells[pages + (size_t)number] != cells[at]) fault(core);
+    }
+    return (size_t)room;
+}
+
 /* Counts the pages of one sequence, and checks how many there are; how many cells it looked at. */
 static size_t check_entry(struct core *core, size_t entry) {
     const struct sequence_columns *columns = &core->sequences;
@@ -20,7 +37,9 @@ static size_t check_entry(struct core *core, size_t entry) {
         int64_t length = lengths[layer * columns->count + entry];
         longest = length > longest ? length : longest;
     }
-    if (held != (longest + core->block_size - 1) / core->block_size || held < 0 || first + (size_t)held > num_cells) {
+    const bool is_pool = ((const int32_t *)columns->num_rows.buf)[entry];
+    const int64_t reached = is_pool ? held : (longest + core->block_size - 1) / core->block_size;
+    if (held != reached || held < 0 || first + (size_t)held > num_cells) {
         fault(core);
         return core->layers;
     }
@@ -31,7 +50,7 @@ static size_t check_entry(struct core *core, size_t entry) {
         else
             core->recounted[page]++;
     }
-    return core->layers + (size_t)held;
+    return core->layers + (size_t)held + check_row(core, entry, first);
 }
 
 static size_t check_pages(struct core *core, size_t num_pages, size_t count) {

@@ -23,7 +23,7 @@ static struct shape shape_of(const struct core *core, const struct replay *repla
     shape.keys_at = (sizeof(int32_t) * CORE_COLUMNS * shape.runs + 15) / 16 * 16;
     shape.queries_at = shape.keys_at + ITEM_BYTES * shape.tokens * core->head_dim;
     shape.addresses_at = shape.queries_at + ITEM_BYTES * shape.tokens * core->heads * core->head_dim;
-    shape.num_addresses = replay ? shape.tokens * (1 + 2 * (size_t)core->heads) : 0;
+    shape.num_addresses = replay ? shape.tokens * (1 + 2 * (size_t)core->heads) + 2 * CORE_SIGNALS : 0;
     return shape;
 }
 
@@ -69,6 +69,20 @@ static void point(const struct core *core, const struct shape *shape, const stru
                  slot->num_heads, sizeof(int32_t) * core->topk, 0);
 }
 
+/* Has the device tell channels in its memory that they are answered, behind their block ids; as many as there is room
+ * for. */
+static void signal_behind(const struct core *core, const struct shape *shape, char *to) {
+    const struct gathered *from = &core->gathered;
+    uint64_t *addresses = (uint64_t *)(void *)(to + shape->addresses_at) + shape->num_addresses - 2 * CORE_SIGNALS;
+    for (uint32_t number = 0, signals = 0; number < from->num_asked && signals < CORE_SIGNALS; number++) {
+        struct request *request = from->asked[number].request;
+        if (!shape->num_addresses || !request->link->channel.on_device) continue;
+        addresses[signals] = (uintptr_t)request->link->channel.answered;
+        addresses[CORE_SIGNALS + signals++] = request->slot.ticket;
+        request->signalled = true;
+    }
+}
+
 /* The one copy that the host makes of what came. */
 static void fill(struct core *core, const struct shape *shape, struct step *step) {
     const struct gathered *from = &core->gathered;
@@ -100,6 +114,7 @@ static void fill(struct core *core, const struct shape *shape, struct step *step
             stage_queries(core, request, queries + first * token_queries);
         point(core, shape, &from->asked[number], to);
     }
+    signal_behind(core, shape, to);
 }
 
 /* Marks what the device is to write, to see when it is there. */
@@ -183,8 +198,10 @@ bool core_begin(struct core *core, int64_t now) {
         if (!run_in_python(core, number)) return false;
     } else {
         core->launch_error = core->launch(replay->programs[number], core->stream);
-        for (uint32_t asked = 0; asked < from->num_asked; asked++)
-            if (from->asked[asked].request->link->channel.on_device) core_signal(core, from->asked[asked].request);
+        for (uint32_t asked = 0; asked < from->num_asked; asked++) {
+            struct request *request = from->asked[asked].request;
+            if (request->link->channel.on_device && !request->signalled) core_signal(core, request);
+        }
         if (core->launch_error) return false;
         step->launched = core_now();
     }

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 
 enum { WORDS = 5, FEW_SPANS = 8 };
-enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, INTERNAL = 13 };
+enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12, INTERNAL = 13 };
 
 static const char *const DTYPE_NAMES[] = {"", "bf16", "fp16", "fp32", "fp8_e4m3"};
 
@@ -17,7 +17,8 @@ void core_forget(struct core *core, struct request *request) {
     if (request->state == HAS_COME) turns_remove(&core->turns, request);
     if (request->state == IS_QUEUED) list_remove(&core->backlog, request);
     if (request->state == IS_WAITING) list_remove(&core->waiting, request);
-    core->changed |= request->holds_back;
+    core->changed |= request->holds_back || request->keeps_tables;
+    if (request->keeps_tables) core_keep_tables(core, request, -1);
     core_leave_regions(core, request);
     /* So that its memory goes with its last request. */
     if (request->link->gone) atomic_store_explicit(&core->noticed, 1, memory_order_release);
@@ -51,9 +52,21 @@ struct parts {
     char *tenant, *columns, *keys, *queries;
 };
 
-/* Columns of a request that carries any: of spans, or of sequences to open (with their leases) or to close. */
-static unsigned num_columns(const struct blockdex_request *slot) {
-    return slot->kind == BLOCKDEX_TOKENS ? 4 : slot->kind == BLOCKDEX_OPEN ? 2 : slot->kind == BLOCKDEX_CLOSE ? 1 : 0;
+static unsigned num_columns(const struct blockdex_request *slot) { return blockdex_num_columns(slot->kind); }
+
+static bool sets_tables(const struct blockdex_request *slot) { return slot->kind == BLOCKDEX_SET_PAGE_TABLES; }
+
+struct row_name core_name_row(const struct blockdex_request *slot, uint64_t id) {
+    const unsigned long long pool = slot->sequence_id, row = id;
+    struct row_name name;
+    if (core_is_of_pool(slot)) {
+        snprintf(name.words, sizeof name.words, "pool %llu, row %llu", pool, row);
+        snprintf(name.numbers, sizeof name.numbers, META "pool_id=%llu" META "row=%llu", pool, row);
+    } else {
+        snprintf(name.words, sizeof name.words, "sequence %llu", row);
+        snprintf(name.numbers, sizeof name.numbers, META "sequence_id=%llu", row);
+    }
+    return name;
 }
 
 #define REFUSE(code, reason, ...) (core_refuse_slot(core, link, slot, now, code, reason, __VA_ARGS__), false)
@@ -74,7 +87,8 @@ static bool find_parts(struct core *core, struct server_link *link, const struct
     const uint64_t columns = (slot->tenant_bytes + 7u) / 8 * 8;
     *parts = (struct parts){.tenant = begin, .columns = begin + columns};
     if (slot->kind != BLOCKDEX_TOKENS) {
-        const uint64_t rows = columns + 8 * (uint64_t)num_columns(slot) * slot->num_spans;
+        const uint64_t cells = sets_tables(slot) ? slot->number < bytes ? slot->number : bytes : 0;
+        const uint64_t rows = columns + 8 * ((uint64_t)num_columns(slot) * slot->num_spans + cells);
         if (!num_columns(slot) || rows == bytes) return true;
         break_link(core, link, "request: its parts take %llu bytes, got %llu", (unsigned long long)rows,
                    (unsigned long long)bytes);
@@ -99,9 +113,13 @@ static bool find_parts(struct core *core, struct server_link *link, const struct
 }
 
 static bool keeps_layout(struct core *core, struct server_link *link, const struct blockdex_request *slot) {
-    enum { FLAGS = BLOCKDEX_RETURN_SCORES | BLOCKDEX_WAIT_FOR_KEYS | BLOCKDEX_ROLLBACK | BLOCKDEX_RAW_SCORES };
-    if (slot->kind < BLOCKDEX_OPEN || slot->kind > BLOCKDEX_TOKENS)
-        break_link(core, link, "request: kind must be %d to %d, got %u", BLOCKDEX_OPEN, BLOCKDEX_CANCEL, slot->kind);
+    enum {
+        FLAGS = BLOCKDEX_RETURN_SCORES | BLOCKDEX_WAIT_FOR_KEYS | BLOCKDEX_ROLLBACK | BLOCKDEX_RAW_SCORES |
+        BLOCKDEX_PAGES
+    };
+    if (slot->kind < BLOCKDEX_OPEN || slot->kind > BLOCKDEX_CLOSE_POOL)
+        break_link(core, link, "request: kind must be %d to %d, got %u", BLOCKDEX_OPEN, BLOCKDEX_CLOSE_POOL,
+                   slot->kind);
     else if (slot->kind != BLOCKDEX_TOKENS)
         return true;
     else if (slot->flags & ~FLAGS)
@@ -181,6 +199,16 @@ static bool check_heads(struct core *core, struct server_link *link, const struc
     return true;
 }
 
+/* What only rows of pools can be asked. */
+static bool check_pool(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now) {
+    if (!slot->sequence_id)
+        return !(slot->flags & BLOCKDEX_PAGES) ||
+               REFUSE(INVALID_ARGUMENT, "INVALID_POOL", "ids: pages are a pool's, and the request names none");
+    return !link->channel.bound || REFUSE(UNIMPLEMENTED, "UNKNOWN_FEATURE",
+                                          "pool %1$llu: a device channel takes sequences alone" META "pool_id=%1$llu",
+                                          (unsigned long long)slot->sequence_id);
+}
+
 /* Everything of a token request but its columns and their sums. */
 static bool check_numbers(struct core *core, struct server_link *link, const struct blockdex_request *slot,
                           int64_t now) {
@@ -200,25 +228,24 @@ static bool check_numbers(struct core *core, struct server_link *link, const str
                       "keys and queries together must be at most %1$llu bytes, got %2$llu" META "bytes=%2$llu" META
                       "max_message_bytes=%1$llu",
                       (unsigned long long)core->max_message_bytes, (unsigned long long)bytes);
-    return !slot->queries_dtype || check_heads(core, link, slot, now);
+    return check_pool(core, link, slot, now) && (!slot->queries_dtype || check_heads(core, link, slot, now));
 }
 
 static bool check_span(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                        uint64_t id, int64_t start, int64_t length) {
-    const unsigned long long name = id;
     const long long first = start, count = length, most = core->max_tokens;
-#define NUMBERS META "sequence_id=%1$llu" META "start=%2$lld" META "length=%3$lld"
+    if (length >= 1 && start >= 0 && first <= most && count <= most - first) return true;
+    const struct row_name name = core_name_row(slot, id);
+#define NUMBERS "%4$s" META "start=%2$lld" META "length=%3$lld"
     if (length < 1)
-        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
-                      "sequence %1$llu: length must be at least 1, got %3$lld" NUMBERS, name, first, count);
+        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS", "%1$s: length must be at least 1, got %3$lld" NUMBERS,
+                      name.words, first, count, name.numbers);
     if (start < 0)
-        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
-                      "sequence %1$llu: start must be at least 0, got %2$lld" NUMBERS, name, first, count);
-    if (first > most || count > most - first)
-        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
-                      "sequence %1$llu: start + length must be at most %4$lld, got %2$lld + %3$lld" NUMBERS, name,
-                      first, count, most);
-    return true;
+        return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS", "%1$s: start must be at least 0, got %2$lld" NUMBERS,
+                      name.words, first, count, name.numbers);
+    return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
+                  "%1$s: start + length must be at most %5$lld, got %2$lld + %3$lld" NUMBERS, name.words, first, count,
+                  name.numbers, most);
 }
 
 /* The row of an id that an earlier row names; -1 where all differ, -2 without memory. */
@@ -248,15 +275,50 @@ static bool check_different(struct core *core, struct server_link *link, const s
     if (twice == -2) return REFUSE(RESOURCE_EXHAUSTED, "OVERLOADED", "engine: no memory left for a request");
     if (twice < 0) return true;
     for (uint32_t row = 0; row < request->num_rows; row++) times += request->ids[row] == request->ids[twice];
+    const struct row_name name = core_name_row(slot, request->ids[twice]);
     return REFUSE(INVALID_ARGUMENT, "DUPLICATE_SEQUENCE",
-                  "%1$s: sequence %2$llu is named %3$u times, at most 1 is allowed" META "sequence_id=%2$llu" META
-                  "count=%3$u",
-                  rows, (unsigned long long)request->ids[twice], times);
+                  "%1$s: %2$s is named %3$u times, at most 1 is allowed%4$s" META "count=%3$u", rows, name.words, times,
+                  name.numbers);
 }
 
 static void copy_columns(const struct blockdex_request *slot, const struct parts *parts, struct request *request) {
     const volatile uint64_t *words = (const volatile uint64_t *)(const void *)parts->columns;
-    for (size_t at = 0; at < num_columns(slot) * (size_t)request->num_rows; at++) request->words[at] = words[at];
+    const size_t rows = num_columns(slot) * (size_t)request->num_rows;
+    for (size_t at = 0; at < rows; at++) request->words[at] = words[at];
+    for (size_t at = 0; sets_tables(slot) && at < slot->number; at++) request->page_ids[at] = words[rows + at];
+}
+
+/* A pool's revision is one number. */
+static bool check_revisions(struct core *core, struct server_link *link, const struct blockdex_request *slot,
+                            int64_t now, const struct request *request) {
+    for (uint32_t row = 1; slot->sequence_id && row < request->num_rows; row++)
+        if (request->revisions[row] != request->revisions[0])
+            return REFUSE(INVALID_ARGUMENT, "INVALID_POOL",
+                          "pool %1$llu: revisions must be the same in all rows, got %2$llu and %3$llu" META
+                          "pool_id=%1$llu",
+                          (unsigned long long)slot->sequence_id, (unsigned long long)request->revisions[0],
+                          (unsigned long long)request->revisions[row]);
+    return true;
+}
+
+/* Whether the page numbers are as many as the runs of cells take, each of one at least. */
+static bool check_counts(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
+                         const struct request *request) {
+    const unsigned long long cells = slot->number;
+    unsigned long long sum = 0;
+    for (uint32_t row = 0; row < request->num_rows; row++) {
+        const unsigned long long count = (uint64_t)request->lengths[row];
+        if (!count) {
+            const struct row_name name = core_name_row(slot, request->ids[row]);
+            return REFUSE(INVALID_ARGUMENT, "INVALID_POOL", "%1$s: count must be at least 1, got 0%2$s" META "count=0",
+                          name.words, name.numbers);
+        }
+        sum = count > cells || sum > cells ? cells + 1 : sum + count;
+    }
+    return sum == cells || REFUSE(INVALID_ARGUMENT, "INVALID_POOL",
+                                  "pool %1$llu: page_ids must be as many as the counts add up to, got %2$llu" META
+                                  "pool_id=%1$llu" META "page_ids=%2$llu",
+                                  (unsigned long long)slot->sequence_id, cells);
 }
 
 /* Of spans, and of what follows from them. */
@@ -272,7 +334,8 @@ static bool check_columns(struct core *core, struct server_link *link, const str
         if (start + length > request->end) request->end = start + length;
         request->applies[row] = 1;
     }
-    if (!check_different(core, link, slot, now, request, "spans")) return false;
+    if (!check_different(core, link, slot, now, request, "spans") || !check_revisions(core, link, slot, now, request))
+        return false;
     if (slot->keys_dtype && !check_tensor(core, link, slot, now, "keys", slot->keys_dtype, slot->keys_bytes, tokens, 0))
         return false;
     if (slot->queries_dtype && !check_tensor(core, link, slot, now, "queries", slot->queries_dtype, slot->queries_bytes,
@@ -289,15 +352,20 @@ static bool check_columns(struct core *core, struct server_link *link, const str
     return core_find_sources(core, link, slot, now, request, ids);
 }
 
-/* Everything of a request on sequences but its columns. */
+/* Everything of a request on sequences or pools but its columns. */
 static bool check_sequences(struct core *core, struct server_link *link, const struct blockdex_request *slot,
                             int64_t now) {
     const uint32_t count = slot->num_spans;
     const unsigned long long length = slot->number, most = (unsigned long long)core->max_tokens;
     if (num_columns(slot) && (count < 1 || count > core->max_spans))
         return REFUSE(INVALID_ARGUMENT, "INVALID_SPANS",
-                      "sequences: must be 1 to %1$u, got %2$u" META "count=%2$u" META "max_spans=%1$u", core->max_spans,
-                      count);
+                      "%3$s: must be 1 to %1$u, got %2$u" META "count=%2$u" META "max_spans=%1$u", core->max_spans,
+                      count, sets_tables(slot) ? "rows" : "sequences");
+    if (sets_tables(slot) && slot->number > core->max_message_bytes / 8)
+        return REFUSE(RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE",
+                      "pool %1$llu: page_ids must be at most %2$llu, got %3$llu" META "pool_id=%1$llu" META
+                      "page_ids=%3$llu",
+                      (unsigned long long)slot->sequence_id, (unsigned long long)core->max_message_bytes / 8, length);
     if ((slot->kind != BLOCKDEX_FORK && slot->kind != BLOCKDEX_TRUNCATE) || length <= most) return true;
     return REFUSE(INVALID_ARGUMENT, "INVALID_LENGTH",
                   "sequence %1$llu: length must be 0 to %2$llu, got %3$llu" META "sequence_id=%1$llu" META
@@ -306,7 +374,8 @@ static bool check_sequences(struct core *core, struct server_link *link, const s
 }
 
 static struct request *new_request(struct server_link *link, const struct blockdex_request *slot, uint32_t spans) {
-    const size_t words = WORDS * (size_t)spans + (spans + 7) / 8;
+    const size_t applies = (spans + 7) / 8, cells = sets_tables(slot) ? slot->number : 0;
+    const size_t words = WORDS * (size_t)spans + applies + cells;
     struct request *request = calloc(1, sizeof *request + 8 * words);
     if (!request) return NULL;
     request->link = link;
@@ -319,6 +388,7 @@ static struct request *new_request(struct server_link *link, const struct blockd
     request->revisions = request->words + 3 * (size_t)spans;
     request->entries = (uint32_t *)(request->words + 4 * (size_t)spans);
     request->applies = (uint8_t *)(request->words + WORDS * (size_t)spans);
+    request->page_ids = request->words + WORDS * (size_t)spans + applies;
     return request;
 }
 
@@ -363,8 +433,9 @@ static bool enter(struct core *core, struct request *request, const char *tenant
 static bool check_rows(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
                        struct request *request) {
     if (slot->kind == BLOCKDEX_TOKENS) return check_columns(core, link, slot, now, request);
-    return check_different(core, link, slot, now, request, "sequences") &&
-           core_find_sources(core, link, slot, now, request, 0);
+    const bool differ = sets_tables(slot) ? check_counts(core, link, slot, now, request)
+                                          : check_different(core, link, slot, now, request, "sequences");
+    return differ && core_find_sources(core, link, slot, now, request, 0);
 }
 
 static void read_slot(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now) {

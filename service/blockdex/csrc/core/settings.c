@@ -37,14 +37,15 @@ static bool renew_stamps(struct core *core, size_t entries) {
     core->to_trim = to_trim;
     core->unchecked = true;
     return renew(&core->appended_in, cells) && renew(&core->read_in, cells) && renew(&core->large_appended_in, cells) &&
-           renew(&core->used_in, entries) && renew(&core->trimmed_in, entries);
+           renew(&core->used_in, entries) && renew(&core->trimmed_in, entries) && renew(&core->tables_set_in, entries);
 }
 
 PyObject *core_method_set_sequence_columns(struct core *core, PyObject *arguments) {
     PyObject *index, *lengths, *revisions, *reading, *held, *forked, *last_calls, *first_rows, *reading_sequence,
-        *cells, *holders, *free_pages;
-    if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOO", &index, &lengths, &revisions, &reading, &held, &forked,
-                          &last_calls, &first_rows, &reading_sequence, &cells, &holders, &free_pages))
+        *cells, *holders, *free_pages, *owners, *num_rows, *max_blocks, *filled, *page_numbers;
+    if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOOOOO", &index, &lengths, &revisions, &reading, &held, &forked,
+                          &last_calls, &first_rows, &reading_sequence, &cells, &holders, &free_pages, &owners,
+                          &num_rows, &max_blocks, &filled, &page_numbers))
         return NULL;
     struct sequence_columns *columns = &core->sequences;
     if (!sequence_index_is_one(index))
@@ -66,7 +67,12 @@ PyObject *core_method_set_sequence_columns(struct core *core, PyObject *argument
         !take_buffer(reading_sequence, &columns->reading_sequence, "reading_sequence", 4 * count, 0) ||
         !take_buffer(cells, &columns->cells, "cells", 0, 4 * TABLE_ROW) ||
         !take_buffer(holders, &columns->holders, "holders", 0, 4) ||
-        !take_buffer(free_pages, &columns->free_pages, "free_pages", 8, 0))
+        !take_buffer(free_pages, &columns->free_pages, "free_pages", 8, 0) ||
+        !take_buffer(owners, &columns->owners, "owners", 4 * count, 0) ||
+        !take_buffer(num_rows, &columns->num_rows, "num_rows", 4 * count, 0) ||
+        !take_buffer(max_blocks, &columns->max_blocks, "max_blocks", 4 * count, 0) ||
+        !take_buffer(filled, &columns->filled, "filled", 8 * count, 0) ||
+        !take_buffer(page_numbers, &columns->page_numbers, "page_numbers", (size_t)columns->holders.len, 0))
         return NULL;
     columns->count = count;
     if (!renew_stamps(core, count)) return PyErr_NoMemory();
@@ -89,7 +95,7 @@ PyObject *core_method_set_step(struct core *core, PyObject *arguments) {
         return PyErr_Format(PyExc_ValueError, "core: step %u of %d, %u in flight", number, CORE_STEPS, core->in_flight);
     const size_t keys = (sizeof(int32_t) * CORE_COLUMNS * CORE_RUNS + 15) / 16 * 16;
     const size_t most = CORE_TOKENS * (size_t)core->head_dim;
-    const size_t addresses = sizeof(uint64_t) * CORE_TOKENS * (1 + 2 * (size_t)core->heads);
+    const size_t addresses = sizeof(uint64_t) * (CORE_TOKENS * (1 + 2 * (size_t)core->heads) + 2 * CORE_SIGNALS);
     const size_t ids = 4 * CORE_TOKENS * (size_t)core->heads * core->topk;
     struct step *step = &core->steps[number];
     if (!take_buffer(host, &step->host, "host", keys + 2 * most * (1 + core->heads) + addresses, 0) ||

@@ -184,13 +184,13 @@ PyObject *client_link_send_sequence(PyObject *object, PyObject *arguments) {
                           &child_id, &number, &slot->num_spans, &PyBytes_Type, &outgoing.message) ||
         !read_tenant(&sender))
         return NULL;
-    if (sender.rpc < SEQUENCE_RPCS || slot->kind < BLOCKDEX_OPEN || slot->kind > BLOCKDEX_CLOSE)
+    if (sender.rpc < SEQUENCE_RPCS || !blockdex_is_lifecycle(slot->kind))
         return PyErr_Format(PyExc_ValueError, "send_sequence: RPC %d and kind %d are none of a sequence", sender.rpc,
                             slot->kind);
     uint64_t bytes = (uint64_t)PyBytes_Size(outgoing.message);
     sender.number = owned;
     slot->tenant_bytes = (uint16_t)sender.tenant_bytes;
-    bool has_columns = slot->kind == BLOCKDEX_OPEN || slot->kind == BLOCKDEX_CLOSE;
+    bool has_columns = blockdex_num_columns(slot->kind);
     slot->payload_bytes = has_columns ? sequences_columns_at(slot->tenant_bytes) + bytes : slot->tenant_bytes;
     slot->epoch = epoch;
     slot->sequence_id = sequence_id;

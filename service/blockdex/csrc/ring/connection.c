@@ -3,6 +3,7 @@
 #include <sys/epoll.h>
 
 #include "blockdex_client.h"
+#include "ring/regions.h"
 #include "wire/request_codec.h"
 
 /* Copying so many bytes takes a tenth of a millisecond, in which other threads may run. */
@@ -11,7 +12,15 @@ enum { LONG_BYTES = 1 << 19, MOST_EVENTS = 1024, MOST_FILES = 4 };
 /* How long a wait lasts before it looks for signals. */
 static const double SLICE_SECONDS = 0.1;
 
-/* `busy`: a thread uses it without the interpreter's lock. `events`: JSON objects that nobody has asked for yet. */
+/* Memory of this process that the server has as a region. */
+struct lent {
+    const uint8_t *memory;
+    uint64_t bytes;
+    uint32_t region;
+};
+
+/* `busy`: a thread uses it without the interpreter's lock. `events`: JSON objects that nobody has asked for yet.
+ * `reply`: room for that to a question, while one is asked. */
 struct connection {
     PyObject_HEAD
     struct blockdex_client client;
@@ -19,6 +28,9 @@ struct connection {
     struct bounds bounds;
     PyObject *events;
     double room_seconds;
+    struct lent lent[MAX_REGIONS];
+    uint32_t num_lent;
+    char *reply;
     pid_t pid;
     int epoll;
     bool busy;
@@ -76,7 +88,8 @@ static bool open_connection(struct connection *self, const char *path, const cha
     connected = blockdex_connect(&self->client, path, tenant, timeout, &error);
     Py_END_ALLOW_THREADS;
     if (!connected)
-        PyErr_SetString(PyExc_ConnectionError, error.message);
+        PyErr_SetString(error.code == BLOCKDEX_UNAUTHENTICATED ? PyExc_PermissionError : PyExc_ConnectionError,
+                        error.message);
     else if (!watch(self))
         PyErr_SetFromErrno(PyExc_OSError);
     else
@@ -130,6 +143,7 @@ static void connection_dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(object);
     disconnect(self);
     columns_close(&self->columns);
+    PyMem_Free(self->reply);
     Py_XDECREF(self->events);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
     Py_DECREF(type);
@@ -173,25 +187,72 @@ static PyObject *ticket_of(struct connection *self, const struct blockdex_reques
     return PyLong_FromUnsignedLongLong(slot->ticket);
 }
 
-PyObject *connection_submit(PyObject *connection, const struct wire_request *request, double timeout) {
+/* Where memory lies in what the server was lent: region and offset. False where it does not, or no slot can say it. */
+static bool find_place(const struct connection *self, const uint8_t *memory, uint64_t bytes, uint32_t *region,
+                       uint64_t *offset) {
+    for (uint32_t at = 0; at < self->num_lent; at++) {
+        const struct lent *lent = &self->lent[at];
+        const uint64_t begin = (uint64_t)((uintptr_t)memory - (uintptr_t)lent->memory);
+        if (begin >= lent->bytes || bytes > lent->bytes - begin || begin % 64) continue;
+        *region = lent->region;
+        *offset = begin;
+        return true;
+    }
+    return false;
+}
+
+/* Names regions where tensors lie in them; false where one lies in none that has to. */
+static bool name_regions(const struct connection *self, const struct wire_request *request,
+                         const struct request_places *places, struct blockdex_request *slot,
+                         struct blockdex_error *error) {
+    const struct {
+        const char *name;
+        const uint8_t *memory;
+        uint64_t bytes;
+        bool must;
+        uint32_t *region;
+        uint64_t *offset;
+    } tensors[] = {
+        {"keys", request->keys.data, request->keys.bytes, places->keys_apart, &slot->keys_region, &slot->keys_offset},
+        {"queries", request->queries.data, request->queries.bytes, places->queries_apart, &slot->queries_region,
+         &slot->queries_offset},
+        {"block_ids", places->block_ids, 0, places->block_ids, &slot->block_ids_region, &slot->block_ids_offset},
+        {"scores", places->scores, 0, places->scores, &slot->scores_region, &slot->scores_offset},
+    };
+    for (size_t at = 0; at < sizeof tensors / sizeof *tensors; at++)
+        if (tensors[at].memory &&
+            !find_place(self, tensors[at].memory, tensors[at].bytes, tensors[at].region, tensors[at].offset) &&
+            tensors[at].must)
+            return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_REGION",
+                                 "%s: must lie in memory that is shared with the server", tensors[at].name);
+    slot->payload_bytes = blockdex_parts_of(slot).bytes;
+    return true;
+}
+
+PyObject *connection_submit(PyObject *connection, const struct wire_request *request,
+                            const struct request_places *places, double timeout) {
     struct connection *self = (struct connection *)connection;
+    struct wire_tensor keys = request->keys, queries = request->queries;
     struct blockdex_request slot;
     struct blockdex_error error;
     if (PyType_GetSlot(Py_TYPE(connection), Py_tp_dealloc) != (void *)connection_dealloc)
         return PyErr_Format(PyExc_TypeError, "a RingConnection is needed, got %R", connection);
     if (!may_use(self)) return NULL;
     tokens_describe(request, 0, &slot);
+    if (!name_regions(self, request, places, &slot, &error)) return refusal_of(&error);
+    if (slot.keys_region) keys.bytes = 0;
+    if (slot.queries_region) queries.bytes = 0;
     self->client.epoch = request->epoch;
     char *payload = reserve(self, &slot, timeout, &error);
     if (!payload) return refusal_of(&error);
     tokens_write_columns(request, "", &slot, payload);
     if (slot.payload_bytes < LONG_BYTES) {
-        tokens_write_tensors(&request->keys, &request->queries, &slot, payload, 0, UINT64_MAX);
+        tokens_write_tensors(&keys, &queries, &slot, payload, 0, UINT64_MAX);
         return ticket_of(self, &slot);
     }
     self->busy = true;
     Py_BEGIN_ALLOW_THREADS;
-    tokens_write_tensors(&request->keys, &request->queries, &slot, payload, 0, UINT64_MAX);
+    tokens_write_tensors(&keys, &queries, &slot, payload, 0, UINT64_MAX);
     Py_END_ALLOW_THREADS;
     self->busy = false;
     return ticket_of(self, &slot);
@@ -213,32 +274,52 @@ static PyObject *connection_submit_message(PyObject *object, PyObject *arguments
         return PyErr_Format(PyExc_ValueError, "message: %zd bytes are none of a token request", size);
     if (!tokens_fit(&request, &self->bounds, &refusal))
         return Py_BuildValue("(iss)", (int)refusal.code, refusal.reason, refusal.message);
-    return connection_submit(object, &request, timeout);
+    const struct request_places nowhere = {0};
+    return connection_submit(object, &request, &nowhere, timeout);
+}
+
+static PyObject *connection_lend(PyObject *object, PyObject *arguments) {
+    struct connection *self = (struct connection *)object;
+    unsigned long long address, bytes;
+    unsigned int region;
+    if (!PyArg_ParseTuple(arguments, "KKI:lend", &address, &bytes, &region) || !may_use(self)) return NULL;
+    if (self->num_lent == MAX_REGIONS)
+        return PyErr_Format(PyExc_ValueError, "region: %u of %d are lent", self->num_lent, MAX_REGIONS);
+    self->lent[self->num_lent++] = (struct lent){(const uint8_t *)(uintptr_t)address, bytes, region};
+    Py_RETURN_NONE;
+}
+
+static PyObject *connection_take_back(PyObject *object, PyObject *region) {
+    struct connection *self = (struct connection *)object;
+    const unsigned long number = PyLong_AsUnsignedLong(region);
+    if (PyErr_Occurred() || !may_use(self)) return NULL;
+    for (uint32_t at = self->num_lent; at-- > 0;)
+        if (self->lent[at].region == number) self->lent[at] = self->lent[--self->num_lent];
+    Py_RETURN_NONE;
 }
 
 static PyObject *connection_submit_sequences(PyObject *object, PyObject *arguments) {
     struct connection *self = (struct connection *)object;
-    struct blockdex_sequences sequences = {0};
+    struct blockdex_request slot = {0};
     struct blockdex_error error;
-    unsigned long long epoch, sequence_id, child_id, length;
+    unsigned long long epoch, sequence_id, child_id, number;
     const char *columns;
     Py_ssize_t bytes;
     double timeout;
-    if (!PyArg_ParseTuple(arguments, "HKKKKy#d:submit_sequences", &sequences.kind, &epoch, &sequence_id, &child_id,
-                          &length, &columns, &bytes, &timeout) ||
+    if (!PyArg_ParseTuple(arguments, "HKKKKIy#d:submit_sequences", &slot.kind, &epoch, &sequence_id, &child_id, &number,
+                          &slot.num_spans, &columns, &bytes, &timeout) ||
         !may_use(self))
         return NULL;
-    const bool opens = sequences.kind == BLOCKDEX_OPEN, takes = opens || sequences.kind == BLOCKDEX_CLOSE;
-    const Py_ssize_t row = opens ? 16 : 8;
-    if (sequences.kind < BLOCKDEX_OPEN || sequences.kind > BLOCKDEX_CLOSE || (takes ? bytes % row : bytes) ||
-        bytes / row > (Py_ssize_t)BLOCKDEX_MAX_SLOTS)
-        return PyErr_Format(PyExc_ValueError, "kind %u takes no columns of %zd bytes", sequences.kind, bytes);
-    sequences.num_sequences = takes ? (uint32_t)(bytes / row) : 0;
-    sequences.sequence_id = sequence_id;
-    sequences.child_id = child_id;
-    sequences.length = length;
-    struct blockdex_request slot;
-    blockdex_describe_sequences(&sequences, &slot);
+    const uint64_t cells = slot.kind == BLOCKDEX_SET_PAGE_TABLES ? number : 0;
+    const uint64_t words = (uint64_t)slot.num_spans * blockdex_num_columns(slot.kind);
+    if (!blockdex_is_lifecycle(slot.kind) || bytes % 8 || cells > (uint64_t)bytes / 8 ||
+        words + cells != (uint64_t)bytes / 8)
+        return PyErr_Format(PyExc_ValueError, "kind %u of %u rows takes no columns of %zd bytes", slot.kind,
+                            slot.num_spans, bytes);
+    slot.sequence_id = sequence_id;
+    slot.child_id = child_id;
+    slot.number = number;
+    slot.payload_bytes = (uint64_t)bytes;
     self->client.epoch = epoch;
     char *payload = reserve(self, &slot, timeout, &error);
     if (!payload) return refusal_of(&error);
@@ -360,6 +441,12 @@ static int read_files(PyObject *sequence, int files[MOST_FILES]) {
     return PyErr_Occurred() ? -1 : (int)count;
 }
 
+static void drop_reply(struct connection *self) {
+    self->client.reply = NULL;
+    PyMem_Free(self->reply);
+    self->reply = NULL;
+}
+
 static PyObject *connection_ask(PyObject *object, PyObject *arguments) {
     struct connection *self = (struct connection *)object;
     struct blockdex_error error;
@@ -373,6 +460,7 @@ static PyObject *connection_ask(PyObject *object, PyObject *arguments) {
         return NULL;
     char *text = PyMem_Malloc(BLOCKDEX_LONGEST_TOLD);
     if (!text) return PyErr_NoMemory();
+    drop_reply(self);
     self->busy = true;
     Py_BEGIN_ALLOW_THREADS;
     answered =
@@ -381,6 +469,37 @@ static PyObject *connection_ask(PyObject *object, PyObject *arguments) {
     self->busy = false;
     reply = answered ? PyBytes_FromString(text) : refusal_of(&error);
     PyMem_Free(text);
+    return reply;
+}
+
+static PyObject *connection_begin_question(PyObject *object, PyObject *arguments) {
+    struct connection *self = (struct connection *)object;
+    struct blockdex_error error;
+    const char *question;
+    PyObject *sequence;
+    int files[MOST_FILES], count;
+    if (!PyArg_ParseTuple(arguments, "sO:begin_question", &question, &sequence) ||
+        (count = read_files(sequence, files)) < 0 || !may_use(self))
+        return NULL;
+    /* A reply that nobody has taken yet is passed over when it comes. */
+    if (!self->reply && !(self->reply = PyMem_Malloc(BLOCKDEX_LONGEST_TOLD))) return PyErr_NoMemory();
+    if (blockdex_begin_question(&self->client, question, files, (size_t)count, self->reply, BLOCKDEX_LONGEST_TOLD,
+                                &error))
+        Py_RETURN_NONE;
+    drop_reply(self);
+    return refusal_of(&error);
+}
+
+static PyObject *connection_take_reply(PyObject *object, PyObject *unused) {
+    struct connection *self = (struct connection *)object;
+    struct blockdex_error error;
+    (void)unused;
+    if (!may_use(self)) return NULL;
+    if (blockdex_is_over(&self->client, &error)) return refusal_of(&error);
+    if (!self->reply || self->client.reply) Py_RETURN_NONE;
+    const bool answered = blockdex_end_question(&self->client, self->reply, &error);
+    PyObject *reply = answered ? PyBytes_FromString(self->reply) : refusal_of(&error);
+    drop_reply(self);
     return reply;
 }
 
@@ -410,6 +529,10 @@ static PyMethodDef methods[] = {
     {"poll", connection_poll, METH_NOARGS, "All answers that are there, by ticket; `fileno` tells of the next."},
     {"take_events", connection_take_events, METH_NOARGS, "What the server has told since the last call."},
     {"ask", connection_ask, METH_VARARGS, "Asks the server something beside the ring, and waits for its reply."},
+    {"begin_question", connection_begin_question, METH_VARARGS, "The same, without waiting; a refusal, or None."},
+    {"take_reply", connection_take_reply, METH_NOARGS, "The reply to it once `poll` has heard it, else None."},
+    {"lend", connection_lend, METH_VARARGS, "Requests name a region where their tensors lie in it."},
+    {"take_back", connection_take_back, METH_O, "They name it no more."},
     {"fileno", connection_fileno, METH_NOARGS, "Can be read when there is something to take."},
     {"hang_up", connection_hang_up, METH_NOARGS, "Ends the link, and all waits; from any thread."},
     {"close", connection_close, METH_NOARGS, "Gives everything back."},

@@ -20,11 +20,13 @@ struct segment_layout {
 
 /* Of a link whose requests a GPU writes: it cannot wake who sleeps, and is told of a success by a number alone. */
 struct channel {
-    int64_t bound;      /* nanoseconds that its kernels wait for an answer; 0: the link is no channel */
-    int64_t looked;     /* when there was no request last */
-    uint64_t epoch;     /* that its requests name */
-    uint64_t *answered; /* the number of the last request that succeeded, in the channel's memory */
-    bool on_device;     /* whose memory that is */
+    int64_t bound;        /* nanoseconds that its kernels wait for an answer; 0: the link is no channel */
+    int64_t looked;       /* when there was no request last */
+    int64_t came, before; /* when its last request was first seen, and the one before it; 0: never */
+    bool asks;            /* whether that is still to be read */
+    uint64_t epoch;       /* that its requests name */
+    uint64_t *answered;   /* the number of the last request that succeeded, in the channel's memory */
+    bool on_device;       /* whose memory that is */
 };
 
 struct server_link {

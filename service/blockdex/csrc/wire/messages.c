@@ -3,7 +3,7 @@
 #include "wire/protobuf.h"
 
 /* Of a StreamRequest: its last field that is a request. */
-enum { LAST_REQUEST = 11 };
+enum { LAST_REQUEST = 15 };
 
 /* The last one wins. */
 static bool read_number(const struct field *field, uint64_t largest, uint32_t *number) {
@@ -64,6 +64,10 @@ static bool read_spans(struct wire_request *request, const struct field *message
             case 2: good = read_varints(spans, STARTS, &field); break;
             case 3: good = read_varints(spans, LENGTHS, &field); break;
             case 4: good = read_fixed64s(spans, REVISIONS, &field); break;
+            case 5:
+                good = field.type == FIXED64;
+                request->pool_id = field.value;
+                break;
             default: break;
         }
         if (!good) return false;
@@ -125,11 +129,11 @@ static bool read_header(struct wire_request *request, const struct field *messag
 }
 
 /* The fields of the requests on tokens, by their numbers, which all three share. */
-enum { HEADER = 1, LAYER, SPANS, KEYS, QUERIES, FIRST_HEAD, NUM_HEADS, ORDER, SCORES, WAIT, ROLLBACK };
+enum { HEADER = 1, LAYER, SPANS, KEYS, QUERIES, FIRST_HEAD, NUM_HEADS, ORDER, SCORES, WAIT, ROLLBACK, IDS = 15 };
 
 enum {
     APPENDING = 1 << KEYS | 1 << ROLLBACK,
-    SELECTING = 1 << QUERIES | 1 << FIRST_HEAD | 1 << NUM_HEADS | 1 << ORDER | 1 << SCORES,
+    SELECTING = 1 << QUERIES | 1 << FIRST_HEAD | 1 << NUM_HEADS | 1 << ORDER | 1 << SCORES | 1 << IDS,
 };
 
 /* Which of them a kind has besides the first three. */
@@ -143,7 +147,7 @@ static bool read_part(struct wire_request *request, struct field *field) {
         case SPANS: return read_spans(request, field);
         default: break;
     }
-    if (field->number > ROLLBACK || !(FIELDS[request->kind] >> field->number & 1)) return true;
+    if (field->number > IDS || !(FIELDS[request->kind] >> field->number & 1)) return true;
     switch (field->number) {
         case KEYS: return read_tensor(&request->keys, field);
         case QUERIES: return read_tensor(&request->queries, field);
@@ -152,6 +156,7 @@ static bool read_part(struct wire_request *request, struct field *field) {
         case ORDER: return read_enum(field, &request->order);
         case SCORES: return read_enum(field, &request->scores);
         case WAIT: return read_number(field, 1, &request->wait_for_keys);
+        case IDS: return read_enum(field, &request->ids);
         default: return read_number(field, 1, &request->rollback);
     }
 }
@@ -228,6 +233,7 @@ static uint32_t features_of(const struct wire_request *request, uint8_t features
     if (request->scores == SCALED_SCORES || (request->order && !request->scores)) features[count++] = SCORES_AND_ORDER;
     if (request->rollback) features[count++] = ROLLBACKS;
     if (request->scores == RAW_SCORES) features[count++] = RAW_SCORE_FORMAT;
+    if (request->pool_id || request->ids) features[count++] = POOLS;
     return count;
 }
 
@@ -243,9 +249,11 @@ static uint64_t fixed64s_inside(const struct wire_spans *spans, unsigned column)
     return UINT64_C(8) * spans->counts[column];
 }
 
-static uint64_t spans_inside(const struct wire_spans *spans) {
-    return packed_size(fixed64s_inside(spans, SEQUENCE_IDS)) + packed_size(varints_inside(spans, STARTS)) +
-           packed_size(varints_inside(spans, LENGTHS)) + packed_size(fixed64s_inside(spans, REVISIONS));
+static uint64_t spans_inside(const struct wire_request *request) {
+    const struct wire_spans *spans = request->spans;
+    return fixed64_size(request->pool_id) + packed_size(fixed64s_inside(spans, SEQUENCE_IDS)) +
+           packed_size(varints_inside(spans, STARTS)) + packed_size(varints_inside(spans, LENGTHS)) +
+           packed_size(fixed64s_inside(spans, REVISIONS));
 }
 
 static uint8_t *write_varints(uint8_t *to, unsigned number, const struct wire_spans *spans, unsigned column) {
@@ -263,12 +271,14 @@ static uint8_t *write_fixed64s(uint8_t *to, unsigned number, const struct wire_s
     return to + bytes;
 }
 
-static uint8_t *write_spans(uint8_t *to, const struct wire_spans *spans) {
-    to = write_varint(write_tag(to, SPANS, BYTES), spans_inside(spans));
+static uint8_t *write_spans(uint8_t *to, const struct wire_request *request) {
+    const struct wire_spans *spans = request->spans;
+    to = write_varint(write_tag(to, SPANS, BYTES), spans_inside(request));
     to = write_fixed64s(to, 1, spans, SEQUENCE_IDS);
     to = write_varints(to, 2, spans, STARTS);
     to = write_varints(to, 3, spans, LENGTHS);
-    return write_fixed64s(to, 4, spans, REVISIONS);
+    to = write_fixed64s(to, 4, spans, REVISIONS);
+    return write_fixed64(to, 5, request->pool_id);
 }
 
 static uint64_t header_inside(const struct wire_request *request) {
@@ -291,10 +301,10 @@ static uint8_t *write_header(uint8_t *to, const struct wire_request *request) {
 static uint64_t message_size(uint64_t inside) { return 1 + varint_size(inside) + inside; }
 
 static uint64_t request_inside(const struct wire_request *request) {
-    return message_size(header_inside(request)) + number_size(request->layer) +
-           message_size(spans_inside(request->spans)) + tensor_size(&request->keys) + tensor_size(&request->queries) +
-           number_size(request->first_head) + number_size(request->num_heads) + number_size(request->order) +
-           number_size(request->scores) + number_size(request->wait_for_keys) + number_size(request->rollback);
+    return message_size(header_inside(request)) + number_size(request->layer) + message_size(spans_inside(request)) +
+           tensor_size(&request->keys) + tensor_size(&request->queries) + number_size(request->first_head) +
+           number_size(request->num_heads) + number_size(request->order) + number_size(request->scores) +
+           number_size(request->wait_for_keys) + number_size(request->rollback) + number_size(request->ids);
 }
 
 uint64_t wire_request_size(const struct wire_request *request, bool streamed) {
@@ -308,11 +318,12 @@ void wire_request_write(const struct wire_request *request, bool streamed, uint8
         to = write_varint(write_tag(to, 3 + request->kind, BYTES), request_inside(request));
     }
     to = write_number(write_header(to, request), LAYER, request->layer);
-    to = write_tensor(write_spans(to, request->spans), KEYS, &request->keys);
+    to = write_tensor(write_spans(to, request), KEYS, &request->keys);
     to = write_tensor(to, QUERIES, &request->queries);
     to = write_number(write_number(to, FIRST_HEAD, request->first_head), NUM_HEADS, request->num_heads);
     to = write_number(write_number(to, ORDER, request->order), SCORES, request->scores);
-    write_number(write_number(to, WAIT, request->wait_for_keys), ROLLBACK, request->rollback);
+    to = write_number(write_number(to, WAIT, request->wait_for_keys), ROLLBACK, request->rollback);
+    write_number(to, IDS, request->ids);
 }
 
 /* --- A response --- */

@@ -37,17 +37,20 @@ enum {
     SCORES_AND_ORDER,
     ROLLBACKS,
     RAW_SCORE_FORMAT,
-    LAST_FEATURE = RAW_SCORE_FORMAT
+    POOLS,
+    LAST_FEATURE = POOLS
 };
 
 /* As `ScoreFormat` numbers them. */
 enum { NO_SCORES, SCALED_SCORES, RAW_SCORES };
+/* As `SelectedIds` numbers them. */
+enum { UNSAID_IDS, BLOCK_NUMBERS, PAGE_NUMBERS };
 
 struct wire_request {
     struct wire_spans *spans;
     struct wire_tensor keys, queries;
-    uint64_t number, epoch;
-    uint32_t kind, timeout_ms, layer, first_head, num_heads, order, scores, wait_for_keys, rollback;
+    uint64_t number, epoch, pool_id; /* pool_id 0: its spans are of sequences */
+    uint32_t kind, timeout_ms, layer, first_head, num_heads, order, scores, wait_for_keys, rollback, ids;
     bool has_header, has_spans;
 };
 

@@ -42,10 +42,14 @@ static bool columns_fit(const struct wire_spans *spans, struct refusal *refusal)
 }
 
 static bool tensor_fits(const char *name, const struct wire_tensor *tensor, struct refusal *refusal) {
-    if (tensor->dtype < BLOCKDEX_BF16 || tensor->dtype > BLOCKDEX_FP8_E4M3)
-        return refuse(refusal, INVALID_ARGUMENT, "INVALID_TENSOR", "%s: dtype must be one of 1, 2, 3, 4, got %d", name,
-                      (int)tensor->dtype);
-    return true;
+#define DTYPE_OF "%s: dtype must be one of DTYPE_BF16, DTYPE_FP16, DTYPE_FP32, DTYPE_FP8_E4M3, got "
+    static const char *const others[] = {[0] = "DTYPE_UNSPECIFIED", [5] = "DTYPE_INT32"};
+    const uint64_t dtype = tensor->dtype;
+    if (dtype >= BLOCKDEX_BF16 && dtype <= BLOCKDEX_FP8_E4M3) return true;
+    if (dtype < sizeof others / sizeof *others)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_TENSOR", DTYPE_OF "%s", name, others[dtype]);
+    return refuse(refusal, INVALID_ARGUMENT, "INVALID_TENSOR", DTYPE_OF "%d", name, (int)tensor->dtype);
+#undef DTYPE_OF
 }
 
 bool tokens_fit(struct wire_request *request, const struct bounds *bounds, struct refusal *refusal) {
@@ -59,6 +63,9 @@ bool tokens_fit(struct wire_request *request, const struct bounds *bounds, struc
     if (selects && request->scores > RAW_SCORES)
         return refuse(refusal, INVALID_ARGUMENT, "INVALID_SCORES", "return_scores must be one of 0, 1, 2, got %d",
                       (int)request->scores);
+    if (selects && request->ids > PAGE_NUMBERS)
+        return refuse(refusal, INVALID_ARGUMENT, "INVALID_POOL", "ids must be one of 0, 1, 2, got %d",
+                      (int)request->ids);
     uint64_t bytes = request->keys.bytes + request->queries.bytes;
     unsigned long long allowed = bounds->max_message_bytes, got = bytes;
     if (bytes > allowed)
@@ -87,10 +94,12 @@ void tokens_describe(const struct wire_request *request, size_t tenant_bytes, st
         .flags = (uint8_t)((request->scores ? BLOCKDEX_RETURN_SCORES : 0) |
                            (request->scores == RAW_SCORES ? BLOCKDEX_RAW_SCORES : 0) |
                            (request->wait_for_keys ? BLOCKDEX_WAIT_FOR_KEYS : 0) |
-                           (request->rollback ? BLOCKDEX_ROLLBACK : 0)),
+                           (request->rollback ? BLOCKDEX_ROLLBACK : 0) |
+                           (request->ids == PAGE_NUMBERS ? BLOCKDEX_PAGES : 0)),
         .tenant_bytes = (uint16_t)tenant_bytes,
         .epoch = request->epoch,
         .layer = request->layer,
+        .sequence_id = request->pool_id,
         .num_spans = request->spans->counts[SEQUENCE_IDS],
         .first_head = request->first_head,
         .num_heads = request->num_heads,

@@ -9,8 +9,10 @@ import re
 import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from blockdex.contract.errors import BlockdexError
-from blockdex.contract.limits import DEFAULT_TENANT, TENANT_KEY, check_tenant
+from blockdex.contract.access import Identity, Right
+from blockdex.contract.credentials import Credentials
+from blockdex.contract.errors import BlockdexError, Code, PermissionDeniedError, Reason
+from blockdex.contract.limits import DEFAULT_TENANT, TENANT_KEY
 from blockdex.frontend.grpc.memory import MemoryKeeper
 from blockdex.frontend.grpc.status import REQUEST_ID_KEY, Context
 from blockdex.logs import RateLimit, log_event
@@ -21,12 +23,15 @@ if TYPE_CHECKING:
 
     from blockdex.frontend.grpc.tracing import Tracing
 
+AUTHORIZATION_KEY = "authorization"
+
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _drawn = itertools.count(random.getrandbits(64))
 """From a random one on: two servers draw the same ids as seldom as two calls would that each drew 64 bits."""
 
 _LINES_PER_SECOND = 10
 """Of a kind: who makes many requests and streams must not fill the log, nor keep the loop busy with it."""
+_NOT_ALLOWED = frozenset((Code.UNAUTHENTICATED, Code.PERMISSION_DENIED))
 
 logger = logging.getLogger(__name__)
 
@@ -56,44 +61,78 @@ class CallContext(NamedTuple):
 
     Attributes:
         context: of its RPC, which still runs.
-        tenant: the identity as its transport proved it, else what its metadata says, else `default`; to be checked.
+        caller: who proved to make it, or why nobody did.
+        named: the tenant that its metadata names; None where it names none.
         request_id: what its metadata says, if that is 1 to 128 visible ASCII characters, else drawn.
         trace: what its spans are part of, where requests are traced.
     """
 
     context: Context
-    tenant: str
+    caller: Identity | BlockdexError
+    named: str | None
     request_id: str
     trace: TraceContext | None = None
 
     @property
     def names(self) -> dict[str, str]:
-        """What the log calls it; the peer is its address, as gRPC writes it."""
-        return {"peer": self.context.peer(), "tenant": self.tenant, "request_id": self.request_id}
+        """What the log calls it; the peer is its address, as gRPC writes it, and the tenant may not be its own."""
+        own = self.caller.tenant if isinstance(self.caller, Identity) else DEFAULT_TENANT
+        tenant = own if self.named is None else self.named
+        return {"peer": self.context.peer(), "tenant": tenant, "request_id": self.request_id}
 
-    def checked_tenant(self) -> str:
-        """The tenant.
+    def identity(self) -> Identity:
+        """Who makes it.
 
         Raises:
-            InvalidArgumentError: it is empty, too long, or not printable ASCII.
+            UnauthenticatedError: nobody that is known.
         """
-        check_tenant(self.tenant)
-        return self.tenant
+        if isinstance(self.caller, BlockdexError):
+            raise self.caller
+        return self.caller
+
+    def tenant(self) -> str:
+        """Whose sequences it names.
+
+        Raises:
+            UnauthenticatedError: nobody that is known makes it.
+            PermissionDeniedError: it names the tenant of somebody else, or the caller has none.
+            InvalidArgumentError: the tenant is empty, too long, or not printable ASCII.
+        """
+        return self.identity().acting_for(self.named)
+
+    def check(self, right: Right) -> None:
+        """Refuses a caller who may not do something.
+
+        Raises:
+            UnauthenticatedError: nobody that is known makes it.
+            PermissionDeniedError: the caller's entry does not have the right (MISSING_RIGHT).
+        """
+        if not self.identity().has(right):
+            raise PermissionDeniedError(
+                f"this takes the right {str(right)!r}, which the caller's entry in the access file does not have",
+                Reason.MISSING_RIGHT,
+            )
 
 
-def call_of(context: Context) -> CallContext:
+def call_of(context: Context, credentials: Credentials) -> CallContext:
     """Who makes the call; where an entry comes twice, the first one counts."""
-    tenant = request_id = None
+    said: dict[str, str] = {}
     for key, value in context.invocation_metadata() or ():
-        if key == TENANT_KEY and tenant is None:
-            tenant = str(value)
-        elif key == REQUEST_ID_KEY and request_id is None:
-            request_id = str(value)
-    if identities := context.peer_identities():
-        tenant = str(next(iter(identities)), "utf-8")
-    if request_id is None or not _REQUEST_ID.fullmatch(request_id):
+        if key in {TENANT_KEY, REQUEST_ID_KEY, AUTHORIZATION_KEY}:
+            said.setdefault(key, str(value))
+    caller: Identity | BlockdexError
+    try:
+        caller = credentials.identity_of(
+            said.get(AUTHORIZATION_KEY),
+            [str(name, "utf-8", "replace") for name in context.peer_identities() or ()],
+            on_socket=context.peer().startswith("unix"),
+        )
+    except BlockdexError as error:
+        caller = error
+    request_id = said.get(REQUEST_ID_KEY, "")
+    if not _REQUEST_ID.fullmatch(request_id):
         request_id = f"{next(_drawn) % (1 << 64):016x}"
-    return CallContext(context, DEFAULT_TENANT if tenant is None else tenant, request_id)
+    return CallContext(context, caller, said.get(TENANT_KEY), request_id)
 
 
 class RequestLog:
@@ -103,18 +142,25 @@ class RequestLog:
         observer: told of every answered request, stream and message.
         slow_seconds: a request that takes longer is logged.
         tracing: makes a span of every request; None where that is off.
+        credentials: what callers are known by.
+
+    Attributes:
+        credentials: as above; may be replaced.
     """
 
-    def __init__(self, observer: Observer, slow_seconds: float, tracing: Tracing | None) -> None:
+    def __init__(
+        self, observer: Observer, slow_seconds: float, tracing: Tracing | None, credentials: Credentials
+    ) -> None:
+        self.credentials = credentials
         self._observer = observer
         self._slow_seconds = slow_seconds
         self._tracing = tracing
         self._memory = MemoryKeeper()
-        self._slow, self._opened, self._closed = (RateLimit(_LINES_PER_SECOND) for _ in range(3))
+        self._slow, self._opened, self._closed, self._refusals = (RateLimit(_LINES_PER_SECOND) for _ in range(4))
 
     def call_of(self, context: Context) -> CallContext:
         """Who makes the call, and what its spans are to be part of."""
-        call = call_of(context)
+        call = call_of(context, self.credentials)
         if self._tracing is None:
             return call
         return call._replace(trace=self._tracing.parent_of(context.invocation_metadata() or ()))
@@ -131,6 +177,18 @@ class RequestLog:
         """Tells of one answered request that is not counted yet; otherwise as `took`, with its error if it has one."""
         code, reason = ("OK", "") if error is None else (error.code.name, str(error.reason))
         self._observer.observe(rpc, code, reason, time.monotonic() - began)
+        if error is not None and error.code in _NOT_ALLOWED and self._refusals.allows(time.monotonic()):
+            withheld = self._refusals.withheld()
+            log_event(
+                logger,
+                logging.WARNING,
+                "call refused",
+                rpc=rpc,
+                code=code,
+                reason=reason,
+                **call.names,
+                withheld=withheld,
+            )
         self.took(rpc, code, began, call, came_to, number)
 
     def received(self, message: bytes) -> bytes:

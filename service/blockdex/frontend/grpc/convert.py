@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from blockdex.contract.errors import InvalidArgumentError, NotFoundError, Reason, UnimplementedError
-from blockdex.contract.limits import check_num_sequences
+from blockdex.contract.limits import check_even_columns, check_num_rows
 from blockdex.contract.messages import (
+    ClosePool,
     CloseSequences,
+    CreatePool,
     ForkSequence,
     GetSequence,
     Info,
     OpenSequences,
     SequenceRequest,
     SequenceState,
+    SetPageTables,
     Totals,
     TruncateSequence,
 )
+from blockdex.ring.caller import SEQUENCE_RPCS
 from blockdex.v1 import indexer_pb2 as pb
 
 _Message = TypeVar("_Message", bound=Message)
@@ -30,6 +34,7 @@ FEATURES = (
     pb.FEATURE_SCORES,
     pb.FEATURE_ROLLBACK,
     pb.FEATURE_RAW_SCORES,
+    pb.FEATURE_POOLS,
 )
 """What a request may require."""
 
@@ -45,6 +50,9 @@ SequenceWireRequest = (
     | pb.ForkSequenceRequest
     | pb.TruncateSequenceRequest
     | pb.CloseSequencesRequest
+    | pb.CreatePoolRequest
+    | pb.SetPageTablesRequest
+    | pb.ClosePoolRequest
 )
 TokenWireRequest = pb.AppendKeysRequest | pb.SelectBlocksRequest | pb.AppendAndSelectRequest
 SequenceWireResponse = (
@@ -53,7 +61,13 @@ SequenceWireResponse = (
     | pb.ForkSequenceResponse
     | pb.TruncateSequenceResponse
     | pb.CloseSequencesResponse
+    | pb.CreatePoolResponse
+    | pb.SetPageTablesResponse
+    | pb.ClosePoolResponse
 )
+_RESPONSES: dict[type[SequenceWireRequest], type[SequenceWireResponse]] = {
+    getattr(pb, f"{rpc}Request"): getattr(pb, f"{rpc}Response") for rpc in SEQUENCE_RPCS
+}
 
 
 def parsed(kind: type[_Message], message: bytes) -> _Message:
@@ -76,43 +90,45 @@ def usual(message: Message) -> bytes:
 
 
 def sequence_request(tenant: str, max_spans: int, request: SequenceWireRequest) -> SequenceRequest:
-    """The plain message of a request about sequences.
+    """The plain message of a request about sequences or pools.
 
     Raises:
         BlockdexError: as `check_header`; or it names more sequences than a slot can carry.
     """
     check_header(request.header)
     epoch = request.header.epoch
+    plain: SequenceRequest
     match request:
         case pb.OpenSequencesRequest(sequences=sequences):
-            check_num_sequences(max_spans, len(sequences))
+            check_num_rows(max_spans, len(sequences))
             ids = tuple(sequence.sequence_id for sequence in sequences)
-            return OpenSequences(tenant, epoch, ids, tuple(sequence.lease_seconds for sequence in sequences))
+            plain = OpenSequences(tenant, epoch, ids, tuple(sequence.lease_seconds for sequence in sequences))
         case pb.GetSequenceRequest():
-            return GetSequence(tenant, epoch, request.sequence_id)
+            plain = GetSequence(tenant, epoch, request.sequence_id)
         case pb.ForkSequenceRequest():
-            return ForkSequence(tenant, epoch, request.parent_id, request.child_id, request.length)
+            plain = ForkSequence(tenant, epoch, request.parent_id, request.child_id, request.length)
         case pb.TruncateSequenceRequest():
-            return TruncateSequence(tenant, epoch, request.sequence_id, request.length)
+            plain = TruncateSequence(tenant, epoch, request.sequence_id, request.length)
+        case pb.CloseSequencesRequest():
+            check_num_rows(max_spans, len(request.sequence_ids))
+            plain = CloseSequences(tenant, epoch, tuple(request.sequence_ids))
+        case pb.CreatePoolRequest():
+            sizes = request.num_pages, request.num_rows, request.max_blocks
+            plain = CreatePool(tenant, epoch, request.pool_id, *sizes)
+        case pb.SetPageTablesRequest(rows=rows, first_blocks=first_blocks, counts=counts):
+            check_num_rows(max_spans, len(rows), "rows")
+            check_even_columns(rows=rows, first_blocks=first_blocks, counts=counts)
+            plain = SetPageTables(tenant, epoch, request.pool_id, rows, first_blocks, counts, request.page_ids)
         case _:
-            check_num_sequences(max_spans, len(request.sequence_ids))
-            return CloseSequences(tenant, epoch, tuple(request.sequence_ids))
+            plain = ClosePool(tenant, epoch, request.pool_id)
+    return plain
 
 
 def sequence_response(request: SequenceWireRequest, state: SequenceState) -> SequenceWireResponse:
     """What such a request is answered on the wire."""
-    lengths, revisions, epoch = state.lengths, state.revisions, state.epoch
-    match request:
-        case pb.OpenSequencesRequest():
-            return pb.OpenSequencesResponse(epoch=epoch)
-        case pb.GetSequenceRequest():
-            return pb.GetSequenceResponse(lengths=lengths, revisions=revisions, epoch=epoch)
-        case pb.ForkSequenceRequest():
-            return pb.ForkSequenceResponse(lengths=lengths, epoch=epoch)
-        case pb.TruncateSequenceRequest():
-            return pb.TruncateSequenceResponse(lengths=lengths, epoch=epoch)
-        case _:
-            return pb.CloseSequencesResponse(epoch=epoch)
+    response = _RESPONSES[type(request)]
+    named: dict[str, Any] = {"epoch": state.epoch, "lengths": state.lengths, "revisions": state.revisions}
+    return response(**{name: named[name] for name in response.DESCRIPTOR.fields_by_name})
 
 
 def check_header(header: pb.RequestHeader) -> None:
@@ -172,6 +188,7 @@ def info_response(info: Info, version: str) -> pb.GetInfoResponse:
             page_bytes=cache.page_bytes,
             sequences=cache.sequences,
             evictions=cache.evictions,
+            pools=cache.pools,
         ),
         epoch=info.epoch,
         device=info.device,

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from blockdex.contract.access import unauthenticated
+from blockdex.contract.credentials import Credentials
 from blockdex.contract.errors import BlockdexError, CancelledError, InternalError, Reason
 from blockdex.contract.limits import check_epoch
 from blockdex.contract.messages import Info, SequenceState
 from blockdex.contract.version import VERSION
 from blockdex.frontend.grpc import convert
-from blockdex.frontend.grpc.call_context import CallContext, RequestLog
+from blockdex.frontend.grpc.call_context import CallContext, RequestLog, call_of
 from blockdex.frontend.grpc.parsing import checked
 from blockdex.frontend.grpc.status import REQUEST_ID_KEY, Context, as_blockdex_error, refuse
 from blockdex.frontend.grpc.stream import StreamSession
@@ -114,6 +116,17 @@ class IndexerService:
             case NewEpoch(epoch):
                 self.tell(pb.Event(new_epoch=pb.NewEpoch(epoch=epoch)))
 
+    def take_up(self, credentials: Credentials) -> None:
+        """Knows callers by others from now on; streams of who is not known any more end."""
+        self._log.credentials = credentials
+        for session in self._sessions:
+            try:
+                tenant = call_of(session.call.context, credentials).tenant()
+                if tenant != session.tenant:
+                    raise unauthenticated(f"the caller as {session.tenant!r} any more")
+            except BlockdexError as error:
+                session.refuse(error)
+
     def finish_streams(self) -> None:
         """Has every stream end once what it has in flight is answered."""
         for session in self._sessions:
@@ -155,6 +168,18 @@ class IndexerService:
         """Gives up sequences."""
         return await self._change("CloseSequences", request, context)
 
+    async def CreatePool(self, request: pb.CreatePoolRequest, context: Context) -> Any:
+        """Sets pages aside that an engine numbers."""
+        return await self._change("CreatePool", request, context)
+
+    async def SetPageTables(self, request: pb.SetPageTablesRequest, context: Context) -> Any:
+        """Writes cells of a pool's table."""
+        return await self._change("SetPageTables", request, context)
+
+    async def ClosePool(self, request: pb.ClosePoolRequest, context: Context) -> Any:
+        """Gives up a pool."""
+        return await self._change("ClosePool", request, context)
+
     async def AppendKeys(self, message: bytes, context: Context) -> bytes:
         """Writes index keys."""
         return await self._token_call(0, message, context)
@@ -171,12 +196,13 @@ class IndexerService:
         """Any of the calls on sequences and their tokens, many in flight."""
         began, call = time.monotonic(), self._log.call_of(context)
         try:
-            call.checked_tenant()
+            tenant = call.tenant()
         except BlockdexError as error:
+            self._log.answered("Stream", error, began, call)
             refuse(context, error, call.request_id)
             return
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-        session = StreamSession(self._channel, call, self._log, self._turns)
+        session = StreamSession(self._channel, call, tenant, self._log, self._turns)
         self._sessions.add(session)
         self._log.stream_opened(call)
         try:
@@ -195,8 +221,9 @@ class IndexerService:
         """Answers what is asked about the server itself."""
         began, call = time.monotonic(), self._log.call_of(context)
         try:
+            identity = call.identity()
             convert.check_header(header)
-            await self._turn(call)
+            await self._turn(identity.tenant)
             info = await self._channel.info()
             check_epoch(header.epoch, info.epoch)
             response = await answer(info)
@@ -227,7 +254,7 @@ class IndexerService:
     async def _change(
         self, rpc: str, request: convert.SequenceWireRequest, context: Context
     ) -> convert.SequenceWireResponse | None:
-        """Answers an RPC about sequences."""
+        """Answers an RPC about sequences or pools."""
 
         def send(caller: UnaryCall, tenant: str, timeout: float) -> None:
             message = convert.sequence_request(tenant, self._channel.limits.max_spans, request)
@@ -240,9 +267,10 @@ class IndexerService:
         """Sends a request and waits for its answer; what goes wrong ends the call."""
         began, call = time.monotonic(), self._log.call_of(context)
         caller = UnaryCall(call, self._log)
-        await self._turn(call)
         try:
-            send(caller, call.checked_tenant(), self._timeout(context))
+            tenant = call.tenant()
+            await self._turn(tenant)
+            send(caller, tenant, self._timeout(context))
         except Exception as fault:
             caller.failed(0, rpc, began, as_blockdex_error(fault, rpc, call.request_id), None)
         try:
@@ -259,9 +287,9 @@ class IndexerService:
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         return answer
 
-    async def _turn(self, call: CallContext) -> None:
-        if not self._turns.may_go(call.tenant):
-            await self._turns.wait(call.tenant)
+    async def _turn(self, tenant: str) -> None:
+        if not self._turns.may_go(tenant):
+            await self._turns.wait(tenant)
 
     def _timeout(self, context: Context) -> float:
         remaining = context.time_remaining()

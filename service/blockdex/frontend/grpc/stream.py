@@ -30,6 +30,9 @@ _SEQUENCE_RPCS = {
     "fork_sequence": "Stream/ForkSequence",
     "truncate_sequence": "Stream/TruncateSequence",
     "close_sequences": "Stream/CloseSequences",
+    "create_pool": "Stream/CreatePool",
+    "set_page_tables": "Stream/SetPageTables",
+    "close_pool": "Stream/ClosePool",
 }
 STREAM_RPCS = _TOKEN_RPCS | _SEQUENCE_RPCS
 """What requests of a stream are, by their fields."""
@@ -49,24 +52,26 @@ class StreamSession:
 
     Args:
         channel: the engine.
-        call: whose sequences the requests name, and whose RPC the bytes come from and go to.
+        call: whose RPC the bytes come from and go to.
+        tenant: whose sequences the requests name.
         log: told of every request that did not go well, as `Stream/AppendKeys` and so on.
         turns: of the loop.
 
     Attributes:
-        tenant: whose sequences the requests name.
+        call: as above.
+        tenant: as above.
         requests: requests so far, cancellations not counted.
         errors: how many of them were not answered OK.
-        refusal: what ended the stream, where that was a message which is none.
+        refusal: what ended the stream: a message which is none, or a caller who is not known any more.
     """
 
-    def __init__(self, channel: RingChannel, call: CallContext, log: RequestLog, turns: Turns) -> None:
-        self.tenant = call.tenant
+    def __init__(self, channel: RingChannel, call: CallContext, tenant: str, log: RequestLog, turns: Turns) -> None:
+        self.call = call
+        self.tenant = tenant
         self.requests = 0
         self.errors = 0
-        self.refusal: InvalidArgumentError | None = None
+        self.refusal: BlockdexError | None = None
         self._channel = channel
-        self._call = call
         self._log = log
         self._turns = turns
         limits = channel.limits
@@ -83,7 +88,7 @@ class StreamSession:
 
     async def run(self) -> None:
         """Writes events, and the answers as they finish, until no more requests come and none is in flight."""
-        write, outbox, events = self._call.context.write, self._outbox, self._events
+        write, outbox, events = self.call.context.write, self._outbox, self._events
         while True:
             while events:
                 await write(events.popleft())
@@ -111,6 +116,11 @@ class StreamSession:
         self._no_more = True
         self._wake_writer()
 
+    def refuse(self, error: BlockdexError) -> None:
+        """Reads no more, and ends the stream so once what is in flight is answered."""
+        self.refusal = error
+        self._reader.cancel()
+
     async def close(self) -> None:
         """Gives up whatever is still in flight; the peer is gone or has all its answers."""
         self._reader.cancel()
@@ -132,7 +142,7 @@ class StreamSession:
 
     def took(self, number: int, rpc: str, came_to: CameTo) -> None:
         """As `Caller.took`."""
-        self._log.took(rpc, "OK", came_to.received, self._call, came_to, number)
+        self._log.took(rpc, "OK", came_to.received, self.call, came_to, number)
 
     def failed(self, number: int, rpc: str, began: float, error: BlockdexError, came_to: CameTo | None) -> None:
         """As `Caller.failed`."""
@@ -140,7 +150,7 @@ class StreamSession:
             # Else it was refused before it was sent, perhaps for having another one's number.
             self._about_sequences.pop(number, None)
         self.errors += 1
-        self._log.answered(rpc, error, began, self._call, came_to, number)
+        self._log.answered(rpc, error, began, self.call, came_to, number)
         self.answered(number, pb.StreamResponse(request_id=number, error=status_of(error)).SerializeToString())
 
     def _wake_writer(self) -> None:
@@ -149,7 +159,7 @@ class StreamSession:
 
     async def _read(self) -> None:
         channel, tenant = self._channel, self.tenant
-        read, send, look, may_go = self._call.context.read, channel.send, channel.look, self._turns.may_go
+        read, send, look, may_go = self.call.context.read, channel.send, channel.look, self._turns.may_go
         try:
             while (message := await read()) is not grpc.aio.EOF:
                 if not may_go(tenant):
@@ -200,7 +210,7 @@ class StreamSession:
                 raise InvalidArgumentError(f"request {number}: is empty", Reason.EMPTY_REQUEST)
             self._send_again(kind, request)
         except Exception as fault:
-            error = as_blockdex_error(fault, rpc, f"{self._call.request_id}/{number}")
+            error = as_blockdex_error(fault, rpc, f"{self.call.request_id}/{number}")
             self.failed(number, rpc, began, error, None)
 
     def _send_again(self, kind: str, request: pb.StreamRequest) -> None:

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from blockdex.logs import LimitedLines
@@ -81,20 +82,27 @@ class _Connection(H11Protocol):
 
 
 class HttpServer:
-    """Serves an application on a socket that listens already; made and used on one asyncio loop."""
+    """Serves an application on a socket that listens already; made and used on one asyncio loop.
 
-    def __init__(self, app: FastAPI, listening: socket.socket) -> None:
-        self._server = _Uvicorn(
-            uvicorn.Config(
-                app,
-                http=_Connection,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                timeout_graceful_shutdown=_STOP_SECONDS,
-            )
+    Args:
+        app: the application.
+        listening: where.
+        tls: what connections are taken with; None where they are plain text.
+    """
+
+    def __init__(self, app: ASGIApp, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
+        config = uvicorn.Config(
+            app,
+            http=_Connection,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=_STOP_SECONDS,
         )
+        config.load()
+        config.ssl = tls
+        self._server = _Uvicorn(config)
         lines = logging.getLogger("uvicorn.error")
         if not any(isinstance(each, LimitedLines) for each in lines.filters):
             lines.addFilter(LimitedLines(_LINES_PER_SECOND))

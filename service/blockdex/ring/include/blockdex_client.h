@@ -385,6 +385,7 @@ struct blockdex_place {
  * With a place in a region `keys` or `queries` are read where they lie, and have a size alone; block ids and scores are
  * written to theirs before the answer comes, and are not in that. */
 struct blockdex_tokens {
+    uint64_t pool_id; /* 0: sequences; else `sequence_ids` are rows of that pool, whose one revision all of them name */
     uint32_t layer, num_spans;
     const uint64_t *sequence_ids;
     const int64_t *starts, *lengths;
@@ -398,7 +399,7 @@ struct blockdex_tokens {
 
 /* A server ends the link for numbers that mean nothing, so that they are refused here. */
 static inline bool blockdex_are_known(const struct blockdex_tokens *tokens, struct blockdex_error *error) {
-    const unsigned all = 2 * BLOCKDEX_RAW_SCORES - 1;
+    const unsigned all = 2 * BLOCKDEX_PAGES - 1;
     if (tokens->keys_dtype > BLOCKDEX_FP8_E4M3 || tokens->queries_dtype > BLOCKDEX_FP8_E4M3)
         return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_TENSOR",
                              "keys, queries: dtypes must be 0 to %d, got %u and %u", BLOCKDEX_FP8_E4M3,
@@ -416,6 +417,7 @@ static inline void blockdex_describe_tokens(const struct blockdex_tokens *tokens
     request->kind = BLOCKDEX_TOKENS;
     request->flags = tokens->flags;
     request->layer = tokens->layer;
+    request->sequence_id = tokens->pool_id;
     request->num_spans = tokens->num_spans;
     if (tokens->keys_dtype) {
         request->keys_dtype = tokens->keys_dtype;
@@ -469,9 +471,11 @@ static inline uint64_t blockdex_submit_tokens(struct blockdex_client *client, co
     return request.ticket;
 }
 
-/* A request about sequences, by its kind:
+/* A request about sequences or a pool, by its kind:
  * BLOCKDEX_OPEN: sequence_ids, and lease_seconds (NULL: the server's own) of num_sequences; BLOCKDEX_CLOSE: sequence_ids.
- * BLOCKDEX_GET: sequence_id. BLOCKDEX_FORK: sequence_id, child_id, length. BLOCKDEX_TRUNCATE: sequence_id, length. */
+ * BLOCKDEX_GET: sequence_id. BLOCKDEX_FORK: sequence_id, child_id, length. BLOCKDEX_TRUNCATE: sequence_id, length.
+ * BLOCKDEX_CREATE_POOL: its id, rows, blocks of a row and pages as sequence_id, num_sequences, child_id and length.
+ * BLOCKDEX_CLOSE_POOL: its id as sequence_id. */
 struct blockdex_sequences {
     uint16_t kind;
     uint32_t num_sequences;
@@ -482,14 +486,13 @@ struct blockdex_sequences {
 /* Fills a request's numbers; its payload is the columns of the sequences. */
 static inline void blockdex_describe_sequences(const struct blockdex_sequences *sequences,
                                                struct blockdex_request *request) {
-    const bool opens = sequences->kind == BLOCKDEX_OPEN, closes = sequences->kind == BLOCKDEX_CLOSE;
     memset(request, 0, sizeof *request);
     request->kind = sequences->kind;
-    request->num_spans = opens || closes ? sequences->num_sequences : 0;
+    request->num_spans = sequences->num_sequences;
     request->sequence_id = sequences->sequence_id;
     request->child_id = sequences->child_id;
     request->number = sequences->length;
-    request->payload_bytes = UINT64_C(8) * request->num_spans * (opens ? 2 : 1);
+    request->payload_bytes = UINT64_C(8) * request->num_spans * blockdex_num_columns(request->kind);
 }
 
 /* Sends a request about sequences, as blockdex_submit_tokens does. */
@@ -502,9 +505,43 @@ static inline uint64_t blockdex_submit_sequences(struct blockdex_client *client,
     if (!payload) return 0;
     const uint64_t column = UINT64_C(8) * request.num_spans;
     memset(payload, 0, request.payload_bytes);
-    if (column) memcpy(payload, sequences->sequence_ids, column);
+    if (request.payload_bytes) memcpy(payload, sequences->sequence_ids, column);
     if (request.payload_bytes > column && sequences->lease_seconds)
         memcpy(payload + column, sequences->lease_seconds, column);
+    blockdex_publish(client, &request);
+    return request.ticket;
+}
+
+/* Runs of cells of a pool's table: the i-th writes `counts[i]` cells of a row from a block on, with the next page numbers
+ * of the `num_page_ids`, which are as many as the counts add up to. */
+struct blockdex_page_tables {
+    uint64_t pool_id;
+    uint32_t num_runs, num_page_ids;
+    const uint32_t *rows, *first_blocks, *counts;
+    const int32_t *page_ids;
+};
+
+/* Sends cells to set, as blockdex_submit_tokens does tokens. */
+static inline uint64_t blockdex_submit_page_tables(struct blockdex_client *client,
+                                                   const struct blockdex_page_tables *tables, double timeout,
+                                                   struct blockdex_error *error) {
+    const uint64_t runs = tables->num_runs;
+    struct blockdex_request request;
+    memset(&request, 0, sizeof request);
+    request.kind = BLOCKDEX_SET_PAGE_TABLES;
+    request.sequence_id = tables->pool_id;
+    request.num_spans = tables->num_runs;
+    request.number = tables->num_page_ids;
+    request.payload_bytes = UINT64_C(8) * (3 * runs + tables->num_page_ids);
+    uint64_t *payload = (uint64_t *)(void *)blockdex_reserve(client, &request, timeout, error);
+    if (!payload) return 0;
+    for (uint64_t run = 0; run < runs; run++) {
+        payload[run] = tables->rows[run];
+        payload[runs + run] = tables->first_blocks[run];
+        payload[2 * runs + run] = tables->counts[run];
+    }
+    /* One below 0 is larger than any. */
+    for (uint64_t at = 0; at < tables->num_page_ids; at++) payload[3 * runs + at] = (uint64_t)tables->page_ids[at];
     blockdex_publish(client, &request);
     return request.ticket;
 }
@@ -640,6 +677,34 @@ static inline bool blockdex_truncate_sequence(struct blockdex_client *client, ui
                                               struct blockdex_error *error) {
     const struct blockdex_sequences truncate = {BLOCKDEX_TRUNCATE, 0, NULL, NULL, sequence_id, 0, length};
     return blockdex_call_sequences(client, &truncate, lengths, NULL, room, timeout, error);
+}
+
+/* Sets `num_pages` pages aside, which the caller numbers from 0, and a table of rows, of so many cells each, that name
+ * them. Creating a pool that is still as it was created is fine. */
+static inline bool blockdex_create_pool(struct blockdex_client *client, uint64_t pool_id, uint32_t num_pages,
+                                        uint32_t num_rows, uint32_t max_blocks, double timeout,
+                                        struct blockdex_error *error) {
+    const struct blockdex_sequences create = {BLOCKDEX_CREATE_POOL, num_rows, NULL, NULL, pool_id,
+                                              max_blocks,           num_pages};
+    return blockdex_call_sequences(client, &create, NULL, NULL, 0, timeout, error);
+}
+
+/* All cells are set, or, on any error, none. */
+static inline bool blockdex_set_page_tables(struct blockdex_client *client, const struct blockdex_page_tables *tables,
+                                            double timeout, struct blockdex_error *error) {
+    struct blockdex_result result;
+    const int64_t until = blockdex_until(blockdex_now(), timeout);
+    const uint64_t ticket = blockdex_submit_page_tables(client, tables, timeout, error);
+    if (!blockdex_finish(client, ticket, (double)(until - blockdex_now()) / 1e9, &result, error)) return false;
+    blockdex_release(client, ticket);
+    return true;
+}
+
+/* Closing what is closed is fine. */
+static inline bool blockdex_close_pool(struct blockdex_client *client, uint64_t pool_id, double timeout,
+                                       struct blockdex_error *error) {
+    const struct blockdex_sequences close = {BLOCKDEX_CLOSE_POOL, 0, NULL, NULL, pool_id, 0, 0};
+    return blockdex_call_sequences(client, &close, NULL, NULL, 0, timeout, error);
 }
 
 #endif

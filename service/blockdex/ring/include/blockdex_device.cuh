@@ -3,7 +3,7 @@
  * docs/ring.md, "Device channels", says what lies where. A host opens the channel; then, on one stream,
  *
  *   blockdex_ring_kernel<<<blocks, 256, 0, stream>>>(channel, call);          copies keys and queries in, and asks
- *   blockdex_wait_kernel<<<1, 256, 0, stream>>>(channel, ids, tokens, width, bound);    waits, and copies ids out
+ *   blockdex_wait_kernel<<<1, 256, 0, stream>>>(channel, answer, tokens, width, bound);   waits, and copies ids out
  *
  * Both can be captured in a CUDA graph and replayed: what `call` points to is read at the replay. A kernel of one's own
  * calls blockdex_ring or blockdex_wait, with all of its threads.
@@ -41,12 +41,12 @@ enum {
 /* Where a channel is: its memory on this GPU, its segment as this GPU finds it, and the offsets of their parts. */
 struct blockdex_channel {
     char *memory, *segment;
-    blockdex_u64 columns_at, token_places, keys, queries, block_ids;
+    blockdex_u64 columns_at, token_places, keys, queries, block_ids, scores;
     unsigned slots;
 };
 
-/* A request. Keys [rows, row_tokens, D], queries [rows, row_tokens, H, D], bfloat16; the bytes of a token of either, 0
- * for none. `ids` to `revisions` have a number a row, a row of length 0 is padding; `replays` is one number, added to
+/* A request. Keys [rows, row_tokens, D], queries [rows, row_tokens, H, D], of the dtypes that `kind` says; the bytes of a
+ * token of either, 0 for none. `wants_scores`: as the flags in `kind` say. `ids` to `revisions` have a number a row, a row of length 0 is padding; `replays` is one number, added to
  * each revision; both may be NULL. `kind`, `layer`, `heads`: words 1, 5 and 6 of the slot. `own_keys`, `own_queries`:
  * their offset in the channel's memory where they lie there, or -1. */
 struct blockdex_call {
@@ -54,8 +54,14 @@ struct blockdex_call {
     const long long *ids, *starts, *lengths, *revisions, *replays;
     blockdex_u64 kind, layer, heads;
     long long own_keys, own_queries;
-    unsigned key_bytes, query_bytes;
+    unsigned key_bytes, query_bytes, wants_scores;
     int rows, row_tokens;
+};
+
+/* Where an answer goes: [tokens, H * topk]; `scores` NULL for none. */
+struct blockdex_selection {
+    int *block_ids;
+    float *scores;
 };
 
 static __device__ inline blockdex_u64 blockdex_now() {
@@ -113,10 +119,11 @@ static __device__ inline void blockdex_write_request(const struct blockdex_chann
     word[12] = call.key_bytes * tokens;
     word[13] = call.query_bytes * tokens;
     word[14] = region * appends | region * selects << 32;
-    word[15] = region * selects;
+    word[15] = region * selects | (call.wants_scores ? region << 32 : 0);
     word[16] = appends * (packed && call.own_keys >= 0 ? (blockdex_u64)call.own_keys : channel.keys);
     word[17] = selects * (packed && call.own_queries >= 0 ? (blockdex_u64)call.own_queries : channel.queries);
     word[18] = selects * channel.block_ids;
+    word[19] = call.wants_scores ? channel.scores : 0;
 }
 
 /* Copies keys and queries into the channel's memory, packed, writes the request, and shows it to the core. */
@@ -188,18 +195,22 @@ static __device__ inline unsigned blockdex_await(const struct blockdex_channel &
     return error;
 }
 
-/* Waits until the last request is answered, with the threads of one block, and copies its block ids [tokens, width]
- * out: -1 for padding, and after an error. `bound` is in nanoseconds. */
-static __device__ inline void blockdex_wait(const struct blockdex_channel &channel, int *block_ids, int tokens,
-                                            int width, blockdex_u64 bound) {
+/* Waits until the last request is answered, with the threads of one block, and copies its answer [tokens, width] out:
+ * for padding, and after an error, ids of -1 and scores of -inf. `bound` is in nanoseconds. */
+static __device__ inline void blockdex_wait(const struct blockdex_channel &channel,
+                                            const struct blockdex_selection &answer, int tokens, int width,
+                                            blockdex_u64 bound) {
     __shared__ unsigned error;
     if (!threadIdx.x) error = blockdex_await(channel, bound);
     __syncthreads();
     const volatile int *places = (const volatile int *)(channel.memory + channel.token_places);
     const volatile int *ids = (const volatile int *)(channel.memory + channel.block_ids);
+    const volatile float *scores = (const volatile float *)(channel.memory + channel.scores);
     for (int at = threadIdx.x; at < tokens * width; at += blockDim.x) {
         const int place = error ? -1 : places[at / width];
-        block_ids[at] = place < 0 ? -1 : ids[(blockdex_u64)place * width + at % width];
+        const blockdex_u64 from = (blockdex_u64)(place < 0 ? 0 : place) * width + at % width;
+        answer.block_ids[at] = place < 0 ? -1 : ids[from];
+        if (answer.scores) answer.scores[at] = place < 0 ? __int_as_float(0xff800000) : scores[from];
     }
 }
 
@@ -207,9 +218,9 @@ extern "C" __global__ void blockdex_ring_kernel(struct blockdex_channel channel,
     blockdex_ring(channel, call);
 }
 
-extern "C" __global__ void blockdex_wait_kernel(struct blockdex_channel channel, int *block_ids, int tokens, int width,
-                                                blockdex_u64 bound) {
-    blockdex_wait(channel, block_ids, tokens, width, bound);
+extern "C" __global__ void blockdex_wait_kernel(struct blockdex_channel channel, struct blockdex_selection answer,
+                                                int tokens, int width, blockdex_u64 bound) {
+    blockdex_wait(channel, answer, tokens, width, bound);
 }
 
 #endif

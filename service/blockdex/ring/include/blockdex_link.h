@@ -27,7 +27,8 @@ enum {
     BLOCKDEX_ABORTED = 10,
     BLOCKDEX_OUT_OF_RANGE = 11,
     BLOCKDEX_INTERNAL = 13,
-    BLOCKDEX_UNAVAILABLE = 14
+    BLOCKDEX_UNAVAILABLE = 14,
+    BLOCKDEX_UNAUTHENTICATED = 16
 };
 
 /* Why something failed. `reason` is a word such as UNKNOWN_SEQUENCE; `message` says it in a sentence, and behind its
@@ -158,15 +159,19 @@ static inline bool blockdex_say_hello(int link, const char *tenant) {
 
 /* Waits for the greeting, and takes the files that come with it. */
 static inline bool blockdex_take_greeting(int link, int64_t until, int fds[3], struct blockdex_error *error) {
-    struct blockdex_greeting greeting = {0, 0, 0};
+    struct {
+        struct blockdex_greeting greeting;
+        char refusal[BLOCKDEX_MAX_REFUSAL_BYTES];
+    } said;
     union {
         struct cmsghdr header;
         char bytes[CMSG_SPACE(3 * sizeof(int))];
     } control;
-    struct iovec heard = {&greeting, sizeof greeting};
+    struct iovec heard = {&said, sizeof said};
     struct msghdr in;
     struct pollfd readable = {link, POLLIN, 0};
     size_t count = 0;
+    memset(&said, 0, sizeof said);
     memset(&in, 0, sizeof in);
     in.msg_iov = &heard;
     in.msg_iovlen = 1;
@@ -175,19 +180,22 @@ static inline bool blockdex_take_greeting(int link, int64_t until, int fds[3], s
     if (blockdex_poll_until(&readable, 1, until) <= 0)
         return blockdex_fail(error, BLOCKDEX_DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "link: no greeting in time");
     const ssize_t got = recvmsg(link, &in, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-    if (got <= 0)
-        return blockdex_fail(error, BLOCKDEX_UNAVAILABLE, "UNREACHABLE",
-                             "link: the server hung up; it lets in its own user alone");
+    if (got <= 0) return blockdex_fail(error, BLOCKDEX_UNAVAILABLE, "UNREACHABLE", "link: the server hung up");
     struct cmsghdr *files = CMSG_FIRSTHDR(&in);
     if (files && files->cmsg_level == SOL_SOCKET && files->cmsg_type == SCM_RIGHTS) {
         count = (files->cmsg_len - CMSG_LEN(0)) / sizeof(int);
         memcpy(fds, CMSG_DATA(files), count * sizeof(int));
     }
-    if (got == sizeof greeting && greeting.magic == BLOCKDEX_MAGIC && greeting.version != BLOCKDEX_VERSION)
+    const struct blockdex_greeting greeting = said.greeting;
+    const bool greets = got >= (ssize_t)sizeof greeting && greeting.magic == BLOCKDEX_MAGIC;
+    if (greets && greeting.version != BLOCKDEX_VERSION)
         return blockdex_fail(error, BLOCKDEX_FAILED_PRECONDITION, "UNREACHABLE",
                              "link: the server speaks version %u of the ring, this client %u", greeting.version,
                              BLOCKDEX_VERSION);
-    if (got != sizeof greeting || greeting.magic != BLOCKDEX_MAGIC || count != 3 || (in.msg_flags & MSG_CTRUNC))
+    if (greets && greeting.refusal_bytes)
+        return blockdex_fail(error, BLOCKDEX_UNAUTHENTICATED, "UNKNOWN_CREDENTIALS", "link: %.*s",
+                             (int)(got - (ssize_t)sizeof greeting), said.refusal);
+    if (!greets || count != 3 || (in.msg_flags & MSG_CTRUNC))
         return blockdex_fail(error, BLOCKDEX_INTERNAL, "INTERNAL", "link: what greets is no server of blockdex");
     return true;
 }
@@ -257,14 +265,14 @@ static inline bool blockdex_open_link(struct blockdex_client *client, const char
     return mapped;
 }
 
-/* Connects to the server that listens at a path (@NAME: an abstract socket). All requests are the tenant's, of 1 to 256
- * bytes. False with an error, and nothing is held then. */
+/* Connects to the server that listens at a path (@NAME: an abstract socket). All requests are the tenant's, of up to
+ * 256 bytes; "" is the one that the server knows this process by. False with an error, and nothing is held then. */
 static inline bool blockdex_connect(struct blockdex_client *client, const char *path, const char *tenant,
                                     double timeout, struct blockdex_error *error) {
     blockdex_init(client);
-    if (!*tenant || strlen(tenant) > BLOCKDEX_MAX_TENANT_BYTES)
+    if (strlen(tenant) > BLOCKDEX_MAX_TENANT_BYTES)
         return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_TENANT",
-                             "tenant: must have 1 to %u bytes, got %zu", BLOCKDEX_MAX_TENANT_BYTES, strlen(tenant));
+                             "tenant: must have at most %u bytes, got %zu", BLOCKDEX_MAX_TENANT_BYTES, strlen(tenant));
     if (!blockdex_open_link(client, path, tenant, timeout, error) || !blockdex_make_tables(client, error)) {
         blockdex_disconnect(client);
         return false;
@@ -326,7 +334,7 @@ static inline void blockdex_text_behind(const char *json, const char *name, char
     text[length] = 0;
 }
 
-/* Sends a question, a JSON object, with the files that come with it. */
+/* Sends a question with the files that come with it. */
 static inline bool blockdex_send_question(struct blockdex_client *client, const char *question, const int *files,
                                           size_t num_files) {
     uint32_t length = (uint32_t)strlen(question);
@@ -352,34 +360,10 @@ static inline bool blockdex_send_question(struct blockdex_client *client, const 
     return sendmsg(client->link, &out, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)(4 + length);
 }
 
-/* Waits for the reply to what was asked. */
-static inline bool blockdex_hear_reply(struct blockdex_client *client, char *reply, size_t room, double timeout,
-                                       struct blockdex_error *error) {
-    const int64_t until = blockdex_until(blockdex_now(), timeout);
-    client->reply = reply;
-    client->reply_room = room;
-    client->replies_due++;
-    while (client->reply && !client->over.code) {
-        struct pollfd link = {client->link, POLLIN, 0};
-        if (blockdex_poll_until(&link, 1, until) <= 0 || !blockdex_hear(client) || blockdex_now() > until) break;
-    }
-    const bool answered = !client->reply;
-    client->reply = NULL;
-    if (!answered && blockdex_is_over(client, error)) return false;
-    if (!answered)
-        return blockdex_fail(error, BLOCKDEX_DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "timeout: no answer within %g s",
-                             timeout);
-    if (client->reply_bytes >= room)
-        return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_LENGTH",
-                             "answer: has %zu bytes, there is room for %zu", client->reply_bytes, room - 1);
-    reply[client->reply_bytes] = 0;
-    return true;
-}
-
-/* Asks the server something (docs/ring.md), with up to four files, and waits for its reply, JSON text. */
-static inline bool blockdex_ask(struct blockdex_client *client, const char *question, const int *files,
-                                size_t num_files, char *reply, size_t room, double timeout,
-                                struct blockdex_error *error) {
+/* Asks the server something (docs/ring.md), a JSON object, with up to four files; its reply goes to `reply` as it is
+ * heard, by whatever uses the client meanwhile. One question at a time. */
+static inline bool blockdex_begin_question(struct blockdex_client *client, const char *question, const int *files,
+                                           size_t num_files, char *reply, size_t room, struct blockdex_error *error) {
     if (blockdex_is_over(client, error)) return false;
     if (num_files > 4 || !room)
         return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_LENGTH",
@@ -389,18 +373,51 @@ static inline bool blockdex_ask(struct blockdex_client *client, const char *ques
         blockdex_is_over(client, error);
         return false;
     }
-    if (!blockdex_hear_reply(client, reply, room, timeout, error)) return false;
+    client->reply = reply;
+    client->reply_room = room;
+    client->replies_due++;
+    return true;
+}
+
+/* What a refusal beside the ring says. */
+static inline void blockdex_read_failure(const char *reply, struct blockdex_error *error) {
+    const uint64_t code = blockdex_number_behind(reply, "\"code\":");
+    if (!error) return;
+    memset(error, 0, sizeof *error);
+    error->code = BLOCKDEX_UNAVAILABLE;
+    if (code) error->code = (uint32_t)code;
+    blockdex_text_behind(reply, "\"reason\":\"", error->reason, sizeof error->reason);
+    blockdex_text_behind(reply, "\"failed\":\"", error->message, sizeof error->message);
+    error->message_bytes = (uint32_t)strlen(error->message) + 1;
+}
+
+/* The reply that came to a question, in its room: whether it is an answer. */
+static inline bool blockdex_end_question(struct blockdex_client *client, char *reply, struct blockdex_error *error) {
+    if (client->reply_bytes >= client->reply_room)
+        return blockdex_fail(error, BLOCKDEX_INVALID_ARGUMENT, "INVALID_LENGTH",
+                             "answer: has %zu bytes, there is room for %zu", client->reply_bytes,
+                             client->reply_room - 1);
+    reply[client->reply_bytes] = 0;
     if (strncmp(reply, "{\"failed\"", 9)) return true;
-    if (error) {
-        const uint64_t code = blockdex_number_behind(reply, "\"code\":");
-        memset(error, 0, sizeof *error);
-        error->code = BLOCKDEX_UNAVAILABLE;
-        if (code) error->code = (uint32_t)code;
-        blockdex_text_behind(reply, "\"reason\":\"", error->reason, sizeof error->reason);
-        blockdex_text_behind(reply, "\"failed\":\"", error->message, sizeof error->message);
-        error->message_bytes = (uint32_t)strlen(error->message) + 1;
-    }
+    blockdex_read_failure(reply, error);
     return false;
+}
+
+/* Asks the server something, and waits for its reply, JSON text. */
+static inline bool blockdex_ask(struct blockdex_client *client, const char *question, const int *files,
+                                size_t num_files, char *reply, size_t room, double timeout,
+                                struct blockdex_error *error) {
+    const int64_t until = blockdex_until(blockdex_now(), timeout);
+    if (!blockdex_begin_question(client, question, files, num_files, reply, room, error)) return false;
+    while (client->reply && !client->over.code) {
+        struct pollfd link = {client->link, POLLIN, 0};
+        if (blockdex_poll_until(&link, 1, until) <= 0 || !blockdex_hear(client) || blockdex_now() > until) break;
+    }
+    const bool replied = !client->reply;
+    client->reply = NULL;
+    if (replied) return blockdex_end_question(client, reply, error);
+    return !blockdex_is_over(client, error) && blockdex_fail(error, BLOCKDEX_DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED",
+                                                             "timeout: no answer within %g s", timeout);
 }
 
 /* What the server is: `{"answer": {"spec": ..., "limits": ..., "epoch": ..., ...}}`, without spaces. */

@@ -38,6 +38,7 @@ using std::memory_order_seq_cst;
 #define BLOCKDEX_SLOT_BYTES 256u
 #define BLOCKDEX_MAX_SLOTS (1u << 24)
 #define BLOCKDEX_MAX_TENANT_BYTES 256u
+#define BLOCKDEX_MAX_REFUSAL_BYTES 512u
 
 enum {
     BLOCKDEX_OPEN = 1,
@@ -46,24 +47,34 @@ enum {
     BLOCKDEX_TRUNCATE,
     BLOCKDEX_CLOSE,
     BLOCKDEX_TOKENS,
-    BLOCKDEX_CANCEL
+    BLOCKDEX_CANCEL,
+    BLOCKDEX_CREATE_POOL,
+    BLOCKDEX_SET_PAGE_TABLES,
+    BLOCKDEX_CLOSE_POOL
 };
 enum { BLOCKDEX_BF16 = 1, BLOCKDEX_FP16, BLOCKDEX_FP32, BLOCKDEX_FP8_E4M3 };
 enum { BLOCKDEX_ASCENDING = 1, BLOCKDEX_SCORE };
-enum { BLOCKDEX_RETURN_SCORES = 1, BLOCKDEX_WAIT_FOR_KEYS = 2, BLOCKDEX_ROLLBACK = 4, BLOCKDEX_RAW_SCORES = 8 };
+enum {
+    BLOCKDEX_RETURN_SCORES = 1,
+    BLOCKDEX_WAIT_FOR_KEYS = 2,
+    BLOCKDEX_ROLLBACK = 4,
+    BLOCKDEX_RAW_SCORES = 8,
+    BLOCKDEX_PAGES = 16
+};
 enum { BLOCKDEX_APPEND = 1, BLOCKDEX_DECODE, BLOCKDEX_PREFILL, BLOCKDEX_SEQUENCE };
 enum { BLOCKDEX_HAS_BLOCK_IDS = 1, BLOCKDEX_HAS_SCORES = 2, BLOCKDEX_HAS_LENGTHS = 4, BLOCKDEX_IS_STATE = 8 };
 
-/* What a client says first, the tenant behind it; no tenant: every request names its own. */
+/* What a client says first, the tenant behind it; no tenant: its own, or, of a frontend, every request names one. */
 struct blockdex_hello {
     uint64_t magic;
     uint32_t version, tenant_bytes;
 };
 
-/* What the engine answers; with it come the segment and the two wake-up sockets, unless the versions differ. */
+/* What the engine answers; with it come the segment and the two wake-up sockets, unless the versions differ, or why there
+ * is no link stands behind it. */
 struct blockdex_greeting {
     uint64_t magic;
-    uint32_t version, reserved;
+    uint32_t version, refusal_bytes;
 };
 
 struct blockdex_header {
@@ -131,6 +142,21 @@ struct blockdex_segment {
 
 /* The next multiple of 64: tensors and payloads begin at one. */
 static inline uint64_t blockdex_aligned(uint64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* Whether a kind is about the life of sequences or pools. */
+static inline bool blockdex_is_lifecycle(uint16_t kind) {
+    return (kind >= BLOCKDEX_OPEN && kind <= BLOCKDEX_CLOSE) ||
+           (kind >= BLOCKDEX_CREATE_POOL && kind <= BLOCKDEX_CLOSE_POOL);
+}
+
+/* Columns of N numbers that a request of a kind carries behind its tenant. */
+static inline unsigned blockdex_num_columns(uint16_t kind) {
+    return kind == BLOCKDEX_TOKENS            ? 4
+           : kind == BLOCKDEX_OPEN            ? 2
+           : kind == BLOCKDEX_CLOSE           ? 1
+           : kind == BLOCKDEX_SET_PAGE_TABLES ? 3
+                                              : 0;
+}
 
 /* Where the parts of a token request begin in its payload, and how long that is: what lies in a region is not in it. */
 struct blockdex_parts {

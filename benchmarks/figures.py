@@ -1,4 +1,4 @@
-"""A figure of the service benchmark, beside its target."""
+"""A figure of a benchmark, beside its target."""
 
 from __future__ import annotations
 

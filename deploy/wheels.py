@@ -1,0 +1,106 @@
+"""Makes what is released, from the last commit, and checks it: `make wheels`.
+
+| file in `dist` | for |
+|---|---|
+| `*-cp311-abi3-manylinux_2_28_x86_64.whl`, `..._aarch64.whl` | Linux, any CPython from 3.11 on: needs no compiler |
+| `*-py3-none-any.whl` | the client anywhere else: without shared memory and server |
+| `*.tar.gz` | the sources |
+
+One compiler makes them for both machines, so that a commit gives the same bytes wherever it is built: twice, here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DIST = REPOSITORY / "dist"
+MACHINES = ("x86_64", "aarch64")
+GLIBC = "2.28"
+
+
+class WheelError(Exception):
+    """Something that may not be released: one line that says why."""
+
+
+def main() -> None:
+    """Makes and checks the files; ends with a traceback where one is not as it should be."""
+    shutil.rmtree(DIST, ignore_errors=True)
+    build(DIST)
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder))
+        for path in sorted(DIST.iterdir()):
+            if digest(path) != digest(Path(folder, path.name)):
+                raise WheelError(f"{path.name}: built again it has other bytes")
+    for machine in MACHINES:
+        (wheel,) = DIST.glob(f"*_{machine}.whl")
+        check_platform(wheel, f"manylinux_{GLIBC.replace('.', '_')}_{machine}")
+    run("twine", "check", "--strict", *map(str, DIST.iterdir()))
+    for path in sorted(DIST.iterdir()):
+        print(digest(path), path.name)
+
+
+def build(output: Path) -> None:
+    """Writes the wheels and the sources of the last commit into a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Not in the checkout: what is compiled there is this machine's, and in use.
+        archived = subprocess.run(["git", "archive", "HEAD"], cwd=REPOSITORY, check=True, capture_output=True)  # noqa: S607
+        with tarfile.open(fileobj=io.BytesIO(archived.stdout)) as files:
+            files.extractall(folder, filter="data")
+        for machine in MACHINES:
+            compiler = f"{sys.executable} -m ziglang cc -target {machine}-linux-gnu.{GLIBC} -g0 -s"
+            platform = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
+            hatch(folder, output, "wheel", CC=f"{compiler} -ffile-prefix-map={folder}=.", BLOCKDEX_WHEEL=platform)
+            Path(folder, "service", "blockdex", "_native.abi3.so").unlink()
+        hatch(folder, output, "wheel", BLOCKDEX_WHEEL="any")
+        hatch(folder, output, "sdist")
+
+
+def hatch(folder: str, output: Path, target: str, **variables: str) -> None:
+    """Has hatchling build a target of the sources in a folder."""
+    when = subprocess.run(
+        ["git", "log", "-1", "--format=%ct"],  # noqa: S607
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    environment = os.environ | variables | {"SOURCE_DATE_EPOCH": when.stdout.strip()}
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(output)]
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+
+
+def check_platform(wheel: Path, platform: str) -> None:
+    """Holds a wheel to the platform of its name.
+
+    Raises:
+        WheelError: it asks for more than that platform has.
+    """
+    told = " ".join(run("auditwheel", "show", str(wheel)).split())
+    if f'consistent with the following platform tag: "{platform}"' not in told:
+        raise WheelError(f"{wheel.name}: not {platform}: {told}")
+
+
+def run(program: str, *arguments: str) -> str:
+    """What a program of this environment prints."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name(program), *arguments], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
