@@ -15,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -67,6 +68,8 @@ def process(*command: str, ready: str, seconds: float = _START_SECONDS) -> Itera
             for line in running.stdout:
                 said.append(line)
                 if match := re.search(ready, line):
+                    # What it says later is read on, or a full pipe would hold it up.
+                    threading.Thread(target=list, args=(running.stdout,), daemon=True).start()
                     yield match
                     break
                 if time.monotonic() > deadline:

@@ -48,14 +48,22 @@ class Served:
 
     def prefill_seconds(self) -> tuple[float, float]:
         """Seconds that prefills took on the device since the start, as the server's metrics tell, and their queries."""
+        samples = self._samples()
+        return samples["blockdex_device_seconds_total", "prefill"], samples["blockdex_tokens_total", "prefill"]
+
+    def answered(self, rpc: str) -> float:
+        """Requests of an RPC that were answered well since the start."""
+        return self._samples().get(("blockdex_requests_total", "OK", rpc), 0.0)
+
+    def _samples(self) -> dict[tuple[str, ...], float]:
+        """What the server's metrics say, by the name and the sorted labels of each sample."""
         with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=_ANSWER_SECONDS) as response:
             text = response.read().decode()
-        samples = {
+        return {
             (sample.name, *sorted(sample.labels.values())): sample.value
             for family in text_string_to_metric_families(text)
             for sample in family.samples
         }
-        return samples["blockdex_device_seconds_total", "prefill"], samples["blockdex_tokens_total", "prefill"]
 
 
 @contextlib.contextmanager
@@ -64,7 +72,6 @@ def served(device: str, layers: int, cache_bytes: str, frontends: int, *more: st
     flags = (
         *("--processes=split", f"--frontends={frontends}", f"--device={device}", f"--num-layers={layers}"),
         *(f"--cache-bytes={cache_bytes}", "--grpc-address=127.0.0.1:0", "--http-address=127.0.0.1:0"),
-        # Nobody reads on after the start, and a full pipe would hold the server up.
         *("--log-format=json", "--slow-request-seconds=86400", *more),
     )
     command = (sys.executable, "-m", "blockdex", "serve", *flags)

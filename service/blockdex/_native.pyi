@@ -194,6 +194,8 @@ class Core:
     @property
     def looked(self) -> float: ...
     @property
+    def contended(self) -> bool: ...
+    @property
     def queued(self) -> int: ...
     @property
     def waiting(self) -> int: ...
@@ -256,6 +258,9 @@ class Core:
         Raises:
             ValueError: sizes that do not go together, or requests are there that name another cache's sequences.
         """
+
+    def weight(self, tenant: int, /) -> float:
+        """The weight of a tenant that has requests, by its number."""
 
     def set_epoch(self, epoch: int, /) -> None:
         """The cache's epoch."""
@@ -361,8 +366,8 @@ RPC, `received` of its request's slot, the answer's slot, its payload, and the r
 class ClientLink:
     """The frontend's side of a ring, on one thread: slots, tickets, the requests' arena, the answers'.
 
-    Requests of one caller are sent in their order. What there is no room for waits, and all that comes behind it;
-    what is long is copied slice by slice, beside which others' requests are sent. Both go on with `flush`.
+    Requests of one caller are sent in their order. What there is no room for waits, and all of its tenant that comes
+    behind it; what is long is copied slice by slice, beside which others' requests are sent. Both go on with `flush`.
 
     RPCs are numbers: 0 AppendKeys, 1 SelectBlocks, 2 AppendAndSelect, 3 to 5 the same over a stream, then those about
     sequences.
@@ -401,6 +406,9 @@ class ClientLink:
     @property
     def waiting(self) -> int:
         """Requests that somebody waits for."""
+
+    def may_begin(self, tenant: str, size: int, /) -> bool:
+        """Whether a tenant's share lets it have one more request in flight, of so many bytes."""
 
     def send(self, caller: object, rpc: int, tenant: str, timeout: float, message: bytes, /) -> int | Refusal:
         """Takes a token request as it came off the wire; `rpc` is 0 to 3, 3 for one of a stream.
@@ -661,3 +669,11 @@ class RingConnection:
 
     def close(self) -> None:
         """Gives everything back; what was in flight is unknown."""
+
+def set_weight(tenant: str, weight: float, /) -> None:
+    """What a tenant weighs in this process, instead of 1: its share of room and time, beside those of others.
+    To be called before requests come.
+
+    Raises:
+        ValueError: the weight is not above 0.
+    """

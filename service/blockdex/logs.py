@@ -48,6 +48,21 @@ class RateLimit:
         return withheld
 
 
+class LimitedLines(logging.Filter):
+    """Lets so many lines of another library's logger through in each second; they say how many it was more."""
+
+    def __init__(self, lines_per_second: int) -> None:
+        super().__init__()
+        self._limit = RateLimit(lines_per_second)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is logged."""
+        allowed = self._limit.allows(time.monotonic())
+        if allowed:
+            setattr(record, _FIELDS, {"withheld": self._limit.withheld()})
+        return allowed
+
+
 def configure_logging(log_format: LogFormat, level: str) -> None:
     """Sends every logger of the process to stderr, one line a record.
 

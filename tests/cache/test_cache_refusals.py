@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 
 from blockdex.cache import IndexCache
-from blockdex.contract.errors import BlockdexError, Code, Reason
+from blockdex.contract.errors import BlockdexError, Code, Reason, ResourceExhaustedError
 from blockdex_kernels import IndexSpec
 from support.admission import append, select
 from support.cache_state import Clock, snapshot
@@ -284,3 +285,29 @@ def test_refused_calls_do_not_refresh_the_lease() -> None:
     append(cache, "red", 0, (2, 0, 1))
     with pytest.raises(BlockdexError, match="sequence 1: unknown"):
         cache.get_sequence("red", 1)
+
+
+def test_a_tenant_has_so_many_sequences_open() -> None:
+    clock = Clock()
+    cache = IndexCache(SPEC, 8, default_lease_seconds=10, max_tenant_sequences=3, clock=clock)
+    cache.open_sequences("a", {1: 0, 2: 0})
+    words = "sequences: a tenant may have 3 open, it has 2 and asks for 2 more"
+    with pytest.raises(ResourceExhaustedError, match=words):
+        cache.open_sequences("a", {1: 0, 3: 0, 4: 0})
+    assert len(cache._sequences) == 2, "all or none"
+    cache.fork_sequence("a", 1, 3, 0)
+    with pytest.raises(ResourceExhaustedError, match="it has 3 and asks for 1 more"):
+        cache.fork_sequence("a", 1, 4, 0)
+    cache.open_sequences("b", {1: 0, 2: 0, 3: 0})
+    cache.open_sequences("a", {1: 0, 2: 0, 3: 0})
+    cache.close_sequences("a", [2])
+    cache.open_sequences("a", {4: 0})
+    # Those that nobody used within their lease make room, a few looked at each time that somebody asks.
+    clock.now += 11
+    cache.begin_batch()
+    for _ in range(64):
+        with contextlib.suppress(ResourceExhaustedError):
+            cache.open_sequences("a", {5: 0, 6: 0, 7: 0})
+            break
+    assert cache._sequences.counts["a"] == 3
+    assert cache.get_sequence("a", 7).lengths.max() == 0

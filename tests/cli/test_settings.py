@@ -108,6 +108,8 @@ SAMPLES = {
     "max_spans": "9",
     "max_queued_requests": "9",
     "max_stream_requests": "9",
+    "max_tenant_sequences": "9",
+    "tenant_weights": "engine=a=2,b=0.5",
     "max_wait_seconds": "0.5",
     "max_link_regions": "9",
     "max_link_region_bytes": "1MiB",
@@ -139,6 +141,17 @@ def test_every_setting_is_read_from_all_three_places(
     )
     monkeypatch.setenv(f"BLOCKDEX_{name.upper()}", value)
     assert load_settings([]) == by_flag
+
+
+def test_weights_are_by_tenant() -> None:
+    assert load_settings(["--tenant-weights", "engine=a=2,b=0.5"]).weights == {"engine=a": 2.0, "b": 0.5}
+    assert load_settings([]).weights == {}
+
+
+@pytest.mark.parametrize("value", ["a", "a=", "=2", "a=0", "a=-1", "a=nan", "a=inf", "a=2,,b=1"])
+def test_weights_that_are_none_are_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="--tenant-weights: must be tenants and what they weigh"):
+        load_settings([f"--tenant-weights={value}"])
 
 
 def test_the_samples_cover_every_setting() -> None:

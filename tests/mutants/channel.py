@@ -118,7 +118,7 @@ MUTANTS = (
     Mutant(
         "requests that nobody waits for are taken",
         _REQUEST,
-        "        if (atomic_load_explicit(&link->header->channel_error, memory_order_acquire)) return NULL;\n",
+        "        if (atomic_load_explicit(&link->header->channel_error, memory_order_acquire)) return;\n",
         "",
         _IN_CORE,
     ),

@@ -114,7 +114,7 @@ MUTANTS = (
     Mutant(
         "who comes later takes the room that others wait for",
         _OUTBOX,
-        "!self->outbox.unplaced && place(",
+        "!share_of(self, outgoing)->unplaced && place(",
         "place(",
         ("ring/test_client.py::test_nothing_overtakes_what_waits_for_room", *_LINK),
     ),
@@ -197,5 +197,19 @@ MUTANTS = (
         "    return !tensor->present || tensor->dtype == dtype;\n",
         "    return tensor->present || dtype;\n",
         ("client/test_tensors.py::test_an_answer_of_another_shape_is_not_believed",),
+    ),
+    Mutant(
+        "a tenant may have all that there is",
+        "csrc/tenants.h",
+        "return has < TENANTS_SHARE * weight * left;",
+        "return left > 0 || has < TENANTS_SHARE * weight * left;",
+        ("ring/test_link_room.py", "scheduler/test_core_turns.py"),
+    ),
+    Mutant(
+        "what waits for room holds up other tenants",
+        "csrc/ring/client_outbox.c",
+        "            at = &outgoing->next;\n            continue;\n        }\n        write_some",
+        "            break;\n        }\n        write_some",
+        ("ring/test_link_room.py",),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -11,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.ring_messages import TokenAnswer, TokenRequest
-from blockdex._native import MORE_TO_COPY, NOTHING_LEFT, QUEUED, SENT, WAITS_FOR_ROOM
+from blockdex._native import MORE_TO_COPY, NOTHING_LEFT, QUEUED, SENT, WAITS_FOR_ROOM, set_weight
 from blockdex.contract.errors import Reason
 from blockdex.ring import layout
 from blockdex.ring.caller import STREAM
 from blockdex.ring.layout import AT, aligned
 from blockdex.v1 import indexer_pb2 as pb
-from support.client_link import LARGE, ME, ROOMY, SLOTS, Core, append, check_sent, in_stream, large, opened
+from support.client_link import LARGE, ME, ROOMY, SLOTS, TENANT, Core, append, check_sent, in_stream, large, opened
 
 
 def fill(core: Core, count: int) -> list[Any]:
@@ -73,14 +74,51 @@ def test_who_finds_no_room_waits_and_says_the_same_later() -> None:
 
 
 def test_who_waits_too_long_is_given_up() -> None:
-    with opened(requests=128, max_waiting=100) as core:
-        assert fill(core, 3) == [SENT, QUEUED, QUEUED]
+    with opened(requests=2 * 128, max_waiting=100) as core:
+        assert fill(core, 4) == 2 * [SENT] + 2 * [QUEUED]
         assert core.link.overdue(60.0) == []
         late = core.link.overdue(0.0)
-        assert [(each[0], each[1], each[2]) for each in late] == [(ME, 1, 3), (ME, 2, 3)]
+        assert [(each[0], each[1], each[2]) for each in late] == [(ME, 2, 3), (ME, 3, 3)]
         assert all(each[7] == 128 for each in late), "bytes that there was no room for"
         assert core.link.flush() == NOTHING_LEFT
-        assert (core.written, core.link.waiting) == (1, 1)
+        assert (core.written, core.link.waiting) == (2, 2)
+
+
+def test_one_tenant_leaves_room_and_places_for_others() -> None:
+    with opened(requests=36 * 128, slots=64, max_waiting=54) as core:
+        greedy = [core.send(0, append().SerializeToString(), object(), "greedy") for _ in range(60)]
+        sent, queued = greedy.count(SENT), greedy.count(QUEUED)
+        assert (sent, queued) == (32, 16), "of 36 that there is room for, and of 54 that may wait"
+        number, code, reason, text = greedy[-1][1:]
+        assert (number, code, reason) == (0, 8, Reason.OVERLOADED)
+        assert text == "queue: the tenant's share of it is used up: 48 requests, 6144 bytes"
+        assert not core.link.may_begin("greedy", 0) and core.link.may_begin("modest", 4 * 128)
+        assert core.send(0, append().SerializeToString(), object(), "modest") == SENT, "what waits is another one's"
+        for _ in range(2):
+            core.answer(core.take().ticket, TokenAnswer(9))
+        assert len(core.link.take()) == 2
+        assert core.link.flush() == WAITS_FOR_ROOM and core.written == 34, "one less than before: another one asks too"
+
+
+def test_what_was_given_up_counts_until_it_is_answered() -> None:
+    with opened(requests=36 * 128, slots=64, max_waiting=9) as core:
+        for _ in range(8):
+            owner = object()
+            assert core.send(0, append().SerializeToString(), owner, "greedy") == SENT
+            assert core.link.give_up(owner, 0) is not None
+        assert core.link.waiting == 0
+        many = [core.send(0, append().SerializeToString(), object(), "greedy") for _ in range(64)]
+        assert SENT in many and many[-1][3] == Reason.OVERLOADED
+
+
+def test_weights_are_shares_of_room() -> None:
+    set_weight("heavy", 2.0)
+    with opened(requests=1 << 20, slots=256, max_waiting=170) as core:
+        counts = {}
+        for tenant in ("light", "heavy"):
+            became = [core.send(0, append().SerializeToString(), object(), tenant) for _ in range(170)]
+            counts[tenant] = became.count(SENT)
+    assert counts == {"light": 152, "heavy": 17}, "eight ninths of all, then sixteen seventeenths of what was left"
 
 
 def test_long_requests_are_copied_in_slices_beside_those_of_others() -> None:
@@ -173,6 +211,7 @@ ARENA = 4096
 def test_extents_never_overlap_and_all_room_comes_back(steps: list[tuple[bool, int, int]]) -> None:
     with opened(requests=ARENA, slots=256, max_waiting=200) as core:
         taken: dict[int, tuple[int, int]] = {}
+        numbers = itertools.count()
 
         def give_back(offset: int) -> None:
             core.answer(taken.pop(offset)[0], TokenAnswer(9))
@@ -187,7 +226,9 @@ def test_extents_never_overlap_and_all_room_comes_back(steps: list[tuple[bool, i
             edges = [0, *(edge for extent in used for edge in extent), ARENA]
             holes = [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if end - begin >= wanted]
             owner = object()
-            became = core.send(0, append(size).SerializeToString(), owner)
+            # A tenant of its own, who may have any room that there is.
+            tenant = f"{next(numbers):0{len(TENANT)}}"
+            became = core.send(0, append(size).SerializeToString(), owner, tenant)
             assert became == (SENT if holes else QUEUED)
             if holes:
                 ticket, offset = core.take().ticket, core.numbers(core.written - 1).payload_offset

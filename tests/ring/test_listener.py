@@ -23,7 +23,9 @@ from blockdex.ring.events import Event, NewEpoch, SequencesEvicted, event_of
 from blockdex.ring.handshake import Handles, Peer, listen, take
 from blockdex.ring.layout import GREETING_STRUCT, HELLO_STRUCT, MAGIC, VERSION
 from blockdex.ring.listener import RingHost
+from blockdex.ring.regions import Offer, Region
 from blockdex.ring.segment import RingError, Segment, Sizes
+from blockdex.scheduler.loop import Engine
 from support.ring_engine import Hosted, hosted
 from support.running_engine import TIMEOUT, open_sequence
 
@@ -330,3 +332,69 @@ async def test_who_is_known_no_more_is_hung_up(monkeypatch: pytest.MonkeyPatch) 
             assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connected, 1), TIMEOUT) == b""
             handles.close()
         await run.ask(open_sequence(1))
+
+
+BAD_WORDS = [
+    b'{"share": {}}',
+    b'{"share": "memfd", "bytes": 1e999}',
+    b'{"share": "cuda_ipc", "handle": {}, "device": []}',
+    b'{"release": []}',
+    b'{"release": 1e999}',
+    b'{"open_channel": "memfd", "bound_seconds": "x", "epoch": {}}',
+    b'{"close_channel": 18446744073709551617}',
+    b'{"ask": "overview", "max_cells": -1}',
+    b'{"ask": "overview", "max_cells": 340282366920938463463374607431768211456}',
+    b'{"ask": {"ask": []}}',
+    b'{"\\ud800": "\\udfff", "share": "\\ud800"}',
+    b'{"answer": {}}',
+    b"[" * 100_000,
+    b"{}",
+    b"\xff\xff",
+    b"",
+]
+
+
+async def test_bad_words_end_in_an_answer_or_the_link_and_leave_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    loop = asyncio.get_running_loop()
+    async with hosted() as run:
+        async with linked(run, "tenant"):
+            pass
+        await eventually(lambda: len(run.inbox._links) == 1)
+        await asyncio.sleep(0.2)
+        before = files() + 1  # a pool's thread may open one
+        for words in BAD_WORDS:
+            async with linked(run, "tenant") as (connected, _):
+                extra = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]
+                said = len(words).to_bytes(talk.LENGTH_BYTES, "little") + words
+                socket.send_fds(connected, [said], extra)
+                for file in extra:
+                    os.close(file)
+                heard = await asyncio.wait_for(loop.sock_recv(connected, 1 << 16), TIMEOUT)
+                assert not heard or isinstance(json.loads(heard[talk.LENGTH_BYTES :]), dict)
+                with contextlib.suppress(ConnectionError):
+                    await loop.sock_sendall(connected, b"\xff\xff\xff\xff")
+                    assert await asyncio.wait_for(loop.sock_recv(connected, 1 << 16), TIMEOUT) == b""
+            began = time.monotonic()
+            await eventually(lambda: files() <= before)
+            assert time.monotonic() - began < 1.0, "at once"
+        await run.ask(open_sequence(1))
+        gc.collect()
+    assert "never retrieved" not in caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_fault_of_what_opens_regions_ends_the_link_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(engine: Engine, offer: Offer) -> Region:
+        raise RuntimeError("a fault of the driver, made for this test")
+
+    monkeypatch.setattr(Engine, "open_region", fails)
+    async with hosted() as run:
+        async with linked(run, "tenant") as (connected, _):
+            words = b'{"share": "cuda_ipc", "handle": "' + b"00" * 64 + b'"}'
+            await asyncio.get_running_loop().sock_sendall(connected, len(words).to_bytes(4, "little") + words)
+            assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connected, 1), TIMEOUT) == b""
+        await run.ask(open_sequence(1))
+        gc.collect()
+    assert "never retrieved" not in caplog.text and "link broken" in caplog.text

@@ -13,6 +13,7 @@ import torch
 from benchmarks.ring_messages import Request
 from blockdex.contract.errors import BlockdexError, Code, Reason
 from blockdex.ring.events import NewEpoch
+from blockdex.scheduler.loop import Engine
 from support.cache_state import check_integrity, snapshot
 from support.running_engine import (
     LIMITS,
@@ -114,6 +115,23 @@ async def test_a_fault_begins_a_new_epoch(random: np.random.Generator, phase: Ph
         await run.ask(open_sequence(A, epoch=info.epoch))
         both = tokens(0, [(A, 0, 9)], keys=keys_of(random, 9), queries=queries_of(random, 9), epoch=info.epoch)
         assert (await run.select(both)).max() == 1
+
+
+async def test_what_fails_at_once_again_and_again_rests_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(engine: Engine) -> float:
+        raise RuntimeError("a fault of the loop, made for this test")
+
+    async with running() as run:
+        with monkeypatch.context() as patched:
+            patched.setattr(Engine, "_patience", fails)
+            run.engine._core.notice()
+            await asyncio.sleep(0.6)
+        faults = run.engine.stats().faults
+        assert 3 <= faults <= 8, "after 0, 0.04, 0.08, 0.16 and 0.32 s"
+        await asyncio.sleep(0.7)
+        epoch = run.engine.info().epoch
+        await run.ask(open_sequence(A))
+        assert (run.engine.info().epoch, run.engine.stats().faults) == (epoch, faults)
 
 
 async def test_an_idle_engine_sleeps(random: np.random.Generator) -> None:

@@ -87,9 +87,9 @@ class Core:
         self.answered += 1
         self.segment.counters[AT["answers_written"] // 8] = self.answered
 
-    def send(self, rpc: int, message: bytes, owner: object = ME) -> Any:
-        """As `ClientLink.send`, of one tenant and with one timeout."""
-        return self.link.send(owner, rpc, TENANT, 7.0, message)
+    def send(self, rpc: int, message: bytes, owner: object = ME, tenant: str = TENANT) -> Any:
+        """As `ClientLink.send`, with one timeout."""
+        return self.link.send(owner, rpc, tenant, 7.0, message)
 
     def ask(self, owner: object = ME, number: int = 0) -> Any:
         """Asks for the state of a sequence."""

@@ -127,9 +127,11 @@ def refusal_of(error: Any) -> Refusal:
 
 def refusal_of_status(status: status_pb2.Status) -> Refusal:
     """What a request of a stream failed with."""
-    (detail,) = status.details
+    detail, *hints = status.details
     info = error_details_pb2.ErrorInfo()
     assert detail.Unpack(info)
+    assert len(hints) == (info.reason in {"OVERLOADED", "OUT_OF_PAGES"}), "when to try again"
+    assert all(hint.Unpack(error_details_pb2.RetryInfo()) for hint in hints)
     (code,) = [code.name for code in grpc.StatusCode if code.value[0] == status.code]
     return Refusal(code, info.reason, info.domain, status.message)
 

@@ -77,12 +77,14 @@ class IndexCache:
         *,
         default_lease_seconds: float = 600.0,
         max_lease_seconds: float = math.inf,
+        max_tenant_sequences: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
         self.epoch = secrets.randbelow(2**64 - 1) + 1
         self._default_lease_seconds = default_lease_seconds
         self._max_lease_seconds = max_lease_seconds
+        self._max_tenant_sequences = max_tenant_sequences
         self._clock = clock
         self._pool = PagePool(num_pages)
         self._sequences = Sequences(spec.num_layers)
@@ -104,14 +106,17 @@ class IndexCache:
         Raises:
             InvalidArgumentError: INVALID_SPANS, of the first whose lease is longer than any may be.
             AlreadyExistsError: SEQUENCE_EXISTS, of the first that has tokens or a revision.
+            ResourceExhaustedError: OVERLOADED, the tenant would have more open than it may.
         """
-        sequences, now = self._sequences, self._clock()
+        sequences, now, more = self._sequences, self._clock(), 0
         for sequence_id, seconds in leases.items():
             if seconds > self._max_lease_seconds:
                 raise _too_long_a_lease(sequence_id, seconds, self._max_lease_seconds)
             entry = sequences.find(tenant, sequence_id)
             if entry is not None and (sequences.lengths[:, entry].any() or sequences.revisions[:, entry].any()):
                 raise _exists(sequence_id)
+            more += entry is None
+        self._check_count(tenant, more, now)
         for sequence_id, seconds in leases.items():
             lease, entry = seconds or self._default_lease_seconds, sequences.find(tenant, sequence_id)
             if entry is None:
@@ -140,11 +145,12 @@ class IndexCache:
         Raises:
             NotFoundError: UNKNOWN_SEQUENCE, the parent.
             AlreadyExistsError: SEQUENCE_EXISTS, the child.
-            ResourceExhaustedError: OUT_OF_PAGES.
+            ResourceExhaustedError: OUT_OF_PAGES; or OVERLOADED, the tenant would have more open than it may.
         """
         sequences, pool, block_size = self._sequences, self._pool, self.spec.block_size
         parent = self._entry(tenant, parent_id)
         self._check_absent(tenant, child_id)
+        self._check_count(tenant, 1, self._clock())
         lengths = np.minimum(sequences.lengths[:, parent], length)
         pages = sequences.pages(parent)[: self._blocks(lengths).max()]
         partial = np.unique(lengths[lengths % block_size != 0] // block_size)
@@ -361,6 +367,18 @@ class IndexCache:
     def _check_absent(self, tenant: str, sequence_id: int) -> None:
         if self._sequences.find(tenant, sequence_id) is not None:
             raise _exists(sequence_id)
+
+    def _check_count(self, tenant: str, more: int, now: float) -> None:
+        most = self._max_tenant_sequences
+        if self._sequences.counts[tenant] + more > most:
+            self._give_up_empty(now)
+        if (count := self._sequences.counts[tenant]) + more > most:
+            raise ResourceExhaustedError(
+                f"sequences: a tenant may have {most} open, it has {count} and asks for {more} more",
+                Reason.OVERLOADED,
+                count=count,
+                max_tenant_sequences=most,
+            )
 
     def _shared_writes(
         self, entries: NDArray[np.intp], starts: NDArray[np.int64], ends: NDArray[np.int64]

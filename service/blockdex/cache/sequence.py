@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,7 @@ class Sequences:
         reading_sequence: int32 `[S]`, prefills that read any layer and are not done.
         ids: uint64 `[S]`.
         tenants: uint32 `[S]`, their numbers in the index; 0 where an entry is nobody's, or a row's.
+        counts: how many sequences each tenant has open.
         owners: uint32 `[S]`, whose revisions are an entry's: of a row its pool, else itself.
         num_rows: int32 `[S]`, of a pool, rows; else 0.
         max_blocks: int32 `[S]`, of a pool, cells of a row; else 0.
@@ -59,6 +61,7 @@ class Sequences:
         self.reading_sequence: NDArray[np.int32] = np.zeros(_FIRST_ENTRIES, np.int32)
         self.ids: NDArray[np.uint64] = np.zeros(_FIRST_ENTRIES, np.uint64)
         self.tenants: NDArray[np.uint32] = np.zeros(_FIRST_ENTRIES, np.uint32)
+        self.counts: Counter[str] = Counter()
         self.owners: NDArray[np.uint32] = np.arange(_FIRST_ENTRIES, dtype=np.uint32)
         self.num_rows: NDArray[np.int32] = np.zeros(_FIRST_ENTRIES, np.int32)
         self.max_blocks: NDArray[np.int32] = np.zeros(_FIRST_ENTRIES, np.int32)
@@ -104,6 +107,7 @@ class Sequences:
             self._double()
         entry = self._free[-1]
         self.tenants[entry] = self.index.open(tenant, sequence_id, entry)
+        self.counts[tenant] += 1
         self._free.pop()
         self.ids[entry] = sequence_id
         self.leases[entry] = lease
@@ -112,6 +116,10 @@ class Sequences:
 
     def remove(self, entry: int) -> None:
         """Closes a sequence; its pages are the caller's to release, before."""
+        tenant = self.index.tenant(int(self.tenants[entry]))
+        self.counts[tenant] -= 1
+        if not self.counts[tenant]:
+            del self.counts[tenant]
         self.index.close(int(self.tenants[entry]), int(self.ids[entry]))
         self.tenants[entry] = self.ids[entry] = 0
         self.lengths[:, entry] = 0

@@ -119,6 +119,7 @@ class Stats:
         integrity_checks: times that an idle core has checked all of the cache's columns against each other.
         integrity_faults: contradictions that it found.
         links: what clients on the server's host do.
+        faults: batches that failed, each of which ended an epoch.
     """
 
     stage_seconds: dict[str, dict[str, Histogram]] = field(
@@ -140,6 +141,7 @@ class Stats:
     integrity_checks: int = 0
     integrity_faults: int = 0
     links: LinkStats = field(default_factory=LinkStats)
+    faults: int = 0
 
     def launched(self, phase: str, tokens: int, requests: int) -> None:
         """Counts one launch.

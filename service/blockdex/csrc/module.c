@@ -35,7 +35,20 @@ static int fill(PyObject *module) {
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};
 
+static PyObject *set_weight(PyObject *module, PyObject *arguments) {
+    const char *tenant;
+    Py_ssize_t bytes;
+    double weight;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "s#d", &tenant, &bytes, &weight)) return NULL;
+    if (!(weight > 0 && weight < 1e6))
+        return PyErr_Format(PyExc_ValueError, "tenant '%s': its weight must be above 0 and below a million", tenant);
+    if (!tenants_set_weight(tenant, (size_t)bytes, weight)) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
+    {"set_weight", set_weight, METH_VARARGS, "What a tenant weighs in this process, instead of 1."},
     {"read_selection", (PyCFunction)(void (*)(void))read_selection, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -96,6 +98,7 @@ class ClientLink:
         except ValueError as error:
             raise RingError(str(error)) from None
         self._flushing: asyncio.Handle | None = None
+        self._sleepers: dict[str, deque[asyncio.Future[None]]] = {}
         self._closed = False
         self._loop.add_reader(handles.client_bell, self._woken)
         if spinning is not None:
@@ -113,11 +116,24 @@ class ClientLink:
             self._spinning.selector.forget()
         self._loop.remove_reader(self._handles.client_bell)
         self._handles.close()
+        self._wake_sleepers(1 << 30)
 
     @property
     def waiting(self) -> int:
         """Requests that are not answered."""
         return self._ring.waiting
+
+    def may_begin(self, tenant: str, size: int) -> bool:
+        """As `RingChannel.may_begin`."""
+        return self._closed or self._ring.may_begin(tenant, size)
+
+    async def share_freed(self, tenant: str) -> bool:
+        """As `RingChannel.share_freed`."""
+        sleeper = self._loop.create_future()
+        self._sleepers.setdefault(tenant, deque()).append(sleeper)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(sleeper, ROOM_SECONDS)
+        return sleeper.done() and not sleeper.cancelled()
 
     def send(self, caller: Caller, rpc: int, tenant: str, timeout: float, message: bytes) -> bool:
         """As `RingChannel.send`."""
@@ -159,12 +175,14 @@ class ClientLink:
         """As `RingChannel.give_up`."""
         taken = self._ring.give_up(caller, number)
         self._flush_soon()
+        self._wake_sleepers()
         return None if taken is None else _given_up(taken)
 
     def give_up_all(self, caller: Caller) -> list[GivenUp]:
         """As `RingChannel.give_up_all`."""
         taken = self._ring.give_up_all(caller)
         self._flush_soon()
+        self._wake_sleepers()
         return [_given_up(each) for each in taken]
 
     def fail_all(self, error: BlockdexError) -> None:
@@ -221,8 +239,10 @@ class ClientLink:
 
     def _look(self) -> None:
         """Takes the answers that are there, until there are none and the bell will ring for the next."""
+        answers = 0
         try:
             while taken := self._ring.take():
+                answers += len(taken)
                 for caller, number, response, rest in taken:
                     if rest is None:
                         caller.answered(number, response)
@@ -232,6 +252,19 @@ class ClientLink:
                     self._flush()
         except ValueError:
             self._is_broken()
+        self._wake_sleepers(answers)
+
+    def _wake_sleepers(self, answers: int = 1) -> None:
+        """Wakes who waits for their tenant's share, of each tenant as many as there were answers, and one at least."""
+        for tenant, sleepers in list(self._sleepers.items()):
+            for _ in range(max(answers, 1)):
+                if not sleepers or not self.may_begin(tenant, 0):
+                    break
+                sleeper = sleepers.popleft()
+                if not sleeper.done():
+                    sleeper.set_result(None)
+            if not sleepers:
+                del self._sleepers[tenant]
 
     def _tell(self, caller: Caller, number: int, response: bytes | None, rest: native.Rest) -> None:
         try:
@@ -414,6 +447,14 @@ class RingChannel(RemoteReports):
             raise shutting_down("takes no new requests")
         if self._link is None:
             raise gone()
+
+    def may_begin(self, tenant: str, size: int) -> bool:
+        """Whether a tenant's share lets it have one more request in flight, of so many bytes; else it is OVERLOADED."""
+        return self._link is None or self._link.may_begin(tenant, size)
+
+    async def share_freed(self, tenant: str) -> bool:
+        """Waits until a request of a tenant is answered, for `ROOM_SECONDS` at most; whether one was."""
+        return self._link is not None and await self._link.share_freed(tenant)
 
     def send(self, caller: Caller, rpc: int, tenant: str, timeout: float, message: bytes) -> bool:
         """Sends a token request as it came off the wire.

@@ -29,7 +29,7 @@ _COLUMN_BYTES = 4 * 8
 _MARGIN = 1 << 20
 _AGAIN_SECONDS = 0.1
 _LINES_PER_SECOND = 10
-"""Of links that are refused: anybody may connect, as often as they like."""
+"""Of links that are refused, and of those that break: anybody may connect, as often as they like."""
 
 
 class RingHost:
@@ -52,7 +52,7 @@ class RingHost:
         self._credentials = credentials
         self._guests: set[asyncio.Task[None]] = set()
         self._known: dict[ServerLink, Peer] = {}
-        self._limit = RateLimit(_LINES_PER_SECOND)
+        self._limit, self._broken = RateLimit(_LINES_PER_SECOND), RateLimit(_LINES_PER_SECOND)
 
     async def run(self) -> None:
         """Lets frontends in until it is cancelled; then no link is left."""
@@ -91,7 +91,9 @@ class RingHost:
         loop = asyncio.get_running_loop()
 
         def hang_up(error: Exception) -> None:
-            log_event(logger, logging.WARNING, "link broken", reason=str(error))
+            if self._broken.allows(time.monotonic()):
+                withheld = self._broken.withheld()
+                log_event(logger, logging.WARNING, "link broken", reason=str(error), withheld=withheld)
             loop.call_soon_threadsafe(talk.hang_up)
 
         events = EventQueue(loop)
@@ -111,10 +113,11 @@ class RingHost:
                     talk.tell(reply or await reply_to(self._engine, words))
                     await talk.drain()
                 telling.cancel()
-        except* TimeoutError as errors:
-            hang_up(errors.exceptions[0])
         except* ConnectionError:
             pass  # it went without what it was told
+        except* Exception as errors:
+            # It does not read what it is told, or it said or shared what even its driver makes nothing of.
+            hang_up(errors.exceptions[0])
         finally:
             del self._known[link]
             self._inbox.drop(link)

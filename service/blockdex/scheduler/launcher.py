@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Share of the last slice in what is expected of the next one.
 _LEARNING_RATE = 0.25
+# Longest slice while several tenants ask: what one of them asks for next waits for the other's slice.
+_CONTENDED_SECONDS = 0.004
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ class Launcher:
         decode_queries: int,
         prefill_slice_seconds: float,
     ) -> None:
-        self.prefills = Prefills()
+        self.prefills = Prefills(core.weight)
         self._core = core
         self._cache = cache
         self._executor = executor
@@ -125,7 +127,8 @@ class Launcher:
             return
         prefill = self.prefills.pop()
         reading, first = prefill.reading, prefill.reading.first
-        in_time = prefill.tokens_within(self._products_per_second * self._slice_seconds)
+        seconds = min(self._slice_seconds, _CONTENDED_SECONDS) if self._core.contended else self._slice_seconds
+        in_time = prefill.tokens_within(self._products_per_second * seconds)
         most = min(prefill.remaining, max(self._executor.max_slice_rows // reading.heads, 1))
         tokens = min(max(in_time, self._executor.least_slice), most)
         products = prefill.products(tokens)

@@ -20,6 +20,7 @@ from blockdex.contract.messages import CacheOverview, Info, Limits
 from blockdex.contract.stats import Stats
 from blockdex.executor.factory import make_executor
 from blockdex.executor.interface import DeviceHungError
+from blockdex.logs import log_fault
 from blockdex.ring.events import Draining, NewEpoch, evictions
 from blockdex.ring.regions import Offer, Region
 from blockdex.ring.server import RingInbox
@@ -39,6 +40,10 @@ SLICE_SECONDS = {"cpu": 0.02, "cuda": 0.001}
 """Time of one slice of a prefill: of shorter ones on a CPU, half goes into their beginnings and ends."""
 
 _STOP_SECONDS = 30.0
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 1.0
+_LONG_LIFE_SECONDS = 10.0
+_MOST_FAULTS = 20
+"""In a row, none of them followed by a long life: with the pauses some 13 s. Then only a new process may help."""
 _FOR_EVER = 1e10
 # A prefill's slice takes about a millisecond, and the next one is on its way already; the last one's end is waited for.
 _PREFILL_LOOK_SECONDS = 0.00005
@@ -59,6 +64,7 @@ class Engine:
         inbox: where links come.
         lease_seconds: lease of a sequence that names none.
         max_lease_seconds: longest lease that one may name.
+        max_tenant_sequences: most that a tenant may have open.
         decode_queries: a span of at most so many queries is decode, a longer one prefill.
         prefill_slice_seconds: time that one slice of a prefill may take, about; None: what suits the device.
         on_lost_device: called, on the engine's thread, when the device has failed for good.
@@ -76,6 +82,7 @@ class Engine:
         socket: str = "",
         lease_seconds: float = 600.0,
         max_lease_seconds: float = math.inf,
+        max_tenant_sequences: float = math.inf,
         decode_queries: int = 16,
         prefill_slice_seconds: float | None = None,
         on_lost_device: Callable[[], None] | None = None,
@@ -87,12 +94,13 @@ class Engine:
         self._backend = backend
         self._executor = make_executor(backend, TABLE_ROW)
         self._lease_seconds, self._max_lease_seconds = lease_seconds, max_lease_seconds
+        self._max_tenant_sequences = max_tenant_sequences
         self._decode_queries = decode_queries
         self._prefill_slice_seconds = prefill_slice_seconds or SLICE_SECONDS[backend.device.type]
         self._inbox = inbox
         self._stats = Stats()
         self._no_more = False
-        self._stopping = False
+        self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._next_look = 0.0
         self._core = make_core(inbox, self._executor, limits, decode_queries)
@@ -105,6 +113,7 @@ class Engine:
             len(self._backend.pages),
             default_lease_seconds=self._lease_seconds,
             max_lease_seconds=self._max_lease_seconds,
+            max_tenant_sequences=self._max_tenant_sequences,
         )
 
     def _serve_cache(self) -> None:
@@ -138,7 +147,7 @@ class Engine:
 
     def stop(self) -> None:
         """Ends the loop after the batch that runs; what is still queued is not answered."""
-        self._stopping = True
+        self._stopping.set()
         self._core.notice()
         if self._thread is not None:
             self._thread.join(timeout=_STOP_SECONDS)
@@ -188,7 +197,8 @@ class Engine:
 
     def _run(self) -> None:
         self._executor.use_device()
-        while not self._stopping:
+        faults, born = 0, time.monotonic()
+        while not self._stopping.is_set():
             began, idle = self._core.time_beside, not self._launcher.in_flight
             try:
                 why = self._core.run(self._patience())
@@ -196,9 +206,17 @@ class Engine:
                     began = self._core.time_beside
                 self._step(why)
             except Exception as error:
-                logger.exception("a batch failed: the cache is given up and starts anew")
+                faults = 1 if time.monotonic() - born > _LONG_LIFE_SECONDS else faults + 1
+                self._stats.faults += 1
+                log_fault(logger, "a batch failed: the cache is given up and starts anew", error, in_a_row=faults)
                 self._check_device(error)
                 self._start_anew()
+                if faults >= _MOST_FAULTS:
+                    raise
+                if faults > 1:
+                    # What fails at once would fail again without end, and fill the log with it.
+                    self._stopping.wait(min(_FIRST_PAUSE_SECONDS * 2**faults, _LONGEST_PAUSE_SECONDS))
+                born = time.monotonic()
             self._stats.busy_seconds += self._core.time_beside - began
 
     def _patience(self) -> float:

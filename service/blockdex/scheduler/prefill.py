@@ -68,10 +68,16 @@ class Prefill:
 
 
 class Prefills:
-    """Those that are not wholly begun. Tenants take turns, and so do the prefills of each."""
+    """Those that are not wholly begun. Tenants take turns, as many as they weigh, and so do the prefills of each.
 
-    def __init__(self) -> None:
+    Args:
+        weight_of: the weight of a tenant, by its number.
+    """
+
+    def __init__(self, weight_of: Callable[[int], float]) -> None:
+        self._weight_of = weight_of
         self._turns: dict[int, deque[Prefill]] = {}
+        self._left: dict[int, float] = {}
 
     def __iter__(self) -> Iterator[Prefill]:
         return (prefill for turns in self._turns.values() for prefill in turns)
@@ -84,12 +90,21 @@ class Prefills:
         self._turns.setdefault(prefill.reading.first.tenant, deque()).append(prefill)
 
     def pop(self) -> Prefill:
-        """Takes out the one whose turn it is; its tenant's next turn comes after all other tenants'."""
-        tenant, turns = next(iter(self._turns.items()))
-        del self._turns[tenant]
+        """Takes out the one whose turn it is; once its tenant's turn is over, the next one comes after all others'."""
+        while True:
+            tenant, turns = next(iter(self._turns.items()))
+            left = self._left.get(tenant, 0.0)
+            if left >= 1.0:
+                break
+            # Behind all others, with what it may take when they have had their turns.
+            self._turns[tenant] = self._turns.pop(tenant)
+            self._left[tenant] = left + self._weight_of(tenant)
+        self._left[tenant] = left - 1.0
         prefill = turns.popleft()
-        if turns:
-            self._turns[tenant] = turns
+        if not turns:
+            del self._turns[tenant]
+        if not self._turns:
+            self._left.clear()
         return prefill
 
     def keep(self, wanted: Callable[[Prefill], bool]) -> None:

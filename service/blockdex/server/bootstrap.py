@@ -117,6 +117,14 @@ def tell_seconds(settings: ServeSettings) -> float:
     return -1.0 if settings.otlp_endpoint else settings.slow_request_seconds
 
 
+def set_weights(settings: ServeSettings) -> None:
+    """Has this process share room and time by the weights of tenants; before any of them asks."""
+    from blockdex._native import set_weight  # noqa: PLC0415 - not everywhere, which `splits` says in words
+
+    for tenant, weight in settings.weights.items():
+        set_weight(tenant, weight)
+
+
 def check_tracing(settings: ServeSettings) -> None:
     """Looks for what tracing needs, and loads nothing.
 
@@ -166,6 +174,7 @@ def build_engine(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Memory that came in pieces of one size serves others, too: without it a quarter of a GiB lies idle.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    set_weights(settings)
     # What can be refused without torch has been.
     from blockdex.scheduler.loop import Engine  # noqa: PLC0415
     from blockdex_kernels.dispatch import choose_backend, choose_device  # noqa: PLC0415
@@ -196,6 +205,7 @@ def build_engine(
         limits=settings.limits,
         lease_seconds=settings.lease_seconds,
         max_lease_seconds=settings.max_lease_seconds,
+        max_tenant_sequences=settings.max_tenant_sequences,
         decode_queries=1 + settings.num_speculative_tokens,
         prefill_slice_seconds=settings.prefill_slice_seconds,
         on_lost_device=on_lost_device,

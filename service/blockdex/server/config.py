@@ -75,6 +75,18 @@ def _endpoint(value: object) -> object:
     return value
 
 
+def _weights(value: str) -> str:
+    for each in value.split(","):
+        name, _, weight = each.rpartition("=")
+        try:
+            good = bool(name) and 0.001 <= float(weight) <= 1000
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(f"must be tenants and what they weigh, 0.001 to 1000, as in a=2,b=0.5, got {each!r}")
+    return value
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 Listen = Annotated[str, AfterValidator(_address)]
 ListenOrFile = Annotated[str, AfterValidator(_grpc_address)]
@@ -169,6 +181,14 @@ class ServeSettings(BaseSettings):
     max_spans: int = _setting(4096, "N", "Sequences of one request.", ge=1)
     max_queued_requests: int = _setting(4096, "N", "Requests waiting in the engine, all clients together.", ge=1)
     max_stream_requests: int = _setting(256, "N", "Requests of one stream in flight.", ge=1)
+    max_tenant_sequences: int = _setting(
+        65536, "N", "Sequences that one tenant may have open, those that it never uses included.", ge=1
+    )
+    tenant_weights: Annotated[str, AfterValidator(_weights)] | None = _setting(
+        None,
+        "NAME=WEIGHT,...",
+        "What tenants weigh instead of 1: their shares of room and time, while several ask, are as their weights.",
+    )
     max_wait_seconds: float = _setting(
         60.0, "SECONDS", "Longest that a request without a deadline waits for keys or its turn.", gt=0, le=86400
     )
@@ -262,6 +282,12 @@ class ServeSettings(BaseSettings):
             max_link_region_bytes=self.max_link_region_bytes,
             max_region_bytes=self.max_region_bytes,
         )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What tenants weigh that do not weigh 1."""
+        named = (each.rpartition("=") for each in (self.tenant_weights or "").split(",") if each)
+        return {name: float(weight) for name, _, weight in named}
 
     @classmethod
     def restore(cls, dumped: dict[str, Any]) -> ServeSettings:

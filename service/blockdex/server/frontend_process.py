@@ -11,7 +11,7 @@ from blockdex.frontend.http.metrics import RequestMetrics
 from blockdex.ring.client import RingChannel, Spinning
 from blockdex.ring.control_channel import ControlChannel, Words
 from blockdex.ring.selector import RingSelector
-from blockdex.server.bootstrap import FLUSH_SECONDS, spin_seconds, start_tracing, tell_seconds
+from blockdex.server.bootstrap import FLUSH_SECONDS, set_weights, spin_seconds, start_tracing, tell_seconds
 from blockdex.server.child_process import run_child
 from blockdex.server.config import ServeSettings
 from blockdex.server.request_counts import words_of
@@ -35,6 +35,7 @@ class Frontend:
         self._settings = settings
         self._requests = RequestMetrics()
         self._tracing = start_tracing(settings)
+        set_weights(settings)
         self._there = asyncio.Event()
         self._changes: asyncio.Queue[bool] = asyncio.Queue()
         seconds = spin_seconds(settings)

@@ -185,7 +185,7 @@ async def _run_split(settings: ServeSettings, read: Read, http_socket: socket.so
         watching.cancel()
         await supervisor.close()
     log_event(logger, logging.INFO, "stopped")
-    return 0
+    return 1 if supervisor.failure else 0
 
 
 async def _serve_with(

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 10.0
 _LONG_LIFE_SECONDS = 30.0
+MOST_SHORT_LIVES = 12
+"""In a row, with some 60 s of pauses between them. A GPU that is lost for good, for instance, ends every one."""
 
 
 class Kept:
@@ -26,6 +28,7 @@ class Kept:
         start: starts it, and returns once it is ready.
         ended: called with a child that has ended.
         restarts: how many were started after the first, by what they are.
+        gives_up: whether too many that do not last end this.
 
     Attributes:
         child: the one that runs; None while there is none.
@@ -37,12 +40,15 @@ class Kept:
         start: Callable[[], Awaitable[Child]],
         ended: Callable[[Child], None],
         restarts: dict[str, int],
+        *,
+        gives_up: bool = False,
     ) -> None:
         self.child: Child | None = None
         self._what = what
         self._start = start
         self._ended = ended
         self._restarts = restarts
+        self._gives_up = gives_up
 
     async def start(self) -> None:
         """Starts the first one.
@@ -53,13 +59,22 @@ class Kept:
         self.child = await self._start()
 
     async def keep(self) -> None:
-        """Starts another one whenever it has ended, until this is cancelled; after a pause, where it did not last."""
-        pause, began = _FIRST_PAUSE_SECONDS, time.monotonic()
+        """Starts another one whenever it has ended, until this is cancelled; after a pause, where it did not last.
+
+        Raises:
+            StartError: `MOST_SHORT_LIVES` of them in a row did not last, if any can be too many.
+        """
+        pause, began, short_lives = _FIRST_PAUSE_SECONDS, time.monotonic(), 0
         while True:
             if self.child is not None:
                 await self._see_the_end(self.child)
+            short_lives += 1
             if time.monotonic() - began > _LONG_LIFE_SECONDS:
-                pause = _FIRST_PAUSE_SECONDS
+                pause, short_lives = _FIRST_PAUSE_SECONDS, 0
+            if self._gives_up and short_lives >= MOST_SHORT_LIVES:
+                raise StartError(
+                    f"{self._what}: {short_lives} in a row ended within {_LONG_LIFE_SECONDS:g} s of their start"
+                )
             await asyncio.sleep(pause)
             pause, began = min(2 * pause, _LONGEST_PAUSE_SECONDS), time.monotonic()
             self._restarts[self._what] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 from blockdex.contract.credentials import Credentials
 from blockdex.frontend.http.readiness import Readiness
-from blockdex.logs import set_level
+from blockdex.logs import log_event, set_level
 from blockdex.ring.engine_reports import RemoteReports
 from blockdex.ring.handshake import listen
 from blockdex.server.addresses import Address
@@ -22,6 +23,8 @@ from blockdex.server.config import ServeSettings
 from blockdex.server.public_socket import public_socket
 from blockdex.server.request_counts import FleetCounts
 from blockdex.server.restarts import Kept
+
+logger = logging.getLogger(__name__)
 
 CORE, FRONTEND = "blockdex.server.engine_process", "blockdex.server.frontend_process"
 """Modules that are the children's programs."""
@@ -41,6 +44,7 @@ class Supervisor:
         restarts: how often processes were started again, by what they are.
         grpc_address: where the frontends listen, once they do.
         gpu: the driver's name of the GPU that the core runs on, if it is one.
+        failure: why the server has ended by itself; empty where it has not.
     """
 
     def __init__(self, settings: ServeSettings, readiness: Readiness, credentials: Credentials) -> None:
@@ -52,7 +56,7 @@ class Supervisor:
         self._public_files: list[int] = []
         self._reserved: socket.socket | None = None
         self.restarts = dict.fromkeys(("core", "frontend"), 0)
-        self._core = Kept("core", self._start_core, self._has_ended, self.restarts)
+        self._core = Kept("core", self._start_core, self._has_ended, self.restarts, gives_up=True)
         self._doors = [
             Kept("frontend", self._start_door, self._has_ended, self.restarts) for _ in range(settings.frontends)
         ]
@@ -66,6 +70,7 @@ class Supervisor:
         self.counts = FleetCounts(self._running_doors)
         self.grpc_address = settings.grpc_address
         self.gpu: str | None = None
+        self.failure = ""
 
     async def start(self, told_to_stop: asyncio.Event) -> bool:
         """Starts the engine core; returns once it can be asked what it is, before its kernels are compiled.
@@ -97,12 +102,20 @@ class Supervisor:
         """
         if not await _unless(told_to_stop, self._be_let_in()):
             return False
-        self._keepers.append(asyncio.create_task(self._core.keep()))
+        self._keepers.append(asyncio.create_task(self._keep_core(told_to_stop)))
         for door in self._doors:
             if not await _unless(told_to_stop, door.start()):
                 return False
             self._keepers.append(asyncio.create_task(door.keep()))
         return True
+
+    async def _keep_core(self, told_to_stop: asyncio.Event) -> None:
+        try:
+            await self._core.keep()
+        except StartError as error:
+            self.failure = str(error)
+            log_event(logger, logging.ERROR, "the server gives up", reason=self.failure)
+            told_to_stop.set()
 
     def pids(self) -> dict[str, str]:
         """Process ids, by what they are of."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import grpc
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2
 
 from blockdex.v1 import indexer_pb2 as pb
 from support.bad_requests import (
@@ -230,3 +231,43 @@ def _refusal_or_none(connection: Wire, request: Any) -> Refusal | None:
     except grpc.RpcError as error:
         return refusal_of(error)
     return None
+
+
+INDEXER = pb.DESCRIPTOR.services_by_name["IndexerService"]
+PARSED = [f"{INDEXER.full_name}/{method.name}" for method in INDEXER.methods if method.name != "Stream"]
+
+
+@pytest.mark.parametrize("method", [*PARSED, "grpc.health.v1.Health/Check", "grpc.health.v1.Health/Watch"])
+def test_bytes_that_are_no_message_are_refused_and_not_logged(server: Serving, method: str) -> None:
+    before = len(server.output)
+    with grpc.insecure_channel(server.grpc_address) as channel, refused() as refusals:
+        if method.endswith("Watch"):
+            watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/{method}")
+            list(watch(b"\x0a", timeout=TIMEOUT))
+        else:
+            ask: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{method}")
+            ask(b"\x0a", timeout=TIMEOUT)
+    assert refusals[0][:3] == ("INVALID_ARGUMENT", "MALFORMED_MESSAGE", "blockdex")
+    assert not [line for line in server.output[before:] if "Traceback" in line]
+
+
+def test_reflection_refuses_bytes_that_are_no_message(server: Serving) -> None:
+    method = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    good = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        reflect: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
+        answers = reflect(iter([good, b"\x0a"]), timeout=TIMEOUT)
+        listed = reflection_pb2.ServerReflectionResponse.FromString(next(answers)).list_services_response
+        assert INDEXER.full_name in {service.name for service in listed.service}
+        with refused() as refusals:
+            next(answers)
+    assert refusals[0][:2] == ("INVALID_ARGUMENT", "MALFORMED_MESSAGE")
+
+
+def test_what_is_far_too_long_is_cut_off_by_its_length(tight: Wire) -> None:
+    """The tensors may have 64 KiB, and a MiB more is refused in words; of what is longer the body is not taken."""
+    request = select_of((A, 0, 1))
+    request.queries.data = bytes(2 << 20)
+    with refused() as refusals:
+        tight.call(request)
+    assert refusals[0].code == "RESOURCE_EXHAUSTED" and "larger than max" in refusals[0].message

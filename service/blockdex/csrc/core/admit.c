@@ -13,10 +13,18 @@
 #include "core/core.h"
 
 #include <assert.h>
+#include <math.h>
 #include <stdio.h>
 
 enum { CANCELLED = 1, DEADLINE_EXCEEDED = 4, NOT_FOUND = 5, FAILED_PRECONDITION = 9 };
 enum { ABORTED = 10, OUT_OF_RANGE = 11 };
+
+/* In blocks of keys to be read: what a tenant takes before it is another one's turn, what a request about sequences costs,
+ * and what a tenant may have of any step. What a turn overdraws costs later ones, this many at most. */
+enum { TURN_COST = 64, SEQUENCE_COST = 4, LEAST_COST = 256, MOST_TURNS = 8 };
+/* Of the device in one step, for one tenant while another one asks too: whoever waits for its next step waits for so long
+ * at most, since a device that does not run requests side by side takes longer the more a step has of them. */
+static const double STEP_SECONDS = 0.002;
 
 /* What becomes of a request: it is entered, or answered; it is held back, waits for keys, or needs Python's
  * decision. */
@@ -283,10 +291,17 @@ static void add_runs(struct core *core, const struct request *request) {
     to->end = request->end > to->end ? request->end : to->end;
 }
 
+/* What a request costs, in blocks of keys to be read. */
+static double cost_of(const struct core *core, const struct request *request) {
+    if (!has_tokens(request)) return SEQUENCE_COST * num_named(request);
+    return request->tokens * (1 + (double)request->end / core->block_size);
+}
+
 /* Puts a request into the step that is gathered; it fits. */
 static void add_to_step(struct core *core, struct request *request, struct group *group) {
     struct gathered *to = &core->gathered;
     if (!group) {
+        to->cost += cost_of(core, request);
         add_runs(core, request);
         group = &to->groups[to->num_groups - 1];
     }
@@ -339,6 +354,7 @@ static void stamp(struct core *core, const struct request *request, bool large) 
 static void ask_python(struct core *core, const struct request *request) {
     assert(core->num_for_python < core->max_queued);
     core->for_python[core->num_for_python++] = request->number;
+    core->gathered.cost_beside += cost_of(core, request);
 }
 
 /* Whether a step would run before what is to be written behind it, and so read what is not there. */
@@ -477,13 +493,80 @@ static bool consider(struct core *core, struct request *request, int64_t now) {
     }
 }
 
-static bool consider_list(struct core *core, struct list *list, int64_t now) {
+/* Most that a step may take of one tenant, in blocks of keys to be read. */
+static double most_of(const struct core *core, uint32_t tenant, int64_t now) {
+    if (!turns_contended(&core->turns, now) || core->spent_seconds <= 0) return INFINITY;
+    return core_weight(core, tenant) * fmax(LEAST_COST, STEP_SECONDS * core->spent_cost / core->spent_seconds);
+}
+
+static bool has_its_part(const struct core *core, uint32_t tenant, int64_t now) {
+    const struct turn *turn = &core->turns.of[tenant];
+    return turn->step == core->serial && turn->taken >= most_of(core, tenant, now);
+}
+
+/* Considers a request at its tenant's cost. */
+static bool consider_at_cost(struct core *core, struct request *request, int64_t now) {
+    struct turn *turn = &core->turns.of[request->tenant];
+    const double before = core->gathered.cost + core->gathered.cost_beside;
+    if (turn->step != core->serial) turn->taken = 0;
+    turn->step = core->serial;
+    const bool memory = consider(core, request, now);
+    const double cost = core->gathered.cost + core->gathered.cost_beside - before;
+    turn->left -= cost;
+    turn->taken += cost;
+    return memory;
+}
+
+static bool consider_backlog(struct core *core, int64_t now) {
     bool memory = true;
-    for (struct request *request = list->first, *next; request && memory; request = next) {
+    for (struct request *request = core->backlog.first, *next; request && memory; request = next) {
         next = request->next;
-        memory = consider(core, request, now);
+        if (has_its_part(core, request->tenant, now)) {
+            core->changed = true; /* in the next step there is nothing against it */
+            memory = hold_back_others(core, request);
+        } else
+            memory = consider_at_cost(core, request, now);
     }
     return memory;
+}
+
+static bool consider_waiting(struct core *core, int64_t now) {
+    bool memory = true;
+    for (struct request *request = core->waiting.first, *next; request && memory; request = next) {
+        next = request->next;
+        memory = consider_at_cost(core, request, now);
+    }
+    return memory;
+}
+
+/* Considers what has come from one tenant, as much as its turn lets it. */
+static bool take_turn(struct core *core, uint32_t tenant, int64_t now) {
+    struct turn *turn = &core->turns.of[tenant];
+    const double part = core_weight(core, tenant) * TURN_COST;
+    bool memory = true;
+    turn->left = fmin(turn->left, 0) + part;
+    while (memory && turn->num_queues && turn->left > 0 && !core->gathered.full && !has_its_part(core, tenant, now)) {
+        struct request *request = turns_take(&core->turns, tenant);
+        request->state = IS_QUEUED;
+        list_append(&core->backlog, request);
+        memory = consider_at_cost(core, request, now);
+    }
+    turn->left = fmax(turn->left, -MOST_TURNS * part);
+    return memory;
+}
+
+/* Considers what has come, tenant by tenant, until there is nothing more, or the step is full, or all have their parts
+ * of it. */
+static bool consider_new(struct core *core, int64_t now) {
+    struct turns *turns = &core->turns;
+    uint32_t satisfied = 0;
+    while (satisfied < turns->tenants && !core->gathered.full) {
+        const uint32_t tenant = turns->first;
+        if (!take_turn(core, tenant, now)) return false;
+        satisfied = has_its_part(core, tenant, now) && turns->of[tenant].num_queues ? satisfied + 1 : 0;
+        if (turns->first == tenant) turns_pass(turns);
+    }
+    return true;
 }
 
 static bool is_looked_at(const struct server_link *link) {
@@ -491,38 +574,30 @@ static bool is_looked_at(const struct server_link *link) {
 }
 
 bool core_anything_came(const struct core *core) {
-    if (core->changed) return true;
+    if (core->changed || core->turns.count) return true;
     for (size_t number = 0; number < core->num_links; number++)
         if (is_looked_at(core->links[number])) return true;
     return false;
 }
 
-static bool read_line(struct core *core, struct server_link *link, int64_t now) {
+static void read_link(struct core *core, struct server_link *link, int64_t now) {
     int64_t filled = server_link_filled(link);
     if (filled < 0) {
         core->broken = link;
         snprintf(core->broken_by, sizeof core->broken_by,
                  "ring: more slots are said to be filled than the %llu there are",
                  (unsigned long long)link->request_slots);
-        return true;
+        return;
     }
-    for (; filled > 0 && !core->gathered.full && core->broken != link; filled--) {
-        struct request *request = core_read(core, link, now);
-        if (!request) continue;
-        request->state = IS_QUEUED;
-        list_append(&core->backlog, request);
-        if (!consider(core, request, now)) return false;
-    }
-    return true;
+    for (; filled > 0 && core->broken != link; filled--) core_read(core, link, now);
 }
 
-static bool read_lines(struct core *core, int64_t now) {
+static void read_links(struct core *core, int64_t now) {
     for (size_t number = 0; number < core->num_links && !core->broken; number++) {
         struct server_link *link = core->links[(core->turn + number) % core->num_links];
-        if (is_looked_at(link) && !read_line(core, link, now)) return false;
+        if (is_looked_at(link)) read_link(core, link, now);
     }
     core->turn = core->num_links ? (core->turn + 1) % core->num_links : 0;
-    return true;
 }
 
 static void refuse_waiting(struct core *core) {
@@ -577,6 +652,7 @@ bool core_gather(struct core *core, int64_t now) {
     struct gathered *to = &core->gathered;
     to->runs = to->tokens = to->longest = to->num_asked = to->num_groups = 0;
     to->end = 0;
+    to->cost = to->cost_beside = 0;
     to->full = false;
     if (core->num_channels) {
         look_at_channels(core, now);
@@ -589,18 +665,19 @@ bool core_gather(struct core *core, int64_t now) {
     if (core->changed) {
         core->changed = false;
         pair_index_clear(&core->held_back);
-        if (!consider_list(core, &core->backlog, now)) return false;
+        if (!consider_backlog(core, now)) return false;
     }
-    if (!read_lines(core, now)) return false;
+    read_links(core, now);
+    if (!consider_new(core, now)) return false;
     if (core->appended) {
         core->appended = false;
-        if (!consider_list(core, &core->waiting, now)) return false;
+        if (!consider_waiting(core, now)) return false;
     }
-    if (core->no_more && !core->backlog.count && !core_anything_came(core)) refuse_waiting(core);
+    if (core->no_more && !core->backlog.count && !core->turns.count && !core_anything_came(core)) refuse_waiting(core);
     return true;
 }
 
-static void drop_gone(struct core *core, struct list *list, int64_t now) {
+static void drop_gone(struct core *core, const struct list *list, int64_t now) {
     for (struct request *request = list->first, *next; request; request = next) {
         next = request->next;
         if (!core_drop_if_gone(core, request, now) && request->slot.deadline < core->next_deadline)
@@ -611,6 +688,8 @@ static void drop_gone(struct core *core, struct list *list, int64_t now) {
 void core_drop_gone(struct core *core, int64_t now) {
     if (now < core->next_deadline) return;
     core->next_deadline = INT64_MAX;
+    for (uint32_t queue = 0; queue < core->turns.num_queues; queue++)
+        drop_gone(core, &core->turns.queues[queue].list, now);
     drop_gone(core, &core->backlog, now);
     drop_gone(core, &core->waiting, now);
 }

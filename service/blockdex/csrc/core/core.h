@@ -9,6 +9,7 @@
 
 #include "core/pair_index.h"
 #include "core/sequence_index.h"
+#include "core/turns.h"
 #include "ring/server_type.h"
 
 enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_COLUMNS = 5, CORE_ASKED = 1024, CORE_SIGNALS = 16 };
@@ -43,15 +44,16 @@ struct sequence_columns {
 enum { KEYS, QUERIES, BLOCK_IDS, SCORES, NUM_SOURCES };
 
 /* Where a request is: in one of the core's lists, or in a step, or with Python. */
-enum request_state { IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, LARGE };
+enum request_state { HAS_COME, IS_QUEUED, IS_WAITING, WITH_PYTHON, IN_STEP, LARGE };
 
 /* A request that was read off its ring; while it is on its way, its link is not given up. Its tensors stay in its
  * client's memory, which can be written to at any time; all else was copied once. */
 struct request {
-    struct request *previous, *next; /* in `backlog` or `waiting` */
+    struct request *previous, *next; /* in a queue of `turns`, in `backlog` or in `waiting` */
     struct server_link *link;
     struct blockdex_request slot;
     enum request_state state;
+    uint32_t queue;                                     /* of `turns` */
     uint32_t number, tenant, num_rows, tokens, longest; /* rows: spans, or sequences to open or to close */
     bool cancelled, has_pages, done_already, holds_back;
     bool keeps_tables; /* of its rows */
@@ -66,11 +68,6 @@ struct request {
     uint8_t *applies;   /* 0 for a row that was appended before */
     uint64_t *page_ids; /* of cells to set: `ids` are their rows, `starts` first blocks and `lengths` counts */
     uint64_t words[];
-};
-
-struct list {
-    struct request *first, *last;
-    _Atomic uint32_t count; /* other threads read it */
 };
 
 /* Programs of the device, one for each step, for up to so many runs of up to so many tokens, in so many blocks. */
@@ -91,8 +88,10 @@ struct group {
     uint64_t heads; /* asked for, a bit each */
 };
 
-/* Requests that become one step: a row for each of their runs. */
+/* Requests that become one step: a row for each of their runs. `cost`: blocks of keys that it reads; `cost_beside`: what
+ * Python is asked for, in the same measure. */
 struct gathered {
+    double cost, cost_beside;
     uint32_t runs, tokens, longest, num_asked, num_groups;
     int64_t end;
     bool full; /* something did not fit */
@@ -112,6 +111,8 @@ struct step {
     uint32_t first_tokens[CORE_RUNS + 1];
     uint8_t flags[CORE_RUNS];
     struct asked asked[CORE_ASKED];
+    double cost;
+    bool alone; /* no other step was on its way when it began */
 };
 
 /* Counters have one writer, and readers in other threads. */
@@ -147,7 +148,9 @@ struct core {
     struct request **requests; /* by number; NULL where there is none */
     uint32_t *free_numbers, num_free;
     struct pair_index tickets;
+    struct turns turns; /* what has come, and was not looked at */
     struct list backlog, waiting;
+    double spent_seconds, spent_cost; /* by the device in steps of late, and what they cost: blocks of keys read */
     uint32_t *for_python, num_for_python, next_for_python; /* numbers of requests, in order of arrival */
     uint32_t *to_trim, num_to_trim;                        /* entries that may have pages to give back */
     struct pair_index held_back;                           /* what requests name that later ones must not overtake */
@@ -202,6 +205,10 @@ struct core {
     struct gathered gathered;
 };
 
+static inline double core_weight(const struct core *core, uint32_t tenant) {
+    return core->index->tenants.all[tenant].weight;
+}
+
 /* Nanoseconds of CLOCK_MONOTONIC. */
 int64_t core_now(void);
 static inline void core_add(counter *to, uint64_t more) {
@@ -211,13 +218,10 @@ void core_observe(struct histogram *histogram, const double *bounds, uint32_t nu
 
 /* request.c: what is in a slot. */
 
-/* Reads the oldest request off a link's ring and releases its slot. NULL where there is nothing to do: it was a
+/* Reads the oldest request off a link's ring into `turns`, and releases its slot. Nothing comes of it where it was a
  * cancellation, it was refused, or the link is broken (`core->broken` then says whose). */
-struct request *core_read(struct core *core, struct server_link *link, int64_t now);
+void core_read(struct core *core, struct server_link *link, int64_t now);
 void core_forget(struct core *core, struct request *request);
-void list_append(struct list *list, struct request *request);
-void list_prepend(struct list *list, struct request *request);
-void list_remove(struct list *list, struct request *request);
 
 /* sources.c: where the tensors of a token request lie. */
 

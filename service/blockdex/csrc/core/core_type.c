@@ -85,7 +85,8 @@ static void forget_link(struct core *core, struct server_link *link) {
         struct request *request = core->requests[number];
         if (!request || request->link != link) continue;
         request->cancelled = true;
-        if ((request->state == IS_QUEUED && !request->has_pages) || request->state == IS_WAITING) {
+        if (request->state == HAS_COME || (request->state == IS_QUEUED && !request->has_pages) ||
+            request->state == IS_WAITING) {
             core_add(&core->cancelled, 1);
             core_forget(core, request);
             continue;
@@ -233,6 +234,7 @@ static void core_dealloc(struct core *core) {
                                core->to_trim,  core->recounted,         core->scratch,    core->tables_set_in,
                                core->set_cells};
     for (size_t number = 0; number < sizeof allocated / sizeof *allocated; number++) free(allocated[number]);
+    turns_close(&core->turns);
     pair_index_free(&core->tickets);
     pair_index_free(&core->held_back);
     Py_XDECREF((PyObject *)core->index);
@@ -254,6 +256,7 @@ static PyGetSetDef properties[] = {
     {"looked", (getter)core_get_looked, NULL, "Monotonic seconds of its last look at the rings.", NULL},
     {"queued", (getter)core_get_queued, NULL, "Requests that are not begun; from any thread.", NULL},
     {"unanswered", (getter)core_get_unanswered, NULL, "Requests that were taken and not answered.", NULL},
+    {"contended", (getter)core_get_contended, NULL, "Whether more than one tenant asked for something of late.", NULL},
     {"waiting", (getter)core_get_waiting, NULL, "Selections that wait for keys; from any thread.", NULL},
     {0},
 };
@@ -274,6 +277,7 @@ static PyMethodDef methods[] = {
     {"set_replays", (PyCFunction)core_method_set_replays, METH_VARARGS,
      "The device's programs, and what launches them."},
     {"set_run_step", (PyCFunction)core_method_set_run_step, METH_O, "What runs a step, where no program does."},
+    {"weight", (PyCFunction)core_method_weight, METH_O, "Weight of a tenant that has requests, by its number."},
     {"take", (PyCFunction)core_method_take, METH_NOARGS, "The next request for Python."},
     {"take_cut", (PyCFunction)core_method_take_cut, METH_NOARGS,
      "Entries of sequences that were cut, and may have pages to give back."},

@@ -39,5 +39,7 @@ PyObject *core_histogram_of(const struct histogram *histogram, uint32_t num_boun
 PyObject *core_get_waiting(struct core *core, void *unused);
 PyObject *core_get_unanswered(struct core *core, void *unused);
 PyObject *core_get_steps(struct core *core, void *unused);
+PyObject *core_get_contended(struct core *core, void *unused);
+PyObject *core_method_weight(struct core *core, PyObject *tenant);
 
 #endif

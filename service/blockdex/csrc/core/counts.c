@@ -63,7 +63,7 @@ PyObject *core_get_looked(struct core *core, void *unused) {
 
 PyObject *core_get_queued(struct core *core, void *unused) {
     (void)unused;
-    uint64_t queued = core->backlog.count;
+    uint64_t queued = (uint64_t)core->turns.count + core->backlog.count;
     for (size_t number = 0; number < core->num_links; number++) {
         int64_t filled = core->links[number]->gone ? 0 : server_link_filled(core->links[number]);
         queued += filled > 0 ? (uint64_t)filled : 0;
@@ -84,4 +84,17 @@ PyObject *core_get_waiting(struct core *core, void *unused) {
 PyObject *core_get_steps(struct core *core, void *unused) {
     (void)unused;
     return PyLong_FromUnsignedLongLong(read_counter(&core->num_steps));
+}
+
+PyObject *core_get_contended(struct core *core, void *unused) {
+    (void)unused;
+    return PyBool_FromLong(turns_contended(&core->turns, core_now()));
+}
+
+PyObject *core_method_weight(struct core *core, PyObject *tenant) {
+    unsigned long number = PyLong_AsUnsignedLong(tenant);
+    if (PyErr_Occurred()) return NULL;
+    if (number >= core->turns.capacity || !core->turns.of[number].requests)
+        return PyErr_Format(PyExc_KeyError, "core: no request is tenant %lu's", number);
+    return PyFloat_FromDouble(core_weight(core, (uint32_t)number));
 }

@@ -47,7 +47,7 @@ static PyObject *sequence_of(const struct core *core, const struct request *requ
         [BLOCKDEX_CLOSE_POOL] = "close_pool",
     };
     const struct blockdex_request *slot = &request->slot;
-    const struct tenant *tenant = &core->index->tenants[request->tenant];
+    const struct tenant *tenant = &core->index->tenants.all[request->tenant];
     if (slot->kind == BLOCKDEX_OPEN || slot->kind == BLOCKDEX_CLOSE)
         return Py_BuildValue(
             "Iss#NN", request->number, kinds[slot->kind], tenant->name, (Py_ssize_t)tenant->bytes,

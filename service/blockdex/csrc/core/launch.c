@@ -190,6 +190,8 @@ bool core_begin(struct core *core, int64_t now) {
     memcpy(step->asked, from->asked, sizeof *from->asked * from->num_asked);
     step->num_asked = from->num_asked;
     step->taken = now;
+    step->cost = from->cost;
+    step->alone = !core->in_flight;
     if (!core->in_flight++) core->busy_since = now;
     if (core->run_step) {
         step->launched = core_now();
@@ -227,6 +229,14 @@ static bool has_ended(const struct core *core, struct step *step) {
     return true;
 }
 
+/* What the device takes for what it costs, of late. */
+static void learn(struct core *core, const struct step *step, int64_t now) {
+    static const double kept = 0.9;
+    if (!step->alone) return; /* it may have waited for the other one */
+    core->spent_seconds = kept * core->spent_seconds + 1e-9 * (double)(now - step->launched);
+    core->spent_cost = kept * core->spent_cost + step->cost;
+}
+
 bool core_land(struct core *core, int64_t now) {
     while (core->in_flight && has_ended(core, &core->steps[core->first])) {
         struct step *step = &core->steps[core->first];
@@ -243,6 +253,7 @@ bool core_land(struct core *core, int64_t now) {
             step->asked[number].request = NULL;
         }
         step->num_asked = 0;
+        learn(core, step, now);
         core_add(&core->device_nanoseconds[1], (uint64_t)(now - step->launched));
         core->first = (core->first + 1) % CORE_STEPS;
         if (!--core->in_flight) core_add(&core->busy_nanoseconds, (uint64_t)(now - core->busy_since));

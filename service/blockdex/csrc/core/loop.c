@@ -68,7 +68,7 @@ static int pass(struct core *core, int64_t now) {
 }
 
 static void wait(struct core *core, int64_t now, int64_t until) {
-    const bool any_left = core->backlog.count || core->waiting.count;
+    const bool any_left = core->turns.count || core->backlog.count || core->waiting.count;
     const bool rung = core->num_channels && now < core->rung + CHANNEL_SPIN;
     if (core->in_flight || rung || now < core->active + core->spin) {
         cpu_relax();

@@ -13,32 +13,8 @@ enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, UNIMPLEMENTED = 12, INTERNA
 
 static const char *const DTYPE_NAMES[] = {"", "bf16", "fp16", "fp32", "fp8_e4m3"};
 
-void list_append(struct list *list, struct request *request) {
-    request->previous = list->last;
-    request->next = NULL;
-    *(list->last ? &list->last->next : &list->first) = request;
-    list->last = request;
-    atomic_fetch_add_explicit(&list->count, 1, memory_order_relaxed);
-}
-
-void list_prepend(struct list *list, struct request *request) {
-    request->next = list->first;
-    request->previous = NULL;
-    *(list->first ? &list->first->previous : &list->last) = request;
-    list->first = request;
-    atomic_fetch_add_explicit(&list->count, 1, memory_order_relaxed);
-}
-
-void list_remove(struct list *list, struct request *request) {
-    *(request->previous ? &request->previous->next : &list->first) = request->next;
-    *(request->next ? &request->next->previous : &list->last) = request->previous;
-    request->previous = request->next = NULL;
-    uint32_t before = atomic_fetch_sub_explicit(&list->count, 1, memory_order_relaxed);
-    assert(before > 0);
-    (void)before;
-}
-
 void core_forget(struct core *core, struct request *request) {
+    if (request->state == HAS_COME) turns_remove(&core->turns, request);
     if (request->state == IS_QUEUED) list_remove(&core->backlog, request);
     if (request->state == IS_WAITING) list_remove(&core->waiting, request);
     core->changed |= request->holds_back || request->keeps_tables;
@@ -50,18 +26,18 @@ void core_forget(struct core *core, struct request *request) {
     assert(core->requests[request->number] == request);
     core->requests[request->number] = NULL;
     core->free_numbers[core->num_free++] = request->number;
-    sequence_index_release_tenant(core->index, request->tenant);
+    core->turns.of[request->tenant].requests--;
+    tenants_release(&core->index->tenants, request->tenant);
     free(request);
 }
 
-__attribute__((format(printf, 3, 4))) static struct request *break_link(struct core *core, struct server_link *link,
-                                                                        const char *format, ...) {
+__attribute__((format(printf, 3, 4))) static void break_link(struct core *core, struct server_link *link,
+                                                             const char *format, ...) {
     va_list numbers;
     va_start(numbers, format);
     vsnprintf(core->broken_by, sizeof core->broken_by, format, numbers);
     va_end(numbers);
     core->broken = link;
-    return NULL;
 }
 
 static void cancel(struct core *core, struct server_link *link, uint64_t ticket) {
@@ -416,30 +392,42 @@ static struct request *new_request(struct server_link *link, const struct blockd
     return request;
 }
 
-/* Gives it a number, a tenant and its ticket; false without memory. */
-static bool enter(struct core *core, struct request *request, const char *tenant, size_t tenant_bytes) {
-    request->tenant = sequence_index_use_tenant(core->index, tenant, tenant_bytes);
-    if (!request->tenant) return false;
+#define NO_MEMORY "engine: no memory left for %u requests, %u wait"
+
+/* Refuses one request too many. */
+__attribute__((format(printf, 5, 0))) static bool refuse(struct core *core, struct server_link *link,
+                                                         const struct blockdex_request *slot, int64_t now,
+                                                         const char *format) {
+    core_refuse_slot(core, link, slot, now, RESOURCE_EXHAUSTED, "OVERLOADED", format, core->max_queued,
+                     core->max_queued - core->num_free);
+    return false;
+}
+
+/* Gives it a number, a tenant and its ticket; false where it was refused. */
+static bool enter(struct core *core, struct request *request, const char *tenant, size_t tenant_bytes, int64_t now) {
+    request->tenant = tenants_use(&core->index->tenants, tenant, tenant_bytes);
+    if (!request->tenant) return refuse(core, request->link, &request->slot, now, NO_MEMORY);
     uint32_t number = core->free_numbers[core->num_free - 1];
-    if (!pair_index_set(&core->tickets, (uintptr_t)request->link, request->slot.ticket, number)) {
-        sequence_index_release_tenant(core->index, request->tenant);
-        return false;
+    const bool memory = turns_reserve(&core->turns, request->tenant);
+    struct turn *turn = memory ? &core->turns.of[request->tenant] : NULL;
+    const double weight = core_weight(core, request->tenant);
+    const bool may = memory && tenants_may_have(weight, turn->requests, core->num_free);
+    if (!may || !turns_append(&core->turns, request) ||
+        !pair_index_set(&core->tickets, (uintptr_t)request->link, request->slot.ticket, number)) {
+        if (request->queue) turns_remove(&core->turns, request);
+        tenants_release(&core->index->tenants, request->tenant);
+        return refuse(core, request->link, &request->slot, now,
+                      memory && !may ? "queue: of %u requests that may wait %u do, and the tenant's share is used up"
+                                     : NO_MEMORY);
     }
     core->num_free--;
+    turn->requests++;
+    turns_note(&core->turns, request->tenant, now);
     core_use_regions(request);
     request->number = number;
     core->requests[number] = request;
     if (request->slot.deadline < core->next_deadline) core->next_deadline = request->slot.deadline;
     return true;
-}
-
-/* Refuses one request too many. */
-__attribute__((format(printf, 5, 0))) static struct request *refuse(struct core *core, struct server_link *link,
-                                                                    const struct blockdex_request *slot, int64_t now,
-                                                                    const char *format) {
-    core_refuse_slot(core, link, slot, now, RESOURCE_EXHAUSTED, "OVERLOADED", format, core->max_queued,
-                     core->max_queued - core->num_free);
-    return NULL;
 }
 
 static bool check_rows(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now,
@@ -450,44 +438,45 @@ static bool check_rows(struct core *core, struct server_link *link, const struct
     return differ && core_find_sources(core, link, slot, now, request, 0);
 }
 
-static struct request *read_slot(struct core *core, struct server_link *link, const struct blockdex_request *slot,
-                                 int64_t now) {
+static void read_slot(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now) {
     const bool has_tokens = slot->kind == BLOCKDEX_TOKENS, own = !link->tenant_bytes;
     struct parts parts;
     char tenant[BLOCKDEX_MAX_TENANT_BYTES];
-    if (!keeps_layout(core, link, slot)) return NULL;
-    if (pair_index_find(&core->tickets, (uintptr_t)link, slot->ticket))
-        return break_link(core, link, "request: ticket %llu is in flight already", (unsigned long long)slot->ticket);
-    if (!find_parts(core, link, slot, now, &parts)) return NULL;
+    if (!keeps_layout(core, link, slot)) return;
+    if (pair_index_find(&core->tickets, (uintptr_t)link, slot->ticket)) {
+        break_link(core, link, "request: ticket %llu is in flight already", (unsigned long long)slot->ticket);
+        return;
+    }
+    if (!find_parts(core, link, slot, now, &parts)) return;
     /* Frontends send none any more by then. */
     if (core->no_more && !own) {
         core_refuse_slot(core, link, slot, now, UNAVAILABLE, "SHUTTING_DOWN",
                          "server: shutting down, takes no new requests");
-        return NULL;
+        return;
     }
     memcpy(tenant, parts.tenant, slot->tenant_bytes < sizeof tenant ? slot->tenant_bytes : sizeof tenant);
     if (!check_tenant(core, link, slot, tenant, now) ||
         !(has_tokens ? check_numbers : check_sequences)(core, link, slot, now))
-        return NULL;
-    if (!core->num_free) return refuse(core, link, slot, now, "queue: at most %u requests may wait, %u do");
+        return;
+    if (!core->num_free) {
+        refuse(core, link, slot, now, "queue: at most %u requests may wait, %u do");
+        return;
+    }
     struct request *request = new_request(link, slot, num_columns(slot) ? slot->num_spans : 0);
-    if (!request) return refuse(core, link, slot, now, "engine: no memory left for %u requests, %u wait");
+    if (!request) {
+        refuse(core, link, slot, now, NO_MEMORY);
+        return;
+    }
     copy_columns(slot, &parts, request);
     request->tensors[KEYS] = parts.keys;
     request->tensors[QUERIES] = parts.queries;
-    if (!check_rows(core, link, slot, now, request)) {
-        free(request);
-        return NULL;
-    }
-    if (!enter(core, request, own ? tenant : link->tenant, own ? slot->tenant_bytes : link->tenant_bytes)) {
-        free(request);
-        return refuse(core, link, slot, now, "engine: no memory left for %u requests, %u wait");
-    }
     request->received = slot->received;
-    return request;
+    if (!check_rows(core, link, slot, now, request) ||
+        !enter(core, request, own ? tenant : link->tenant, own ? slot->tenant_bytes : link->tenant_bytes, now))
+        free(request);
 }
 
-struct request *core_read(struct core *core, struct server_link *link, int64_t now) {
+void core_read(struct core *core, struct server_link *link, int64_t now) {
     struct blockdex_request slot = *(const volatile struct blockdex_request *)server_link_head(link);
     server_link_release(link);
     /* Its times are any numbers: no clock was below 0, and it has not come later than now. */
@@ -496,12 +485,13 @@ struct request *core_read(struct core *core, struct server_link *link, int64_t n
     if (slot.deadline < 0) slot.deadline = 0;
     if (link->channel.bound) {
         /* Whose kernels wait no more, they have said so. */
-        if (atomic_load_explicit(&link->header->channel_error, memory_order_acquire)) return NULL;
+        if (atomic_load_explicit(&link->header->channel_error, memory_order_acquire)) return;
         slot.epoch = link->channel.epoch;
         slot.received = link->channel.looked; /* at the earliest */
         slot.deadline = slot.received + link->channel.bound;
     }
-    if (slot.kind != BLOCKDEX_CANCEL) return read_slot(core, link, &slot, now);
-    cancel(core, link, slot.ticket);
-    return NULL;
+    if (slot.kind == BLOCKDEX_CANCEL)
+        cancel(core, link, slot.ticket);
+    else
+        read_slot(core, link, &slot, now);
 }

@@ -88,6 +88,8 @@ static void client_link_dealloc(PyObject *object) {
     columns_close(&self->columns);
     times_close(&self->times);
     inflight_close(&self->inflight);
+    tenants_close(&self->tenants);
+    free(self->shares);
     free(self->arena.holes);
     if (self->memory.obj) PyBuffer_Release(&self->memory);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
@@ -120,6 +122,7 @@ static PyMethodDef methods[] = {
      "Sends a token request as it came off the wire."},
     {"send_sequence", client_link_send_sequence, METH_VARARGS, "Sends a request about a sequence."},
     {"flush", client_link_flush, METH_NOARGS, "Sends what there is room for, and copies a slice of what is long."},
+    {"may_begin", client_link_may_begin, METH_VARARGS, "Whether a tenant may have one more request of so many bytes."},
     {"overdue", client_link_overdue, METH_O, "Gives up what has waited for room for so many seconds."},
     {"give_up", client_link_give_up, METH_VARARGS, "Gives up a request of an owner; None where there is none."},
     {"give_up_all", client_link_give_up_all, METH_O, "Gives up all requests of an owner, or of everybody."},

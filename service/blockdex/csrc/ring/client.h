@@ -7,6 +7,7 @@
 #include "blockdex_arena.h"
 #include "blockdex_ring.h"
 #include "latency_histogram.h"
+#include "tenants.h"
 #include "ring/inflight.h"
 #include "wire/messages.h"
 #include "wire/request_codec.h"
@@ -34,12 +35,20 @@ struct outgoing {
 /* Where the columns of a request about sequences begin: behind the tenant, as docs/ring.md says. */
 static inline uint64_t sequences_columns_at(uint64_t tenant_bytes) { return (tenant_bytes + 7) / 8 * 8; }
 
-/* In the order of their arrival; the `unplaced` ones wait for room, behind all others. `no_slot`: some wait for a
- * slot. */
+/* In the order of their arrival; the `unplaced` ones wait for room, behind all others of their tenants. `no_slot`: some
+ * wait for a slot. */
 struct outbox {
     struct outgoing *first, **end;
-    uint32_t unplaced;
+    uint64_t flushes;
     bool no_slot;
+};
+
+/* What the requests of one tenant take that are not answered, those that were given up included: how many they are, what
+ * they carry, and what of that is in the arena. `unplaced` of them wait for room; in the last flush there was none for them
+ * where `flush` is that one. */
+struct share {
+    uint32_t requests, unplaced;
+    uint64_t bytes, placed, flush;
 };
 
 struct client_link {
@@ -53,6 +62,9 @@ struct client_link {
     struct blockdex_arena arena;
     struct inflight inflight;
     struct outbox outbox;
+    struct tenants tenants;
+    struct share *shares; /* by the tenant's number; 0: of all of them */
+    uint32_t num_shares;
     struct bounds bounds;
     struct wire_spans columns;
     uint32_t max_waiting;
@@ -81,6 +93,17 @@ int outbox_begin(struct client_link *self, struct outgoing *outgoing, const stru
 /* Sends what there is room for, in order, and copies a slice of what is long: NOTHING_LEFT and so on. */
 int outbox_flush(struct client_link *self);
 
+/* Whether a tenant, which is used, may have so much more of the arena, or of so many times as much, of which all of them
+ * have `all`. Whoever has nothing may have anything. */
+static inline bool client_link_has_share(const struct client_link *self, uint32_t tenant, uint64_t own, uint64_t all,
+                                         uint64_t bytes, uint64_t times) {
+    const double left = (double)(times * self->segment.request_arena_bytes) - (double)all;
+    return !own || tenants_may_have(self->tenants.all[tenant].weight, (double)(own + bytes), left);
+}
+
+/* A request is answered, or was never sent: it takes nothing any more. It must have no owner. */
+void client_link_end(struct client_link *self, struct pending *pending);
+
 /* Takes a request out, which was not sent; it is to be released, last of all. */
 struct outgoing *outbox_remove(struct client_link *self, struct outgoing *outgoing);
 void outbox_release(struct outgoing *outgoing);
@@ -89,6 +112,7 @@ void outbox_release(struct outgoing *outgoing);
 PyObject *client_link_send(PyObject *object, PyObject *const *arguments, Py_ssize_t count);
 PyObject *client_link_send_sequence(PyObject *object, PyObject *arguments);
 PyObject *client_link_flush(PyObject *object, PyObject *unused);
+PyObject *client_link_may_begin(PyObject *object, PyObject *arguments);
 PyObject *client_link_overdue(PyObject *object, PyObject *seconds);
 PyObject *client_link_give_up(PyObject *object, PyObject *arguments);
 PyObject *client_link_give_up_all(PyObject *object, PyObject *owner);

@@ -83,7 +83,7 @@ static bool take_one(struct client_link *self, PyObject *list, int64_t at) {
     struct pending *pending = pending_of(self, &slot);
     if (!pending || !tell(self, list, pending, &slot, at)) return false;
     blockdex_arena_give_back(&self->arena, pending->extent);
-    inflight_end(&self->inflight, pending);
+    client_link_end(self, pending);
     if (slot.payload_bytes)
         atomic_store_explicit(&self->segment.header->answer_bytes_freed, slot.payload_end, memory_order_release);
     self->read++;

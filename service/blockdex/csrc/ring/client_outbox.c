@@ -17,6 +17,10 @@ static void unlink_at(struct outbox *outbox, struct outgoing **at) {
     *at = (*at)->next;
 }
 
+static struct share *share_of(const struct client_link *self, const struct outgoing *outgoing) {
+    return &self->shares[outgoing->pending->tenant];
+}
+
 static bool is_written(const struct outgoing *outgoing) { return outgoing->written == tensor_bytes(outgoing); }
 
 /* Takes room for a request and writes all of it but its tensors; false while there is none. */
@@ -26,7 +30,12 @@ static bool place(struct client_link *self, struct outgoing *outgoing, const str
     Py_ssize_t tenant_bytes;
     const char *tenant = PyUnicode_AsUTF8AndSize(outgoing->tenant, &tenant_bytes);
     assert(tenant && (size_t)tenant_bytes == slot->tenant_bytes);
-    if (!blockdex_arena_take(&self->arena, slot->payload_bytes, &pending->extent)) return false;
+    struct share *own = &self->shares[pending->tenant], *all = &self->shares[0];
+    if (!client_link_has_share(self, pending->tenant, own->placed, all->placed, slot->payload_bytes, 1) ||
+        !blockdex_arena_take(&self->arena, slot->payload_bytes, &pending->extent))
+        return false;
+    own->placed += pending->extent.bytes;
+    all->placed += pending->extent.bytes;
     slot->payload_offset = pending->extent.offset;
     char *to = self->segment.request_arena + slot->payload_offset;
     if (request) {
@@ -89,13 +98,13 @@ static int keep(struct client_link *self, const struct outgoing *outgoing) {
     *self->outbox.end = kept;
     self->outbox.end = &kept->next;
     kept->pending->unsent = kept;
-    self->outbox.unplaced += !kept->placed;
+    share_of(self, kept)->unplaced += !kept->placed;
     return QUEUED;
 }
 
 int outbox_begin(struct client_link *self, struct outgoing *outgoing, const struct wire_request *request) {
     uint64_t most = SLICE_BYTES;
-    if (!self->outbox.unplaced && place(self, outgoing, request) && tensor_bytes(outgoing) <= SLICE_BYTES)
+    if (!share_of(self, outgoing)->unplaced && place(self, outgoing, request) && tensor_bytes(outgoing) <= SLICE_BYTES)
         write_some(self, outgoing, &most);
     if (send_if_ready(self, outgoing)) return SENT;
     return keep(self, outgoing);
@@ -118,13 +127,21 @@ int outbox_flush(struct client_link *self) {
     uint64_t short_bytes = SLICE_BYTES, long_bytes = SLICE_BYTES;
     struct outgoing *sent = NULL;
     bool more = false;
+    self->outbox.flushes++;
     send_cancels(self);
     self->outbox.no_slot = self->inflight.cancels_due;
     for (struct outgoing **at = &self->outbox.first; *at;) {
         struct outgoing *outgoing = *at;
+        struct share *share = share_of(self, outgoing);
+        if (!outgoing->placed && share->flush != self->outbox.flushes) {
+            if (place_again(self, outgoing))
+                share->unplaced--;
+            else
+                share->flush = self->outbox.flushes; /* the others of this tenant wait behind it */
+        }
         if (!outgoing->placed) {
-            if (!place_again(self, outgoing)) break;
-            self->outbox.unplaced--;
+            at = &outgoing->next;
+            continue;
         }
         write_some(self, outgoing, tensor_bytes(outgoing) > SLICE_BYTES ? &long_bytes : &short_bytes);
         more |= !is_written(outgoing);
@@ -151,7 +168,7 @@ struct outgoing *outbox_remove(struct client_link *self, struct outgoing *outgoi
     if (outgoing->placed)
         blockdex_arena_give_back(&self->arena, outgoing->pending->extent);
     else
-        self->outbox.unplaced--;
+        share_of(self, outgoing)->unplaced--;
     return outgoing;
 }
 

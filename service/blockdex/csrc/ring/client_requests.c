@@ -1,7 +1,10 @@
 /* What a link sends: token requests as they came off the wire, requests about sequences, and what is given up. */
 #include "ring/client.h"
 
-enum { MAX_TENANT_BYTES = 256 };
+#include <stdlib.h>
+
+/* All that is in flight is of so many times the bytes of the arena at most. */
+enum { MAX_TENANT_BYTES = 256, IN_ARENA_OR_WAITING = 2 };
 
 bool client_link_publish(struct client_link *self, const struct blockdex_request *slot) {
     uint64_t taken = self->written - atomic_load_explicit(&self->segment.header->requests_read, memory_order_acquire);
@@ -34,8 +37,30 @@ static bool read_tenant(struct sender *sender) {
     return good;
 }
 
+static struct share *share_of(const struct client_link *self, uint32_t tenant) { return &self->shares[tenant]; }
+
+/* Whether a tenant may have one more request in flight, of so many bytes, where all of them together may have so many times
+ * the arena: what has no room there waits. */
+static bool has_share(const struct client_link *self, uint32_t tenant, uint64_t bytes, uint64_t times) {
+    const struct share *own = share_of(self, tenant);
+    const double left = (double)self->max_waiting - self->inflight.waiting;
+    return client_link_has_share(self, tenant, own->bytes, share_of(self, 0)->bytes, bytes, times) &&
+           tenants_may_have(self->tenants.all[tenant].weight, own->requests, left);
+}
+
+PyObject *client_link_may_begin(PyObject *object, PyObject *arguments) {
+    const struct client_link *self = (struct client_link *)object;
+    const char *name;
+    Py_ssize_t size;
+    unsigned long long bytes;
+    if (!PyArg_ParseTuple(arguments, "s#K:may_begin", &name, &size, &bytes)) return NULL;
+    const uint32_t tenant = tenants_find(&self->tenants, name, (size_t)size);
+    return PyBool_FromLong(!tenant || has_share(self, tenant, bytes, 1));
+}
+
 /* Whether one more request may be in flight. */
-static bool may_begin(const struct client_link *self, const struct sender *sender, struct refusal *refusal) {
+static bool may_begin(const struct client_link *self, const struct sender *sender, uint32_t tenant, uint64_t bytes,
+                      struct refusal *refusal) {
     const struct inflight *table = &self->inflight;
     if (inflight_of(table, sender->owner, sender->number))
         return refuse(refusal, INVALID_ARGUMENT, "DUPLICATE_REQUEST_ID", "request_id: %llu is in flight already",
@@ -46,7 +71,38 @@ static bool may_begin(const struct client_link *self, const struct sender *sende
     if (inflight_full(table))
         return refuse(refusal, RESOURCE_EXHAUSTED, "OVERLOADED",
                       "queue: %u requests are unanswered, those that were given up included", table->capacity);
-    return true;
+    const struct share *own = share_of(self, tenant);
+    return has_share(self, tenant, bytes, IN_ARENA_OR_WAITING) ||
+           refuse(refusal, RESOURCE_EXHAUSTED, "OVERLOADED",
+                  "queue: the tenant's share of it is used up: %u requests, %llu bytes", own->requests,
+                  (unsigned long long)own->bytes);
+}
+
+/* A tenant's number, and room for its share; 0 without memory. */
+static uint32_t use_tenant(struct client_link *self, const struct sender *sender) {
+    const char *name = PyUnicode_AsUTF8AndSize(sender->tenant, NULL);
+    const uint32_t tenant = name ? tenants_use(&self->tenants, name, (size_t)sender->tenant_bytes) : 0;
+    if (!tenant || self->num_shares == self->tenants.count) return tenant;
+    struct share *shares = realloc(self->shares, self->tenants.count * sizeof *shares);
+    if (!shares) {
+        tenants_release(&self->tenants, tenant);
+        return 0;
+    }
+    memset(shares + self->num_shares, 0, (self->tenants.count - self->num_shares) * sizeof *shares);
+    self->shares = shares;
+    self->num_shares = self->tenants.count;
+    return tenant;
+}
+
+void client_link_end(struct client_link *self, struct pending *pending) {
+    const uint32_t tenant = pending->tenant;
+    share_of(self, tenant)->requests--;
+    share_of(self, tenant)->bytes -= pending->bytes;
+    share_of(self, 0)->bytes -= pending->bytes;
+    share_of(self, tenant)->placed -= pending->extent.bytes;
+    share_of(self, 0)->placed -= pending->extent.bytes;
+    inflight_end(&self->inflight, pending);
+    tenants_release(&self->tenants, tenant);
 }
 
 static PyObject *refused(const struct sender *sender, const struct refusal *refusal) {
@@ -58,8 +114,19 @@ static PyObject *refused(const struct sender *sender, const struct refusal *refu
 static PyObject *begin(struct client_link *self, const struct sender *sender, struct outgoing *outgoing,
                        const struct wire_request *request) {
     struct refusal refusal;
-    if (!may_begin(self, sender, &refusal)) return refused(sender, &refusal);
+    const uint64_t bytes = outgoing->slot.payload_bytes;
+    const uint32_t tenant = use_tenant(self, sender);
+    if (!tenant) return PyErr_NoMemory();
+    if (!may_begin(self, sender, tenant, bytes, &refusal)) {
+        tenants_release(&self->tenants, tenant);
+        return refused(sender, &refusal);
+    }
     struct pending *pending = inflight_begin(&self->inflight, Py_NewRef(sender->owner), sender->number, sender->rpc);
+    pending->tenant = tenant;
+    pending->bytes = bytes;
+    share_of(self, tenant)->requests++;
+    share_of(self, tenant)->bytes += bytes;
+    share_of(self, 0)->bytes += bytes;
     pending->received = blockdex_now();
     pending->layer = outgoing->slot.layer;
     pending->num_spans = request ? outgoing->slot.num_spans : 0;
@@ -73,7 +140,7 @@ static PyObject *begin(struct client_link *self, const struct sender *sender, st
     if (became >= 0) return PyLong_FromLong(became);
     if (outgoing->placed) blockdex_arena_give_back(&self->arena, pending->extent);
     PyObject *owner = inflight_disown(&self->inflight, pending);
-    inflight_end(&self->inflight, pending);
+    client_link_end(self, pending);
     Py_DECREF(owner);
     return PyErr_NoMemory();
 }
@@ -146,7 +213,7 @@ static PyObject *given_up(struct client_link *self, struct pending *pending) {
     if (unsent) outbox_remove(self, unsent);
     PyObject *owner = inflight_disown(&self->inflight, pending);
     if (unsent) {
-        inflight_end(&self->inflight, pending);
+        client_link_end(self, pending);
         outbox_release(unsent);
     } else if (!client_link_publish(self, &(struct blockdex_request){.ticket = was.ticket, .kind = BLOCKDEX_CANCEL})) {
         pending->cancel_due = true;

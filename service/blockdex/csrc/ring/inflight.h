@@ -11,16 +11,16 @@
 struct outgoing;
 
 /* `owner` waits for the answer: NULL once nobody does. `number` is the owner's own name for the request, `rpc` one
- * of the numbers of blockdex.ring.caller.RPCS. `unsent` is what is still to be written for it, `cancel_due` says
- * that the engine is to be told that nobody waits any more. */
+ * of the numbers of blockdex.ring.caller.RPCS, `bytes` what it carries. `unsent` is what is still to be written for it,
+ * `cancel_due` says that the engine is to be told that nobody waits any more. */
 struct pending {
     uint64_t ticket;
     void *owner;
-    uint64_t number, num_tokens;
+    uint64_t number, num_tokens, bytes;
     int64_t received;
     struct blockdex_extent extent;
     struct outgoing *unsent;
-    uint32_t next, layer, num_spans;
+    uint32_t next, layer, num_spans, tenant;
     uint8_t rpc;
     bool cancel_due;
 };

@@ -7,14 +7,14 @@ import logging
 import random
 import re
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-import grpc
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blockdex.contract.access import Identity, Right
 from blockdex.contract.credentials import Credentials
 from blockdex.contract.errors import BlockdexError, Code, PermissionDeniedError, Reason
 from blockdex.contract.limits import DEFAULT_TENANT, TENANT_KEY
+from blockdex.frontend.grpc.memory import MemoryKeeper
+from blockdex.frontend.grpc.status import REQUEST_ID_KEY, Context
 from blockdex.logs import RateLimit, log_event
 from blockdex.ring.caller import CameTo
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from blockdex.frontend.grpc.tracing import Tracing
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
-REQUEST_ID_KEY = "x-request-id"
 AUTHORIZATION_KEY = "authorization"
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -33,6 +30,7 @@ _drawn = itertools.count(random.getrandbits(64))
 """From a random one on: two servers draw the same ids as seldom as two calls would that each drew 64 bits."""
 
 _LINES_PER_SECOND = 10
+"""Of a kind: who makes many requests and streams must not fill the log, nor keep the loop busy with it."""
 _NOT_ALLOWED = frozenset((Code.UNAUTHENTICATED, Code.PERMISSION_DENIED))
 
 logger = logging.getLogger(__name__)
@@ -157,8 +155,8 @@ class RequestLog:
         self._observer = observer
         self._slow_seconds = slow_seconds
         self._tracing = tracing
-        self._limit = RateLimit(_LINES_PER_SECOND)
-        self._refusals = RateLimit(_LINES_PER_SECOND)
+        self._memory = MemoryKeeper()
+        self._slow, self._opened, self._closed, self._refusals = (RateLimit(_LINES_PER_SECOND) for _ in range(4))
 
     def call_of(self, context: Context) -> CallContext:
         """Who makes the call, and what its spans are to be part of."""
@@ -196,6 +194,7 @@ class RequestLog:
     def received(self, message: bytes) -> bytes:
         """Counts the bytes of a message that came."""
         self._observer.bytes_received += len(message)
+        self._memory.took(len(message))
         return message
 
     def sent(self, message: bytes) -> bytes:
@@ -227,7 +226,7 @@ class RequestLog:
             call = call._replace(request_id=f"{call.request_id}/{number}")
         if self._tracing is not None and call.trace is not None:
             self._tracing.answered(rpc, code, (began, ended), call.trace, call.request_id, came_to)
-        if ended - began > self._slow_seconds and self._limit.allows(ended):
+        if ended - began > self._slow_seconds and self._slow.allows(ended):
             log_event(
                 logger,
                 logging.WARNING,
@@ -237,27 +236,30 @@ class RequestLog:
                 **call.names,
                 ms=_milliseconds(ended - began),
                 **_engine_fields(came_to),
-                withheld=self._limit.withheld(),
+                withheld=self._slow.withheld(),
             )
 
     def stream_opened(self, call: CallContext) -> None:
         """Tells of a new stream."""
         self._observer.streams += 1
         self._observer.streams_opened += 1
-        log_event(logger, logging.INFO, "stream opened", **call.names)
+        if self._opened.allows(time.monotonic()):
+            log_event(logger, logging.INFO, "stream opened", **call.names, withheld=self._opened.withheld())
 
     def stream_closed(self, call: CallContext, seconds: float, requests: int, errors: int) -> None:
         """Tells of a stream's end: how long it was, its requests, and how many of them were not answered OK."""
         self._observer.streams -= 1
-        log_event(
-            logger,
-            logging.INFO,
-            "stream closed",
-            **call.names,
-            seconds=round(seconds, 3),
-            requests=requests,
-            errors=errors,
-        )
+        if self._closed.allows(time.monotonic()):
+            log_event(
+                logger,
+                logging.INFO,
+                "stream closed",
+                **call.names,
+                seconds=round(seconds, 3),
+                requests=requests,
+                errors=errors,
+                withheld=self._closed.withheld(),
+            )
 
 
 def _engine_fields(came_to: CameTo | None) -> dict[str, str | float]:

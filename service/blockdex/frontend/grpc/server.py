@@ -13,14 +13,18 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from blockdex.contract.credentials import Certificate, Credentials
 from blockdex.contract.errors import BlockdexError
-from blockdex.frontend.grpc.call_context import Context, Observer, RequestLog
-from blockdex.frontend.grpc.service import SERVICE, IndexerService, abort
+from blockdex.frontend.grpc.call_context import Observer, RequestLog
+from blockdex.frontend.grpc.parsing import CheckingServer
+from blockdex.frontend.grpc.service import SERVICE, IndexerService
+from blockdex.frontend.grpc.status import Context, refuse
 from blockdex.ring.client import RingChannel
 from blockdex.v1 import indexer_pb2 as pb
 
 if TYPE_CHECKING:
     from blockdex.frontend.grpc.tracing import Tracing
 
+_SPAN_BYTES = 40
+_MARGIN = 1 << 20
 _PING_MS = 60_000
 """How long a client may be silent before it is pinged, and how long it then has to answer."""
 UNIX = "unix:"
@@ -41,8 +45,9 @@ class RpcServer:
     ) -> None:
         self._log = log
         self._shown: Certificate | None = None
-        # Room above the limit, so that a request beyond it is refused in words and not cut off by the transport.
-        receive = 2 * channel.limits.max_message_bytes
+        # Room for columns, and above the limit, so that a request just beyond it is refused in words; what is longer is
+        # cut off by its length, before its body is taken.
+        receive = channel.limits.max_message_bytes + _SPAN_BYTES * channel.limits.max_spans + _MARGIN
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", int(share_port)),
@@ -58,9 +63,10 @@ class RpcServer:
         self._service = IndexerService(channel, log)
         self._health = health.aio.HealthServicer()
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        checking = CheckingServer(self._server, log)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, checking)
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names, log), self._server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names, log), checking)
         try:
             if address.startswith(UNIX):
                 self._listen_on_file(address, Path(address.removeprefix(UNIX)))
@@ -142,7 +148,8 @@ class _Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]
         try:
             call.identity()
         except BlockdexError as error:
-            await abort(context, error, call.request_id)
+            refuse(context, error, call.request_id)
+            return
         async for answer in super().ServerReflectionInfo(requests, context):
             yield answer
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -18,9 +18,11 @@ from blockdex.contract.limits import check_epoch
 from blockdex.contract.messages import Info, SequenceState
 from blockdex.contract.version import VERSION
 from blockdex.frontend.grpc import convert
-from blockdex.frontend.grpc.call_context import REQUEST_ID_KEY, CallContext, Context, RequestLog, call_of
-from blockdex.frontend.grpc.status import DETAILS_KEY, as_blockdex_error, status_of
+from blockdex.frontend.grpc.call_context import CallContext, RequestLog, call_of
+from blockdex.frontend.grpc.parsing import checked
+from blockdex.frontend.grpc.status import REQUEST_ID_KEY, Context, as_blockdex_error, refuse
 from blockdex.frontend.grpc.stream import StreamSession
+from blockdex.frontend.grpc.turns import Turns
 from blockdex.ring.caller import TOKEN_RPCS, CameTo
 from blockdex.ring.client import RingChannel
 from blockdex.ring.events import Event, NewEpoch, SequencesEvicted
@@ -33,7 +35,6 @@ _TOKEN_REQUESTS: tuple[type[convert.TokenWireRequest], ...] = (
     pb.AppendAndSelectRequest,
 )
 _Report = TypeVar("_Report", pb.GetInfoResponse, pb.GetStatsResponse)
-_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class UnaryCall(asyncio.Future[Any]):
@@ -80,6 +81,7 @@ class IndexerService:
     def __init__(self, channel: RingChannel, log: RequestLog) -> None:
         self._channel = channel
         self._log = log
+        self._turns = Turns()
         self._sessions: set[StreamSession] = set()
         channel.tell_events(self._pass_on)
 
@@ -92,11 +94,12 @@ class IndexerService:
         handlers["Stream"] = grpc.stream_stream_rpc_method_handler(self.Stream, received, sent)
         for method in SERVICE.methods:
             if method.name not in handlers:
-                handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+                handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
                     getattr(self, method.name),
-                    request_deserializer=partial(_parsed, getattr(pb, method.input_type.name).FromString, received),
+                    request_deserializer=partial(_parsed, getattr(pb, method.input_type.name), received),
                     response_serializer=lambda response: sent(response.SerializeToString()),
                 )
+                handlers[method.name] = checked(method.name, handler, self._log, is_counted=True)
         return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
     def tell(self, event: pb.Event, tenant: str | None = None) -> None:
@@ -129,7 +132,7 @@ class IndexerService:
         for session in self._sessions:
             session.finish()
 
-    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
+    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse | None:
         """What the server is, holds and can do."""
 
         async def answer(info: Info) -> pb.GetInfoResponse:
@@ -137,7 +140,7 @@ class IndexerService:
 
         return await self._report("GetInfo", request.header, context, answer)
 
-    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
+    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse | None:
         """What the server did since it started."""
 
         async def answer(info: Info) -> pb.GetStatsResponse:
@@ -196,16 +199,17 @@ class IndexerService:
             tenant = call.tenant()
         except BlockdexError as error:
             self._log.answered("Stream", error, began, call)
-            await abort(context, error, call.request_id)
+            refuse(context, error, call.request_id)
+            return
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-        session = StreamSession(self._channel, call, tenant, self._log)
+        session = StreamSession(self._channel, call, tenant, self._log, self._turns)
         self._sessions.add(session)
         self._log.stream_opened(call)
         try:
             await session.run()
             if refusal := session.refusal:
                 self._log.answered("Stream", refusal, began, call)
-                await abort(context, refusal, call.request_id)
+                refuse(context, refusal, call.request_id)
         finally:
             self._sessions.discard(session)
             await session.close()
@@ -213,18 +217,20 @@ class IndexerService:
 
     async def _report(
         self, rpc: str, header: pb.RequestHeader, context: Context, answer: Callable[[Info], Awaitable[_Report]]
-    ) -> _Report:
+    ) -> _Report | None:
         """Answers what is asked about the server itself."""
         began, call = time.monotonic(), self._log.call_of(context)
         try:
-            call.identity()
+            identity = call.identity()
             convert.check_header(header)
+            await self._turn(identity.tenant)
             info = await self._channel.info()
             check_epoch(header.epoch, info.epoch)
             response = await answer(info)
         except BlockdexError as error:
             self._log.answered(rpc, error, began, call)
-            await abort(context, error, call.request_id)
+            refuse(context, error, call.request_id)
+            return None
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         self._log.answered(rpc, None, began, call)
         return response
@@ -242,26 +248,29 @@ class IndexerService:
                     raise InternalError(f"{TOKEN_RPCS[rpc]}: cannot be read as protobuf wrote it", Reason.INTERNAL)
             self._channel.look()
 
-        response: bytes = await self._answer(TOKEN_RPCS[rpc], send, context)
-        return response
+        response: bytes | None = await self._answer(TOKEN_RPCS[rpc], send, context)
+        return response or b""
 
     async def _change(
         self, rpc: str, request: convert.SequenceWireRequest, context: Context
-    ) -> convert.SequenceWireResponse:
+    ) -> convert.SequenceWireResponse | None:
         """Answers an RPC about sequences or pools."""
 
         def send(caller: UnaryCall, tenant: str, timeout: float) -> None:
             message = convert.sequence_request(tenant, self._channel.limits.max_spans, request)
             self._channel.send_sequence(caller, 0, rpc, message, timeout)
 
-        return convert.sequence_response(request, await self._answer(rpc, send, context))
+        state = await self._answer(rpc, send, context)
+        return None if state is None else convert.sequence_response(request, state)
 
     async def _answer(self, rpc: str, send: Callable[[UnaryCall, str, float], None], context: Context) -> Any:
         """Sends a request and waits for its answer; what goes wrong ends the call."""
         began, call = time.monotonic(), self._log.call_of(context)
         caller = UnaryCall(call, self._log)
         try:
-            send(caller, call.tenant(), self._timeout(context))
+            tenant = call.tenant()
+            await self._turn(tenant)
+            send(caller, tenant, self._timeout(context))
         except Exception as fault:
             caller.failed(0, rpc, began, as_blockdex_error(fault, rpc, call.request_id), None)
         try:
@@ -272,21 +281,20 @@ class IndexerService:
                 self._log.answered(rpc, error, began, call, given_up.came_to)
             raise
         except BlockdexError as error:
-            await abort(context, error, call.request_id)
+            refuse(context, error, call.request_id)
+            error.__traceback__ = None  # which would keep this frame, and what it holds
+            return None
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         return answer
+
+    async def _turn(self, tenant: str) -> None:
+        if not self._turns.may_go(tenant):
+            await self._turns.wait(tenant)
 
     def _timeout(self, context: Context) -> float:
         remaining = context.time_remaining()
         return self._channel.limits.max_wait_ms / 1000 if remaining is None else float(remaining)
 
 
-def _parsed(parse: Callable[[bytes], Message], received: Callable[[bytes], bytes], message: bytes) -> Message:
-    return parse(received(message))
-
-
-async def abort(context: Context, error: BlockdexError, request_id: str) -> NoReturn:
-    """Ends a call with an error."""
-    details = (DETAILS_KEY, status_of(error).SerializeToString())
-    trailing = (details, (REQUEST_ID_KEY, request_id))
-    await context.abort(_STATUS_CODES[int(error.code)], error.message, trailing_metadata=trailing)
+def _parsed(kind: type[Message], received: Callable[[bytes], bytes], message: bytes) -> Message:
+    return kind.FromString(received(message))

@@ -14,6 +14,7 @@ from blockdex.contract.messages import SequenceState
 from blockdex.frontend.grpc import convert
 from blockdex.frontend.grpc.call_context import CallContext, RequestLog
 from blockdex.frontend.grpc.status import as_blockdex_error, status_of
+from blockdex.frontend.grpc.turns import Turns
 from blockdex.ring.caller import STREAM, CameTo
 from blockdex.ring.client import RingChannel
 from blockdex.v1 import indexer_pb2 as pb
@@ -37,13 +38,16 @@ STREAM_RPCS = _TOKEN_RPCS | _SEQUENCE_RPCS
 """What requests of a stream are, by their fields."""
 
 _MOST_EVENTS = 1024
+_LONGEST_CANCEL = 1024
+"""Bytes; what is longer is none, so that no tensor is read to find out."""
 
 
 class StreamSession:
     """The requests of one stream.
 
     A reading task takes requests off the wire and hands them to the channel; `run` writes the answers. When
-    `max_stream_requests` are unanswered or unwritten the reading pauses, and the wire holds the client back. It is the
+    `max_stream_requests` are unanswered or unwritten, or the tenant's share of the room for requests is used up, the
+    reading pauses, and the wire holds the client back. It is the
     `Caller` of its requests; their bytes go to the channel as they are, and what that does not read is read here.
 
     Args:
@@ -51,6 +55,7 @@ class StreamSession:
         call: whose RPC the bytes come from and go to.
         tenant: whose sequences the requests name.
         log: told of every request that did not go well, as `Stream/AppendKeys` and so on.
+        turns: of the loop.
 
     Attributes:
         call: as above.
@@ -60,7 +65,7 @@ class StreamSession:
         refusal: what ended the stream: a message which is none, or a caller who is not known any more.
     """
 
-    def __init__(self, channel: RingChannel, call: CallContext, tenant: str, log: RequestLog) -> None:
+    def __init__(self, channel: RingChannel, call: CallContext, tenant: str, log: RequestLog, turns: Turns) -> None:
         self.call = call
         self.tenant = tenant
         self.requests = 0
@@ -68,6 +73,7 @@ class StreamSession:
         self.refusal: BlockdexError | None = None
         self._channel = channel
         self._log = log
+        self._turns = turns
         limits = channel.limits
         self._allowed = limits.max_stream_requests
         self._longest_wait = limits.max_wait_ms / 1000
@@ -153,10 +159,12 @@ class StreamSession:
 
     async def _read(self) -> None:
         channel, tenant = self._channel, self.tenant
-        read, send, look = self.call.context.read, channel.send, channel.look
+        read, send, look, may_go = self.call.context.read, channel.send, channel.look, self._turns.may_go
         try:
             while (message := await read()) is not grpc.aio.EOF:
-                if self._unwritten >= self._allowed:
+                if not may_go(tenant):
+                    await self._turns.wait(tenant)
+                if self._unwritten >= self._allowed or not channel.may_begin(tenant, len(message)):
                     await self._has_place(message)
                 if send(self, STREAM, tenant, self._longest_wait, message):
                     self.requests += 1
@@ -175,12 +183,16 @@ class StreamSession:
 
     async def _has_place(self, message: bytes) -> None:
         """Waits until a request may be in flight; a cancellation, which takes no place, does not wait."""
-        if convert.parsed(pb.StreamRequest, message).WhichOneof("request") == "cancel":
-            return
-        while self._unwritten >= self._allowed:
-            self._place = asyncio.get_running_loop().create_future()
-            await self._place
-        self._place = None
+        size, kind = len(message), None
+        if size <= _LONGEST_CANCEL:
+            kind = convert.parsed(pb.StreamRequest, message).WhichOneof("request")
+        while kind != "cancel":
+            if self._unwritten >= self._allowed:
+                self._place = asyncio.get_running_loop().create_future()
+                await self._place
+                self._place = None
+            elif self._channel.may_begin(self.tenant, size) or not await self._channel.share_freed(self.tenant):
+                return
 
     def _read_again(self, request: pb.StreamRequest) -> None:
         """Does what a request asks for that the channel has not read."""

@@ -273,6 +273,7 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "blockdex_integrity_faults", "Contradictions that these checks found.", stats.integrity_faults
     )
+    yield CounterMetricFamily("blockdex_faults", "Batches that failed, each of which ended an epoch.", stats.faults)
 
 
 def _of_stages(stats: Stats) -> Metric:
