@@ -64,7 +64,7 @@ test: $(STAMP) $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
 	$(BIN)/python -m pytest $(TOGETHER) 'not slow and not alone'
 	$(BIN)/python -m pytest -m 'not slow and alone'
 
-test-all: test ## The tests, and those that take longer: images are built and run, as root
+test-all: test $(RELEASE) ## The tests, and those that take longer: images are built and run, as root
 	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS)
 	$(BIN)/python -m pytest -m slow
 	$(MAKE) test-vllm

@@ -28,7 +28,7 @@ from benchmarks.environment import RESULTS, environment, slug
 from benchmarks.ring_messages import Keys, Queries, Request, Spans, TensorData, TokenRequest, read_answer, write_request
 from blockdex.cache import TABLE_ROW
 from blockdex.contract.errors import BlockdexError
-from blockdex.contract.messages import Limits, OpenSequences
+from blockdex.contract.messages import CreatePool, Limits, OpenSequences, SetPageTables
 from blockdex.executor.factory import make_executor
 from blockdex.ring.codec import stage_seconds_of
 from blockdex.ring.handshake import new_link
@@ -53,6 +53,7 @@ _WARM_UP = 0.2  # Of the time of a measurement, before it.
 _FEWEST = 5
 _GROWTHS = 9
 _SPIN_SECONDS = 0.002
+_POOL = 1
 _OFFSETS = {field.name: field.offset for field in REQUEST}
 _RECEIVED_AT, _LAYER_AT = _OFFSETS["received"], _OFFSETS["layer"]
 
@@ -238,7 +239,7 @@ def measure_kinds(device: str, seconds: float) -> dict[str, float]:
     """Median microseconds of calls of every kind, in turn, 8 sequences at 8,192; on a CPU without its kernels."""
     shapes = Shapes(layers=4, sequences=8, tokens=8192, prefill_queries=1, prefill_tokens=128)
     spec = IndexSpec(num_layers=shapes.layers)
-    num_pages = shapes.sequences * shapes.tokens // spec.block_size
+    num_pages = 2 * shapes.sequences * shapes.tokens // spec.block_size  # as many again for the pool
     backend = (
         NullBackend(spec, num_pages, reason="no kernels")
         if device == "cpu"
@@ -262,7 +263,7 @@ def _kinds(askers: Sequence[Asker], spec: IndexSpec, shapes: Shapes) -> dict[str
     wide = TensorData("fp32", torch.randn(shapes.sequences, heads, spec.head_dim).numpy().tobytes())
     wide_keys = TensorData("fp32", torch.randn(shapes.sequences, spec.head_dim).numpy().tobytes())
     half = replace(plain.queries, tensor=_numbers(shapes.sequences, heads // 2, spec.head_dim), num_heads=heads // 2)
-    asked = {
+    asked: dict[str, Request] = {
         "plain": plain,
         "half of the heads": replace(plain, queries=half),
         "select alone": replace(plain, keys=None),
@@ -271,9 +272,14 @@ def _kinds(askers: Sequence[Asker], spec: IndexSpec, shapes: Shapes) -> dict[str
         "by score, with scores": replace(
             plain, queries=replace(plain.queries, tensor=tensor, order="score", return_scores=True)
         ),
+        "rows of a pool": replace(plain, pool_id=_POOL),
+        "pages of a pool": replace(plain, pool_id=_POOL, queries=replace(plain.queries, pages=True)),
+        "64 rows x 8 cells": _cells(shapes, spec, range(64), 8),
     }
+    for request in _pool(spec, shapes):
+        askers[0].ask(askers[0].write(request))
 
-    def ask(request: TokenRequest) -> float:
+    def ask(request: Request) -> float:
         slot = askers[0].write(request)
         return askers[0].ask(slot)
 
@@ -287,6 +293,21 @@ def _kinds(askers: Sequence[Asker], spec: IndexSpec, shapes: Shapes) -> dict[str
         return max(asker.wait(number) for asker, number in zip(askers[::-1], shown, strict=True))
 
     return {kind: partial(ask, request) for kind, request in asked.items()} | {"4 links of a head": ranks}
+
+
+def _pool(spec: IndexSpec, shapes: Shapes) -> Iterator[Request]:
+    """Creates a pool whose first rows are as long as the sequences, all with pages of their own."""
+    blocks = shapes.tokens // spec.block_size
+    yield CreatePool("benchmark", 0, _POOL, shapes.sequences * blocks, 64, blocks)
+    yield _cells(shapes, spec, range(shapes.sequences), blocks)
+
+
+def _cells(shapes: Shapes, spec: IndexSpec, rows: range, count: int) -> SetPageTables:
+    """Sets the first cells of rows, those of as many as there are sequences to pages of their own."""
+    blocks = shapes.tokens // spec.block_size
+    firsts = [blocks * (row % shapes.sequences) for row in rows]
+    pages = [page for first in firsts for page in range(first, first + count)]
+    return SetPageTables("benchmark", 0, _POOL, rows, [0] * len(rows), [count] * len(rows), pages)
 
 
 def _rank(plain: TokenRequest, spec: IndexSpec, head: int, revision: int) -> TokenRequest:

@@ -34,9 +34,11 @@ class WheelError(Exception):
 def main() -> None:
     """Makes and checks the files; ends with a traceback where one is not as it should be."""
     shutil.rmtree(DIST, ignore_errors=True)
-    build(DIST)
+    commit = git("rev-parse", "HEAD").decode().strip()
+    build(DIST, commit)
+    check_tag(commit)
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder))
+        build(Path(folder), commit)
         for path in sorted(DIST.iterdir()):
             if digest(path) != digest(Path(folder, path.name)):
                 raise WheelError(f"{path.name}: built again it has other bytes")
@@ -48,34 +50,45 @@ def main() -> None:
         print(digest(path), path.name)
 
 
-def build(output: Path) -> None:
-    """Writes the wheels and the sources of the last commit into a folder."""
+def build(output: Path, commit: str = "HEAD") -> None:
+    """Writes the wheels and the sources of a commit into a folder."""
+    made = git("log", "-1", "--format=%ct", commit).decode().strip()
     with tempfile.TemporaryDirectory() as folder:
         # Not in the checkout: what is compiled there is this machine's, and in use.
-        archived = subprocess.run(["git", "archive", "HEAD"], cwd=REPOSITORY, check=True, capture_output=True)  # noqa: S607
-        with tarfile.open(fileobj=io.BytesIO(archived.stdout)) as files:
+        with tarfile.open(fileobj=io.BytesIO(git("archive", commit))) as files:
             files.extractall(folder, filter="data")
         for machine in MACHINES:
             compiler = f"{sys.executable} -m ziglang cc -target {machine}-linux-gnu.{GLIBC} -g0 -s"
             platform = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
-            hatch(folder, output, "wheel", CC=f"{compiler} -ffile-prefix-map={folder}=.", BLOCKDEX_WHEEL=platform)
+            hatch(folder, made, output, "wheel", CC=f"{compiler} -ffile-prefix-map={folder}=.", BLOCKDEX_WHEEL=platform)
             Path(folder, "service", "blockdex", "_native.abi3.so").unlink()
-        hatch(folder, output, "wheel", BLOCKDEX_WHEEL="any")
-        hatch(folder, output, "sdist")
+        hatch(folder, made, output, "wheel", BLOCKDEX_WHEEL="any")
+        hatch(folder, made, output, "sdist")
 
 
-def hatch(folder: str, output: Path, target: str, **variables: str) -> None:
-    """Has hatchling build a target of the sources in a folder."""
-    when = subprocess.run(
-        ["git", "log", "-1", "--format=%ct"],  # noqa: S607
-        cwd=REPOSITORY,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    environment = os.environ | variables | {"SOURCE_DATE_EPOCH": when.stdout.strip()}
+def hatch(folder: str, made: str, output: Path, target: str, **variables: str) -> None:
+    """Has hatchling build a target of the sources in a folder, which were made at that second."""
+    environment = os.environ | variables | {"SOURCE_DATE_EPOCH": made}
     command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(output)]
     subprocess.run(command, cwd=folder, env=environment, check=True)
+
+
+def git(*words: str) -> bytes:
+    """What git prints."""
+    return subprocess.run(["git", *words], cwd=REPOSITORY, check=True, capture_output=True).stdout  # noqa: S607
+
+
+def check_tag(commit: str) -> None:
+    """Holds the version to the tag of a commit, where it has one.
+
+    Raises:
+        WheelError: it is another version's.
+    """
+    (source,) = DIST.glob("*.tar.gz")
+    version = source.name.removeprefix("blockdex-").removesuffix(".tar.gz")
+    for tag in git("tag", "--points-at", commit, "--list", "v*").decode().split():
+        if tag != f"v{version}":
+            raise WheelError(f"the commit is tagged {tag}, and pyproject.toml says {version}")
 
 
 def check_platform(wheel: Path, platform: str) -> None:

@@ -15,11 +15,14 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 def test_the_example_runs_as_printed() -> None:
+    """On a server as it is without flags, but for its ports, which are free ones."""
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(example.splitlines()) <= 15
-    defaults = ServeSettings.model_fields
-    with serve("--grpc-address", defaults["grpc_address"].default):
-        done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=60, check=False)
+    address = ServeSettings.model_fields["grpc_address"].default
+    assert address in example
+    with serve("--device", "auto") as server:
+        command = [sys.executable, "-c", example.replace(address, server.grpc_address)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(1, 4, 16) [")
 

@@ -44,7 +44,7 @@ def on_device(array: NDArray[Any], device: str) -> torch.Tensor:
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
 
 
-def columns(settings: Settings) -> dict[str, torch.Tensor]:
+def columns(settings: Settings) -> dict[str, Any]:
     """The sequences at their next position."""
     ids = torch.arange(FIRST_ID, FIRST_ID + settings.sequences, device=settings.engine_device)
     return {"sequences": ids, "starts": torch.full_like(ids, settings.tokens), "lengths": torch.ones_like(ids)}
@@ -77,7 +77,7 @@ class Step:
         self._expected = on_device(decode.block_ids, device)[:, :, None]
         self._ids = torch.zeros_like(self._expected)
         self._channel = channel
-        now: dict[str, Any] = columns(settings)
+        now = columns(settings)
 
         def call(layer: int) -> None:
             channel.append_and_select(

@@ -79,7 +79,7 @@ class Rank:
         self._ids = torch.zeros_like(self._expected)
         shared, own = arrived.data_ptr(), torch.zeros(1, dtype=torch.int64, device=device)
         self._replays = torch.zeros(1, dtype=torch.int64, device=device)
-        asked: dict[str, Any] = columns(settings)
+        asked = columns(settings)
         asked |= {"revisions": torch.full_like(asked["starts"], revision), "replays": self._replays}
 
         def run() -> None:

@@ -157,6 +157,7 @@ class Core:
         looked: `time.monotonic` of its last look at the rings: requests that it left came since the look before.
         queued: requests that are not begun, those still in the rings too.
         waiting: selections that wait for keys.
+        unanswered: requests that were taken and not answered.
     """
 
     def __init__(
@@ -198,6 +199,8 @@ class Core:
     def queued(self) -> int: ...
     @property
     def waiting(self) -> int: ...
+    @property
+    def unanswered(self) -> int: ...
     def run(self, seconds: float, /) -> int:
         """Serves until there is something for Python, or so many seconds have passed; once, with 0.
 
@@ -218,7 +221,7 @@ class Core:
         """Has what is held back, or waits, tried again: something ended that may have been in its way."""
 
     def expect_no_more(self) -> None:
-        """No request will come any more: selections whose keys are not there are refused, not kept waiting."""
+        """No frontend sends more, clients of links are refused, and so is what waits for keys that are not there."""
 
     def add(self, line: ServerLink, /) -> None:
         """Serves one more line."""

@@ -92,6 +92,27 @@ def test_authorities_of_clients_are_replaced_while_the_server_runs(mutual: Guard
         eventually(lambda: comes_in(own), "the first authority counts again")
 
 
+def test_a_server_s_certificate_that_has_ended_is_refused_by_clients_until_it_is_renewed(mutual: Guarded) -> None:
+    papers = mutual.papers
+    own = tls_of(papers, "one", "one.engine")
+
+    def why_not() -> str:
+        with mutual.client(tls=own, timeout=0.5) as client:
+            try:
+                client.info()
+            except blockdex.BlockdexError as error:
+                return error.message
+        return ""
+
+    with mutual.client(tls=own) as stays:
+        stays.open_sequence(3)
+        papers.issue("server", *NAMES, days=-1)
+        eventually(lambda: "has expired" in why_not(), "clients refuse it")
+        stays.close_sequence(3)
+        papers.issue("server", *NAMES)
+        eventually(lambda: not why_not(), "clients come in")
+
+
 def _copy(folder: Path, content: bytes) -> str:
     path = folder / "copy.pem"
     path.write_bytes(content)

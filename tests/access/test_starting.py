@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from blockdex.client.endpoint import TLS, Endpoint
 from blockdex.server.bootstrap import StartError, check_exposure, splits
 from blockdex.server.config import ConfigError, load_settings
 from blockdex.server.credential_files import CredentialFiles
@@ -72,6 +73,21 @@ def test_papers_that_are_not_in_order_are_refused_by_setting_and_file(papers: Pa
     ):
         with pytest.raises(StartError, match=complaint):
             CredentialFiles(load_settings(flags))
+
+
+def test_a_token_is_not_shown_where_an_endpoint_is_and_does_not_go_in_plain_text_unasked() -> None:
+    assert "secret" not in repr(Endpoint("127.0.0.1:1", token="secret"))
+    for address in ("localhost:1", "[::1]:1", "unix:/tmp/grpc"):
+        assert Endpoint(address, token="secret").metadata(None) == (("authorization", "Bearer secret"),)
+    for tls in (True, False, TLS()):
+        Endpoint("far.example:1", tls, "secret")
+    with pytest.raises(ValueError, match=r"would go to far\.example:1 in plain text"):
+        Endpoint("far.example:1", token="secret")
+    for token in ("", "two words", "line\n", "\xe9"):
+        with pytest.raises(ValueError, match="token: must be printable ASCII"):
+            Endpoint("127.0.0.1:1", token=token).metadata(None)
+    with pytest.raises(ValueError, match="cert and key go together"):
+        TLS(cert="cert.pem")
 
 
 def test_a_unix_socket_is_one_process_s_and_its_path_is_as_long_as_it_may_be() -> None:

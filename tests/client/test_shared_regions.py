@@ -169,6 +169,7 @@ def lent(region: SharedRegion, number: int) -> Iterator[Any]:
             return RequestSlot(*REQUEST_STRUCT.unpack_from(segment.memory, at))
 
         slot_of.connection = connection  # type: ignore[attr-defined]
+        slot_of.arena = np.frombuffer(segment.memory, np.uint8)[segment.request_arena_offset :]  # type: ignore[attr-defined]
         yield slot_of
         connection.close()
 
@@ -183,6 +184,7 @@ def test_what_lies_in_a_region_is_named_and_not_copied() -> None:
     other = SharedRegion(HostMemory(BYTES))
     keys, queries = region.empty((2, DIM), np.float32), region.empty((2, HEADS, DIM), np.float32)
     out = region.empty((2, HEADS, TOPK), np.int32)
+    keys[:] = queries[:] = 1
     with lent(region, 9) as slot_of:
         request = request_of(keys, queries)
         answer_into(request, (region,), out, False)
@@ -190,6 +192,7 @@ def test_what_lies_in_a_region_is_named_and_not_copied() -> None:
         assert (slot.keys_region, slot.queries_region, slot.block_ids_region, slot.scores_region) == (9, 9, 9, 0)
         assert (slot.keys_offset, slot.queries_offset) == (0, keys.nbytes)
         assert (slot.block_ids_offset, slot.payload_bytes) == (keys.nbytes + queries.nbytes, 64)
+        assert not slot_of.arena[slot.payload_offset + 64 :][: 2 * queries.nbytes].any()
         slot = slot_of(request_of(other.empty((2, DIM), np.float32), queries))
         assert (slot.keys_region, slot.queries_region, slot.payload_bytes) == (0, 9, 64 + keys.nbytes)
         for begin, expected in ((16, 0), (8192 - keys.nbytes, 9), (8192 - keys.nbytes + 64, 0), (8192, 0)):
@@ -263,7 +266,7 @@ def test_a_region_is_given_back(client: Client, sequence: int, server: Serving) 
 
 
 def test_more_than_the_server_takes_is_refused_and_harms_nothing(client: Client, sequence: int) -> None:
-    with pytest.raises(blockdex.ResourceExhaustedError, match=f"{17 << 30} bytes, the link may share"):
+    with pytest.raises(blockdex.ResourceExhaustedError, match=f"{17 << 30} bytes, {16 << 30} more may be shared"):
         client.share(17 << 30)
     region = client.share(BYTES)
     client.append_keys(0, sequences=sequence, keys=moved(region, values(1, DIM)))

@@ -2,7 +2,8 @@
  * argv: the socket's path, the tenant, and `regions` where tensors are to lie in one. Lines: `open ID LEASE`, `close ID`, `get ID`, `fork PARENT CHILD LENGTH`,
  * `truncate ID LENGTH`, and `tokens LAYER FLAGS ORDER FIRST_HEAD HEADS KEYS_DTYPE KEYS_BYTES QUERIES_DTYPE
  * QUERIES_BYTES SPANS` with four numbers for each span: id, start, length, revision; behind that line lie the keys and
- * queries. */
+ * queries. Of pools: `create-pool ID PAGES ROWS BLOCKS`, `set-cells ID ROW FIRST_BLOCK COUNT` and as many page numbers,
+ * `close-pool ID`; after `use-pool ID`, which prints nothing, the ids of spans are rows of that pool. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <inttypes.h>
@@ -17,6 +18,7 @@ static struct blockdex_client client;
 static struct blockdex_error error;
 static struct blockdex_region region;
 static char *shared; /* the region's memory; NULL: none is shared */
+static uint64_t used_pool;
 
 /* Where each tensor lies in it. */
 enum { KEYS_AT = 64, QUERIES_AT = KEYS_AT + MOST_BYTES, IDS_AT = QUERIES_AT + MOST_BYTES };
@@ -95,6 +97,7 @@ static void call_tokens(void) {
                                      .revisions = revisions,
                                      .keys = keys,
                                      .queries = queries};
+    tokens.pool_id = used_pool;
     tokens.layer = (uint32_t)number();
     tokens.flags = (uint8_t)number();
     tokens.order = (uint8_t)number();
@@ -161,6 +164,32 @@ static void call_sequences(const char *what, uint32_t layers) {
     }
 }
 
+static void set_cells(uint64_t id) {
+    int32_t page_ids[MOST_SPANS];
+    const uint32_t row = (uint32_t)number(), first_block = (uint32_t)number(), count = (uint32_t)number();
+    const struct blockdex_page_tables tables = {.pool_id = id,
+                                                .num_runs = 1,
+                                                .num_page_ids = count,
+                                                .rows = &row,
+                                                .first_blocks = &first_block,
+                                                .counts = &count,
+                                                .page_ids = page_ids};
+    if (count > MOST_SPANS) exit(2);
+    for (uint32_t at = 0; at < count; at++)
+        if (scanf("%" SCNd32, &page_ids[at]) != 1) exit(2);
+    print_state(blockdex_set_page_tables(&client, &tables, SECONDS, &error), NULL, NULL, 0);
+}
+
+static void call_pools(const char *what) {
+    const uint64_t id = number();
+    if (!strcmp(what, "use-pool")) used_pool = id;
+    if (!strcmp(what, "set-cells")) set_cells(id);
+    if (!strcmp(what, "close-pool")) print_state(blockdex_close_pool(&client, id, SECONDS, &error), NULL, NULL, 0);
+    if (strcmp(what, "create-pool")) return;
+    const uint32_t pages = (uint32_t)number(), rows = (uint32_t)number(), blocks = (uint32_t)number();
+    print_state(blockdex_create_pool(&client, id, pages, rows, blocks, SECONDS, &error), NULL, NULL, 0);
+}
+
 /* Of the spec, how many layers there are; the text has no other number of that name. */
 static uint32_t ask_layers(void) {
     static char json[BLOCKDEX_LONGEST_TOLD];
@@ -180,10 +209,12 @@ int main(int argc, char **argv) {
     if (!layers || layers > MOST_LAYERS) return 1;
     if (argc > 3) share_region();
     while (scanf("%15s", what) == 1) {
-        if (strcmp(what, "tokens"))
-            call_sequences(what, layers);
-        else
+        if (!strcmp(what, "tokens"))
             call_tokens();
+        else if (strchr(what, '-'))
+            call_pools(what);
+        else
+            call_sequences(what, layers);
         fflush(stdout);
     }
     if (shared && !blockdex_release_region(&client, region.region, SECONDS, &error)) return 3;

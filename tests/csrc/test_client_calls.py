@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.ring_messages import Answer, Request, TokenAnswer, TokenRequest
 from blockdex.contract.errors import BlockdexError
@@ -20,12 +21,15 @@ from blockdex.contract.messages import (
     SequenceState,
     TruncateSequence,
 )
-from blockdex.ring.layout import DTYPES, ORDERS, RAW_SCORES, RETURN_SCORES, ROLLBACK, WAIT_FOR_KEYS
+from blockdex.ring.layout import DTYPES, ORDERS, PAGES, RAW_SCORES, RETURN_SCORES, ROLLBACK, WAIT_FOR_KEYS
 from blockdex_kernels import IndexSpec
+from blockdex_kernels.reference import select
 from support.c_programs import FLAGS, PACKAGE, Built
 from support.client_requests import TENANT, client_requests, naive_answers
+from support.pool_model import PoolModel
 from support.programs import REPOSITORY, program, run
 from support.ring_engine import hosted
+from support.running_engine import SPEC, keys_of, queries_of, tokens
 
 
 def line_of(request: Request) -> bytes:
@@ -54,7 +58,7 @@ def _line_of_tokens(request: TokenRequest) -> bytes:
     if queries is not None:
         order, first_head, heads = ORDERS.index(queries.order) + 1, queries.first_head, queries.num_heads
         flags |= RETURN_SCORES * queries.return_scores | RAW_SCORES * queries.raw_scores
-        flags |= WAIT_FOR_KEYS * queries.wait_for_keys
+        flags |= WAIT_FOR_KEYS * queries.wait_for_keys | PAGES * queries.pages
     numbers = [request.layer, flags, order, first_head, heads]
     carried = [b"" if half is None else bytes(half.tensor.data) for half in (keys, queries)]
     for half, data in zip((keys, queries), carried, strict=True):
@@ -89,6 +93,46 @@ async def test_calls_are_answered_as_one_after_another_would_be(built: Built, wh
         expected = naive_answers(asked, serving.engine.info().epoch)
     lines = [re.sub(r"\|.*", "", line) for line in said.decode().splitlines()]
     assert lines == [words_of(*each) for each in zip(expected, asked, strict=True)]
+
+
+async def test_calls_on_a_pool(built: Built, random: np.random.Generator) -> None:
+    model = PoolModel(SPEC, 6, 3, 4)
+    keys, queries = keys_of(random, 20), queries_of(random, 2)
+    model.set_cells(1, 0, [4, 2, 5])
+    model.append(0, 1, 0, keys)
+    rows = model.keys(0, 1, 20)
+    ids = select(torch.from_numpy(rows), torch.from_numpy(queries), 18, SPEC).block_ids.numpy()
+    by_page = np.where(ids >= 0, model.cells[1][ids], -1)
+    lines = [
+        b"create-pool 9 6 3 4\n",
+        b"set-cells 9 1 0 3 4 2 5\n",
+        b"set-cells 9 1 3 1 -1\n",  # as a number it is larger than any
+        b"set-cells 8 1 0 1 4\n",
+        b"use-pool 9\n",
+        _line_of_tokens(tokens(0, [(1, 0, 20, 1)], keys=keys)),
+        _line_of_tokens(tokens(0, [(1, 18, 2, 1)], queries=queries)),
+        _line_of_tokens(tokens(0, [(1, 18, 2)], queries=queries, pages=True)),
+        _line_of_tokens(tokens(0, [(2, 0, 2)], queries=queries)),
+        b"close-pool 9\n",
+        b"close-pool 9\n",
+    ]
+    expected = [
+        "state",
+        "state",
+        "error 3 INVALID_POOL pool 9: page_id must be below 6, got 18446744073709551615",
+        "error 5 UNKNOWN_POOL pool 8: unknown (never created, or closed)",
+        "tokens",
+        " ".join(["tokens", *map(str, ids.ravel())]),
+        " ".join(["tokens", *map(str, by_page.ravel())]),
+        "error 9 PAGE_NOT_SET pool 9, row 2, layer 0: block 0 has no page, the span ends at 2",
+        "state",
+        "state",
+    ]
+    async with hosted() as serving:
+        command = (*built("client_calls"), serving.address.replace("\0", "@"), TENANT)
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+        said, _ = await asyncio.wait_for(process.communicate(b"".join(lines)), 60)
+    assert [re.sub(r"\|.*", "", line) for line in said.decode().splitlines()] == expected
 
 
 async def test_a_refusal_has_its_numbers(built: Built) -> None:

@@ -94,7 +94,8 @@ def cpu(images: Images, torch_arguments: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def server(images: Images, cpu: str, folder: Path) -> Iterator[Container]:
-    service = SERVICES["blockdex"] | {"environment": {"BLOCKDEX_NUM_LAYERS": "3", "BLOCKDEX_CACHE_BYTES": "256MiB"}}
+    smaller = {"BLOCKDEX_NUM_LAYERS": "3", "BLOCKDEX_CACHE_BYTES": "256MiB", "BLOCKDEX_INSECURE": "true"}
+    service = SERVICES["blockdex"] | {"environment": smaller}
     probe = images.configuration(cpu)["Healthcheck"]["Test"]
     assert probe[0] == "CMD"
     with running(images, cpu, service, folder / "server") as container:

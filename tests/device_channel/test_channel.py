@@ -454,6 +454,8 @@ async def test_hand_overs_that_are_refused(run: Hosted, case: str) -> None:
     files = [make() for make in makers]
     gone = threading.Event()
     connection = await asyncio.to_thread(Connection, run.address, TENANT, gone.set)
+    with pytest.raises(BlockdexError):  # what the hand-shake took is given back before anything is answered
+        await asyncio.to_thread(connection.ask, {"close_channel": 3})
     before = open_files()
     with pytest.raises(BlockdexError) as refusal:
         await asyncio.to_thread(connection.ask, words, files)

@@ -136,7 +136,7 @@ def test_what_it_saves() -> None:
 
 def test_what_it_costs() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "colocated-h200.json").read_text(encoding="utf-8"))
-    by_way = result["parts"]["python"]
+    by_way = result["parts"]["python (MPS)"]
     kernels = by_way["kernels_us"]
     expected = [(kernels, kernels * result["layers"] / 1000)]
     expected += [(by_way[way]["call_p50_us"], by_way[way]["step_p50_ms"]) for way in ("ring", "stream", "unary")]
@@ -147,17 +147,11 @@ def test_what_it_costs() -> None:
 
 def test_what_a_token_costs_and_when_it_pays() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "colocated-h200.json").read_text(encoding="utf-8"))
-    notes = (ROOT / "benchmarks" / "NOTES.md").read_text(encoding="utf-8")
-    in_graphs = re.findall(
-        r"^\| (?:its kernels alone|device channel), one graph.*? us \| (.+?) ms \|", notes, re.MULTILINE
-    )
-    channel, kernels = map(float, in_graphs)
-    by_way = {row["transport"]: row["step_p50_ms"] for row in result["rows"]}
+    python, channel = result["parts"]["python (MPS)"], result["parts"]["channel (MPS)"]
+    ways = (channel["alone"], channel["channel"], python["ring"], python["stream"], python["unary"])
+    kernels, *_ = steps = [way["step_p50_ms"] for way in ways]
     gained = 60 * 2 * 128 * 2 / IndexSpec().bytes_per_token
-    expected = [
-        (f"{step:.1f}", f"{step - kernels:.1f}", f"{(step - kernels) * gained:.1f}")
-        for step in (kernels, channel, by_way["ring"], by_way["stream"], by_way["unary"])
-    ]
+    expected = [(f"{step:.1f}", f"{step - kernels:.1f}", f"{(step - kernels) * gained:.1f}") for step in steps]
     told = _page("should-i-use-this.md").partition("## What a token costs")[2]
     assert re.findall(r"^\| .+ \| (.+) ms \| (.+) ms \| (.+) ms \|$", told, re.MULTILINE) == expected
 

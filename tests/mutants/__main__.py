@@ -15,12 +15,20 @@ from functools import partial
 from pathlib import Path
 
 import blockdex
-from mutants import c_client, channel, client, core, ring, wire
+from mutants import c_client, channel, client, core, pools, ring, wire
 from mutants.mutant import Mutant
 
 TESTS = Path(__file__).resolve().parent.parent
 PACKAGE = Path(blockdex.__file__).parent
-MUTANTS = (*ring.MUTANTS, *c_client.MUTANTS, *client.MUTANTS, *wire.MUTANTS, *core.MUTANTS, *channel.MUTANTS)
+MUTANTS = (
+    *ring.MUTANTS,
+    *c_client.MUTANTS,
+    *client.MUTANTS,
+    *wire.MUTANTS,
+    *core.MUTANTS,
+    *pools.MUTANTS,
+    *channel.MUTANTS,
+)
 _SECONDS = 240
 _PROGRAMS = ("csrc/test_interleavings.py", "csrc/test_programs.py")
 """Tests that need neither the compiled module nor what other tests share: they compile programs of their own."""

@@ -125,8 +125,8 @@ MUTANTS = (
     Mutant(
         "the core forgets when it looked",
         _ADMIT,
-        "            link->channel.looked = now;\n",
-        "            continue;\n",
+        "            channel->looked = now;\n",
+        "",
         _IN_CORE,
     ),
     Mutant("signalled twice", _ANSWER, "    request->signalled = true;\n", "", _IN_CORE),

@@ -29,8 +29,8 @@ MUTANTS = (
     Mutant(
         "an equal revision is taken whatever its length",
         _ADMIT,
-        "if (!request->applies[row] && end != length)",
-        "if (!request->applies[row] && end > length)",
+        "if (!request->applies[row] && !of_pool(request) && end != length)",
+        "if (!request->applies[row] && !of_pool(request) && end > length)",
         _CORE,
     ),
     Mutant(
@@ -167,5 +167,27 @@ MUTANTS = (
         "return turn->step == core->serial && turn->taken >= most_of(core, tenant, now);",
         "return turn->step == core->serial && turn->taken >= 1e9 * most_of(core, tenant, now);",
         ("scheduler/test_core_turns.py",),
+    ),
+    # --- Clients on this host ---
+    Mutant(
+        "clients are served though the server ends",
+        "csrc/core/request.c",
+        "if (core->no_more && !own) {",
+        "if (false) {",
+        ("ring/test_connection.py::test_clients_are_refused_once_the_server_ends_and_frontends_are_not",),
+    ),
+    Mutant(
+        "calls of frontends are counted twice",
+        "csrc/core/calls.c",
+        "    if (!link->tenant_bytes) return;\n",
+        "",
+        ("ring/test_connection.py::test_calls_of_clients_are_counted_and_timed_and_those_of_frontends_are_not",),
+    ),
+    Mutant(
+        "every refusal is of one reason",
+        "csrc/core/calls.c",
+        " || outcomes[at].code != code ||",
+        " ||",
+        ("ring/test_connection.py::test_calls_of_clients_are_counted_and_timed_and_those_of_frontends_are_not",),
     ),
 )

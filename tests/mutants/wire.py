@@ -31,7 +31,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("more spans than there is room for", _MESSAGES, "if (count < spans->most) spans", "spans", _LINK),
     Mutant("uneven columns", _CODEC, "    if (counts[STARTS] != count || ", "    if (", _LINK),
-    Mutant("any dtype", _CODEC, " || tensor->dtype > BLOCKDEX_FP8_E4M3)", ")", _LINK),
+    Mutant("any dtype", _CODEC, " && dtype <= BLOCKDEX_FP8_E4M3) return true;", ") return true;", _LINK),
     Mutant("any order", _CODEC, "    if (selects && request->order > BLOCKDEX_SCORE)", "    if (false)", _LINK),
     Mutant("any message size", _CODEC, "    if (bytes > allowed)", "    if (false)", _LINK),
     Mutant(

@@ -127,6 +127,47 @@ async def test_its_file_tells_a_loop_of_answers() -> None:
         asyncio.get_running_loop().remove_reader(connection.fileno())
 
 
+async def test_clients_are_refused_once_the_server_ends_and_frontends_are_not() -> None:
+    async with hosted() as run, connected(run) as connection:
+        assert isinstance(await asyncio.to_thread(ask, connection, open_sequence(1, tenant=TENANT)), SequenceState)
+        run.engine.expect_no_more()
+        await asyncio.wrap_future(run.engine.unanswered())  # the engine's thread has heard of it
+        refused = await asyncio.to_thread(ask, connection, get(1, tenant=TENANT))
+        assert isinstance(refused, BlockdexError)
+        assert (refused.code, refused.reason) == (UNAVAILABLE, "SHUTTING_DOWN")
+        await run.ask(open_sequence(2))
+
+
+async def test_calls_of_clients_are_counted_and_timed_and_those_of_frontends_are_not() -> None:
+    async with hosted() as run, connected(run) as connection:
+        await run.ask(open_sequence(2))
+        queries = np.zeros((1, 4, SPEC.head_dim), np.float32)
+        for request in (
+            open_sequence(1, tenant=TENANT),
+            tokens(0, [(1, 0, 1)], keys=queries[:, 0], tenant=TENANT),
+            tokens(0, [(1, 0, 1)], queries=queries, tenant=TENANT),
+            tokens(0, [(1, 1, 1)], keys=queries[:, 0], queries=queries, tenant=TENANT),
+            tokens(0, [(9, 0, 1)], queries=queries, tenant=TENANT),
+            tokens(0, [(9, 0, 1)], queries=queries, tenant=TENANT),
+            get(1, tenant=TENANT),
+        ):
+            await asyncio.to_thread(ask, connection, request)
+        links = run.engine.stats().links
+    assert sorted(links.outcomes) == [
+        ("Ring/AppendAndSelect", "OK", "", 1),
+        ("Ring/AppendKeys", "OK", "", 1),
+        ("Ring/GetSequence", "OK", "", 1),
+        ("Ring/OpenSequences", "OK", "", 1),
+        ("Ring/SelectBlocks", "NOT_FOUND", "UNKNOWN_SEQUENCE", 2),
+        ("Ring/SelectBlocks", "OK", "", 1),
+    ]
+    counts = {rpc: seconds.count for rpc, seconds in links.seconds.items() if seconds.count}
+    assert counts == {f"Ring/{rpc}": 1 for rpc in ("AppendAndSelect", "AppendKeys", "GetSequence", "OpenSequences")} | {
+        "Ring/SelectBlocks": 3
+    }
+    assert all(0 < seconds.total < 60 for seconds in links.seconds.values() if seconds.count)
+
+
 async def test_a_wait_ends_in_time_and_what_is_given_up_is_not_answered() -> None:
     """The selection waits for keys that do not come."""
     async with hosted() as run, connected(run) as connection:

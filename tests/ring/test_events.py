@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blockdex.contract.errors import InternalError
-from blockdex.ring.events import Event, EventQueue, NewEpoch, SequencesEvicted, event_of, evictions, words_of
+from blockdex.ring.events import Draining, Event, EventQueue, NewEpoch, SequencesEvicted, event_of, evictions, words_of
 from support.ring_engine import hosted
 from support.running_engine import (
     SPEC,
@@ -56,7 +56,9 @@ async def test_none_is_missed_however_they_come() -> None:
     thread.join()
 
 
-@pytest.mark.parametrize("event", [NewEpoch(LAST), SequencesEvicted("t", [0, LAST]), SequencesEvicted("", [])])
+@pytest.mark.parametrize(
+    "event", [NewEpoch(LAST), Draining(), SequencesEvicted("t", [0, LAST]), SequencesEvicted("", [])]
+)
 def test_words_stand_for_an_event(event: Event) -> None:
     assert event_of(words_of(event)) == event
 

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,15 +19,13 @@ import numpy as np
 import pytest
 
 from benchmarks.ring_messages import Request, TokenAnswer
-from blockdex._native import MAX_REGIONS
 from blockdex.contract.errors import BlockdexError, InvalidArgumentError, ResourceExhaustedError
 from blockdex.executor.cpu import CpuExecutor
 from blockdex.ring import regions
-from blockdex.ring.regions import MAX_LINK_BYTES
 from blockdex.ring.sharing import release, share
 from support.asking import eventually
 from support.foreign_frontend import ForeignFrontend
-from support.foreign_host import DIM, HEADS, LENGTH, both, fill, host, told
+from support.foreign_host import DIM, HEADS, LENGTH, SMALL, both, fill, host, told
 from support.naive_engine import NaiveEngine, check_same
 from support.running_engine import SPEC, TIMEOUT, open_sequence, tokens, values
 from support.shared_memory import files, mappings, shared_memory
@@ -260,7 +259,13 @@ REFUSED: dict[str, tuple[str, Any, int, dict[str, Any], str]] = {
     "sealed against growing": ("memfd", lambda: memfd(seals=fcntl.F_SEAL_GROW), 1, {}, "must be sealed against shrink"),
     "for reading alone": ("memfd", lambda: memfd(mode=os.O_RDONLY), 1, {}, "cannot be mapped to be read and written"),
     "empty": ("memfd", lambda: memfd(0), 1, {}, "memfd: must have at least 1 byte, got 0"),
-    "too large": ("memfd", lambda: memfd(MAX_LINK_BYTES + 1), 1, {}, f"{MAX_LINK_BYTES + 1} bytes, the link may share"),
+    "too large": (
+        "memfd",
+        lambda: memfd(SMALL.max_link_region_bytes + 1),
+        1,
+        {},
+        "17179869185 bytes, 17179869184 more may be",
+    ),
     "no file": ("memfd", memfd, 0, {}, "memfd: 1 files must come with it, got 0"),
     "two files": ("memfd", memfd, 2, {}, "memfd: 1 files must come with it, got 2"),
     "many files": ("memfd", memfd, 100, {}, "memfd: 1 files must come with it, got 4"),
@@ -347,9 +352,11 @@ async def test_more_regions_than_there_may_be_are_refused_and_cost_nothing() -> 
             began = time.monotonic()
             shared, words = await asyncio.to_thread(ask_for_many, memory.fd)
             assert time.monotonic() - began < 3 * TIMEOUT
-            assert len(set(shared)) == MAX_REGIONS
-            assert words == {f"regions: a link may share {MAX_REGIONS} at once, it shares {MAX_REGIONS}"}
-            await eventually(lambda: (files(), mappings()) == (before[0], before[1] + MAX_REGIONS))
+            assert len(set(shared)) == SMALL.max_link_regions
+            assert words == {
+                f"regions: a link may share {SMALL.max_link_regions} at once, it shares {SMALL.max_link_regions}"
+            }
+            await eventually(lambda: (files(), mappings()) == (before[0], before[1] + SMALL.max_link_regions))
             door.regions[shared[-1]] = memory.bytes
             door.write(lay(door, shared[-1], 1))
             assert isinstance(await told(door, 1), TokenAnswer)
@@ -359,19 +366,29 @@ async def test_more_regions_than_there_may_be_are_refused_and_cost_nothing() -> 
             assert await run.share(door, memory) not in shared, "a number does not come again soon"
 
 
-async def test_all_regions_of_a_link_together_have_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regions, "MAX_LINK_BYTES", 3 * BYTES)
-    async with host() as run:
+async def test_all_regions_of_a_link_and_of_all_links_have_so_many_bytes() -> None:
+    limits = replace(SMALL, max_link_region_bytes=3 * BYTES, max_region_bytes=5 * BYTES)
+    async with host(limits) as run:
         door, other = await run.connect(), await run.connect()
         with shared_memory(2 * BYTES) as memory, shared_memory(BYTES) as small:
             region = await run.share(door, memory)
-            words = f"memfd: {2 * BYTES} bytes, the link may share {BYTES} more of {3 * BYTES}"
+            words = f"memfd: {2 * BYTES} bytes, {BYTES} more may be shared of the {3 * BYTES} of a link"
             with pytest.raises(ResourceExhaustedError, match=words):
                 await run.share(door, memory)
             await run.share(door, small)
             await run.share(other, memory)
+            words = f"memfd: {BYTES} bytes, 0 more may be shared of the {5 * BYTES} of all links"
+            with pytest.raises(ResourceExhaustedError, match=words):
+                await run.share(other, small)
             await release_soon(door, region)
-            await run.share(door, memory)
+            await run.share(other, small)
+            await run.share(door, small)
+            run.leave(other)
+            await eventually(lambda: run.engine.stats().links.region_bytes == 2 * BYTES)
+            await run.share(door, small)
+            run.leave(door)
+            await eventually(lambda: run.engine.stats().links.region_bytes == 0)
+            assert run.engine.stats().links.regions == 0
 
 
 # --- When it is let go of ---

@@ -17,13 +17,14 @@ from blockdex import _native as native
 from blockdex.device_channel.calls import Call, Heads
 from blockdex.device_channel.memory import ChannelMemory
 from blockdex.ring.channel_layout import TIMED_OUT
-from blockdex.ring.layout import AT
+from blockdex.ring.layout import AT, REQUEST
 from support.bare_core import ALL, LENGTH, SPEC, BareCore, bare_core
 from support.channel_twins import ring_numpy
 from support.running_engine import TENANT
 
 HEADS = Heads(0, SPEC.num_index_heads)
 LAYER, STREAM = 1, 9
+REQUEST_AT = {field.name: field.offset for field in REQUEST}
 
 
 class Channel:
@@ -178,6 +179,16 @@ def test_a_refusal_is_an_answer(bare: BareCore) -> None:
     assert not channel.told and not bare.device.begun
     assert channel.count("answers_written") == 1
     assert f"append starts at {LENGTH + 3}, length is {LENGTH}" in str(channel.memory.refusal())
+
+
+def test_rows_of_pools_are_refused(bare: BareCore) -> None:
+    channel = Channel(bare)
+    channel.ring((1, LENGTH))
+    segment = channel.memory.segment
+    segment.counters[(segment.request_slots_offset + REQUEST_AT["sequence_id"]) // 8] = 7
+    bare.look()
+    assert not channel.told and not bare.device.begun
+    assert "pool 7: a device channel takes sequences alone" in str(channel.memory.refusal())
 
 
 def test_another_epoch(bare: BareCore) -> None:

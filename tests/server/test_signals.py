@@ -6,15 +6,18 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import blockdex
+from blockdex import _native
 from support.serving import SMALL, Serving, serve
 
 BOTH = pytest.mark.parametrize("processes", ["single", "split"])
@@ -100,3 +103,41 @@ def test_while_a_server_drains_probes_hear_of_it_and_requests_are_served(process
         assert number > 10
         assert serving.wait() == 0
         assert 3 <= time.monotonic() - began < 20
+
+
+@BOTH
+def test_clients_on_this_host_are_told_and_served_and_then_refused_until_the_rest_is_answered(processes: str) -> None:
+    flags = ("--processes", processes, "--drain-seconds", "1", "--shutdown-grace-seconds", "40")
+    queries = np.ones((6000, 4, 128), np.float32)
+    with (
+        serve(*SMALL, *flags) as serving,
+        blockdex.Client(serving.grpc_address, transport="ring", timeout=60) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        connection = _native.RingConnection(str(serving.socket), "drain", 10.0, 4, 8, 1 << 20)
+        client.open_sequence(1)
+        client.append_keys(0, sequences=1, keys=queries[:, 0])
+        serving.process.send_signal(signal.SIGTERM)
+        told: list[bytes] = []
+
+        def is_told() -> bool:
+            connection.poll()
+            told.extend(connection.take_events())
+            return bool(told)
+
+        eventually(is_told, "the event")
+        assert told == [b'{"draining":true}']
+        long = pool.submit(client.select_blocks, 0, sequences=1, lengths=6000, queries=queries)
+        outcomes: list[Any] = []
+        while not outcomes or outcomes[-1][0] == 0:
+            number = len(outcomes) + 1
+            ticket = connection.submit_sequences(1, 0, 0, 0, 0, 1, np.array((number, 0), "<u8").tobytes(), 5.0)
+            assert isinstance(ticket, int), ticket
+            outcomes.append(connection.wait(ticket, 5.0))
+            time.sleep(0.02)
+        assert len(outcomes) > 1
+        assert outcomes[-1] == (14, "SHUTTING_DOWN", "server: shutting down, takes no new requests")
+        assert long.result(60).shape == (6000, 4, 16), "what was in flight is answered"
+        eventually(lambda: connection.poll() == [] and connection.over is not None, "links end")
+        assert serving.wait() == 0
+        connection.close()

@@ -36,9 +36,8 @@ class PoolModel:
 
     def append(self, layer: int, row: int, start: int, keys: NDArray[Any]) -> None:
         """Keys `[length, D]` go where the cells say."""
-        for position, key in enumerate(keys.astype(np.float32), start):
-            block, slot = divmod(position, self.spec.block_size)
-            self.pages[self.cells[row, block], layer, slot] = key
+        blocks, slots = np.divmod(np.arange(start, start + len(keys)), self.spec.block_size)
+        self.pages[self.cells[row, blocks], layer, slots] = keys.astype(np.float32)
 
     def keys(self, layer: int, row: int, end: int) -> NDArray[np.float32]:
         """`[end, D]`, as a row reads them."""

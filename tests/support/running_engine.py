@@ -267,11 +267,9 @@ def close(sequence_id: int, *, tenant: str = TENANT, epoch: int = 0) -> CloseSeq
     return CloseSequences(tenant, epoch, (sequence_id,))
 
 
-def create_pool(
-    pool_id: int, *, num_pages: int, num_rows: int, max_blocks: int, tenant: str = TENANT, epoch: int = 0
-) -> CreatePool:
+def create_pool(pool_id: int, num_pages: int, num_rows: int, max_blocks: int, *, tenant: str = TENANT) -> CreatePool:
     """A request for a pool."""
-    return CreatePool(tenant, epoch, pool_id, num_pages, num_rows, max_blocks)
+    return CreatePool(tenant, 0, pool_id, num_pages, num_rows, max_blocks)
 
 
 def set_cells(pool_id: int, *runs: tuple[int, int, Sequence[int]], tenant: str = TENANT) -> SetPageTables:

@@ -90,6 +90,7 @@ class IndexCache:
         self._sequences = Sequences(spec.num_layers)
         self._evictions = 0
         self._evicted: dict[str, list[int]] = {}
+        self._to_clear: list[NDArray[np.int32]] = []
         self._kept_since = float("inf")
         self._next_looked_at = 0
 
@@ -211,6 +212,8 @@ class IndexCache:
         self._evict(self._find_room(f"pool {pool_id}: creation", nobody, pool.holders.copy(), num_pages))
         pages = pool.allocate(num_pages)
         pool.numbers[pages] = np.arange(num_pages)
+        # Of a pool all is read that its cells name, so nothing of another tenant may be left there.
+        self._to_clear.append(pages)
         sequences.add_pool(tenant, pool_id, pages, num_rows, max_blocks, self._clock())
 
     def close_pool(self, tenant: str, pool_id: int) -> None:
@@ -314,6 +317,11 @@ class IndexCache:
     def first_rows(self) -> NDArray[np.int32]:
         """int32 `[S]`: row of the cells in which the page table of each entry begins, as of now."""
         return self._sequences.tables.first_rows
+
+    def take_pages_to_clear(self) -> NDArray[np.int32]:
+        """Pages that were given to pools since this was last asked, which are to hold zeros."""
+        pages, self._to_clear = self._to_clear, []
+        return np.concatenate([*pages, np.zeros(0, np.int32)])
 
     def take_evicted(self) -> dict[str, list[int]]:
         """Ids of the sequences, by tenant, that were given up for being past their lease since this was last asked."""

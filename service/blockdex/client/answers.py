@@ -28,6 +28,7 @@ class Info:
         version: version of the server.
         features: names of the features that a request may require, those that this version knows.
         transports: ways to reach the server.
+        region_kinds: of memory that a client on its host may share.
     """
 
     spec: IndexSpec
@@ -40,6 +41,7 @@ class Info:
     version: str
     features: frozenset[str]
     transports: tuple[str, ...]
+    region_kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,9 @@ def info_of(response: pb.GetInfoResponse) -> Info:
             max_queued_requests=limits.max_queued_requests,
             max_stream_requests=limits.max_stream_requests,
             max_wait_ms=limits.max_wait_ms,
+            max_link_regions=limits.max_link_regions,
+            max_link_region_bytes=limits.max_link_region_bytes,
+            max_region_bytes=limits.max_region_bytes,
         ),
         cache=CacheUsage(
             pages_total=cache.pages_total,
@@ -101,6 +106,7 @@ def info_of(response: pb.GetInfoResponse) -> Info:
             name.removeprefix("FEATURE_") for name, number in known.items() if number in response.features
         ),
         transports=tuple(response.transports),
+        region_kinds=tuple(response.region_kinds),
     )
 
 

@@ -93,7 +93,7 @@ class AsyncPool:
         spans: Arguments = spans_of(layer, rows, lengths, starts, revision, epoch)
         selection = (queries, first_head, num_heads, order, return_scores, False)
         arguments = (*spans, None, *selection, False, self.pool_id, ids)
-        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
+        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, None)
 
     @overload
     async def append_and_select(
@@ -137,4 +137,4 @@ class AsyncPool:
         spans: Arguments = spans_of(layer, rows, lengths, starts, revision, epoch)
         selection = (queries, first_head, num_heads, order, return_scores, False)
         arguments = (*spans, keys, *selection, False, self.pool_id, ids)
-        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
+        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, None)

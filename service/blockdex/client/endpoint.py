@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -78,7 +78,7 @@ class Endpoint:
 
     address: str
     tls: TLS | bool | None = None
-    token: Token | None = None
+    token: Token | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.token is not None and self.tls is None and not _is_local(self.address):

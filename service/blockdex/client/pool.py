@@ -150,7 +150,7 @@ class Pool:
         spans: Arguments = spans_of(layer, rows, lengths, starts, revision, epoch)
         selection = (queries, first_head, num_heads, order, return_scores, False)
         arguments = (*spans, None, *selection, False, self.pool_id, ids)
-        return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores)
+        return self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, None)
 
     @overload
     def append_and_select(
@@ -197,4 +197,4 @@ class Pool:
         spans: Arguments = spans_of(layer, rows, lengths, starts, revision, epoch)
         selection = (queries, first_head, num_heads, order, return_scores, False)
         arguments = (*spans, keys, *selection, False, self.pool_id, ids)
-        return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores)
+        return self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, None)

@@ -152,6 +152,9 @@ class Limits:
     max_queued_requests: int
     max_stream_requests: int
     max_wait_ms: int
+    max_link_regions: int = 256
+    max_link_region_bytes: int = 16 << 30
+    max_region_bytes: int = 64 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +248,7 @@ class Info:
     Attributes:
         device_name: empty where the product is not known.
         socket: path that it listens on for clients on its host; empty where it does not.
+        region_kinds: of memory that these may share.
     """
 
     spec: IndexSpec
@@ -255,3 +259,12 @@ class Info:
     device_name: str
     kernels: dict[str, tuple[str, str]]
     socket: str = ""
+    region_kinds: tuple[str, ...] = ()
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """Ways to reach it, as `GetInfo` names them."""
+        if not self.socket:
+            return ("grpc",)
+        channels = ("device_channel",) if "cuda_fd" in self.region_kinds else ()
+        return ("grpc", f"ring:{self.socket}", *channels)

@@ -68,6 +68,31 @@ class Histogram:
         return self.bounds[-1]
 
 
+@dataclass(slots=True)
+class LinkStats:
+    """What clients on the server's host do, whose calls no frontend sees.
+
+    Attributes:
+        seconds: by call (`Ring/AppendKeys`, of a device channel `Channel/AppendKeys`), from its arrival to its answer.
+        outcomes: call, name of the canonical code or `OK`, reason, and how often.
+        open: links that are open.
+        opened: links opened.
+        turned_away: links that were refused.
+        channels: device channels that are open.
+        regions: that are shared.
+        region_bytes: of them all.
+    """
+
+    seconds: dict[str, Histogram] = field(default_factory=dict)
+    outcomes: list[tuple[str, str, str, int]] = field(default_factory=list)
+    open: int = 0
+    opened: int = 0
+    turned_away: int = 0
+    channels: int = 0
+    regions: int = 0
+    region_bytes: int = 0
+
+
 def _sizes() -> Histogram:
     return Histogram(SIZE_BUCKETS)
 
@@ -94,6 +119,7 @@ class Stats:
         integrity_checks: times that an idle core has checked all of the cache's columns against each other.
         integrity_faults: contradictions that it found.
         faults: batches that failed, each of which ended an epoch.
+        links: what clients on the server's host do.
     """
 
     stage_seconds: dict[str, dict[str, Histogram]] = field(
@@ -115,6 +141,7 @@ class Stats:
     integrity_checks: int = 0
     integrity_faults: int = 0
     faults: int = 0
+    links: LinkStats = field(default_factory=LinkStats)
 
     def launched(self, phase: str, tokens: int, requests: int) -> None:
         """Counts one launch.

@@ -247,6 +247,12 @@ class Executor(ABC):
         """As `Backend.copy_pages`."""
         self.backend.copy_pages(torch.tensor(sources), torch.tensor(destinations))
 
+    def clear_pages(self, page_ids: NDArray[np.int32]) -> None:
+        """Has pages hold zeros in all layers; to be called where `copy_pages` would be."""
+        pages = self.backend.pages
+        for run in np.split(page_ids, np.flatnonzero(np.diff(page_ids) != 1) + 1):
+            pages[int(run[0]) : int(run[-1]) + 1].view(torch.uint8).zero_()
+
     def pin(self, address: int, num_bytes: int) -> Callable[[], None]:  # noqa: ARG002
         """Has the device read and write memory of the host by itself; returns what ends that. From any thread.
 

@@ -25,6 +25,9 @@ SEQUENCE_RPCS = (
 RPCS = tuple(prefix + rpc for rpcs in (TOKEN_RPCS, SEQUENCE_RPCS) for prefix in ("", "Stream/") for rpc in rpcs)
 """RPCs by number, as metrics and log name them."""
 
+LINK_RPCS = tuple(f"{way}/{rpc}" for way in ("Ring", "Channel") for rpc in (*TOKEN_RPCS, *SEQUENCE_RPCS))
+"""Calls of clients on the server's host, as the core numbers them."""
+
 
 class CameTo(NamedTuple):
     """What a request came to in the engine.

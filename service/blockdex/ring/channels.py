@@ -18,11 +18,12 @@ from blockdex.contract.errors import (
 from blockdex.ring.channel_layout import MAX_CHANNELS, MAX_SEGMENT_BYTES
 from blockdex.ring.control_channel import Words
 from blockdex.ring.handshake import Handles
-from blockdex.ring.regions import MAX_LINK_BYTES, Offer, Region, open_offer
+from blockdex.ring.regions import Offer, Region, offer_of, open_offer
 from blockdex.ring.segment import RingError, Segment
 from blockdex.ring.server import RingInbox, ServerLink
 
 MOST_BOUND_SECONDS = 60.0
+MAX_MEMORY_BYTES = 16 << 30
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _END_SECONDS = 4.0
 """How long a client that closes a channel is kept waiting for the requests that use it."""
@@ -77,7 +78,11 @@ class LinkChannels:
     def drop(self) -> None:
         """Takes no more requests of any of them."""
         while self._links:
-            self._inbox.drop(self._links.popitem()[1])
+            self._end(next(iter(self._links)))
+
+    def _end(self, number: int) -> None:
+        self._inbox.drop(self._links.pop(number))
+        self._inbox.counts.channels -= 1
 
     async def _open(self, kind: object, words: Words, files: Sequence[int]) -> Words:
         bound, epoch = words.get("bound_seconds"), self._epoch()
@@ -94,7 +99,8 @@ class LinkChannels:
             raise ResourceExhaustedError(
                 f"channels: a link may have {MAX_CHANNELS} at once, it has {len(self._closed)}", Reason.OVERLOADED
             )
-        region = await open_offer(self._open_region, kind, words, files[1:], MAX_LINK_BYTES)
+        offer = offer_of(kind, words, files[1:], MAX_MEMORY_BYTES, f"the {MAX_MEMORY_BYTES} of a channel")
+        region = await open_offer(self._open_region, offer)
         handles = _handles_of(files[0], self._tenant)
         try:
             link = ServerLink(handles, self._hang_up, lambda _: None)
@@ -105,6 +111,7 @@ class LinkChannels:
         self._opened += 1
         self._links[self._opened], self._closed[self._opened] = link, region.closed
         self._inbox.add(link)
+        self._inbox.counts.channels += 1
         return {"channel": self._opened, "region": memory}
 
     async def _close(self, number: int) -> None:
@@ -113,7 +120,7 @@ class LinkChannels:
         if closed is None:
             raise _refused(f"the link has none of number {number}")
         if number in self._links:
-            self._inbox.drop(self._links.pop(number))
+            self._end(number)
         try:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(closed)), _END_SECONDS)
         except TimeoutError:

@@ -12,7 +12,7 @@ import numpy as np
 
 from blockdex.contract.errors import Reason, UnavailableError
 from blockdex.contract.messages import CacheOverview, CacheUsage, Info, Limits
-from blockdex.contract.stats import Histogram, Stats
+from blockdex.contract.stats import Histogram, LinkStats, Stats
 from blockdex.logs import log_fault
 from blockdex.ring.control_channel import ControlChannel, Words
 from blockdex.ring.regions import Offer, Region
@@ -139,6 +139,7 @@ def info_of(words: Words) -> Info:
         device_name=words["device_name"],
         kernels={phase: (kernel, reason) for phase, (kernel, reason) in words["kernels"].items()},
         socket=words["socket"],
+        region_kinds=tuple(words["region_kinds"]),
     )
 
 
@@ -149,6 +150,8 @@ def stats_of(words: Words) -> Stats:
     stats.batch_requests = histogram_of(words["batch_requests"])
     stats.launch_requests = _histograms_of(words["launch_requests"])
     stats.batch_tokens = _histograms_of(words["batch_tokens"])
+    stats.links = LinkStats(**words["links"])
+    stats.links.seconds = _histograms_of(words["links"]["seconds"])
     return stats
 
 

@@ -37,7 +37,12 @@ class NewEpoch:
     epoch: int
 
 
-Event = SequencesEvicted | NewEpoch
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """The server is told to stop: requests are taken for a while still, and then refused."""
+
+
+Event = SequencesEvicted | NewEpoch | Draining
 
 
 def evictions(evicted: dict[str, list[int]]) -> Iterator[SequencesEvicted]:
@@ -49,14 +54,19 @@ def evictions(evicted: dict[str, list[int]]) -> Iterator[SequencesEvicted]:
 
 def words_of(event: Event) -> Words:
     """An event as it goes over a control channel."""
-    if isinstance(event, NewEpoch):
-        return {"new_epoch": event.epoch}
+    match event:
+        case NewEpoch():
+            return {"new_epoch": event.epoch}
+        case Draining():
+            return {"draining": True}
     return {"evicted": event.sequence_ids, "tenant": event.tenant}
 
 
 def event_of(words: Words) -> Event | None:
     """The event that such an object stands for; None where it is none."""
     match words:
+        case {"draining": True}:
+            return Draining()
         case {"new_epoch": epoch} if _is_word(epoch):
             return NewEpoch(epoch)
         case {"evicted": list(ids), "tenant": str(tenant)} if all(map(_is_word, ids)):

@@ -49,21 +49,23 @@ class Peer(NamedTuple):
     Attributes:
         user: number of its user.
         groups: of its process, its main one first.
+        process: its number; 0 where it is in another namespace.
     """
 
     user: int
     groups: tuple[int, ...]
+    process: int = 0
 
     @classmethod
     def of(cls, connected: socket.socket) -> Peer:
         """Of who has connected."""
-        _, user, group = _CREDENTIALS.unpack(
+        process, user, group = _CREDENTIALS.unpack(
             connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         )
         others = array("I")
         with contextlib.suppress(OSError):  # more than there is room for: the main one counts alone
             others.frombytes(connected.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * others.itemsize))
-        return cls(user, (group, *others))
+        return cls(user, (group, *others), process)
 
 
 TenantOf = Callable[[str], str]

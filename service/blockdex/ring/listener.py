@@ -98,12 +98,13 @@ class RingHost:
 
         events = EventQueue(loop)
         link = ServerLink(handles, hang_up, events.put)
-        regions = LinkRegions(self._engine.open_region, self._inbox, link)
+        regions = LinkRegions(self._engine.open_region, self._inbox, link, info.limits)
         channels = LinkChannels(
             self._engine.open_region, self._inbox, lambda: self._engine.info().epoch, handles.tenant, hang_up
         )
         self._known[link] = peer
         self._inbox.add(link)
+        began = self._has_come(link, peer)
         try:
             async with asyncio.TaskGroup() as tasks:
                 telling = tasks.create_task(_tell_of(events, talk, handles.tenant))
@@ -121,7 +122,9 @@ class RingHost:
             del self._known[link]
             self._inbox.drop(link)
             channels.drop()
+            regions.drop()
             talk.hang_up()
+            self._has_gone(peer, began)
 
     def take_up(self, credentials: Credentials) -> None:
         """Lets clients in by these from now on, and ends the links of those who could not come in any more."""
@@ -146,7 +149,22 @@ class RingHost:
         """Whose the requests of a link are; raises as `Identity.acting_for`."""
         return named if self._credentials is None else self._identity_of(peer).acting_for(named or None)
 
+    def _has_come(self, link: ServerLink, peer: Peer) -> float:
+        """Counts a client, but no frontend; when it came."""
+        if self._credentials is not None:
+            self._inbox.counts.open += 1
+            self._inbox.counts.opened += 1
+            log_event(logger, logging.INFO, "link opened", tenant=link.handles.tenant, user=peer.user, pid=peer.process)
+        return time.monotonic()
+
+    def _has_gone(self, peer: Peer, began: float) -> None:
+        if self._credentials is not None:
+            self._inbox.counts.open -= 1
+            seconds = round(time.monotonic() - began, 3)
+            log_event(logger, logging.INFO, "link closed", user=peer.user, pid=peer.process, seconds=seconds)
+
     def _tell_of_refusal(self, error: Exception) -> None:
+        self._inbox.counts.turned_away += 1
         if self._limit.allows(time.monotonic()):
             withheld = self._limit.withheld()
             log_event(logger, logging.WARNING, "link refused", reason=str(error), withheld=withheld)

@@ -15,18 +15,18 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from blockdex._native import MAX_REGIONS
 from blockdex.contract.errors import BlockdexError, InvalidArgumentError, Reason, ResourceExhaustedError
+from blockdex.contract.messages import Limits
 from blockdex.ring.control_channel import Words
 from blockdex.ring.server import RingInbox, ServerLink
 
-MAX_LINK_BYTES = 16 << 30
-"""Of all regions of a link: what a client shares of the host's memory may be pinned, and cannot be swapped out then."""
+T = TypeVar("T")
 
-_KINDS = {"memfd", "cuda_fd", "cuda_ipc"}
+KINDS = ("memfd", "cuda_fd", "cuda_ipc")
+"""Of memory: what of the host's is shared may be pinned, and cannot be swapped out then; the others are a GPU's."""
 _RELEASE_SECONDS = 4.0
 """How long a client that gives a region back is kept waiting for the requests that use it."""
 _ENTER_SECONDS = 4.0
@@ -59,6 +59,7 @@ class Offer:
         handle: of `cuda_ipc`: the 64 bytes that stand for it.
         device: of the last two: UUID of the GPU whose memory it is, 32 hexadecimal digits.
         most_bytes: that it may have.
+        most_of: of how many, and whose, these are what is left.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Offer:
     handle: bytes
     device: str
     most_bytes: int
+    most_of: str
 
     def check_bytes(self, num_bytes: int) -> None:
         """Refuses what is empty, or more than the link may share.
@@ -79,7 +81,7 @@ class Offer:
             raise refused(f"{self.kind}: must have at least 1 byte, got {num_bytes}")
         if num_bytes > self.most_bytes:
             raise ResourceExhaustedError(
-                f"{self.kind}: {num_bytes} bytes, the link may share {self.most_bytes} more of {MAX_LINK_BYTES}",
+                f"{self.kind}: {num_bytes} bytes, {self.most_bytes} more may be shared of {self.most_of}",
                 Reason.OVERLOADED,
                 bytes=num_bytes,
             )
@@ -169,9 +171,13 @@ class LinkRegions:
         open_region: opens what is offered, on any thread; raises what `map_memfd` does, and UnimplementedError.
         inbox: has the engine's thread enter and leave regions.
         link: whose they are.
+        limits: how many, and how many bytes, it may share.
     """
 
-    def __init__(self, open_region: Callable[[Offer], Region], inbox: RingInbox, link: ServerLink) -> None:
+    def __init__(
+        self, open_region: Callable[[Offer], Region], inbox: RingInbox, link: ServerLink, limits: Limits
+    ) -> None:
+        self._limits = limits
         self._open = open_region
         self._inbox = inbox
         self._link = link
@@ -196,15 +202,29 @@ class LinkRegions:
         return None
 
     async def _share(self, kind: object, words: Words, files: Sequence[int]) -> Words:
-        if len(self._lent) >= MAX_REGIONS:
+        if len(self._lent) >= self._limits.max_link_regions:
             raise ResourceExhaustedError(
-                f"regions: a link may share {MAX_REGIONS} at once, it shares {len(self._lent)}", Reason.OVERLOADED
+                f"regions: a link may share {self._limits.max_link_regions} at once, it shares {len(self._lent)}",
+                Reason.OVERLOADED,
             )
-        most = MAX_LINK_BYTES - sum(lent.bytes for lent in self._lent.values())
-        region = await open_offer(self._open, kind, words, files, most)
+        offer = offer_of(kind, words, files, *self._room())
+        region = await open_offer(self._open, offer)
+        # Another link may have shared more meanwhile.
+        most_bytes, most_of = self._room()
+        replace(offer, most_bytes=most_bytes, most_of=most_of).check_bytes(region.bytes)
         number = await self._on_engine(lambda: self._link.native.share(region))
         self._lent[number] = _Lent(region.bytes, region.closed)
+        self._inbox.counts.regions += 1
+        self._inbox.counts.region_bytes += region.bytes
         return {"region": number, "bytes": region.bytes}
+
+    def _room(self) -> tuple[int, str]:
+        """Bytes that may be shared now, and of what they are left."""
+        own = self._limits.max_link_region_bytes - sum(lent.bytes for lent in self._lent.values())
+        all_links = self._limits.max_region_bytes - self._inbox.counts.region_bytes
+        if own <= all_links:
+            return own, f"the {self._limits.max_link_region_bytes} of a link"
+        return all_links, f"the {self._limits.max_region_bytes} of all links"
 
     async def _release(self, number: object) -> None:
         if not isinstance(number, int) or (lent := self._lent.get(number)) is None:
@@ -219,39 +239,40 @@ class LinkRegions:
                 f"release: requests have used region {number} for {_RELEASE_SECONDS:g} s more; ask again",
                 Reason.OVERLOADED,
             ) from None
-        del self._lent[number]
+        self._forget(number)
 
-    async def _on_engine(self, errand: Callable[[], Any]) -> Any:
+    def drop(self) -> None:
+        """The link is over, and its regions with it."""
+        for number in list(self._lent):
+            self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        self._inbox.counts.regions -= 1
+        self._inbox.counts.region_bytes -= self._lent.pop(number).bytes
+
+    async def _on_engine(self, errand: Callable[[], T]) -> T:
         """Has the engine's thread do something between its steps."""
-        loop = asyncio.get_running_loop()
-        done: Future[Any] = Future()
-
-        def run() -> None:
-            if not done.set_running_or_notify_cancel():
-                return  # too late
-            try:
-                done.set_result(errand())
-            except ValueError as error:
-                done.set_exception(ResourceExhaustedError(str(error), Reason.OVERLOADED))
-
-        self._inbox.do(run)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(done, loop=loop), _ENTER_SECONDS)
+            return await asyncio.wait_for(asyncio.wrap_future(self._inbox.ask(errand)), _ENTER_SECONDS)
+        except ValueError as error:
+            raise ResourceExhaustedError(str(error), Reason.OVERLOADED) from None
         except TimeoutError:
             message = f"engine: has not turned to a region for {_ENTER_SECONDS:g} s"
             raise ResourceExhaustedError(message, Reason.OVERLOADED) from None
 
 
-async def open_offer(
-    open_region: Callable[[Offer], Region], kind: object, words: Words, files: Sequence[int], most_bytes: int
-) -> Region:
-    """Opens what words and the files with them offer, beside all other threads; raises what `LinkRegions` says."""
-    offer = _offer_of(kind, words, files, most_bytes)
+async def open_offer(open_region: Callable[[Offer], Region], offer: Offer) -> Region:
+    """Opens what is offered, beside all other threads; raises what `LinkRegions` says."""
     return await asyncio.get_running_loop().run_in_executor(_opener, open_region, offer)
 
 
-def _offer_of(kind: object, words: Words, files: Sequence[int], most_bytes: int) -> Offer:
-    if not isinstance(kind, str) or kind not in _KINDS:
+def offer_of(kind: object, words: Words, files: Sequence[int], most_bytes: int, most_of: str) -> Offer:
+    """What words and the files with them offer.
+
+    Raises:
+        InvalidArgumentError: nothing that can be.
+    """
+    if not isinstance(kind, str) or kind not in KINDS:
         raise refused(f"share: must be memfd, cuda_fd or cuda_ipc, got {kind!r}")
     takes = 0 if kind == "cuda_ipc" else 1
     if len(files) != takes:
@@ -265,4 +286,4 @@ def _offer_of(kind: object, words: Words, files: Sequence[int], most_bytes: int)
         raise refused(f"{kind}: handle and device must be hexadecimal digits") from None
     if kind == "cuda_ipc" and len(handle_bytes) != _HANDLE_BYTES:
         raise refused(f"cuda_ipc: handle must have {_HANDLE_BYTES} bytes, got {len(handle_bytes)}")
-    return Offer(kind, files[0] if files else -1, num_bytes, handle_bytes, uuid, most_bytes)
+    return Offer(kind, files[0] if files else -1, num_bytes, handle_bytes, uuid, most_bytes, most_of)

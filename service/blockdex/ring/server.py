@@ -6,12 +6,17 @@ import contextlib
 import os
 import queue
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from blockdex._native import Core
 from blockdex._native import ServerLink as NativeLink
+from blockdex.contract.stats import LinkStats
 from blockdex.ring.events import Event
 from blockdex.ring.handshake import Handles
 from blockdex.ring.segment import RingError
+
+T = TypeVar("T")
 
 
 class ServerLink:
@@ -44,11 +49,13 @@ class RingInbox:
     Attributes:
         nudge: eventfd that has the core look round.
         spin_seconds: the same.
+        counts: what whoever lets clients in has counted of them.
     """
 
     def __init__(self, spin_seconds: float) -> None:
         self.nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.spin_seconds = spin_seconds
+        self.counts = LinkStats()
         self._core: Core | None = None
         self._links: list[ServerLink] = []
         self._arrivals: queue.SimpleQueue[ServerLink] = queue.SimpleQueue()
@@ -76,6 +83,21 @@ class RingInbox:
         assert self._core is not None
         self._errands.put(errand)
         self._core.notice()
+
+    def ask(self, question: Callable[[], T]) -> Future[T]:
+        """What the engine's thread answers between its steps, or raises; while nobody waits for it, it is not asked."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                answer.set_result(question())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self.do(run)
+        return answer
 
     def give_back(self, link: ServerLink, region: int) -> None:
         """Has no request name a region any more, and lets go of it when none uses it; on the engine's thread."""

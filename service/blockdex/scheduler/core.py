@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from blockdex._native import SIGNALS, STEPS, Core
 from blockdex.cache import IndexCache, SequenceColumns
+from blockdex.contract.errors import Code
 from blockdex.contract.messages import KERNEL_PHASES, PHASES, STAGES, Limits
 from blockdex.contract.stats import SECONDS_BUCKETS, SIZE_BUCKETS, Histogram, Stats
 from blockdex.executor import interface
 from blockdex.executor.interface import Executor, Replays
+from blockdex.ring.caller import LINK_RPCS
 from blockdex.ring.server import RingInbox
 
 HOLD_SECONDS = 5e-6
@@ -101,3 +103,11 @@ def add_counts(core: Core, stats: Stats) -> None:
     stats.dropped["deadline"] += counts["late"]
     stats.integrity_checks, stats.integrity_faults = counts["integrity_checks"], counts["integrity_faults"]
     stats.queued, stats.waiting = core.queued, core.waiting
+    links = stats.links
+    links.seconds = {
+        rpc: Histogram(SECONDS_BUCKETS, *each) for rpc, each in zip(LINK_RPCS, counts["calls"], strict=True)
+    }
+    links.outcomes = [
+        (LINK_RPCS[call], Code(code).name if code else "OK", reason, count)
+        for call, code, reason, count in counts["outcomes"]
+    ]

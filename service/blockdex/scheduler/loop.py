@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -19,14 +21,14 @@ from blockdex.contract.stats import Stats
 from blockdex.executor.factory import make_executor
 from blockdex.executor.interface import DeviceHungError
 from blockdex.logs import log_fault
-from blockdex.ring.events import NewEpoch, evictions
+from blockdex.ring.events import Draining, NewEpoch, evictions
 from blockdex.ring.regions import Offer, Region
 from blockdex.ring.server import RingInbox
 from blockdex.scheduler import THREAD
 from blockdex.scheduler.core import Shared, add_counts, make_core
 from blockdex.scheduler.large_request import LargeRequest
 from blockdex.scheduler.launcher import Launcher
-from blockdex.scheduler.regions import open_region
+from blockdex.scheduler.regions import open_region, region_kinds
 from blockdex.scheduler.sequences import SequenceKeeper
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.dispatch import device_name
@@ -150,10 +152,18 @@ class Engine:
         if self._thread is not None:
             self._thread.join(timeout=_STOP_SECONDS)
 
+    def drain(self) -> None:
+        """Tells the clients of all links that the server is about to stop; it still takes what they ask."""
+        self._inbox.do(lambda: self._inbox.tell(Draining()))
+
     def expect_no_more(self) -> None:
-        """No request will come any more: selections whose keys are not queued already are refused, not kept waiting."""
+        """No frontend sends any more, and clients of links are refused: what waits for keys not queued yet is, too."""
         self._no_more = True
         self._core.notice()
+
+    def unanswered(self) -> Future[int]:
+        """How many requests it has taken and not answered; from any thread."""
+        return self._inbox.ask(lambda: self._core.unanswered)
 
     def info(self) -> Info:
         """What the engine is, holds and can do, now; from any thread."""
@@ -167,6 +177,7 @@ class Engine:
             device_name=device_name(self._backend.device),
             kernels=self._backend.kernels,
             socket=self._socket,
+            region_kinds=region_kinds(self._executor) if self._socket else (),
         )
 
     def overview(self, max_cells: int) -> CacheOverview:
@@ -180,6 +191,7 @@ class Engine:
     def stats(self) -> Stats:
         """What was counted and timed since the start; from any thread."""
         snapshot = self._stats.snapshot()
+        snapshot.links = dataclasses.replace(self._inbox.counts)
         add_counts(self._core, snapshot)
         return snapshot
 
@@ -267,6 +279,8 @@ class Engine:
         changes = np.concatenate((self._cache.take_table_changes(), set_cells))
         if len(changes):
             self._executor.write_tables(self._cache.table_cells, changes)
+        if len(fresh := self._cache.take_pages_to_clear()):
+            self._executor.clear_pages(fresh)
         if copies:
             self._executor.copy_pages(*map(list, zip(*copies, strict=True)))
         self._shared.update()

@@ -6,7 +6,12 @@ import functools
 
 from blockdex.contract.errors import Reason, UnimplementedError
 from blockdex.executor.interface import Executor
-from blockdex.ring.regions import Offer, Region, map_memfd, refused, unmap
+from blockdex.ring.regions import KINDS, Offer, Region, map_memfd, refused, unmap
+
+
+def region_kinds(executor: Executor) -> tuple[str, ...]:
+    """Kinds of memory that it takes."""
+    return KINDS if executor.imports_memory else KINDS[:1]
 
 
 def open_region(executor: Executor, offer: Offer) -> Region:

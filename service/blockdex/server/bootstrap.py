@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import logging
 import os
@@ -39,6 +40,7 @@ _SPIN_SECONDS = 0.001
 """Longer than what an engine does between two layers, so that both are awake when the next one asks."""
 _NO_RING = "a server needs Linux on x86-64, which orders plain stores, and the compiled module blockdex._native"
 _AVAILABLE = re.compile(r"MemAvailable: +(\d+) kB")
+_LOOK_SECONDS = 0.02
 _CORES = 4
 """From so many on a server is several processes, which do not wait for each other's turn at the interpreter.
 
@@ -263,6 +265,14 @@ async def warm_up(engine: Engine, tell: Callable[[int, int], None], told_to_stop
             logger, logging.INFO, "kernels compiled", done=done, total=total, seconds=round(time.monotonic() - began, 1)
         )
     return not told_to_stop.is_set()
+
+
+async def answer_all(engine: Engine, seconds: float) -> None:
+    """Waits until an engine has answered what it has taken, but no longer than that."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while await asyncio.wrap_future(engine.unanswered()):
+                await asyncio.sleep(_LOOK_SECONDS)
 
 
 def end_with_the_thread(fault: threading.ExceptHookArgs) -> None:

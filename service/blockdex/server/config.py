@@ -192,6 +192,9 @@ class ServeSettings(BaseSettings):
     max_wait_seconds: float = _setting(
         60.0, "SECONDS", "Longest that a request without a deadline waits for keys or its turn.", gt=0, le=86400
     )
+    max_link_regions: int = _setting(256, "N", "Regions that a client on this host shares at once.", ge=1, le=256)
+    max_link_region_bytes: Size = _setting("16GiB", "SIZE", "Their bytes, those of one link together.", ge=1)
+    max_region_bytes: Size = _setting("64GiB", "SIZE", "Their bytes, those of all clients together.", ge=1)
     min_ping_seconds: float = _setting(
         5.0, "SECONDS", "Least time between the pings of a gRPC client; one that pings oftener is cut.", gt=0, le=86400
     )
@@ -275,6 +278,9 @@ class ServeSettings(BaseSettings):
             max_queued_requests=self.max_queued_requests,
             max_stream_requests=self.max_stream_requests,
             max_wait_ms=max(1, round(self.max_wait_seconds * 1000)),
+            max_link_regions=self.max_link_regions,
+            max_link_region_bytes=self.max_link_region_bytes,
+            max_region_bytes=self.max_region_bytes,
         )
 
     @property

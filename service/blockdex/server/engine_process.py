@@ -16,7 +16,15 @@ from blockdex.ring.control_channel import ControlChannel, Words
 from blockdex.ring.engine_reports import reply_to
 from blockdex.ring.listener import RingHost
 from blockdex.ring.server import RingInbox
-from blockdex.server.bootstrap import StartError, build_engine, end_with_the_thread, gpu_uuid, spin_seconds, warm_up
+from blockdex.server.bootstrap import (
+    StartError,
+    answer_all,
+    build_engine,
+    end_with_the_thread,
+    gpu_uuid,
+    spin_seconds,
+    warm_up,
+)
 from blockdex.server.child_process import run_child
 from blockdex.server.config import ServeSettings
 from blockdex_kernels import SpecError
@@ -55,9 +63,12 @@ async def run(talk: ControlChannel, settings: ServeSettings, words: Words, heard
             case {"credentials": dict(files)}:
                 for host in hosts[1:]:
                     host.take_up(Credentials.restore(files))
+            case {"drain": True}:
+                engine.drain()
             case {"expect_no_more": True}:
                 engine.expect_no_more()
-            case {"stop": True}:
+            case {"stop": grace}:
+                await answer_all(engine, grace)
                 break
     if opening.done() and (fault := opening.exception()):
         log_fault(logger, "no frontend is let in any more", fault)

@@ -20,9 +20,14 @@ from blockdex.server.credential_files import CredentialFiles
 
 
 class HttpSide:
-    """HTTP, from its start to `stop`; used on one asyncio loop."""
+    """HTTP, from its start to `stop`; used on one asyncio loop.
 
-    def __init__(self, server: HttpServer, sampling: asyncio.Task[None]) -> None:
+    Attributes:
+        gpu_in_turns: other processes that took the engine's GPU in turns with it at the start; None without one.
+    """
+
+    def __init__(self, server: HttpServer, sampling: asyncio.Task[None], gpu_in_turns: int | None) -> None:
+        self.gpu_in_turns = gpu_in_turns
         self._server = server
         self._sampling = sampling
 
@@ -53,10 +58,14 @@ class HttpSide:
         history = History(reports, requests)
         await history.take()
         collector = ServerCollector(reports, requests, readiness, restarts)
-        metrics = Metrics(collector, processes, None if gpu is None else open_gpu(gpu))
-        app = create_app(reports, metrics, LiveView(reports, history, readiness), readiness)
+        readings = None if gpu is None else open_gpu(gpu)
+        if readings is not None:
+            await readings.refresh()
+        metrics = Metrics(collector, processes, readings)
+        app = create_app(reports, metrics, LiveView(reports, history, readiness), readiness, readings)
         guarded = KnownCallers(app, lambda: files.credentials.access)
-        return cls(HttpServer(guarded, listening, files.http_tls), asyncio.create_task(history.run()))
+        server, sampling = HttpServer(guarded, listening, files.http_tls), asyncio.create_task(history.run())
+        return cls(server, sampling, None if readings is None else readings.in_turns)
 
     async def stop(self) -> None:
         """Answers what has been asked and ends; takes seconds at most."""

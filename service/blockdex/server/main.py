@@ -21,6 +21,7 @@ from blockdex.server.addresses import Address
 from blockdex.server.bootstrap import (
     FLUSH_SECONDS,
     StartError,
+    answer_all,
     build_engine,
     check_exposure,
     check_tracing,
@@ -143,15 +144,17 @@ async def _run_single(
                     raise StartError(str(error)) from error
                 files.tell(rpc.take_up)
                 readiness.obstacle = ""
-                _log_start(info, rpc.address, _http_address(settings, http_socket))
+                _log_start(info, http, rpc.address, _http_address(settings, http_socket))
                 await told_to_stop.wait()
                 _log_stopping(settings)
                 readiness.obstacle = "shutting down"
+                engine.drain()
                 await rpc.stop_being_ready()
                 await asyncio.sleep(0.0 if engine.device_is_lost else settings.drain_seconds)
                 channel.refuse_new()
                 engine.expect_no_more()
-                await channel.drain(settings.shutdown_grace_seconds)
+                grace = settings.shutdown_grace_seconds
+                await asyncio.gather(channel.drain(grace), answer_all(engine, grace))
                 await rpc.stop(_WRITE_SECONDS)
                 if tracing is not None:
                     await asyncio.to_thread(tracing.close, FLUSH_SECONDS)
@@ -207,7 +210,7 @@ async def _serve_with(
     try:
         if await supervisor.open(told_to_stop):
             info, http_address = await supervisor.reports.info(), _http_address(settings, http_socket)
-            _log_start(info, supervisor.grpc_address, http_address, **supervisor.pids())
+            _log_start(info, http, supervisor.grpc_address, http_address, **supervisor.pids())
             await told_to_stop.wait()
             _log_stopping(settings)
         await supervisor.stop(settings.drain_seconds, settings.shutdown_grace_seconds)
@@ -259,7 +262,8 @@ def _log_stopping(settings: ServeSettings) -> None:
     log_event(logger, logging.INFO, "stopping", drain_seconds=drain, grace_seconds=grace)
 
 
-def _log_start(info: Info, grpc_address: str, http_address: str, **pids: str) -> None:
+def _log_start(info: Info, http: HttpSide, grpc_address: str, http_address: str, **pids: str) -> None:
+    sharing = {} if http.gpu_in_turns is None else {"gpu_processes_in_turns": http.gpu_in_turns}
     kernels = {f"{phase}_kernel": f"{kernel} ({reason})" for phase, (kernel, reason) in info.kernels.items()}
     log_event(
         logger,
@@ -272,6 +276,7 @@ def _log_start(info: Info, grpc_address: str, http_address: str, **pids: str) ->
         capacity_tokens=info.cache.capacity_tokens,
         capacity_bytes=info.cache.pages_total * info.cache.page_bytes,
         epoch=info.epoch,
+        **sharing,
         **pids,
         **kernels,
         **dataclasses.asdict(info.spec),

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -148,12 +149,13 @@ class Supervisor:
         """
         self._stopping = True
         self._tell_readiness()
-        for door in self._running_doors():
-            door.talk.tell({"drain": True})
+        for child in (*self._running_doors(), self._core.child):
+            if child is not None:
+                child.talk.tell({"drain": True})
         await asyncio.sleep(drain if self._serving else 0.0)
         for keeper in self._keepers:
             keeper.cancel()
-        doors, core = list(self._running_doors()), self._core.child
+        doors, core, began = list(self._running_doors()), self._core.child, time.monotonic()
         await asyncio.gather(*(door.talk.ask({"ask": "refuse_new"}) for door in doors), return_exceptions=True)
         if core is not None:
             # Only now: until now an append could come that a selection waits for.
@@ -162,8 +164,10 @@ class Supervisor:
             door.talk.tell({"finish": float(grace)})
         await _end(doors, grace + END_SECONDS)
         if core is not None:
-            core.talk.tell({"stop": True})
-            await _end([core], END_SECONDS)
+            # What is left of it is for clients on this host.
+            left = max(began + grace - time.monotonic(), 0.0)
+            core.talk.tell({"stop": left})
+            await _end([core], left + END_SECONDS)
 
     async def close(self) -> None:
         """Ends whatever still runs, at once."""

@@ -240,18 +240,24 @@ class IndexSpec(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_index_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_size: _Optional[int] = ..., topk: _Optional[int] = ..., init_blocks: _Optional[int] = ..., local_blocks: _Optional[int] = ..., scoring: _Optional[_Union[Scoring, str]] = ..., scale: _Optional[float] = ..., key_dtype: _Optional[_Union[Dtype, str]] = ..., max_sequence_tokens: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "max_spans", "max_queued_requests", "max_stream_requests", "max_wait_ms")
+    __slots__ = ("max_message_bytes", "max_spans", "max_queued_requests", "max_stream_requests", "max_wait_ms", "max_link_regions", "max_link_region_bytes", "max_region_bytes")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_SPANS_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_STREAM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LINK_REGIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LINK_REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     max_spans: int
     max_queued_requests: int
     max_stream_requests: int
     max_wait_ms: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., max_spans: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_stream_requests: _Optional[int] = ..., max_wait_ms: _Optional[int] = ...) -> None: ...
+    max_link_regions: int
+    max_link_region_bytes: int
+    max_region_bytes: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_spans: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_stream_requests: _Optional[int] = ..., max_wait_ms: _Optional[int] = ..., max_link_regions: _Optional[int] = ..., max_link_region_bytes: _Optional[int] = ..., max_region_bytes: _Optional[int] = ...) -> None: ...
 
 class CacheUsage(_message.Message):
     __slots__ = ("pages_total", "pages_used", "pages_shared", "capacity_tokens", "page_bytes", "sequences", "evictions", "pools")
@@ -290,7 +296,7 @@ class GetInfoRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[RequestHeader, _Mapping]] = ...) -> None: ...
 
 class GetInfoResponse(_message.Message):
-    __slots__ = ("epoch", "spec", "limits", "cache", "device", "device_name", "kernels", "version", "features", "transports")
+    __slots__ = ("epoch", "spec", "limits", "cache", "device", "device_name", "kernels", "version", "features", "transports", "region_kinds")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
@@ -301,6 +307,7 @@ class GetInfoResponse(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    REGION_KINDS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     spec: IndexSpec
     limits: Limits
@@ -311,7 +318,8 @@ class GetInfoResponse(_message.Message):
     version: str
     features: _containers.RepeatedScalarFieldContainer[Feature]
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, epoch: _Optional[int] = ..., spec: _Optional[_Union[IndexSpec, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., cache: _Optional[_Union[CacheUsage, _Mapping]] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., kernels: _Optional[_Iterable[_Union[KernelChoice, _Mapping]]] = ..., version: _Optional[str] = ..., features: _Optional[_Iterable[_Union[Feature, str]]] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    region_kinds: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, epoch: _Optional[int] = ..., spec: _Optional[_Union[IndexSpec, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., cache: _Optional[_Union[CacheUsage, _Mapping]] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., kernels: _Optional[_Iterable[_Union[KernelChoice, _Mapping]]] = ..., version: _Optional[str] = ..., features: _Optional[_Iterable[_Union[Feature, str]]] = ..., transports: _Optional[_Iterable[str]] = ..., region_kinds: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StageSeconds(_message.Message):
     __slots__ = ("queue", "plan", "device", "reply")

@@ -11,13 +11,20 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pynvml
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from blockdex.frontend.http.app import create_app
 from blockdex.frontend.http.gpu_metrics import GAUGES, GpuCollector, open_gpu
+from blockdex.frontend.http.history import History
+from blockdex.frontend.http.live_page import LiveView
+from blockdex.frontend.http.metrics import Metrics, RequestMetrics, ServerCollector
+from blockdex.frontend.http.readiness import Readiness
 from blockdex.logs import JsonFormatter
+from support.ring_engine import hosted
 
 UUID = "GPU-5c1a3f0e-0000-4000-8000-000000000000"
 
@@ -98,6 +105,21 @@ async def test_processes_that_take_the_gpu_in_turns_are_told_once(caplog: pytest
     assert (line["event"], line["level"], line["processes"]) == ("gpu is taken in turns", "warning", 2)
     nvml.processes[80] = "/usr/bin/nvidia-cuda-mps-server"
     assert (await exported(collector))["blockdex_gpu_processes_in_turns"] == 0.0
+
+
+async def test_info_says_who_takes_the_gpu_in_turns() -> None:
+    nvml = StandIn()
+    nvml.processes |= {78: ""}
+    collector = GpuCollector(nvml, UUID)
+    assert collector.in_turns is None
+    async with hosted() as run:
+        server = ServerCollector(run.channel, RequestMetrics(), Readiness(), {})
+        metrics = Metrics(server, dict, None)
+        live = LiveView(run.channel, History(run.channel, RequestMetrics()), Readiness())
+        transport = httpx.ASGITransport(create_app(run.channel, metrics, live, Readiness(), collector))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            assert (await client.get("/v1/info")).json()["gpuProcessesInTurns"] == 1
+    assert collector.in_turns == 1
 
 
 async def test_what_the_gpu_does_not_have_is_left_out() -> None:

@@ -122,6 +122,35 @@ def test_requests_on_a_stream(calls: pb_grpc.IndexerServiceStub, moved: Callable
     calls.CloseSequences(close_request(10), metadata=TENANT)
 
 
+def test_calls_over_a_link_and_what_it_shares(server: Serving, moved: Callable[..., float]) -> None:
+    keys, queries = np.ones((2, 128), np.float32), np.ones((2, 4, 128), np.float32)
+    with blockdex.Client(server.grpc_address, tenant="links", transport="ring") as client:
+        client.open_sequence(1)
+        region = client.share(1 << 20)
+        assert (moved("blockdex_links"), moved("blockdex_links_opened_total")) == (1, 1)
+        assert (moved("blockdex_regions"), moved("blockdex_region_bytes")) == (1, 1 << 20)
+        for _ in range(3):
+            client.append_and_select(0, sequences=1, keys=keys, queries=queries)
+        client.append_keys(1, sequences=1, keys=keys)
+        client.select_blocks(1, sequences=1, lengths=2, queries=queries)
+        with pytest.raises(blockdex.NotFoundError):
+            client.select_blocks(1, sequences=404, starts=0, lengths=2, queries=queries)
+        client.close_sequence(1)
+        client.release(region)
+        assert (moved("blockdex_regions"), moved("blockdex_region_bytes")) == (0, 0)
+        client.share(1 << 20)
+    for rpc, count in {"AppendAndSelect": 3, "AppendKeys": 1, "SelectBlocks": 1, "OpenSequences": 1}.items():
+        assert moved("blockdex_requests_total", rpc=f"Ring/{rpc}", code="OK") == count, rpc
+        assert moved("blockdex_requests_total", rpc=rpc, code="OK") == 0
+    assert moved("blockdex_request_duration_seconds_count", rpc="Ring/AppendAndSelect") == 3
+    assert 0 < moved("blockdex_request_duration_seconds_sum", rpc="Ring/AppendAndSelect") < 10
+    assert moved("blockdex_requests_total", rpc="Ring/SelectBlocks", code="NOT_FOUND") == 1
+    assert moved("blockdex_errors_total", rpc="Ring/SelectBlocks", code="NOT_FOUND", reason="UNKNOWN_SEQUENCE") == 1
+    assert moved("blockdex_request_duration_seconds_count", rpc="Ring/SelectBlocks") == 2
+    eventually(lambda: moved("blockdex_links") == 0, "the link is closed")
+    assert (moved("blockdex_regions"), moved("blockdex_region_bytes")) == (0, 0)
+
+
 def test_tokens_pages_and_sequences(calls: pb_grpc.IndexerServiceStub, moved: Callable[..., float]) -> None:
     open_sequence(calls, 20, 300)  # 3 pages
     calls.ForkSequence(

@@ -214,6 +214,18 @@ def test_its_numbers_are_those_of_the_metrics(browser: Browser, shown: Serving, 
         assert seen.text("#epoch") == info["epoch"]
         assert seen.row("kernels", "decode")[0] == info["kernels"][1]["kernel"]
         assert seen.row("limits", "max spans") == ["4,096"]
+        past = httpx.get(live).json()["seconds"]
+        assert (max(past["errors"]) > 0, max(past["faults"])) == (True, 0)
+        of_decodes = {"phase": "decode"}.items()
+        spent = [of for of in metrics["blockdex_stage_duration_seconds_sum"] if of_decodes <= of[0].items()]
+        took = [seconds for seconds in past["decode_seconds"] if seconds is not None]
+        (decodes,) = [
+            of[1]
+            for of in metrics["blockdex_stage_duration_seconds_count"]
+            if of[0] == {"phase": "decode", "stage": "queue"}
+        ]
+        assert min(took) <= sum(seconds for _, seconds in spent) / decodes * 1.001
+        assert max(took) >= sum(seconds for _, seconds in spent) / decodes * 0.999
     for sequence in (1, 2):
         client.close_sequence(sequence)
 

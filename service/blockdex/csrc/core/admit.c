@@ -17,7 +17,7 @@
 #include <stdio.h>
 
 enum { CANCELLED = 1, DEADLINE_EXCEEDED = 4, NOT_FOUND = 5, FAILED_PRECONDITION = 9 };
-enum { ABORTED = 10, OUT_OF_RANGE = 11, UNAVAILABLE = 14 };
+enum { ABORTED = 10, OUT_OF_RANGE = 11 };
 
 /* In blocks of keys to be read: what a tenant takes before it is another one's turn, what a request about sequences costs,
  * and what a tenant may have of any step. What a turn overdraws costs later ones, this many at most. */

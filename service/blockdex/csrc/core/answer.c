@@ -54,9 +54,11 @@ void core_answer(struct core *core, struct request *request, struct blockdex_ans
         answer.ticket = request->slot.ticket;
         if (!answer.code) answer.epoch = core->epoch;
         answer.phase = request->phase;
-        set_stages(request, core_now(), &answer);
+        const int64_t now = core_now();
+        set_stages(request, now, &answer);
         /* One that nothing took up has no stages to count. */
         if (request->taken) observe_stages(core, &answer);
+        core_count_call(core, request->link, &request->slot, &answer, payload, now);
         const bool succeeded = request->link->channel.bound && !answer.code;
         if (succeeded && !request->signalled) core_signal(core, request);
         if (!succeeded && !server_link_answer(request->link, answer, payload, bytes)) {
@@ -104,6 +106,7 @@ void core_refuse_slot(struct core *core, struct server_link *link, const struct 
     answer.phase = BLOCKDEX_SEQUENCE;
     answer.queue_seconds = 1e-9 * (double)(now - slot->received);
     answer.plan_seconds = answer.device_seconds = answer.reply_seconds = -1;
+    core_count_call(core, link, slot, &answer, text, now);
     core->no_memory |= !server_link_answer(link, answer, text, bytes);
 }
 

@@ -15,7 +15,11 @@
 enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_COLUMNS = 5, CORE_ASKED = 1024, CORE_SIGNALS = 16 };
 /* Why `run` returns before its time is up, a bit each. */
 enum { CORE_NOTICED = 1, CORE_FOR_PYTHON = 2, CORE_LATE = 4, CORE_BROKEN = 8 };
+/* Calls of clients on this host: what each is, over a link and over a device channel. */
+enum { CORE_RPCS = 11, CORE_CALLS = 2 * CORE_RPCS, CORE_OUTCOMES = 512, CORE_REASON_BYTES = 32 };
 enum { CORE_PHASES = 4, CORE_STAGES = 4, CORE_BUCKETS = 32 };
+/* The canonical code of what is refused since the server ends. */
+enum { UNAVAILABLE = 14 };
 /* Flags of a run in a step. */
 enum { RUN_APPENDS = 1, RUN_SELECTS = 2, RUN_WANTS_SCORES = 4 };
 /* Cells of a row of the page tables. */
@@ -119,6 +123,13 @@ struct histogram {
     counter total; /* nanoseconds, or pieces */
 };
 
+/* How often one call of clients had one outcome; of one that went well code is 0, and there is no reason. */
+struct outcome {
+    uint32_t call, code;
+    char reason[CORE_REASON_BYTES];
+    counter count;
+};
+
 struct core {
     PyObject_HEAD
     /* What it serves. */
@@ -182,6 +193,9 @@ struct core {
     /* What is told of it. */
     double seconds_bounds[CORE_BUCKETS], size_bounds[CORE_BUCKETS];
     uint32_t num_seconds_bounds, num_size_bounds;
+    struct histogram calls[CORE_CALLS];
+    struct outcome outcomes[CORE_OUTCOMES];
+    _Atomic uint32_t num_outcomes;
     struct histogram stages[CORE_PHASES][CORE_STAGES], step_requests, phase_requests[2], phase_tokens[2];
     counter num_tokens[2], num_steps, cancelled, late;
     counter device_nanoseconds[2], busy_nanoseconds;
@@ -310,6 +324,15 @@ void core_publish(struct core *core);
 /* Tells the channel of a request that it has succeeded: at once, or, where its memory is the device's, when that comes so
  * far. */
 void core_signal(struct core *core, struct request *request);
+
+/* calls.c: counts what a client on this host was answered; nothing of a frontend, which counts its own calls. A refusal's
+ * reason begins its payload. */
+void core_count_call(struct core *core, const struct server_link *link, const struct blockdex_request *slot,
+                     const struct blockdex_answer *answer, const void *payload, int64_t now);
+
+/* Lists of the above: of each call (counts, seconds), and of each outcome (call, code, reason, count). */
+PyObject *core_calls_of(const struct core *core);
+PyObject *core_outcomes_of(const struct core *core);
 
 /* integrity.c: checks some of the cache's columns against each other; false once all were, since they last changed. */
 bool core_check_integrity(struct core *core);

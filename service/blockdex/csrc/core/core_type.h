@@ -34,7 +34,10 @@ PyObject *core_get_launched(struct core *core, void *unused);
 PyObject *core_get_time_beside(struct core *core, void *unused);
 PyObject *core_get_looked(struct core *core, void *unused);
 PyObject *core_get_queued(struct core *core, void *unused);
+/* (counts, total). */
+PyObject *core_histogram_of(const struct histogram *histogram, uint32_t num_bounds, double unit);
 PyObject *core_get_waiting(struct core *core, void *unused);
+PyObject *core_get_unanswered(struct core *core, void *unused);
 PyObject *core_get_steps(struct core *core, void *unused);
 PyObject *core_get_contended(struct core *core, void *unused);
 PyObject *core_method_weight(struct core *core, PyObject *tenant);

@@ -3,7 +3,7 @@
 
 static unsigned long long read_counter(const counter *from) { return atomic_load_explicit(from, memory_order_relaxed); }
 
-static PyObject *histogram_of(const struct histogram *histogram, uint32_t num_bounds, double unit) {
+PyObject *core_histogram_of(const struct histogram *histogram, uint32_t num_bounds, double unit) {
     PyObject *counts = PyList_New(num_bounds + 1);
     for (uint32_t bucket = 0; counts && bucket <= num_bounds; bucket++)
         if (PyList_SetItem(counts, bucket, PyLong_FromUnsignedLongLong(read_counter(&histogram->counts[bucket]))) < 0)
@@ -15,7 +15,7 @@ static PyObject *stages_of(const struct core *core) {
     PyObject *stages = PyList_New(CORE_PHASES * CORE_STAGES);
     for (int at = 0; stages && at < CORE_PHASES * CORE_STAGES; at++) {
         const struct histogram *histogram = &core->stages[at / CORE_STAGES][at % CORE_STAGES];
-        PyObject *made = histogram_of(histogram, core->num_seconds_bounds, 1e9);
+        PyObject *made = core_histogram_of(histogram, core->num_seconds_bounds, 1e9);
         if (!made || PyList_SetItem(stages, at, made) < 0) Py_CLEAR(stages);
     }
     return stages;
@@ -25,13 +25,14 @@ PyObject *core_method_counts(struct core *core, PyObject *unused) {
     (void)unused;
     const uint32_t sizes = core->num_size_bounds;
     return Py_BuildValue(
-        "{s:N,s:N,s:N,s:N,s:N,s:N,s:K,s:K,s:K,s:d,s:d,s:K,s:K,s:K,s:K}", "stages", stages_of(core), "step_requests",
-        histogram_of(&core->step_requests, sizes, 1), "append_requests",
-        histogram_of(&core->phase_requests[0], sizes, 1), "decode_requests",
-        histogram_of(&core->phase_requests[1], sizes, 1), "append_sizes",
-        histogram_of(&core->phase_tokens[0], sizes, 1), "decode_sizes", histogram_of(&core->phase_tokens[1], sizes, 1),
-        "append_tokens", read_counter(&core->num_tokens[0]), "decode_tokens", read_counter(&core->num_tokens[1]),
-        "steps", read_counter(&core->num_steps), "device_seconds",
+        "{s:N,s:N,s:N,s:N,s:N,s:N,s:N,s:N,s:K,s:K,s:K,s:d,s:d,s:K,s:K,s:K,s:K}", "calls", core_calls_of(core),
+        "outcomes", core_outcomes_of(core), "stages", stages_of(core), "step_requests",
+        core_histogram_of(&core->step_requests, sizes, 1), "append_requests",
+        core_histogram_of(&core->phase_requests[0], sizes, 1), "decode_requests",
+        core_histogram_of(&core->phase_requests[1], sizes, 1), "append_sizes",
+        core_histogram_of(&core->phase_tokens[0], sizes, 1), "decode_sizes",
+        core_histogram_of(&core->phase_tokens[1], sizes, 1), "append_tokens", read_counter(&core->num_tokens[0]),
+        "decode_tokens", read_counter(&core->num_tokens[1]), "steps", read_counter(&core->num_steps), "device_seconds",
         1e-9 * (double)read_counter(&core->device_nanoseconds[1]), "device_busy_seconds",
         1e-9 * (double)read_counter(&core->busy_nanoseconds), "cancelled", read_counter(&core->cancelled), "late",
         read_counter(&core->late), "integrity_checks", read_counter(&core->integrity_checks), "integrity_faults",
@@ -68,6 +69,11 @@ PyObject *core_get_queued(struct core *core, void *unused) {
         queued += filled > 0 ? (uint64_t)filled : 0;
     }
     return PyLong_FromUnsignedLongLong(queued);
+}
+
+PyObject *core_get_unanswered(struct core *core, void *unused) {
+    (void)unused;
+    return PyLong_FromUnsignedLong(core->max_queued - core->num_free);
 }
 
 PyObject *core_get_waiting(struct core *core, void *unused) {

@@ -448,6 +448,12 @@ static void read_slot(struct core *core, struct server_link *link, const struct 
         return;
     }
     if (!find_parts(core, link, slot, now, &parts)) return;
+    /* Frontends send none any more by then. */
+    if (core->no_more && !own) {
+        core_refuse_slot(core, link, slot, now, UNAVAILABLE, "SHUTTING_DOWN",
+                         "server: shutting down, takes no new requests");
+        return;
+    }
     memcpy(tenant, parts.tenant, slot->tenant_bytes < sizeof tenant ? slot->tenant_bytes : sizeof tenant);
     if (!check_tenant(core, link, slot, tenant, now) ||
         !(has_tokens ? check_numbers : check_sequences)(core, link, slot, now))

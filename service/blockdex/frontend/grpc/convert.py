@@ -179,6 +179,9 @@ def info_response(info: Info, version: str) -> pb.GetInfoResponse:
             max_queued_requests=limits.max_queued_requests,
             max_stream_requests=limits.max_stream_requests,
             max_wait_ms=limits.max_wait_ms,
+            max_link_regions=limits.max_link_regions,
+            max_link_region_bytes=limits.max_link_region_bytes,
+            max_region_bytes=limits.max_region_bytes,
         ),
         cache=pb.CacheUsage(
             pages_total=cache.pages_total,
@@ -199,7 +202,8 @@ def info_response(info: Info, version: str) -> pb.GetInfoResponse:
         ],
         version=version,
         features=FEATURES,
-        transports=["grpc", f"ring:{info.socket}"] if info.socket else ["grpc"],
+        transports=info.transports,
+        region_kinds=info.region_kinds,
     )
 
 

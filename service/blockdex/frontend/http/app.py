@@ -6,12 +6,13 @@ from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import PlainTextResponse
-from google.protobuf.json_format import MessageToJson
+from fastapi.responses import JSONResponse, PlainTextResponse
+from google.protobuf.json_format import MessageToDict
 
 from blockdex.contract.errors import UnavailableError
 from blockdex.contract.version import VERSION
 from blockdex.frontend.grpc.convert import info_response
+from blockdex.frontend.http.gpu_metrics import GpuCollector
 from blockdex.frontend.http.live_page import LiveView
 from blockdex.frontend.http.metrics import Metrics
 from blockdex.frontend.http.readiness import Readiness
@@ -33,7 +34,9 @@ PAGE_HEADERS = {
 }
 
 
-def create_app(reports: Reports, metrics: Metrics, live: LiveView, readiness: Readiness) -> FastAPI:
+def create_app(
+    reports: Reports, metrics: Metrics, live: LiveView, readiness: Readiness, gpu: GpuCollector | None = None
+) -> FastAPI:
     """The application of one server.
 
     Args:
@@ -41,6 +44,7 @@ def create_app(reports: Reports, metrics: Metrics, live: LiveView, readiness: Re
         metrics: what `/metrics` answers.
         live: what the page shows.
         readiness: whether the server takes requests.
+        gpu: the engine's, if it has one.
     """
     # The pages with the API's documentation would load scripts from elsewhere.
     app = FastAPI(title="blockdex", docs_url=None, redoc_url=None)
@@ -72,11 +76,13 @@ def create_app(reports: Reports, metrics: Metrics, live: LiveView, readiness: Re
 
     @app.get("/v1/info")
     async def info() -> Response:
-        """What `GetInfo` answers, as ProtoJSON: 64-bit numbers are strings."""
+        """What `GetInfo` answers, as ProtoJSON: 64-bit numbers are strings. Of a GPU, also who takes it in turns."""
         message = info_response(await reports.info(), VERSION)
-        return Response(
-            MessageToJson(message, always_print_fields_with_no_presence=True), media_type="application/json"
-        )
+        words = MessageToDict(message, always_print_fields_with_no_presence=True)
+        if gpu is not None:
+            await gpu.refresh()
+            words["gpuProcessesInTurns"] = gpu.in_turns
+        return JSONResponse(words)
 
     @app.get("/v1/live")
     async def live_view() -> Response:

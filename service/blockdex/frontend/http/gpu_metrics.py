@@ -89,6 +89,12 @@ class GpuCollector:
         self._gpu = nvml.nvmlDeviceGetHandleByUUID(uuid)
         self._readings: dict[str, float] = {}
 
+    @property
+    def in_turns(self) -> int | None:
+        """Other processes that took the GPU in turns with this server when it was last read; None: it does not say."""
+        count = self._readings.get(_IN_TURNS)
+        return None if count is None else int(count)
+
     async def refresh(self) -> None:
         """Reads the gauges: milliseconds, in which the loop goes on."""
         before, self._readings = self._readings, await asyncio.to_thread(self._read)

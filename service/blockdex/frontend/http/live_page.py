@@ -6,11 +6,12 @@ import asyncio
 import dataclasses
 import json
 import time
+from collections.abc import Container
 from itertools import pairwise
 from typing import Any
 
 from blockdex.contract.errors import UnavailableError
-from blockdex.contract.messages import KERNEL_PHASES, CacheOverview, CacheUsage
+from blockdex.contract.messages import KERNEL_PHASES, STAGES, CacheOverview, CacheUsage
 from blockdex.contract.stats import Histogram, Stats
 from blockdex.contract.version import VERSION
 from blockdex.frontend.http.history import History, Sample, stages_of
@@ -20,6 +21,8 @@ from blockdex.ring.engine_reports import Reports
 
 MAX_CELLS = 4096
 _NOW_SECONDS = 5
+_FAULTS = frozenset({"UNKNOWN", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+"""Codes that no caller brings about."""
 
 Object = dict[str, Any]
 
@@ -95,8 +98,8 @@ def _seconds(samples: list[Sample]) -> Object:
     return columns | {"pages_used": [sample.info.cache.pages_used for sample in samples[1:]], "p99": p99}
 
 
-def _rates(before: Sample, now: Sample) -> dict[str, float]:
-    """What happened a second, between two samples."""
+def _rates(before: Sample, now: Sample) -> dict[str, float | None]:
+    """What happened a second between two samples, and how long a decode took in the engine, on average."""
     seconds = max(now.at - before.at, 1e-9)
 
     def a_second(earlier: float, later: float) -> float:
@@ -105,6 +108,8 @@ def _rates(before: Sample, now: Sample) -> dict[str, float]:
     return {
         "requests": a_second(sum(before.requests.values()), sum(now.requests.values())),
         "errors": a_second(_errors(before), _errors(now)),
+        "faults": a_second(_errors(before, _FAULTS), _errors(now, _FAULTS)),
+        "decode_seconds": _decode_seconds(before.stats, now.stats),
         "batches": a_second(before.stats.batches, now.stats.batches),
         # Counted once a batch has ended, however long it was.
         "busy": min(a_second(before.stats.busy_seconds, now.stats.busy_seconds), 1.0),
@@ -113,8 +118,16 @@ def _rates(before: Sample, now: Sample) -> dict[str, float]:
     }
 
 
-def _errors(sample: Sample) -> int:
-    return sum(count for (_, code, _), count in sample.requests.items() if code != "OK")
+def _errors(sample: Sample, codes: Container[str] = frozenset(CODES) - {"OK"}) -> int:
+    return sum(count for (_, code, _), count in sample.requests.items() if code in codes)
+
+
+def _decode_seconds(before: Stats, now: Stats) -> float | None:
+    """From arrival to answer, on average: a request's stages lie one behind the other."""
+    earlier, later = before.stage_seconds["decode"], now.stage_seconds["decode"]
+    decodes = later["queue"].count - earlier["queue"].count
+    spent = sum(later[stage].total - earlier[stage].total for stage in STAGES)
+    return _short(spent / decodes) if decodes else None
 
 
 def _times(before: dict[str, Histogram], now: dict[str, Histogram], seconds: float) -> list[Object]:

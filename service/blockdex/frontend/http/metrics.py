@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 
 from blockdex.contract.errors import Code, Reason, UnavailableError
 from blockdex.contract.messages import CacheOverview, Info, Limits
-from blockdex.contract.stats import SECONDS_BUCKETS, Histogram, Stats
+from blockdex.contract.stats import SECONDS_BUCKETS, Histogram, LinkStats, Stats
 from blockdex.contract.version import VERSION
 from blockdex.frontend.http.gpu_metrics import GpuCollector
 from blockdex.frontend.http.process_metrics import Processes, ProcessesCollector
@@ -140,6 +140,7 @@ class ServerCollector:
         yield from self._of_requests()
         if self._engine is not None:
             info, stats, overview = self._engine
+            yield from _of_links(stats.links)
             yield from _of_build(info, stats)
             yield from _of_limits(info.limits)
             yield from _of_engine(stats)
@@ -147,6 +148,8 @@ class ServerCollector:
 
     def _of_requests(self) -> Iterator[Metric]:
         made = self._requests.total
+        if self._engine is not None:
+            made = _with_links(made, self._engine[1].links)
         by_code: Counter[tuple[str, str]] = Counter()
         errors = CounterMetricFamily(
             "blockdex_errors", "Requests answered with an error.", labels=["rpc", "code", "reason"]
@@ -187,6 +190,27 @@ class Metrics:
         return encode(self._registry), content_type
 
 
+def _with_links(requests: RequestMetrics, links: LinkStats) -> RequestMetrics:
+    """What frontends have counted, and the calls that do not come by them."""
+    total = RequestMetrics()
+    total.add(requests)
+    if links.opened:
+        total.seconds |= links.seconds
+        total.counts |= {(rpc, "OK", ""): 0 for rpc in links.seconds}
+    for rpc, code, reason, count in links.outcomes:
+        total.counts[rpc, code, reason if reason in REASONS else ""] = count
+    return total
+
+
+def _of_links(links: LinkStats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("blockdex_links", "Links of clients on this host that are open.", links.open)
+    yield CounterMetricFamily("blockdex_links_opened", "Such links opened.", links.opened)
+    yield CounterMetricFamily("blockdex_links_refused", "Such links refused.", links.turned_away)
+    yield GaugeMetricFamily("blockdex_channels", "Device channels that are open.", links.channels)
+    yield GaugeMetricFamily("blockdex_regions", "Regions that clients share.", links.regions)
+    yield GaugeMetricFamily("blockdex_region_bytes", "Bytes of these regions.", links.region_bytes)
+
+
 def _of_build(info: Info, stats: Stats) -> Iterator[Metric]:
     labels = {"version": VERSION, "device": info.device, "key_dtype": info.spec.key_dtype}
     labels |= {f"{phase}_kernel": info.kernels[phase][0] for phase in ("append", "decode", "prefill")}
@@ -210,6 +234,9 @@ def _of_limits(limits: Limits) -> Iterator[Metric]:
         ("spans", "Most sequences of one request.", limits.max_spans),
         ("queued_requests", "Most requests that wait in the engine, all clients together.", limits.max_queued_requests),
         ("stream_requests", "Most requests of one stream in flight.", limits.max_stream_requests),
+        ("link_regions", "Most regions that a link shares at once.", limits.max_link_regions),
+        ("link_region_bytes", "Most bytes of one link's regions.", limits.max_link_region_bytes),
+        ("region_bytes", "Most bytes of all regions.", limits.max_region_bytes),
         ("wait_seconds", "Longest wait of a request without a deadline.", limits.max_wait_ms / 1000),
     ):
         yield GaugeMetricFamily(f"blockdex_max_{name}", documentation, value)

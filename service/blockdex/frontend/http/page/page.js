@@ -11,9 +11,9 @@ const STATES = {
 };
 const TILES = [
   ["requests", "Requests/s"],
+  ["decode_seconds", "Decode in the engine"],
   ["decode", "Decode tokens/s"],
   ["prefill", "Prefill tokens/s"],
-  ["append", "Append tokens/s"],
   ["busy", "Engine busy"],
   ["errors", "Errors/s"],
 ];
@@ -174,6 +174,12 @@ function showTiles(live) {
       write(value, share(live.now.busy, 1));
       const device = `device ${share(live.now.device_busy, 1)}`;
       write(more, `${device}, ${count(live.queued)} queued, ${count(live.waiting)} waiting`);
+    } else if (key === "decode_seconds") {
+      write(value, time(live.now[key]));
+      write(more, `mean, peak ${time(Math.max(...past) || null)}`);
+    } else if (key === "errors") {
+      write(value, compact(live.now.errors));
+      write(more, `faults of the server ${compact(live.now.faults)}`);
     } else {
       write(value, compact(live.now[key]));
       write(more, `peak ${compact(Math.max(...past, 0))}`);
@@ -278,6 +284,7 @@ function showBatches({ batches }) {
       showCount(cell, column[index]);
       cell.style.setProperty("--size", column[index] / Math.max(...column, 1));
     });
+    made.classList.toggle("unused", columns.every((column) => !column[index]));
   });
   const [foot] = rowsOf(byId("batches").tFoot, ["mean"], () => row("mean", "n", "n", "n", "n"));
   [mean, means.append, means.decode, means.prefill].forEach((value, place) => {
