@@ -154,6 +154,20 @@ MUTANTS = (
     Mutant(
         "an id is found under another one", _INDEX, "slot->owner == owner && slot->id == id", "slot->id == id", _CORE
     ),
+    Mutant(
+        "a tenant's turn never ends",
+        _ADMIT,
+        "turn->num_queues && turn->left > 0 && ",
+        "turn->num_queues && ",
+        ("scheduler/test_core_turns.py",),
+    ),
+    Mutant(
+        "a tenant has any part of a step",
+        _ADMIT,
+        "return turn->step == core->serial && turn->taken >= most_of(core, tenant, now);",
+        "return turn->step == core->serial && turn->taken >= 1e9 * most_of(core, tenant, now);",
+        ("scheduler/test_core_turns.py",),
+    ),
     # --- Clients on this host ---
     Mutant(
         "clients are served though the server ends",
@@ -170,17 +184,10 @@ MUTANTS = (
         ("ring/test_connection.py::test_calls_of_clients_are_counted_and_timed_and_those_of_frontends_are_not",),
     ),
     Mutant(
-        "a tenant's turn never ends",
-        _ADMIT,
-        "turn->num_queues && turn->left > 0 && ",
-        "turn->num_queues && ",
-        ("scheduler/test_core_turns.py",),
-    ),
-    Mutant(
-        "a tenant has any part of a step",
-        _ADMIT,
-        "return turn->step == core->serial && turn->taken >= most_of(core, tenant, now);",
-        "return turn->step == core->serial && turn->taken >= 1e9 * most_of(core, tenant, now);",
-        ("scheduler/test_core_turns.py",),
+        "every refusal is of one reason",
+        "csrc/core/calls.c",
+        " || outcomes[at].code != code ||",
+        " ||",
+        ("ring/test_connection.py::test_calls_of_clients_are_counted_and_timed_and_those_of_frontends_are_not",),
     ),
 )

@@ -118,8 +118,8 @@ class Stats:
         queued: requests taken over and not yet begun, now.
         integrity_checks: times that an idle core has checked all of the cache's columns against each other.
         integrity_faults: contradictions that it found.
-        links: what clients on the server's host do.
         faults: batches that failed, each of which ended an epoch.
+        links: what clients on the server's host do.
     """
 
     stage_seconds: dict[str, dict[str, Histogram]] = field(
@@ -140,8 +140,8 @@ class Stats:
     queued: int = 0
     integrity_checks: int = 0
     integrity_faults: int = 0
-    links: LinkStats = field(default_factory=LinkStats)
     faults: int = 0
+    links: LinkStats = field(default_factory=LinkStats)
 
     def launched(self, phase: str, tokens: int, requests: int) -> None:
         """Counts one launch.

@@ -255,8 +255,8 @@ static PyGetSetDef properties[] = {
     {"time_beside", (getter)core_get_time_beside, NULL, "Monotonic seconds, less those with steps on their way.", NULL},
     {"looked", (getter)core_get_looked, NULL, "Monotonic seconds of its last look at the rings.", NULL},
     {"queued", (getter)core_get_queued, NULL, "Requests that are not begun; from any thread.", NULL},
-    {"unanswered", (getter)core_get_unanswered, NULL, "Requests that were taken and not answered.", NULL},
     {"contended", (getter)core_get_contended, NULL, "Whether more than one tenant asked for something of late.", NULL},
+    {"unanswered", (getter)core_get_unanswered, NULL, "Requests that were taken and not answered.", NULL},
     {"waiting", (getter)core_get_waiting, NULL, "Selections that wait for keys; from any thread.", NULL},
     {0},
 };
