@@ -183,11 +183,4 @@ MUTANTS = (
         "",
         ("ring/test_connection.py::test_calls_of_clients_are_counted_and_timed_and_those_of_frontends_are_not",),
     ),
-    Mutant(
-        "every refusal is of one reason",
-        "csrc/core/calls.c",
-        " || outcomes[at].code != code ||",
-        " ||",
-        ("ring/test_connection.py::test_calls_of_clients_are_counted_and_timed_and_those_of_frontends_are_not",),
-    ),
 )
