@@ -31,7 +31,10 @@ MUTANTS = (
         _ADMIT,
         "!of_pool(request) && end != length)",
         "!of_pool(request) && end > length)",
-        _CORE,
+        (
+            "frontend/grpc/test_bad_input.py::test_bad_input_is_refused_and_changes_nothing"
+            "[single-another append at the revision, shorter]",
+        ),
     ),
     Mutant(
         "keys that are not there are read", _ADMIT, "        if (end <= length) continue;", "        continue;", _CORE
