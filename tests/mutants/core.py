@@ -29,9 +29,12 @@ MUTANTS = (
     Mutant(
         "an equal revision is taken whatever its length",
         _ADMIT,
-        "if (!request->applies[row] && !of_pool(request) && end != length)",
-        "if (!request->applies[row] && !of_pool(request) && end > length)",
-        _CORE,
+        "!of_pool(request) && end != length)",
+        "!of_pool(request) && end > length)",
+        (
+            "frontend/grpc/test_bad_input.py::test_bad_input_is_refused_and_changes_nothing"
+            "[single-another append at the revision, shorter]",
+        ),
     ),
     Mutant(
         "keys that are not there are read", _ADMIT, "        if (end <= length) continue;", "        continue;", _CORE
