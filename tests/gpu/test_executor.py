@@ -18,7 +18,7 @@ from blockdex.executor.interface import COLUMNS, Packed, Pending, Replay, Step, 
 from blockdex.executor.prefill_slices import SliceShape
 from blockdex_kernels import IndexSpec, cuda_driver
 from blockdex_kernels.interface import RUN_APPENDS, RUN_SELECTS, RUN_WANTS_SCORES, Order, Selection, Spans
-from blockdex_kernels.triton import decode, prefill, rank
+from blockdex_kernels.triton import decode, prefill, prefill_sm90, rank
 from blockdex_kernels.triton.gpu import GpuBackend
 from support.triton_device import DEVICE
 
@@ -189,7 +189,9 @@ def test_slices_as_graphs(key_dtype: Any, generator: torch.Generator) -> None:
 def test_any_number_of_heads_takes_the_same_kernels(generator: torch.Generator) -> None:
     """Which ranks meet in a batch is chance: nobody is to wait for a compiler for it."""
     both = Both(IndexSpec(num_layers=1), generator)
-    kernels = (decode._decode_scores_kernel, prefill._prefill_scores_kernel, rank._rank_kernel)
+    hopper = both.direct.kernels["prefill"][0].startswith("gluon")
+    scoring = prefill_sm90._prefill_scores_sm90_kernel if hopper else prefill._prefill_scores_kernel
+    kernels = (decode._decode_scores_kernel, scoring, rank._rank_kernel)
     variants: list[list[int]] = []
     for heads in (4, 1, 2, 3):
         for length, phase in ((1, "decode"), (1100, "prefill")):
