@@ -80,10 +80,11 @@ def project(
 def replace_indexers(
     model: MiniMaxM3VLForCausalLM, replacement: Callable[[MiniMaxM3VLIndexer, int], nn.Module]
 ) -> None:
-    """Puts `replacement(own, layer)` in the place of every sparse layer's own indexer; layers count from 0."""
+    """Puts `replacement(own, layer)` in the place of every sparse layer's indexer; layers count from 0."""
     for layer, attention in enumerate(sparse_attentions(model)):
-        assert attention.indexer is not None
-        attention.register_module("indexer", replacement(attention.indexer, layer))
+        own = attention.indexer.own if isinstance(attention.indexer, BlockdexIndexer) else attention.indexer
+        assert own is not None
+        attention.register_module("indexer", replacement(own, layer))
 
 
 class BlockdexEngine(Engine):

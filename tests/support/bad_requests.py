@@ -217,11 +217,15 @@ def _spans() -> Named:
         yield f"one sequence again, {rpc}", _invalid("DUPLICATE_SEQUENCE", again, message)
 
 
+_DTYPES = "DTYPE_BF16, DTYPE_FP16, DTYPE_FP32, DTYPE_FP8_E4M3"
+
+
 def _tensors() -> Named:
     for dtype in (0, pb.DTYPE_INT32, 6):
         wrong = pb.Tensor(data=bytes(512))
         wrong.dtype = cast(pb.Dtype, dtype)
-        message = f"dtype must be one of 1, 2, 3, 4, got {dtype}"
+        name = pb.Dtype.Name(wrong.dtype) if dtype in pb.Dtype.values() else str(dtype)
+        message = f"dtype must be one of {_DTYPES}, got {name}"
         for part, request in {"keys": append_to((A, 300, 1)), "queries": select_of((A, 299, 1))}.items():
             case = _invalid("INVALID_TENSOR", with_parts(request, **{part: wrong}), f"{part}: {message}")
             yield f"dtype {dtype}, {part}", case
@@ -238,13 +242,13 @@ def _tensors() -> Named:
             yield f"{count} bytes, {rpc}", _invalid("INVALID_TENSOR", with_parts(request, queries=queries), message)
     absent = both_of((A, 300, 1))
     absent.ClearField("queries")
-    message = "queries: dtype must be one of 1, 2, 3, 4, got 0"
+    message = f"queries: dtype must be one of {_DTYPES}, got DTYPE_UNSPECIFIED"
     yield "no queries at all", _invalid("INVALID_TENSOR", absent, message)
 
 
 def _features() -> Named:
-    has = "this server has HEAD_RANGES, REVISIONS, WAIT_FOR_KEYS, SCORES, ROLLBACK, RAW_SCORES"
-    for feature, name in ((0, "UNSPECIFIED"), (pb.FEATURE_POOLS, "POOLS"), (99, "99")):
+    has = "this server has HEAD_RANGES, REVISIONS, WAIT_FOR_KEYS, SCORES, ROLLBACK, RAW_SCORES, POOLS"
+    for feature, name in ((0, "UNSPECIFIED"), (pb.FEATURE_BLOCK_HASHES, "BLOCK_HASHES"), (99, "99")):
         message = f"required_features: {name} is not offered, {has}"
         for rpc, request in _good(required_features=[pb.FEATURE_REVISIONS, feature]).items():
             yield f"feature {name}, {rpc}", Case(request, "UNIMPLEMENTED", "UNKNOWN_FEATURE", message)

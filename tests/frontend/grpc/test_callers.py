@@ -47,7 +47,8 @@ class Served:
     def counts(self) -> dict[str, int]:
         """Requests answered well, by RPC."""
         self.run.channel.tell_times()
-        return {rpc: self.metrics.counts[rpc, "OK", ""] for rpc in RPCS if self.metrics.counts[rpc, "OK", ""]}
+        counts = self.metrics.counts
+        return {rpc: counts[rpc, "OK", ""] for rpc in RPCS if counts.get((rpc, "OK", ""))}
 
     @property
     def waiting(self) -> int:

@@ -76,6 +76,9 @@ def test_get_info_says_what_is_served(tenant: Wire) -> None:
         max_queued_requests=4096,
         max_stream_requests=256,
         max_wait_ms=60_000,
+        max_link_regions=256,
+        max_link_region_bytes=16 << 30,
+        max_region_bytes=64 << 30,
     )
     page_bytes = 3 * 128 * 128 * 2
     pages = (16 << 20) // page_bytes
@@ -86,7 +89,7 @@ def test_get_info_says_what_is_served(tenant: Wire) -> None:
     assert [choice.phase for choice in info.kernels] == [pb.PHASE_APPEND, pb.PHASE_DECODE, pb.PHASE_PREFILL]
     assert all(choice.kernel and choice.reason for choice in info.kernels)
     assert info.version == __version__
-    assert list(info.features) == [1, 2, 3, 4, 5, 6]
+    assert list(info.features) == [1, 2, 3, 4, 5, 6, 7]
     grpc_itself, ring = info.transports
     assert grpc_itself == "grpc" and re.fullmatch("ring:/.+/ring", ring)
 

@@ -214,6 +214,7 @@ def test_its_numbers_are_those_of_the_metrics(browser: Browser, shown: Serving, 
         assert seen.text("#epoch") == info["epoch"]
         assert seen.row("kernels", "decode")[0] == info["kernels"][1]["kernel"]
         assert seen.row("limits", "max spans") == ["4,096"]
+        assert seen.row("limits", "max message bytes") == ["128 MiB"]
         past = httpx.get(live).json()["seconds"]
         assert (max(past["errors"]) > 0, max(past["faults"])) == (True, 0)
         of_decodes = {"phase": "decode"}.items()

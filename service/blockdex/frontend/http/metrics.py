@@ -21,11 +21,10 @@ from blockdex.contract.version import VERSION
 from blockdex.frontend.http.gpu_metrics import GpuCollector
 from blockdex.frontend.http.process_metrics import Processes, ProcessesCollector
 from blockdex.frontend.http.readiness import Readiness
+from blockdex.ring.caller import RPCS as RING_RPCS
 from blockdex.ring.engine_reports import Reports
 
-TOKEN_RPCS = ("AppendKeys", "SelectBlocks", "AppendAndSelect")
-STREAM_RPCS = ("OpenSequences", "GetSequence", "ForkSequence", "TruncateSequence", "CloseSequences", *TOKEN_RPCS)
-RPCS = ("GetInfo", "GetStats", *STREAM_RPCS, "Stream", *(f"Stream/{name}" for name in STREAM_RPCS))
+RPCS = ("GetInfo", "GetStats", "Stream", *RING_RPCS)
 OTHER_RPC = "other"
 CODES = ("OK", *(code.name for code in Code))
 REASONS = frozenset(reason.value for reason in Reason)

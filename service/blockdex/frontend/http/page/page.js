@@ -314,8 +314,9 @@ function showSettings({ kernels, spec, limits }) {
   for (const [id, values] of Object.entries({ spec, limits })) {
     const names = Object.keys(values).filter((name) => values[name] !== null);
     rowsOf(byId(id).tBodies[0], names, (name) => row(name.replaceAll("_", " "), "n")).forEach((made, index) => {
-      const value = values[names[index]];
-      write(made.cells[1], typeof value === "number" ? new Intl.NumberFormat("en").format(value) : value);
+      const name = names[index], value = values[name];
+      const shown = name.endsWith("_bytes") ? bytes(value) : new Intl.NumberFormat("en").format(value);
+      write(made.cells[1], typeof value === "number" ? shown : value);
     });
   }
 }
