@@ -91,7 +91,7 @@ def test_small_demo_starts_a_server_and_agrees() -> None:
     assert table["pages used"].endswith(", 16 shared")
 
 
-@pytest.mark.parametrize("transport", ["stream", "unary"])
+@pytest.mark.parametrize("transport", ["stream", pytest.param("unary", marks=pytest.mark.slow)])
 def test_the_tokens_are_the_same_over_each_other_transport(server: Serving, transport: str) -> None:
     finished = run_demo("--address", server.grpc_address, "--transport", transport)
     assert finished.returncode == 0, finished.stderr
