@@ -10,6 +10,7 @@ from support.serving import serve
 FLAGS = ("--processes", "split", "--device", "cpu", "--num-layers", str(LAYERS), "--cache-bytes", "256MiB")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_flood_costs_another_tenant_a_part_of_its_share() -> None:
     """`python -m benchmarks.tenancy` has the figure; here it is whether the other one goes on at all, and well."""
