@@ -253,8 +253,9 @@ static inline bool blockdex_open_link(struct blockdex_client *client, const char
     client->link = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     /* Of a server that lets nobody in. */
     setsockopt(client->link, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+    /* A server that refuses this user does not wait for the hello, and has said why. */
     if (client->link < 0 || !size || connect(client->link, (struct sockaddr *)&address, size) ||
-        !blockdex_say_hello(client->link, tenant))
+        (!blockdex_say_hello(client->link, tenant) && errno != EPIPE))
         return blockdex_fail(error, BLOCKDEX_UNAVAILABLE, "UNREACHABLE", "link: cannot connect to %s (%s)", path,
                              size ? strerror(errno) : "its name is too long");
     const bool greeted = blockdex_take_greeting(client->link, until, fds, error);
