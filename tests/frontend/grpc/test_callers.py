@@ -48,7 +48,7 @@ class Served:
         """Requests answered well, by RPC."""
         self.run.channel.tell_times()
         counts = self.metrics.counts
-        return {rpc: counts[rpc, "OK", ""] for rpc in RPCS if counts.get((rpc, "OK", ""))}
+        return {rpc: counts[rpc, "OK", ""] for rpc in RPCS if counts[rpc, "OK", ""]}
 
     @property
     def waiting(self) -> int:
