@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import math
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -115,6 +116,15 @@ def test_a_stream_that_broke_while_nobody_used_it_costs_no_call(
     assert stream not in free(client)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own answer to SIGINT, which a script's jobs in the background and a run's workers ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_who_is_interrupted_leaves_no_answer_behind(client: blockdex.Client, sequence: int) -> None:
     (stream,) = free(client)
     threading.Timer(0.2, _thread.interrupt_main).start()
