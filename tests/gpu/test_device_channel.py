@@ -128,7 +128,9 @@ class Decode:
         torch.cuda.synchronize()
         channel.check()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        # By a stream of its own: the one that torch keeps for captures belongs to the GPU that captured first.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self._run()
 
     def _run(self) -> None:

@@ -31,10 +31,10 @@ class _Writer:
         self._host = torch.zeros(2, _CHANGES, dtype=torch.int64, pin_memory=True)
         self._changes = self._host.numpy()
         self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        there = torch.zeros_like(self._host, device=cells.device)
-        torch.cuda.synchronize(cells.device)
+        self._there = there = torch.zeros_like(self._host, device=cells.device)  # the graph has its address
+        stream = torch.cuda.Stream(cells.device)  # type: ignore[no-untyped-call]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             there.copy_(self._host, non_blocking=True)
             # A cell that is named twice has the same page in both places.
             cells.index_copy_(0, there[0], there[1].int())
