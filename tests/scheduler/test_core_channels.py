@@ -206,7 +206,15 @@ def test_a_signal_that_the_device_refuses(bare: BareCore) -> None:
     bare.look()
     channel.error = 718
     channel.ring((2, LENGTH), queries=False, revision=5)
-    with pytest.raises(RuntimeError, match="the device takes no step: CUDA error 718"):
+    with pytest.raises(RuntimeError, match="cuStreamWriteValue64 failed: CUDA error 718"):
+        bare.core.run(0.0)
+
+
+def test_a_launch_that_the_device_refuses_though_it_takes_the_signal_behind_it(bare: BareCore) -> None:
+    channel = Channel(bare)
+    channel.ring((1, LENGTH))
+    bare.device.error = 700
+    with pytest.raises(RuntimeError, match="cuGraphLaunch failed: CUDA error 700"):
         bare.core.run(0.0)
 
 
