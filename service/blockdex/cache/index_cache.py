@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockdex._native import SequenceIndex
+from blockdex._native import now as native_now
 from blockdex.cache.eviction import are_idle, choose_victims
 from blockdex.cache.overview import overview
 from blockdex.cache.page_pool import PageCopy, PagePool
@@ -78,7 +78,7 @@ class IndexCache:
         default_lease_seconds: float = 600.0,
         max_lease_seconds: float = math.inf,
         max_tenant_sequences: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = native_now,
     ) -> None:
         self.spec = spec
         self.epoch = secrets.randbelow(2**64 - 1) + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blockdex._native import now
 from blockdex.executor import shared_memory
 from blockdex.executor.cuda_graphs import Graphs, Launched, shapes
 from blockdex.executor.device_tables import DeviceTables
@@ -161,7 +161,7 @@ class _Prefill(Pending):
         self._launched: Future[Selection | None] = executor._launching.submit(
             executor._slices.launch, step, cells, self._marks
         )
-        self._began = time.monotonic()
+        self._began = now()
         self._step = step  # it holds regions that the device reads and writes
 
     def done(self) -> bool:

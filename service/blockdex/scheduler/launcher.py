@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blockdex import faults
 from blockdex._native import Core
 from blockdex.cache import IndexCache
 from blockdex.contract.errors import Reason, ResourceExhaustedError
@@ -144,7 +145,7 @@ class Launcher:
         self._note([caller for caller, _ in reading.callers], "prefill")
         self._note_busy()
         try:
-            pending = self._executor.begin_prefill(step)
+            pending = self._on_device(self._executor.begin_prefill, step)
         except torch.OutOfMemoryError as error:
             prefill.slices -= 1
             self._give_up([reading], error)
@@ -243,7 +244,14 @@ class Launcher:
             time.sleep(0)
         self._note_busy()
         self._steps += 1
-        self._in_flight.append(InFlight(self._executor.begin(step), phase, parts, appended=appended))
+        self._in_flight.append(InFlight(self._on_device(self._executor.begin, step), phase, parts, appended=appended))
+
+    def _on_device(self, begin: Callable[[Step], Pending], step: Step) -> Pending:
+        if faults.strikes("launch"):
+            raise RuntimeError("device: a launch failed on purpose")
+        if step.keys is None and faults.strikes("allocation"):
+            raise torch.OutOfMemoryError("device: an allocation failed on purpose")
+        return begin(step)
 
     def _steps_begun(self) -> int:
         """Other steps that have begun so far, the core's too."""

@@ -103,6 +103,7 @@ class Engine:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._next_look = 0.0
+        self._faults, self._born = 0, native.now()
         self._core = make_core(inbox, self._executor, limits, decode_queries)
         self._cache = self._new_cache()
         self._serve_cache()
@@ -197,27 +198,36 @@ class Engine:
 
     def _run(self) -> None:
         self._executor.use_device()
-        faults, born = 0, time.monotonic()
         while not self._stopping.is_set():
-            began, idle = self._core.time_beside, not self._launcher.in_flight
-            try:
-                why = self._core.run(self._patience())
-                if idle:
-                    began = self._core.time_beside
-                self._step(why)
-            except Exception as error:
-                faults = 1 if time.monotonic() - born > _LONG_LIFE_SECONDS else faults + 1
-                self._stats.faults += 1
-                log_fault(logger, "a batch failed: the cache is given up and starts anew", error, in_a_row=faults)
-                self._check_device(error)
-                self._start_anew()
-                if faults >= _MOST_FAULTS:
-                    raise
-                if faults > 1:
-                    # What fails at once would fail again without end, and fill the log with it.
-                    self._stopping.wait(min(_FIRST_PAUSE_SECONDS * 2**faults, _LONGEST_PAUSE_SECONDS))
-                born = time.monotonic()
-            self._stats.busy_seconds += self._core.time_beside - began
+            self.turn(self._patience())
+
+    def turn(self, seconds: float) -> None:
+        """One turn of the loop: what the core does for so long at most, and what it then leaves to decide.
+
+        A batch that fails ends the epoch.
+
+        Raises:
+            Exception: what a batch failed of, after too many in a row.
+        """
+        began, idle = self._core.time_beside, not self._launcher.in_flight
+        try:
+            why = self._core.run(seconds)
+            if idle:
+                began = self._core.time_beside
+            self._step(why)
+        except Exception as error:
+            self._faults = 1 if native.now() - self._born > _LONG_LIFE_SECONDS else self._faults + 1
+            self._stats.faults += 1
+            log_fault(logger, "a batch failed: the cache is given up and starts anew", error, in_a_row=self._faults)
+            self._check_device(error)
+            self._start_anew()
+            if self._faults >= _MOST_FAULTS:
+                raise
+            if self._faults > 1:
+                # What fails at once would fail again without end, and fill the log with it.
+                self._stopping.wait(min(_FIRST_PAUSE_SECONDS * 2**self._faults, _LONGEST_PAUSE_SECONDS))
+            self._born = native.now()
+        self._stats.busy_seconds += self._core.time_beside - began
 
     def _patience(self) -> float:
         """Seconds that the core may serve by itself before anything else is to be looked after."""
@@ -245,7 +255,7 @@ class Engine:
         launcher.begin_slice()
 
     def _look_after_prefills(self) -> None:
-        now = time.monotonic()
+        now = native.now()
         if self._launcher.reads and now > self._next_look:
             self._next_look = now + _LOOK_SECONDS
             self._launcher.drop_gone()
