@@ -29,7 +29,7 @@ from blockdex.scheduler.core import Shared, add_counts, make_core
 from blockdex.scheduler.large_request import LargeRequest
 from blockdex.scheduler.launcher import Launcher
 from blockdex.scheduler.regions import open_region, region_kinds
-from blockdex.scheduler.sequences import SequenceKeeper
+from blockdex.scheduler.sequences import SequenceKeeper, named_by
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.dispatch import device_name
 from blockdex_kernels.interface import Backend
@@ -199,10 +199,10 @@ class Engine:
     def _run(self) -> None:
         self._executor.use_device()
         while not self._stopping.is_set():
-            self.turn(self._patience())
+            self.turn()
 
-    def turn(self, seconds: float) -> None:
-        """One turn of the loop: what the core does for so long at most, and what it then leaves to decide.
+    def turn(self, longest: float = _FOR_EVER) -> None:
+        """One turn of the loop: what the core does, for so many seconds at most, and what it then leaves to decide.
 
         A batch that fails ends the epoch.
 
@@ -211,7 +211,7 @@ class Engine:
         """
         began, idle = self._core.time_beside, not self._launcher.in_flight
         try:
-            why = self._core.run(seconds)
+            why = self._core.run(min(self._patience(), longest))
             if idle:
                 began = self._core.time_beside
             self._step(why)
@@ -262,7 +262,6 @@ class Engine:
 
     def _decide(self) -> None:
         """Runs what fits no step, then does what the core left: it has begun its own step before."""
-        self._cache.begin_batch(self._core.looked)
         large: list[LargeRequest] = []
         others: list[tuple[Any, ...]] = []
         while (item := self._core.take()) is not None:
@@ -270,6 +269,7 @@ class Engine:
                 large.append(LargeRequest.of(item))
             else:
                 others.append(item)
+        self._cache.begin_batch(self._core.looked, named_by(others))
         # Those that get pages are counted with their step.
         begun = len(large) + sum(kind != "pages" for _, kind, *_ in others)
         if begun:
