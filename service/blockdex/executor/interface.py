@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex import faults
 from blockdex._native import now
 from blockdex_kernels.interface import Backend, Order, Selection, Spans
 from blockdex_kernels.spec import IndexSpec
@@ -246,8 +245,6 @@ class Executor(ABC):
 
     def copy_pages(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """As `Backend.copy_pages`."""
-        if faults.strikes("copy"):
-            raise RuntimeError("device: a copy failed on purpose")
         self.backend.copy_pages(torch.tensor(sources), torch.tensor(destinations))
 
     def clear_pages(self, page_ids: NDArray[np.int32]) -> None:

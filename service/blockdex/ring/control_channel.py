@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from blockdex import faults
 from blockdex.contract.errors import Reason, UnavailableError
+from blockdex.faults import strikes
 
 Words = dict[str, Any]
 
@@ -96,7 +96,7 @@ class ControlChannel:
     def tell(self, words: Words) -> None:
         """Sends words, dataclasses and arrays in them as objects and lists; to nobody, once the other end is gone."""
         body = json.dumps(words, separators=(",", ":"), default=_plain).encode()
-        if faults.strikes("socket"):
+        if strikes("socket"):
             self._writer.write(len(body).to_bytes(LENGTH_BYTES, "little"))
             self._writer.transport.abort()
             return

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex import faults
 from blockdex._native import Core
 from blockdex.cache import IndexCache
 from blockdex.contract.errors import Reason, ResourceExhaustedError
 from blockdex.contract.messages import PHASES, Phase
 from blockdex.contract.stats import Stats
 from blockdex.executor.interface import Bytes, Executor, Packed, Pending, Step
+from blockdex.faults import strikes
 from blockdex.logs import log_event
 from blockdex.ring import layout
 from blockdex.scheduler.large_request import ALL_TOKENS, Chosen, LargeRequest, Reading, Rows, readings
@@ -247,9 +247,9 @@ class Launcher:
         self._in_flight.append(InFlight(self._on_device(self._executor.begin, step), phase, parts, appended=appended))
 
     def _on_device(self, begin: Callable[[Step], Pending], step: Step) -> Pending:
-        if faults.strikes("launch"):
+        if strikes("launch"):
             raise RuntimeError("device: a launch failed on purpose")
-        if step.keys is None and faults.strikes("allocation"):
+        if step.keys is None and strikes("allocation"):
             raise torch.OutOfMemoryError("device: an allocation failed on purpose")
         return begin(step)
 

@@ -20,6 +20,7 @@ from blockdex.contract.messages import CacheOverview, Info, Limits
 from blockdex.contract.stats import Stats
 from blockdex.executor.factory import make_executor
 from blockdex.executor.interface import DeviceHungError
+from blockdex.faults import strikes
 from blockdex.logs import log_fault
 from blockdex.ring.events import Draining, NewEpoch, evictions
 from blockdex.ring.regions import Offer, Region
@@ -292,6 +293,8 @@ class Engine:
         if len(fresh := self._cache.take_pages_to_clear()):
             self._executor.clear_pages(fresh)
         if copies:
+            if strikes("copy"):
+                raise RuntimeError("device: a copy failed on purpose")
             self._executor.copy_pages(*map(list, zip(*copies, strict=True)))
         self._shared.update()
 
