@@ -439,19 +439,22 @@ class History:
     def after(self, asked: Asked) -> list[History]:
         """All that this may have become when one more request had its answer."""
         longer = []
-        if asked.reason in _EXCUSED or asked.answer is None:
+        excused = asked.reason in _EXCUSED or asked.answer is None
+        if excused:
             longer.append(self.copy())
-            if asked.may_have_happened and (done := self.copy()).engine.answer(asked.request) is not None:
-                longer.append(done)
-        else:
-            longer = self._answering(asked)
+        for history in self._without_evicted(asked) if asked.may_have_happened or not excused else ():
+            answer = history.engine.answer(asked.request)
+            if excused or answer is None or _alike(asked.answer, answer):
+                longer.append(history)
+            if answer is None and not excused:
+                history.waiting.append(asked)
         for history in longer:
             history.waiting = [each for each in history.waiting if not _same(history.engine, each)]
         return longer
 
-    def _answering(self, asked: Asked) -> list[History]:
-        """Those in which the engine gives this answer, of now or, where it waits, of later."""
-        found = []
+    def _without_evicted(self, asked: Asked) -> list[History]:
+        """Copies, with and without each sequence that the request names and that is evicted some time."""
+        copies = []
         tenant = asked.request.tenant
         gone = [each for each in self.evicted if each in asked.named and (tenant, each) in self.engine.sequences]
         for count in range(len(gone) + 1):
@@ -460,12 +463,8 @@ class History:
                 for name in names:
                     history.evicted.remove(name)
                     del history.engine.sequences[tenant, name]
-                answer = history.engine.answer(asked.request)
-                if answer is None:
-                    history.waiting.append(asked)
-                if answer is None or _alike(asked.answer, answer):
-                    found.append(history)
-        return found
+                copies.append(history)
+        return copies
 
     def ending_as(self, held: FingerprintEngine) -> FingerprintEngine | None:
         """The engine, without what was evicted in the end, where it is as another one; else None."""
