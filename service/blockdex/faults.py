@@ -2,7 +2,7 @@
 
 Off unless `BLOCKDEX_FAULTS` is set when a process starts: names of seams, each with the share of its uses that fail,
 and a seed. With `launch=0.01,clock=0.001,leap=30,seed=7` one launch in a hundred fails, and one reading of the clock in
-a thousand finds it 30 seconds later than before. Every fault is a line on the standard error.
+a thousand is 30 seconds ahead. Every fault is a line on the standard error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ launch: a step of the device.
 copy: pages that are copied on the device.
 ring_write: a slot of a frontend, which has nonsense in it.
 socket: the connection between two processes of the server, which ends in the midst of what is said.
-clock: the clock of the core, the cache and the scheduler, which leaps.
+clock: one reading of the clock of the core, the cache and the scheduler, which leaps ahead, and back at the next.
 """
 
 SEAMS: tuple[Seam, ...] = get_args(Seam)

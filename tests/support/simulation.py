@@ -463,6 +463,7 @@ class History:
                 for name in names:
                     history.evicted.remove(name)
                     del history.engine.sequences[tenant, name]
+                history.waiting = [each for each in history.waiting if not _same(history.engine, each)]
                 copies.append(history)
         return copies
 
