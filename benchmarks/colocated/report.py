@@ -24,7 +24,7 @@ def table(result: Numbers) -> Table:
 
 
 def plot(result: Numbers, path: Path) -> None:
-    """Medians of calls over each way, and their targets as marks."""
+    """Medians of calls over each way, and their targets as marks; nothing where no calls were measured."""
     import matplotlib  # noqa: PLC0415 - takes a second to load, and only the end needs it
 
     matplotlib.use("agg")
@@ -32,6 +32,8 @@ def plot(result: Numbers, path: Path) -> None:
 
     ending = ": a call, p50"
     rows = [row for row in result["rows"] if ending in row["name"]]
+    if not rows:
+        return
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
     bars = axes.barh(
         [row["name"].replace(ending, "") for row in rows], [row["measured"] for row in rows], color="#3d7ea6"

@@ -84,6 +84,23 @@ def test_connect_takes_the_stream_where_there_is_no_ring_and_says_why(
         assert (client.transport, client.why) == ("stream", why())
 
 
+def test_connect_finds_out_whether_channels_work(server: Serving) -> None:
+    with blockdex.connect(server.grpc_address, tenant="channels", device="cpu") as client:
+        assert (client.transport, client.channel_device, client.why) == ("ring", "cpu", "")
+        client.device_channel(device="cpu").close()
+    with blockdex.connect(server.grpc_address, tenant="channels", device="cuda:99") as client:
+        assert (client.transport, client.channel_device) == ("ring", None)
+        assert client.why.startswith("no device channel from cuda:99: ")
+
+
+def test_connect_finds_it_out_for_asyncio_too(server: Serving) -> None:
+    async def use() -> tuple[str | None, str]:
+        async with await blockdex.connect_async(server.grpc_address, tenant="channels", device="cpu") as client:
+            return client.channel_device, client.why
+
+    assert asyncio.run(use()) == ("cpu", "")
+
+
 # --- Ends ---
 
 

@@ -38,7 +38,7 @@ from blockdex.scheduler.large_request import TORCH_DTYPES
 from support.asking import eventually
 from support.channel_twins import launch_numpy
 from support.ring_engine import Hosted, hosted
-from support.running_engine import SPEC, TENANT, block_ids, get, open_sequence, tokens
+from support.running_engine import SPEC, TENANT, block_ids, create_pool, get, open_sequence, set_cells, tokens
 
 LAYER = 1
 
@@ -102,9 +102,11 @@ async def lengths_of(run: Hosted, sequence: int) -> list[int]:
     return [int(length) for length in state.lengths]
 
 
-async def over_the_ring(run: Hosted, spans: Sequence[tuple[int, int, int]], queries: torch.Tensor) -> torch.Tensor:
+async def over_the_ring(
+    run: Hosted, spans: Sequence[tuple[int, int, int]], queries: torch.Tensor, pool: int = 0
+) -> torch.Tensor:
     """What a ring answers to packed queries."""
-    answer = await run.ask(tokens(LAYER, spans, queries=queries.float().numpy()))
+    answer = await run.ask(tokens(LAYER, spans, queries=queries.float().numpy(), pool=pool))
     return torch.from_numpy(block_ids(answer).copy())
 
 
@@ -126,6 +128,28 @@ async def test_it_answers_what_a_ring_answers(run: Hosted, channel: DeviceChanne
         channel.select_blocks, LAYER, **rows(*asked), queries=queries, out=out, wait_for_keys=True
     )
     assert again is out and torch.equal(out, ids)
+
+
+async def test_rows_of_a_pool(run: Hosted, channel: DeviceChannel) -> None:
+    """Cells change between calls of the same tensors; a row without pages ends the channel."""
+    await run.ask(create_pool(7, 32, 3, 16))
+    asked, keys, queries = rows((0, 0, 30), (2, 8, 0)), random(2, 30, SPEC.head_dim), random(2, 30, 4, SPEC.head_dim)
+    answers = []
+    for pages in ([9, 3, 30, 1], [4, 5, 6, 7]):
+        await run.ask(set_cells(7, (0, 0, pages)))
+        answers.append(
+            await asyncio.to_thread(
+                channel.append_and_select, LAYER, **asked, keys=keys, queries=queries, rollback=True, pool=7
+            )
+        )
+        channel.check()
+        assert torch.equal(answers[-1][0], await over_the_ring(run, [(0, 0, 30)], queries[0], pool=7))
+    assert torch.equal(*answers) and (answers[0][1] == -1).all()
+    one = rows((1, 0, 1))
+    none = await asyncio.to_thread(channel.select_blocks, LAYER, **one, queries=queries[:1, :1].contiguous(), pool=7)
+    assert (none == -1).all()
+    with pytest.raises(FailedPreconditionError, match="pool 7, row 1, layer 1: block 0 has no page"):
+        channel.check()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp8_e4m3"])

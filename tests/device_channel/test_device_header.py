@@ -16,7 +16,7 @@ from support.channel_twins import HEADER
 SOURCE = HEADER.read_text(encoding="utf-8")
 ERRORS = ("TIMED_OUT", "REFUSED", "UNANSWERED", "ENGINE_GONE", "CLOSED", "INVALID_LENGTHS")
 WRITTEN = (
-    *("ticket", "kind", "layer", "first_head", "payload_bytes", "keys_bytes", "queries_bytes"),
+    *("ticket", "kind", "layer", "first_head", "sequence_id", "payload_bytes", "keys_bytes", "queries_bytes"),
     *("keys_region", "block_ids_region", "keys_offset", "queries_offset", "block_ids_offset", "scores_offset"),
 )
 """Fields of a request that a GPU writes, and that begin a word."""

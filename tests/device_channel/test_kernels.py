@@ -141,13 +141,14 @@ def test_rows_are_packed_without_padding(
 
 def test_appends_and_selections_alone_and_their_flags(launch: Launch, memory: ChannelMemory, core: ChannelCore) -> None:
     append, select = call_of([2, 1], 2, queries=False), call_of([1, 0, 1], 1, keys=False)
-    append.rollback, select.wait_for_keys = True, True
+    append.rollback, select.wait_for_keys, select.pool = True, True, 9
     run(launch, memory, append)
     assert torch.equal(run(launch, memory, select), expected(select))
     first, second = (rung.slot for rung in core.rung)
     assert (first.ticket, first.flags, first.keys_dtype, first.queries_dtype) == (1, 4, 1, 0)
     assert (first.keys_region, first.queries_region, first.block_ids_region, first.num_heads) == (REGION, 0, 0, 0)
     assert (second.ticket, second.flags, second.keys_dtype, second.queries_dtype) == (2, 2, 0, 1)
+    assert (first.sequence_id, second.sequence_id) == (0, 9)
     assert (second.keys_region, second.queries_region, second.keys_offset, second.keys_bytes) == (0, REGION, 0, 0)
 
 

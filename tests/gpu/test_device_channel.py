@@ -21,7 +21,7 @@ import torch
 from benchmarks.core_process import CoreProcess, RingPeer, core_process
 from benchmarks.ring_messages import Queries, Spans, TensorData, TokenAnswer, TokenRequest
 from blockdex.contract.errors import BlockdexError, FailedPreconditionError, InvalidArgumentError, UnavailableError
-from blockdex.contract.messages import CloseSequences, OpenSequences, Order
+from blockdex.contract.messages import ClosePool, CloseSequences, CreatePool, OpenSequences, Order, SetPageTables
 from blockdex.device_channel.channel import DeviceChannel
 from blockdex_kernels import IndexSpec, cuda_driver
 from support.stopping import stop
@@ -99,13 +99,14 @@ def select_over_the_ring(
     order: Order = "ascending",
     scores: bool = False,
     raw: bool = False,
+    pool: int = 0,
 ) -> Selected:
     """To packed bfloat16 queries `[T, H, D]`."""
     ids, starts, lengths = torch.tensor(each).T.contiguous().numpy()
     spans = Spans(ids.astype("u8"), starts, lengths, 0 * ids.astype("u8"))
     data = queries.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     asked = Queries(TensorData("bf16", data), 0, SPEC.num_index_heads, order, scores, False, raw)
-    answer = peer.ask(TokenRequest(TENANT, 0, LAYER, spans, None, asked))
+    answer = peer.ask(TokenRequest(TENANT, 0, LAYER, spans, None, asked, pool))
     assert isinstance(answer, TokenAnswer) and answer.block_ids is not None
     return Selected(torch.tensor(answer.block_ids), torch.tensor(answer.scores if scores else []))
 
@@ -128,7 +129,9 @@ class Decode:
         torch.cuda.synchronize()
         channel.check()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        # By a stream of its own: the one that torch keeps for captures belongs to the GPU that captured first.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self._run()
 
     def _run(self) -> None:
@@ -241,6 +244,40 @@ def test_orders_and_scores(peer: RingPeer, channel: DeviceChannel, order: Order,
     answer = select_over_the_ring(peer, each, queries[live, 0], order=order, scores=True, raw=raw)
     assert torch.equal(ids[live, 0].cpu(), answer.block_ids) and (ids[2] == -1).all()
     assert torch.equal(scores[live, 0].cpu(), answer.scores) and (scores[2] == -torch.inf).all()
+
+
+def test_replays_read_the_cells_of_a_pool_as_they_are(peer: RingPeer, channel: DeviceChannel) -> None:
+    pool, blocks = 3, -(-HISTORY // SPEC.block_size)
+    peer.ask(CreatePool(TENANT, 0, pool, ROWS * blocks, ROWS, blocks))
+
+    def set_cells(shift: int) -> None:
+        pages = [(row + shift) % ROWS * blocks + block for row in range(ROWS) for block in range(blocks)]
+        peer.ask(SetPageTables(TENANT, 0, pool, range(ROWS), [0] * ROWS, [blocks] * ROWS, pages))
+
+    set_cells(0)
+    for start in range(0, HISTORY, 16):
+        asked = rows([(row, start, min(16, HISTORY - start)) for row in range(ROWS)])
+        channel.append_keys(LAYER, **asked, keys=random(ROWS, min(16, HISTORY - start), SPEC.head_dim), pool=pool)
+    each, queries = [(row, HISTORY - 1, 1) for row in range(ROWS)], random(ROWS, 1, 4, SPEC.head_dim)
+    columns, ids = rows(each), torch.zeros(ROWS, 1, 4, SPEC.topk, dtype=torch.int32, device="cuda")
+    channel.select_blocks(LAYER, **columns, queries=queries, out=ids, pool=pool)
+    torch.cuda.synchronize()
+    channel.check()
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        channel.select_blocks(LAYER, **columns, queries=queries, out=ids, pool=pool)
+    answers = []
+    for shift in (0, 1, 2):
+        set_cells(shift)
+        ids.fill_(7777)
+        graph.replay()
+        torch.cuda.synchronize()
+        channel.check()
+        answers.append(ids[:, 0].cpu())
+        assert torch.equal(answers[-1], select_over_the_ring(peer, each, queries[:, 0], pool=pool).block_ids)
+    assert not torch.equal(answers[0], answers[1])
+    peer.ask(ClosePool(TENANT, 0, pool))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

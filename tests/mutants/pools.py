@@ -113,14 +113,18 @@ MUTANTS = (
         _TESTS,
     ),
     Mutant(
-        "a channel takes rows of pools",
+        "a channel is answered with pages",
         _REQUEST,
-        "return !link->channel.bound || ",
-        "return true || ",
+        "return !link->channel.bound ||",
+        "return true ||",
         ("scheduler/test_core_channels.py",),
     ),
     Mutant(
-        "pages of a sequence are told", _REQUEST, "return !(slot->flags & BLOCKDEX_PAGES) ||", "return true ||", _TESTS
+        "pages of a sequence are told",
+        _REQUEST,
+        "if (!(slot->flags & BLOCKDEX_PAGES)) return true;\n    if (!slot->sequence_id)",
+        "if (!(slot->flags & BLOCKDEX_PAGES)) return true;\n    if (0)",
+        _TESTS,
     ),
     Mutant("another number of page numbers", _REQUEST, "return sum == cells || ", "return true || ", _TESTS),
     Mutant(

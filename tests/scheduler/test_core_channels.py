@@ -17,7 +17,7 @@ from blockdex import _native as native
 from blockdex.device_channel.calls import Call, Heads
 from blockdex.device_channel.memory import ChannelMemory
 from blockdex.ring.channel_layout import TIMED_OUT
-from blockdex.ring.layout import AT, REQUEST
+from blockdex.ring.layout import AT, PAGES, REQUEST
 from support.bare_core import ALL, LENGTH, SPEC, BareCore, bare_core
 from support.channel_twins import ring_numpy
 from support.running_engine import TENANT
@@ -181,14 +181,15 @@ def test_a_refusal_is_an_answer(bare: BareCore) -> None:
     assert f"append starts at {LENGTH + 3}, length is {LENGTH}" in str(channel.memory.refusal())
 
 
-def test_rows_of_pools_are_refused(bare: BareCore) -> None:
+def test_pages_for_block_ids_are_refused(bare: BareCore) -> None:
     channel = Channel(bare)
     channel.ring((1, LENGTH))
     segment = channel.memory.segment
     segment.counters[(segment.request_slots_offset + REQUEST_AT["sequence_id"]) // 8] = 7
+    segment.memory[segment.request_slots_offset + REQUEST_AT["flags"]] |= PAGES
     bare.look()
     assert not channel.told and not bare.device.begun
-    assert "pool 7: a device channel takes sequences alone" in str(channel.memory.refusal())
+    assert "pool 7: a device channel answers with block ids, not with pages" in str(channel.memory.refusal())
 
 
 def test_another_epoch(bare: BareCore) -> None:

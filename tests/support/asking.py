@@ -12,12 +12,7 @@ import numpy as np
 from benchmarks.ring_messages import Answer, Queries, Request, TensorData, TokenAnswer, TokenRequest
 from blockdex.contract.errors import BlockdexError
 from blockdex.contract.messages import (
-    CloseSequences,
-    ForkSequence,
-    GetSequence,
-    OpenSequences,
     SequenceState,
-    TruncateSequence,
 )
 from blockdex.ring.caller import CameTo
 from blockdex.ring.client import RingChannel
@@ -27,13 +22,6 @@ from support.running_engine import SPEC, TIMEOUT
 
 DTYPES = {"bf16": pb.DTYPE_BF16, "fp16": pb.DTYPE_FP16, "fp32": pb.DTYPE_FP32, "fp8_e4m3": pb.DTYPE_FP8_E4M3}
 ORDERS = {"ascending": pb.SELECTION_ORDER_ASCENDING, "score": pb.SELECTION_ORDER_SCORE}
-RPCS: dict[type, str] = {
-    OpenSequences: "OpenSequences",
-    GetSequence: "GetSequence",
-    ForkSequence: "ForkSequence",
-    TruncateSequence: "TruncateSequence",
-    CloseSequences: "CloseSequences",
-}
 RESPONSES: tuple[Any, ...] = (pb.AppendKeysResponse, pb.SelectBlocksResponse, pb.AppendAndSelectResponse)
 
 
@@ -51,7 +39,9 @@ def wire_of(request: TokenRequest) -> tuple[int, bytes]:
     columns = (spans.sequence_ids, spans.starts, spans.lengths, spans.revisions)
     ids, starts, lengths, revisions = (column.tolist() for column in columns)
     fields: dict[str, Any] = {"layer": request.layer, "header": pb.RequestHeader(epoch=request.epoch)}
-    fields["spans"] = pb.Spans(sequence_ids=ids, starts=starts, lengths=lengths, revisions=revisions)
+    fields["spans"] = pb.Spans(
+        sequence_ids=ids, starts=starts, lengths=lengths, revisions=revisions, pool_id=request.pool_id
+    )
     if keys is not None:
         fields |= {"keys": _tensor(keys.tensor), "rollback": keys.rollback}
     if queries is None:
@@ -123,7 +113,7 @@ class MessageChannel(RingChannel):
             rpc, message = wire_of(request)
             assert self.send(pending, rpc, request.tenant, timeout, message), "protobuf's own encoding is read"
         else:
-            self.send_sequence(pending, 0, RPCS[type(request)], request, timeout)
+            self.send_sequence(pending, 0, type(request).__name__, request, timeout)
         pending.add_done_callback(self._give_up)
         return pending
 

@@ -56,7 +56,7 @@ class CallStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("keys", "queries")),
         *((name, ctypes.c_uint64) for name in ("ids", "starts", "lengths", "revisions", "replays")),
-        *((name, ctypes.c_uint64) for name in ("kind", "layer", "heads")),
+        *((name, ctypes.c_uint64) for name in ("kind", "layer", "heads", "pool")),
         *((name, ctypes.c_int64) for name in ("own_keys", "own_queries")),
         *((name, ctypes.c_uint32) for name in ("key_bytes", "query_bytes", "wants_scores")),
         *((name, ctypes.c_int32) for name in ("rows", "row_tokens")),
@@ -94,6 +94,7 @@ def launch_cuda(
         asked.kind,
         call.layer,
         asked.heads,
+        call.pool,
         asked.own_keys,
         asked.own_queries,
         asked.key_bytes,
@@ -251,7 +252,7 @@ def ring_numpy(memory: ChannelMemory, spec: IndexSpec, heads: Heads, call: Call)
     region = int(memory.bytes[CONTROL_AT["region"] :][:4].view(torch.int32)[0])
     has_keys, has_queries, has_scores = (each is not None for each in (call.keys, call.queries, call.scores))
     slot = (
-        *(number, words.kind, 0, 0, 0, call.layer | columns.shape[1] << 32, words.heads, 0, 0, 0, 0),
+        *(number, words.kind, 0, 0, 0, call.layer | columns.shape[1] << 32, words.heads, call.pool, 0, 0, 0),
         *(aligned(len(data)), words.key_bytes * tokens, words.query_bytes * tokens),
         *(region * has_keys | region * has_queries << 32, region * has_queries | region * has_scores << 32, *offsets),
         *(memory.places.block_ids * has_queries, memory.places.scores * has_scores),

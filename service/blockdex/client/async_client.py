@@ -62,6 +62,7 @@ class AsyncClient:
         self._core = Core(Endpoint(address, tls, token), tenant, timeout)
         self.transport = transport
         self.why = ""
+        self.channel_device: str | None = None
         self._transport = _TRANSPORTS[transport](self._core)
 
     async def __aenter__(self) -> AsyncClient:

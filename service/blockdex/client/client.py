@@ -72,6 +72,7 @@ class Client:
     Attributes:
         transport: which it is.
         why: where `blockdex.connect` chose it, why it is no faster one.
+        channel_device: where `blockdex.connect` was told an engine's GPU, the same if channels can be opened from it.
 
     Raises:
         InvalidArgumentError: the tenant cannot be (INVALID_TENANT).
@@ -96,6 +97,7 @@ class Client:
         self._core = Core(Endpoint(address, tls, token), tenant, timeout)
         self.transport = transport
         self.why = ""
+        self.channel_device: str | None = None
         self._transport = _TRANSPORTS[transport](self._core)
 
     def __enter__(self) -> Client:

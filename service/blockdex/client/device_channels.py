@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from blockdex.client.answers import Info
 from blockdex.client.core import Core
 from blockdex.client.ring import socket_to
+from blockdex.contract.errors import BlockdexError
 
 if TYPE_CHECKING:
     from blockdex.device_channel.channel import DeviceChannel
@@ -39,6 +40,17 @@ def open_channel(core: Core, info: Info, **options: Unpack[ChannelOptions]) -> D
     from blockdex.device_channel.channel import DeviceChannel  # noqa: PLC0415 - torch and Triton
 
     return DeviceChannel(socket_to(core, info), core.tenant or "", info.spec, info.epoch, **options)
+
+
+def obstacle_of_channels(core: Core, info: Info, device: str) -> str:
+    """Why no channel can be opened from a device, as a sentence; empty where one can, which is closed again."""
+    try:
+        open_channel(core, info, device=device, max_tokens=1).close()
+    except BlockdexError as error:
+        return error.message
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:  # of torch, Triton or the driver
+        return f"no device channel from {device}: {error}"
+    return ""
 
 
 def reopen_channel(core: Core, info: Info, channel: DeviceChannel) -> None:

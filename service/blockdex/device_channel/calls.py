@@ -59,6 +59,7 @@ class Call:
         scores: float32 `[rows, row_tokens, H, topk]` to be filled with those of the block ids, or None.
         raw_scores: whether these are as they rank.
         rollback, wait_for_keys: flags of the request.
+        pool: whose rows `ids` are numbers of; 0: they are sequences'.
     """
 
     layer: int
@@ -74,6 +75,7 @@ class Call:
     raw_scores: bool = False
     rollback: bool = False
     wait_for_keys: bool = False
+    pool: int = 0
 
     @property
     def rows(self) -> int:
@@ -100,6 +102,8 @@ def check(call: Call, device: torch.device, spec: IndexSpec, heads: Heads, max_t
         raise ValueError(f"sequences: the channel was opened for 1 to {max_rows} rows, got {call.rows}")
     _check_numbers(call, device)
     _check_tensors(call, device, spec, heads)
+    if not 0 <= call.pool < 1 << 63:
+        raise ValueError(f"pool must be 0 to {(1 << 63) - 1}, got {call.pool}")
     if call.order not in ORDERS:
         raise ValueError(f"order: must be one of {', '.join(ORDERS)}, got {call.order!r}")
     if call.raw_scores and call.scores is None:
@@ -222,6 +226,7 @@ def launch(
         words.kind,
         call.layer,
         words.heads,
+        call.pool,
         memory.segment.request_arena_offset,
         words.own_keys,
         words.own_queries,

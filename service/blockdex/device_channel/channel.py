@@ -105,6 +105,7 @@ class DeviceChannel:
         queries: torch.Tensor,
         revisions: torch.Tensor | None = None,
         replays: torch.Tensor | None = None,
+        pool: int = 0,
         rollback: bool = False,
         order: Order = "ascending",
         scores: torch.Tensor | None = None,
@@ -115,13 +116,14 @@ class DeviceChannel:
 
         Args:
             layer: of the indexer.
-            sequences: int32 or int64 `[R]`: ids.
+            sequences: int32 or int64 `[R]`: ids; or rows of a pool.
             starts: int32 or int64 `[R]`: position of each row's first token.
             lengths: int32 or int64 `[R]`: how many of the row's n tokens there are; a row of length 0 is padding.
             keys: `[R, n, D]`, bfloat16, float16, float32 or float8_e4m3fn.
             queries: `[R, n, H, D]`, of any of these.
-            revisions: int32 or int64 `[R]`; 0 is unchecked.
+            revisions: int32 or int64 `[R]`; 0 is unchecked. A pool has one, so that those of its rows are the same.
             replays: int32 or int64 `[1]`, added to each revision: how often a graph was replayed, say.
+            pool: id of a pool of the channel's tenant, whose rows are meant; 0: none.
             rollback: whether an append may cut what lies behind its start.
             order: of a row's blocks: `ascending` (by id) or `score` (init blocks, local blocks, then by falling score).
             scores: float32 `[R, n, H, topk]` to be filled, contiguous; +inf for forced blocks, -inf beside -1.
@@ -136,7 +138,7 @@ class DeviceChannel:
             ValueError: a tensor is not as it should be.
         """
         call = Call(layer, sequences, starts, lengths, keys, queries, revisions, replays, order, scores, raw_scores)
-        call.rollback = rollback
+        call.rollback, call.pool = rollback, pool
         return self._select(call, out)
 
     def select_blocks(
@@ -149,6 +151,7 @@ class DeviceChannel:
         queries: torch.Tensor,
         revisions: torch.Tensor | None = None,
         replays: torch.Tensor | None = None,
+        pool: int = 0,
         wait_for_keys: bool = False,
         order: Order = "ascending",
         scores: torch.Tensor | None = None,
@@ -157,7 +160,7 @@ class DeviceChannel:
     ) -> torch.Tensor:
         """Selects blocks; as `append_and_select`, and `wait_for_keys` waits for keys that another one appends."""
         call = Call(layer, sequences, starts, lengths, None, queries, revisions, replays, order, scores, raw_scores)
-        call.wait_for_keys = wait_for_keys
+        call.wait_for_keys, call.pool = wait_for_keys, pool
         return self._select(call, out)
 
     def append_keys(
@@ -170,10 +173,11 @@ class DeviceChannel:
         keys: torch.Tensor,
         revisions: torch.Tensor | None = None,
         replays: torch.Tensor | None = None,
+        pool: int = 0,
         rollback: bool = False,
     ) -> None:
         """Appends keys; as `append_and_select`."""
-        call = Call(layer, sequences, starts, lengths, keys, None, revisions, replays, rollback=rollback)
+        call = Call(layer, sequences, starts, lengths, keys, None, revisions, replays, rollback=rollback, pool=pool)
         self._check(call)
         launch(self._memory, self._spec, self._heads, call, None, self._bound_seconds)
 

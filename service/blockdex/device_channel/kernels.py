@@ -104,6 +104,7 @@ def _write_request(
     kind,
     layer,
     heads,
+    pool,
     columns_at,
     keys_offset,
     queries_offset,
@@ -129,6 +130,7 @@ def _write_request(
     value = tl.where(word == 1, kind, value)
     value = tl.where(word == 5, layer | (count << 32), value)
     value = tl.where(word == 6, heads, value)
+    value = tl.where(word == 7, pool, value)
     value = tl.where(word == 11, (32 * count + 63) // 64 * 64, value)
     value = tl.where(word == 12, KEY_BYTES * tokens, value)
     value = tl.where(word == 13, QUERY_BYTES * tokens, value)
@@ -144,7 +146,7 @@ def _write_request(
 
 @triton.jit(
     do_not_specialize=[
-        *("memory", "segment", "rows", "row_tokens", "kind", "layer", "heads"),
+        *("memory", "segment", "rows", "row_tokens", "kind", "layer", "heads", "pool"),
         *("columns_at", "own_keys", "own_queries"),
     ]
 )
@@ -164,6 +166,7 @@ def ring(
     kind,
     layer,
     heads,
+    pool,
     columns_at,
     own_keys,
     own_queries,
@@ -196,7 +199,7 @@ def ring(
         keys, queries: `[rows, row_tokens, D]` and `[rows, row_tokens, H, D]`, as int32.
         ids, starts, lengths, revisions: `[rows]`; a row of length 0 is padding.
         replays: `[1]`, added to each revision.
-        kind: words 8 to 15 of the slot; `layer` and `heads`: those of 40 and of 48.
+        kind: bytes 8 to 15 of the slot; `layer`, `heads`, `pool`: those from 40, 48 and 56 on.
         columns_at: offset of the requests' arena.
         own_keys, own_queries: their offset in the channel's memory where they lie there, or -1.
     """
@@ -279,6 +282,7 @@ def ring(
                         kind.to(tl.int64),
                         layer.to(tl.int64),
                         heads.to(tl.int64),
+                        pool.to(tl.int64),
                         columns_at,
                         tl.where(copies_keys, KEYS, own_keys),
                         tl.where(copies_queries, QUERIES, own_queries),

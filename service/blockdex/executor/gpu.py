@@ -40,7 +40,8 @@ class GpuExecutor(Executor):
     """See `Executor`. One thread begins all steps, after `use_device`.
 
     Appends and decodes go through one stream, in order; prefills through others of lower priority, between whose
-    programs they come first. A thread of their own launches prefills, so that decodes need not wait for that either.
+    programs they come first. A thread of their own launches prefills, so that decodes need not wait for that either,
+    but for slices that the device waits for.
 
     Args:
         backend: the kernels and their pages.
@@ -63,7 +64,9 @@ class GpuExecutor(Executor):
         self._graphs = Graphs(backend, self._main, self._tables.rows, STEP_BUFFERS)
         self._replays = Replays(0, 0, 0, [])
         self._slices = Slices(backend, self.max_slices)
-        self._launching = ThreadPoolExecutor(1, "blockdex-prefill", self._slices.use_stream)
+        self._launching = ThreadPoolExecutor(1, "blockdex-prefill", backend.use_device)
+        self._newest: Future[Selection | None] = Future()
+        self._newest.set_result(None)
 
     def use_device(self) -> None:
         """See `Executor.use_device`."""
@@ -105,11 +108,7 @@ class GpuExecutor(Executor):
         """See `Executor.write_tables`."""
         self._host_cells = cells
         self._tables.make_room(len(cells))
-        if len(changes):
-            sent = self._sent(np.concatenate((changes, cells[changes])).astype(np.int32))
-            places, pages = sent[: len(changes)], sent[len(changes) :]
-            # A cell that was written twice has the same page in both places.
-            self._tables.rows.view(-1).index_copy_(0, places.long(), pages)
+        self._tables.write(changes, cells[changes])
 
     def pin(self, address: int, num_bytes: int) -> Callable[[], None]:
         """See `Executor.pin`."""
@@ -142,6 +141,15 @@ class GpuExecutor(Executor):
         """See `Executor.begin_prefill`."""
         return _Prefill(self, step)
 
+    def _launch_slice(self, step: Step, cells: NDArray[np.int32], marks: Marks) -> Future[Selection | None]:
+        """Has a slice launched: by this thread where the device waits for it, since to wake the other takes as long."""
+        if not self._newest.done() or not self._slices.is_waited_for(step):
+            self._newest = self._launching.submit(self._slices.launch, step, cells, marks)
+            return self._newest
+        launched: Future[Selection | None] = Future()
+        launched.set_result(self._slices.launch(step, cells, marks))
+        return launched
+
     def _upload(self, packed: Packed) -> torch.Tensor:
         return upload(packed, self.backend.spec.head_dim, self.backend.device)
 
@@ -158,9 +166,7 @@ class _Prefill(Pending):
         blocks = -(-step.end // executor.backend.spec.block_size)
         # Copied, since the next step may change the tables.
         cells = executor._host_cells[first : first + blocks].copy()
-        self._launched: Future[Selection | None] = executor._launching.submit(
-            executor._slices.launch, step, cells, self._marks
-        )
+        self._launched = executor._launch_slice(step, cells, self._marks)
         self._began = now()
         self._step = step  # it holds regions that the device reads and writes
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from blockdex.executor.interface import Bytes, Packed, Step, write_targets
+from blockdex_kernels import cuda_driver
 from blockdex_kernels.interface import Selection, Spans
 from blockdex_kernels.spec import IndexSpec
 from blockdex_kernels.triton.backend import TritonBackend
@@ -102,7 +103,7 @@ class _Slot:
 
 
 class Slices:
-    """Launches slices of prefill, on one thread, after `use_stream`.
+    """Launches slices of prefill, one at a time, on threads that use the device.
 
     What they read crosses in a stream of its own and what they answer in another, so that the copies of one go on
     beside the kernels of the next.
@@ -123,12 +124,15 @@ class Slices:
         self._num_slots = slots
         self._slots: list[_Slot] = []
         self._turns = itertools.cycle(range(slots))
+        self._ended = event()
         self._queries_at = 4 * (RUN_NUMBERS + -(-backend.spec.max_blocks // 4) * 4)
 
-    def use_stream(self) -> None:
-        """What the thread does that launches, before its first."""
-        self._backend.use_device()
-        torch.cuda.set_stream(self._kernels)
+    def is_waited_for(self, step: Step) -> bool:
+        """Whether the device has nothing else to do, and the launch is short: a graph's, of queries in regions."""
+        shape, queries = SliceShape.of(step, self._spec), step.queries
+        if queries is None or (shape, 0) not in self._graphs or not self._ended.query():  # type: ignore[no-untyped-call]
+            return False
+        return all(isinstance(part, torch.Tensor) for part in queries.parts)
 
     def shapes(self) -> Iterator[SliceShape]:
         """Shapes that are captured at the start; others are launched kernel by kernel."""
@@ -183,12 +187,12 @@ class Slices:
             # What is made of several callers' queries is made where their keys are appended.
             self._uploads.wait_event(marks.keys_there)
         end = self._fill(slot, step, cells)
-        with torch.cuda.stream(self._uploads):
-            slot.there[:end].copy_(slot.host[:end], non_blocking=True)
-            copy_shared(step.queries.parts, slot.there[end:])
-            slot.uploaded.record(self._uploads)
+        stream = self._uploads.cuda_stream
+        cuda_driver.copy(slot.there.data_ptr(), slot.host.data_ptr(), end, stream)
+        copy_shared(step.queries.parts, slot.there.data_ptr() + end, stream)
+        slot.uploaded.record(self._uploads)
         self._begin(slot.uploaded, marks)
-        graph.replay()
+        cuda_driver.call("cuGraphLaunch", graph.raw_cuda_graph_exec(), self._kernels.cuda_stream)
         self._end(marks)
         slot.ended = marks.ended
         answer = (step.num_tokens, step.queries.heads, self._spec.topk)
@@ -240,9 +244,10 @@ class Slices:
         layers, starts, lengths = numbers_there[:3].view(3, 1)
         spans = Spans(layers, starts, lengths, numbers_there[None, 3:], step.columns[:3])
         self._begin(uploaded, marks)
-        selection = self._backend.prefill(
-            sent, spans, order=step.order, return_scores=step.return_scores, raw_scores=step.raw_scores
-        )
+        with torch.cuda.stream(self._kernels):
+            selection = self._backend.prefill(
+                sent, spans, order=step.order, return_scores=step.return_scores, raw_scores=step.raw_scores
+            )
         self._end(marks)
         with torch.cuda.stream(self._downloads):
             there = None if step.targets else to_host(selection)
@@ -260,6 +265,7 @@ class Slices:
 
     def _end(self, marks: Marks) -> None:
         marks.ended.record(self._kernels)
+        self._ended = marks.ended
         marks.waited = marks.begun.query()  # type: ignore[no-untyped-call]
         self._downloads.wait_event(marks.ended)
 
@@ -300,13 +306,12 @@ def copy_parts(parts: Sequence[Bytes], there: torch.Tensor, at: int) -> int:
     return at
 
 
-def copy_shared(parts: Sequence[Bytes], there: torch.Tensor) -> None:
-    """Copies bytes that lie in regions to the beginning of others on the device, on the current stream."""
-    at = 0
+def copy_shared(parts: Sequence[Bytes], there: int, stream: int) -> None:
+    """Queues copies of bytes that lie in regions, one behind the other, to an address on the device."""
     for part in parts:
         if isinstance(part, torch.Tensor):
-            there[at : at + len(part)].copy_(part, non_blocking=True)
-            at += len(part)
+            cuda_driver.copy(there, part.data_ptr(), len(part), stream)
+            there += len(part)
 
 
 def _is_on_device(part: Bytes) -> bool:

@@ -199,6 +199,11 @@ class Reading:
         first = self.first
         return self.heads, self._queries.dtype, first.order, first.return_scores, first.raw_scores
 
+    def lies_on(self, device: torch.device) -> bool:
+        """Whether its queries are where a device reads them."""
+        data = self._queries.data
+        return device.type == (data.device.type if isinstance(data, torch.Tensor) else "cpu")
+
     def queries(self, tokens: Chosen) -> Bytes:
         """Bytes of `[tokens, heads, D]`."""
         return self._queries.take(self._token_bytes, tokens)

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _LEARNING_RATE = 0.25
 # Longest slice while several tenants ask: what one of them asks for next waits for the other's slice.
 _CONTENDED_SECONDS = 0.004
+# Part of a slice that goes first where queries have to cross to an idle device: it begins early, and what follows
+# crosses beside its kernels.
+_FIRST_PART = 2
 
 
 @dataclass(slots=True)
@@ -131,6 +134,8 @@ class Launcher:
         seconds = min(self._slice_seconds, _CONTENDED_SECONDS) if self._core.contended else self._slice_seconds
         in_time = prefill.tokens_within(self._products_per_second * seconds)
         most = min(prefill.remaining, max(self._executor.max_slice_rows // reading.heads, 1))
+        if not self._slices and not reading.lies_on(self._executor.backend.device):
+            in_time //= _FIRST_PART
         tokens = min(max(in_time, self._executor.least_slice), most)
         products = prefill.products(tokens)
         part = prefill.take(tokens)

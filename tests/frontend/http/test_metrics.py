@@ -185,6 +185,10 @@ def test_tokens_pages_and_sequences(calls: pb_grpc.IndexerServiceStub, moved: Ca
         calls.CloseSequences(close_request(sequence), metadata=TENANT)
     eventually(lambda: moved("blockdex_pages", state="free") == 0, "pages given back")
     assert moved("blockdex_sequences") == 0
+    calls.CreatePool(pb.CreatePoolRequest(pool_id=1, num_pages=2, num_rows=1, max_blocks=2), metadata=TENANT)
+    assert moved("blockdex_pools") == 1
+    calls.ClosePool(pb.ClosePoolRequest(pool_id=1), metadata=TENANT)
+    assert moved("blockdex_pools") == 0
 
 
 def test_a_selection_that_waits_and_is_given_up(calls: pb_grpc.IndexerServiceStub, moved: Callable[..., float]) -> None:

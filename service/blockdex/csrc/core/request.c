@@ -202,12 +202,13 @@ static bool check_heads(struct core *core, struct server_link *link, const struc
 
 /* What only rows of pools can be asked. */
 static bool check_pool(struct core *core, struct server_link *link, const struct blockdex_request *slot, int64_t now) {
+    if (!(slot->flags & BLOCKDEX_PAGES)) return true;
     if (!slot->sequence_id)
-        return !(slot->flags & BLOCKDEX_PAGES) ||
-               REFUSE(INVALID_ARGUMENT, "INVALID_POOL", "ids: pages are a pool's, and the request names none");
-    return !link->channel.bound || REFUSE(UNIMPLEMENTED, "UNKNOWN_FEATURE",
-                                          "pool %1$llu: a device channel takes sequences alone" META "pool_id=%1$llu",
-                                          (unsigned long long)slot->sequence_id);
+        return REFUSE(INVALID_ARGUMENT, "INVALID_POOL", "ids: pages are a pool's, and the request names none");
+    return !link->channel.bound ||
+           REFUSE(UNIMPLEMENTED, "UNKNOWN_FEATURE",
+                  "pool %1$llu: a device channel answers with block ids, not with pages" META "pool_id=%1$llu",
+                  (unsigned long long)slot->sequence_id);
 }
 
 /* Everything of a token request but its columns and their sums. */

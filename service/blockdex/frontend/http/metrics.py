@@ -296,6 +296,9 @@ def _of_cache(info: Info, overview: CacheOverview) -> Iterator[Metric]:
     yield pages
     yield GaugeMetricFamily("blockdex_page_bytes", "Bytes of one page.", cache.page_bytes)
     yield GaugeMetricFamily("blockdex_sequences", "Open sequences, all tenants together.", cache.sequences)
+    yield GaugeMetricFamily(
+        "blockdex_pools", "Pools of engines that page themselves, all tenants together.", cache.pools
+    )
     yield CounterMetricFamily(
         "blockdex_evictions", "Sequences evicted, idle past their lease when pages ran out.", cache.evictions
     )

@@ -47,12 +47,12 @@ struct blockdex_channel {
 
 /* A request. Keys [rows, row_tokens, D], queries [rows, row_tokens, H, D], of the dtypes that `kind` says; the bytes of a
  * token of either, 0 for none. `wants_scores`: as the flags in `kind` say. `ids` to `revisions` have a number a row, a row of length 0 is padding; `replays` is one number, added to
- * each revision; both may be NULL. `kind`, `layer`, `heads`: words 1, 5 and 6 of the slot. `own_keys`, `own_queries`:
+ * each revision; both may be NULL. `kind`, `layer`, `heads`, `pool`: words 1, 5, 6 and 7 of the slot. `own_keys`, `own_queries`:
  * their offset in the channel's memory where they lie there, or -1. */
 struct blockdex_call {
     const void *keys, *queries;
     const long long *ids, *starts, *lengths, *revisions, *replays;
-    blockdex_u64 kind, layer, heads;
+    blockdex_u64 kind, layer, heads, pool;
     long long own_keys, own_queries;
     unsigned key_bytes, query_bytes, wants_scores;
     int rows, row_tokens;
@@ -115,6 +115,7 @@ static __device__ inline void blockdex_write_request(const struct blockdex_chann
     word[1] = call.kind;
     word[5] = call.layer | count << 32;
     word[6] = call.heads;
+    word[7] = call.pool;
     word[11] = (32 * count + 63) / 64 * 64;
     word[12] = call.key_bytes * tokens;
     word[13] = call.query_bytes * tokens;
