@@ -31,7 +31,7 @@ MAY_IMPORT = {
 }
 """Rooms that a room may import, besides itself. What is not listed here puts the rooms together, and may import all."""
 
-ANYWHERE = {"flags", "logs", "_native"}
+ANYWHERE = {"faults", "flags", "logs", "_native"}
 """Modules of the service that belong to no room; every room may use them."""
 
 FRONT = {"grpc", "google", "grpc_health", "grpc_reflection", "fastapi", "starlette", "uvicorn", "prometheus_client"}

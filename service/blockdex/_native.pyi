@@ -671,6 +671,24 @@ class RingConnection:
     def close(self) -> None:
         """Gives everything back; what was in flight is unknown."""
 
+def now() -> float:
+    """`time.monotonic` seconds, as the core, the cache and the scheduler read them."""
+
+def hold_clock(seconds: float | None, /) -> None:
+    """Has `now` stand still there; None: has it go on."""
+
+def arm_faults(seed: int, leap_seconds: float, odds: tuple[float, ...], /) -> None:
+    """Has seams fail from now on.
+
+    Args:
+        seed: of when.
+        leap_seconds: that a clock which fails is then ahead.
+        odds: of each seam of `blockdex.faults.SEAMS`, 0 to 1.
+    """
+
+def fault_strikes(seam: int, /) -> bool:
+    """Whether a seam is to fail now, by its place in `blockdex.faults.SEAMS`."""
+
 def set_weight(tenant: str, weight: float, /) -> None:
     """What a tenant weighs in this process, instead of 1: its share of room and time, beside those of others.
     To be called before requests come.

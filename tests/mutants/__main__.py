@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import blockdex
-from mutants import c_client, channel, client, core, pools, ring, wire
+from mutants import c_client, channel, client, core, pools, ring, simulation, wire
 from mutants.mutant import Mutant
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -28,6 +28,7 @@ MUTANTS = (
     *core.MUTANTS,
     *pools.MUTANTS,
     *channel.MUTANTS,
+    *simulation.MUTANTS,
 )
 _SECONDS = 240
 _PROGRAMS = ("csrc/test_interleavings.py", "csrc/test_programs.py")

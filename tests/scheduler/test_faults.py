@@ -282,6 +282,23 @@ async def test_a_batch_does_not_evict_what_it_works_on(random: np.random.Generat
         assert run.engine.info().epoch == epoch
 
 
+async def test_a_batch_does_not_evict_what_a_later_request_of_it_gets_pages_for(random: np.random.Generator) -> None:
+    """Its entry was found before, and the pages would go to whoever has it then, or to nobody."""
+    async with running(num_pages=5, lease_seconds=1e-6) as run:
+        await run.ask(open_sequence(A))
+        await run.ask(open_sequence(B, lease=600))
+        await run.ask(tokens(0, [(A, 0, 32)], keys=keys_of(random, 32)))
+        with run.backend.held("append") as entered:
+            busy = run.submit(tokens(0, [(B, 0, 1)], keys=keys_of(random, 1)))
+            await run.reached(entered)
+            greedy = run.submit(tokens(0, [(B, 1, 16)], keys=keys_of(random, 16)))
+            more = run.submit(tokens(0, [(A, 32, 1)], keys=keys_of(random, 1)))
+        await asyncio.wait_for(busy, 20)
+        assert (await refusal(greedy)).reason == Reason.OUT_OF_PAGES
+        assert (await refusal(more)).reason == Reason.OUT_OF_PAGES
+        check_integrity(run.engine._cache)
+
+
 async def test_a_batch_does_not_evict_what_a_prefill_reads(random: np.random.Generator) -> None:
     async with running(num_pages=16, lease_seconds=1e-6) as run:
         epoch = run.engine.info().epoch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import time
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -36,7 +37,14 @@ class ForeignFrontend:
         regions: bytes of the regions that it shares, by number.
     """
 
-    def __init__(self, handles: Handles, connected: socket.socket | None = None) -> None:
+    def __init__(
+        self,
+        handles: Handles,
+        connected: socket.socket | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self.handles = handles
         self.connected = connected
         self.told: dict[int, Told] = {}
@@ -74,7 +82,7 @@ class ForeignFrontend:
         segment, size = self._segment, aligned(request_bytes(request))
         if self._offset + size > segment.request_arena_bytes:
             self._offset = 0
-        now = time.monotonic()
+        now = self._clock()
         assert self.free, "no slot is free"
         slot = segment.request_slots_offset + self._requests._written % segment.request_slots * SLOT_BYTES
         write_request(segment, slot, self._offset, ticket, request, now, now + deadline, places)

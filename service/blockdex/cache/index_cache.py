@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockdex._native import SequenceIndex
+from blockdex._native import now as native_now
 from blockdex.cache.eviction import are_idle, choose_victims
 from blockdex.cache.overview import overview
 from blockdex.cache.page_pool import PageCopy, PagePool
@@ -78,7 +78,7 @@ class IndexCache:
         default_lease_seconds: float = 600.0,
         max_lease_seconds: float = math.inf,
         max_tenant_sequences: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = native_now,
     ) -> None:
         self.spec = spec
         self.epoch = secrets.randbelow(2**64 - 1) + 1
@@ -92,11 +92,18 @@ class IndexCache:
         self._evicted: dict[str, list[int]] = {}
         self._to_clear: list[NDArray[np.int32]] = []
         self._kept_since = float("inf")
+        self._named = np.zeros(0, np.intp)
         self._next_looked_at = 0
 
-    def begin_batch(self, began: float | None = None) -> None:
-        """No sequence is evicted that a call has named since then, a clock reading, or from now on."""
+    def begin_batch(self, began: float | None = None, named: NDArray[np.intp] | None = None) -> None:
+        """No sequence is evicted that a call has named since then, a clock reading, or from now on.
+
+        Args:
+            began: the clock reading; None for now.
+            named: entries `[N]` of the batch's own requests, which are not evicted before those have had their turn.
+        """
         self._kept_since = self._clock() if began is None else began
+        self._named = np.zeros(0, np.intp) if named is None else named
 
     def open_sequences(self, tenant: str, leases: Mapping[int, float]) -> None:
         """Opens empty sequences, all or none, each with its lease in seconds; 0 stands for the default.
@@ -404,6 +411,7 @@ class IndexCache:
         shortage = int(np.count_nonzero(readers)) + writes - pool.total
         if shortage <= 0:
             return []
+        named = np.concatenate((named, self._named))
         victims, freed = choose_victims(self._sequences, readers, shortage, named, self._kept_since, self._clock())
         if freed < shortage:
             raise ResourceExhaustedError(
@@ -446,7 +454,7 @@ class IndexCache:
         entries = (self._next_looked_at + np.arange(_LOOKED_AT)) % len(sequences.held)
         self._next_looked_at = int(entries[-1]) + 1
         empty = are_idle(sequences, entries, self._kept_since, now) & (sequences.held[entries] == 0)
-        for entry in entries[empty].tolist():
+        for entry in np.setdiff1d(entries[empty], self._named).tolist():
             if sequences.is_open(entry):
                 self._give_up(entry)
 

@@ -2,6 +2,7 @@
  * the wire to the ring (wire/, ring/), and from the ring to the device and back (core/). */
 #include "client/token_request.h"
 #include "core/core.h"
+#include "faults.h"
 #include "ring/client.h"
 #include "ring/connection.h"
 
@@ -48,7 +49,17 @@ static PyObject *set_weight(PyObject *module, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
+static PyObject *now(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    return PyFloat_FromDouble(1e-9 * (double)core_now());
+}
+
 static PyMethodDef functions[] = {
+    {"now", now, METH_NOARGS, "`time.monotonic` seconds, as the core reads them."},
+    {"arm_faults", faults_arm, METH_VARARGS,
+     "Has seams fail: a seed, seconds that the clock leaps, odds of each seam."},
+    {"fault_strikes", faults_strike, METH_O, "Whether a seam is to fail now, by its number."},
+    {"hold_clock", faults_hold_clock, METH_O, "Has `now` stand still there, in seconds; None: has it go on."},
     {"set_weight", set_weight, METH_VARARGS, "What a tenant weighs in this process, instead of 1."},
     {"read_selection", (PyCFunction)(void (*)(void))read_selection, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},

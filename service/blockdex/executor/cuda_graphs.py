@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import time
 from typing import NamedTuple
 
 import torch
 
+from blockdex._native import now
 from blockdex.executor.interface import (
     COLUMNS,
     MAX_RUNS,
@@ -174,14 +174,14 @@ class Launched(Pending):
         self._step = step  # it holds regions that the device reads
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record(stream)
-        self._began = time.monotonic()
+        self._began = now()
 
     def done(self) -> bool:
         """See `Pending.done`."""
         if not self._event.query():  # type: ignore[no-untyped-call]
             check_patience(self._began)
             return False
-        self.device_seconds = time.monotonic() - self._began
+        self.device_seconds = now() - self._began
         return True
 
     def answer(self) -> Answer | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blockdex._native import now
 from blockdex.executor import shared_memory
 from blockdex.executor.cuda_graphs import Graphs, Launched, shapes
 from blockdex.executor.device_tables import DeviceTables
@@ -167,7 +167,7 @@ class _Prefill(Pending):
         # Copied, since the next step may change the tables.
         cells = executor._host_cells[first : first + blocks].copy()
         self._launched = executor._launch_slice(step, cells, self._marks)
-        self._began = time.monotonic()
+        self._began = now()
         self._step = step  # it holds regions that the device reads and writes
 
     def done(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blockdex._native import now
 from blockdex_kernels.interface import Backend, Order, Selection, Spans
 from blockdex_kernels.spec import IndexSpec
 
@@ -311,7 +311,7 @@ class Executor(ABC):
         """Asks after a step in a step buffer that is not done.
 
         Args:
-            began: `time.monotonic` seconds of its launch.
+            began: `blockdex._native.now` seconds of its launch.
 
         Raises:
             RuntimeError: the device has failed.
@@ -367,8 +367,8 @@ def write_targets(selection: Selection, targets: Sequence[Target]) -> None:
 
 
 def check_patience(began: float) -> None:
-    """Raises DeviceHungError for a step that takes longer than any can; `began` by `time.monotonic`."""
-    if time.monotonic() - began > ANSWER_SECONDS:
+    """Raises DeviceHungError for a step that takes longer than any can; `began` by `blockdex._native.now`."""
+    if now() - began > ANSWER_SECONDS:
         raise DeviceHungError(f"device: a step has not ended after {ANSWER_SECONDS:.0f} s")
 
 

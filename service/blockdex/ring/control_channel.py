@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from blockdex.contract.errors import Reason, UnavailableError
+from blockdex.faults import strikes
 
 Words = dict[str, Any]
 
@@ -95,6 +96,10 @@ class ControlChannel:
     def tell(self, words: Words) -> None:
         """Sends words, dataclasses and arrays in them as objects and lists; to nobody, once the other end is gone."""
         body = json.dumps(words, separators=(",", ":"), default=_plain).encode()
+        if strikes("socket"):
+            self._writer.write(len(body).to_bytes(LENGTH_BYTES, "little"))
+            self._writer.transport.abort()
+            return
         self._writer.write(len(body).to_bytes(LENGTH_BYTES, "little") + body)
 
     async def drain(self) -> None:

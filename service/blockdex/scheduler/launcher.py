@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from blockdex.contract.errors import Reason, ResourceExhaustedError
 from blockdex.contract.messages import PHASES, Phase
 from blockdex.contract.stats import Stats
 from blockdex.executor.interface import Bytes, Executor, Packed, Pending, Step
+from blockdex.faults import strikes
 from blockdex.logs import log_event
 from blockdex.ring import layout
 from blockdex.scheduler.large_request import ALL_TOKENS, Chosen, LargeRequest, Reading, Rows, readings
@@ -149,7 +150,7 @@ class Launcher:
         self._note([caller for caller, _ in reading.callers], "prefill")
         self._note_busy()
         try:
-            pending = self._executor.begin_prefill(step)
+            pending = self._on_device(self._executor.begin_prefill, step)
         except torch.OutOfMemoryError as error:
             prefill.slices -= 1
             self._give_up([reading], error)
@@ -248,7 +249,14 @@ class Launcher:
             time.sleep(0)
         self._note_busy()
         self._steps += 1
-        self._in_flight.append(InFlight(self._executor.begin(step), phase, parts, appended=appended))
+        self._in_flight.append(InFlight(self._on_device(self._executor.begin, step), phase, parts, appended=appended))
+
+    def _on_device(self, begin: Callable[[Step], Pending], step: Step) -> Pending:
+        if strikes("launch"):
+            raise RuntimeError("device: a launch failed on purpose")
+        if step.keys is None and strikes("allocation"):
+            raise torch.OutOfMemoryError("device: an allocation failed on purpose")
+        return begin(step)
 
     def _steps_begun(self) -> int:
         """Other steps that have begun so far, the core's too."""

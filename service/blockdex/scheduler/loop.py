@@ -21,6 +21,7 @@ from blockdex.contract.messages import CacheOverview, Info, Limits
 from blockdex.contract.stats import Stats
 from blockdex.executor.factory import make_executor
 from blockdex.executor.interface import DeviceHungError
+from blockdex.faults import strikes
 from blockdex.logs import log_fault
 from blockdex.ring.events import Draining, NewEpoch, evictions
 from blockdex.ring.regions import Offer, Region
@@ -30,7 +31,7 @@ from blockdex.scheduler.core import Shared, add_counts, make_core
 from blockdex.scheduler.large_request import LargeRequest
 from blockdex.scheduler.launcher import Launcher
 from blockdex.scheduler.regions import open_region, region_kinds
-from blockdex.scheduler.sequences import SequenceKeeper
+from blockdex.scheduler.sequences import SequenceKeeper, named_by
 from blockdex_kernels import IndexSpec
 from blockdex_kernels.dispatch import device_name
 from blockdex_kernels.interface import Backend
@@ -104,6 +105,7 @@ class Engine:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._next_look = 0.0
+        self._faults, self._born = 0, native.now()
         self._core = make_core(inbox, self._executor, limits, decode_queries)
         self._cache = self._new_cache()
         self._serve_cache()
@@ -198,27 +200,36 @@ class Engine:
 
     def _run(self) -> None:
         self._executor.use_device()
-        faults, born = 0, time.monotonic()
         while not self._stopping.is_set():
-            began, idle = self._core.time_beside, not self._launcher.in_flight
-            try:
-                why = self._core.run(self._patience())
-                if idle:
-                    began = self._core.time_beside
-                self._step(why)
-            except Exception as error:
-                faults = 1 if time.monotonic() - born > _LONG_LIFE_SECONDS else faults + 1
-                self._stats.faults += 1
-                log_fault(logger, "a batch failed: the cache is given up and starts anew", error, in_a_row=faults)
-                self._check_device(error)
-                self._start_anew()
-                if faults >= _MOST_FAULTS:
-                    raise
-                if faults > 1:
-                    # What fails at once would fail again without end, and fill the log with it.
-                    self._stopping.wait(min(_FIRST_PAUSE_SECONDS * 2**faults, _LONGEST_PAUSE_SECONDS))
-                born = time.monotonic()
-            self._stats.busy_seconds += self._core.time_beside - began
+            self.turn()
+
+    def turn(self, longest: float = _FOR_EVER) -> None:
+        """One turn of the loop: what the core does, for so many seconds at most, and what it then leaves to decide.
+
+        A batch that fails ends the epoch.
+
+        Raises:
+            Exception: what a batch failed of, after too many in a row.
+        """
+        began, idle = self._core.time_beside, not self._launcher.in_flight
+        try:
+            why = self._core.run(min(self._patience(), longest))
+            if idle:
+                began = self._core.time_beside
+            self._step(why)
+        except Exception as error:
+            self._faults = 1 if native.now() - self._born > _LONG_LIFE_SECONDS else self._faults + 1
+            self._stats.faults += 1
+            log_fault(logger, "a batch failed: the cache is given up and starts anew", error, in_a_row=self._faults)
+            self._check_device(error)
+            self._start_anew()
+            if self._faults >= _MOST_FAULTS:
+                raise
+            if self._faults > 1:
+                # What fails at once would fail again without end, and fill the log with it.
+                self._stopping.wait(min(_FIRST_PAUSE_SECONDS * 2**self._faults, _LONGEST_PAUSE_SECONDS))
+            self._born = native.now()
+        self._stats.busy_seconds += self._core.time_beside - began
 
     def _patience(self) -> float:
         """Seconds that the core may serve by itself before anything else is to be looked after."""
@@ -248,14 +259,13 @@ class Engine:
         launcher.begin_slice()
 
     def _look_after_prefills(self) -> None:
-        now = time.monotonic()
+        now = native.now()
         if self._launcher.reads and now > self._next_look:
             self._next_look = now + _LOOK_SECONDS
             self._launcher.drop_gone()
 
     def _decide(self) -> None:
         """Runs what fits no step, then does what the core left: it has begun its own step before."""
-        self._cache.begin_batch(self._core.looked)
         large: list[LargeRequest] = []
         others: list[tuple[Any, ...]] = []
         while (item := self._core.take()) is not None:
@@ -263,6 +273,7 @@ class Engine:
                 large.append(LargeRequest.of(item))
             else:
                 others.append(item)
+        self._cache.begin_batch(self._core.looked, named_by(others))
         # Those that get pages are counted with their step.
         begun = len(large) + sum(kind != "pages" for _, kind, *_ in others)
         if begun:
@@ -283,6 +294,8 @@ class Engine:
         if len(fresh := self._cache.take_pages_to_clear()):
             self._executor.clear_pages(fresh)
         if copies:
+            if strikes("copy"):
+                raise RuntimeError("device: a copy failed on purpose")
             self._executor.copy_pages(*map(list, zip(*copies, strict=True)))
         self._shared.update()
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blockdex._native import Core
 from blockdex.cache import IndexCache, PageCopy, Sequence
@@ -81,6 +82,15 @@ class SequenceKeeper:
         if kind not in {"open", "get", "create_pool"}:
             self._core.try_again()
         return copies
+
+
+def named_by(items: Iterable[tuple[Any, ...]]) -> NDArray[np.intp]:
+    """Entries `[N]` of the sequences that requests for pages name, among what the core has handed over.
+
+    Each was found when its request was checked, and is to be the same sequence's when its pages are granted.
+    """
+    parts = [Rows.of(item[3]).entries for item in items if item[1] == "pages"]
+    return np.concatenate([*parts, np.zeros(0, np.uint32)]).astype(np.intp)
 
 
 def refuse(core: Core, number: int, error: BlockdexError) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
+from blockdex.faults import arm
 from blockdex.logs import configure_logging, set_level
 from blockdex.ring.control_channel import ControlChannel, Words
 from blockdex.server import mps
@@ -140,6 +141,7 @@ async def _converse(connected: socket.socket, run: Run) -> None:
     words = await anext(heard)
     settings = ServeSettings.restore(words["settings"])
     configure_logging(settings.log_format, settings.log_level)
+    arm()
     await run(talk, settings, words, _after_log_levels(heard))
 
 

@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from blockdex.contract.messages import Limits
 from blockdex.contract.sizes import parse_size
+from blockdex.faults import VARIABLE as FAULTS_VARIABLE
 from blockdex.flags import FlagParser, did_you_mean
 from blockdex.server.addresses import Address
 from blockdex_kernels import IndexSpec
@@ -397,7 +398,7 @@ def _check_file(path: str | None) -> None:
 
 
 def _check_variables() -> None:
-    known = [_variable(name) for name, *_ in _described()]
+    known = [_variable(name) for name, *_ in _described()] + [FAULTS_VARIABLE]
     for name, value in os.environ.items():
         if name.startswith(ENV_PREFIX) and value and name not in known and not _OF_KUBERNETES.search(f"{name}={value}"):
             raise ConfigError(f"{name}: unknown setting in the environment{did_you_mean(name, known, ENV_PREFIX)}")

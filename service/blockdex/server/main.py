@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from blockdex.contract.messages import Info
 from blockdex.contract.version import VERSION
+from blockdex.faults import FaultsError, arm
 from blockdex.frontend.http.readiness import Readiness
 from blockdex.logs import configure_logging, log_event, set_level
 from blockdex.server.addresses import Address
@@ -68,6 +69,7 @@ def serve(settings: ServeSettings, read: Read) -> int:
     # A terminal that is closed sends it too, also before there is a loop to handle it.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
+        arm()
         spec = settings.index_spec()
         check_tracing(settings)
         split = splits(settings)
@@ -82,7 +84,7 @@ def serve(settings: ServeSettings, read: Read) -> int:
             if split:
                 return asyncio.run(_run_split(settings, read, http_socket, files))
             return _run_on_ring(settings, spec, read, http_socket, files)
-    except (StartError, SpecError) as error:
+    except (StartError, SpecError, FaultsError) as error:
         log_event(logger, logging.ERROR, "refused to start", reason=str(error))
         return 2
 

@@ -210,7 +210,7 @@ static inline double core_weight(const struct core *core, uint32_t tenant) {
     return core->index->tenants.all[tenant].weight;
 }
 
-/* Nanoseconds of CLOCK_MONOTONIC. */
+/* Nanoseconds of CLOCK_MONOTONIC: the time of the core, the cache and the scheduler. */
 int64_t core_now(void);
 static inline void core_add(counter *to, uint64_t more) {
     atomic_store_explicit(to, atomic_load_explicit(to, memory_order_relaxed) + more, memory_order_relaxed);

@@ -1,9 +1,11 @@
 /* Steps of the device: what was gathered goes there, and what it has written to who asked. */
 #include "core/casts.h"
 #include "core/core.h"
+#include "faults.h"
 
 #include <assert.h>
 
+enum { CUDA_ERROR_UNKNOWN = 999 };
 enum { ITEM_BYTES = 2, UNWRITTEN = -2 }; /* less than any block id, and than the -1 of a place without one */
 /* A NaN that no kernel writes: where a score is still to come. */
 static const uint32_t UNWRITTEN_SCORE = 0xffffffff;
@@ -193,6 +195,10 @@ bool core_begin(struct core *core, int64_t now) {
     step->cost = from->cost;
     step->alone = !core->in_flight;
     if (!core->in_flight++) core->busy_since = now;
+    if (fault_strikes(FAULT_LAUNCH)) {
+        core->launch_error = CUDA_ERROR_UNKNOWN;
+        return false;
+    }
     if (core->run_step) {
         step->launched = core_now();
         if (!run_in_python(core, number)) return false;

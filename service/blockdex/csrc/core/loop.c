@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "core/core.h"
 #include "cpu_relax.h"
+#include "faults.h"
 
 #include <time.h>
 
@@ -14,7 +15,8 @@ static const int64_t LATE_AFTER = 1000000; /* nanoseconds; then the device is as
 int64_t core_now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+    const int64_t now = (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+    return __builtin_expect(faults_armed, false) ? faults_time(now) : now;
 }
 
 /* Until a frontend or another thread rings, or until then. */

@@ -2,6 +2,7 @@
  * knowledge of the cache. What the layout forbids breaks the link; what the contract forbids is refused. */
 #include "core/casts.h"
 #include "core/core.h"
+#include "faults.h"
 
 #include <assert.h>
 #include <stdarg.h>
@@ -377,7 +378,7 @@ static bool check_sequences(struct core *core, struct server_link *link, const s
 static struct request *new_request(struct server_link *link, const struct blockdex_request *slot, uint32_t spans) {
     const size_t applies = (spans + 7) / 8, cells = sets_tables(slot) ? slot->number : 0;
     const size_t words = WORDS * (size_t)spans + applies + cells;
-    struct request *request = calloc(1, sizeof *request + 8 * words);
+    struct request *request = fault_strikes(FAULT_ALLOCATION) ? NULL : calloc(1, sizeof *request + 8 * words);
     if (!request) return NULL;
     request->link = link;
     request->slot = *slot;

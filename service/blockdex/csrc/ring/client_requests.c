@@ -1,4 +1,5 @@
 /* What a link sends: token requests as they came off the wire, requests about sequences, and what is given up. */
+#include "faults.h"
 #include "ring/client.h"
 
 #include <stdlib.h>
@@ -11,6 +12,9 @@ bool client_link_publish(struct client_link *self, const struct blockdex_request
     if (self->closed || taken >= self->segment.num_request_slots) return false;
     memcpy(self->segment.request_slots + self->written % self->segment.num_request_slots * BLOCKDEX_SLOT_BYTES, slot,
            sizeof *slot);
+    if (fault_strikes(FAULT_RING_WRITE))
+        memset(self->segment.request_slots + self->written % self->segment.num_request_slots * BLOCKDEX_SLOT_BYTES,
+               0xff, sizeof *slot);
     self->written++;
     self->active = blockdex_now();
     blockdex_show(&self->segment.header->requests_written, self->written, &self->segment.header->engine_sleeps,
