@@ -196,7 +196,7 @@ bool core_begin(struct core *core, int64_t now) {
     step->alone = !core->in_flight;
     if (!core->in_flight++) core->busy_since = now;
     if (fault_strikes(FAULT_LAUNCH)) {
-        core->launch_error = CUDA_ERROR_UNKNOWN;
+        core_note_driver(core, "cuGraphLaunch", CUDA_ERROR_UNKNOWN);
         return false;
     }
     if (core->run_step) {
