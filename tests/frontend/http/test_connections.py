@@ -92,6 +92,17 @@ async def test_a_bad_body_is_told_and_logs_no_traceback(body: bytes, caplog: pyt
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) <= 20
 
 
+async def test_nonsense_behind_a_request_for_heads_logs_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    """No answer to it has a body, that to the nonsense neither."""
+    async with serving() as port:
+        for behind in (b"\0" * 20, b"5\r\x0bhello\r\n"):
+            reader, writer = await connect(port)
+            writer.write(b"HEAD /healthz HTTP/1.0\r\n\r\n" + behind)
+            assert (await ends(reader)).startswith(b"HTTP/1.1 ")
+            writer.close()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 async def test_too_many_connections_are_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "MOST_CONNECTIONS", 3)
     async with serving() as port:
