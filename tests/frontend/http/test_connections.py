@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 from fastapi import FastAPI
@@ -23,7 +24,7 @@ LARGE = 64 << 20
 async def serving() -> AsyncIterator[int]:
     """A server with two answers, one of them large, and one that takes its time; its port."""
     app = FastAPI()
-    app.head("/slow")(lambda: asyncio.sleep(0.3))
+    app.head("/slow")(partial(asyncio.sleep, 0.3))
     app.get("/healthz")(lambda: "alive")
     app.get("/large")(lambda: "x" * LARGE)
     with socket.create_server(("127.0.0.1", 0)) as listening:
