@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.environment import environment
-from fuzz import live, ring, wire
+from fuzz import guided, live, ring, wire
 
-_WIRE_SECONDS = 60
+_WIRE_SECONDS, _ADMISSION_SECONDS = 60, 480
 
 
 def main() -> int:
@@ -28,14 +28,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="blockdex-fuzz-") as folder:
         count = wire.fuzz(Path(folder), _WIRE_SECONDS, options.seed)
         reached = wire.lines_reached(Path(folder))
+        admitted, reached_edges, edges = guided.fuzz(Path(folder), _ADMISSION_SECONDS, options.seed)
     slots = ring.run(options.each, options.seed)
     report = live.run(options.each, options.seed, options.seconds)
     doors = {name: {"inputs": door.inputs, "outcomes": dict(door.outcomes)} for name, door in report.doors.items()}
     result = {
         "environment": environment("blockdex", "grpcio"),
         "seed": options.seed,
-        "inputs": count + slots.written + sum(door.inputs for door in report.doors.values()),
-        "doors": {"wire": {"inputs": count, "lines_reached_percent": reached}, "ring": asdict(slots), **doors},
+        "inputs": count + admitted + slots.written + sum(door.inputs for door in report.doors.values()),
+        "doors": {
+            "wire": {"inputs": count, "lines_reached_percent": reached},
+            "admission": {"inputs": admitted, "edges_reached": reached_edges, "edges": edges},
+            "ring": asdict(slots),
+            **doors,
+        },
         "private_bytes_after_a_fifth_and_at_the_end": report.memory,
         "answers_checked_beside": report.answers,
         "wrong": report.wrong,

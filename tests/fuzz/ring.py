@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import random
 from dataclasses import dataclass, field
 
@@ -46,7 +47,9 @@ def run(count: int, seed: int) -> Slots:
     """
     slots = Slots()
     with simulated():
-        for number in range(-(-count // _OF_A_SIMULATION)):
+        for number in itertools.count():
+            if slots.written >= count:
+                break
             simulation = Simulation(seed + number, tenants=TENANTS[:1])
             hostile = Hostile(simulation, slots, seed + number)
             try:
@@ -78,15 +81,13 @@ class Hostile:
     def write(self) -> None:
         """One slot, and what it carries."""
         frontend, draw = self._frontend, self._draw
-        for told in frontend.told.values():
-            self._slots.outcomes[told.numbers.code] += 1
-        frontend.told.clear()
+        while frontend.read(1):
+            self._slots.outcomes[frontend.told.popitem()[1].numbers.code] += 1
         if self._is_broken:
             self._slots.broken += 1
             self.leave()
             self._come()
             return
-        frontend.read()
         if not frontend.free:
             return
         self._ticket += 1

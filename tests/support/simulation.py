@@ -244,7 +244,7 @@ class Simulation:
         if draw < 0.34:
             self._ask(client)
         elif draw < 0.64:
-            self._turn()
+            self.turn()
         elif draw < 0.80:
             self.device.run_one()
         elif draw < 0.87:
@@ -273,7 +273,7 @@ class Simulation:
         frontend.write(frontend.lay(request, ticket, deadline=timeout))
         client.asked[ticket] = Asked(request, self.now, self.now + timeout)
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
         before = self.epoch
         self._pass(0.001)
         self.engine.turn(0.0)
@@ -342,7 +342,7 @@ class Simulation:
         for turn in range(_MOST_TURNS):
             if not any(client.unanswered for client in self.clients) and not self._busy:
                 break
-            self._turn()
+            self.turn()
             self.device.run_one()
             for client in self.clients:
                 self._read(client)
@@ -353,7 +353,7 @@ class Simulation:
             raise AssertionError(f"never answered: {stuck}")
         # What was cut may have pages to give back, and who has gone memory.
         for _ in range(3):
-            self._turn()
+            self.turn()
 
     # What was answered.
 
@@ -466,7 +466,7 @@ class History:
         """Copies, with and without each sequence that the request names and that is evicted some time."""
         copies = []
         tenant = asked.request.tenant
-        gone = [each for each in self.evicted if each in asked.named and (tenant, each) in self.engine.sequences]
+        gone = [each for each in set(self.evicted) if each in asked.named and (tenant, each) in self.engine.sequences]
         for count in range(len(gone) + 1):
             for names in itertools.combinations(gone, count):
                 history = self.copy()
