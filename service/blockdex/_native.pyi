@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 NOTICED: int
 FOR_PYTHON: int
+SET_CELLS: int
 LATE: int
 BROKEN: int
 MAX_RUNS: int
@@ -205,11 +206,11 @@ class Core:
         """Serves until there is something for Python, or so many seconds have passed; once, with 0.
 
         Returns:
-            Why, added up: `NOTICED`, `FOR_PYTHON` (see `take` and `take_cut`), `LATE` (the device should be asked
-            after), `BROKEN` (see `take_broken`); or 0.
+            Why, added up: `NOTICED`, `FOR_PYTHON` (see `take` and `take_cut`), `SET_CELLS` (see `take_set_cells`),
+            `LATE` (the device should be asked after), `BROKEN` (see `take_broken`); or 0.
 
         Raises:
-            RuntimeError: `cuGraphLaunch` failed, with the number of its CUDA error.
+            RuntimeError: a call of the driver failed: its name, and the number of its CUDA error.
             MemoryError: there is none for an answer.
             Exception: whatever the `run_step` raises.
         """

@@ -157,7 +157,14 @@ MUTANTS = (
     Mutant(
         "more signals than there is room for", _LAUNCH, " && signals < CORE_SIGNALS", " && signals < 1000", _IN_CORE
     ),
-    Mutant("a signal that failed goes on", _LOOP, "core->no_memory || core->launch_error", "core->no_memory", _IN_CORE),
+    Mutant(
+        "a signal that goes well hides a launch that did not",
+        "csrc/core/core.h",
+        "if (!error || core->driver_error) return;",
+        "",
+        _IN_CORE,
+    ),
+    Mutant("a signal that failed goes on", _LOOP, "core->no_memory || core->driver_error", "core->no_memory", _IN_CORE),
     Mutant(
         "the core sleeps beside a channel",
         _LOOP,

@@ -161,6 +161,19 @@ def test_more_channels_than_a_step_can_signal(bare: BareCore) -> None:
     assert channels[-1].begun == [1] * 3
     assert len(addresses | set(seen.signals[0].tolist())) == len(channels)
     assert np.count_nonzero(seen.signals[0]) == native.SIGNALS
+    bare.device.end()
+    bare.look()
+    assert len(channels[-1].told) == 3, "each once"
+
+
+def test_a_launch_that_is_refused_is_told_whatever_comes_of_the_signals_behind_it(bare: BareCore) -> None:
+    channels = [Channel(bare) for _ in range(native.SIGNALS + 1)]
+    for channel in channels:
+        channel.ring((1, LENGTH - 1), keys=False)
+    bare.device.error = 700
+    with pytest.raises(RuntimeError, match="cuGraphLaunch failed: CUDA error 700"):
+        bare.core.run(0.0)
+    assert len(channels[-1].told) == 1
 
 
 def test_what_is_done_already_is_signalled_at_once(bare: BareCore) -> None:
@@ -206,7 +219,7 @@ def test_a_signal_that_the_device_refuses(bare: BareCore) -> None:
     bare.look()
     channel.error = 718
     channel.ring((2, LENGTH), queries=False, revision=5)
-    with pytest.raises(RuntimeError, match="the device takes no step: CUDA error 718"):
+    with pytest.raises(RuntimeError, match="cuStreamWriteValue64 failed: CUDA error 718"):
         bare.core.run(0.0)
 
 

@@ -26,6 +26,7 @@ static int fill(PyObject *module) {
            PyModule_AddIntConstant(module, "WAITS_FOR_ROOM", WAITS_FOR_ROOM) |
            PyModule_AddIntConstant(module, "NOTICED", CORE_NOTICED) |
            PyModule_AddIntConstant(module, "FOR_PYTHON", CORE_FOR_PYTHON) |
+           PyModule_AddIntConstant(module, "SET_CELLS", CORE_SET_CELLS) |
            PyModule_AddIntConstant(module, "LATE", CORE_LATE) | PyModule_AddIntConstant(module, "BROKEN", CORE_BROKEN) |
            PyModule_AddIntConstant(module, "MAX_RUNS", CORE_RUNS) |
            PyModule_AddIntConstant(module, "MAX_TOKENS", CORE_TOKENS) |

@@ -38,6 +38,7 @@ class _Writer:
             there.copy_(self._host, non_blocking=True)
             # A cell that is named twice has the same page in both places.
             cells.index_copy_(0, there[0], there[1].int())
+        self._graph.replay()  # The first time a graph takes up to a millisecond. Cell 0 becomes what it is, 0.
 
     def write(self, places: NDArray[np.intp], pages: NDArray[np.int32]) -> None:
         """Queues up to `_CHANGES` cells on the current stream."""

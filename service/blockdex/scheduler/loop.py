@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import blockdex._native as native
 from blockdex.cache import TABLE_ROW, IndexCache, PageCopy
@@ -251,6 +252,8 @@ class Engine:
         self._look_after_prefills()
         if why & native.FOR_PYTHON:
             self._decide()
+        elif why & native.SET_CELLS:
+            self._write_tables(np.frombuffer(self._core.take_set_cells(), np.int64))
         if launcher.in_flight and not launcher.prefills:
             time.sleep(0)  # Lets other threads run while the device does.
         launcher.begin_slice()
@@ -287,9 +290,7 @@ class Engine:
     def _take_over(self, copies: list[PageCopy]) -> None:
         """Has the device and the core know what has changed in the cache."""
         set_cells = np.frombuffer(self._core.take_set_cells(), np.int64)
-        changes = np.concatenate((self._cache.take_table_changes(), set_cells))
-        if len(changes):
-            self._executor.write_tables(self._cache.table_cells, changes)
+        self._write_tables(np.concatenate((self._cache.take_table_changes(), set_cells)))
         if len(fresh := self._cache.take_pages_to_clear()):
             self._executor.clear_pages(fresh)
         if copies:
@@ -297,6 +298,10 @@ class Engine:
                 raise RuntimeError("device: a copy failed on purpose")
             self._executor.copy_pages(*map(list, zip(*copies, strict=True)))
         self._shared.update()
+
+    def _write_tables(self, changes: NDArray[np.int64]) -> None:
+        if len(changes):
+            self._executor.write_tables(self._cache.table_cells, changes)
 
     def _start_anew(self) -> None:
         """After a fault nobody knows what the pages hold: everything is refused, and a new epoch begins."""

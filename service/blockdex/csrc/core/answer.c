@@ -44,7 +44,7 @@ void core_signal(struct core *core, struct request *request) {
     if (!channel->on_device)
         __atomic_store_n(answered, number, __ATOMIC_RELEASE);
     else if (core->signal)
-        core->launch_error = core->signal(core->stream, (uintptr_t)answered, number, 0);
+        core_note_driver(core, "cuStreamWriteValue64", core->signal(core->stream, (uintptr_t)answered, number, 0));
     request->signalled = true;
 }
 

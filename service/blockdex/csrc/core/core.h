@@ -14,7 +14,7 @@
 
 enum { CORE_RUNS = 256, CORE_TOKENS = 512, CORE_STEPS = 2, CORE_COLUMNS = 5, CORE_ASKED = 1024, CORE_SIGNALS = 16 };
 /* Why `run` returns before its time is up, a bit each. */
-enum { CORE_NOTICED = 1, CORE_FOR_PYTHON = 2, CORE_LATE = 4, CORE_BROKEN = 8 };
+enum { CORE_NOTICED = 1, CORE_FOR_PYTHON = 2, CORE_LATE = 4, CORE_BROKEN = 8, CORE_SET_CELLS = 16 };
 /* Calls of clients on this host: what each is, over a link and over a device channel. */
 enum { CORE_RPCS = 11, CORE_CALLS = 2 * CORE_RPCS, CORE_OUTCOMES = 512, CORE_REASON_BYTES = 32 };
 enum { CORE_PHASES = 4, CORE_STAGES = 4, CORE_BUCKETS = 32 };
@@ -173,7 +173,8 @@ struct core {
     size_t num_replays;
     struct step steps[CORE_STEPS];
     uint32_t first, in_flight;
-    int launch_error;
+    int driver_error; /* of the first call of the driver that failed, and its name */
+    const char *driver_call;
     PyThreadState *without_gil;
     /* How it waits. */
     uint32_t num_channels;
@@ -297,11 +298,18 @@ void core_name_pages(const struct core *core, const struct request *request, int
 
 /* launch.c */
 
+/* Keeps what a call of the driver came to, if it is the first that failed. */
+static inline void core_note_driver(struct core *core, const char *call, int error) {
+    if (!error || core->driver_error) return;
+    core->driver_error = error;
+    core->driver_call = call;
+}
+
 /* The smallest programs that hold so much; NULL where there are none. */
 const struct replay *core_replay(const struct core *core, uint32_t runs, uint32_t longest, int64_t end);
 
-/* Launches what was gathered, without the GIL. False: the device takes no step (`launch_error`), or, with the GIL, Python's
- * own step raised. */
+/* Launches what was gathered, without the GIL. False: the driver refused (`driver_error`), or, with the GIL, Python's own
+ * step raised. */
 bool core_begin(struct core *core, int64_t now);
 
 /* Answers the steps that have ended; false: no memory is left. */

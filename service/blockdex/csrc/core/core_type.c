@@ -5,10 +5,10 @@
 
 static PyObject *fail(struct core *core) {
     if (PyErr_Occurred()) return NULL;
-    if (!core->launch_error) return PyErr_NoMemory();
-    int error = core->launch_error;
-    core->launch_error = 0;
-    return PyErr_Format(PyExc_RuntimeError, "the device takes no step: CUDA error %d", error);
+    if (!core->driver_error) return PyErr_NoMemory();
+    int error = core->driver_error;
+    core->driver_error = 0;
+    return PyErr_Format(PyExc_RuntimeError, "%s failed: CUDA error %d", core->driver_call, error);
 }
 
 static bool is_used(const struct core *core, const struct server_link *link) {

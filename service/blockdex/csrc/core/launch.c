@@ -196,19 +196,19 @@ bool core_begin(struct core *core, int64_t now) {
     step->alone = !core->in_flight;
     if (!core->in_flight++) core->busy_since = now;
     if (fault_strikes(FAULT_LAUNCH)) {
-        core->launch_error = CUDA_ERROR_UNKNOWN;
+        core_note_driver(core, "cuGraphLaunch", CUDA_ERROR_UNKNOWN);
         return false;
     }
     if (core->run_step) {
         step->launched = core_now();
         if (!run_in_python(core, number)) return false;
     } else {
-        core->launch_error = core->launch(replay->programs[number], core->stream);
+        core_note_driver(core, "cuGraphLaunch", core->launch(replay->programs[number], core->stream));
         for (uint32_t asked = 0; asked < from->num_asked; asked++) {
             struct request *request = from->asked[asked].request;
             if (request->link->channel.on_device && !request->signalled) core_signal(core, request);
         }
-        if (core->launch_error) return false;
+        if (core->driver_error) return false;
         step->launched = core_now();
     }
     core_add(&core->num_steps, 1);

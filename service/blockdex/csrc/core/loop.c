@@ -62,11 +62,12 @@ static int pass(struct core *core, int64_t now) {
         if (core->gathered.runs && !core_begin(core, now)) return -1;
     }
     core_publish(core);
-    if (core->num_for_python || core->num_to_trim || core->num_set_cells) why |= CORE_FOR_PYTHON;
+    if (core->num_for_python || core->num_to_trim) why |= CORE_FOR_PYTHON;
+    if (core->num_set_cells) why |= CORE_SET_CELLS;
     if (core->broken) why |= CORE_BROKEN;
     if (core->in_flight && is_late(core, now)) why |= CORE_LATE;
     if (atomic_exchange_explicit(&core->noticed, 0, memory_order_acq_rel)) why |= CORE_NOTICED;
-    return core->no_memory || core->launch_error ? -1 : why;
+    return core->no_memory || core->driver_error ? -1 : why;
 }
 
 static void wait(struct core *core, int64_t now, int64_t until) {
