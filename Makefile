@@ -10,7 +10,7 @@ RELEASE := $(VENV)/.release
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 NATIVE := service/blockdex/_native.abi3.so
-FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/csrc/*.[ch] benchmarks/colocated/*.c examples/cpp_engine/*.cpp)
+FORMATTED_C := $(wildcard service/blockdex/csrc/*.[ch] service/blockdex/csrc/*/*.[ch] service/blockdex/ring/include/*.h tests/csrc/*.[ch] tests/fuzz/*.c benchmarks/colocated/*.c examples/cpp_engine/*.cpp)
 
 # A torch that the machine already has (a CUDA build, say) is used as it is; otherwise exactly the constrained one comes.
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
@@ -22,6 +22,7 @@ TOOLS := prometheus=prometheus promtool=prometheus amtool=prometheus-alertmanage
 	gcc=build-essential cmake=cmake
 CROSS_TOOLS := aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu qemu-aarch64=qemu-user \
 	/usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1=libc6-dev-arm64-cross
+FUZZ_TOOLS := clang=clang clang=libclang-rt-dev
 IMAGE_TOOLS := buildah=buildah debootstrap=debootstrap runc=runc
 
 .PHONY: help install tools demo demo-paged test test-all test-vllm mutants lint format proto wheels sbom audit lock bench bench-gpu bench-service docs clean
@@ -69,7 +70,7 @@ test: $(STAMP) $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
 	$(BIN)/python -m pytest -m 'not slow' tests/client
 
 test-all: test $(RELEASE) ## The tests, and those that take longer: images are built and run, as root
-	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS)
+	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS) $(FUZZ_TOOLS)
 	$(BIN)/python -m pytest -m slow
 	$(MAKE) test-vllm
 

@@ -113,9 +113,13 @@ def _checked(outcome: Outcome, clients: Sequence[Checked]) -> Iterator[None]:
                 outcome.wrong.append(f"{client.name}: {client.failure!r}")
 
 
-def _recovered(outcome: Outcome, kind: str, clients: Sequence[Checked], since: float) -> None:
-    """Waits until every client is served again."""
-    served = [client.good_after(since, _RECOVERY_SECONDS) for client in clients]
+def _all_go_on(clients: Sequence[Checked]) -> bool:
+    return all(client.failure is None for client in clients)
+
+
+def _recovered(outcome: Outcome, kind: str, clients: Sequence[Checked], since: float, until: float) -> None:
+    """Waits until all clients are served by calls that began after `until`; the time counts from `since`."""
+    served = [client.good_after(until, _RECOVERY_SECONDS) for client in clients]
     late = [client.name for client, at in zip(clients, served, strict=True) if at is None]
     if late:
         outcome.wrong.append(f"{kind}: not served again within {_RECOVERY_SECONDS:g} s: {', '.join(late)}")
@@ -135,14 +139,14 @@ def _do_from_outside(outcome: Outcome, kinds: Sequence[str], each: int, seed: in
         ]
         doer = Doer(server, proxy, random)
         with _checked(outcome, clients):
-            _recovered(Outcome(), "start", clients, time.monotonic())
+            _recovered(Outcome(), "start", clients, time.monotonic(), time.monotonic())
             for kind in random.permutation([*kinds] * each).tolist():
                 began = time.monotonic()
                 KINDS[kind](doer)
                 # What is killed is gone at once; what is held is held until now.
-                _recovered(outcome, kind, clients, began if kind.startswith("kill") else time.monotonic())
-                if outcome.wrong:
-                    outcome.wrong.extend(server.output[-20:])
+                over = time.monotonic()
+                _recovered(outcome, kind, clients, began if kind.startswith("kill") else over, over)
+                if not _all_go_on(clients):
                     return
                 time.sleep(_QUIET_SECONDS)
 
@@ -164,7 +168,7 @@ def _let_certificates_expire(outcome: Outcome, each: int, seed: int) -> None:
                     papers.issue("server", *NAMES)
                     began = time.monotonic()
                     _until(lambda: _lets_in(server, tls), f"{kind}: nobody is let in after it", outcome)
-                    _recovered(outcome, kind, [client], began)
+                    _recovered(outcome, kind, [client], began, time.monotonic())
 
 
 def _lets_in(server: Target, tls: blockdex.TLS) -> bool:
@@ -194,13 +198,13 @@ def _make_seam_fail(outcome: Outcome, kind: str, faults: str, each: int, seed: i
         with _checked(outcome, clients):
             seen = 0
             deadline = time.monotonic() + _LONGEST_SEAM_SECONDS
-            while len(outcome.recoveries.get(kind, ())) < each and time.monotonic() < deadline and not outcome.wrong:
+            while len(outcome.recoveries.get(kind, ())) < each and time.monotonic() < deadline and _all_go_on(clients):
                 with contextlib.suppress(OSError, urllib.error.URLError):
                     urllib.request.urlopen(f"http://{server.http}/metrics", timeout=2).close()
                 if len(server.faults_made) > seen:
                     began = time.monotonic()
                     seen = len(server.faults_made)
-                    _recovered(outcome, kind, clients, began)
+                    _recovered(outcome, kind, clients, began, began)
                 time.sleep(0.01)
         if len(outcome.recoveries.get(kind, ())) < each:
             outcome.wrong.append(

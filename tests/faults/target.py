@@ -41,6 +41,7 @@ class Target:
     Args:
         flags: more of `blockdex serve`.
         faults: `BLOCKDEX_FAULTS`, or nothing.
+        wrapped: whether it runs as that user, and with that `/dev/shm`.
 
     Attributes:
         address: `host:port` of gRPC, the same whenever it is started.
@@ -48,7 +49,8 @@ class Target:
         faults_made: lines that told of a fault of the switchboard so far.
     """
 
-    def __init__(self, *flags: str, faults: str = "") -> None:
+    def __init__(self, *flags: str, faults: str = "", wrapped: bool = True) -> None:
+        self._wrapper = (*_SMALL_SHM, *NOBODY, *_READS_ALL) if wrapped else ()
         self._folder = tempfile.TemporaryDirectory(prefix="blockdex-faults-")
         model = Path(self._folder.name, "config.json")
         model.write_text(json.dumps({"sparse_attention_config": MODEL}), encoding="ascii")
@@ -89,7 +91,7 @@ class Target:
         Raises:
             AssertionError: it does not.
         """
-        command = (*_SMALL_SHM, *NOBODY, *_READS_ALL, sys.executable, "-m", "blockdex", *self._flags)
+        command = (*self._wrapper, sys.executable, "-m", "blockdex", *self._flags)
         self._process = subprocess.Popen(
             command, env=environment(**self._variables), stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -140,9 +142,9 @@ class Target:
 
 
 @contextlib.contextmanager
-def target(*flags: str, faults: str = "") -> Iterator[Target]:
+def target(*flags: str, faults: str = "", wrapped: bool = True) -> Iterator[Target]:
     """Runs one."""
-    made = Target(*flags, faults=faults)
+    made = Target(*flags, faults=faults, wrapped=wrapped)
     try:
         yield made
     finally:

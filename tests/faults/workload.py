@@ -128,7 +128,7 @@ class Checked:
             self._known = Known(number)
             return
         known, random = self._known, self._random
-        if len(known.keys[0]) > _LONGEST:
+        if max(map(len, known.keys)) > _LONGEST:
             client.close_sequence(known.number)
             self._known = None
             return

@@ -2,7 +2,7 @@
 
 It reads what it is given as late as a device may: step buffers and page tables of the host when a step runs, not when
 it is launched. In place of blocks it answers fingerprints of all keys that a query sees, so that one key too many, too
-few or from elsewhere shows.
+few or from elsewhere shows; as scores it writes the same.
 """
 
 from __future__ import annotations
@@ -41,14 +41,20 @@ SHAPES = ((4, LONGEST), (256, 2), (128, LONGEST))
 """Runs and tokens of captured steps."""
 _BLOCKS = SPEC.max_sequence_tokens // SPEC.block_size
 _WEIGHTS = np.random.default_rng(7).integers(1, 2**63, SPEC.max_sequence_tokens, np.uint64) | np.uint64(1)
-_DIGITS = np.array([1, 1 << 8, 1 << 16, 1 << 24], np.uint64)
+_DIGITS = np.array([1, 1 << 16, 1 << 32, 1 << 48], np.uint64)
+"""Of a vector of bfloat16, as one number."""
 _MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _numbers_of(vectors: NDArray[np.float32]) -> NDArray[np.uint64]:
+    """A number for each vector `[..., D]` of numbers that bfloat16 has."""
+    return (vectors.view(np.uint32) >> 16).astype(np.uint64) @ _DIGITS
 
 
 def fingerprints(keys: NDArray[np.float32], queries: NDArray[np.float32], start: int) -> NDArray[np.int32]:
     """What queries `[T, heads, D]` at positions from `start` on are answered over keys `[length, D]`."""
-    seen = np.cumsum((keys.astype(np.uint64) @ _DIGITS) * _WEIGHTS[: len(keys)])[start : start + len(queries)]
-    mixed = seen[:, None] * _MIX ^ queries.astype(np.uint64) @ _DIGITS
+    seen = np.cumsum(_numbers_of(keys) * _WEIGHTS[: len(keys)])[start : start + len(queries)]
+    mixed = seen[:, None] * _MIX ^ _numbers_of(queries)
     parts = mixed[:, :, None] >> np.arange(0, 15 * SPEC.topk, 15, dtype=np.uint64)
     return (parts & np.uint64(0x7FFF)).astype(np.int32)
 
@@ -242,6 +248,7 @@ class SimulatedDevice(Executor):
         own = columns[:, columns[2] > 0]
         self._append(own, keys, self._cells, RUN_APPENDS)
         ids[:used] = self._select(own, queries, self._cells, RUN_SELECTS)
+        buffer.scores[: ids.size] = ids.reshape(-1)
         buffer.block_ids[: ids.size] = ids.reshape(-1)
 
     def _append(
@@ -291,7 +298,7 @@ class _Pending(Pending):
         return self._done
 
     def answer(self) -> Answer | None:
-        return None if self._ids is None else Answer(self._ids, None)
+        return None if self._ids is None else Answer(self._ids, self._ids.astype(np.float32))
 
 
 def _floats(bits: NDArray[np.uint8]) -> NDArray[np.float32]:

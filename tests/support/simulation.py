@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +43,7 @@ LIMITS = Limits(
     max_message_bytes=1 << 20, max_spans=8, max_queued_requests=256, max_stream_requests=64, max_wait_ms=20_000
 )
 LEASE = 5.0
-_SIZES = Sizes(slots=16, request_bytes=1 << 20, answer_bytes=1 << 20)
+SIZES = Sizes(slots=16, request_bytes=1 << 20, answer_bytes=1 << 20)
 _IDS = range(1, 6)
 _MOST_HISTORIES = 64
 _MOST_TURNS = 400
@@ -165,6 +165,7 @@ class Simulation:
 
     Args:
         seed: of everything that happens.
+        tenants: whose clients there are.
 
     Attributes:
         compared: answers that a history explains.
@@ -172,7 +173,7 @@ class Simulation:
         lives: caches that there were before this one.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, tenants: Sequence[str] = TENANTS) -> None:
         self.random = np.random.default_rng(seed)
         self.now, self.compared, self.unexplained, self.lives = 1000.0, 0, 0, 0
         native.hold_clock(self.now)
@@ -202,7 +203,7 @@ class Simulation:
         self._epochs = [self.epoch]
         self._broken = 0
         self._ends = {tenant: [FingerprintEngine(SPEC, self.epoch)] for tenant in TENANTS}
-        self.clients = [self._connect(tenant) for tenant in TENANTS]
+        self.clients = [self._connect(tenant) for tenant in tenants]
 
     @property
     def epoch(self) -> int:
@@ -213,9 +214,17 @@ class Simulation:
         """Does so many things, and compares, so many times."""
         for _ in range(windows):
             for _ in range(actions):
-                self._act()
-            self._settle()
-            self._compare()
+                self.act()
+            self.settle()
+            self.compare()
+
+    def add(self, line: ServerLink) -> None:
+        """Has the engine serve one more link."""
+        self._inbox.add(line)
+
+    def drop(self, line: ServerLink) -> None:
+        """Has the engine serve a link no more."""
+        self._inbox.drop(line)
 
     def close(self) -> None:
         """Gives the files back."""
@@ -227,14 +236,15 @@ class Simulation:
 
     # What happens.
 
-    def _act(self) -> None:
+    def act(self) -> None:
+        """One thing."""
         random = self.random
         client = self.clients[int(random.integers(len(self.clients)))]
         draw = random.random()
         if draw < 0.34:
             self._ask(client)
         elif draw < 0.64:
-            self._turn()
+            self.turn()
         elif draw < 0.80:
             self.device.run_one()
         elif draw < 0.87:
@@ -253,7 +263,7 @@ class Simulation:
     def _ask(self, client: Client) -> None:
         if not client.frontend.free:
             return
-        request = _draw(self.random, client.tenant, client.hope)
+        request = draw_request(self.random, client.tenant, client.hope)
         client.hope.answer(request)
         self._send(client, request, float(self.random.choice([100.0, 100.0, 100.0, 2.0])))
 
@@ -263,7 +273,7 @@ class Simulation:
         frontend.write(frontend.lay(request, ticket, deadline=timeout))
         client.asked[ticket] = Asked(request, self.now, self.now + timeout)
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
         before = self.epoch
         self._pass(0.001)
         self.engine.turn(0.0)
@@ -309,7 +319,7 @@ class Simulation:
             asked.life = self.lives
 
     def _connect(self, tenant: str) -> Client:
-        engine_side, handles = new_link(_SIZES, self.epoch)
+        engine_side, handles = new_link(SIZES, self.epoch)
         frontend = ForeignFrontend(handles, clock=native.now)
         line = ServerLink(engine_side, _fail, lambda event: self._hear(tenant, event))
         self._inbox.add(line)
@@ -326,13 +336,13 @@ class Simulation:
         launcher = self.engine._launcher
         return self.device.busy or launcher.in_flight or launcher.reads or self.engine._core.unanswered > 0
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Until everything is answered; what waits for keys is late in the end."""
         self.device.failure = None
         for turn in range(_MOST_TURNS):
             if not any(client.unanswered for client in self.clients) and not self._busy:
                 break
-            self._turn()
+            self.turn()
             self.device.run_one()
             for client in self.clients:
                 self._read(client)
@@ -343,11 +353,11 @@ class Simulation:
             raise AssertionError(f"never answered: {stuck}")
         # What was cut may have pages to give back, and who has gone memory.
         for _ in range(3):
-            self._turn()
+            self.turn()
 
     # What was answered.
 
-    def _compare(self) -> None:
+    def compare(self) -> None:
         """Finds a history that explains what each tenant was answered, and that ends in what the device holds."""
         check_integrity(self.engine._cache)
         assert self.engine._core.counts()["integrity_faults"] == 0, "the core contradicts itself"
@@ -456,7 +466,7 @@ class History:
         """Copies, with and without each sequence that the request names and that is evicted some time."""
         copies = []
         tenant = asked.request.tenant
-        gone = [each for each in self.evicted if each in asked.named and (tenant, each) in self.engine.sequences]
+        gone = [each for each in set(self.evicted) if each in asked.named and (tenant, each) in self.engine.sequences]
         for count in range(len(gone) + 1):
             for names in itertools.combinations(gone, count):
                 history = self.copy()
@@ -509,7 +519,7 @@ def _fail(error: Exception) -> None:
 # What clients ask.
 
 
-def _draw(random: np.random.Generator, tenant: str, hope: FingerprintEngine) -> Request:
+def draw_request(random: np.random.Generator, tenant: str, hope: FingerprintEngine) -> Request:
     """A request that mostly makes sense where all those before it will have gone well."""
     held = [sequence for _, sequence in hope.sequences]
     some = int(random.choice(held)) if held and random.random() < 0.95 else int(random.choice(_IDS))

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 from fastapi import FastAPI
@@ -21,8 +22,9 @@ LARGE = 64 << 20
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[int]:
-    """A server with two answers, one of them large; its port."""
+    """A server with two answers, one of them large, and one that takes its time; its port."""
     app = FastAPI()
+    app.head("/slow")(partial(asyncio.sleep, 0.3))
     app.get("/healthz")(lambda: "alive")
     app.get("/large")(lambda: "x" * LARGE)
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -90,6 +92,19 @@ async def test_a_bad_body_is_told_and_logs_no_traceback(body: bytes, caplog: pyt
             writer.close()
     assert not [record for record in caplog.records if record.exc_info]
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) <= 20
+
+
+async def test_nonsense_behind_a_request_for_heads_logs_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    """No answer to it has a body, that to the nonsense neither."""
+    async with serving() as port:
+        for behind in (b"\0" * 20, b"5\r\x0bhello\r\n"):
+            reader, writer = await connect(port)
+            writer.write(b"HEAD /slow HTTP/1.0\r\n\r\n")
+            await asyncio.sleep(0.1)
+            writer.write(behind)
+            await ends(reader)
+            writer.close()
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 async def test_too_many_connections_are_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:

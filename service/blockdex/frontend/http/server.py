@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Iterator
 
 import uvicorn
+from h11 import LocalProtocolError
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -53,15 +54,17 @@ class _Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Says that a request is none; of one that is being answered already the answer is given up."""
-        if self.cycle is None or self.cycle.response_complete:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started:
+                self.transport.close()
+                return
+        try:
             super().send_400_response(msg)
-            return
-        self.cycle.disconnected = True
-        self.cycle.message_event.set()
-        if self.cycle.response_started:
+        except LocalProtocolError:
+            # The one before takes no such answer: to HEAD none has a body.
             self.transport.close()
-        else:
-            super().send_400_response(msg)
 
     def _wait_again(self) -> None:
         self._stop_waiting()
