@@ -55,7 +55,7 @@ def test_a_stub_of_stock_tooling_talks_to_the_server(server: Serving, tmp_path: 
         sys.executable, ROOT / "tests" / "support" / "foreign_client.py", server.grpc_address, PYTHONPATH=str(stubs)
     )
     assert client.returncode == 0, client.stderr
-    epoch = server.event("serving")["epoch"]
+    epoch = int(server.event("serving")["epoch"])
     assert client.stdout == f"served 3 layers, epoch {epoch}\n"
 
 

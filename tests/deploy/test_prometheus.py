@@ -224,7 +224,7 @@ def test_every_alert_is_evaluated_and_quiet_while_all_is_well(scraped: Prometheu
 
 
 def test_the_epoch_is_that_of_the_cache(scraped: Prometheus, serving: Serving) -> None:
-    assert scraped.value("blockdex_epoch") == serving.event("serving")["epoch"] >> 11
+    assert scraped.value("blockdex_epoch") == int(serving.event("serving")["epoch"]) >> 11
 
 
 def test_a_server_that_is_lost_and_comes_back_empty_raises_alerts(

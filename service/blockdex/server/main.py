@@ -277,7 +277,7 @@ def _log_start(info: Info, http: HttpSide, grpc_address: str, http_address: str,
         device=info.device,
         capacity_tokens=info.cache.capacity_tokens,
         capacity_bytes=info.cache.pages_total * info.cache.page_bytes,
-        epoch=info.epoch,
+        epoch=str(info.epoch),  # as /v1/info has it: 64 bits do not fit a JSON number
         **sharing,
         **pids,
         **kernels,

@@ -84,7 +84,7 @@ async def test_an_eviction_is_told_to_every_stream_of_its_tenant_and_to_no_other
 async def test_a_cache_born_anew_in_a_living_engine_is_told_to_every_stream(random: np.random.Generator) -> None:
     flags = (*SMALL, "--processes", "single")
     with serve(*flags, program=("-c", FAILS_ONCE)) as serving, wire(serving.grpc_address, "red") as red:
-        before = serving.event("serving")["epoch"]
+        before = int(serving.event("serving")["epoch"])
         async with streams(red, STREAMS) as opened:
             red.call(open_request(7))
             with refused() as refusals:
