@@ -7,13 +7,13 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.environment import environment
+from blockdex.contract.errors import Code
 from fuzz import guided, live, ring, wire
 
-_WIRE_SECONDS, _ADMISSION_SECONDS = 60, 480
+_WIRE_SECONDS = 60
 
 
 def main() -> int:
@@ -22,13 +22,16 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=100_000, help="inputs of every door")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3600.0, help="longest that the live server is asked")
+    parser.add_argument(
+        "--admission-seconds", type=int, default=480, help="that the core is asked under coverage guidance"
+    )
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="blockdex-fuzz-") as folder:
         count = wire.fuzz(Path(folder), _WIRE_SECONDS, options.seed)
         reached = wire.lines_reached(Path(folder))
-        admitted, reached_edges, edges = guided.fuzz(Path(folder), _ADMISSION_SECONDS, options.seed)
+        admitted, reached_edges, edges = guided.fuzz(Path(folder), options.admission_seconds, options.seed)
     slots = ring.run(options.each, options.seed)
     report = live.run(options.each, options.seed, options.seconds)
     doors = {name: {"inputs": door.inputs, "outcomes": dict(door.outcomes)} for name, door in report.doors.items()}
@@ -39,7 +42,12 @@ def main() -> int:
         "doors": {
             "wire": {"inputs": count, "lines_reached_percent": reached},
             "admission": {"inputs": admitted, "edges_reached": reached_edges, "edges": edges},
-            "ring": asdict(slots),
+            "ring": {
+                "inputs": slots.written,
+                "links_broken": slots.broken,
+                "outcomes": {Code(code).name if code else "OK": count for code, count in slots.outcomes.items()},
+                "answers_explained_beside": slots.compared,
+            },
             **doors,
         },
         "private_bytes_after_a_fifth_and_at_the_end": report.memory,
