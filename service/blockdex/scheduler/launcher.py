@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 # Share of the last slice in what is expected of the next one.
 _LEARNING_RATE = 0.25
-# Longest slice while several tenants ask: what one of them asks for next waits for the other's slice.
-_CONTENDED_SECONDS = 0.004
+# Longest slice while several tenants ask: what one of them asks for next waits for it. On a CPU, so short ones take a
+# tenth longer in all.
+_CONTENDED_SECONDS = 0.0005
 
 
 @dataclass(slots=True)
