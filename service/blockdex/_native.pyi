@@ -140,6 +140,7 @@ class Core:
         max_sequence_tokens: of the indexer.
         max_spans, max_message_bytes: limits of a request.
         max_queued: requests that may be unanswered; more are refused as OVERLOADED.
+        max_queue_seconds: once one of a tenant has waited for so long, more of the tenant's are refused likewise.
         odd_keys, odd_queries: whether they are rounded to odd where they become bfloat16, as a cache needs it that
             rounds them once more.
         nudge: eventfd that `notice` writes and `run` sleeps on.
@@ -174,6 +175,7 @@ class Core:
         max_sequence_tokens: int,
         max_spans: int,
         max_queued: int,
+        max_queue_seconds: float,
         max_message_bytes: int,
         scale: float,
         odd_keys: bool,

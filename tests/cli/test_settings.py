@@ -111,6 +111,7 @@ SAMPLES = {
     "max_tenant_sequences": "9",
     "tenant_weights": "engine=a=2,b=0.5",
     "max_wait_seconds": "0.5",
+    "max_queue_seconds": "0.5",
     "max_link_regions": "9",
     "max_link_region_bytes": "1MiB",
     "max_region_bytes": "2MiB",

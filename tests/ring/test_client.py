@@ -21,7 +21,6 @@ from blockdex.contract.errors import (
     UnavailableError,
 )
 from blockdex.contract.messages import SequenceState
-from blockdex.ring import client as ring_client
 from blockdex.ring.caller import STREAM
 from blockdex.ring.handshake import Handles, take
 from blockdex.ring.layout import AT, CANCEL, REQUEST_STRUCT, SLOT_BYTES, RequestSlot
@@ -151,11 +150,11 @@ async def test_answers_that_are_kept_stay_as_they_are(random: np.random.Generato
 
 @contextlib.asynccontextmanager
 async def cramped(
-    monkeypatch: pytest.MonkeyPatch, *, requests: int, answers: int, slots: int = 8
+    monkeypatch: pytest.MonkeyPatch, *, requests: int, answers: int, slots: int = 8, max_queue_ms: int = 1000
 ) -> AsyncIterator[Hosted]:
     """An engine behind a ring with little room."""
     monkeypatch.setattr("blockdex.ring.listener.sizes_of", lambda spec, limits: Sizes(slots, requests, answers))
-    async with hosted() as run:
+    async with hosted(limits=dataclasses.replace(LIMITS, max_queue_ms=max_queue_ms)) as run:
         await run.ask(open_sequence(1))
         yield run
 
@@ -178,8 +177,7 @@ async def test_requests_wait_for_room_in_their_order(
 
 
 async def test_no_room_for_long_is_overload(random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring_client, "ROOM_SECONDS", 0.2)
-    async with cramped(monkeypatch, requests=250_000, answers=1 << 20) as run:
+    async with cramped(monkeypatch, requests=250_000, answers=1 << 20, max_queue_ms=200) as run:
         queries = queries_of(random, LONG)
         waits = run.channel.submit(tokens(0, [(1, 0, LONG)], queries=queries, wait=True), TIMEOUT)
         error = await refusal(run.channel.submit(tokens(0, [(1, 0, LONG)], queries=queries), TIMEOUT))

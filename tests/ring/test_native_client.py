@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +42,7 @@ class DeadEnd:
     def __init__(self) -> None:
         self.engine, handles = new_link(Sizes(4, ROOM, 1 << 20), epoch=1)
         self.segment = handles.segment
-        info: Any = SimpleNamespace(spec=SPEC, limits=LIMITS)
+        info: Any = SimpleNamespace(spec=SPEC, limits=replace(LIMITS, max_queue_ms=200))
         self.breaks = 0
         self.link = client.ClientLink(handles, info, self._broken, TIMEOUT, None)
         self.answers = Producer(self.segment, "answer", Bell(self.segment, "client_sleeps", self.engine.client_bell))
@@ -86,10 +87,7 @@ async def dead_end() -> AsyncIterator[DeadEnd]:
     end.engine.close()
 
 
-async def test_who_waits_behind_a_cancellation_is_refused_in_time(
-    dead_end: DeadEnd, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client, "ROOM_SECONDS", 0.2)
+async def test_who_waits_behind_a_cancellation_is_refused_in_time(dead_end: DeadEnd) -> None:
     sent = [dead_end.begin() for _ in range(4)]
     assert dead_end.link.give_up(sent[0], 0)
     error = await refusal(dead_end.begin())

@@ -45,6 +45,17 @@ def test_room_that_nobody_uses_is_taken_from_the_front_again() -> None:
             counters[AT["answers_read"] // 8] = number + 1
 
 
+def test_what_was_passed_over_is_free() -> None:
+    """One answer at the front, which is not read yet, takes no more room than it needs."""
+    with link() as (line, frontend):
+        first = line.claim(100)
+        assert first is not None
+        frontend.handles.segment.counters[AT["answer_bytes_freed"] // 8] = first[2]
+        offsets = [place[1] for _ in range(ARENA // 128) if (place := line.claim(100))]
+        assert offsets == list(range(0, ARENA, 128))
+        assert line.claim(1) is None
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, ARENA // 2), st.integers(0, 100)), max_size=60))
 @example([(False, ARENA // 2, 0), (False, ARENA // 2, 0), (False, 64, 0)])
 @example([(False, 448, 0), (False, 448, 0), (True, 0, 0), (False, 64, 0), (False, 448, 0)])

@@ -291,6 +291,7 @@ def make_core(spec: IndexSpec) -> native.Core:
         max_sequence_tokens=100,
         max_spans=1,
         max_queued=1,
+        max_queue_seconds=1.0,
         max_message_bytes=1,
         scale=1.0,
         odd_keys=False,

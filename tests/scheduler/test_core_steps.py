@@ -59,6 +59,15 @@ def test_a_step_holds_all_that_came(device_core: BareCore) -> None:
         check_answer(frontend, ticket, request)
 
 
+def test_what_ran_at_once_is_answered_at_once(bare: BareCore) -> None:
+    """Whatever Python does next, a slice of a prefill say, its caller does not wait for that."""
+    door, request = bare.open_client(), usual(bare)
+    door.send(request)
+    assert bare.look() == 0
+    assert door.read() == 1
+    check_answer(door, 0, request)
+
+
 def test_the_smallest_program_that_holds_it() -> None:
     shapes = [(1, 1, 3), (2, 1, 3), (2, LONGEST, 3), (4, 2, 4)]
     with bare_core(replays=shapes) as bare:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import numpy as np
@@ -99,6 +100,55 @@ def test_one_tenant_leaves_room_in_the_queue() -> None:
                 bare.device.end()
         frontend.read()
         assert not isinstance(frontend.told[90].answer, BlockdexError)
+
+
+def test_who_comes_behind_one_that_waits_too_long_is_refused() -> None:
+    with bare_core(
+        max_queued=4096,
+        max_queue_seconds=0.05,
+        sequences=SEQUENCES,
+        num_pages=HELD * (SEQUENCES + 1),
+        replays=[(native.MAX_RUNS, 2, 1000)],
+    ) as bare:
+        add_modest(bare)
+        door = bare.open_client(Sizes(slots=4096, request_bytes=4 << 20, answer_bytes=4 << 20))
+        more = 3 * native.MAX_RUNS
+        door.send(*[selection(0, 1 + number % SEQUENCES) for number in range(more)])
+        bare.look()
+        bare.look()  # Two steps are on their way, and a third of what came waits.
+        time.sleep(0.1)
+        door.send(selection(0, 1), first_ticket=more)
+        door.send(selection(MODEST_LAYER, 1, MODEST), first_ticket=more + 1)
+
+        def end_all() -> None:
+            for _ in range(6):
+                if bare.device.begun:
+                    bare.device.end()
+                bare.look()
+                door.read()
+
+        end_all()
+        refused = door.told[more].answer
+        assert isinstance(refused, BlockdexError) and refused.reason == Reason.OVERLOADED
+        words = r"queue: a request of the tenant has waited 0\.[12]\d\d s, at most 0\.050 s are allowed"
+        assert re.fullmatch(words, refused.message), refused.message
+        others = [told.answer for ticket, told in door.told.items() if ticket != more]
+        assert len(others) == more + 1 and not any(isinstance(answer, BlockdexError) for answer in others)
+        door.send(selection(0, 1), first_ticket=more + 2)
+        end_all()
+        assert not isinstance(door.told[more + 2].answer, BlockdexError), "nobody waits any more"
+
+
+def test_what_came_while_the_core_did_something_else_is_not_late() -> None:
+    with bare_core(max_queue_seconds=0.01, replays=[(native.MAX_RUNS, 2, 1000)]) as bare:
+        door = bare.open_client(MANY)
+        door.send(selection(0, 1), selection(1, 1))
+        time.sleep(0.05)
+        bare.look()
+        bare.device.end()
+        bare.look()
+        door.read()
+        assert not any(isinstance(told.answer, BlockdexError) for told in door.told.values())
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ class Admission:
             max_sequence_tokens=spec.max_sequence_tokens,
             max_spans=64,
             max_queued=8,
+            max_queue_seconds=1.0,
             max_message_bytes=1 << 20,
             scale=1.0,
             odd_keys=False,

@@ -164,7 +164,7 @@ class BareCore:
         spec: of the indexer.
         sequences: how many there are: 1 to so many of the tenant, in entries from 0 on.
         replays: the device's programs (runs, length, width); None: it runs steps at once, in Python.
-        spin_seconds, hold_seconds, max_spans, max_message_bytes, max_queued, odd_keys: see `Core`.
+        spin_seconds, hold_seconds, max_spans, max_message_bytes, max_queued, max_queue_seconds, odd_keys: see `Core`.
     """
 
     def __init__(
@@ -178,6 +178,7 @@ class BareCore:
         max_spans: int = 1024,
         max_message_bytes: int = 1 << 30,
         max_queued: int = 256,
+        max_queue_seconds: float = 10.0,
         odd_keys: bool = False,
         num_pages: int | None = None,
     ) -> None:
@@ -195,6 +196,7 @@ class BareCore:
             max_sequence_tokens=spec.max_sequence_tokens,
             max_spans=max_spans,
             max_queued=max_queued,
+            max_queue_seconds=max_queue_seconds,
             max_message_bytes=max_message_bytes,
             scale=spec.score_scale,
             odd_keys=odd_keys,

@@ -152,6 +152,7 @@ class Limits:
     max_queued_requests: int
     max_stream_requests: int
     max_wait_ms: int
+    max_queue_ms: int = 1000
     max_link_regions: int = 256
     max_link_region_bytes: int = 16 << 30
     max_region_bytes: int = 64 << 30

@@ -37,9 +37,6 @@ from blockdex.ring.selector import RingSelector
 
 logger = logging.getLogger(__name__)
 
-ROOM_SECONDS = 2.0
-"""Longest that a request waits for room in shared memory before it is refused as OVERLOADED."""
-
 _AGAIN_SECONDS = 0.02
 
 _ALONE_SECONDS = 0.0001
@@ -97,6 +94,7 @@ class ClientLink:
             )
         except ValueError as error:
             raise RingError(str(error)) from None
+        self._room_seconds = info.limits.max_queue_ms / 1000
         self._flushing: asyncio.Handle | None = None
         self._sleepers: dict[str, deque[asyncio.Future[None]]] = {}
         self._closed = False
@@ -132,7 +130,7 @@ class ClientLink:
         sleeper = self._loop.create_future()
         self._sleepers.setdefault(tenant, deque()).append(sleeper)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(sleeper, ROOM_SECONDS)
+            await asyncio.wait_for(sleeper, self._room_seconds)
         return sleeper.done() and not sleeper.cancelled()
 
     def send(self, caller: Caller, rpc: int, tenant: str, timeout: float, message: bytes) -> bool:
@@ -227,9 +225,9 @@ class ClientLink:
     def _refuse_overdue(self) -> None:
         segment = self._handles.segment
         among = f"among {segment.request_arena_bytes} and {segment.request_slots}"
-        for taken in self._ring.overdue(ROOM_SECONDS):
+        for taken in self._ring.overdue(self._room_seconds):
             room = f"{taken[-1]} bytes and a slot {among}"
-            words = f"queue: waited {ROOM_SECONDS:g} s for {room}"
+            words = f"queue: waited {self._room_seconds:g} s for {room}"
             _refuse(taken, ResourceExhaustedError(words, Reason.OVERLOADED))
 
     def _woken(self) -> None:
@@ -453,14 +451,14 @@ class RingChannel(RemoteReports):
         return self._link is None or self._link.may_begin(tenant, size)
 
     async def share_freed(self, tenant: str) -> bool:
-        """Waits until a request of a tenant is answered, for `ROOM_SECONDS` at most; whether one was."""
+        """Waits until a request of a tenant is answered, for `Limits.max_queue_ms` at most; whether one was."""
         return self._link is not None and await self._link.share_freed(tenant)
 
     def send(self, caller: Caller, rpc: int, tenant: str, timeout: float, message: bytes) -> bool:
         """Sends a token request as it came off the wire.
 
         What no slot can carry is refused before this returns, and so is one too many (OVERLOADED). A request waits for
-        room in shared memory for `ROOM_SECONDS`; those of one caller take effect in the order sent.
+        room in shared memory for `Limits.max_queue_ms`; those of one caller take effect in the order sent.
 
         Args:
             caller: who is told of the answer; no two of its requests in flight have the same number.

@@ -38,6 +38,7 @@ def make_core(inbox: RingInbox, executor: Executor, limits: Limits, decode_queri
         max_sequence_tokens=spec.max_sequence_tokens,
         max_spans=limits.max_spans,
         max_queued=limits.max_queued_requests,
+        max_queue_seconds=limits.max_queue_ms / 1000,
         max_message_bytes=limits.max_message_bytes,
         scale=spec.score_scale,
         # What becomes e4m3 later on is rounded to odd first, so that both roundings together are one.

@@ -193,6 +193,13 @@ class ServeSettings(BaseSettings):
     max_wait_seconds: float = _setting(
         60.0, "SECONDS", "Longest that a request without a deadline waits for keys or its turn.", gt=0, le=86400
     )
+    max_queue_seconds: float = _setting(
+        1.0,
+        "SECONDS",
+        "Once a request of a tenant has waited so long for room or its turn, more of the tenant's are refused.",
+        gt=0,
+        le=86400,
+    )
     max_link_regions: int = _setting(256, "N", "Regions that a client on this host shares at once.", ge=1, le=256)
     max_link_region_bytes: Size = _setting("16GiB", "SIZE", "Their bytes, those of one link together.", ge=1)
     max_region_bytes: Size = _setting("64GiB", "SIZE", "Their bytes, those of all clients together.", ge=1)
@@ -279,6 +286,7 @@ class ServeSettings(BaseSettings):
             max_queued_requests=self.max_queued_requests,
             max_stream_requests=self.max_stream_requests,
             max_wait_ms=max(1, round(self.max_wait_seconds * 1000)),
+            max_queue_ms=max(1, round(self.max_queue_seconds * 1000)),
             max_link_regions=self.max_link_regions,
             max_link_region_bytes=self.max_link_region_bytes,
             max_region_bytes=self.max_region_bytes,

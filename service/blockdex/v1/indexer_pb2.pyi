@@ -240,12 +240,13 @@ class IndexSpec(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_index_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_size: _Optional[int] = ..., topk: _Optional[int] = ..., init_blocks: _Optional[int] = ..., local_blocks: _Optional[int] = ..., scoring: _Optional[_Union[Scoring, str]] = ..., scale: _Optional[float] = ..., key_dtype: _Optional[_Union[Dtype, str]] = ..., max_sequence_tokens: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "max_spans", "max_queued_requests", "max_stream_requests", "max_wait_ms", "max_link_regions", "max_link_region_bytes", "max_region_bytes")
+    __slots__ = ("max_message_bytes", "max_spans", "max_queued_requests", "max_stream_requests", "max_wait_ms", "max_queue_ms", "max_link_regions", "max_link_region_bytes", "max_region_bytes")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_SPANS_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_STREAM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     MAX_LINK_REGIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_LINK_REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -254,10 +255,11 @@ class Limits(_message.Message):
     max_queued_requests: int
     max_stream_requests: int
     max_wait_ms: int
+    max_queue_ms: int
     max_link_regions: int
     max_link_region_bytes: int
     max_region_bytes: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., max_spans: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_stream_requests: _Optional[int] = ..., max_wait_ms: _Optional[int] = ..., max_link_regions: _Optional[int] = ..., max_link_region_bytes: _Optional[int] = ..., max_region_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_spans: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_stream_requests: _Optional[int] = ..., max_wait_ms: _Optional[int] = ..., max_queue_ms: _Optional[int] = ..., max_link_regions: _Optional[int] = ..., max_link_region_bytes: _Optional[int] = ..., max_region_bytes: _Optional[int] = ...) -> None: ...
 
 class CacheUsage(_message.Message):
     __slots__ = ("pages_total", "pages_used", "pages_shared", "capacity_tokens", "page_bytes", "sequences", "evictions", "pools")

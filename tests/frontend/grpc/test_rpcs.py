@@ -76,6 +76,7 @@ def test_get_info_says_what_is_served(tenant: Wire) -> None:
         max_queued_requests=4096,
         max_stream_requests=256,
         max_wait_ms=60_000,
+        max_queue_ms=1000,
         max_link_regions=256,
         max_link_region_bytes=16 << 30,
         max_region_bytes=64 << 30,

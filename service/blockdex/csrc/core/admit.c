@@ -22,6 +22,7 @@ enum { ABORTED = 10, OUT_OF_RANGE = 11 };
 /* In blocks of keys to be read: what a tenant takes before it is another one's turn, what a request about sequences costs,
  * and what a tenant may have of any step. What a turn overdraws costs later ones, this many at most. */
 enum { TURN_COST = 64, SEQUENCE_COST = 4, LEAST_COST = 256, MOST_TURNS = 8 };
+enum { STEPS_A_QUEUE = 4 };
 /* Of the device in one step, for one tenant while another one asks too: whoever waits for its next step waits for so long
  * at most, since a device that does not run requests side by side takes longer the more a step has of them. */
 static const double STEP_SECONDS = 0.002;
@@ -493,10 +494,14 @@ static bool consider(struct core *core, struct request *request, int64_t now) {
     }
 }
 
-/* Most that a step may take of one tenant, in blocks of keys to be read. */
+/* Most that a step may take of one tenant, in blocks of keys to be read. While nobody else asks, a step is a part of the
+ * longest wait only: what comes meanwhile waits for it, and the queue would never be seen to be too long. */
 static double most_of(const struct core *core, uint32_t tenant, int64_t now) {
-    if (!turns_contended(&core->turns, now) || core->spent_seconds <= 0) return INFINITY;
-    return core_weight(core, tenant) * fmax(LEAST_COST, STEP_SECONDS * core->spent_cost / core->spent_seconds);
+    if (core->spent_seconds <= 0) return INFINITY;
+    const double per_second = core->spent_cost / core->spent_seconds;
+    if (turns_contended(&core->turns, now))
+        return core_weight(core, tenant) * fmax(LEAST_COST, STEP_SECONDS * per_second);
+    return fmax(LEAST_COST, 1e-9 * (double)core->longest_queue / STEPS_A_QUEUE * per_second);
 }
 
 static bool has_its_part(const struct core *core, uint32_t tenant, int64_t now) {

@@ -138,6 +138,7 @@ struct core {
     bool odd_keys, odd_queries;
     int64_t max_tokens;
     uint64_t max_message_bytes, epoch;
+    int64_t longest_queue; /* nanoseconds for which one request of a tenant may wait before others are refused */
     struct sequence_columns sequences;
     struct sequence_index *index;
     /* What is asked. */

@@ -167,30 +167,46 @@ static bool check_sizes(const struct core *core) {
 }
 
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"layers",         "heads",        "head_dim",
-                            "topk",           "init_blocks",  "local_blocks",
-                            "block_size",     "longest",      "max_sequence_tokens",
-                            "max_spans",      "max_queued",   "max_message_bytes",
-                            "scale",          "odd_keys",     "odd_queries",
-                            "nudge",          "spin_seconds", "hold_seconds",
-                            "seconds_bounds", "size_bounds",  NULL};
+    static char *names[] = {"layers",
+                            "heads",
+                            "head_dim",
+                            "topk",
+                            "init_blocks",
+                            "local_blocks",
+                            "block_size",
+                            "longest",
+                            "max_sequence_tokens",
+                            "max_spans",
+                            "max_queued",
+                            "max_queue_seconds",
+                            "max_message_bytes",
+                            "scale",
+                            "odd_keys",
+                            "odd_queries",
+                            "nudge",
+                            "spin_seconds",
+                            "hold_seconds",
+                            "seconds_bounds",
+                            "size_bounds",
+                            NULL};
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     struct core *core = (void *)allocate(type, 0);
     if (!core) return NULL;
     unsigned int max_tokens;
     unsigned long long max_message_bytes;
     int odd_keys, odd_queries, nudge;
-    double spin_seconds, hold_seconds;
+    double max_queue_seconds, spin_seconds, hold_seconds;
     PyObject *seconds_bounds, *size_bounds;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "IIIIIIIIIIIKfppiddOO", names, &core->layers, &core->heads,
-                                     &core->head_dim, &core->topk, &core->init_blocks, &core->local_blocks,
-                                     &core->block_size, &core->longest, &max_tokens, &core->max_spans,
-                                     &core->max_queued, &max_message_bytes, &core->scale, &odd_keys, &odd_queries,
-                                     &nudge, &spin_seconds, &hold_seconds, &seconds_bounds, &size_bounds)) {
+    if (!PyArg_ParseTupleAndKeywords(
+            arguments, keywords, "IIIIIIIIIIIdKfppiddOO", names, &core->layers, &core->heads, &core->head_dim,
+            &core->topk, &core->init_blocks, &core->local_blocks, &core->block_size, &core->longest, &max_tokens,
+            &core->max_spans, &core->max_queued, &max_queue_seconds, &max_message_bytes, &core->scale, &odd_keys,
+            &odd_queries, &nudge, &spin_seconds, &hold_seconds, &seconds_bounds, &size_bounds)) {
         Py_DECREF(core);
         return NULL;
     }
     core->max_tokens = max_tokens;
+    core->longest_queue = blockdex_until(0, max_queue_seconds);
     core->max_message_bytes = max_message_bytes;
     core->odd_keys = odd_keys;
     core->odd_queries = odd_queries;

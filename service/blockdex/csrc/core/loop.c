@@ -60,6 +60,8 @@ static int pass(struct core *core, int64_t now) {
     if (core->in_flight < CORE_STEPS) {
         if (!core_gather(core, now)) return -1;
         if (core->gathered.runs && !core_begin(core, now)) return -1;
+        /* A step that Python ran is done already: its answers do not wait for what Python does next. */
+        if (core->run_step && !core_land(core, core_now())) return -1;
     }
     core_publish(core);
     if (core->num_for_python || core->num_to_trim) why |= CORE_FOR_PYTHON;

@@ -405,6 +405,18 @@ __attribute__((format(printf, 5, 0))) static bool refuse(struct core *core, stru
     return false;
 }
 
+/* Refuses a request where one of the same tenant waits for too long: the device takes less than is asked of it, and what
+ * came behind would wait longer still. */
+static bool check_queue(struct core *core, struct request *request, int64_t now) {
+    struct server_link *link = request->link;
+    const struct blockdex_request *slot = &request->slot;
+    const int64_t waited = turns_waited(&core->turns, request, now);
+    if (waited <= core->longest_queue) return true;
+    return REFUSE(RESOURCE_EXHAUSTED, "OVERLOADED",
+                  "queue: a request of the tenant has waited %.3f s, at most %.3f s are allowed", 1e-9 * (double)waited,
+                  1e-9 * (double)core->longest_queue);
+}
+
 /* Gives it a number, a tenant and its ticket; false where it was refused. */
 static bool enter(struct core *core, struct request *request, const char *tenant, size_t tenant_bytes, int64_t now) {
     request->tenant = tenants_use(&core->index->tenants, tenant, tenant_bytes);
@@ -414,7 +426,11 @@ static bool enter(struct core *core, struct request *request, const char *tenant
     struct turn *turn = memory ? &core->turns.of[request->tenant] : NULL;
     const double weight = core_weight(core, request->tenant);
     const bool may = memory && tenants_may_have(weight, turn->requests, core->num_free);
-    if (!may || !turns_append(&core->turns, request) ||
+    if (may && !check_queue(core, request, now)) {
+        tenants_release(&core->index->tenants, request->tenant);
+        return false;
+    }
+    if (!may || !turns_append(&core->turns, request, now) ||
         !pair_index_set(&core->tickets, (uintptr_t)request->link, request->slot.ticket, number)) {
         if (request->queue) turns_remove(&core->turns, request);
         tenants_release(&core->index->tenants, request->tenant);

@@ -103,7 +103,7 @@ static void free_queue(struct turns *turns, uint32_t number) {
 }
 
 /* The queue of a request's tenant and link; 0 without memory. */
-static uint32_t queue_of(struct turns *turns, const struct request *request) {
+static uint32_t queue_of(struct turns *turns, const struct request *request, int64_t now) {
     const uint32_t *found = pair_index_find(&turns->by_link, (uintptr_t)request->link, request->tenant);
     if (found) return *found;
     const uint32_t number = new_queue(turns);
@@ -118,11 +118,12 @@ static uint32_t queue_of(struct turns *turns, const struct request *request) {
         join(turns, turn_at, &turns->first, &turns->tenants, request->tenant);
     }
     join(turns, queue_at, &turn->first_queue, &turn->num_queues, number);
+    turns->queues[number].since = now;
     return number;
 }
 
-bool turns_append(struct turns *turns, struct request *request) {
-    request->queue = queue_of(turns, request);
+bool turns_append(struct turns *turns, struct request *request, int64_t now) {
+    request->queue = queue_of(turns, request, now);
     if (!request->queue) return false;
     list_append(&turns->queues[request->queue].list, request);
     atomic_fetch_add_explicit(&turns->count, 1, memory_order_relaxed);
@@ -145,6 +146,14 @@ struct request *turns_take(struct turns *turns, uint32_t tenant) {
     struct request *request = turns->queues[turns->of[tenant].first_queue].list.first;
     turns_remove(turns, request);
     return request;
+}
+
+int64_t turns_waited(const struct turns *turns, const struct request *like, int64_t now) {
+    const uint32_t *found = pair_index_find(&turns->by_link, (uintptr_t)like->link, like->tenant);
+    if (!found) return 0;
+    const struct queue *queue = &turns->queues[*found];
+    const int64_t received = queue->list.first->received;
+    return now - (received > queue->since ? received : queue->since);
 }
 
 void turns_pass(struct turns *turns) {

@@ -25,6 +25,7 @@ struct circle {
 struct queue {
     struct circle circle;
     struct list list;
+    int64_t since; /* it was not empty */
     uint32_t next_free;
 };
 
@@ -61,11 +62,15 @@ bool turns_reserve(struct turns *turns, uint32_t tenant);
 void turns_close(struct turns *turns);
 
 /* Puts a request behind the others of its tenant and link; false without memory. Or takes it out. */
-bool turns_append(struct turns *turns, struct request *request);
+bool turns_append(struct turns *turns, struct request *request, int64_t now);
 void turns_remove(struct turns *turns, struct request *request);
 
 /* Takes out the next request of a tenant in the circle. */
 struct request *turns_take(struct turns *turns, uint32_t tenant);
+
+/* For how long the oldest request of a tenant and link has waited, in nanoseconds, and not for longer than there has always
+ * been one: what came while the core did something else is not late for that. 0 where there is none. */
+int64_t turns_waited(const struct turns *turns, const struct request *like, int64_t now);
 
 /* It is the next tenant's turn, and when it is this one's again, its next link's. */
 void turns_pass(struct turns *turns);

@@ -74,10 +74,12 @@ static bool take_extent(struct server_link *link, uint64_t bytes, struct claim *
     uint64_t size = link->answer_arena_bytes, begin = link->arena_end, wanted = blockdex_aligned(bytes);
     uint64_t to_the_edge = size - begin % size;
     if (bytes > size) return false;
-    if (begin - freed > size) return false; /* no such position: only who harms itself says that */
+    if (begin - freed > 2 * size) return false; /* no such position: only who harms itself says that */
+    if (freed < link->used_from) freed = link->used_from;
     /* From the front again where nothing is in use, so that memory which was never needed is never touched. */
     bool unused = freed == begin && to_the_edge + wanted <= size;
     if (wanted > to_the_edge || unused) begin += to_the_edge;
+    if (unused) link->used_from = freed = begin; /* what was passed over is free, though nobody gives it back yet */
     if (begin + wanted - freed > size) return false;
     link->arena_end = claim->end = begin + wanted;
     claim->offset = begin % size;

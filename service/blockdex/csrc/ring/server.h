@@ -33,7 +33,7 @@ struct server_link {
     struct blockdex_header *header;
     char *requests, *answers, *request_arena, *answer_arena;
     uint64_t request_slots, answer_slots, request_arena_bytes, answer_arena_bytes;
-    uint64_t read, written, arena_end;
+    uint64_t read, written, arena_end, used_from; /* nothing before that position in the arena is in use */
     struct unwritten *first_unwritten, **last_unwritten;
     int bell, own_bell;
     uint16_t tenant_bytes; /* 0: every request names its own */

@@ -179,6 +179,7 @@ def info_response(info: Info, version: str) -> pb.GetInfoResponse:
             max_queued_requests=limits.max_queued_requests,
             max_stream_requests=limits.max_stream_requests,
             max_wait_ms=limits.max_wait_ms,
+            max_queue_ms=limits.max_queue_ms,
             max_link_regions=limits.max_link_regions,
             max_link_region_bytes=limits.max_link_region_bytes,
             max_region_bytes=limits.max_region_bytes,

@@ -236,6 +236,11 @@ def _of_limits(limits: Limits) -> Iterator[Metric]:
         ("link_regions", "Most regions that a link shares at once.", limits.max_link_regions),
         ("link_region_bytes", "Most bytes of one link's regions.", limits.max_link_region_bytes),
         ("region_bytes", "Most bytes of all regions.", limits.max_region_bytes),
+        (
+            "queue_seconds",
+            "Wait of a tenant's request for its turn, after which more of the tenant's are refused.",
+            limits.max_queue_ms / 1000,
+        ),
         ("wait_seconds", "Longest wait of a request without a deadline.", limits.max_wait_ms / 1000),
     ):
         yield GaugeMetricFamily(f"blockdex_max_{name}", documentation, value)
