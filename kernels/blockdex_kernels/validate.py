@@ -1,4 +1,4 @@
-"""Checks at the door to the kernels: every backend refuses wrong arguments with the same words."""
+"""What a kernel is given is checked here: every backend refuses wrong arguments with the same words."""
 
 from __future__ import annotations
 

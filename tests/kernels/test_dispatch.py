@@ -1,4 +1,4 @@
-"""What the kernels refuse at the door: the message names the argument, and the pages stay as they were."""
+"""What the kernels refuse before they write anything: the message names the argument, the pages stay as they were."""
 
 from __future__ import annotations
 

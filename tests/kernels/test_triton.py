@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference, behind their door: on a GPU, or in Triton's interpreter."""
+"""The Triton kernels against the reference, through their backend: on a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from blockdex.contract.errors import (
     UnavailableError,
 )
 from blockdex.contract.messages import SequenceState
-from blockdex.ring import client as door
+from blockdex.ring import client as ring_client
 from blockdex.ring.caller import STREAM
 from blockdex.ring.handshake import Handles, take
 from blockdex.ring.layout import AT, CANCEL, REQUEST_STRUCT, SLOT_BYTES, RequestSlot
@@ -178,7 +178,7 @@ async def test_requests_wait_for_room_in_their_order(
 
 
 async def test_no_room_for_long_is_overload(random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "ROOM_SECONDS", 0.2)
+    monkeypatch.setattr(ring_client, "ROOM_SECONDS", 0.2)
     async with cramped(monkeypatch, requests=250_000, answers=1 << 20) as run:
         queries = queries_of(random, LONG)
         waits = run.channel.submit(tokens(0, [(1, 0, LONG)], queries=queries, wait=True), TIMEOUT)

@@ -68,7 +68,7 @@ WORDS: dict[str, tuple[Any, dict[str, Any], str]] = {
 """What is wrong, by name: a request, what is changed of it, and the words that refuse it."""
 
 
-def tampered(door: ForeignFrontend, request: Any, ticket: int, changes: dict[str, Any]) -> RequestSlot:
+def tampered(frontend: ForeignFrontend, request: Any, ticket: int, changes: dict[str, Any]) -> RequestSlot:
     """Lays a request of which something was changed."""
     changes = dict(changes)
     if "keys" in changes or "queries" in changes:
@@ -88,43 +88,43 @@ def tampered(door: ForeignFrontend, request: Any, ticket: int, changes: dict[str
         if name in changes:
             spans = dataclasses.replace(request.spans, **{column: np.array([changes.pop(name)], np.int64)})
             request = dataclasses.replace(request, spans=spans)
-    return door.lay(request, ticket)._replace(**changes)
+    return frontend.lay(request, ticket)._replace(**changes)
 
 
 async def test_a_wrong_request_is_refused_in_words(caplog: pytest.LogCaptureFixture) -> None:
     async with host() as run:
         await fill(run.ask, 1, 2)
-        door = await run.connect()
+        frontend = await run.connect()
         await run.ask(both((2, LENGTH, 1)))
         taken = run.step_requests
         for ticket, (name, (request, changes, words)) in enumerate(WORDS.items()):
-            door.write(tampered(door, request, ticket, changes))
-            answer = await told(door, ticket)
+            frontend.write(tampered(frontend, request, ticket, changes))
+            answer = await told(frontend, ticket)
             assert isinstance(answer, BlockdexError), name
             assert words in answer.message, name
             assert answer.reason != "INTERNAL", name
         assert run.step_requests == taken
-        door.write(door.lay(both(ROW), 1000))
-        assert isinstance(await told(door, 1000), TokenAnswer)
+        frontend.write(frontend.lay(both(ROW), 1000))
+        assert isinstance(await told(frontend, 1000), TokenAnswer)
         assert run.step_requests == taken + 1
-        assert not door.is_hung_up()
+        assert not frontend.is_hung_up()
         assert "batch failed" not in caplog.text
 
 
 async def test_a_link_of_one_tenant_serves_no_other() -> None:
     async with host() as run:
         await fill(run.ask, 1)
-        door = await run.connect("tenant")
+        frontend = await run.connect("tenant")
         taken = run.step_requests
-        door.write(
-            *[door.lay(request, ticket) for ticket, request in enumerate((both(ROW, tenant=""), get(1, tenant="")))]
+        frontend.write(
+            *[frontend.lay(request, ticket) for ticket, request in enumerate((both(ROW, tenant=""), get(1, tenant="")))]
         )
-        assert isinstance(await told(door, 0), TokenAnswer)
+        assert isinstance(await told(frontend, 0), TokenAnswer)
         assert run.step_requests == taken + 1
-        assert (await told(door, 1)).lengths[0] == LENGTH + 1
+        assert (await told(frontend, 1)).lengths[0] == LENGTH + 1
         for ticket, request in enumerate((both(ROW), get(1), get(1, tenant="another")), start=2):
-            door.write(door.lay(request, ticket))
-            refused = await told(door, ticket)
+            frontend.write(frontend.lay(request, ticket))
+            refused = await told(frontend, ticket)
             assert refused.reason == "INVALID_TENANT"
             words = f"tenant: the link's is 'tenant', a request of it names none, got {request.tenant!r}"
             assert refused.message == words
@@ -167,10 +167,10 @@ async def test_what_is_less_common_is_answered_as_all_is() -> None:
             await run.ask(request)
 
         await fill(ask, 1)
-        door = await run.connect()
+        frontend = await run.connect()
         for ticket, (name, (request, changes)) in enumerate(UNUSUAL.items()):
-            door.write(door.lay(request, ticket)._replace(**changes))
-            answer = await told(door, ticket)
+            frontend.write(frontend.lay(request, ticket)._replace(**changes))
+            answer = await told(frontend, ticket)
             if name == "too late":
                 assert answer.reason == "DEADLINE_EXCEEDED"
             else:
@@ -203,11 +203,11 @@ BROKEN: dict[str, dict[str, Any]] = {
 async def test_what_means_nothing_ends_the_link(name: str, caplog: pytest.LogCaptureFixture) -> None:
     async with host() as run:
         await fill(run.ask, 1)
-        door = await run.connect()
-        door.write(door.lay(both(ROW), 1)._replace(**BROKEN[name]), door.lay(get(1), 2))
-        await eventually(door.is_hung_up)
+        frontend = await run.connect()
+        frontend.write(frontend.lay(both(ROW), 1)._replace(**BROKEN[name]), frontend.lay(get(1), 2))
+        await eventually(frontend.is_hung_up)
         assert "link broken" in caplog.text
-        assert not door.read()
+        assert not frontend.read()
         assert block_ids(await run.ask(both(ROW))).shape == (1, HEADS, SPEC.topk)
 
 
@@ -227,11 +227,11 @@ async def test_who_never_stops_is_not_the_only_one_who_is_served() -> None:
     """Its ring is always full of what is done with at once."""
     async with host() as run:
         await fill(run.ask, 1)
-        door = await run.connect()
-        segment, slots = door.handles.segment, SMALL.max_queued_requests
+        frontend = await run.connect()
+        segment, slots = frontend.handles.segment, SMALL.max_queued_requests
         read, written = AT["requests_read"] // 8, AT["requests_written"] // 8
-        door.write(*[RequestSlot(ticket=1, kind=CANCEL)] * slots)
-        files = (segment.fd, door.handles.engine_bell)
+        frontend.write(*[RequestSlot(ticket=1, kind=CANCEL)] * slots)
+        files = (segment.fd, frontend.handles.engine_bell)
         arguments = [str(number) for number in (*files, read, written, slots)]
         with subprocess.Popen([sys.executable, "-c", FLOOD, *arguments], pass_fds=files) as flooding:
             try:
@@ -276,9 +276,9 @@ class Fuzzer:
         request: Request = usual[random.integers(len(usual))]
         return request
 
-    def _places(self, door: ForeignFrontend, request: Request) -> Places:
+    def _places(self, frontend: ForeignFrontend, request: Request) -> Places:
         """Some of a token request's tensors lie in regions, where these have them, mostly."""
-        random, regions = self._random, list(door.regions)
+        random, regions = self._random, list(frontend.regions)
         if not isinstance(request, TokenRequest) or random.random() < 0.5:
             return {}
         halves = {"keys": request.keys, "queries": request.queries, "block_ids": request.queries}
@@ -288,13 +288,13 @@ class Fuzzer:
             if half is not None and random.random() < 0.6
         }
 
-    def write(self, door: ForeignFrontend) -> None:
+    def write(self, frontend: ForeignFrontend) -> None:
         """Lays and shows a request; now and then its payload changes afterwards."""
         random = self._random
         self._ticket += 1
         request = self.request()
-        slot = door.lay(request, self._ticket, self._places(door, request))
-        arena, begin = door.arena, slot.payload_offset
+        slot = frontend.lay(request, self._ticket, self._places(frontend, request))
+        arena, begin = frontend.arena, slot.payload_offset
         columns = slice(begin, begin + min(slot.payload_bytes, 8 + 32 * slot.num_spans))
         what = random.random()
         written: RequestSlot | bytes = slot
@@ -310,7 +310,7 @@ class Fuzzer:
             written = bytes(garbled)
         elif what < 0.68:
             written = REQUEST_STRUCT.pack(*slot)[:8] + random.bytes(120)
-        door.write(written)
+        frontend.write(written)
         if what > 0.85 and columns.stop > columns.start:
             for _ in range(20):
                 arena[random.integers(columns.start, columns.stop)] = random.choice([0, 1, 30, 31, 255])
@@ -344,27 +344,27 @@ async def fuzz(seed: int, rounds: int) -> int:
         await fill(run.ask, 1, 2, tenant="foreign")
 
         async def connect() -> ForeignFrontend:
-            door = await run.connect()
+            frontend = await run.connect()
             for _ in range(3):
-                await run.share(door, memory)
-            assert door.connected is not None
-            await asyncio.to_thread(release, door.connected, 2)
-            return door
+                await run.share(frontend, memory)
+            assert frontend.connected is not None
+            await asyncio.to_thread(release, frontend.connected, 2)
+            return frontend
 
         memory = shared.enter_context(shared_memory(REGION_BYTES))
-        doors = [await connect() for _ in range(2)]
+        frontends = [await connect() for _ in range(2)]
         for number in range(rounds):
-            for index, door in enumerate(doors):
+            for index, frontend in enumerate(frontends):
                 for _ in range(random.integers(1, 8)):
-                    if door.free:
-                        fuzzer.write(door)
-                door.told.clear()
+                    if frontend.free:
+                        fuzzer.write(frontend)
+                frontend.told.clear()
                 with contextlib.suppress(AssertionError, ValueError):  # a ticket, or a region, that it has spoilt
-                    door.read()
-                if door.is_hung_up():
+                    frontend.read()
+                if frontend.is_hung_up():
                     broken += 1
-                    run.leave(door)
-                    doors[index] = await connect()
+                    run.leave(frontend)
+                    frontends[index] = await connect()
             sequence = int(random.integers(1, 4))
             at = LENGTH - int(random.integers(0, 2))
             await ask(both((sequence, at, 1)) if number % 3 else both((1, LENGTH, 1), (2, LENGTH, 1), order="score"))
@@ -393,17 +393,17 @@ async def test_who_does_not_read_waits_and_harms_nobody(request_: Request, lies:
     """Nothing is lost: it may only be slow, on a machine where others want its core."""
     async with host() as run:
         await fill(run.ask, 1, 2)
-        door, sent = await run.connect(), 0
-        counters, slots = door.handles.segment.counters, door.handles.segment.answer_slots
+        frontend, sent = await run.connect(), 0
+        counters, slots = frontend.handles.segment.counters, frontend.handles.segment.answer_slots
 
         def all_taken() -> bool:
             if lies:
-                door.handles.segment.flags[AT["engine_waits_for_room"] // 4] = 0
-                wake(door.handles.engine_bell)
+                frontend.handles.segment.flags[AT["engine_waits_for_room"] // 4] = 0
+                wake(frontend.handles.engine_bell)
             return counters[AT["requests_read"] // 8] == sent
 
         while all_taken() and sent < 3 * slots:
-            door.send(request_, first_ticket=sent)
+            frontend.send(request_, first_ticket=sent)
             sent += 1
             with contextlib.suppress(AssertionError):
                 await eventually(all_taken, seconds=1.0)
@@ -413,12 +413,12 @@ async def test_who_does_not_read_waits_and_harms_nobody(request_: Request, lies:
         await asyncio.sleep(0.3)
         assert time.process_time() - busy < 0.15, "it sleeps meanwhile"
         await run.ask(both((2, LENGTH, 1)))
-        assert not door.is_hung_up()
-        while len(door.told) < sent:
-            door.read(1)
+        assert not frontend.is_hung_up()
+        while len(frontend.told) < sent:
+            frontend.read(1)
             await asyncio.sleep(0)
-        assert list(door.told) == list(range(sent))
-        assert not [told for told in door.told.values() if isinstance(told.answer, BlockdexError)]
+        assert list(frontend.told) == list(range(sent))
+        assert not [told for told in frontend.told.values() if isinstance(told.answer, BlockdexError)]
 
 
 def links() -> int:
@@ -426,12 +426,12 @@ def links() -> int:
     return Path("/proc/self/maps").read_text("ascii").count("blockdex-ring")
 
 
-async def ask_one_too_many(door: ForeignFrontend) -> None:
+async def ask_one_too_many(frontend: ForeignFrontend) -> None:
     """Asks for one answer more than there are slots for."""
-    slots = door.handles.segment.answer_slots
-    door.send(*[get(1)] * slots)
-    await eventually(lambda: door.free)
-    door.send(get(1), first_ticket=slots)
+    slots = frontend.handles.segment.answer_slots
+    frontend.send(*[get(1)] * slots)
+    await eventually(lambda: frontend.free)
+    frontend.send(get(1), first_ticket=slots)
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["has answers that were not written", "is waited for"])
@@ -444,14 +444,14 @@ async def test_the_memory_of_a_link_goes_with_its_frontend(waits: bool) -> None:
         gc.disable()
         try:
             for _ in range(4):
-                door = await run.connect()
+                frontend = await run.connect()
                 if waits:
-                    door.send(tokens(0, [ROW], queries=values(np.random.default_rng(5), 1, HEADS, DIM), wait=True))
+                    frontend.send(tokens(0, [ROW], queries=values(np.random.default_rng(5), 1, HEADS, DIM), wait=True))
                     await eventually(lambda: run.engine.stats().waiting)
                 else:
-                    await ask_one_too_many(door)
-                run.leave(door)
-                del door
+                    await ask_one_too_many(frontend)
+                run.leave(frontend)
+                del frontend
             await eventually(lambda: links() == before)
         finally:
             gc.enable()
@@ -461,8 +461,8 @@ async def test_a_counter_that_runs_away_ends_the_link() -> None:
     async with host() as run:
         await fill(run.ask, 1)
         for written in (65, 2**63, 2**64 - 1):
-            door = await run.connect()
-            door.handles.segment.counters[AT["requests_written"] // 8] = written
-            door.bell.ring()
-            await eventually(door.is_hung_up)
+            frontend = await run.connect()
+            frontend.handles.segment.counters[AT["requests_written"] // 8] = written
+            frontend.bell.ring()
+            await eventually(frontend.is_hung_up)
         await run.ask(both(ROW))

@@ -17,7 +17,7 @@ import pytest
 
 from blockdex.contract.credentials import Credentials
 from blockdex.contract.errors import UnavailableError
-from blockdex.ring import control_channel as talk
+from blockdex.ring import control_channel
 from blockdex.ring import handshake as handover
 from blockdex.ring.events import Event, NewEpoch, SequencesEvicted, event_of
 from blockdex.ring.handshake import Handles, Peer, listen, take
@@ -231,7 +231,7 @@ async def test_a_fault_in_a_report_is_told_to_who_asked_and_ends_no_link(
 async def test_who_asks_and_does_not_read_is_hung_up(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(talk, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(control_channel, "_ANSWER_SECONDS", 0.5)
     async with hosted(num_pages=PAGES) as run, linked(run) as (connected, _):
         question = json.dumps({"ask": "overview", "max_cells": PAGES}).encode()
         questions = 200 * (len(question).to_bytes(4, "little") + question)
@@ -249,7 +249,7 @@ async def test_who_asks_and_does_not_read_is_hung_up(
 async def test_who_does_not_read_events_is_hung_up(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(talk, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(control_channel, "_ANSWER_SECONDS", 0.5)
     async with hosted() as run, linked(run):
         heard: list[Event] = []
         run.channel.tell_events(heard.append)
@@ -271,7 +271,7 @@ async def test_a_link_with_a_tenant_hears_of_its_own_sequences_alone() -> None:
         for event in (SequencesEvicted("theirs", [1]), SequencesEvicted("mine", [2]), NewEpoch(7)):
             for link in run.inbox._links:
                 link.tell(event)
-        control = await talk.ControlChannel.on(connected.dup())
+        control = await control_channel.ControlChannel.on(connected.dup())
         heard = control.heard()
         assert [event_of(await asyncio.wait_for(anext(heard), TIMEOUT)) for _ in range(2)] == [
             SequencesEvicted("mine", [2]),
@@ -376,12 +376,12 @@ async def test_bad_words_end_in_an_answer_or_the_link_and_leave_nothing(caplog: 
         for words in BAD_WORDS:
             async with linked(run, "tenant") as (connected, _):
                 extra = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]
-                said = len(words).to_bytes(talk.LENGTH_BYTES, "little") + words
+                said = len(words).to_bytes(control_channel.LENGTH_BYTES, "little") + words
                 socket.send_fds(connected, [said], extra)
                 for file in extra:
                     os.close(file)
                 heard = await asyncio.wait_for(loop.sock_recv(connected, 1 << 16), TIMEOUT)
-                assert not heard or isinstance(json.loads(heard[talk.LENGTH_BYTES :]), dict)
+                assert not heard or isinstance(json.loads(heard[control_channel.LENGTH_BYTES :]), dict)
                 with contextlib.suppress(ConnectionError):
                     await loop.sock_sendall(connected, b"\xff\xff\xff\xff")
                     assert await asyncio.wait_for(loop.sock_recv(connected, 1 << 16), TIMEOUT) == b""

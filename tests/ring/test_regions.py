@@ -9,8 +9,10 @@ import gc
 import itertools
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,6 +42,9 @@ ALL = {"keys": 0, "queries": 1 << 12, "block_ids": 1 << 14, "scores": 1 << 15}
 def _nothing_left() -> None:
     """Of the tests before: what is mapped is counted."""
     gc.collect()
+    regions._start_closing()
+    regions._to_close.put((lambda: None, last := Future[None]()))
+    last.result(TIMEOUT)
 
 
 def queries(count: int, *, seed: int = 7) -> Any:
@@ -75,9 +80,9 @@ def let_go(before: int) -> bool:
     return mappings() == before
 
 
-async def release_soon(door: ForeignFrontend, region: int) -> None:
-    assert door.connected is not None
-    await asyncio.to_thread(release, door.connected, region)
+async def release_soon(frontend: ForeignFrontend, region: int) -> None:
+    assert frontend.connected is not None
+    await asyncio.to_thread(release, frontend.connected, region)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -91,21 +96,21 @@ async def test_whatever_lies_in_a_region_is_answered_as_all_is(name: str) -> Non
             await run.ask(request)
 
         await fill(ask, 1, 2, 3)
-        door, request = await run.connect(), REQUESTS[name]
+        frontend, request = await run.connect(), REQUESTS[name]
         names = sorted(named(request))
         with shared_memory(BYTES) as memory:
-            region = await run.share(door, memory)
+            region = await run.share(frontend, memory)
             subsets = itertools.chain.from_iterable(
                 itertools.combinations(names, count) for count in range(1, len(names) + 1)
             )
             for ticket, subset in enumerate(subsets):
                 memory.bytes[:] = 0xA5
-                door.write(door.lay(request, ticket, {part: (region, ALL[part]) for part in subset}))
+                frontend.write(frontend.lay(request, ticket, {part: (region, ALL[part]) for part in subset}))
                 expected = naive.answer(request)
                 assert expected is not None
-                answer = await told(door, ticket)
+                answer = await told(frontend, ticket)
                 check_same(answer, expected, str(subset))
-                numbers = door.told[ticket].numbers
+                numbers = frontend.told[ticket].numbers
                 answered = {"block_ids", "scores"} & set(names)
                 if answered <= set(subset) and isinstance(answer, TokenAnswer):
                     assert not numbers.payload_bytes, "what has a region is in no arena"
@@ -118,18 +123,20 @@ async def test_ranks_of_a_prefill_share_its_read_and_are_answered_in_their_regio
         await fill(run.ask, 1)
         whole = await run.select(tokens(0, [(1, 0, 20)], queries=queries(20)))
         with shared_memory(BYTES) as memory:
-            doors = [await run.connect() for _ in range(HEADS)]
-            shared = [await run.share(door, memory) for door in doors]
+            frontends = [await run.connect() for _ in range(HEADS)]
+            shared = [await run.share(frontend, memory) for frontend in frontends]
             with run.backend.held("append") as entered:
                 run.submit(tokens(2, [(1, LENGTH, 1)], keys=np.zeros((1, DIM), np.float32)))
                 await run.reached(entered)
-                for head, (door, region) in enumerate(zip(doors, shared, strict=True)):
+                for head, (frontend, region) in enumerate(zip(frontends, shared, strict=True)):
                     own = tokens(0, [(1, 0, 20)], queries=queries(20)[:, head : head + 1], first_head=head)
                     at = head << 14
-                    door.write(door.lay(own, 0, {"queries": (region, at), "block_ids": (region, at + (1 << 13))}))
+                    frontend.write(
+                        frontend.lay(own, 0, {"queries": (region, at), "block_ids": (region, at + (1 << 13))})
+                    )
             before = run.backend.tokens("prefill")
-            for head, door in enumerate(doors):
-                answer = await told(door, 0)
+            for head, frontend in enumerate(frontends):
+                answer = await told(frontend, 0)
                 np.testing.assert_array_equal(answer.block_ids, whole[:, head : head + 1])
             assert run.backend.tokens("prefill") - before <= 20
 
@@ -137,10 +144,10 @@ async def test_ranks_of_a_prefill_share_its_read_and_are_answered_in_their_regio
 # --- What is refused ---
 
 
-def lay(door: ForeignFrontend, region: int, ticket: int, **changes: int) -> Any:
+def lay(frontend: ForeignFrontend, region: int, ticket: int, **changes: int) -> Any:
     """A request all of whose tensors lie in a region, of which something is changed."""
     places = {name: (region, at) for name, at in ALL.items()}
-    return door.lay(both(ROW, scores=True), ticket, places)._replace(**changes)
+    return frontend.lay(both(ROW, scores=True), ticket, places)._replace(**changes)
 
 
 WRONG: dict[str, tuple[dict[str, int], str]] = {
@@ -164,57 +171,59 @@ WRONG: dict[str, tuple[dict[str, int], str]] = {
 async def test_what_is_wrong_of_a_region_is_refused_in_words_and_changes_nothing() -> None:
     async with host() as run:
         await fill(run.ask, 1)
-        door, other = await run.connect(), await run.connect()
+        frontend, other = await run.connect(), await run.connect()
         with shared_memory(BYTES) as memory, shared_memory(BYTES) as others:
             assert await run.share(other, others) == 1
-            assert await run.share(door, memory) == 1
-            assert await run.share(door, memory) == 2
-            await release_soon(door, 1)
+            assert await run.share(frontend, memory) == 1
+            assert await run.share(frontend, memory) == 2
+            await release_soon(frontend, 1)
             taken = run.step_requests
             memory.bytes[:] = 0
             for ticket, (name, (changes, words)) in enumerate(WRONG.items()):
-                door.write(lay(door, 2, ticket, **changes))
-                answer = await told(door, ticket)
+                frontend.write(lay(frontend, 2, ticket, **changes))
+                answer = await told(frontend, ticket)
                 assert isinstance(answer, BlockdexError), name
                 assert words in answer.message, (name, answer.message)
                 assert answer.reason == "INVALID_REGION", name
             assert run.step_requests == taken
             assert not memory.bytes[ALL["block_ids"] :].any()
-            door.write(lay(door, 2, 1000))
-            assert isinstance(await told(door, 1000), TokenAnswer)
+            frontend.write(lay(frontend, 2, 1000))
+            assert isinstance(await told(frontend, 1000), TokenAnswer)
 
 
 async def test_tensors_end_where_their_region_does() -> None:
     async with host() as run:
         await fill(run.ask, 1)
-        door = await run.connect()
+        frontend = await run.connect()
         request = both((1, LENGTH, 2))  # 64 bytes of keys, 256 of queries, 128 of ids
         with shared_memory(BYTES - 32) as memory:
-            region = await run.share(door, memory)
+            region = await run.share(frontend, memory)
             ticket = itertools.count()
             for name, size in (("keys", 64), ("queries", 256), ("block_ids", 128)):
                 last = (BYTES - 32 - size) // 64 * 64
                 number = next(ticket)
-                door.write(door.lay(request, number, {name: (region, last)}))
-                assert isinstance(await told(door, number), TokenAnswer), name
+                frontend.write(frontend.lay(request, number, {name: (region, last)}))
+                assert isinstance(await told(frontend, number), TokenAnswer), name
                 number = next(ticket)
-                door.write(door.lay(request, number, {name: (region, 0)})._replace(**{f"{name}_offset": last + 64}))
-                assert f"{name}: {size} bytes at {last + 64} are not" in (await told(door, number)).message
+                frontend.write(
+                    frontend.lay(request, number, {name: (region, 0)})._replace(**{f"{name}_offset": last + 64})
+                )
+                assert f"{name}: {size} bytes at {last + 64} are not" in (await told(frontend, number)).message
 
 
 async def test_a_tensor_in_a_region_and_in_the_payload_is_refused() -> None:
     async with host() as run:
         await fill(run.ask, 1)
-        door = await run.connect()
+        frontend = await run.connect()
         with shared_memory(BYTES) as memory:
-            region = await run.share(door, memory)
+            region = await run.share(frontend, memory)
             for ticket, name in enumerate(("keys", "queries")):
-                door.write(door.lay(both(ROW), ticket)._replace(**{f"{name}_region": region}))
-                answer = await told(door, ticket)
+                frontend.write(frontend.lay(both(ROW), ticket)._replace(**{f"{name}_region": region}))
+                answer = await told(frontend, ticket)
                 assert answer.reason == "INVALID_REGION"
                 assert "request: what is in no region takes" in answer.message
-            door.write(door.lay(open_sequence(8), 3)._replace(keys_region=region))
-            assert "keys_region: the request has no keys" in (await told(door, 3)).message
+            frontend.write(frontend.lay(open_sequence(8), 3)._replace(keys_region=region))
+            assert "keys_region: the request has no keys" in (await told(frontend, 3)).message
 
 
 @contextlib.contextmanager
@@ -283,21 +292,21 @@ REFUSED: dict[str, tuple[str, Any, int, dict[str, Any], str]] = {
 async def test_memory_that_cannot_be_shared_is_refused_and_leaves_nothing() -> None:
     async with host() as run:
         await fill(run.ask, 1)
-        door = await run.connect()
-        assert door.connected is not None
+        frontend = await run.connect()
+        assert frontend.connected is not None
         before = files(), mappings()
         for name, (kind, made, count, more, words) in REFUSED.items():
             with made() as fd, pytest.raises(BlockdexError) as refused:
-                await asyncio.to_thread(share, door.connected, kind, [fd] * count, **more)
+                await asyncio.to_thread(share, frontend.connected, kind, [fd] * count, **more)
             assert words in refused.value.message, (name, refused.value.message)
         for region in (1, 0, -1, 2**40, "1", None):
             with pytest.raises(BlockdexError, match="release: the link has no region"):
-                await asyncio.to_thread(release, door.connected, region)  # type: ignore[arg-type]
+                await asyncio.to_thread(release, frontend.connected, region)  # type: ignore[arg-type]
         assert (files(), mappings()) == before
         with shared_memory(BYTES) as memory:
-            region = await run.share(door, memory)
-            door.write(lay(door, region, 1))
-            assert isinstance(await told(door, 1), TokenAnswer)
+            region = await run.share(frontend, memory)
+            frontend.write(lay(frontend, region, 1))
+            assert isinstance(await told(frontend, 1), TokenAnswer)
 
 
 async def test_memory_that_a_device_does_not_take_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,37 +315,37 @@ async def test_memory_that_a_device_does_not_take_is_not_kept(monkeypatch: pytes
 
     monkeypatch.setattr(CpuExecutor, "pin", pin)
     async with host() as run:
-        door = await run.connect()
+        frontend = await run.connect()
         with shared_memory(BYTES) as memory:
             gc.collect()  # of what other tests have left
             before = mappings()
             with pytest.raises(InvalidArgumentError, match=f"memfd: no room for {BYTES} bytes"):
-                await run.share(door, memory)
+                await run.share(frontend, memory)
             assert mappings() == before
 
 
 async def test_what_nobody_asked_for_is_closed() -> None:
     """Files beside other words, and without any."""
     async with host() as run:
-        door = await run.connect()
-        assert door.connected is not None
+        frontend = await run.connect()
+        assert frontend.connected is not None
         before = files()
         with memfd() as fd:
             for _ in range(20):
                 body = b'{"ask":"info"}'
-                socket.send_fds(door.connected, [len(body).to_bytes(4, "little") + body], [fd] * 3)
-            socket.send_fds(door.connected, [b"\x0e"], [fd])
+                socket.send_fds(frontend.connected, [len(body).to_bytes(4, "little") + body], [fd] * 3)
+            socket.send_fds(frontend.connected, [b"\x0e"], [fd])
         await eventually(lambda: files() <= before + 1)
-        run.leave(door)
+        run.leave(frontend)
         await eventually(lambda: files() < before)
 
 
 async def test_more_regions_than_there_may_be_are_refused_and_cost_nothing() -> None:
     async with host() as run:
         await fill(run.ask, 1)
-        door = await run.connect()
-        assert door.connected is not None
-        connected = door.connected
+        frontend = await run.connect()
+        assert frontend.connected is not None
+        connected = frontend.connected
 
         def ask_for_many(fd: int) -> tuple[list[int], set[str]]:
             shared, words = list[int](), set[str]()
@@ -357,36 +366,36 @@ async def test_more_regions_than_there_may_be_are_refused_and_cost_nothing() -> 
                 f"regions: a link may share {SMALL.max_link_regions} at once, it shares {SMALL.max_link_regions}"
             }
             await eventually(lambda: (files(), mappings()) == (before[0], before[1] + SMALL.max_link_regions))
-            door.regions[shared[-1]] = memory.bytes
-            door.write(lay(door, shared[-1], 1))
-            assert isinstance(await told(door, 1), TokenAnswer)
+            frontend.regions[shared[-1]] = memory.bytes
+            frontend.write(lay(frontend, shared[-1], 1))
+            assert isinstance(await told(frontend, 1), TokenAnswer)
             for region in shared:
-                await release_soon(door, region)
+                await release_soon(frontend, region)
             assert (files(), mappings()) == before
-            assert await run.share(door, memory) not in shared, "a number does not come again soon"
+            assert await run.share(frontend, memory) not in shared, "a number does not come again soon"
 
 
 async def test_all_regions_of_a_link_and_of_all_links_have_so_many_bytes() -> None:
     limits = replace(SMALL, max_link_region_bytes=3 * BYTES, max_region_bytes=5 * BYTES)
     async with host(limits) as run:
-        door, other = await run.connect(), await run.connect()
+        frontend, other = await run.connect(), await run.connect()
         with shared_memory(2 * BYTES) as memory, shared_memory(BYTES) as small:
-            region = await run.share(door, memory)
+            region = await run.share(frontend, memory)
             words = f"memfd: {2 * BYTES} bytes, {BYTES} more may be shared of the {3 * BYTES} of a link"
             with pytest.raises(ResourceExhaustedError, match=words):
-                await run.share(door, memory)
-            await run.share(door, small)
+                await run.share(frontend, memory)
+            await run.share(frontend, small)
             await run.share(other, memory)
             words = f"memfd: {BYTES} bytes, 0 more may be shared of the {5 * BYTES} of all links"
             with pytest.raises(ResourceExhaustedError, match=words):
                 await run.share(other, small)
-            await release_soon(door, region)
+            await release_soon(frontend, region)
             await run.share(other, small)
-            await run.share(door, small)
+            await run.share(frontend, small)
             run.leave(other)
             await eventually(lambda: run.engine.stats().links.region_bytes == 2 * BYTES)
-            await run.share(door, small)
-            run.leave(door)
+            await run.share(frontend, small)
+            run.leave(frontend)
             await eventually(lambda: run.engine.stats().links.region_bytes == 0)
             assert run.engine.stats().links.regions == 0
 
@@ -398,30 +407,32 @@ async def test_a_region_is_let_go_of_when_no_request_uses_it(monkeypatch: pytest
     """Until then the release is not answered; new requests are refused, and what is on its way is answered."""
     async with host() as run:
         await fill(run.ask, 1)
-        door = await run.connect()
+        frontend = await run.connect()
         expected = await run.select(tokens(0, [(1, 3, 1)], queries=queries(1)))
         with shared_memory(BYTES) as memory:
             before = mappings()
-            region = await run.share(door, memory)
+            region = await run.share(frontend, memory)
             waits = tokens(0, [(1, LENGTH, 1)], queries=queries(1), wait=True)
             places = {name: (region, ALL[name]) for name in ("queries", "block_ids")}
-            door.write(door.lay(waits, 1, places))
+            frontend.write(frontend.lay(waits, 1, places))
             await eventually(lambda: run.engine.stats().waiting)
             monkeypatch.setattr(regions, "_RELEASE_SECONDS", 0.05)
             with pytest.raises(ResourceExhaustedError, match=f"requests have used region {region} for 0.05 s more"):
-                await release_soon(door, region)
+                await release_soon(frontend, region)
             monkeypatch.setattr(regions, "_RELEASE_SECONDS", TIMEOUT)
-            releasing = asyncio.create_task(release_soon(door, region))
-            door.write(door.lay(tokens(0, [(1, 3, 1)], queries=queries(1)), 2)._replace(block_ids_region=region))
-            assert f"the link has no region {region}" in (await told(door, 2)).message
+            releasing = asyncio.create_task(release_soon(frontend, region))
+            frontend.write(
+                frontend.lay(tokens(0, [(1, 3, 1)], queries=queries(1)), 2)._replace(block_ids_region=region)
+            )
+            assert f"the link has no region {region}" in (await told(frontend, 2)).message
             assert not releasing.done() and mappings() == before + 1
             await run.ask(tokens(0, [(1, LENGTH, 1)], keys=np.zeros((1, DIM), np.float32)))
-            assert isinstance(await told(door, 1), TokenAnswer)
+            assert isinstance(await told(frontend, 1), TokenAnswer)
             await asyncio.wait_for(releasing, TIMEOUT)
             assert mappings() == before
-            other = await run.share(door, memory)
-            door.write(door.lay(tokens(0, [(1, 3, 1)], queries=queries(1)), 4, {"block_ids": (other, 0)}))
-            np.testing.assert_array_equal((await told(door, 4)).block_ids, expected)
+            other = await run.share(frontend, memory)
+            frontend.write(frontend.lay(tokens(0, [(1, 3, 1)], queries=queries(1)), 4, {"block_ids": (other, 0)}))
+            np.testing.assert_array_equal((await told(frontend, 4)).block_ids, expected)
 
 
 async def test_a_link_that_goes_takes_its_regions_along_when_nothing_reads_them() -> None:
@@ -433,15 +444,15 @@ async def test_a_link_that_goes_takes_its_regions_along_when_nothing_reads_them(
             "append": lambda: both((1, LENGTH, 1)),
         }
         for phase, request in held.items():
-            door = await run.connect()
+            frontend = await run.connect()
             with shared_memory(BYTES) as memory:
                 before = mappings()
-                region = await run.share(door, memory)
+                region = await run.share(frontend, memory)
                 with run.backend.held(phase) as entered:  # type: ignore[arg-type]
                     places = {name: (region, ALL[name]) for name in ("queries", "block_ids")}
-                    door.write(door.lay(request(), 1, places))
+                    frontend.write(frontend.lay(request(), 1, places))
                     await run.reached(entered)
-                    run.leave(door)
+                    run.leave(frontend)
                     await asyncio.sleep(0.05)
                     assert mappings() == before + 1
                 await eventually(partial(let_go, before))
@@ -453,36 +464,57 @@ async def test_links_that_wait_go_with_their_regions() -> None:
         await fill(run.ask, 1)
         with shared_memory(BYTES) as memory:
             before = mappings(), files()
-            doors = [await run.connect() for _ in range(40)]
-            for ticket, door in enumerate(doors):
-                region = await run.share(door, memory)
+            frontends = [await run.connect() for _ in range(40)]
+            for ticket, frontend in enumerate(frontends):
+                region = await run.share(frontend, memory)
                 waits = tokens(1, [(1, LENGTH, 1)], queries=queries(1), wait=True)
                 at = 1 << 10
-                door.write(
-                    door.lay(waits, 0, {"queries": (region, ticket * at), "block_ids": (region, ticket * at + 512)})
+                frontend.write(
+                    frontend.lay(waits, 0, {"queries": (region, ticket * at), "block_ids": (region, ticket * at + 512)})
                 )
             await eventually(lambda: run.engine.stats().waiting == 40)
-            for door in doors[::2]:
-                run.leave(door)
+            for frontend in frontends[::2]:
+                run.leave(frontend)
             await eventually(lambda: mappings() == before[0] + 20)
             await run.ask(tokens(1, [(1, LENGTH, 1)], keys=np.zeros((1, DIM), np.float32)))
-            answers = [await told(door, 0) for door in doors[1::2]]
+            answers = [await told(frontend, 0) for frontend in frontends[1::2]]
             for answer in answers:
                 np.testing.assert_array_equal(answer.block_ids, answers[0].block_ids)
-            for door in doors[1::2]:
-                run.leave(door)
-            del door, doors
+            for frontend in frontends[1::2]:
+                run.leave(frontend)
+            del frontend, frontends
             await eventually(lambda: (mappings(), files()) == before)
 
 
 async def test_the_file_cannot_be_taken_from_under_the_engine() -> None:
     async with host() as run:
         await fill(run.ask, 1)
-        door = await run.connect()
+        frontend = await run.connect()
         with shared_memory(BYTES) as memory:
-            region = await run.share(door, memory)
+            region = await run.share(frontend, memory)
             with pytest.raises(PermissionError):
                 os.ftruncate(memory.fd, 0)
         # The client's own file is closed.
-        door.write(lay(door, region, 1))
-        assert isinstance(await told(door, 1), TokenAnswer)
+        frontend.write(lay(frontend, region, 1))
+        assert isinstance(await told(frontend, 1), TokenAnswer)
+
+
+def test_a_region_is_collected_in_the_middle_of_anything() -> None:
+    """The collector runs wherever memory is allocated: inside a lock, too, of what another region is opened by."""
+    closed: list[bool] = []
+
+    def collect() -> None:
+        region = regions.Region(0, 1, False, lambda: closed.append(True))
+        region.itself = region  # type: ignore[attr-defined]
+        del region
+        with regions._opener._shutdown_lock:
+            gc.collect()
+
+    collector = threading.Thread(target=collect, daemon=True)
+    collector.start()
+    collector.join(5)
+    assert not collector.is_alive()
+    deadline = time.monotonic() + 5
+    while not closed:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

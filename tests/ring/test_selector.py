@@ -35,7 +35,7 @@ BUSY = 60.0
 """Seconds for which others may keep it from looking."""
 
 
-class Door:
+class Frontend:
     """A frontend's side of a ring of which this test is the engine, and the selector of its loop."""
 
     def __init__(self, spin_seconds: float) -> None:
@@ -81,56 +81,56 @@ def eventually(succeeds: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def make() -> Iterator[Callable[[float], Door]]:
-    doors: list[Door] = []
+def make() -> Iterator[Callable[[float], Frontend]]:
+    frontends: list[Frontend] = []
 
-    def one(spin_seconds: float) -> Door:
-        doors.append(Door(spin_seconds))
-        return doors[-1]
+    def one(spin_seconds: float) -> Frontend:
+        frontends.append(Frontend(spin_seconds))
+        return frontends[-1]
 
     yield one
-    for door in doors:
-        door.close()
+    for frontend in frontends:
+        frontend.close()
 
 
 @pytest.mark.parametrize("spin_seconds", [0.0, LONG])
-def test_it_sleeps_at_once_where_nothing_was_asked(make: Callable[[float], Door], spin_seconds: float) -> None:
-    door = make(spin_seconds)
+def test_it_sleeps_at_once_where_nothing_was_asked(make: Callable[[float], Frontend], spin_seconds: float) -> None:
+    frontend = make(spin_seconds)
     for _ in range(50):
-        may, seconds = door.may_sleep()
+        may, seconds = frontend.may_sleep()
         assert may
-        assert door.sleeps
+        assert frontend.sleeps
         assert seconds < SHORT / 5
 
 
-def test_it_looks_for_as_long_as_it_spins_after_a_request_and_then_sleeps(make: Callable[[float], Door]) -> None:
+def test_it_looks_for_as_long_as_it_spins_after_a_request_and_then_sleeps(make: Callable[[float], Frontend]) -> None:
     def looks() -> bool:
-        door = make(SHORT)
-        door.ask()
-        may, seconds = door.may_sleep()
+        frontend = make(SHORT)
+        frontend.ask()
+        may, seconds = frontend.may_sleep()
         assert may
-        assert door.sleeps
+        assert frontend.sleeps
         assert seconds < LONG / 2
         time.sleep(SHORT)  # others may have ended the first look before its time
-        assert door.may_sleep()[1] < SHORT / 5
+        assert frontend.may_sleep()[1] < SHORT / 5
         return seconds > SHORT / 2
 
     eventually(looks)
 
 
-def test_it_looks_no_longer_than_a_timer_waits(make: Callable[[float], Door]) -> None:
+def test_it_looks_no_longer_than_a_timer_waits(make: Callable[[float], Frontend]) -> None:
     # Many times: others end its looking, too.
     for _ in range(50):
-        door = make(LONG)
-        door.ask()
-        may, seconds = door.may_sleep(SHORT)
+        frontend = make(LONG)
+        frontend.ask()
+        may, seconds = frontend.may_sleep(SHORT)
         assert may
-        assert door.sleeps
+        assert frontend.sleeps
         assert seconds < 2 * SHORT
 
 
-def test_it_leaves_its_core_to_who_has_something_to_do(make: Callable[[float], Door]) -> None:
-    door = make(LONG)
+def test_it_leaves_its_core_to_who_has_something_to_do(make: Callable[[float], Frontend]) -> None:
+    frontend = make(LONG)
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
@@ -139,10 +139,10 @@ def test_it_leaves_its_core_to_who_has_something_to_do(make: Callable[[float], D
             other.stdout.readline()
             looked = 0.0
             for _ in range(20):
-                door.ask()
-                may, seconds = door.may_sleep()
+                frontend.ask()
+                may, seconds = frontend.may_sleep()
                 assert may
-                assert door.sleeps
+                assert frontend.sleeps
                 looked += seconds
             other.kill()
     finally:
@@ -152,44 +152,44 @@ def test_it_leaves_its_core_to_who_has_something_to_do(make: Callable[[float], D
 
 
 @pytest.mark.parametrize("what", ["answer", "event"])
-def test_it_sees_what_comes_while_it_looks(make: Callable[[float], Door], what: str) -> None:
+def test_it_sees_what_comes_while_it_looks(make: Callable[[float], Frontend], what: str) -> None:
     """From another thread, too, which runs meanwhile: it holds no lock."""
 
     def sees() -> bool:
-        door = make(LONG)
-        assert door.may_sleep()[0]
-        door.ask()
+        frontend = make(LONG)
+        assert frontend.may_sleep()[0]
+        frontend.ask()
         came = 0.0
 
         def come() -> None:
             nonlocal came
             came = time.monotonic()
             if what == "answer":
-                door.answer()
+                frontend.answer()
             else:
-                os.eventfd_write(door.bells[1], 1)
+                os.eventfd_write(frontend.bells[1], 1)
 
         coming = threading.Timer(SHORT, come)
         coming.start()
         began = time.monotonic()
-        may, seconds = door.may_sleep()
+        may, seconds = frontend.may_sleep()
         coming.join()
         assert seconds < LONG / 2
-        assert door.sleeps or not may
-        assert may or [key.fd for key, _ in door.selector.select(0)] == [door.bells[1]]
-        return came > began and not (may or door.sleeps)
+        assert frontend.sleeps or not may
+        assert may or [key.fd for key, _ in frontend.selector.select(0)] == [frontend.bells[1]]
+        return came > began and not (may or frontend.sleeps)
 
     eventually(sees)
 
 
-def test_an_answer_keeps_it_awake_though_its_bell_is_silent(make: Callable[[float], Door]) -> None:
-    door = make(LONG)
-    door.answer()
+def test_an_answer_keeps_it_awake_though_its_bell_is_silent(make: Callable[[float], Frontend]) -> None:
+    frontend = make(LONG)
+    frontend.answer()
     for timeout in (0, None, LONG):
-        ((key, events),) = door.selector.select(timeout)
-        assert (key.fd, events) == (door.bells[1], selectors.EVENT_READ)
-    door.selector.forget()
-    assert door.selector.select(0) == []
+        ((key, events),) = frontend.selector.select(timeout)
+        assert (key.fd, events) == (frontend.bells[1], selectors.EVENT_READ)
+    frontend.selector.forget()
+    assert frontend.selector.select(0) == []
 
 
 def test_no_answer_is_slept_through() -> None:

@@ -115,24 +115,24 @@ def state(bare: BareCore) -> list[Any]:
 
 def ask(bare: BareCore, case: Case) -> tuple[Any, int]:
     """Writes a request that is changed so; its client, and why the core returns."""
-    door = bare.open_client()
+    frontend = bare.open_client()
     rows = case.rows or ((1, LENGTH, 1, 5), (2, LENGTH - 2, 3))
     if rows[0][2] > 1000:
         request = tokens(1, rows, keys=np.zeros((1, SPEC.head_dim), np.float32), tenant=case.tenant)
     else:
         request = bare.both(1, *[(row[0], row[1], max(row[2], 1), *row[3:]) for row in rows], tenant=case.tenant)
         request = dataclasses.replace(request, spans=tokens(1, rows).spans)
-    door.write(RequestSlot(**(door.lay(request, 1)._asdict() | case.slot)))
-    return door, bare.look()
+    frontend.write(RequestSlot(**(frontend.lay(request, 1)._asdict() | case.slot)))
+    return frontend, bare.look()
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_is_told_why_and_changes_nothing(bare: BareCore, name: str) -> None:
     case, before = REFUSED[name], state(bare)
-    door, why = ask(bare, case)
+    frontend, why = ask(bare, case)
     assert why == 0
-    assert door.read() == 1
-    answer = door.told[1].answer
+    assert frontend.read() == 1
+    answer = frontend.told[1].answer
     assert isinstance(answer, BlockdexError)
     assert (answer.code, answer.reason) == (case.code, case.reason)
     assert answer.message.startswith(case.message)
@@ -182,8 +182,8 @@ def test_what_the_layout_forbids_breaks_its_link_alone(bare: BareCore, name: str
 
 
 def test_more_requests_than_there_are_slots_break_a_link(bare: BareCore) -> None:
-    door = bare.open_client()
-    door.handles.segment.counters[AT["requests_written"] // 8] = 65
+    frontend = bare.open_client()
+    frontend.handles.segment.counters[AT["requests_written"] // 8] = 65
     assert bare.look() == native.BROKEN
     assert bare.core.take_broken() == (bare.lines[0], "ring: more slots are said to be filled than the 64 there are")
 
@@ -191,10 +191,10 @@ def test_more_requests_than_there_are_slots_break_a_link(bare: BareCore) -> None
 def test_a_ticket_that_is_in_flight_already_breaks_its_link(device_core: BareCore) -> None:
     """Else one of two requests would be answered twice, and the other never."""
     bare = device_core
-    door = bare.open_client()
-    door.send(bare.both(0, (1, LENGTH, 1)), first_ticket=7)
+    frontend = bare.open_client()
+    frontend.send(bare.both(0, (1, LENGTH, 1)), first_ticket=7)
     assert bare.look() == 0
-    door.send(bare.both(1, (1, LENGTH, 1)), first_ticket=7)
+    frontend.send(bare.both(1, (1, LENGTH, 1)), first_ticket=7)
     assert bare.look() == native.BROKEN
     assert bare.core.take_broken() == (bare.lines[0], "request: ticket 7 is in flight already")
     bare.core.drop(bare.lines[0])
@@ -216,14 +216,14 @@ TAKEN = {
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_is_right_is_entered_and_answered(bare: BareCore, name: str) -> None:
     slot, rows = TAKEN[name]
-    door = bare.open_client()
+    frontend = bare.open_client()
     request = bare.both(1, *rows) if rows else usual(bare)
     began, expected = time.monotonic(), bare.lengths.copy()
-    door.write(door.lay(request, 1)._replace(**slot))
+    frontend.write(frontend.lay(request, 1)._replace(**slot))
     bare.look()
     bare.look()
-    door.read()
-    check_answer(door, 1, request)
+    frontend.read()
+    check_answer(frontend, 1, request)
     layer, spans = slot.get("layer", 1), request.spans
     for sequence, start, length, revision in zip(
         *(column.tolist() for column in (spans.sequence_ids, spans.starts, spans.lengths, spans.revisions)), strict=True
@@ -253,11 +253,11 @@ def test_what_takes_a_decision_is_left_to_python_and_holds_back_its_sequences_al
     bare.cache.fork_sequence(TENANT, 3, 50, LENGTH - LENGTH % SIZE)
     bare.lengths[:, 2] = LENGTH - LENGTH % SIZE if "shared" in name else LENGTH
     bare.core.set_sequence_columns(*bare.cache.sequence_columns)
-    door, other = bare.open_client(), bare.open_client()
+    frontend, other = bare.open_client(), bare.open_client()
     request = make(bare)
     if "shared" in name:
         request = bare.both(0, (3, LENGTH - LENGTH % SIZE - 1, 2))
-    door.send(request, get(int(request.spans.sequence_ids[0]) if hasattr(request, "spans") else 1))
+    frontend.send(request, get(int(request.spans.sequence_ids[0]) if hasattr(request, "spans") else 1))
     free = bare.both(0, (9, LENGTH, 1))
     other.send(free)
     assert bare.look() == native.FOR_PYTHON
@@ -321,12 +321,12 @@ def test_tensors_are_rounded_once(device_core: BareCore, dtype: FloatDtype) -> N
     bare = device_core
     numbers = every(dtype)
     wanted = torch.tensor(numbers).bfloat16().view(torch.uint16).numpy()
-    door = bare.open_client()
+    frontend = bare.open_client()
     for at in range(0, len(numbers), LONGEST * SPEC.head_dim):
         part = numbers[at : at + LONGEST * SPEC.head_dim].reshape(LONGEST, SPEC.head_dim)
         queries = np.stack([part] * SPEC.num_index_heads, axis=1)
         rows = [(1, LENGTH, LONGEST)]
-        door.send(tokens(0, rows, keys=part, queries=queries, dtype=dtype, rollback=True), first_ticket=at)
+        frontend.send(tokens(0, rows, keys=part, queries=queries, dtype=dtype, rollback=True), first_ticket=at)
         bare.look()
         seen = bare.device.begun[0]
         staged = seen.keys[:LONGEST].reshape(-1)
@@ -336,7 +336,7 @@ def test_tensors_are_rounded_once(device_core: BareCore, dtype: FloatDtype) -> N
         np.testing.assert_array_equal(seen.queries[:LONGEST, 1].reshape(-1), staged)
         bare.device.end()
         bare.look()
-        door.read()
+        frontend.read()
         bare.lengths[0, 0] = LENGTH
 
 
@@ -358,10 +358,10 @@ def test_rounding_to_odd_first_makes_two_roundings_one() -> None:
     numbers = np.concatenate([random.normal(size=2000), random.normal(size=2000) * 0.01, [17.0, 17.0001, 19.0, 448.0]])
     numbers = numbers.astype(np.float32)[: 4000 // 32 * 32]
     with bare_core(replays=[(256, 2, 1000), (128, LONGEST, 1000)], odd_keys=True) as bare:
-        door = bare.open_client()
+        frontend = bare.open_client()
         for at in range(0, len(numbers), LONGEST * SPEC.head_dim):
             part = numbers[at : at + LONGEST * SPEC.head_dim].reshape(LONGEST, SPEC.head_dim)
-            door.send(tokens(0, [(1, LENGTH, LONGEST)], keys=part, dtype="fp32", rollback=True), first_ticket=at)
+            frontend.send(tokens(0, [(1, LENGTH, LONGEST)], keys=part, dtype="fp32", rollback=True), first_ticket=at)
             bare.look()
             staged = torch.from_numpy(bare.device.begun[0].keys[:LONGEST]).view(torch.bfloat16)
             assert torch.equal(
@@ -369,15 +369,15 @@ def test_rounding_to_odd_first_makes_two_roundings_one() -> None:
             )
             bare.device.end()
             bare.look()
-            door.read()
+            frontend.read()
             bare.lengths[0, 0] = LENGTH
 
 
 def test_an_answer_for_which_there_is_never_room_is_refused(bare: BareCore) -> None:
     ids = 4 * 2 * SPEC.num_index_heads * SPEC.topk
     exact, small = (bare.open_client(Sizes(4, 1 << 16, 2 * size)) for size in (ids, ids - 32))
-    for number, door in enumerate((exact, small)):
-        door.send(bare.both(0, (1 + number, LENGTH, 2)))
+    for number, frontend in enumerate((exact, small)):
+        frontend.send(bare.both(0, (1 + number, LENGTH, 2)))
     bare.look()
     bare.look()
     assert (exact.read(), small.read()) == (1, 1)
@@ -398,15 +398,15 @@ def test_limits() -> None:
     )
     for options, reason in cases:
         with bare_core(**options) as bare:
-            door = bare.open_client()
+            frontend = bare.open_client()
             if reason == "OVERLOADED":
                 queries = values(np.random.default_rng(1), 1, SPEC.num_index_heads, SPEC.head_dim)
-                door.send(tokens(0, [(1, LENGTH + 5, 1)], queries=queries, wait=True), first_ticket=9)
-            door.send(usual(bare))
+                frontend.send(tokens(0, [(1, LENGTH + 5, 1)], queries=queries, wait=True), first_ticket=9)
+            frontend.send(usual(bare))
             bare.look()
             bare.look()
-            assert door.read() == 1
-            answer = door.told[0].answer
+            assert frontend.read() == 1
+            answer = frontend.told[0].answer
             assert getattr(answer, "reason", None) == reason
 
 
@@ -452,7 +452,7 @@ def test_an_index_against_a_dict() -> None:
 
 
 def test_an_idle_core_checks_the_columns(bare: BareCore) -> None:
-    door = bare.open_client()
+    frontend = bare.open_client()
     for entry in range(16):
         bare.cache.trim(entry)
     bare.core.set_sequence_columns(*bare.cache.sequence_columns)
@@ -476,7 +476,7 @@ def test_an_idle_core_checks_the_columns(bare: BareCore) -> None:
     ):
         before = bare.counted["integrity_faults"]
         harm()
-        door.send(get(1), first_ticket=before)
+        frontend.send(get(1), first_ticket=before)
         assert bare.look() == native.FOR_PYTHON
         for number, *_ in bare.take():
             bare.core.answer(number, IS_STATE, 0, 0, 0, 0, None, None)

@@ -17,11 +17,13 @@ from support.bare_core import (
 
 def test_what_is_counted(device_core: BareCore) -> None:
     bare = device_core
-    door = bare.open_client()
-    door.send(bare.both(0, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 2), (3, LENGTH, 1)), bare.both(1, (1, LENGTH, 4)))
+    frontend = bare.open_client()
+    frontend.send(
+        bare.both(0, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 2), (3, LENGTH, 1)), bare.both(1, (1, LENGTH, 4))
+    )
     bare.look()
     time.sleep(0.01)
-    door.send(bare.both(2, (1, LENGTH, 1)), first_ticket=3)
+    frontend.send(bare.both(2, (1, LENGTH, 1)), first_ticket=3)
     bare.look()
     time.sleep(0.03)
     bare.device.end()
@@ -35,8 +37,8 @@ def test_what_is_counted(device_core: BareCore) -> None:
     assert counted["append_sizes"] == counted["decode_sizes"] == ([1, 0, 1, 0], 9.0)
     assert 0.04 + 0.05 <= counted["device_seconds"] < 1
     assert 0.06 <= counted["device_busy_seconds"] < counted["device_seconds"] - 0.025, "for 0.03 s both were there"
-    door.read()
-    told = np.array([door.told[ticket].numbers[-4:] for ticket in range(4)])
+    frontend.read()
+    told = np.array([frontend.told[ticket].numbers[-4:] for ticket in range(4)])
     assert (told[:, 2] >= [0.04, 0.04, 0.04, 0.05]).all() and (told > 0).all()
     for (counts, total), seconds in zip(counted["stages"][4:8], told.T, strict=True):
         assert total == pytest.approx(seconds.sum())
@@ -44,9 +46,9 @@ def test_what_is_counted(device_core: BareCore) -> None:
 
 
 def test_a_bound_belongs_to_the_bucket_below_it(bare: BareCore) -> None:
-    door = bare.open_client()
+    frontend = bare.open_client()
     for ticket, count in enumerate((1, 2, 3)):
-        door.send(bare.both(0, *[(sequence, LENGTH, 1) for sequence in range(1, count + 1)]), first_ticket=ticket)
+        frontend.send(bare.both(0, *[(sequence, LENGTH, 1) for sequence in range(1, count + 1)]), first_ticket=ticket)
         bare.lengths[:] = LENGTH
         bare.look()
     assert bare.counted["decode_sizes"] == ([1, 1, 1, 0], 6.0)
@@ -54,8 +56,8 @@ def test_a_bound_belongs_to_the_bucket_below_it(bare: BareCore) -> None:
 
 def test_a_step_that_is_given_up_was_on_the_device(device_core: BareCore) -> None:
     bare = device_core
-    door = bare.open_client()
-    door.send(bare.both(0, (1, LENGTH, 1)))
+    frontend = bare.open_client()
+    frontend.send(bare.both(0, (1, LENGTH, 1)))
     bare.look()
     time.sleep(0.02)
     bare.abandon()
@@ -70,16 +72,16 @@ def test_a_step_that_is_given_up_was_on_the_device(device_core: BareCore) -> Non
 def test_a_clock_stands_still_while_steps_are_on_their_way(device_core: BareCore) -> None:
     """So that it and what was busy with steps are the time that has passed, whenever one asks."""
     bare = device_core
-    door = bare.open_client()
+    frontend = bare.open_client()
     began = bare.core.time_beside
     assert bare.core.time_beside - began == pytest.approx(0, abs=1) and time.monotonic() - began < 1
     time.sleep(0.01)
-    door.send(bare.both(0, (1, LENGTH, 1)))
+    frontend.send(bare.both(0, (1, LENGTH, 1)))
     bare.look()
     stopped = bare.core.time_beside
     assert stopped - began >= 0.01
     time.sleep(0.02)
-    door.send(bare.both(1, (1, LENGTH, 1)), first_ticket=1)
+    frontend.send(bare.both(1, (1, LENGTH, 1)), first_ticket=1)
     bare.look()
     bare.device.end()
     bare.look()
@@ -93,25 +95,25 @@ def test_a_clock_stands_still_while_steps_are_on_their_way(device_core: BareCore
 
 
 def test_a_request_from_the_future_has_waited_for_no_time(bare: BareCore) -> None:
-    door = bare.open_client()
-    door.write(door.lay(bare.both(0, (1, LENGTH, 1)), 0)._replace(received=2**62))
+    frontend = bare.open_client()
+    frontend.write(frontend.lay(bare.both(0, (1, LENGTH, 1)), 0)._replace(received=2**62))
     bare.look()
     bare.look()
-    door.read()
-    assert door.told[0].numbers.queue_seconds == 0
+    frontend.read()
+    assert frontend.told[0].numbers.queue_seconds == 0
     assert bare.counted["stages"][4][1] == 0
 
 
 def test_times_that_no_clock_has_shown(bare: BareCore) -> None:
     """One that is late is dropped, one that is wrong refused; neither has waited for longer than the clock runs."""
-    door = bare.open_client()
-    late = door.lay(bare.both(0, (1, LENGTH, 1)), 0)._replace(received=-(2**63), deadline=-(2**63))
-    wrong = door.lay(bare.both(77, (1, LENGTH, 1)), 1)._replace(received=-(2**63))
-    door.write(late, wrong)
+    frontend = bare.open_client()
+    late = frontend.lay(bare.both(0, (1, LENGTH, 1)), 0)._replace(received=-(2**63), deadline=-(2**63))
+    wrong = frontend.lay(bare.both(77, (1, LENGTH, 1)), 1)._replace(received=-(2**63))
+    frontend.write(late, wrong)
     bare.look()
-    door.read()
+    frontend.read()
     now = time.monotonic()
-    answers = [door.told[ticket] for ticket in (0, 1)]
+    answers = [frontend.told[ticket] for ticket in (0, 1)]
     assert [answer.numbers.code for answer in answers] == [Code.DEADLINE_EXCEEDED, Code.INVALID_ARGUMENT]
     assert all(0 <= answer.numbers.queue_seconds <= now for answer in answers)
     assert str(answers[0].answer).startswith("timeout: 0.000 s were allowed")

@@ -19,70 +19,70 @@ from support.programs import run_module
 from support.running_engine import TIMEOUT
 
 
-def check_refused(door: ForeignFrontend, *tickets: int) -> None:
+def check_refused(frontend: ForeignFrontend, *tickets: int) -> None:
     """Checks that just these were answered, all with the fault."""
-    door.read()
-    assert sorted(door.told) == list(tickets)
-    for told in door.told.values():
+    frontend.read()
+    assert sorted(frontend.told) == list(tickets)
+    for told in frontend.told.values():
         assert isinstance(told.answer, BlockdexError)
         assert (told.answer.code, told.answer.reason, told.answer.message) == (Code.INTERNAL, "INTERNAL", "a fault")
 
 
 def test_a_device_that_takes_no_step_while_another_is_on_its_way(device_core: BareCore) -> None:
     bare = device_core
-    door, other = bare.open_client(), bare.open_client()
-    door.send(bare.both(0, (1, LENGTH, 1)))
+    frontend, other = bare.open_client(), bare.open_client()
+    frontend.send(bare.both(0, (1, LENGTH, 1)))
     bare.look()
-    door.send(bare.both(0, (1, LENGTH + 1, 1)), first_ticket=1)
+    frontend.send(bare.both(0, (1, LENGTH + 1, 1)), first_ticket=1)
     other.send(bare.both(0, (2, LENGTH, 1)), bare.both(0, (2, LENGTH + 1, 1)))
     bare.device.error = 700
     with pytest.raises(RuntimeError, match="cuGraphLaunch failed: CUDA error 700"):
         bare.look()
     assert bare.core.in_flight == 2
     bare.abandon()
-    check_refused(door, 0, 1)
+    check_refused(frontend, 0, 1)
     check_refused(other, 0, 1)
     assert bare.core.in_flight == 0
     bare.abandon()  # nothing is left
-    check_refused(door, 0, 1)
+    check_refused(frontend, 0, 1)
     bare.device.begun.clear()
     # What comes is served as if nothing had been: the error is forgotten.
     request = bare.both(1, (1, LENGTH, 1))
-    door.send(request, first_ticket=2)
+    frontend.send(request, first_ticket=2)
     bare.look()
     bare.device.end()
     bare.look()
-    door.read()
-    check_answer(door, 2, request)
+    frontend.read()
+    check_answer(frontend, 2, request)
 
 
 def test_a_step_in_python_that_fails(bare: BareCore) -> None:
-    door = bare.open_client()
-    door.send(bare.both(0, (1, LENGTH, 1)), bare.both(1, (1, LENGTH, 1)))
+    frontend = bare.open_client()
+    frontend.send(bare.both(0, (1, LENGTH, 1)), bare.both(1, (1, LENGTH, 1)))
     bare.device.error = 3
     with pytest.raises(RuntimeError, match="error 3, made for this test"):
         bare.look()
     assert (bare.core.in_flight, bare.core.steps) == (1, 0)
     bare.abandon()
-    check_refused(door, 0, 1)
+    check_refused(frontend, 0, 1)
     bare.device.error = 0
     request = bare.both(0, (2, LENGTH, 1))
-    door.send(request, first_ticket=2)
+    frontend.send(request, first_ticket=2)
     bare.look()
     bare.look()
-    door.read()
-    check_answer(door, 2, request)
+    frontend.read()
+    check_answer(frontend, 2, request)
 
 
 def test_a_step_that_hangs_is_asked_after_and_given_up_with_those_behind_it(device_core: BareCore) -> None:
     bare = device_core
-    door = bare.open_client()
-    door.send(bare.both(0, (1, LENGTH, 1)))
+    frontend = bare.open_client()
+    frontend.send(bare.both(0, (1, LENGTH, 1)))
     began = time.monotonic()
     assert bare.core.run(TIMEOUT) == native.LATE
     assert 0.001 <= time.monotonic() - began < 1
     assert began <= bare.core.launched <= time.monotonic()
-    door.send(bare.both(0, (1, LENGTH + 1, 1)), first_ticket=1)
+    frontend.send(bare.both(0, (1, LENGTH + 1, 1)), first_ticket=1)
     launched = bare.core.launched
     asked = time.monotonic()
     for _ in range(5):
@@ -91,7 +91,7 @@ def test_a_step_that_hangs_is_asked_after_and_given_up_with_those_behind_it(devi
     assert bare.core.in_flight == 2
     assert bare.core.launched == launched, "the oldest one's"
     bare.abandon()
-    check_refused(door, 0, 1)
+    check_refused(frontend, 0, 1)
 
 
 def test_nobody_is_answered_twice_where_no_memory_is_left() -> None:

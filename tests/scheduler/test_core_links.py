@@ -27,7 +27,7 @@ from support.running_engine import TIMEOUT, get
 MANY_LINES = 10_000
 
 
-# --- Doors that go, or do not read ---
+# --- Frontends that go, or do not read ---
 
 
 def test_a_door_that_goes_with_requests_and_answers_on_their_way(device_core: BareCore) -> None:
@@ -56,49 +56,49 @@ def test_a_door_that_goes_with_requests_and_answers_on_their_way(device_core: Ba
 
 
 def test_a_line_that_is_gone_is_not_served_until_it_is_dropped(bare: BareCore) -> None:
-    door, other = bare.open_client(), bare.open_client()
+    frontend, other = bare.open_client(), bare.open_client()
     bare.lines[0].gone = True
-    door.send(bare.both(0, (1, LENGTH, 1)))
+    frontend.send(bare.both(0, (1, LENGTH, 1)))
     other.send(bare.both(0, (2, LENGTH, 1)))
     for _ in range(2):
         bare.look()
-    assert (door.read(), other.read()) == (0, 1)
+    assert (frontend.read(), other.read()) == (0, 1)
     assert (bare.lines[0].filled, bare.core.steps) == (1, 1)
     bare.core.run(0.02)
-    assert not door.handles.segment.flags[AT["engine_sleeps"] // 4], "it is not told that it should ring"
+    assert not frontend.handles.segment.flags[AT["engine_sleeps"] // 4], "it is not told that it should ring"
     bare.core.notice()
     assert bare.core.run(TIMEOUT) == native.NOTICED
 
 
 def test_nothing_is_written_for_who_is_gone(device_core: BareCore) -> None:
     bare = device_core
-    door = bare.open_client()
-    door.send(bare.both(0, (1, LENGTH, 1)))
+    frontend = bare.open_client()
+    frontend.send(bare.both(0, (1, LENGTH, 1)))
     bare.look()
     bare.lines[0].gone = True
     bare.device.end()
     bare.look()
-    segment = door.handles.segment
+    segment = frontend.handles.segment
     assert not any(segment.memory[segment.answer_slots_offset :][:SLOT_BYTES])
 
 
 def test_a_short_answer_does_not_overtake_a_long_one_that_waits_for_room(bare: BareCore) -> None:
-    door = bare.open_client(Sizes(8, 1 << 16, 256))
+    frontend = bare.open_client(Sizes(8, 1 << 16, 256))
     rows = [(1, LENGTH, 3), (2, LENGTH, 1)]
-    door.send(*[bare.both(layer, row) for layer in (0, 1) for row in rows])
+    frontend.send(*[bare.both(layer, row) for layer in (0, 1) for row in rows])
     bare.look()
     bare.look()
     assert bare.lines[0].has_unwritten, "of 256 bytes 64 are left, of which the third one needs twice as many"
-    while len(door.told) < 4:
+    while len(frontend.told) < 4:
         bare.look()
-        door.read(1)
-    assert list(door.told) == [0, 1, 2, 3]
+        frontend.read(1)
+    assert list(frontend.told) == [0, 1, 2, 3]
 
 
 def test_answers_that_wait_for_room_go_with_who_goes(bare: BareCore) -> None:
-    door = bare.open_client(Sizes(2, 1 << 16, 1 << 16))
+    frontend = bare.open_client(Sizes(2, 1 << 16, 1 << 16))
     for ticket in range(3):
-        door.send(bare.both(0, (1, LENGTH + ticket, 1)), first_ticket=ticket)
+        frontend.send(bare.both(0, (1, LENGTH + ticket, 1)), first_ticket=ticket)
         bare.look()
         bare.look()
     assert bare.lines[0].has_unwritten
@@ -109,18 +109,18 @@ def test_answers_that_wait_for_room_go_with_who_goes(bare: BareCore) -> None:
 
 @pytest.mark.parametrize("sizes", [Sizes(2, 1 << 16, 1 << 16), Sizes(64, 1 << 16, 256)], ids=["slots", "arena"])
 def test_who_does_not_read_is_served_no_more_and_harms_nobody(bare: BareCore, sizes: Sizes) -> None:
-    door, other = bare.open_client(sizes), bare.open_client()
+    frontend, other = bare.open_client(sizes), bare.open_client()
     requests = [bare.both(layer, (sequence, LENGTH, 1)) for sequence in (1, 2, 3, 4) for layer in range(3)]
     sent = 0
-    while sent < len(requests) and door.free:
-        door.send(requests[sent], first_ticket=sent)
+    while sent < len(requests) and frontend.free:
+        frontend.send(requests[sent], first_ticket=sent)
         bare.look()
         bare.look()
         sent += 1
     (line, _) = bare.lines
     assert line.has_unwritten and line.filled > 0, "what there is no room for stays where it is"
     steps, flag = bare.core.steps, AT["engine_waits_for_room"] // 4
-    assert door.handles.segment.flags[flag] == 1
+    assert frontend.handles.segment.flags[flag] == 1
     request = bare.both(0, (9, LENGTH, 1))
     other.send(request)
     bare.look()
@@ -129,17 +129,17 @@ def test_who_does_not_read_is_served_no_more_and_harms_nobody(bare: BareCore, si
     check_answer(other, 0, request)
     assert bare.core.steps == steps + 1
     # One answer is read: there is room for another one, and the engine is told so.
-    assert door.read(1) == 1
-    assert door.handles.segment.flags[flag] == 0
-    while len(door.told) < len(requests):
+    assert frontend.read(1) == 1
+    assert frontend.handles.segment.flags[flag] == 0
+    while len(frontend.told) < len(requests):
         bare.look()
-        door.read(1)
-        if sent < len(requests) and door.free:
-            door.send(requests[sent], first_ticket=sent)
+        frontend.read(1)
+        if sent < len(requests) and frontend.free:
+            frontend.send(requests[sent], first_ticket=sent)
             sent += 1
     for ticket, asked in enumerate(requests):
-        check_answer(door, ticket, asked)
-    assert list(door.told) == sorted(door.told), "in their order"
+        check_answer(frontend, ticket, asked)
+    assert list(frontend.told) == sorted(frontend.told), "in their order"
     assert not line.has_unwritten
 
 
@@ -148,25 +148,25 @@ def test_who_does_not_read_is_served_no_more_and_harms_nobody(bare: BareCore, si
 
 def test_a_bell_that_is_full_holds_nobody_up(bare: BareCore) -> None:
     """Whatever the flags of its ends say."""
-    door, engine = bare.open_client(), bare.engine_sides[-1]
+    frontend, engine = bare.open_client(), bare.engine_sides[-1]
     with pytest.raises(BlockingIOError):
         while True:
             os.write(engine.client_bell, b"0")
     for bell in (engine.client_bell, engine.engine_bell):
         os.set_blocking(bell, True)
-    door.handles.segment.flags[AT["client_sleeps"] // 4] = 1
+    frontend.handles.segment.flags[AT["client_sleeps"] // 4] = 1
     request = usual(bare)
-    door.send(request)
+    frontend.send(request)
     # Once to begin the step, and once to answer.
     looking = threading.Thread(target=lambda: [bare.look() for _ in range(2)])
     looking.start()
     looking.join(TIMEOUT)
     held_up = looking.is_alive()
-    os.read(door.handles.client_bell, 1)  # which lets it go on
+    os.read(frontend.handles.client_bell, 1)  # which lets it go on
     looking.join()
     assert not held_up
-    door.read()
-    check_answer(door, 0, request)
+    frontend.read()
+    check_answer(frontend, 0, request)
 
 
 @pytest.mark.alone
@@ -176,7 +176,7 @@ def test_it_sleeps_until_the_time_is_up(bare: BareCore) -> None:
     assert bare.core.run(0.3) == 0
     assert 0.3 <= time.monotonic() - began < 1
     assert time.thread_time() - busy < 0.05
-    assert bare.doors[0].handles.segment.flags[AT["engine_sleeps"] // 4] == 0, "it is awake again"
+    assert bare.frontends[0].handles.segment.flags[AT["engine_sleeps"] // 4] == 0, "it is awake again"
 
 
 @pytest.mark.alone
@@ -204,9 +204,9 @@ def test_it_spins_after_an_answer() -> None:
 @pytest.mark.parametrize("what", ["request", "notice"])
 def test_a_sleeper_is_woken(bare: BareCore, what: str) -> None:
     """Once, and held up by no bell that would wait for another time."""
-    door, quiet = bare.open_client(), bare.open_client()
+    frontend, quiet = bare.open_client(), bare.open_client()
     os.set_blocking(bare.engine_sides[0].engine_bell, True)
-    flags = door.handles.segment.flags
+    flags = frontend.handles.segment.flags
     sleeping = AT["engine_sleeps"] // 4
 
     def wake() -> None:
@@ -216,7 +216,7 @@ def test_a_sleeper_is_woken(bare: BareCore, what: str) -> None:
         if what == "notice":
             bare.core.notice()
         else:
-            door.send(get(1))
+            frontend.send(get(1))
 
     waker = threading.Thread(target=wake)
     waker.start()
@@ -254,7 +254,7 @@ def test_a_request_that_is_written_while_it_lies_down_is_seen() -> None:
             bare.core.add(bare.lines[0])
         bare.core.add(bare.lines[1])
         sleeping = AT["engine_sleeps"] // 4
-        flags = [door.handles.segment.flags for door in (first, last)]
+        flags = [frontend.handles.segment.flags for frontend in (first, last)]
         counters = last.handles.segment.counters
         turns: queue.SimpleQueue[bool] = queue.SimpleQueue()
         barrier = threading.Lock()

@@ -41,16 +41,16 @@ class Memory:
 
 def client_of(bare: BareCore) -> tuple[ForeignFrontend, int, Memory]:
     """One more frontend, and a region that it shares."""
-    door = bare.open_client()
+    frontend = bare.open_client()
     memory = Memory(np.frombuffer(bytearray(BYTES + 64), np.uint8))
     memory.data = memory.data[-memory.address % 64 :][:BYTES]
     region = bare.lines[-1].share(memory)
-    door.regions[region] = memory.data
-    return door, region, memory
+    frontend.regions[region] = memory.data
+    return frontend, region, memory
 
 
-def in_region(door: ForeignFrontend, request: TokenRequest, ticket: int, region: int, *names: str) -> Any:
-    return door.lay(request, ticket, {name: (region, PLACES[name]) for name in names})
+def in_region(frontend: ForeignFrontend, request: TokenRequest, ticket: int, region: int, *names: str) -> Any:
+    return frontend.lay(request, ticket, {name: (region, PLACES[name]) for name in names})
 
 
 def run(bare: BareCore) -> None:
@@ -66,11 +66,11 @@ def run(bare: BareCore) -> None:
 )
 def test_a_step_reads_and_writes_where_it_is_told(device_core: BareCore, names: tuple[str, ...]) -> None:
     bare = device_core
-    door, region, memory = client_of(bare)
+    frontend, region, memory = client_of(bare)
     other = bare.open_client()
     request, plain = bare.both(1, (1, LENGTH, 2), (2, LENGTH - 2, 3)), bare.both(0, (3, LENGTH, 1))
     other.send(plain)
-    door.write(in_region(door, request, 0, region, *names))
+    frontend.write(in_region(frontend, request, 0, region, *names))
     bare.look()
     (seen,) = bare.device.begun
     assert request.keys is not None
@@ -81,11 +81,11 @@ def test_a_step_reads_and_writes_where_it_is_told(device_core: BareCore, names: 
     assert (seen.targets[begin : begin + 5] != 0).all() == ("block_ids" in names)
     assert np.count_nonzero(seen.targets) == 5 * HEADS * ("block_ids" in names)
     run(bare)
-    for each in (door, other):
+    for each in (frontend, other):
         each.read()
-    check_answer(door, 0, request)
+    check_answer(frontend, 0, request)
     check_answer(other, 0, plain)
-    assert bool(door.told[0].numbers.payload_bytes) == ("block_ids" not in names)
+    assert bool(frontend.told[0].numbers.payload_bytes) == ("block_ids" not in names)
     end = PLACES["block_ids"] + 4 * 5 * HEADS * TOPK
     assert not memory.data[end:].any(), "nothing is written behind the ids"
 
@@ -95,17 +95,17 @@ def test_ranks_of_one_step_have_their_rows_and_ids_each_in_its_region(device_cor
     clients = [client_of(bare) for _ in range(HEADS)]
     random = np.random.default_rng(3)
     both = values(random, 2, HEADS, DIM)
-    for head, (door, region, _) in enumerate(clients):
+    for head, (frontend, region, _) in enumerate(clients):
         own = tokens(0, [(1, 3, 2)], queries=both[:, head : head + 1], first_head=head)
-        door.write(in_region(door, own, 0, region, "queries", "block_ids"))
+        frontend.write(in_region(frontend, own, 0, region, "queries", "block_ids"))
     bare.look()
     (seen,) = bare.device.begun
     assert seen.columns[2].sum() == 2, "they share its rows"
     run(bare)
     expected = np.frombuffer(tensor(both).data, np.uint16).reshape(2, HEADS, DIM)[:, :, :TOPK]
-    for head, (door, _, _) in enumerate(clients):
-        door.read()
-        answer = door.told[0].answer
+    for head, (frontend, _, _) in enumerate(clients):
+        frontend.read()
+        answer = frontend.told[0].answer
         assert isinstance(answer, TokenAnswer) and answer.block_ids is not None
         np.testing.assert_array_equal(answer.block_ids, expected[:, head : head + 1])
 
@@ -113,17 +113,17 @@ def test_ranks_of_one_step_have_their_rows_and_ids_each_in_its_region(device_cor
 def test_keys_of_a_region_are_the_devices_until_the_step_has_ended(device_core: BareCore) -> None:
     """An append of what the host has staged is answered at once."""
     bare = device_core
-    door, region, _ = client_of(bare)
+    frontend, region, _ = client_of(bare)
     keys = values(np.random.default_rng(2), 1, DIM)
-    door.send(tokens(0, [(1, LENGTH, 1)], keys=keys))
-    door.write(in_region(door, tokens(0, [(2, LENGTH, 1)], keys=keys), 1, region, "keys"))
+    frontend.send(tokens(0, [(1, LENGTH, 1)], keys=keys))
+    frontend.write(in_region(frontend, tokens(0, [(2, LENGTH, 1)], keys=keys), 1, region, "keys"))
     bare.look()
-    door.read()
-    assert list(door.told) == [0]
+    frontend.read()
+    assert list(frontend.told) == [0]
     assert bare.lines[0].give_back(region) is False, "it is in use"
     run(bare)
-    door.read()
-    assert list(door.told) == [0, 1]
+    frontend.read()
+    assert list(frontend.told) == [0, 1]
     assert bare.lines[0].give_back(region) is True
     with pytest.raises(KeyError, match=f"the link has no region {region}"):
         bare.lines[0].give_back(region)
@@ -133,10 +133,10 @@ def test_keys_of_a_region_are_the_devices_until_the_step_has_ended(device_core: 
 @pytest.mark.parametrize("scored", [True, False])
 def test_what_no_program_writes_is_left_to_python(device_core: BareCore, order: Any, scored: bool) -> None:
     bare = device_core
-    door, region, memory = client_of(bare)
+    frontend, region, memory = client_of(bare)
     request = bare.both(0, (1, LENGTH, 1), order=order, scores=scored)
     names = ["block_ids", *["scores"] * scored]
-    door.write(in_region(door, request, 0, region, *names))
+    frontend.write(in_region(frontend, request, 0, region, *names))
     bare.look()
     taken = bare.take()
     if order == "ascending" and not scored:
@@ -150,19 +150,19 @@ def test_what_no_program_writes_is_left_to_python(device_core: BareCore, order: 
     with pytest.raises(ValueError, match="whose region takes"):
         bare.core.answer(number, 1, 1, HEADS, TOPK, 0, ids, None)
     bare.core.answer(number, 1, 1, HEADS, TOPK, 0, None, None)
-    door.read()
-    assert door.told[0].numbers.payload_bytes == 0
+    frontend.read()
+    assert frontend.told[0].numbers.payload_bytes == 0
 
 
 def test_what_is_on_the_host_is_written_there(device_core: BareCore) -> None:
     """Beside scores that lie on the device, which cannot be written here."""
     bare = device_core
-    door, device, _ = client_of(bare)
+    frontend, device, _ = client_of(bare)
     memory = Memory(np.zeros(BYTES, np.uint8), on_device=False)
     host = bare.lines[-1].share(memory)
-    door.regions[host] = memory.data
+    frontend.regions[host] = memory.data
     places = {"block_ids": (host, PLACES["block_ids"]), "scores": (device, PLACES["scores"])}
-    door.write(door.lay(bare.both(0, (1, LENGTH, 1), scores=True), 0, places))
+    frontend.write(frontend.lay(bare.both(0, (1, LENGTH, 1), scores=True), 0, places))
     bare.look()
     ((number, *_),) = bare.take()
     ids = np.arange(HEADS * TOPK, dtype=np.int32)
@@ -190,8 +190,8 @@ def test_a_link_shares_so_many_regions(bare: BareCore) -> None:
 
 def test_a_region_goes_with_its_link_and_the_last_request(device_core: BareCore) -> None:
     bare = device_core
-    door, region, memory = client_of(bare)
-    door.write(in_region(door, bare.both(0, (1, LENGTH, 1)), 0, region, "queries"))
+    frontend, region, memory = client_of(bare)
+    frontend.write(in_region(frontend, bare.both(0, (1, LENGTH, 1)), 0, region, "queries"))
     bare.look()
     held = sys.getrefcount(memory)
     line = bare.lines.pop()

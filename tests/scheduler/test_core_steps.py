@@ -55,14 +55,14 @@ def test_a_step_holds_all_that_came(device_core: BareCore) -> None:
     bare.device.end()
     assert bare.look() == 0
     assert (first.read(), second.read()) == (2, 1)
-    for door, ticket, request in ((first, 0, requests[0]), (first, 1, requests[1]), (second, 0, requests[2])):
-        check_answer(door, ticket, request)
+    for frontend, ticket, request in ((first, 0, requests[0]), (first, 1, requests[1]), (second, 0, requests[2])):
+        check_answer(frontend, ticket, request)
 
 
 def test_the_smallest_program_that_holds_it() -> None:
     shapes = [(1, 1, 3), (2, 1, 3), (2, LONGEST, 3), (4, 2, 4)]
     with bare_core(replays=shapes) as bare:
-        door = bare.open_client()
+        frontend = bare.open_client()
         for number, (rows, runs, length) in enumerate(
             [
                 ([(1, LENGTH, 1)], 1, 1),
@@ -76,14 +76,14 @@ def test_the_smallest_program_that_holds_it() -> None:
         ):
             bare.lengths[:] = 24
             request = bare.both(0, *rows)
-            door.send(request, first_ticket=number)
+            frontend.send(request, first_ticket=number)
             assert bare.look() == 0
             assert bare.device.begun[0].columns.shape[1] == runs
             assert len(bare.device.begun[0].keys) == runs * length
             bare.device.end()
             bare.look()
-            door.read()
-            check_answer(door, number, request)
+            frontend.read()
+            check_answer(frontend, number, request)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_what_no_program_holds_is_left(rows: list[tuple[int, ...]]) -> None:
 
 def test_what_no_program_holds_together_is_in_two_steps() -> None:
     with bare_core(replays=[(2, 1, 3), (1, LONGEST, 3)]) as bare:
-        door = bare.open_client()
+        frontend = bare.open_client()
         requests = [bare.both(0, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 2)), bare.both(0, (3, LENGTH, 1))]
-        door.send(*requests)
+        frontend.send(*requests)
         assert bare.look() == 0
         assert bare.look() == 0
         assert [columns(seen, 1) for seen in bare.device.begun] == [
@@ -119,16 +119,16 @@ def test_what_no_program_holds_together_is_in_two_steps() -> None:
         bare.device.end()
         bare.device.end()
         bare.look()
-        door.read()
+        frontend.read()
         for ticket, request in enumerate(requests):
-            check_answer(door, ticket, request)
+            check_answer(frontend, ticket, request)
 
 
 def test_what_is_long_and_what_is_wide_is_not_put_together_where_no_program_is_both() -> None:
     with bare_core(replays=[(1, 1, 4), (2, 1, 3), (1, LONGEST, 3)]) as bare:
         bare.lengths[:] = 24
-        door = bare.open_client()
-        door.send(
+        frontend = bare.open_client()
+        frontend.send(
             bare.both(0, (1, 24, 1)), bare.both(0, (2, 23, 1)), bare.both(0, (3, 20, 4)), bare.both(0, (4, 23, 1))
         )
         widths = []
@@ -140,9 +140,9 @@ def test_what_is_long_and_what_is_wide_is_not_put_together_where_no_program_is_b
 
 def test_the_last_token_of_a_step() -> None:
     with bare_core(sequences=200) as bare:
-        door = bare.open_client()
+        frontend = bare.open_client()
         rows = [(sequence, LENGTH, LONGEST) for sequence in range(1, 128)]
-        door.send(bare.both(0, *rows), bare.both(0, (150, LENGTH, 4)), bare.both(0, (151, LENGTH, 1)))
+        frontend.send(bare.both(0, *rows), bare.both(0, (150, LENGTH, 4)), bare.both(0, (151, LENGTH, 1)))
         bare.look()
         assert (bare.core.steps, bare.counted["decode_tokens"]) == (1, native.MAX_TOKENS)
         bare.look()
@@ -153,7 +153,7 @@ def test_the_last_token_of_a_step() -> None:
 def test_as_many_runs_and_tokens_as_a_step_holds(replays: list[tuple[int, int, int]] | None) -> None:
     """The 256th run, or the 512th token, is still in; the next one is in the next step."""
     with bare_core(sequences=600, replays=replays) as bare:
-        door = bare.open_client()
+        frontend = bare.open_client()
         halves = [
             [(sequence, LENGTH, length) for sequence in range(first, first + count)]
             for first, count, length in (
@@ -166,7 +166,7 @@ def test_as_many_runs_and_tokens_as_a_step_holds(replays: list[tuple[int, int, i
             )
         ]
         requests = [bare.both(0, *rows) for rows in halves]
-        door.send(*requests)
+        frontend.send(*requests)
         runs, tokens = [], []
         for _ in range(8):
             bare.look()
@@ -174,9 +174,9 @@ def test_as_many_runs_and_tokens_as_a_step_holds(replays: list[tuple[int, int, i
                 seen = bare.device.end()
                 runs.append(int((seen.columns[2] > 0).sum()))
                 tokens.append(int(seen.columns[2].sum()))
-        door.read()
+        frontend.read()
         for ticket, request in enumerate(requests):
-            check_answer(door, ticket, request)
+            check_answer(frontend, ticket, request)
         assert bare.core.steps == 3
         if replays:
             assert (runs, tokens) == ([256, 256, 2], [256, 511, 3]) or (runs, tokens) == ([256, 257, 1], [256, 512, 1])
@@ -191,8 +191,8 @@ def test_a_request_of_more_runs_than_a_step_is_left() -> None:
 def test_a_request_of_more_tokens_than_a_step_is_left() -> None:
     with bare_core(sequences=300) as bare:
         rows = [(sequence, LENGTH, LONGEST) for sequence in range(1, native.MAX_TOKENS // LONGEST + 1)]
-        door = bare.open_client()
-        door.send(bare.both(0, *rows), bare.both(1, *rows, (250, LENGTH, 1)))
+        frontend = bare.open_client()
+        frontend.send(bare.both(0, *rows), bare.both(1, *rows, (250, LENGTH, 1)))
         assert bare.look() == native.FOR_PYTHON
         assert [kind for _, kind, *_ in bare.take()] == ["large"]
         assert (bare.core.steps, bare.counted["decode_tokens"]) == (1, native.MAX_TOKENS)
@@ -201,10 +201,10 @@ def test_a_request_of_more_tokens_than_a_step_is_left() -> None:
 def test_one_layer_of_a_sequence_is_once_in_a_step(device_core: BareCore) -> None:
     """What goes on with it is in the next one, and so is what names any of its sequences; others are not held up."""
     bare = device_core
-    doors = [bare.open_client() for _ in range(3)]
-    doors[0].send(bare.both(0, (1, LENGTH, 1)))
-    doors[1].send(bare.both(0, (2, LENGTH, 1), (1, LENGTH + 1, 1)), bare.both(0, (3, LENGTH, 1)))
-    doors[2].send(bare.both(1, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 1)), bare.both(1, (4, LENGTH, 1)))
+    frontends = [bare.open_client() for _ in range(3)]
+    frontends[0].send(bare.both(0, (1, LENGTH, 1)))
+    frontends[1].send(bare.both(0, (2, LENGTH, 1), (1, LENGTH + 1, 1)), bare.both(0, (3, LENGTH, 1)))
+    frontends[2].send(bare.both(1, (1, LENGTH, 1)), bare.both(0, (2, LENGTH, 1)), bare.both(1, (4, LENGTH, 1)))
     bare.look()
     bare.look()
     first, second = bare.device.begun
@@ -240,9 +240,9 @@ def test_the_lines_take_turns() -> None:
 
 def test_answers_come_when_every_block_id_is_there(device_core: BareCore) -> None:
     bare = device_core
-    door = bare.open_client()
+    frontend = bare.open_client()
     request = bare.both(0, (1, LENGTH, 1), (2, LENGTH, 1))
-    door.send(request)
+    frontend.send(request)
     bare.look()
     ids = bare.device.rooms[0][1]
     untouched = ids.copy()
@@ -254,34 +254,34 @@ def test_answers_come_when_every_block_id_is_there(device_core: BareCore) -> Non
         ids[:] = ended
         ids[missing] = untouched[missing]
         bare.look()
-        assert not door.read(), missing
+        assert not frontend.read(), missing
     ids[:] = ended
     bare.look()
-    door.read()
-    check_answer(door, 0, request)
+    frontend.read()
+    check_answer(frontend, 0, request)
 
 
 def test_two_steps_are_on_their_way_and_no_third(device_core: BareCore) -> None:
     bare = device_core
-    door = bare.open_client()
+    frontend = bare.open_client()
     requests = [bare.both(0, (1, LENGTH + number, 1)) for number in range(5)]
     for ticket, request in enumerate(requests[:3]):
-        door.send(request, first_ticket=ticket)
+        frontend.send(request, first_ticket=ticket)
         bare.look()
     assert [seen.room for seen in bare.device.begun] == [0, 1]
     assert (bare.core.in_flight, bare.core.steps) == (2, 2)
     bare.device.end()
     bare.look()  # answers the first, begins the third in its room
     assert [seen.room for seen in bare.device.begun] == [1, 0]
-    assert door.read() == 1
+    assert frontend.read() == 1
     for ticket, request in enumerate(requests[3:], start=3):
-        door.send(request, first_ticket=ticket)
-    while len(door.told) < 5:
+        frontend.send(request, first_ticket=ticket)
+    while len(frontend.told) < 5:
         bare.device.end()
         bare.look()
-        door.read()
+        frontend.read()
     for ticket, request in enumerate(requests):
-        check_answer(door, ticket, request)
+        check_answer(frontend, ticket, request)
     assert (bare.core.in_flight, bare.core.launched) == (0, 0.0)
 
 
@@ -307,10 +307,10 @@ def test_what_cannot_be_set_is_refused(device_core: BareCore) -> None:
 def test_shares_of_heads_lie_side_by_side(device_core: BareCore) -> None:
     """Queries of a head that nobody asks for are 0; who asks for the same head again gets rows of its own."""
     bare = device_core
-    door, random = bare.open_client(), np.random.default_rng(3)
+    frontend, random = bare.open_client(), np.random.default_rng(3)
     queries = values(random, 3, SPEC.num_index_heads, SPEC.head_dim)
     rows = [(1, LENGTH - 2, 2), (2, LENGTH - 1, 1)]
-    door.send(
+    frontend.send(
         tokens(0, rows, queries=queries[:, 1:], first_head=1),
         tokens(0, rows, queries=queries[:, :1]),
         tokens(0, rows, queries=queries[:, 1:], first_head=1, dtype="fp32"),
@@ -331,22 +331,22 @@ def test_shares_of_heads_lie_side_by_side(device_core: BareCore) -> None:
     assert not staged[3:, :1].any()
     bare.device.end()
     bare.look()
-    door.read()
+    frontend.read()
     ids = seen.queries[:3, :, : SPEC.topk].astype(np.int32)
     for ticket, heads in enumerate((slice(1, 2), slice(0, 1), slice(1, 2))):
-        answer = door.told[ticket].answer
+        answer = frontend.told[ticket].answer
         assert isinstance(answer, TokenAnswer)
         np.testing.assert_array_equal(answer.block_ids, ids[:, heads])
 
 
 def test_an_append_alone_is_answered_at_once_and_scores_only_when_they_are_there(device_core: BareCore) -> None:
     bare = device_core
-    door, random = bare.open_client(), np.random.default_rng(4)
+    frontend, random = bare.open_client(), np.random.default_rng(4)
     scored = tokens(0, [(2, 9, 2)], queries=values(random, 2, SPEC.num_index_heads, SPEC.head_dim), scores=True)
-    door.send(tokens(0, [(1, LENGTH, 1)], keys=values(random, 1, SPEC.head_dim)), scored)
+    frontend.send(tokens(0, [(1, LENGTH, 1)], keys=values(random, 1, SPEC.head_dim)), scored)
     bare.look()
-    assert door.read() == 1
-    assert door.told[0].answer == TokenAnswer(bare.cache.epoch)
+    assert frontend.read() == 1
+    assert frontend.told[0].answer == TokenAnswer(bare.cache.epoch)
     (seen,) = bare.device.begun
     assert seen.columns[4, :2].tolist() == [RUN_APPENDS, RUN_SELECTS | RUN_WANTS_SCORES]
     bare.device.end()
@@ -354,7 +354,7 @@ def test_an_append_alone_is_answered_at_once_and_scores_only_when_they_are_there
     last = 3 * SPEC.num_index_heads * SPEC.topk - 1
     there, scores.view(np.uint32)[last] = scores[last], 2**32 - 1
     bare.look()
-    assert not door.read()
+    assert not frontend.read()
     scores[last] = there
     bare.look()
-    assert door.read() == 1
+    assert frontend.read() == 1

@@ -47,9 +47,9 @@ def test_tenants_take_turns_in_a_step() -> None:
     """One of them asks for more than a step holds, and the other one comes behind it on the same link."""
     with bare_core(sequences=SEQUENCES, num_pages=HELD * (SEQUENCES + 1), replays=[(native.MAX_RUNS, 2, 1000)]) as bare:
         add_modest(bare)
-        door = bare.open_client(MANY)
-        door.send(*[selection(0, sequence) for sequence in range(1, SEQUENCES + 1)])
-        door.send(selection(MODEST_LAYER, 1, MODEST), first_ticket=SEQUENCES)
+        frontend = bare.open_client(MANY)
+        frontend.send(*[selection(0, sequence) for sequence in range(1, SEQUENCES + 1)])
+        frontend.send(selection(MODEST_LAYER, 1, MODEST), first_ticket=SEQUENCES)
         bare.look()
         assert layers_of_step(bare).count(MODEST_LAYER) == 1
 
@@ -57,14 +57,14 @@ def test_tenants_take_turns_in_a_step() -> None:
 def test_a_slow_device_gets_less_of_each_tenant_while_several_ask() -> None:
     with bare_core(sequences=SEQUENCES, num_pages=HELD * (SEQUENCES + 1), replays=[(native.MAX_RUNS, 2, 1000)]) as bare:
         add_modest(bare)
-        door = bare.open_client(MANY)
-        door.send(selection(0, 1))
+        frontend = bare.open_client(MANY)
+        frontend.send(selection(0, 1))
         bare.look()
         time.sleep(0.1)
         bare.device.end()
         bare.look()
-        door.send(*[selection(0, sequence) for sequence in range(1, SEQUENCES + 1)], first_ticket=1)
-        door.send(selection(MODEST_LAYER, 1, MODEST), first_ticket=1 + SEQUENCES)
+        frontend.send(*[selection(0, sequence) for sequence in range(1, SEQUENCES + 1)], first_ticket=1)
+        frontend.send(selection(MODEST_LAYER, 1, MODEST), first_ticket=1 + SEQUENCES)
         bare.look()
         first = layers_of_step(bare)
         # A selection costs 1 + 20 / 8 blocks; 256 of them are for one tenant, and what was begun.
@@ -75,30 +75,30 @@ def test_a_slow_device_gets_less_of_each_tenant_while_several_ask() -> None:
             while bare.device.begun:
                 bare.device.end()
         bare.look()
-        door.read()
-        assert len(door.told) == SEQUENCES + 2, "all of them are answered in the end"
+        frontend.read()
+        assert len(frontend.told) == SEQUENCES + 2, "all of them are answered in the end"
 
 
 def test_one_tenant_leaves_room_in_the_queue() -> None:
     with bare_core(max_queued=90, sequences=4, num_pages=HELD * 5) as bare:
         add_modest(bare)
-        door = bare.open_client(MANY)
+        frontend = bare.open_client(MANY)
         waiting = tokens(0, [(1, LENGTH, 1)], queries=values(np.random.default_rng(1), 1, 2, 8), wait=True)
-        door.send(*[waiting for _ in range(90)])
+        frontend.send(*[waiting for _ in range(90)])
         bare.look()
-        door.read()
-        refused = {ticket: told.answer for ticket, told in door.told.items()}
+        frontend.read()
+        refused = {ticket: told.answer for ticket, told in frontend.told.items()}
         assert sorted(refused) == list(range(80, 90)), "of eighty more than eight times what is left"
         for error in refused.values():
             assert isinstance(error, BlockdexError) and error.reason == Reason.OVERLOADED
             assert error.message == "queue: of 90 requests that may wait 80 do, and the tenant's share is used up"
-        door.send(selection(MODEST_LAYER, 1, MODEST), first_ticket=90)
+        frontend.send(selection(MODEST_LAYER, 1, MODEST), first_ticket=90)
         for _ in range(3):
             bare.look()
             if bare.device.begun:
                 bare.device.end()
-        door.read()
-        assert not isinstance(door.told[90].answer, BlockdexError)
+        frontend.read()
+        assert not isinstance(frontend.told[90].answer, BlockdexError)
 
 
 @pytest.mark.parametrize(

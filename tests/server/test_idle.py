@@ -42,7 +42,7 @@ def wakes_of(pid: int) -> int:
 
 
 def test_nobody_looks_for_work_that_does_not_come(server: Split) -> None:
-    processes = [server.core, *server.doors]
+    processes = [server.core, *server.frontends]
     before, wakes = [seconds_of(pid) for pid in processes], wakes_of(server.supervisor)
     time.sleep(SECONDS)
     shares = [(seconds_of(pid) - was) / SECONDS for pid, was in zip(processes, before, strict=True)]

@@ -40,7 +40,7 @@ def server() -> Iterator[Split]:
     """One server, whose children die in these tests, and whose supervisor is told to stop after them."""
     with split("--frontends", "2", "--spin-seconds", "0.001") as running:
         yield running
-        pids = [running.core, *running.doors, running.supervisor]
+        pids = [running.core, *running.frontends, running.supervisor]
     assert left_over(pids) == []
 
 
@@ -63,7 +63,7 @@ def is_serving(server: Split) -> bool:
 
 def whole(server: Split) -> bool:
     """Whether all processes are there and serve."""
-    return server.ready() == "ready" and len(server.doors) == 2 and is_serving(server)
+    return server.ready() == "ready" and len(server.frontends) == 2 and is_serving(server)
 
 
 def held_by(process: Path) -> set[Path]:
@@ -91,12 +91,12 @@ def libraries_of(pid: int) -> str:
 def test_each_process_loads_what_is_its_own(server: Split) -> None:
     assert "torch" in libraries_of(server.core)
     assert "grpc" not in libraries_of(server.core)
-    for other in (*server.doors, server.supervisor):
+    for other in (*server.frontends, server.supervisor):
         assert "torch" not in libraries_of(other)
-    assert all("grpc" in libraries_of(door) for door in server.doors)
+    assert all("grpc" in libraries_of(frontend) for frontend in server.frontends)
     said = server.serving.event("serving")
     assert said["core_pid"] == str(server.core)
-    assert said["frontend_pids"].split() == [str(door) for door in server.doors]
+    assert said["frontend_pids"].split() == [str(frontend) for frontend in server.frontends]
 
 
 def test_all_frontends_count_as_one(server: Split, stubs: list[pb_grpc.IndexerServiceStub]) -> None:
@@ -107,10 +107,10 @@ def test_all_frontends_count_as_one(server: Split, stubs: list[pb_grpc.IndexerSe
     assert server.metric("blockdex_request_duration_seconds_count", rpc="GetInfo") == before + CLIENTS
 
 
-@pytest.mark.parametrize("doors", ["1", "2"])
-def test_the_port_is_shared_with_no_other_server(server: Split, doors: str) -> None:
+@pytest.mark.parametrize("frontends", ["1", "2"])
+def test_the_port_is_shared_with_no_other_server(server: Split, frontends: str) -> None:
     address = server.serving.grpc_address
-    flags = ["--grpc-address", address, "--http-address", "127.0.0.1:0", "--frontends", doors]
+    flags = ["--grpc-address", address, "--http-address", "127.0.0.1:0", "--frontends", frontends]
     command = [sys.executable, "-m", "blockdex", "serve", *flags]
     other = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
     assert other.returncode == 2
@@ -118,7 +118,7 @@ def test_the_port_is_shared_with_no_other_server(server: Split, doors: str) -> N
 
 
 def test_a_frontend_ends_and_the_others_go_on(server: Split, stubs: list[pb_grpc.IndexerServiceStub]) -> None:
-    with blockdex.Client(server.serving.grpc_address, tenant="doors") as client:
+    with blockdex.Client(server.serving.grpc_address, tenant="frontends") as client:
         client.open_sequence(1)
         client.append_keys(0, sequences=1, keys=np.ones((300, 128), np.float32))
     waits = select(1, [(2, 0, 1)], np.ones((1, 4, 128), np.float32), wait_for_keys=True)
@@ -126,7 +126,7 @@ def test_a_frontend_ends_and_the_others_go_on(server: Split, stubs: list[pb_grpc
     waiting = [stub.SelectBlocks.future(waits, timeout=60, metadata=STREAM) for stub in stubs]
     eventually(lambda: server.metric("blockdex_waiting_requests") == CLIENTS, "all wait")
     counted = server.metric("blockdex_requests_total", rpc="GetInfo", code="OK")
-    first, second = server.doors
+    first, second = server.frontends
 
     kill(first)
     eventually(lambda: any(one.done() for one in waiting), "some hear of it")
@@ -137,7 +137,7 @@ def test_a_frontend_ends_and_the_others_go_on(server: Split, stubs: list[pb_grpc
     eventually(given_up, "they are given up")
     lost = [one for one in waiting if one.done()]
     assert {one.code() for one in lost} == {grpc.StatusCode.UNAVAILABLE}
-    with blockdex.Client(server.serving.grpc_address, tenant="doors") as client:
+    with blockdex.Client(server.serving.grpc_address, tenant="frontends") as client:
         assert client.get_sequence(1).lengths == (300, 0, 0), "no sequence went with it"
         client.close_sequence(1)
     stubs[0].AppendKeys(append(1, [(2, 0, 1)], np.ones((1, 128), np.float32)), timeout=20, metadata=STREAM)
@@ -146,7 +146,7 @@ def test_a_frontend_ends_and_the_others_go_on(server: Split, stubs: list[pb_grpc
             assert one.result(timeout=20).block_ids.data
     assert len(lost) < CLIENTS, "the connections were shared out"
     eventually(lambda: whole(server), "it is started again")
-    assert second in server.doors and first not in server.doors
+    assert second in server.frontends and first not in server.frontends
     assert server.metric("blockdex_restarts_total", process="frontend") == 1
     assert server.metric("blockdex_restarts_total", process="core") == 0
     assert server.metric("blockdex_requests_total", rpc="GetInfo", code="OK") >= counted, "counters do not go back"
@@ -166,7 +166,7 @@ def test_the_engine_core_ends_and_comes_back_empty(server: Split, random: np.ran
         eventually(lambda: server.metric("blockdex_waiting_requests") == 1, "it waits")
         over = threading.Event()
         silent = stub.Stream(iter(over.wait, True), timeout=60, metadata=metadata)
-        doors = server.doors
+        frontends = server.frontends
         assert httpx.get(f"{http}/v1/live").json()["obstacle"] == ""
 
         kill(server.core)
@@ -188,7 +188,7 @@ def test_the_engine_core_ends_and_comes_back_empty(server: Split, random: np.ran
         assert httpx.get(f"{http}/v1/live").json()["obstacle"] == "the engine core starts anew"
 
         eventually(lambda: whole(server), "it is started again")
-        assert server.doors == doors, "they stay"
+        assert server.frontends == frontends, "they stay"
         assert server.metric("blockdex_restarts_total", process="core") == 1
         gone = refusal_of(_error(lambda: stub.GetSequence(pb.GetSequenceRequest(sequence_id=1), metadata=metadata)))
         assert (gone.code, gone.reason) == ("NOT_FOUND", "UNKNOWN_SEQUENCE")
@@ -217,12 +217,12 @@ def _error(call: object) -> grpc.RpcError:
 
 def test_children_do_not_hear_the_signals_that_stop_a_server(server: Split) -> None:
     """A terminal and a service manager send them to all processes at once; the supervisor needs the others then."""
-    children = [server.core, *server.doors]
+    children = [server.core, *server.frontends]
     for child in children:
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(child, number)
     time.sleep(0.3)
-    assert [server.core, *server.doors] == children
+    assert [server.core, *server.frontends] == children
     assert whole(server)
 
 
@@ -230,7 +230,7 @@ def test_children_do_not_hear_the_signals_that_stop_a_server(server: Split) -> N
 def test_nothing_is_left_though_the_engine_core_hangs(number: signal.Signals, tmp_path: Path) -> None:
     shared = set(Path("/dev/shm").iterdir())
     with split("--frontends", "2", "--shutdown-grace-seconds", "1", TMPDIR=str(tmp_path)) as server:
-        pids = [server.core, *server.doors, server.supervisor]
+        pids = [server.core, *server.frontends, server.supervisor]
         address = server.serving.http_address
         os.kill(server.core, signal.SIGSTOP)
         os.kill(server.supervisor, number)
@@ -245,7 +245,7 @@ def test_nothing_is_left_though_the_engine_core_hangs(number: signal.Signals, tm
 
 def test_a_second_signal_ends_all_at_once() -> None:
     with split("--shutdown-grace-seconds", "60") as server, blockdex.Client(server.serving.grpc_address) as client:
-        pids = [server.core, *server.doors]
+        pids = [server.core, *server.frontends]
         client.open_sequence(1)
         with grpc.insecure_channel(server.serving.grpc_address) as channel:
             waits = select(1, [(1, 0, 1)], np.ones((1, 4, 128), np.float32), wait_for_keys=True)

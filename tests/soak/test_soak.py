@@ -93,8 +93,8 @@ def touch_every_page(address: str) -> None:
 
 def open_files(server: Split) -> dict[int, int]:
     """How many files each process of the server has open, once every frontend has had a client."""
-    for door in server.doors:
-        with connect(server.serving.grpc_address, door) as channel:
+    for frontend in server.frontends:
+        with connect(server.serving.grpc_address, frontend) as channel:
             pb_grpc.IndexerServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=20)
     time.sleep(1)  # Until these are gone.
     return {pid: held_by(pid).descriptors for pid in server.serving.pids()}

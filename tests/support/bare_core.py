@@ -221,7 +221,7 @@ class BareCore:
             self.core.set_run_step(self.device.run_step_buffer)
         else:
             self.core.set_replays(*self.device.replays(replays))
-        self.doors: list[ForeignFrontend] = []
+        self.frontends: list[ForeignFrontend] = []
         self.engine_sides: list[Handles] = []
         self.lines: list[native.ServerLink] = []
 
@@ -238,13 +238,13 @@ class BareCore:
     def open_client(self, sizes: Sizes = SIZES) -> ForeignFrontend:
         """One more frontend."""
         engine, client = new_link(sizes, epoch=1)
-        door = ForeignFrontend(client)
+        frontend = ForeignFrontend(client)
         line = native.ServerLink(engine.segment, engine.client_bell, engine.engine_bell)
         self.engine_sides.append(engine)
         self.core.add(line)
-        self.doors.append(door)
+        self.frontends.append(frontend)
         self.lines.append(line)
-        return door
+        return frontend
 
     def both(self, layer: int, *rows: tuple[int, ...], rollback: bool = True, **options: Any) -> TokenRequest:
         """Appends to rows (sequence, start, length[, revision]) and selects for them."""
@@ -264,8 +264,8 @@ class BareCore:
 
     def close(self) -> None:
         """Gives the files back."""
-        for door in self.doors:
-            door.close()
+        for frontend in self.frontends:
+            frontend.close()
         for engine in self.engine_sides:
             engine.close()
         os.close(self.nudge)
@@ -295,9 +295,9 @@ def usual(bare: BareCore) -> TokenRequest:
     return bare.both(1, (1, LENGTH, 1, 5), (2, LENGTH - 2, 3))
 
 
-def check_answer(door: ForeignFrontend, ticket: int, request: TokenRequest) -> None:
+def check_answer(frontend: ForeignFrontend, ticket: int, request: TokenRequest) -> None:
     """Checks that an answer is that of this request: its queries, as the device sends them back."""
-    numbers, answer = door.told[ticket]
+    numbers, answer = frontend.told[ticket]
     assert isinstance(answer, TokenAnswer) and answer.block_ids is not None and answer.scores is None
     assert request.queries is not None
     sent = np.frombuffer(request.queries.tensor.data, np.uint16).reshape(-1, SPEC.num_index_heads, SPEC.head_dim)

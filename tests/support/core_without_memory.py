@@ -44,10 +44,10 @@ def fill(bare: BareCore, line: int) -> None:
         pass
 
 
-def check_told(door: ForeignFrontend, kind: type) -> None:
+def check_told(frontend: ForeignFrontend, kind: type) -> None:
     """Checks that the one request was answered once, in this way."""
-    assert door.read() == 1
-    assert isinstance(door.told[0].answer, kind)
+    assert frontend.read() == 1
+    assert isinstance(frontend.told[0].answer, kind)
 
 
 def land_without_memory() -> None:

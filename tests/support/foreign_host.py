@@ -29,37 +29,37 @@ HEADS, DIM = SPEC.num_index_heads, SPEC.head_dim
 
 
 class Host(RunningOverRings):
-    """A real engine, a channel to it, and doors of other makes.
+    """A real engine, a channel to it, and frontends of other makes.
 
     Attributes:
         address: where the engine listens.
-        doors: those that are there.
+        frontends: those that are there.
     """
 
     address: str
-    doors: list[ForeignFrontend]
+    frontends: list[ForeignFrontend]
 
     async def connect(self, tenant: str = "") -> ForeignFrontend:
         """One more link, of a tenant or of all."""
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connected.setblocking(False)
         await asyncio.get_running_loop().sock_connect(connected, self.address)
-        self.doors.append(ForeignFrontend(await asyncio.wait_for(take(connected, tenant), TIMEOUT), connected))
+        self.frontends.append(ForeignFrontend(await asyncio.wait_for(take(connected, tenant), TIMEOUT), connected))
         connected.settimeout(TIMEOUT)
-        return self.doors[-1]
+        return self.frontends[-1]
 
-    async def share(self, door: ForeignFrontend, memory: SharedMemory) -> int:
+    async def share(self, frontend: ForeignFrontend, memory: SharedMemory) -> int:
         """Shares memory over a link; the number of the region."""
-        assert door.connected is not None
-        shared = await asyncio.to_thread(share, door.connected, "memfd", [memory.fd])
+        assert frontend.connected is not None
+        shared = await asyncio.to_thread(share, frontend.connected, "memfd", [memory.fd])
         assert shared.bytes == len(memory.bytes)
-        door.regions[shared.region] = memory.bytes
+        frontend.regions[shared.region] = memory.bytes
         return shared.region
 
-    def leave(self, door: ForeignFrontend) -> None:
+    def leave(self, frontend: ForeignFrontend) -> None:
         """One less."""
-        self.doors.remove(door)
-        door.close()
+        self.frontends.remove(frontend)
+        frontend.close()
 
 
 @contextlib.asynccontextmanager
@@ -67,22 +67,22 @@ async def host(limits: Limits = SMALL, **options: Any) -> AsyncIterator[Host]:
     """A running engine; it must be of the same epoch, and sound, when all is over."""
     async with hosted(limits=limits, **options) as run:
         running = Host(run.backend, run.engine, run.channel)
-        running.address, running.doors = run.address, []
+        running.address, running.frontends = run.address, []
         epoch = run.engine.info().epoch
         try:
             yield running
         finally:
-            for door in list(running.doors):
-                running.leave(door)
+            for frontend in list(running.frontends):
+                running.leave(frontend)
         assert isinstance(await running.refusal(get(2**64 - 1)), BlockdexError)
         assert run.engine.info().epoch == epoch, "the cache was lost"
         check_integrity(run.engine._cache)
 
 
-async def told(door: ForeignFrontend, ticket: int) -> Any:
+async def told(frontend: ForeignFrontend, ticket: int) -> Any:
     """The answer to a request."""
-    await eventually(lambda: door.read() or ticket in door.told)
-    return door.told[ticket].answer
+    await eventually(lambda: frontend.read() or ticket in frontend.told)
+    return frontend.told[ticket].answer
 
 
 def both(*rows: tuple[int, ...], **options: Any) -> Any:

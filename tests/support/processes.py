@@ -34,7 +34,7 @@ class Split:
         return self._children("blockdex.server.engine_process")[0]
 
     @property
-    def doors(self) -> list[int]:
+    def frontends(self) -> list[int]:
         """Process ids of the frontends that run now."""
         return self._children("blockdex.server.frontend_process")
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex_kernels import validate as door
+from blockdex_kernels import validate
 from blockdex_kernels.casts import TORCH_DTYPES, cast_keys, scale_to_fp8
 from blockdex_kernels.cpu import ranking, tiles
 from blockdex_kernels.cpu.scoring import BlockScorer
@@ -56,8 +56,8 @@ class CpuBackend(Backend):
     @torch.no_grad()
     def append(self, keys: torch.Tensor, spans: Spans) -> None:
         """See `Backend.append`; page ids and positions out of bounds are a ValueError too."""
-        door.check_keys(keys, spans, self.spec, self.device)
-        runs, page_table = door.read_runs(
+        validate.check_keys(keys, spans, self.spec, self.device)
+        runs, page_table = validate.read_runs(
             spans, self.spec, num_pages=len(self.pages), num_tokens=len(keys), writing=True
         )
         layers, starts, lengths = np.array(runs, np.int64).reshape(-1, 3).T
@@ -93,16 +93,16 @@ class CpuBackend(Backend):
         Raises:
             ValueError: columns of different length, or a page id out of bounds; nothing is copied.
         """
-        door.check_copies(sources, destinations, len(self.pages))
+        validate.check_copies(sources, destinations, len(self.pages))
         for source, destination in zip(sources.tolist(), destinations.tolist(), strict=True):
             self._bytes[destination] = self._bytes[source]
 
     def _select(
         self, queries: torch.Tensor, spans: Spans, order: Order, return_scores: bool, raw_scores: bool
     ) -> Selection:
-        door.check_queries(queries, spans, order, self.spec, self.device)
+        validate.check_queries(queries, spans, order, self.spec, self.device)
         num_tokens, num_heads, head_dim = queries.shape
-        runs, page_table = door.read_runs(
+        runs, page_table = validate.read_runs(
             spans, self.spec, num_pages=len(self.pages), num_tokens=num_tokens, writing=False
         )
         rows = queries.reshape(-1, head_dim)
@@ -133,7 +133,7 @@ class CpuBackend(Backend):
     def _score_forced(
         self,
         rows: torch.Tensor,
-        runs: list[door.Run],
+        runs: list[validate.Run],
         page_table: NDArray[np.int32],
         num_heads: int,
         block_ids: NDArray[np.int32],

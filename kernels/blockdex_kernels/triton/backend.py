@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdex_kernels import validate as door
+from blockdex_kernels import validate
 from blockdex_kernels.casts import TORCH_DTYPES
 from blockdex_kernels.interface import (
     FP8_FLIP_TOLERANCE,
@@ -113,7 +113,7 @@ class TritonBackend(Backend):
     @torch.no_grad()
     def append(self, keys: torch.Tensor, spans: Spans) -> None:
         """See `Backend.append`."""
-        door.check_keys(keys, spans, self.spec, self.device)
+        validate.check_keys(keys, spans, self.spec, self.device)
         if len(keys):
             append(keys, spans, self._bytes, self.spec, pdl=self.chip.pdl)
 
@@ -122,7 +122,7 @@ class TritonBackend(Backend):
         self, queries: torch.Tensor, spans: Spans, *, order: Order, return_scores: bool, raw_scores: bool = False
     ) -> Selection:
         """See `Backend.decode`. Without raw scores and with `spans.max_length` it can be captured in a CUDA graph."""
-        door.check_queries(queries, spans, order, self.spec, self.device)
+        validate.check_queries(queries, spans, order, self.spec, self.device)
         if return_scores and raw_scores:
             return self._select_raw(queries, spans, order)
         selection = self._empty_selection(queries, return_scores)
@@ -184,7 +184,7 @@ class TritonBackend(Backend):
 
         Can be captured in a CUDA graph with the columns; what replays must not change then are the runs' numbers.
         """
-        door.check_queries(queries, spans, order, self.spec, self.device)
+        validate.check_queries(queries, spans, order, self.spec, self.device)
         if return_scores and raw_scores:
             return self._select_raw(queries, spans, order)
         selection = self._empty_selection(queries, return_scores)
@@ -371,7 +371,7 @@ class TritonBackend(Backend):
 
     def copy_pages(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
         """See `Backend.copy_pages`."""
-        door.check_copies(sources, destinations, len(self.pages))
+        validate.check_copies(sources, destinations, len(self.pages))
         for source, destination in zip(sources.tolist(), destinations.tolist(), strict=True):
             self._bytes[destination].copy_(self._bytes[source])
 

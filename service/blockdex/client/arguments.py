@@ -43,23 +43,6 @@ class SelectArguments(TypedDict, total=False):
     timeout: float | None
 
 
-class PoolAppendAndSelectArguments(TypedDict, total=False):
-    """As `Pool.append_and_select` describes them."""
-
-    rows: Required[Integers]
-    starts: Required[Integers]
-    lengths: Integers | None
-    keys: Required[Any]
-    order: Order
-    ids: Ids
-    revision: int
-    first_head: int
-    num_heads: int
-    out: Any
-    epoch: int | None
-    timeout: float | None
-
-
 class PoolSelectArguments(TypedDict, total=False):
     """As `Pool.select_blocks` describes them."""
 
@@ -74,6 +57,12 @@ class PoolSelectArguments(TypedDict, total=False):
     out: Any
     epoch: int | None
     timeout: float | None
+
+
+class PoolAppendAndSelectArguments(PoolSelectArguments, total=False):
+    """As `Pool.append_and_select` describes them."""
+
+    keys: Required[Any]
 
 
 def spans_of(

@@ -7,9 +7,9 @@ from typing import Any, Literal, Unpack, overload
 
 from blockdex.client.arguments import PoolAppendAndSelectArguments, PoolSelectArguments, spans_of
 from blockdex.client.core import Core
-from blockdex.client.requests import NO_QUERIES, Arguments, Ids, Integers, Scores
+from blockdex.client.pool import Pool
+from blockdex.client.requests import NO_QUERIES, Arguments, Integers
 from blockdex.client.tensors import Array
-from blockdex.contract.messages import Order
 
 
 class AsyncPool:
@@ -23,6 +23,8 @@ class AsyncPool:
         self.pool_id = pool_id
         self._core = core
         self._run = run
+        # Its selections return what `run` does: here, something to await.
+        self._selections: Any = Pool(core, run, pool_id)
 
     async def set_page_tables(
         self,
@@ -59,12 +61,7 @@ class AsyncPool:
 
     @overload
     async def select_blocks(
-        self,
-        layer: int,
-        *,
-        queries: Array,
-        return_scores: Literal[False] = ...,
-        **others: Unpack[PoolSelectArguments],
+        self, layer: int, *, queries: Array, return_scores: Literal[False] = ..., **others: Unpack[PoolSelectArguments]
     ) -> Array: ...
 
     @overload
@@ -72,29 +69,9 @@ class AsyncPool:
         self, layer: int, *, queries: Array, return_scores: Literal[True, "raw"], **others: Unpack[PoolSelectArguments]
     ) -> tuple[Array, Array]: ...
 
-    async def select_blocks(
-        self,
-        layer: int,
-        *,
-        rows: Integers,
-        starts: Integers,
-        lengths: Integers | None = None,
-        queries: Any,
-        order: Order = "ascending",
-        return_scores: Scores = False,
-        ids: Ids = "blocks",
-        revision: int = 0,
-        first_head: int = 0,
-        num_heads: int = 0,
-        out: Any = None,
-        epoch: int | None = None,
-        timeout: float | None = None,
-    ) -> Any:
+    async def select_blocks(self, layer: int, **arguments: Any) -> Any:
         """Selects the key blocks that each query reads."""
-        spans: Arguments = spans_of(layer, rows, lengths, starts, revision, epoch)
-        selection = (queries, first_head, num_heads, order, return_scores, False)
-        arguments = (*spans, None, *selection, False, self.pool_id, ids)
-        return await self._run(timeout, self._core.select_blocks, arguments, queries, return_scores, out)
+        return await self._selections.select_blocks(layer, **arguments)
 
     @overload
     async def append_and_select(
@@ -116,27 +93,6 @@ class AsyncPool:
         **others: Unpack[PoolAppendAndSelectArguments],
     ) -> tuple[Array, Array]: ...
 
-    async def append_and_select(
-        self,
-        layer: int,
-        *,
-        rows: Integers,
-        starts: Integers,
-        lengths: Integers | None = None,
-        keys: Any,
-        queries: Any,
-        order: Order = "ascending",
-        return_scores: Scores = False,
-        ids: Ids = "blocks",
-        revision: int = 0,
-        first_head: int = 0,
-        num_heads: int = 0,
-        out: Any = None,
-        epoch: int | None = None,
-        timeout: float | None = None,
-    ) -> Any:
+    async def append_and_select(self, layer: int, **arguments: Any) -> Any:
         """`append_keys`, then `select_blocks`, for the same tokens: what an engine does once a layer."""
-        spans: Arguments = spans_of(layer, rows, lengths, starts, revision, epoch)
-        selection = (queries, first_head, num_heads, order, return_scores, False)
-        arguments = (*spans, keys, *selection, False, self.pool_id, ids)
-        return await self._run(timeout, self._core.append_and_select, arguments, queries, return_scores, out)
+        return await self._selections.append_and_select(layer, **arguments)

@@ -82,7 +82,7 @@ class RingHost:
                 peer = Peer.of(connected)
                 self._identity_of(peer)  # before anything is made for it, or waited for: anybody may connect
                 sizes = sizes_of(info.spec, info.limits)
-                handles, talk = await _begin(connected, sizes, info.epoch, partial(self._tenant_of, peer))
+                handles, control = await _begin(connected, sizes, info.epoch, partial(self._tenant_of, peer))
             except (BlockdexError, RingError, OSError) as error:
                 if isinstance(error, BlockdexError):
                     refuse(connected, error.message)
@@ -94,7 +94,7 @@ class RingHost:
             if self._broken.allows(time.monotonic()):
                 withheld = self._broken.withheld()
                 log_event(logger, logging.WARNING, "link broken", reason=str(error), withheld=withheld)
-            loop.call_soon_threadsafe(talk.hang_up)
+            loop.call_soon_threadsafe(control.hang_up)
 
         events = EventQueue(loop)
         link = ServerLink(handles, hang_up, events.put)
@@ -107,11 +107,13 @@ class RingHost:
         began = self._has_come(link, peer)
         try:
             async with asyncio.TaskGroup() as tasks:
-                telling = tasks.create_task(_tell_of(events, talk, handles.tenant))
-                async for words in talk.heard():
-                    reply = await regions.reply_to(words, talk.files) or await channels.reply_to(words, talk.files)
-                    talk.tell(reply or await reply_to(self._engine, words))
-                    await talk.drain()
+                telling = tasks.create_task(_tell_of(events, control, handles.tenant))
+                async for words in control.heard():
+                    reply = await regions.reply_to(words, control.files) or await channels.reply_to(
+                        words, control.files
+                    )
+                    control.tell(reply or await reply_to(self._engine, words))
+                    await control.drain()
                 telling.cancel()
         except* ConnectionError:
             pass  # it went without what it was told
@@ -123,7 +125,7 @@ class RingHost:
             self._inbox.drop(link)
             channels.drop()
             regions.drop()
-            talk.hang_up()
+            control.hang_up()
             self._has_gone(peer, began)
 
     def take_up(self, credentials: Credentials) -> None:
@@ -170,14 +172,14 @@ class RingHost:
             log_event(logger, logging.WARNING, "link refused", reason=str(error), withheld=withheld)
 
 
-async def _tell_of(events: EventQueue, talk: ControlChannel, tenant: str) -> None:
+async def _tell_of(events: EventQueue, control: ControlChannel, tenant: str) -> None:
     """Tells of events as they come; a link with a tenant hears of its own sequences alone."""
     while True:
         event = await events.get()
         if tenant and isinstance(event, SequencesEvicted) and event.tenant != tenant:
             continue
-        talk.tell(words_of(event))
-        await talk.drain()
+        control.tell(words_of(event))
+        await control.drain()
 
 
 async def _begin(

@@ -35,17 +35,17 @@ class Child:
 
     Attributes:
         pid: its process id.
-        talk: the conversation.
+        control: the channel to the process.
         heard: what it says.
         ended: its exit status (negative: the signal), once it has ended.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], talk: ControlChannel) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], control: ControlChannel) -> None:
         self._process = process
         self._loop = asyncio.get_running_loop()
         self.pid = process.pid
-        self.talk = talk
-        self.heard = talk.heard()
+        self.control = control
+        self.heard = control.heard()
         self.ended: asyncio.Future[int] = self._loop.create_future()
         self._pidfd = os.pidfd_open(process.pid)
         self._loop.add_reader(self._pidfd, self._has_ended)
@@ -70,7 +70,7 @@ class Child:
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            talk = await ControlChannel.on(ours)
+            control = await ControlChannel.on(ours)
             try:
                 # A group of its own, since a terminal's Ctrl-C is the supervisor's business.
                 process = subprocess.Popen(
@@ -80,11 +80,11 @@ class Child:
                     process_group=0,
                 )
             except OSError:
-                talk.hang_up()
+                control.hang_up()
                 raise
         # Nothing was awaited since it began, so where this is cancelled it is always ended below.
-        child = cls(process, talk)
-        child.talk.tell({"settings": settings.model_dump(mode="json"), **words})
+        child = cls(process, control)
+        child.control.tell({"settings": settings.model_dump(mode="json"), **words})
         try:
             said = await anext(child.heard, None)
             if said is None:
@@ -112,7 +112,7 @@ class Child:
     def _has_ended(self) -> None:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self.talk.hang_up()
+        self.control.hang_up()
         self.ended.set_result(self._process.wait())
 
 
@@ -136,13 +136,13 @@ def run_child(run: Run, selector: selectors.BaseSelector | None = None) -> None:
 
 
 async def _converse(connected: socket.socket, run: Run) -> None:
-    talk = await ControlChannel.on(connected)
-    heard = talk.heard()
+    control = await ControlChannel.on(connected)
+    heard = control.heard()
     words = await anext(heard)
     settings = ServeSettings.restore(words["settings"])
     configure_logging(settings.log_format, settings.log_level)
     arm()
-    await run(talk, settings, words, _after_log_levels(heard))
+    await run(control, settings, words, _after_log_levels(heard))
 
 
 async def _after_log_levels(heard: AsyncIterator[Words]) -> AsyncIterator[Words]:

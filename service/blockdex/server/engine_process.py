@@ -35,31 +35,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-async def run(talk: ControlChannel, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
+async def run(control: ControlChannel, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
     """Builds the engine, compiles its kernels and lets frontends in, until the supervisor has it stop or is gone."""
     threading.excepthook = end_with_the_thread
     loop = asyncio.get_running_loop()
     inbox = RingInbox(spin_seconds(settings))
 
     def on_lost_device() -> None:
-        loop.call_soon_threadsafe(talk.hang_up)
+        loop.call_soon_threadsafe(control.hang_up)
 
     try:
         engine = build_engine(settings, settings.index_spec(), on_lost_device, inbox)
     except (StartError, SpecError) as error:
-        talk.tell({"refused": str(error)})
+        control.tell({"refused": str(error)})
         return
-    talk.tell({"gpu": gpu_uuid(engine.info().device)})
+    control.tell({"gpu": gpu_uuid(engine.info().device)})
     hosts = [_host(engine, inbox, words["listening"])]
     credentials = Credentials.restore(words["credentials"])
     hosts += [_host(engine, inbox, file, credentials) for file in words["public"]]
-    opening = asyncio.create_task(_open(talk, engine, hosts))
+    opening = asyncio.create_task(_open(control, engine, hosts))
     # By itself it ends by a fault alone; then nobody is let in any more, and another core is started.
-    opening.add_done_callback(lambda _: talk.hang_up())
+    opening.add_done_callback(lambda _: control.hang_up())
     async for told in heard:
         match told:
             case {"ask": _}:
-                talk.tell(await reply_to(engine, told))
+                control.tell(await reply_to(engine, told))
             case {"credentials": dict(files)}:
                 for host in hosts[1:]:
                     host.take_up(Credentials.restore(files))
@@ -88,15 +88,15 @@ def _host(engine: Engine, inbox: RingInbox, file: int, credentials: Credentials 
     return RingHost(engine, inbox, accepting, credentials)
 
 
-async def _open(talk: ControlChannel, engine: Engine, hosts: list[RingHost]) -> None:
+async def _open(control: ControlChannel, engine: Engine, hosts: list[RingHost]) -> None:
     """Lets frontends and clients in once every kernel is compiled."""
     try:
-        await warm_up(engine, lambda done, total: talk.tell({"compiling": [done, total]}), asyncio.Event())
+        await warm_up(engine, lambda done, total: control.tell({"compiling": [done, total]}), asyncio.Event())
     except StartError as error:
-        talk.tell({"refused": str(error)})
+        control.tell({"refused": str(error)})
         return
     engine.start()
-    talk.tell({"open": True})
+    control.tell({"open": True})
     async with asyncio.TaskGroup() as tasks:
         for host in hosts:
             tasks.create_task(host.run())

@@ -24,14 +24,14 @@ class Frontend:
     """One frontend, which serves while the engine core is there.
 
     Args:
-        talk: with the supervisor.
+        control: the channel to the supervisor.
         settings: of the server.
         address: where the engine core listens.
         selector: of its loop.
     """
 
-    def __init__(self, talk: ControlChannel, settings: ServeSettings, address: str, selector: RingSelector) -> None:
-        self._talk = talk
+    def __init__(self, control: ControlChannel, settings: ServeSettings, address: str, selector: RingSelector) -> None:
+        self._control = control
         self._settings = settings
         self._requests = RequestMetrics()
         self._tracing = start_tracing(settings)
@@ -53,7 +53,7 @@ class Frontend:
         """Serves until the supervisor has it finish, or is gone."""
         connecting = asyncio.create_task(self._channel.run())
         # By itself it ends by a fault alone; then this frontend ends too, and another one is started.
-        connecting.add_done_callback(lambda _: self._talk.hang_up())
+        connecting.add_done_callback(lambda _: self._control.hang_up())
         await self._changes.get()
         try:
             rpc = await start_rpc_server(
@@ -67,16 +67,16 @@ class Frontend:
                 credentials=credentials,
             )
         except OSError as error:
-            self._talk.tell({"refused": str(error)})
+            self._control.tell({"refused": str(error)})
             return
-        self._talk.tell({"listening": rpc.address, "serving": True})
+        self._control.tell({"listening": rpc.address, "serving": True})
         telling = asyncio.create_task(self._tell_changes(rpc))
         finishing: asyncio.Task[None] | None = None
         async for told in heard:
             match told:
                 case {"ask": "requests"}:
                     self._channel.tell_times()
-                    self._talk.tell({"answer": words_of(self._requests)})
+                    self._control.tell({"answer": words_of(self._requests)})
                 case {"credentials": dict(words)}:
                     rpc.take_up(Credentials.restore(words))
                 case {"drain": True}:
@@ -84,7 +84,7 @@ class Frontend:
                     await rpc.stop_being_ready()
                 case {"ask": "refuse_new"}:
                     self._channel.refuse_new()
-                    self._talk.tell({"answer": {}})
+                    self._control.tell({"answer": {}})
                 case {"finish": float(grace)}:
                     finishing = asyncio.create_task(self._finish(rpc, grace))
         if connecting.done():
@@ -99,22 +99,22 @@ class Frontend:
         while True:
             there = await self._changes.get()
             await rpc.be_ready(there)
-            self._talk.tell({"serving": there})
+            self._control.tell({"serving": there})
 
     async def _finish(self, rpc: RpcServer, grace: float) -> None:
         await self._channel.drain(grace)
         await rpc.stop(_WRITE_SECONDS)
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close, FLUSH_SECONDS)
-        self._talk.hang_up()
+        self._control.hang_up()
 
 
 def main() -> None:
     """The process."""
     selector = RingSelector()
 
-    async def run(talk: ControlChannel, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
-        frontend = Frontend(talk, settings, words["address"], selector)
+    async def run(control: ControlChannel, settings: ServeSettings, words: Words, heard: AsyncIterator[Words]) -> None:
+        frontend = Frontend(control, settings, words["address"], selector)
         credentials = Credentials.restore(words["credentials"])
         await frontend.run(words["grpc_address"], words["share_port"], credentials, heard)
 

@@ -60,34 +60,34 @@ class FleetCounts:
     """`RequestCounts` of all frontends; used on one asyncio loop.
 
     Args:
-        doors: the frontends that run.
+        frontends: the frontends that run.
 
     Attributes:
         total: of those that run and those that have ended.
     """
 
-    def __init__(self, doors: Callable[[], Iterable[Child]]) -> None:
-        self._doors = doors
+    def __init__(self, frontends: Callable[[], Iterable[Child]]) -> None:
+        self._frontends = frontends
         self._last: dict[Child, RequestMetrics] = {}
         self._ended = RequestMetrics()
         self.total = RequestMetrics()
 
     async def refresh(self) -> None:
         """Asks every frontend; of one that does not answer soon, what it said last counts."""
-        await asyncio.gather(*map(self._ask, self._doors()))
+        await asyncio.gather(*map(self._ask, self._frontends()))
         total = RequestMetrics()
         for requests in (self._ended, *self._last.values()):
             total.add(requests)
         self.total = total
 
-    def has_ended(self, door: Child) -> None:
+    def has_ended(self, frontend: Child) -> None:
         """Keeps what a frontend said last: counters do not go back."""
-        if last := self._last.pop(door, None):
+        if last := self._last.pop(frontend, None):
             last.streams = 0
             self._ended.add(last)
 
-    async def _ask(self, door: Child) -> None:
+    async def _ask(self, frontend: Child) -> None:
         with contextlib.suppress(UnavailableError, TimeoutError):
-            words = await asyncio.wait_for(door.talk.ask({"ask": "requests"}), _ANSWER_SECONDS)
-            if not door.ended.done():
-                self._last[door] = requests_of(words)
+            words = await asyncio.wait_for(frontend.control.ask({"ask": "requests"}), _ANSWER_SECONDS)
+            if not frontend.ended.done():
+                self._last[frontend] = requests_of(words)

@@ -57,8 +57,8 @@ class Supervisor:
         self._reserved: socket.socket | None = None
         self.restarts = dict.fromkeys(("core", "frontend"), 0)
         self._core = Kept("core", self._start_core, self._has_ended, self.restarts, gives_up=True)
-        self._doors = [
-            Kept("frontend", self._start_door, self._has_ended, self.restarts) for _ in range(settings.frontends)
+        self._frontends = [
+            Kept("frontend", self._start_frontend, self._has_ended, self.restarts) for _ in range(settings.frontends)
         ]
         self._serving: set[Child] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -66,8 +66,8 @@ class Supervisor:
         self._refusal = ""
         self._stopping = False
         self._open = asyncio.Event()
-        self.reports = RemoteReports(lambda: None if self._core.child is None else self._core.child.talk)
-        self.counts = FleetCounts(self._running_doors)
+        self.reports = RemoteReports(lambda: None if self._core.child is None else self._core.child.control)
+        self.counts = FleetCounts(self._running_frontends)
         self.grpc_address = settings.grpc_address
         self.gpu: str | None = None
         self.failure = ""
@@ -83,7 +83,7 @@ class Supervisor:
         """
         public = self._public.enter_context(public_socket(self._settings))
         self._public_files = [each.fileno() for each in public]
-        if len(self._doors) > 1:
+        if len(self._frontends) > 1:
             try:
                 self._reserved, address = Address.parse(self.grpc_address).reserve()
             except OSError as error:
@@ -103,10 +103,10 @@ class Supervisor:
         if not await _unless(told_to_stop, self._be_let_in()):
             return False
         self._keepers.append(asyncio.create_task(self._keep_core(told_to_stop)))
-        for door in self._doors:
-            if not await _unless(told_to_stop, door.start()):
+        for frontend in self._frontends:
+            if not await _unless(told_to_stop, frontend.start()):
                 return False
-            self._keepers.append(asyncio.create_task(door.keep()))
+            self._keepers.append(asyncio.create_task(frontend.keep()))
         return True
 
     async def _keep_core(self, told_to_stop: asyncio.Event) -> None:
@@ -120,11 +120,16 @@ class Supervisor:
     def pids(self) -> dict[str, str]:
         """Process ids, by what they are of."""
         core = "" if self._core.child is None else str(self._core.child.pid)
-        return {"core_pid": core, "frontend_pids": " ".join(str(door.pid) for door in self._running_doors())}
+        return {
+            "core_pid": core,
+            "frontend_pids": " ".join(str(frontend.pid) for frontend in self._running_frontends()),
+        }
 
     def processes(self) -> dict[str, int]:
         """Ids of the processes that run, this one's included: `supervisor`, `core`, `frontend-0` and so on."""
-        kept = {"core": self._core} | {f"frontend-{number}": door for number, door in enumerate(self._doors)}
+        kept = {"core": self._core} | {
+            f"frontend-{number}": frontend for number, frontend in enumerate(self._frontends)
+        }
         running = {name: each.child.pid for name, each in kept.items() if each.child is not None}
         return {"supervisor": os.getpid()} | running
 
@@ -132,16 +137,16 @@ class Supervisor:
         """Has all processes log from that level on, also those that are started later."""
         set_level(level)
         self._settings = self._settings.model_copy(update={"log_level": level})
-        for child in (*self._running_doors(), self._core.child):
+        for child in (*self._running_frontends(), self._core.child):
             if child is not None:
-                child.talk.tell({"log_level": level})
+                child.control.tell({"log_level": level})
 
     def set_credentials(self, credentials: Credentials) -> None:
         """Has all processes go by these, also those that are started later."""
         self._credentials = credentials
-        for child in (*self._running_doors(), self._core.child):
+        for child in (*self._running_frontends(), self._core.child):
             if child is not None:
-                child.talk.tell({"credentials": credentials.words()})
+                child.control.tell({"credentials": credentials.words()})
 
     async def stop(self, drain: float, grace: float) -> None:
         """Ends all processes: for `drain` seconds probes hear of it and requests are still taken; then, for at most
@@ -149,24 +154,26 @@ class Supervisor:
         """
         self._stopping = True
         self._tell_readiness()
-        for child in (*self._running_doors(), self._core.child):
+        for child in (*self._running_frontends(), self._core.child):
             if child is not None:
-                child.talk.tell({"drain": True})
+                child.control.tell({"drain": True})
         await asyncio.sleep(drain if self._serving else 0.0)
         for keeper in self._keepers:
             keeper.cancel()
-        doors, core, began = list(self._running_doors()), self._core.child, time.monotonic()
-        await asyncio.gather(*(door.talk.ask({"ask": "refuse_new"}) for door in doors), return_exceptions=True)
+        frontends, core, began = list(self._running_frontends()), self._core.child, time.monotonic()
+        await asyncio.gather(
+            *(frontend.control.ask({"ask": "refuse_new"}) for frontend in frontends), return_exceptions=True
+        )
         if core is not None:
             # Only now: until now an append could come that a selection waits for.
-            core.talk.tell({"expect_no_more": True})
-        for door in doors:
-            door.talk.tell({"finish": float(grace)})
-        await _end(doors, grace + END_SECONDS)
+            core.control.tell({"expect_no_more": True})
+        for frontend in frontends:
+            frontend.control.tell({"finish": float(grace)})
+        await _end(frontends, grace + END_SECONDS)
         if core is not None:
             # What is left of it is for clients on this host.
             left = max(began + grace - time.monotonic(), 0.0)
-            core.talk.tell({"stop": left})
+            core.control.tell({"stop": left})
             await _end([core], left + END_SECONDS)
 
     async def close(self) -> None:
@@ -176,7 +183,7 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         core = [] if self._core.child is None else [self._core.child]
-        await _end([*self._running_doors(), *core], 0.0)
+        await _end([*self._running_frontends(), *core], 0.0)
         self._core_listens.close()
         self._public.close()
         if self._reserved is not None:
@@ -186,8 +193,8 @@ class Supervisor:
     def _core_address(self) -> str:
         return str(self._core_listens.getsockname(), "latin-1")
 
-    def _running_doors(self) -> Iterator[Child]:
-        return (door.child for door in self._doors if door.child is not None)
+    def _running_frontends(self) -> Iterator[Child]:
+        return (frontend.child for frontend in self._frontends if frontend.child is not None)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -221,20 +228,20 @@ class Supervisor:
         self._in_background(self._hear(core))
         return core
 
-    async def _start_door(self) -> Child:
-        door, said = await Child.start(
+    async def _start_frontend(self) -> Child:
+        frontend, said = await Child.start(
             FRONTEND,
             self._settings,
             address=self._core_address,
             grpc_address=self.grpc_address,
-            share_port=len(self._doors) > 1,
+            share_port=len(self._frontends) > 1,
             credentials=self._credentials.words(),
         )
         self.grpc_address = said["listening"]
-        self._serving.add(door)
+        self._serving.add(frontend)
         self._tell_readiness()
-        self._in_background(self._hear(door))
-        return door
+        self._in_background(self._hear(frontend))
+        return frontend
 
     async def _hear(self, child: Child) -> None:
         async for words in child.heard:
