@@ -9,8 +9,10 @@ import gc
 import itertools
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,6 +42,9 @@ ALL = {"keys": 0, "queries": 1 << 12, "block_ids": 1 << 14, "scores": 1 << 15}
 def _nothing_left() -> None:
     """Of the tests before: what is mapped is counted."""
     gc.collect()
+    regions._start_closing()
+    regions._to_close.put((lambda: None, last := Future[None]()))
+    last.result(TIMEOUT)
 
 
 def queries(count: int, *, seed: int = 7) -> Any:
@@ -492,3 +497,24 @@ async def test_the_file_cannot_be_taken_from_under_the_engine() -> None:
         # The client's own file is closed.
         frontend.write(lay(frontend, region, 1))
         assert isinstance(await told(frontend, 1), TokenAnswer)
+
+
+def test_a_region_is_collected_in_the_middle_of_anything() -> None:
+    """The collector runs wherever memory is allocated: inside a lock, too, of what another region is opened by."""
+    closed: list[bool] = []
+
+    def collect() -> None:
+        region = regions.Region(0, 1, False, lambda: closed.append(True))
+        region.itself = region  # type: ignore[attr-defined]
+        del region
+        with regions._opener._shutdown_lock:
+            gc.collect()
+
+    collector = threading.Thread(target=collect, daemon=True)
+    collector.start()
+    collector.join(5)
+    assert not collector.is_alive()
+    deadline = time.monotonic() + 5
+    while not closed:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -7,11 +7,14 @@ nor anything that reads or writes it on a device.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import fcntl
+import functools
+import logging
 import mmap
 import os
+import queue
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +23,11 @@ from typing import TypeVar
 
 from blockdex.contract.errors import BlockdexError, InvalidArgumentError, Reason, ResourceExhaustedError
 from blockdex.contract.messages import Limits
+from blockdex.logs import log_fault
 from blockdex.ring.control_channel import Words
 from blockdex.ring.server import RingInbox, ServerLink
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -33,7 +39,10 @@ _ENTER_SECONDS = 4.0
 _HANDLE_BYTES = 64
 
 _opener = ThreadPoolExecutor(1, "blockdex-regions")
-"""Opens and closes: what is registered with a device takes its time."""
+"""Opens: what is registered with a device takes its time, and so does what closes it."""
+_to_close: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
+"""Regions that nobody holds. Finalizers put them there, which run wherever the collector does, in the middle of
+anything that takes a lock: of all queues this one may be written to then."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -106,21 +115,26 @@ class Region:
         self.bytes = num_bytes
         self.on_device = on_device
         self.closed: Future[None] = Future()
-        weakref.finalize(self, _close_soon, close, self.closed).atexit = False
+        _start_closing()
+        weakref.finalize(self, _to_close.put, (close, self.closed)).atexit = False
         interface = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3}
         # What numpy, or torch, makes an array of, which holds the region.
         setattr(self, "__cuda_array_interface__" if on_device else "__array_interface__", interface)
 
 
-def _close_soon(close: Callable[[], None], closed: Future[None]) -> None:
-    def run() -> None:
+@functools.cache
+def _start_closing() -> None:
+    threading.Thread(target=_close_all, name="blockdex-regions-close", daemon=True).start()
+
+
+def _close_all() -> None:
+    while True:
+        close, closed = _to_close.get()
         try:
             close()
-        finally:
-            closed.set_result(None)
-
-    with contextlib.suppress(RuntimeError):  # the process ends, and what it has opened with it
-        _opener.submit(run)
+        except Exception as error:
+            log_fault(logger, "shared memory cannot be given back", error)
+        closed.set_result(None)
 
 
 def refused(message: str) -> InvalidArgumentError:
