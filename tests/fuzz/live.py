@@ -31,7 +31,7 @@ DOORS = ("calls", "streams", "http", "control channel")
 _SERVICE = "/blockdex.v1.IndexerService/"
 _METADATA = (("blockdex-tenant", "hostile"),)
 _CALL_SECONDS = 0.3
-_HANG_SECONDS = 5.0
+_HANG_SECONDS, _SERVED_SECONDS = 5.0, 30.0
 _TASKS = {"calls": 16, "streams": 4, "http": 16}
 _OF_A_STREAM, _OF_A_LINK = 50, 50
 _CLEAN_EVERY = 1000
@@ -86,7 +86,7 @@ def run(each: int, seed: int, seconds: float) -> Report:
             for part in (each // 5, each):
                 asyncio.run(_all_doors(report, server, Path(folder, "ring"), part, seed, deadline))
                 report.memory.append(_private_bytes(server.pids))
-            served = [client.good_after(time.monotonic(), _HANG_SECONDS) for client in clients]
+            served = [client.good_after(time.monotonic(), _SERVED_SECONDS) for client in clients]
         finally:
             for client in clients:
                 client.stop()
@@ -94,7 +94,7 @@ def run(each: int, seed: int, seconds: float) -> Report:
                 if client.failure is not None or client.lost:
                     report.wrong.append(f"{client.name}: {client.failure!r}, {client.lost} sequences lost")
         if None in served:
-            report.wrong.append("a client is not served any more")
+            report.wrong.append(f"a client is not served any more: {[dict(client.refusals) for client in clients]}")
         if server.pids != pids:
             report.wrong.append(f"processes were started again: {pids} are {server.pids}")
         report.wrong += [line for line in server.output if "Traceback" in line or "never retrieved" in line]

@@ -207,11 +207,22 @@ async def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
             await handover.offer(ours, Sizes(8, 4096, 4096), 1, str)
 
 
-async def test_a_fault_in_a_report_is_told_to_who_asked_and_ends_no_link(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("cells", [0, -1])
+async def test_a_report_in_no_cells_is_not_made_and_no_fault(cells: int, caplog: pytest.LogCaptureFixture) -> None:
     async with hosted() as run:
+        with pytest.raises(UnavailableError, match="its report of overview cannot be read"):
+            await run.channel.overview(cells)
+    assert "a report failed" not in caplog.text
+
+
+async def test_a_fault_in_a_report_is_told_to_who_asked_and_ends_no_link(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted() as run:
+        monkeypatch.setattr(run.engine, "overview", lambda cells: cells // 0)
         before = run.channel._control
         with pytest.raises(UnavailableError, match="engine: a fault in its report"):
-            await run.channel.overview(0)  # which divides by it
+            await run.channel.overview(1)
         assert "a report failed" in caplog.text and "ZeroDivisionError" in caplog.text
         assert (await run.channel.info()).epoch == run.engine.info().epoch
         assert run.channel._control is before

@@ -113,7 +113,7 @@ async def _answer_of(engine: Engine, words: Words) -> Words:
             return _fields_of(engine.info())
         case {"ask": "stats"}:
             return _fields_of(engine.stats())
-        case {"ask": "overview", "max_cells": int(max_cells)}:
+        case {"ask": "overview", "max_cells": int(max_cells)} if max_cells > 0:
             return _fields_of(await asyncio.to_thread(engine.overview, max_cells))
         case _:
             return {}
