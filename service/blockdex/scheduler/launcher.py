@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Share of the last slice in what is expected of the next one.
 _LEARNING_RATE = 0.25
-# Longest slice while several tenants ask, by the device: what one of them asks for next waits for it. On a CPU, so short
-# ones take a tenth longer in all.
+# Longest slice while several tenants ask, by the device: what one of them asks for next waits for it. On a CPU, so
+# short ones take a tenth longer in all.
 _CONTENDED_SECONDS = {"cpu": 0.0005, "cuda": 0.001}
 # Part of a slice that goes first where queries have to cross to an idle device: it begins early, and what follows
 # crosses beside its kernels.
