@@ -677,7 +677,11 @@ def now() -> float:
     """`time.monotonic` seconds, as the core, the cache and the scheduler read them."""
 
 def hold_clock(seconds: float | None, /) -> None:
-    """Has `now` stand still there; None: has it go on."""
+    """Has `now` stand still there; None: has it go on.
+
+    Raises:
+        ValueError: it is not 0 to 1e9.
+    """
 
 def arm_faults(seed: int, leap_seconds: float, odds: tuple[float, ...], /) -> None:
     """Has seams fail from now on.
@@ -686,6 +690,9 @@ def arm_faults(seed: int, leap_seconds: float, odds: tuple[float, ...], /) -> No
         seed: of when.
         leap_seconds: that a clock which fails is then ahead.
         odds: of each seam of `blockdex.faults.SEAMS`, 0 to 1.
+
+    Raises:
+        ValueError: the odds are not, or the leap is longer than 1e9 seconds.
     """
 
 def fault_strikes(seam: int, /) -> bool:

@@ -20,7 +20,7 @@ MUTANTS = (
         _ADMIT,
         "start < length && !rollback && !request->revisions[row]",
         "start < length && !rollback && !request->revisions[row] && length < 0",
-        _CORE,
+        ("cache/test_cache.py",),
     ),
     Mutant("a gap is taken", _ADMIT, "        if (start > length)\n", "        if (start > length + 1)\n", _CORE),
     Mutant(

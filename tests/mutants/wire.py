@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutants.mutant import Mutant
 
 _MESSAGES, _CODEC, _PROTOBUF = "csrc/wire/messages.c", "csrc/wire/request_codec.c", "csrc/wire/protobuf.h"
-_LINK = ("ring/test_link_requests.py",)
+_LINK, _ANSWERS = ("ring/test_link_requests.py",), ("ring/test_link_answers.py",)
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
@@ -41,10 +41,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "0",
         _LINK,
     ),
-    Mutant("a slice is copied again", _CODEC, "keys->data + written, bytes", "keys->data, bytes", _LINK),
+    Mutant(
+        "a slice is copied again",
+        _CODEC,
+        "keys->data + written, bytes",
+        "keys->data, bytes",
+        ("ring/test_link_room.py",),
+    ),
     Mutant("revisions of another request", _CODEC, "    if (!revisions) memset", "    if (false) memset", _LINK),
     Mutant(
-        "an answer that is not in its payload", _CODEC, "        bytes > slot->payload_bytes)", "        false)", _LINK
+        "an answer that is not in its payload",
+        _CODEC,
+        "        bytes > slot->payload_bytes)",
+        "        false)",
+        _ANSWERS,
     ),
     Mutant(
         "a number behind the end is read", _PROTOBUF, "    if (cursor->end - cursor->at < 8) return false;\n", "", _LINK

@@ -313,6 +313,8 @@ UNREAD: dict[str, tuple[int, bytes]] = {
         0,
         (append().SerializeToString() + pb.AppendKeysRequest(keys=append().keys).SerializeToString()),
     ),
+    "a number that the end of its header cuts": (0, field(1, 2, field(1, 1, b"1234")) + append().SerializeToString()),
+    "a number beyond 64 bits": (0, append().SerializeToString() + field(2, 0, b"\xff" * 9 + b"\x02")),
     "a second header": (0, 2 * pb.AppendKeysRequest(header=HEADER).SerializeToString() + append().SerializeToString()),
 }
 

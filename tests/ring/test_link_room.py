@@ -100,6 +100,19 @@ def test_one_tenant_leaves_room_and_places_for_others() -> None:
         assert core.link.flush() == WAITS_FOR_ROOM and core.written == 34, "one less than before: another one asks too"
 
 
+def test_who_has_its_share_holds_up_nobody_behind_it() -> None:
+    with opened(requests=36 * 128, slots=64, max_waiting=54) as core:
+        for _ in range(40):
+            core.send(0, append().SerializeToString(), object(), "greedy")
+        modest = [core.send(0, append().SerializeToString(), object(), "modest") for _ in range(5)]
+        assert modest == 4 * [SENT] + [QUEUED], "the room is used up, and others wait before it"
+        tickets = [core.take().ticket for _ in range(36)]
+        core.answer(tickets[32], TokenAnswer(9))
+        assert len(core.link.take()) == 1
+        assert core.link.flush() == WAITS_FOR_ROOM and core.written == 37
+        assert core.numbers(36).tenant_bytes == len("modest")
+
+
 def test_what_was_given_up_counts_until_it_is_answered() -> None:
     with opened(requests=36 * 128, slots=64, max_waiting=9) as core:
         for _ in range(8):

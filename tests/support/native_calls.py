@@ -21,6 +21,7 @@ import blockdex
 from blockdex import _native as native
 from blockdex.client.lengths import Sequences
 from blockdex.client.requests import NO_POOL, NO_QUERIES, RequestMaker, maker_of
+from blockdex.faults import SEAMS
 from blockdex.ring.handshake import Handles, new_link
 from blockdex.ring.segment import Sizes
 from support.bare_core import BareCore, bare_core
@@ -128,6 +129,9 @@ def use(objects: list[Any], pool: dict[str, list[Any]], known: dict[str, list[Pa
         for name, function in random.sample(found := list(callables(of)), len(found)):
             for _ in range(CALLS):
                 call(function, known.get(name, []), pool, name.rpartition(".")[2] in WAITS)
+            # No wait ends by a clock that stands still.
+            native.hold_clock(None)
+            native.arm_faults(0, 0.0, (0.0,) * len(SEAMS))
         for name in () if of is native else set(dir(of)) - set(dir(object)):
             with contextlib.suppress(Exception):
                 setattr(of, name, random.choice(everything))

@@ -6,6 +6,8 @@
 
 static const char *const NAMES[FAULT_SEAMS] = {"allocation", "launch", "copy", "ring_write", "socket", "clock"};
 
+enum { LONGEST_SECONDS = 1000000000 };
+
 bool faults_armed;
 static uint64_t thresholds[FAULT_SEAMS]; /* of 2^64 draws, how many fail */
 static _Atomic uint64_t drawn;
@@ -41,6 +43,11 @@ PyObject *faults_arm(PyObject *module, PyObject *arguments) {
     if (!PyArg_ParseTuple(arguments, "Kd(dddddd)", &seed, &leap_seconds, odds, odds + 1, odds + 2, odds + 3, odds + 4,
                           odds + 5))
         return NULL;
+    for (int seam = 0; seam < FAULT_SEAMS; seam++)
+        if (!(odds[seam] >= 0 && odds[seam] <= 1))
+            return PyErr_Format(PyExc_ValueError, "odds: must be 0 to 1, not so those of %s", NAMES[seam]);
+    if (!(leap_seconds >= -LONGEST_SECONDS && leap_seconds <= LONGEST_SECONDS))
+        return PyErr_Format(PyExc_ValueError, "leap_seconds: at most %d either way", LONGEST_SECONDS);
     for (int seam = 0; seam < FAULT_SEAMS; seam++) thresholds[seam] = (uint64_t)(odds[seam] * 0x1p63) << 1;
     atomic_store(&drawn, seed);
     leap = (int64_t)(leap_seconds * 1e9);
@@ -60,6 +67,8 @@ PyObject *faults_hold_clock(PyObject *module, PyObject *seconds) {
     const double at = seconds == Py_None ? 0 : PyFloat_AsDouble(seconds);
     (void)module;
     if (PyErr_Occurred()) return NULL;
+    if (!(at >= 0 && at <= LONGEST_SECONDS))
+        return PyErr_Format(PyExc_ValueError, "seconds: must be 0 to %d", LONGEST_SECONDS);
     atomic_store(&held_at, (int64_t)(at * 1e9 + 0.5));
     atomic_store(&held, seconds != Py_None);
     faults_armed = true;
