@@ -314,7 +314,7 @@ UNREAD: dict[str, tuple[int, bytes]] = {
         (append().SerializeToString() + pb.AppendKeysRequest(keys=append().keys).SerializeToString()),
     ),
     "a number that the end of its header cuts": (0, field(1, 2, field(1, 1, b"1234")) + append().SerializeToString()),
-    "a number beyond 64 bits": (0, append().SerializeToString() + field(2, 0, b"\xff" * 9 + b"\x02")),
+    "a number beyond 64 bits": (0, append().SerializeToString() + field(15, 0, b"\xff" * 9 + b"\x02")),
     "a second header": (0, 2 * pb.AppendKeysRequest(header=HEADER).SerializeToString() + append().SerializeToString()),
 }
 
