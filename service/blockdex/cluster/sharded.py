@@ -1,12 +1,12 @@
 """One sequence over several servers, each of which keeps every k-th block of it.
 
 Server i of k keeps blocks i, i + k, i + 2k, ... as its own blocks 0, 1, 2, ... So that each query has a position on
-every server that sees exactly the server's keys before it, the tokens of the k - 1 blocks behind a server's own block
-are written there too, as NaN keys: padding, which the server's next block overwrites. A NaN product ranks as -inf,
-behind every block of real keys and, where those are -inf too, behind them by its higher id. Padding therefore takes no
-place from a real block, except the place that a server forces on its last block; a block that is forced in the whole
-sequence is forced on its server as well. So the candidates of all servers hold the whole sequence's answer, and merging
-them by score and block id gives the ids of one server.
+every server that sees exactly the keys before it, the tokens of the k - 1 blocks behind a server's own block are
+written there too: padding, which the server's next block overwrites. A padding block outranks an own one only where, as
+a block of its own server, it outranks it in the whole sequence too: scores are the same, and both ids are the higher
+ones. What is forced in the whole sequence is forced where it lies, padding or not. So a block that is among the best
+of the whole sequence is among the candidates of its server; merging them by score and block id, without padding, gives
+the ids of one server. Padding whose keys are not at hand any more is NaN, which ranks last.
 """
 
 from __future__ import annotations
@@ -227,8 +227,7 @@ class ShardedSequence:
                 self._put(index, layer, run.start + run.own, padding)
 
     def _append(self, index: int, layer: int, run: Run, keys: NDArray[Any], queries: NDArray[Any] | None) -> Any:
-        rows = keys[run.first : run.last].copy()
-        rows[run.own :] = np.nan
+        rows = keys[run.first : run.last]
         if queries is None:
             self._put(index, layer, run.start, rows)
             return None
