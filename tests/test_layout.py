@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "frontend": {"contract", "ring", "v1", "kernels"},
     "device_channel": {"contract", "ring", "kernels"},
     "client": {"contract", "device_channel", "ring", "v1", "kernels"},
+    "cluster": {"contract", "client", "kernels"},
     "loadtest": {"contract", "client", "v1", "kernels"},
 }
 """Rooms that a room may import, besides itself. What is not listed here puts the rooms together, and may import all."""
@@ -47,6 +48,7 @@ MAY_NOT_LOAD = {
     "frontend": TENSORS,
     "device_channel": FRONT,
     "client": TENSORS,
+    "cluster": TENSORS,
 }
 """What no module of a room may bring into the process, however indirectly."""
 
@@ -186,7 +188,7 @@ PROCESSES = {"engine_process": FRONT, "frontend_process": TENSORS, "supervisor":
 
 @pytest.mark.parametrize(
     "rooms",
-    [("kernels",), ("contract", "cache", "ring"), ("executor", "scheduler"), ("v1", "client", "frontend")],
+    [("kernels",), ("contract", "cache", "ring"), ("executor", "scheduler"), ("v1", "client", "cluster", "frontend")],
 )
 def test_rooms_and_processes_load_without_the_libraries_of_others(rooms: tuple[str, ...]) -> None:
     (refused,) = {frozenset(MAY_NOT_LOAD[room]) for room in rooms}
