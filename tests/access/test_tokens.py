@@ -41,6 +41,10 @@ def test_the_token_is_the_tenant(guarded: Guarded) -> None:
         b.close_sequence(1)
         assert a.get_sequence(1).lengths == (0, 0, 0)
         assert operator.info().limits.max_spans > 0
+        assert operator.info().cache.sequences and operator.stats().requests
+        assert not a.info().cache.sequences and a.info().cache.pages_total
+        with refused(blockdex.PermissionDeniedError, blockdex.Reason.MISSING_RIGHT, "takes the right 'metrics'"):
+            a.stats()
         with refused(blockdex.PermissionDeniedError, blockdex.Reason.MISSING_RIGHT, "has no tenant"):
             operator.get_sequence(1)
     with guarded.client(OPERATOR, tenant="engine-a") as operator:

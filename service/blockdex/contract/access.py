@@ -32,7 +32,8 @@ class Right(StrEnum):
     OPERATOR = "operator"
     """Calls for any tenant, sees all of them, and may do what `METRICS` may."""
     METRICS = "metrics"
-    """Reads what HTTP answers: metrics, what the server is, the live page."""
+    """Reads what is of all tenants together: what HTTP answers (metrics, what the server is, the live page), GetStats,
+    and what the cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,18 @@ class Identity:
     def has(self, right: Right) -> bool:
         """Whether they may do that."""
         return right in self.rights or Right.OPERATOR in self.rights
+
+    def check(self, right: Right) -> None:
+        """Refuses who may not do something.
+
+        Raises:
+            PermissionDeniedError: the entry does not have the right (MISSING_RIGHT).
+        """
+        if not self.has(right):
+            raise PermissionDeniedError(
+                f"this takes the right {str(right)!r}, which the caller's entry in the access file does not have",
+                Reason.MISSING_RIGHT,
+            )
 
     def acting_for(self, named: str | None) -> str:
         """The tenant of a call that names one, or none.

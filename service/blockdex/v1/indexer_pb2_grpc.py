@@ -102,6 +102,7 @@ class IndexerServiceServicer(object):
 
     def GetStats(self, request, context):
         """What the server did since it started.
+        With an access file it takes the right `metrics` or `operator`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blockdex.contract.access import Identity, Right
 from blockdex.contract.credentials import Credentials
-from blockdex.contract.errors import BlockdexError, Code, PermissionDeniedError, Reason
+from blockdex.contract.errors import BlockdexError, Code
 from blockdex.contract.limits import DEFAULT_TENANT, TENANT_KEY
 from blockdex.frontend.grpc.memory import MemoryKeeper
 from blockdex.frontend.grpc.status import REQUEST_ID_KEY, Context
@@ -107,11 +107,7 @@ class CallContext(NamedTuple):
             UnauthenticatedError: nobody that is known makes it.
             PermissionDeniedError: the caller's entry does not have the right (MISSING_RIGHT).
         """
-        if not self.identity().has(right):
-            raise PermissionDeniedError(
-                f"this takes the right {str(right)!r}, which the caller's entry in the access file does not have",
-                Reason.MISSING_RIGHT,
-            )
+        self.identity().check(right)
 
 
 def call_of(context: Context, credentials: Credentials) -> CallContext:

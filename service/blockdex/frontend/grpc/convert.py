@@ -156,10 +156,17 @@ def _feature_name(feature: int) -> str:
     )
 
 
-def info_response(info: Info, version: str) -> pb.GetInfoResponse:
-    """What `GetInfo` answers."""
+def info_response(info: Info, version: str, *, totals: bool = True) -> pb.GetInfoResponse:
+    """What `GetInfo` answers; without totals it is silent about what others have in the cache."""
     spec, limits, cache = info.spec, info.limits, info.cache
-    return pb.GetInfoResponse(
+    held = pb.CacheUsage(
+        pages_used=cache.pages_used,
+        pages_shared=cache.pages_shared,
+        sequences=cache.sequences,
+        evictions=cache.evictions,
+        pools=cache.pools,
+    )
+    response = pb.GetInfoResponse(
         spec=pb.IndexSpec(
             num_layers=spec.num_layers,
             num_index_heads=spec.num_index_heads,
@@ -185,14 +192,7 @@ def info_response(info: Info, version: str) -> pb.GetInfoResponse:
             max_region_bytes=limits.max_region_bytes,
         ),
         cache=pb.CacheUsage(
-            pages_total=cache.pages_total,
-            pages_used=cache.pages_used,
-            pages_shared=cache.pages_shared,
-            capacity_tokens=cache.capacity_tokens,
-            page_bytes=cache.page_bytes,
-            sequences=cache.sequences,
-            evictions=cache.evictions,
-            pools=cache.pools,
+            pages_total=cache.pages_total, capacity_tokens=cache.capacity_tokens, page_bytes=cache.page_bytes
         ),
         epoch=info.epoch,
         device=info.device,
@@ -206,6 +206,9 @@ def info_response(info: Info, version: str) -> pb.GetInfoResponse:
         transports=info.transports,
         region_kinds=info.region_kinds,
     )
+    if totals:
+        response.cache.MergeFrom(held)
+    return response
 
 
 def stats_response(epoch: int, totals: Totals) -> pb.GetStatsResponse:

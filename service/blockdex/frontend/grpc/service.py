@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from blockdex.contract.access import unauthenticated
+from blockdex.contract.access import Identity, Right, unauthenticated
 from blockdex.contract.credentials import Credentials
 from blockdex.contract.errors import BlockdexError, CancelledError, InternalError, Reason
 from blockdex.contract.limits import check_epoch
@@ -135,15 +135,16 @@ class IndexerService:
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse | None:
         """What the server is, holds and can do."""
 
-        async def answer(info: Info) -> pb.GetInfoResponse:
-            return convert.info_response(info, VERSION)
+        async def answer(info: Info, identity: Identity) -> pb.GetInfoResponse:
+            return convert.info_response(info, VERSION, totals=identity.has(Right.METRICS))
 
         return await self._report("GetInfo", request.header, context, answer)
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse | None:
         """What the server did since it started."""
 
-        async def answer(info: Info) -> pb.GetStatsResponse:
+        async def answer(info: Info, identity: Identity) -> pb.GetStatsResponse:
+            identity.check(Right.METRICS)
             return convert.stats_response(info.epoch, (await self._channel.stats()).totals())
 
         return await self._report("GetStats", request.header, context, answer)
@@ -216,7 +217,11 @@ class IndexerService:
             self._log.stream_closed(call, time.monotonic() - began, session.requests, session.errors)
 
     async def _report(
-        self, rpc: str, header: pb.RequestHeader, context: Context, answer: Callable[[Info], Awaitable[_Report]]
+        self,
+        rpc: str,
+        header: pb.RequestHeader,
+        context: Context,
+        answer: Callable[[Info, Identity], Awaitable[_Report]],
     ) -> _Report | None:
         """Answers what is asked about the server itself."""
         began, call = time.monotonic(), self._log.call_of(context)
@@ -226,7 +231,7 @@ class IndexerService:
             await self._turn(identity.tenant)
             info = await self._channel.info()
             check_epoch(header.epoch, info.epoch)
-            response = await answer(info)
+            response = await answer(info, identity)
         except BlockdexError as error:
             self._log.answered(rpc, error, began, call)
             refuse(context, error, call.request_id)
