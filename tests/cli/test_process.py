@@ -75,7 +75,7 @@ def test_start_says_where_it_listens_and_what_it_is(server: Serving) -> None:
     with grpc.insecure_channel(server.grpc_address) as channel:
         info = stub(channel).GetInfo(pb.GetInfoRequest())
     assert said["device"] == info.device == "cpu"
-    assert said["epoch"] == info.epoch
+    assert said["epoch"] == str(info.epoch)
     assert said["capacity_tokens"] == info.cache.capacity_tokens == 16 * 2**20 // (3 * 128 * 128 * 2) * 128
     assert said["capacity_bytes"] == info.cache.pages_total * info.cache.page_bytes
     assert (said["num_layers"], said["topk"], said["key_dtype"]) == (3, 16, "bf16")

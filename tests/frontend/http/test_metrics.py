@@ -267,7 +267,9 @@ def exported(text: str) -> list[tuple[str, ...]]:
     return metrics
 
 
-def test_the_document_has_every_metric_and_no_other(server: Serving) -> None:
+def test_the_document_has_every_metric_and_no_other(server: Serving, calls: pb_grpc.IndexerServiceStub) -> None:
+    with pytest.raises(grpc.RpcError):  # else no error has its labels
+        calls.GetSequence(pb.GetSequenceRequest(sequence_id=404), metadata=TENANT)
     of_server, of_gpu = DOCUMENT.read_text(encoding="utf-8").split("## GPU")
     assert sorted(documented(of_server)) == sorted(exported(httpx.get(f"http://{server.http_address}/metrics").text))
     # The GPU's as a server without one would export them.
