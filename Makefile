@@ -58,16 +58,12 @@ demo: $(NATIVE) ## A MiniMax-M3 model from transformers served by blockdex, chec
 demo-paged: $(NATIVE) ## An engine with block tables of its own on a pool of blockdex, checked against its own indexer (DEVICE=cpu|cuda)
 	$(BIN)/python -m examples.paged_engine --device $(DEVICE)
 
-# Tests share the processors; one that is marked so has them to itself, and so have those of the rings and the clients, which
-# stop, interrupt and outlast what they talk to.
+# Tests share the processors; one that is marked so has them to itself.
 TOGETHER := --numprocesses 2 --dist worksteal -m
-APART := tests/ring tests/client
 
 test: $(STAMP) $(NATIVE) tools ## The tests (two cores, no GPU, minutes)
-	$(BIN)/python -m pytest $(TOGETHER) 'not slow and not alone' $(addprefix --ignore=,$(APART))
-	$(BIN)/python -m pytest -m 'not slow and alone' $(addprefix --ignore=,$(APART))
-	$(BIN)/python -m pytest -m 'not slow' tests/ring
-	$(BIN)/python -m pytest -m 'not slow' tests/client
+	$(BIN)/python -m pytest $(TOGETHER) 'not slow and not alone'
+	$(BIN)/python -m pytest -m 'not slow and alone'
 
 test-all: test $(RELEASE) ## The tests, and those that take longer: images are built and run, as root
 	@tests/tools.sh $(IMAGE_TOOLS) $(CROSS_TOOLS) $(FUZZ_TOOLS)

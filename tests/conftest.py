@@ -39,8 +39,9 @@ def server() -> Iterator[Serving]:
         yield serving
 
 
-def pytest_collection_finish() -> None:
-    """Tests run the collector; what is there before any of them would only take its time."""
+@pytest.fixture(autouse=True, scope="module")
+def _small_heap() -> None:
+    """Tests run the collector, each of some files several times: what was there before would only take its time."""
     gc.collect()
     gc.freeze()
 

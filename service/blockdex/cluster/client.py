@@ -21,6 +21,8 @@ from blockdex.contract.errors import BlockdexError, DeadlineExceededError, NotFo
 Answer = TypeVar("Answer")
 
 _MOST_THREADS = 64
+_REFUSED_UNDONE = {Reason.EPOCH_MISMATCH, "WRONG_OWNER"}
+"""Refusals after which a call is made anew: nothing was done, and the client or its directory knows better now."""
 
 
 class ClusterClient:
@@ -211,8 +213,17 @@ class ClusterClient:
         root_id: Integers | None,
         arguments: dict[str, Any],
     ) -> Answer:
-        timeout = arguments.pop("timeout", None)
         ids = integers("sequences", sequences, bits=64)
+        member = self._router.place_of_all(ids)
+        if member is not None and root_id is None:
+            # What calls mostly are: of sequences that one member is known to hold.
+            try:
+                return call(self.member(member), layer, sequences=ids, **arguments)
+            except BlockdexError as error:
+                if error.reason not in _REFUSED_UNDONE:
+                    self._router.lost(ids, error)
+                    raise failure_of(Batch(ids, ids, arguments), [(member, list(range(len(ids))), error)], []) from None
+        timeout = arguments.pop("timeout", None)
         batch = Batch(ids, self._router.roots(ids, root_id), arguments)
 
         def send(client: Client, **rest: Any) -> Answer:
