@@ -71,6 +71,12 @@ class Router:
         """The member that a new root goes to."""
         return self._views[0].owner(self._tenant, root)
 
+    def place_of_all(self, sequences: Sequence[int]) -> str | None:
+        """The member that is known to hold all of these; None where none is."""
+        places = set(map(self._places.get, sequences))
+        (place,) = places if len(places) == 1 else (None,)
+        return place if place in self._addresses else None
+
     def candidates(self, sequence: int, root: int) -> list[str]:
         """Members that may hold a sequence, the likeliest first; one that has left has lost what it held."""
         place = self._places.get(sequence)
