@@ -137,7 +137,7 @@ class ClusterClient:
         batch = Batch(ids, self._router.roots(ids, root_id), others)
         for sequence, root in zip(ids, batch.roots, strict=True):
             self._router.place_new(sequence, root)
-        self._scatter(batch, timeout, Client.open_sequences)
+        self._scatter(batch, self._deadline(timeout), Client.open_sequences)
 
     def get_sequence(self, sequence_id: int, *, root_id: int | None = None, **others: Any) -> SequenceState:
         """As `Client.get_sequence`."""
@@ -176,7 +176,7 @@ class ClusterClient:
         timeout = others.pop("timeout", None)
         ids = integers("sequences", sequences, bits=64)
         batch = Batch(ids, self._router.roots(ids, root_id), others)
-        self._scatter(batch, timeout, Client.close_sequences)
+        self._scatter(batch, self._deadline(timeout), Client.close_sequences)
         self._router.forget(ids)
 
     def append_keys(
@@ -213,23 +213,24 @@ class ClusterClient:
         root_id: Integers | None,
         arguments: dict[str, Any],
     ) -> Answer:
+        timeout = arguments.pop("timeout", None)
+        deadline = self._deadline(timeout)
         ids = integers("sequences", sequences, bits=64)
         member = self._router.place_of_all(ids)
         if member is not None and root_id is None:
             # What calls mostly are: of sequences that one member is known to hold.
             try:
-                return call(self.member(member), layer, sequences=ids, **arguments)
+                return call(self.member(member), layer, sequences=ids, timeout=timeout, **arguments)
             except BlockdexError as error:
                 if error.reason not in _REFUSED_UNDONE:
                     self._router.lost(ids, error)
                     raise failure_of(Batch(ids, ids, arguments), [(member, list(range(len(ids))), error)], []) from None
-        timeout = arguments.pop("timeout", None)
         batch = Batch(ids, self._router.roots(ids, root_id), arguments)
 
         def send(client: Client, **rest: Any) -> Answer:
             return call(client, layer, **rest)
 
-        answer: Answer = self._scatter(batch, timeout, send)
+        answer: Answer = self._scatter(batch, deadline, send)
         return answer
 
     def _one(
@@ -242,11 +243,13 @@ class ClusterClient:
         def send(client: Client, sequences: list[int], **rest: Any) -> Answer:
             return call(client, sequences[0], **rest)
 
-        answer: Answer = self._scatter(batch, timeout, send)
+        answer: Answer = self._scatter(batch, self._deadline(timeout), send)
         return answer
 
-    def _scatter(self, batch: Batch, timeout: float | None, send: Callable[..., Any]) -> Any:
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+    def _deadline(self, timeout: float | None) -> float:
+        return time.monotonic() + (self._timeout if timeout is None else timeout)
+
+    def _scatter(self, batch: Batch, deadline: float, send: Callable[..., Any]) -> Any:
         done: list[tuple[Rows, Any]] = []
         rows = list(range(len(batch.sequences)))
         for attempt in range(MOST_MOVES + 1):
