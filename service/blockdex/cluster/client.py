@@ -15,14 +15,12 @@ from blockdex.client.client import Client
 from blockdex.client.core import DEFAULT_TIMEOUT
 from blockdex.client.requests import Integers, integer, integers
 from blockdex.cluster.directory import Directory, Watch
-from blockdex.cluster.routing import MOST_MOVES, Batch, Router, Rows, failure_of
+from blockdex.cluster.routing import Batch, Router, Rows, failure_of
 from blockdex.contract.errors import BlockdexError, DeadlineExceededError, NotFoundError, Reason
 
 Answer = TypeVar("Answer")
 
 _MOST_THREADS = 64
-_REFUSED_UNDONE = {Reason.EPOCH_MISMATCH, "WRONG_OWNER"}
-"""Refusals after which a call is made anew: nothing was done, and the client or its directory knows better now."""
 
 
 class ClusterClient:
@@ -222,7 +220,7 @@ class ClusterClient:
             try:
                 return call(self.member(member), layer, sequences=ids, timeout=timeout, **arguments)
             except BlockdexError as error:
-                if error.reason not in _REFUSED_UNDONE:
+                if error.reason != Reason.EPOCH_MISMATCH:  # else nothing was done, and it is made anew
                     self._router.lost(ids, error)
                     raise failure_of(Batch(ids, ids, arguments), [(member, list(range(len(ids))), error)], []) from None
         batch = Batch(ids, self._router.roots(ids, root_id), arguments)
@@ -251,22 +249,15 @@ class ClusterClient:
 
     def _scatter(self, batch: Batch, deadline: float, send: Callable[..., Any]) -> Any:
         done: list[tuple[Rows, Any]] = []
-        rows = list(range(len(batch.sequences)))
-        for attempt in range(MOST_MOVES + 1):
-            failures: list[tuple[str, Rows, BlockdexError]] = []
-            parts = self._parts(batch, rows, deadline)
-            for (member, part), answer in zip(parts, self._side_by_side(batch, parts, deadline, send), strict=True):
-                if isinstance(answer, BlockdexError):
-                    failures.append((member, part, answer))
-                else:
-                    done.append((part, answer))
-            if not failures:
-                return batch.together(done)
-            # All of them are told apart first: a refusal that names another member is news even where one stands.
-            mended = [self._router.moved(error) for _, _, error in failures]
-            if attempt == MOST_MOVES or not all(mended):
-                break
-            rows = [row for _, part, _ in failures for row in part]
+        failures: list[tuple[str, Rows, BlockdexError]] = []
+        parts = self._parts(batch, list(range(len(batch.sequences))), deadline)
+        for (member, part), answer in zip(parts, self._side_by_side(batch, parts, deadline, send), strict=True):
+            if isinstance(answer, BlockdexError):
+                failures.append((member, part, answer))
+            else:
+                done.append((part, answer))
+        if not failures:
+            return batch.together(done)
         for _, part, error in failures:
             self._router.lost([batch.sequences[row] for row in part], error)
         raise failure_of(batch, failures, done)
@@ -288,10 +279,6 @@ class ClusterClient:
                 except NotFoundError as error:
                     if error.reason != Reason.UNKNOWN_SEQUENCE:
                         raise
-                except BlockdexError as error:
-                    if not self._router.moved(error):
-                        raise
-                    return self._router.candidates(sequence, root)[0]
                 else:
                     self._router.found(sequence, member, root)
                     return member

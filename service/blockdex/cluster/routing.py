@@ -14,9 +14,6 @@ from blockdex.client.tensors import torch_of
 from blockdex.cluster.views import View
 from blockdex.contract.errors import BlockdexError, InvalidArgumentError, Reason, UnavailableError, error_of
 
-MOST_MOVES = 4
-"""Times that a call follows a sequence to another member before its refusal stands."""
-
 _BY_SEQUENCE = ("lengths", "starts", "revisions", "lease_seconds")
 _BY_TOKEN = ("keys", "queries")
 
@@ -107,17 +104,6 @@ class Router:
         for sequence in sequences:
             self._places.pop(sequence, None)
             self._roots.pop(sequence, None)
-
-    def moved(self, error: BlockdexError) -> bool:
-        """Takes up where a refusal says that a sequence is now; whether it says so."""
-        if error.reason != "WRONG_OWNER":
-            return False
-        address, sequence = error.metadata.get("address"), error.metadata.get("sequence_id", "")
-        member = next((name for name, each in self._addresses.items() if each == address), None)
-        if member is None or not sequence.isdigit():
-            return False
-        self._places[int(sequence)] = member
-        return True
 
 
 @dataclass(frozen=True, slots=True)
