@@ -60,7 +60,7 @@ def plain(random: np.random.Generator, count: int, *shape: int) -> np.ndarray:
     return random.standard_normal((count, *shape, 128)).astype(ml_dtypes.bfloat16)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("vectors", [tied, plain])
 def test_as_one_server(clients: list[blockdex.Client], vectors: object, count: int) -> None:
     """Prefill chunks, drafts that are rolled back, single tokens: each answer is compared."""
